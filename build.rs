@@ -1,0 +1,30 @@
+//! Link arguments of the shared library, and what `pfc_build_info` tells.
+
+use std::process::Command;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+        // Cargo names no SONAME by itself, and CMake consumers then record a path instead of a name.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libpartialfc.so.0");
+        // Thread-local destructors of Rust's runtime outlive dlclose.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+    }
+    let target = std::env::var("TARGET").unwrap_or_default();
+    println!("cargo:rustc-env=PFC_TARGET={target}");
+    println!("cargo:rustc-env=PFC_COMMIT={}", commit());
+}
+
+/// The commit the sources stand at, or "release" outside a checkout (a packaged crate).
+fn commit() -> String {
+    for path in [".git/HEAD", ".git/index"] {
+        if std::path::Path::new(path).exists() {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
+    let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
+    match output {
+        Ok(out) if out.status.success() => String::from_utf8_lossy(&out.stdout).trim().to_owned(),
+        _ => "release".to_owned(),
+    }
+}

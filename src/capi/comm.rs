@@ -1,0 +1,393 @@
+//! Communicators.
+
+use std::ffi::{c_char, c_void};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::device::pfc_device;
+use super::status::{pfc_status, PFC_ERROR_ABORTED};
+use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
+use super::{boundary, output, required};
+use crate::comm::{Communicator, CustomOps, Operation, ReduceOp};
+use crate::matrix::DType;
+use crate::{ensure, error, Error, Result, Status};
+
+/// Sum over the ranks.
+pub const PFC_SUM: i32 = 1;
+/// Largest over the ranks.
+pub const PFC_MAX: i32 = 2;
+
+/// For pfc_comm_ops.flags: the functions take host memory.
+pub const PFC_COMM_HOST_MEMORY: u32 = 1;
+/// For pfc_comm_ops.flags: the functions take device memory.
+pub const PFC_COMM_DEVICE_MEMORY: u32 = 2;
+/// For pfc_comm_ops.flags: the functions return once the work is on the stream.
+pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
+
+/// One rank's end of a group of ranks.
+pub struct pfc_comm {
+    pub(super) comm: Arc<Communicator>,
+}
+
+/// A communicator made of the caller's functions, for pfc_comm_custom. Fill with pfc_comm_ops_init, then set fields.
+///
+/// Functions get ctx first and return 0, or a code of their own that appears in the error's text (status COMM). They are called only
+/// from a thread that is inside a pfc_ call, never from two at once; abort and error_string may be called from any thread. Counts are
+/// in elements of dtype (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal recv (for
+/// all_gather: recv + rank * bytes). A reduction gives the same bits on every rank. A function that waits longer than
+/// pfc_comm_set_timeout has its abort called; it must then return, and the pfc_ call gives TIMEOUT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_comm_ops {
+    /// sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
+    pub struct_size: u64,
+    /// Handed to every function.
+    pub ctx: *mut c_void,
+    /// This rank, 0 to size - 1.
+    pub rank: u32,
+    /// Number of ranks.
+    pub size: u32,
+    /// PFC_COMM_* flags. (default: PFC_COMM_HOST_MEMORY)
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Mandatory. Gathers `bytes` bytes from every rank into size * bytes at recv, in rank order.
+    pub all_gather: Option<unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32>,
+    /// Mandatory. Combines count elements over the ranks into recv of every rank.
+    pub all_reduce: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            count: u64,
+            dtype: i32,
+            op: i32,
+            stream: *mut c_void,
+        ) -> i32,
+    >,
+    /// NULL: built from all_reduce. Combines size * count elements; rank r gets the r-th count of them.
+    pub reduce_scatter: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            count: u64,
+            dtype: i32,
+            op: i32,
+            stream: *mut c_void,
+        ) -> i32,
+    >,
+    /// NULL: built from all_gather. Copies root's bytes to all ranks.
+    pub broadcast: Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
+    /// NULL: built from all_gather.
+    pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
+    /// NULL: a function that never returns cannot be stopped. Makes running and later operations return an error, from any thread.
+    pub abort: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
+    /// NULL: none. A failure that came up behind the caller's back, 0 if none; asked before each operation.
+    pub async_error: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
+    /// NULL: the code alone is told. The text of a code, at most size bytes with its terminating zero.
+    pub error_string: Option<unsafe extern "C" fn(ctx: *mut c_void, code: i32, buffer: *mut c_char, size: u64)>,
+    /// NULL: nothing to free. Called once, when the communicator's last holder lets go.
+    pub free: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
+}
+
+sized!(pfc_comm_ops, pfc_comm_ops {
+    struct_size: 0,
+    ctx: std::ptr::null_mut(),
+    rank: 0,
+    size: 0,
+    flags: PFC_COMM_HOST_MEMORY,
+    reserved: 0,
+    all_gather: None,
+    all_reduce: None,
+    reduce_scatter: None,
+    broadcast: None,
+    barrier: None,
+    abort: None,
+    async_error: None,
+    error_string: None,
+    free: None,
+});
+
+/// Bytes and calls by operation since the communicator was made.
+///
+/// Counted is what a rank hands to an operation: its own block of an all_gather, the buffer of an all_reduce or broadcast, the whole
+/// input of a reduce_scatter.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_traffic {
+    pub all_gather_calls: u64,
+    pub all_gather_bytes: u64,
+    pub all_reduce_calls: u64,
+    pub all_reduce_bytes: u64,
+    pub reduce_scatter_calls: u64,
+    pub reduce_scatter_bytes: u64,
+    pub broadcast_calls: u64,
+    pub broadcast_bytes: u64,
+    pub barrier_calls: u64,
+}
+
+fn handle(comm: Arc<Communicator>) -> *mut pfc_comm {
+    Box::into_raw(Box::new(pfc_comm { comm }))
+}
+
+/// Fills the table with defaults; see pfc_head_options_init_sized.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(ops, struct_size))
+}
+
+/// Makes a communicator of one rank.
+///
+/// @param out the communicator; free with pfc_comm_free
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
+    boundary(|| {
+        *output("out", out)? = handle(Communicator::single());
+        Ok(())
+    })
+}
+
+/// Makes a group of n ranks in this process; give each end to a thread of its own.
+///
+/// @param n ranks, at least 1
+/// @param comms n pointers, written in rank order; free each with pfc_comm_free
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> pfc_status {
+    boundary(|| {
+        ensure!(!comms.is_null(), InvalidArgument, "comms is NULL");
+        for (rank, comm) in Communicator::threads(n)?.into_iter().enumerate() {
+            *comms.add(rank) = handle(comm);
+        }
+        Ok(())
+    })
+}
+
+/// Makes a communicator of the caller's functions. The table is copied; ctx and the functions must outlive the communicator.
+///
+/// @param ops the functions
+/// @param out the communicator; free with pfc_comm_free. On failure ops->free is not called.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_custom(ops: *const pfc_comm_ops, out: *mut *mut pfc_comm) -> pfc_status {
+    boundary(|| {
+        let out = output("out", out)?;
+        let ops = read_sized(ops)?;
+        *out = handle(Communicator::custom(ops.to_ops())?);
+        Ok(())
+    })
+}
+
+impl pfc_comm_ops {
+    fn to_ops(self) -> CustomOps {
+        CustomOps {
+            ctx: self.ctx,
+            rank: self.rank,
+            size: self.size,
+            flags: self.flags,
+            all_gather: self.all_gather,
+            all_reduce: self.all_reduce,
+            reduce_scatter: self.reduce_scatter,
+            broadcast: self.broadcast,
+            barrier: self.barrier,
+            abort: self.abort,
+            async_error: self.async_error,
+            error_string: self.error_string,
+            free: self.free,
+        }
+    }
+}
+
+/// Makes this rank's end of an NCCL communicator. Collective.
+///
+/// @param id from pfc_nccl_unique_id of one rank, broadcast by the trainer
+/// @param rank this rank, 0 to size - 1
+/// @param size number of ranks
+/// @param device the CUDA device this rank computes on
+/// @param out the communicator; free with pfc_comm_free
+/// @return UNSUPPORTED in this version
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_nccl(
+    id: *const u8,
+    rank: u32,
+    size: u32,
+    device: *const pfc_device,
+    out: *mut *mut pfc_comm,
+) -> pfc_status {
+    boundary(|| {
+        required("id", id)?;
+        required("device", device)?;
+        output("out", out)?;
+        Err(error!(Unsupported, "NCCL is not in this build (asked for rank {rank} of {size}): use pfc_comm_threads or pfc_comm_custom"))
+    })
+}
+
+/// Makes the id that all ranks of an NCCL communicator share; call on one rank.
+///
+/// @param id 128 bytes, written
+/// @return UNSUPPORTED in this version
+#[no_mangle]
+pub unsafe extern "C" fn pfc_nccl_unique_id(id: *mut u8) -> pfc_status {
+    boundary(|| {
+        output("id", id)?;
+        Err(error!(Unsupported, "NCCL is not in this build: use pfc_comm_threads or pfc_comm_custom"))
+    })
+}
+
+/// This rank, 0 to size - 1; UINT32_MAX if comm is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_rank(comm: *const pfc_comm) -> u32 {
+    comm.as_ref().map_or(u32::MAX, |handle| handle.comm.rank())
+}
+
+/// Number of ranks; 0 if comm is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_size(comm: *const pfc_comm) -> u32 {
+    comm.as_ref().map_or(0, |handle| handle.comm.size())
+}
+
+/// Gathers equal blocks from all ranks, in rank order. Collective; blocks.
+///
+/// @param send `bytes` bytes of this rank; may be recv + rank * bytes
+/// @param recv size * bytes bytes
+/// @param bytes bytes of one block, equal on all ranks
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_all_gather(comm: *mut pfc_comm, send: *const c_void, recv: *mut c_void, bytes: u64) -> pfc_status {
+    collective(comm, |comm| {
+        buffers(send, recv, bytes)?;
+        comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, std::ptr::null_mut())
+    })
+}
+
+/// Combines a buffer over all ranks; every rank gets the same bits. Collective; blocks.
+///
+/// @param send count elements of this rank; may be recv
+/// @param recv count elements
+/// @param count elements, equal on all ranks
+/// @param dtype PFC_F32, PFC_F64, PFC_I32 or PFC_I64
+/// @param op PFC_SUM or PFC_MAX
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_all_reduce(
+    comm: *mut pfc_comm,
+    send: *const c_void,
+    recv: *mut c_void,
+    count: u64,
+    dtype: i32,
+    op: i32,
+) -> pfc_status {
+    collective(comm, |comm| {
+        buffers(send, recv, count)?;
+        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, element(dtype)?, reduction(op)?, std::ptr::null_mut())
+    })
+}
+
+/// Combines a buffer over all ranks; rank r gets the r-th part of it. Collective; blocks.
+///
+/// @param send size * count elements of this rank
+/// @param recv count elements; may be send + rank * count
+/// @param count elements of one part, equal on all ranks
+/// @param dtype PFC_F32, PFC_F64, PFC_I32 or PFC_I64
+/// @param op PFC_SUM or PFC_MAX
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_reduce_scatter(
+    comm: *mut pfc_comm,
+    send: *const c_void,
+    recv: *mut c_void,
+    count: u64,
+    dtype: i32,
+    op: i32,
+) -> pfc_status {
+    collective(comm, |comm| {
+        buffers(send, recv, count)?;
+        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, element(dtype)?, reduction(op)?, std::ptr::null_mut())
+    })
+}
+
+/// Copies a buffer from one rank to all. Collective; blocks.
+///
+/// @param buffer `bytes` bytes, read on root and written elsewhere
+/// @param bytes equal on all ranks
+/// @param root the rank that has the data
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_broadcast(comm: *mut pfc_comm, buffer: *mut c_void, bytes: u64, root: u32) -> pfc_status {
+    collective(comm, |comm| {
+        buffers(buffer, buffer, bytes)?;
+        comm.broadcast_raw(buffer.cast(), bytes as usize, root, std::ptr::null_mut())
+    })
+}
+
+/// Returns once all ranks have called it. Collective; blocks.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
+    collective(comm, |comm| comm.barrier())
+}
+
+unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
+    boundary(|| body(&required("comm", comm)?.comm))
+}
+
+fn buffers(send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {
+    ensure!(count == 0 || !send.is_null(), InvalidArgument, "send is NULL");
+    ensure!(count == 0 || !recv.is_null(), InvalidArgument, "recv is NULL");
+    Ok(())
+}
+
+fn element(dtype: i32) -> Result<DType> {
+    DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype}; it is one of PFC_F32 (1), PFC_F64 (4), PFC_I32 (5), PFC_I64 (6)"))
+}
+
+fn reduction(op: i32) -> Result<ReduceOp> {
+    ReduceOp::from_code(op).ok_or_else(|| error!(InvalidArgument, "op is {op}; it is PFC_SUM (1) or PFC_MAX (2)"))
+}
+
+/// Bytes and calls so far, this rank's.
+///
+/// @param out written
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_traffic(comm: *const pfc_comm, out: *mut pfc_traffic) -> pfc_status {
+    boundary(|| {
+        let traffic = required("comm", comm)?.comm.traffic();
+        let calls = |op: Operation| traffic.calls[op as usize];
+        let bytes = |op: Operation| traffic.bytes[op as usize];
+        *output("out", out)? = pfc_traffic {
+            all_gather_calls: calls(Operation::AllGather),
+            all_gather_bytes: bytes(Operation::AllGather),
+            all_reduce_calls: calls(Operation::AllReduce),
+            all_reduce_bytes: bytes(Operation::AllReduce),
+            reduce_scatter_calls: calls(Operation::ReduceScatter),
+            reduce_scatter_bytes: bytes(Operation::ReduceScatter),
+            broadcast_calls: calls(Operation::Broadcast),
+            broadcast_bytes: bytes(Operation::Broadcast),
+            barrier_calls: calls(Operation::Barrier),
+        };
+        Ok(())
+    })
+}
+
+/// Bounds every later wait of this rank.
+///
+/// @param timeout_ms milliseconds, at least 1 (default: 600000)
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_set_timeout(comm: *mut pfc_comm, timeout_ms: u64) -> pfc_status {
+    boundary(|| required("comm", comm)?.comm.set_timeout(Duration::from_millis(timeout_ms)))
+}
+
+/// Ends the communicator: running and later operations fail with ABORTED on every rank that can be told. From any thread.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_abort(comm: *const pfc_comm) -> pfc_status {
+    boundary(|| {
+        let comm = &required("comm", comm)?.comm;
+        comm.abort(&error!(Aborted, "pfc_comm_abort was called on rank {}", comm.rank()));
+        Ok(())
+    })
+}
+
+/// Gives this rank's end back. Heads on it keep it alive. NULL is fine.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_comm_free(comm: *mut pfc_comm) {
+    if !comm.is_null() {
+        boundary(|| {
+            drop(Box::from_raw(comm));
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,358 @@
+//! The head's kernels by themselves: stateless, on a device, over the caller's memory.
+//!
+//! E is B x d, W is S x d, both raw; E^ and W^ are their rows divided by their norms (a norm below 1e-12 gives a row of zeros).
+
+use std::ffi::c_void;
+
+use super::device::pfc_device;
+use super::status::pfc_status;
+use super::types::{matrix, pfc_margin, pfc_matrix, pfc_optimizer, read_sized};
+use super::{boundary, output, required};
+use crate::device::{FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
+use crate::margin::Margin;
+use crate::{ensure, Result};
+
+/// Divides rows by their L2 norms.
+///
+/// @param rows n x d
+/// @param normalized n x d, written; may be rows
+/// @param inverse_norms n, written: 1 / norm, 0 for a norm below 1e-12; or NULL
+#[no_mangle]
+pub unsafe extern "C" fn pfc_normalize_rows(
+    device: *const pfc_device,
+    rows: *const pfc_matrix,
+    normalized: *const pfc_matrix,
+    inverse_norms: *mut f32,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let from = matrix("rows", rows, required("rows", rows)?.cols)?;
+        let to = matrix("normalized", normalized, from.cols as u64)?;
+        same_rows("normalized", to.rows, from.rows)?;
+        device.normalize_rows(&from, &to, inverse_norms)
+    })
+}
+
+/// Cosines of all pairs: E^ @ W^.T.
+///
+/// @param embeddings B x d
+/// @param centers S x d
+/// @param cosines B x S in f32, written
+/// @param workspace pfc_normalize_gemm_workspace bytes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_normalize_gemm(
+    device: *const pfc_device,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    cosines: *const pfc_matrix,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
+        let w = matrix("centers", centers, e.cols as u64)?;
+        let out = matrix("cosines", cosines, w.rows as u64)?;
+        same_rows("cosines", out.rows, e.rows)?;
+        device.normalize_gemm(&e, &w, &out, workspace_of(workspace, workspace_bytes)?)
+    })
+}
+
+/// Bytes of workspace that pfc_normalize_gemm needs for B x d and S x d.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_normalize_gemm_workspace(device: *const pfc_device, batch: u64, dim: u64, classes: u64, bytes: *mut u64) -> pfc_status {
+    boundary(|| {
+        *output("bytes", bytes)? = required("device", device)?.device.normalize_gemm_workspace(batch, dim, classes)?;
+        Ok(())
+    })
+}
+
+/// Target logits: scale * (cos(m1 * theta + m2) - m3).
+///
+/// @param cosines n target cosines
+/// @param logits n, written
+#[no_mangle]
+pub unsafe extern "C" fn pfc_margin_forward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    cosines: *const f32,
+    count: u64,
+    logits: *mut f32,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let margin = checked_margin(margin)?;
+        if count == 0 {
+            return Ok(());
+        }
+        required("cosines", cosines)?;
+        output("logits", logits)?;
+        device.margin_forward(&margin, cosines, count as usize, logits)
+    })
+}
+
+/// Gradient through the margin: grad_cosines = grad_logits * d logit / d cosine.
+///
+/// @param cosines n target cosines
+/// @param grad_logits n
+/// @param grad_cosines n, written; may be grad_logits
+#[no_mangle]
+pub unsafe extern "C" fn pfc_margin_backward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    cosines: *const f32,
+    grad_logits: *const f32,
+    count: u64,
+    grad_cosines: *mut f32,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let margin = checked_margin(margin)?;
+        if count == 0 {
+            return Ok(());
+        }
+        required("cosines", cosines)?;
+        required("grad_logits", grad_logits)?;
+        output("grad_cosines", grad_cosines)?;
+        device.margin_backward(&margin, cosines, grad_logits, count as usize, grad_cosines)
+    })
+}
+
+/// Cosines to the softmax's numerators, in place, with the row's target left out: P = exp(scale * cos - c), c = max(0, scale - 64).
+///
+/// @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
+/// @param targets B: the column of the row's own class, or -1
+/// @param row_sums B, written: N, the sum of the row's numerators (a filtered negative adds exp(-c))
+#[no_mangle]
+pub unsafe extern "C" fn pfc_partial_softmax(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    cosines: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *mut f32,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let margin = checked_margin(margin)?;
+        let logits = matrix("cosines", cosines, required("cosines", cosines)?.cols)?;
+        if logits.rows == 0 {
+            return Ok(());
+        }
+        required("targets", targets)?;
+        output("row_sums", row_sums)?;
+        device.partial_softmax(&margin, &logits, targets, row_sums)
+    })
+}
+
+/// One rank's forward without a head: row sums, target logits and P @ W^; no logits are kept.
+///
+/// Over several ranks, sum row_sums and target_logits before pfc_fused_backward.
+///
+/// @param embeddings B x d
+/// @param centers S x d
+/// @param targets B: the row of centers that is the row's own class, or -1 where another rank has it
+/// @param row_sums B, written: N
+/// @param target_logits B, written: the target logit with margin, 0 where targets is -1
+/// @param weighted B x d in f32, written: P @ W^
+/// @param workspace pfc_fused_workspace bytes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_fused_forward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *mut f32,
+    target_logits: *mut f32,
+    weighted: *const pfc_matrix,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let margin = checked_margin(margin)?;
+        let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
+        let w = matrix("centers", centers, e.cols as u64)?;
+        let out = matrix("weighted", weighted, e.cols as u64)?;
+        same_rows("weighted", out.rows, e.rows)?;
+        if e.rows == 0 {
+            return Ok(());
+        }
+        required("targets", targets)?;
+        output("row_sums", row_sums)?;
+        output("target_logits", target_logits)?;
+        device.fused_forward(&FusedForward {
+            margin: &margin,
+            embeddings: &e,
+            centers: &w,
+            targets,
+            row_sums,
+            target_logits,
+            weighted: &out,
+            workspace: workspace_of(workspace, workspace_bytes)?,
+        })
+    })
+}
+
+/// One rank's backward without a head: this rank's part of the gradients of E and the gradient of W.
+///
+/// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient.
+///
+/// @param row_sums B: N, summed over ranks
+/// @param target_logits B, summed over ranks
+/// @param weighted B x d in f32: P @ W^ of this rank, from pfc_fused_forward
+/// @param loss_weight multiplies both gradients; 1 / B for a mean
+/// @param grad_embeddings B x d, written
+/// @param grad_centers S x d, written
+/// @param workspace pfc_fused_workspace bytes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_fused_backward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *const f32,
+    target_logits: *const f32,
+    weighted: *const pfc_matrix,
+    loss_weight: f64,
+    grad_embeddings: *const pfc_matrix,
+    grad_centers: *const pfc_matrix,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let margin = checked_margin(margin)?;
+        let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
+        let w = matrix("centers", centers, e.cols as u64)?;
+        let weighted = matrix("weighted", weighted, e.cols as u64)?;
+        let grad_e = matrix("grad_embeddings", grad_embeddings, e.cols as u64)?;
+        let grad_w = matrix("grad_centers", grad_centers, e.cols as u64)?;
+        same_rows("weighted", weighted.rows, e.rows)?;
+        same_rows("grad_embeddings", grad_e.rows, e.rows)?;
+        same_rows("grad_centers", grad_w.rows, w.rows)?;
+        if e.rows > 0 {
+            required("targets", targets)?;
+            required("row_sums", row_sums)?;
+            required("target_logits", target_logits)?;
+        }
+        device.fused_backward(&FusedBackward {
+            margin: &margin,
+            embeddings: &e,
+            centers: &w,
+            targets,
+            row_sums,
+            target_logits,
+            weighted: &weighted,
+            loss_weight,
+            grad_embeddings: &grad_e,
+            grad_centers: &grad_w,
+            workspace: workspace_of(workspace, workspace_bytes)?,
+        })
+    })
+}
+
+/// Bytes of workspace that pfc_fused_forward and pfc_fused_backward need for B x d and S x d.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_fused_workspace(device: *const pfc_device, batch: u64, dim: u64, classes: u64, bytes: *mut u64) -> pfc_status {
+    boundary(|| {
+        *output("bytes", bytes)? = required("device", device)?.device.fused_workspace(batch, dim, classes)?;
+        Ok(())
+    })
+}
+
+/// Draws a sample: all positives, and negatives uniformly without replacement until there are `sample_size` classes.
+///
+/// The same ids as a head of that seed draws in that step, on every device.
+///
+/// @param seed as pfc_head_options.seed
+/// @param step samples drawn before
+/// @param first first class of the shard
+/// @param rows classes of the shard
+/// @param positives class ids of the shard, ascending, without repeats
+/// @param positive_count ids; if more than sample_size, the sample is the positives
+/// @param sample_size classes wanted, at most rows
+/// @param ids capacity of max(positive_count, sample_size) ids, written: ascending
+/// @param count written: ids in the sample
+#[no_mangle]
+pub unsafe extern "C" fn pfc_sample_classes(
+    device: *const pfc_device,
+    seed: u64,
+    step: u64,
+    first: u64,
+    rows: u64,
+    positives: *const i64,
+    positive_count: u64,
+    sample_size: u64,
+    ids: *mut i64,
+    count: *mut u64,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let count = output("count", count)?;
+        ensure!(!positives.is_null() || positive_count == 0, InvalidArgument, "positives is NULL with {positive_count} ids");
+        ensure!(!ids.is_null() || positive_count.max(sample_size) == 0, InvalidArgument, "ids is NULL");
+        let draw = SampleDraw { seed, step, first, rows, positives, positive_count: positive_count as usize, sample_size };
+        *count = device.sample_classes(&draw, ids)?;
+        Ok(())
+    })
+}
+
+/// Updates rows of W by their gradients: row ids[i] of centers gets row i of gradients.
+///
+/// @param centers n x d in f32, updated
+/// @param momentum n x d in f32, updated: SGD's m or AdamW's first moment
+/// @param second_moment n x d in f32, updated: AdamW's; NULL for SGD
+/// @param ids count row numbers of centers, without repeats
+/// @param gradients count x d
+/// @param learning_rate 0 or more
+/// @param update 1 for the first update; AdamW's bias correction
+#[no_mangle]
+pub unsafe extern "C" fn pfc_update_rows(
+    device: *const pfc_device,
+    optimizer: *const pfc_optimizer,
+    centers: *const pfc_matrix,
+    momentum: *const pfc_matrix,
+    second_moment: *const pfc_matrix,
+    ids: *const i64,
+    gradients: *const pfc_matrix,
+    learning_rate: f64,
+    update: u64,
+) -> pfc_status {
+    boundary(|| {
+        let device = &required("device", device)?.device;
+        let optimizer = read_sized(optimizer)?.to_optimizer()?;
+        optimizer.check()?;
+        let w = matrix("centers", centers, required("centers", centers)?.cols)?;
+        let m = matrix("momentum", momentum, w.cols as u64)?;
+        same_rows("momentum", m.rows, w.rows)?;
+        let v = if second_moment.is_null() { None } else { Some(matrix("second_moment", second_moment, w.cols as u64)?) };
+        if let Some(v) = &v {
+            same_rows("second_moment", v.rows, w.rows)?;
+        }
+        let g = matrix("gradients", gradients, w.cols as u64)?;
+        if g.rows == 0 {
+            return Ok(());
+        }
+        required("ids", ids)?;
+        let state = RowState { centers: &w, momentum: &m, second_moment: v.as_ref() };
+        device.update_rows(&optimizer, &state, ids, &g, learning_rate, update)
+    })
+}
+
+unsafe fn checked_margin(margin: *const pfc_margin) -> Result<Margin> {
+    let margin = read_sized(margin)?.to_margin()?;
+    margin.check()?;
+    Ok(margin)
+}
+
+fn same_rows(name: &str, rows: usize, expected: usize) -> Result<()> {
+    ensure!(rows == expected, InvalidArgument, "{name}.rows is {rows}, expected {expected}");
+    Ok(())
+}
+
+unsafe fn workspace_of(data: *mut c_void, bytes: u64) -> Result<Workspace> {
+    ensure!(!data.is_null() || bytes == 0, InvalidArgument, "workspace is NULL with {bytes} bytes");
+    Ok(Workspace { data: data.cast(), bytes: bytes as usize })
+}

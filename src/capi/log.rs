@@ -1,0 +1,88 @@
+//! Where the library's log lines go.
+
+use std::ffi::{c_char, c_void, CString};
+use std::sync::{Once, RwLock};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use super::status::pfc_status;
+use super::{boundary, Status};
+use crate::Error;
+
+/// Log nothing.
+pub const PFC_LOG_OFF: i32 = 0;
+/// What failed.
+pub const PFC_LOG_ERROR: i32 = 1;
+/// What will surprise.
+pub const PFC_LOG_WARN: i32 = 2;
+/// One line for each handle made, with what was decided.
+pub const PFC_LOG_INFO: i32 = 3;
+/// One line for each phase.
+pub const PFC_LOG_DEBUG: i32 = 4;
+
+/// Receives a log line: level is PFC_LOG_*, message is valid for the call only. Called from any thread, under no lock of the caller's.
+pub type pfc_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, message: *const c_char)>;
+
+struct Sink {
+    function: unsafe extern "C" fn(*mut c_void, i32, *const c_char),
+    user: usize,
+}
+
+static SINK: RwLock<Option<Sink>> = RwLock::new(None);
+static INSTALL: Once = Once::new();
+
+struct Forward;
+
+impl Log for Forward {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let (function, user) = match SINK.read().unwrap_or_else(|e| e.into_inner()).as_ref() {
+            Some(sink) => (sink.function, sink.user),
+            None => return,
+        };
+        let level = match record.level() {
+            Level::Error => PFC_LOG_ERROR,
+            Level::Warn => PFC_LOG_WARN,
+            Level::Info => PFC_LOG_INFO,
+            Level::Debug | Level::Trace => PFC_LOG_DEBUG,
+        };
+        if let Ok(text) = CString::new(record.args().to_string()) {
+            // SAFETY: the caller of pfc_set_log promised a function that may be called with its pointer from any thread.
+            unsafe { function(user as *mut c_void, level, text.as_ptr()) }
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sends log lines up to a level to a function; the library is silent until this is called. Any thread; the last call counts.
+///
+/// @param function receives the lines, or NULL to be silent again
+/// @param user handed to the function as it is
+/// @param level PFC_LOG_OFF to PFC_LOG_DEBUG
+/// @return UNSUPPORTED where a Rust program has installed a logger of its own
+#[no_mangle]
+pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, level: i32) -> pfc_status {
+    boundary(|| {
+        let filter = match level {
+            PFC_LOG_OFF => LevelFilter::Off,
+            PFC_LOG_ERROR => LevelFilter::Error,
+            PFC_LOG_WARN => LevelFilter::Warn,
+            PFC_LOG_INFO => LevelFilter::Info,
+            PFC_LOG_DEBUG => LevelFilter::Debug,
+            _ => return Err(Error::new(Status::InvalidArgument, format!("level is {level}, not PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4)"))),
+        };
+        let mut installed = true;
+        INSTALL.call_once(|| installed = log::set_logger(&Forward).is_ok());
+        if !installed {
+            return Err(Error::new(Status::Unsupported, "this program has a logger of its own: use that"));
+        }
+        *SINK.write().unwrap_or_else(|e| e.into_inner()) = function.map(|function| Sink { function, user: user as usize });
+        log::set_max_level(if function.is_some() { filter } else { LevelFilter::Off });
+        Ok(())
+    })
+}
+

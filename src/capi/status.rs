@@ -1,0 +1,121 @@
+//! Statuses, the last error, and what the library says of itself.
+
+use std::cell::RefCell;
+use std::ffi::{c_char, CStr, CString};
+
+use crate::Error;
+
+/// PFC_OK or one of PFC_ERROR_*.
+pub type pfc_status = i32;
+
+/// Success.
+pub const PFC_OK: pfc_status = 0;
+/// An argument, an option or the order of calls is wrong; the message names it.
+pub const PFC_ERROR_INVALID_ARGUMENT: pfc_status = 1;
+/// Not in this build, on this machine, or not yet; the message says which.
+pub const PFC_ERROR_UNSUPPORTED: pfc_status = 2;
+/// Memory could not be had; the message names the bytes.
+pub const PFC_ERROR_OUT_OF_MEMORY: pfc_status = 3;
+/// The device failed.
+pub const PFC_ERROR_DEVICE: pfc_status = 4;
+/// The communicator failed on this rank; a custom one's own code is in the message.
+pub const PFC_ERROR_COMM: pfc_status = 5;
+/// Another rank failed; the message names it and its status.
+pub const PFC_ERROR_REMOTE: pfc_status = 6;
+/// A collective waited longer than pfc_comm_set_timeout allows; the message names it and, where known, the missing rank.
+pub const PFC_ERROR_TIMEOUT: pfc_status = 7;
+/// The communicator had been aborted.
+pub const PFC_ERROR_ABORTED: pfc_status = 8;
+/// Reading or writing a file failed.
+pub const PFC_ERROR_IO: pfc_status = 9;
+/// A file's contents are damaged.
+pub const PFC_ERROR_CORRUPT: pfc_status = 10;
+/// The ranks disagree: options, steps, operations or sizes; the message names rank, field and values.
+pub const PFC_ERROR_MISMATCH: pfc_status = 11;
+/// A label is out of range; the message names row, value and rank. Nothing was updated.
+pub const PFC_ERROR_LABEL: pfc_status = 12;
+/// An embedding or a sum is NaN or infinite; the message names row and rank. Nothing was updated.
+pub const PFC_ERROR_NOT_FINITE: pfc_status = 13;
+/// An earlier failure left the handle unusable: free it and load a checkpoint.
+pub const PFC_ERROR_POISONED: pfc_status = 14;
+/// The handle belongs to the parent of this process.
+pub const PFC_ERROR_FORKED: pfc_status = 15;
+/// A bug in the library: it panicked, the handle is poisoned and its communicator aborted.
+pub const PFC_ERROR_PANIC: pfc_status = 16;
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::new(CString::default());
+}
+
+/// Remembers the error for pfc_last_error and gives its status.
+pub(super) fn fail(error: &Error) -> pfc_status {
+    let text = error.message.replace('\0', "?");
+    LAST_ERROR.with(|last| *last.borrow_mut() = CString::new(text).unwrap_or_default());
+    error.status as pfc_status
+}
+
+/// The library's version: major << 16 | minor << 8 | patch. Any thread.
+#[no_mangle]
+pub extern "C" fn pfc_version() -> u32 {
+    let part = |text: &str| text.parse::<u32>().unwrap_or(0);
+    part(env!("CARGO_PKG_VERSION_MAJOR")) << 16 | part(env!("CARGO_PKG_VERSION_MINOR")) << 8 | part(env!("CARGO_PKG_VERSION_PATCH"))
+}
+
+/// Version, commit, target and the backends in this build, as one line of text that lives for ever. Any thread.
+#[no_mangle]
+pub extern "C" fn pfc_build_info() -> *const c_char {
+    concat!("partialfc ", env!("CARGO_PKG_VERSION"), " (", env!("PFC_COMMIT"), ", ", env!("PFC_TARGET"), ") devices: cpu; communicators: self threads custom\0")
+        .as_ptr()
+        .cast()
+}
+
+/// The name of a status, such as "PFC_ERROR_LABEL"; "PFC_ERROR_UNKNOWN" for a number that is none. Lives for ever. Any thread.
+#[no_mangle]
+pub extern "C" fn pfc_status_name(status: pfc_status) -> *const c_char {
+    let name: &CStr = match status {
+        PFC_OK => c"PFC_OK",
+        PFC_ERROR_INVALID_ARGUMENT => c"PFC_ERROR_INVALID_ARGUMENT",
+        PFC_ERROR_UNSUPPORTED => c"PFC_ERROR_UNSUPPORTED",
+        PFC_ERROR_OUT_OF_MEMORY => c"PFC_ERROR_OUT_OF_MEMORY",
+        PFC_ERROR_DEVICE => c"PFC_ERROR_DEVICE",
+        PFC_ERROR_COMM => c"PFC_ERROR_COMM",
+        PFC_ERROR_REMOTE => c"PFC_ERROR_REMOTE",
+        PFC_ERROR_TIMEOUT => c"PFC_ERROR_TIMEOUT",
+        PFC_ERROR_ABORTED => c"PFC_ERROR_ABORTED",
+        PFC_ERROR_IO => c"PFC_ERROR_IO",
+        PFC_ERROR_CORRUPT => c"PFC_ERROR_CORRUPT",
+        PFC_ERROR_MISMATCH => c"PFC_ERROR_MISMATCH",
+        PFC_ERROR_LABEL => c"PFC_ERROR_LABEL",
+        PFC_ERROR_NOT_FINITE => c"PFC_ERROR_NOT_FINITE",
+        PFC_ERROR_POISONED => c"PFC_ERROR_POISONED",
+        PFC_ERROR_FORKED => c"PFC_ERROR_FORKED",
+        PFC_ERROR_PANIC => c"PFC_ERROR_PANIC",
+        _ => c"PFC_ERROR_UNKNOWN",
+    };
+    name.as_ptr()
+}
+
+/// The text of this thread's last error, or "". Valid until this thread's next failing call.
+#[no_mangle]
+pub extern "C" fn pfc_last_error() -> *const c_char {
+    LAST_ERROR.with(|last| last.borrow().as_ptr())
+}
+
+/// Copies the text of this thread's last error, cut to `size` bytes with its terminating zero. For managed languages.
+///
+/// @param buffer where to, or NULL to ask for the size
+/// @param size bytes at buffer
+/// @return the bytes of the whole text with its terminating zero
+#[no_mangle]
+pub unsafe extern "C" fn pfc_last_error_copy(buffer: *mut c_char, size: u64) -> u64 {
+    LAST_ERROR.with(|last| {
+        let last = last.borrow();
+        let text = last.as_bytes_with_nul();
+        if !buffer.is_null() && size > 0 {
+            let kept = (text.len() - 1).min(size as usize - 1);
+            std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), kept);
+            *buffer.add(kept) = 0;
+        }
+        text.len() as u64
+    })
+}

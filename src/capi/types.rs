@@ -1,0 +1,510 @@
+//! The structs that callers fill: matrices, options, and how their sizes are judged.
+
+use std::ffi::c_char;
+
+use super::status::pfc_status;
+use super::{boundary, Status};
+use crate::margin::{Margin, MarginGradient};
+use crate::matrix::{DType, Matrix};
+use crate::optimizer::{Adamw, Optimizer, Sgd};
+use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
+use crate::{ensure, error, Error, Result};
+
+/// 32-bit float.
+pub const PFC_F32: i32 = 1;
+/// 16-bit float (IEEE half).
+pub const PFC_F16: i32 = 2;
+/// bfloat16.
+pub const PFC_BF16: i32 = 3;
+/// 64-bit float; in collectives only.
+pub const PFC_F64: i32 = 4;
+/// 32-bit signed integer; in collectives only.
+pub const PFC_I32: i32 = 5;
+/// 64-bit signed integer; in collectives only.
+pub const PFC_I64: i32 = 6;
+
+/// Each class centre lives on one rank.
+pub const PFC_PLACEMENT_SHARDED: i32 = 1;
+/// Every rank holds all class centres.
+pub const PFC_PLACEMENT_REPLICATED: i32 = 2;
+
+/// The derivative of the margin's formula.
+pub const PFC_MARGIN_GRADIENT_EXACT: i32 = 1;
+/// 1, as the reference implementation has had it since 2022-12.
+pub const PFC_MARGIN_GRADIENT_STRAIGHT_THROUGH: i32 = 2;
+
+/// The margin's formula as it stands.
+pub const PFC_MARGIN_GUARD_OFF: i32 = 1;
+/// Beyond m1 * theta + m2 = pi the target logit goes on falling.
+pub const PFC_MARGIN_GUARD_ON: i32 = 2;
+
+/// m = momentum * m + (g + weight_decay * w); w -= lr * m.
+pub const PFC_OPTIMIZER_SGD: i32 = 1;
+/// Adam with decoupled weight decay; bias correction by the head's count of updates.
+pub const PFC_OPTIMIZER_ADAMW: i32 = 2;
+
+/// Only sampled rows move.
+pub const PFC_ROW_UPDATE_LAZY: i32 = 1;
+/// Unsampled rows also get weight decay and momentum, replayed when a row is next touched or read.
+pub const PFC_ROW_UPDATE_DENSE: i32 = 2;
+
+/// The device's own: f32 on the CPU, half on CUDA.
+pub const PFC_PRECISION_AUTO: i32 = 1;
+/// float32-accurate products.
+pub const PFC_PRECISION_F32: i32 = 2;
+/// 16-bit operands, float32 sums. CUDA only.
+pub const PFC_PRECISION_HALF: i32 = 3;
+
+/// For gather_dtype: the operand type of the device's GEMM (f32 on the CPU).
+pub const PFC_GATHER_AUTO: i32 = 0;
+
+/// W and optimizer state in the device's memory.
+pub const PFC_RESIDENCY_DEVICE: i32 = 1;
+/// W and optimizer state in host memory, sampled rows on the device.
+pub const PFC_RESIDENCY_HOST: i32 = 2;
+/// W and optimizer state in a file at storage_path.
+pub const PFC_RESIDENCY_FILE: i32 = 3;
+
+/// A matrix of the caller's, row after row. Borrowed for the call.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_matrix {
+    /// First element; may be NULL when rows is 0.
+    pub data: *mut std::ffi::c_void,
+    /// PFC_F32, PFC_F16 or PFC_BF16.
+    pub dtype: i32,
+    /// 0.
+    pub reserved: u32,
+    pub rows: u64,
+    pub cols: u64,
+    /// Elements from one row to the next, at least cols.
+    pub row_stride: u64,
+}
+
+/// What a head is. Fill with pfc_head_options_init, then set at least num_classes, embedding_dim and max_batch.
+///
+/// All ranks give the same values, storage_path, workspace_limit and residency apart.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_head_options {
+    /// sizeof(pfc_head_options), set by pfc_head_options_init.
+    pub struct_size: u64,
+    /// C, classes over all ranks; at least the number of ranks when sharded. (default: 0, must be set)
+    pub num_classes: u64,
+    /// d, elements of an embedding. (default: 0, must be set)
+    pub embedding_dim: u32,
+    /// PFC_PLACEMENT_*. (default: sharded)
+    pub placement: i32,
+    /// Share of a shard's classes that take part in a step, 0 to 1; positives always do. 1: all, 0: positives only. (default: 1)
+    pub sample_rate: f64,
+    /// Seeds the start values and the sampling. (default: 0)
+    pub seed: u64,
+    /// Largest batch on any rank, rows. (default: 0, must be set)
+    pub max_batch: u64,
+    /// s: the cosines are multiplied by it; above 0, at most 128. (default: 64)
+    pub scale: f64,
+    /// Target logit = scale * (cos(m1 * theta + m2) - m3). (default: 1)
+    pub m1: f64,
+    /// Radians, 0 to pi. (default: 0.5)
+    pub m2: f64,
+    /// 0 to 2. (default: 0)
+    pub m3: f64,
+    /// A negative's cosine above it becomes 0 (it still counts exp(0)), with no gradient. 0: off. (default: 0)
+    pub interclass_filter: f64,
+    /// PFC_MARGIN_GRADIENT_*. (default: exact)
+    pub margin_gradient: i32,
+    /// PFC_MARGIN_GUARD_*. (default: off)
+    pub margin_guard: i32,
+    /// PFC_OPTIMIZER_*. (default: sgd)
+    pub optimizer: i32,
+    /// PFC_ROW_UPDATE_*. (default: lazy)
+    pub row_update: i32,
+    /// SGD: 0 to below 1. (default: 0.9)
+    pub momentum: f64,
+    /// Per step and learning rate; SGD: added to the gradient, AdamW: decoupled. (default: 5e-4)
+    pub weight_decay: f64,
+    /// AdamW. (default: 0.9)
+    pub beta1: f64,
+    /// AdamW. (default: 0.999)
+    pub beta2: f64,
+    /// AdamW. (default: 1e-8)
+    pub epsilon: f64,
+    /// Multiplies the embeddings' gradient; the number of ranks for a trainer that averages gradients over ranks. (default: 1)
+    pub gradient_scale: f64,
+    /// Standard deviation of the class centres' start values. (default: 0.01)
+    pub init_std: f64,
+    /// Rows with this label count for nothing and may hold NaN. (default: INT64_MIN, none)
+    pub ignore_label: i64,
+    /// PFC_PRECISION_*. (default: auto)
+    pub precision: i32,
+    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. (default: auto)
+    pub gather_dtype: i32,
+    /// Storage of W; PFC_F32 is what is supported. (default: f32)
+    pub weight_dtype: i32,
+    /// Storage of the optimizer state; PFC_F32 is what is supported. (default: f32)
+    pub state_dtype: i32,
+    /// PFC_RESIDENCY_*; device is what is supported. (default: device)
+    pub residency: i32,
+    /// 0.
+    pub reserved: u32,
+    /// Bytes beside W and optimizer state. Where the softmax's numerators do not fit they are computed twice. 0: the library decides.
+    /// (default: 0)
+    pub workspace_limit: u64,
+    /// For residency file. Borrowed for pfc_head_create. (default: NULL)
+    pub storage_path: *const c_char,
+}
+
+/// Scale, margin and filter for the functions that need no head; the fields are those of pfc_head_options.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_margin {
+    /// sizeof(pfc_margin), set by pfc_margin_init.
+    pub struct_size: u64,
+    /// (default: 64)
+    pub scale: f64,
+    /// (default: 1)
+    pub m1: f64,
+    /// (default: 0.5)
+    pub m2: f64,
+    /// (default: 0)
+    pub m3: f64,
+    /// (default: 0, off)
+    pub interclass_filter: f64,
+    /// PFC_MARGIN_GRADIENT_*. (default: exact)
+    pub margin_gradient: i32,
+    /// PFC_MARGIN_GUARD_*. (default: off)
+    pub margin_guard: i32,
+}
+
+/// An optimizer for pfc_update_rows; the fields are those of pfc_head_options.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_optimizer {
+    /// sizeof(pfc_optimizer), set by pfc_optimizer_init.
+    pub struct_size: u64,
+    /// PFC_OPTIMIZER_*. (default: sgd)
+    pub kind: i32,
+    /// 0.
+    pub reserved: u32,
+    /// (default: 0.9)
+    pub momentum: f64,
+    /// (default: 5e-4)
+    pub weight_decay: f64,
+    /// (default: 0.9)
+    pub beta1: f64,
+    /// (default: 0.999)
+    pub beta2: f64,
+    /// (default: 1e-8)
+    pub epsilon: f64,
+}
+
+/// A C struct that starts with its size.
+///
+/// # Safety
+/// `repr(C)`, made of plain numbers and pointers (all-zero bytes are a value), the first field a u64 of its size.
+pub(super) unsafe trait Sized64: Copy {
+    const NAME: &'static str;
+    fn defaults() -> Self;
+}
+
+macro_rules! sized {
+    ($type:ident, $defaults:expr) => {
+        // SAFETY: repr(C), numbers and pointers only, struct_size first.
+        unsafe impl Sized64 for $type {
+            const NAME: &'static str = stringify!($type);
+            fn defaults() -> Self {
+                $defaults
+            }
+        }
+    };
+}
+pub(super) use sized;
+
+/// Smallest struct a caller may hand over: its size field.
+const SIZE_FIELD: u64 = 8;
+/// No options struct will ever be larger; a size beyond it is garbage.
+const LARGEST: u64 = 1 << 16;
+
+/// Writes defaults into the first `struct_size` bytes at `out`, and zeros where the caller's struct is longer than ours.
+pub(super) unsafe fn init_sized<T: Sized64>(out: *mut T, struct_size: u64) -> Result<()> {
+    ensure!(!out.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    check_size::<T>(struct_size)?;
+    let ours = std::mem::size_of::<T>();
+    let mut defaults = T::defaults();
+    (&mut defaults as *mut T).cast::<u64>().write(struct_size);
+    std::ptr::write_bytes(out.cast::<u8>(), 0, struct_size as usize);
+    std::ptr::copy_nonoverlapping((&defaults as *const T).cast::<u8>(), out.cast::<u8>(), ours.min(struct_size as usize));
+    Ok(())
+}
+
+/// Reads a caller's struct: fields it does not have keep their defaults; a tail we do not know must be zero.
+pub(super) unsafe fn read_sized<T: Sized64>(from: *const T) -> Result<T> {
+    ensure!(!from.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    let struct_size = from.cast::<u64>().read_unaligned();
+    check_size::<T>(struct_size)?;
+    let (ours, theirs) = (std::mem::size_of::<T>(), struct_size as usize);
+    let bytes = from.cast::<u8>();
+    if theirs > ours {
+        let tail = std::slice::from_raw_parts(bytes.add(ours), theirs - ours);
+        if let Some(at) = tail.iter().position(|&b| b != 0) {
+            return Err(error!(
+                Unsupported,
+                "{} has a field at byte {} that this library ({}) does not know: it knows {ours} bytes, the caller has {theirs}",
+                T::NAME,
+                ours + at,
+                env!("CARGO_PKG_VERSION")
+            ));
+        }
+    }
+    let mut value = T::defaults();
+    std::ptr::copy_nonoverlapping(bytes, (&mut value as *mut T).cast::<u8>(), ours.min(theirs));
+    Ok(value)
+}
+
+/// Copies a result into a caller's struct of `struct_size` bytes, which it holds already.
+pub(super) unsafe fn write_sized<T: Sized64>(out: *mut T, mut value: T) -> Result<()> {
+    ensure!(!out.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    let struct_size = out.cast::<u64>().read_unaligned();
+    check_size::<T>(struct_size)?;
+    (&mut value as *mut T).cast::<u64>().write(struct_size);
+    let bytes = std::mem::size_of::<T>().min(struct_size as usize);
+    std::ptr::copy_nonoverlapping((&value as *const T).cast::<u8>(), out.cast::<u8>(), bytes);
+    Ok(())
+}
+
+fn check_size<T: Sized64>(struct_size: u64) -> Result<()> {
+    ensure!(
+        (SIZE_FIELD..=LARGEST).contains(&struct_size),
+        InvalidArgument,
+        "{}.struct_size is {struct_size}; fill the struct with {}_init first",
+        T::NAME,
+        T::NAME
+    );
+    Ok(())
+}
+
+sized!(pfc_head_options, pfc_head_options {
+    struct_size: 0,
+    num_classes: 0,
+    embedding_dim: 0,
+    placement: PFC_PLACEMENT_SHARDED,
+    sample_rate: 1.0,
+    seed: 0,
+    max_batch: 0,
+    scale: 64.0,
+    m1: 1.0,
+    m2: 0.5,
+    m3: 0.0,
+    interclass_filter: 0.0,
+    margin_gradient: PFC_MARGIN_GRADIENT_EXACT,
+    margin_guard: PFC_MARGIN_GUARD_OFF,
+    optimizer: PFC_OPTIMIZER_SGD,
+    row_update: PFC_ROW_UPDATE_LAZY,
+    momentum: 0.9,
+    weight_decay: 5e-4,
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    gradient_scale: 1.0,
+    init_std: 0.01,
+    ignore_label: i64::MIN,
+    precision: PFC_PRECISION_AUTO,
+    gather_dtype: PFC_GATHER_AUTO,
+    weight_dtype: PFC_F32,
+    state_dtype: PFC_F32,
+    residency: PFC_RESIDENCY_DEVICE,
+    reserved: 0,
+    workspace_limit: 0,
+    storage_path: std::ptr::null(),
+});
+
+sized!(pfc_margin, {
+    let head = pfc_head_options::defaults();
+    pfc_margin {
+        struct_size: 0,
+        scale: head.scale,
+        m1: head.m1,
+        m2: head.m2,
+        m3: head.m3,
+        interclass_filter: head.interclass_filter,
+        margin_gradient: head.margin_gradient,
+        margin_guard: head.margin_guard,
+    }
+});
+
+sized!(pfc_optimizer, {
+    let head = pfc_head_options::defaults();
+    pfc_optimizer {
+        struct_size: 0,
+        kind: head.optimizer,
+        reserved: 0,
+        momentum: head.momentum,
+        weight_decay: head.weight_decay,
+        beta1: head.beta1,
+        beta2: head.beta2,
+        epsilon: head.epsilon,
+    }
+});
+
+/// Fills options with defaults; FFI users without the header's inline function pass the size of their struct.
+///
+/// @param options where to, `struct_size` bytes
+/// @param struct_size the caller's sizeof(pfc_head_options)
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_options_init_sized(options: *mut pfc_head_options, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(options, struct_size))
+}
+
+/// Fills a margin with defaults; see pfc_head_options_init_sized.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_margin_init_sized(margin: *mut pfc_margin, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(margin, struct_size))
+}
+
+/// Fills an optimizer with defaults; see pfc_head_options_init_sized.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_optimizer_init_sized(optimizer: *mut pfc_optimizer, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(optimizer, struct_size))
+}
+
+/// One of an option's constants, or an error that lists them.
+fn choose<T: Copy>(field: &str, code: i32, choices: &[(i32, T)]) -> Result<T> {
+    choices.iter().find(|choice| choice.0 == code).map(|choice| choice.1).ok_or_else(|| {
+        let known: Vec<String> = choices.iter().map(|choice| choice.0.to_string()).collect();
+        error!(InvalidArgument, "{field} is {code}; it is one of {}", known.join(", "))
+    })
+}
+
+fn storage_is_f32(field: &str, code: i32) -> Result<()> {
+    let dtype = choose(field, code, &[(PFC_F32, DType::F32), (PFC_F16, DType::F16), (PFC_BF16, DType::Bf16)])?;
+    ensure!(dtype == DType::F32, Unsupported, "{field} is {}: storage other than f32 is not supported yet", dtype.name());
+    Ok(())
+}
+
+impl pfc_margin {
+    pub(super) fn to_margin(self) -> Result<Margin> {
+        Ok(Margin {
+            scale: self.scale,
+            m1: self.m1,
+            m2: self.m2,
+            m3: self.m3,
+            interclass_filter: self.interclass_filter,
+            gradient: choose(
+                "margin_gradient",
+                self.margin_gradient,
+                &[
+                    (PFC_MARGIN_GRADIENT_EXACT, MarginGradient::Exact),
+                    (PFC_MARGIN_GRADIENT_STRAIGHT_THROUGH, MarginGradient::StraightThrough),
+                ],
+            )?,
+            guard: choose("margin_guard", self.margin_guard, &[(PFC_MARGIN_GUARD_OFF, false), (PFC_MARGIN_GUARD_ON, true)])?,
+        })
+    }
+}
+
+impl pfc_optimizer {
+    pub(super) fn to_optimizer(self) -> Result<Optimizer> {
+        choose(
+            "optimizer",
+            self.kind,
+            &[
+                (PFC_OPTIMIZER_SGD, Optimizer::Sgd(Sgd { momentum: self.momentum, weight_decay: self.weight_decay })),
+                (
+                    PFC_OPTIMIZER_ADAMW,
+                    Optimizer::Adamw(Adamw {
+                        beta1: self.beta1,
+                        beta2: self.beta2,
+                        epsilon: self.epsilon,
+                        weight_decay: self.weight_decay,
+                    }),
+                ),
+            ],
+        )
+    }
+}
+
+impl pfc_head_options {
+    /// The options as the library holds them. What no option can mean is refused here, what no head can be by `HeadOptions::check`.
+    pub(super) fn to_options(self) -> Result<HeadOptions> {
+        let margin = pfc_margin {
+            struct_size: 0,
+            scale: self.scale,
+            m1: self.m1,
+            m2: self.m2,
+            m3: self.m3,
+            interclass_filter: self.interclass_filter,
+            margin_gradient: self.margin_gradient,
+            margin_guard: self.margin_guard,
+        };
+        let optimizer = pfc_optimizer {
+            struct_size: 0,
+            kind: self.optimizer,
+            reserved: 0,
+            momentum: self.momentum,
+            weight_decay: self.weight_decay,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+        };
+        storage_is_f32("weight_dtype", self.weight_dtype)?;
+        storage_is_f32("state_dtype", self.state_dtype)?;
+        let resident = choose(
+            "residency",
+            self.residency,
+            &[(PFC_RESIDENCY_DEVICE, true), (PFC_RESIDENCY_HOST, false), (PFC_RESIDENCY_FILE, false)],
+        )?;
+        ensure!(resident, Unsupported, "residency is {}: rows outside the device's memory are not supported yet", self.residency);
+        ensure!(self.storage_path.is_null(), Unsupported, "storage_path is set: only residency file needs it, which is not supported yet");
+        ensure!(self.reserved == 0, InvalidArgument, "reserved is {}, not 0", self.reserved);
+        Ok(HeadOptions {
+            num_classes: self.num_classes,
+            embedding_dim: self.embedding_dim,
+            placement: choose(
+                "placement",
+                self.placement,
+                &[(PFC_PLACEMENT_SHARDED, Placement::Sharded), (PFC_PLACEMENT_REPLICATED, Placement::Replicated)],
+            )?,
+            sample_rate: self.sample_rate,
+            seed: self.seed,
+            max_batch: self.max_batch,
+            margin: margin.to_margin()?,
+            row_update: choose(
+                "row_update",
+                self.row_update,
+                &[(PFC_ROW_UPDATE_LAZY, RowUpdate::Lazy), (PFC_ROW_UPDATE_DENSE, RowUpdate::Dense)],
+            )?,
+            optimizer: optimizer.to_optimizer()?,
+            gradient_scale: self.gradient_scale,
+            init_std: self.init_std,
+            ignore_label: (self.ignore_label != i64::MIN).then_some(self.ignore_label),
+            precision: choose(
+                "precision",
+                self.precision,
+                &[(PFC_PRECISION_AUTO, Precision::Auto), (PFC_PRECISION_F32, Precision::F32), (PFC_PRECISION_HALF, Precision::Half)],
+            )?,
+            gather_dtype: choose(
+                "gather_dtype",
+                self.gather_dtype,
+                &[
+                    (PFC_GATHER_AUTO, None),
+                    (PFC_F32, Some(DType::F32)),
+                    (PFC_F16, Some(DType::F16)),
+                    (PFC_BF16, Some(DType::Bf16)),
+                ],
+            )?,
+            workspace_limit: self.workspace_limit,
+        })
+    }
+}
+
+/// A matrix argument: its pointer, element type and shape checked against `cols`.
+pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
+    ensure!(!matrix.is_null(), InvalidArgument, "{name} is NULL");
+    let m = *matrix;
+    let dtype = DType::from_code(m.dtype)
+        .ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name}.dtype is {}; it is PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3)", m.dtype)))?;
+    ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved is {}, not 0", m.reserved);
+    let view = Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };
+    view.check(name, cols as usize)?;
+    Ok(view)
+}
