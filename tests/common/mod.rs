@@ -1,0 +1,7 @@
+//! What the test suites share: conformance vectors, numbers, the C interface with handles that free themselves.
+
+// Each suite uses a part of it.
+#![allow(dead_code)]
+
+pub mod numbers;
+pub mod vectors;
