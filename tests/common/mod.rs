@@ -3,5 +3,7 @@
 // Each suite uses a part of it.
 #![allow(dead_code)]
 
+pub mod ffi;
 pub mod numbers;
+pub mod ranks;
 pub mod vectors;

@@ -22,15 +22,9 @@ pub fn assert_close(what: &str, found: &[f64], truth: &[f64], tolerance: f64) {
     if error <= tolerance {
         return;
     }
-    // partial_cmp: a NaN is the worst of all.
-    let worst = (0..found.len()).max_by(|&a, &b| {
-        let off = |i: usize| (found[i] - truth[i]).abs();
-        if off(a).is_nan() {
-            std::cmp::Ordering::Greater
-        } else {
-            off(a).partial_cmp(&off(b)).unwrap_or(std::cmp::Ordering::Less)
-        }
-    });
+    // total_cmp puts NaN last: it is the worst of all.
+    let off = |at: usize| (found[at] - truth[at]).abs();
+    let worst = (0..found.len()).max_by(|&a, &b| off(a).total_cmp(&off(b)));
     let at = worst.unwrap_or(0);
     panic!(
         "{what}: relative L2 {error:.3e}, allowed {tolerance:.1e}; worst at element {at}: {:e}, expected {:e}",
