@@ -6,4 +6,5 @@
 pub mod ffi;
 pub mod numbers;
 pub mod ranks;
+pub mod training;
 pub mod vectors;

@@ -63,7 +63,7 @@ impl Vectors {
 
     /// `rank{rank}.{name}`, f32.
     pub fn rows(&self, rank: usize, name: &str) -> Vec<f32> {
-        self.tensor(&format!("rank{rank}.{name}"), Dtype::F32, |b| f32::from_le_bytes(b))
+        self.tensor(&format!("rank{rank}.{name}"), Dtype::F32, f32::from_le_bytes)
     }
 
     /// The same over all ranks, in shard order.
