@@ -2,7 +2,7 @@
 
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 
-use crate::common::ffi::{options, Device, Head, Rows};
+use crate::common::ffi::{options, Device, Head, Rows, LEAST};
 use crate::common::numbers::{assert_close, relative_l2};
 use crate::common::ranks::on_ranks;
 use crate::common::training::{assert_same_bits, batch_rows, learning_rate, train, train_step, Batch, Trace, ADAMW};
@@ -38,7 +38,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads_when_numerators_are_recomputed() {
     for options in kinds(3001, 37, 33) {
-        let options = HeadOptions { workspace_limit: 1, ..options };
+        let options = HeadOptions { workspace_limit: LEAST, ..options };
         let one = on_ranks(1, |place| train(place, &options, 1, 2));
         for threads in [2, 3] {
             let found = on_ranks(1, |place| train(place, &options, threads, 2));
@@ -50,7 +50,7 @@ fn bits_do_not_depend_on_the_number_of_threads_when_numerators_are_recomputed() 
 #[test]
 fn recomputed_numerators_give_what_kept_ones_give() {
     for kept in kinds(1501, 24, 21) {
-        let recomputed = HeadOptions { workspace_limit: 1, ..kept.clone() };
+        let recomputed = HeadOptions { workspace_limit: LEAST, ..kept.clone() };
         let expected = on_ranks(2, |place| train(place, &kept, 2, 1));
         let found = on_ranks(2, |place| train(place, &recomputed, 2, 1));
         for (rank, (f, e)) in found.iter().zip(&expected).enumerate() {
