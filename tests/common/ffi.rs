@@ -155,7 +155,7 @@ pub struct Rows {
 const MARK: f32 = 7.25;
 
 impl Rows {
-    /// Rounds to the type's nearest even.
+    /// Rounds to f32, then to the type's nearest even: `from_f64` of the half crate looks at a part of the f64 only.
     pub fn new(values: &[f64], cols: usize, dtype: DType, padding: usize) -> Rows {
         let (rows, stride) = (values.len() / cols, cols + padding);
         assert_eq!(values.len(), rows * cols, "whole rows");
@@ -165,8 +165,8 @@ impl Rows {
         }
         let elements = match dtype {
             DType::F32 => Elements::F32(padded.iter().map(|&x| x as f32).collect()),
-            DType::F16 => Elements::F16(padded.iter().map(|&x| f16::from_f64(x)).collect()),
-            DType::Bf16 => Elements::Bf16(padded.iter().map(|&x| bf16::from_f64(x)).collect()),
+            DType::F16 => Elements::F16(padded.iter().map(|&x| f16::from_f32(x as f32)).collect()),
+            DType::Bf16 => Elements::Bf16(padded.iter().map(|&x| bf16::from_f32(x as f32)).collect()),
             other => panic!("no matrix holds {other:?}"),
         };
         Rows { elements, rows, cols, stride }

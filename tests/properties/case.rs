@@ -59,6 +59,7 @@ pub struct Case {
     /// Share of rows that carry ignore_label.
     pub ignored: f64,
     pub embeddings: DType,
+    pub gather: Option<DType>,
     pub grads: DType,
     pub padding: usize,
     pub loss_weight: f64,
@@ -115,8 +116,16 @@ impl Case {
             init_std: 0.01,
             ignore_label: self.ignore_label,
             precision: Precision::Auto,
-            gather_dtype: None,
+            gather_dtype: self.gather,
             workspace_limit: self.workspace_limit,
+        }
+    }
+
+    /// The embeddings as the arithmetic sees them: those of a sharded head have travelled in `gather_dtype`.
+    pub fn travelled(&self, embeddings: &Rows) -> Vec<f64> {
+        match (self.placement, self.gather) {
+            (Placement::Sharded, Some(dtype)) => Rows::new(&embeddings.values(), self.dim, dtype, 0).values(),
+            _ => embeddings.values(),
         }
     }
 
@@ -237,6 +246,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
         prop_oneof![Just(None), Just(Some(-1)), Just(Some(i64::MAX)), Just(Some(1000))],
         prop_oneof![2 => 0.0..=0.5, 1 => Just(1.0)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
+        prop_oneof![3 => Just(None), 1 => prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::Bf16)].prop_map(Some)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
         prop_oneof![Just(0usize), 1..=5usize],
     );
@@ -253,7 +263,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
         let (seed, classes, dim, batches, placement, rate, given_sample) = shape;
         let (scale, m1, m2, m3, filter, gradient, guard) = margin;
         let (adamw, momentum, weight_decay, row_update, pace) = update;
-        let (labels, ignore_label, ignored, embeddings, grads, padding) = rows;
+        let (labels, ignore_label, ignored, embeddings, gather, grads, padding) = rows;
         let (loss_weight, loss_scale, gradient_scale) = factors;
         let (calls, steps, peek, threads, workspace_limit) = run;
         let classes = classes.max(batches.len());
@@ -282,6 +292,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
             ignore_label,
             ignored,
             embeddings,
+            gather,
             grads,
             padding,
             loss_weight,
