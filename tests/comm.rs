@@ -172,7 +172,11 @@ fn a_mismatch_is_told_on_all_ranks() {
         (reduce, |rank| rank.all_reduce_in_place(&mut [1f32; 5], PFC_SUM), "count is 4 on rank 0 and 5 on rank 1"),
         (reduce, |rank| rank.all_reduce_in_place(&mut [1i32; 4], PFC_SUM), "dtype is f32 on rank 0 and i32 on rank 1"),
         (reduce, |rank| rank.all_reduce_in_place(&mut [1f32; 4], PFC_MAX), "op is sum on rank 0 and max on rank 1"),
-        (reduce, |rank| rank.reduce_scatter(&[1f32; 8], &mut [0f32; 4], PFC_SUM), "operation is all_reduce on rank 0 and reduce_scatter"),
+        (
+            reduce,
+            |rank| rank.reduce_scatter(&[1f32; 8], &mut [0f32; 4], PFC_SUM),
+            "operation is all_reduce on rank 0 and reduce_scatter",
+        ),
         (|rank| rank.broadcast(&mut [0u8; 9], 0), |rank| rank.broadcast(&mut [0u8; 9], 1), "root is 0 on rank 0 and 1 on rank 1"),
         (|rank| rank.broadcast(&mut [0u8; 9], 0), |rank| rank.broadcast(&mut [0u8; 8], 0), "bytes is 9 on rank 0 and 8 on rank 1"),
         (
@@ -301,13 +305,13 @@ fn model(step: Step, cells: &mut [Vec<i64>]) {
             values.max().unwrap()
         }
     };
-    for rank in 0..size {
+    for (rank, cells) in cells.iter_mut().enumerate() {
         match step {
-            Step::Gather(n) => (0..n * size).for_each(|i| cells[rank][i] = before[i / n][i % n]),
-            Step::Reduce(n, op, _) => (0..n).for_each(|i| cells[rank][i] = combine(i, op)),
-            Step::Scatter(n, op, true) => (rank * n..(rank + 1) * n).for_each(|i| cells[rank][i] = combine(i, op)),
-            Step::Scatter(n, op, false) => (0..n).for_each(|i| cells[rank][i] = combine(rank * n + i, op)),
-            Step::Broadcast(n, root) => cells[rank][..n].copy_from_slice(&before[root][..n]),
+            Step::Gather(n) => (0..n * size).for_each(|i| cells[i] = before[i / n][i % n]),
+            Step::Reduce(n, op, _) => (0..n).for_each(|i| cells[i] = combine(i, op)),
+            Step::Scatter(n, op, true) => (rank * n..(rank + 1) * n).for_each(|i| cells[i] = combine(i, op)),
+            Step::Scatter(n, op, false) => (0..n).for_each(|i| cells[i] = combine(rank * n + i, op)),
+            Step::Broadcast(n, root) => cells[..n].copy_from_slice(&before[root][..n]),
             Step::Barrier => (),
         }
     }
