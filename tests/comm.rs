@@ -351,51 +351,34 @@ proptest! {
     }
 }
 
-/// In a process of its own, since the child of a fork has only the thread that forked.
 #[test]
 fn a_forked_child_is_refused() {
-    const MARK: &str = "PARTIALFC_TEST_FORK";
-    if std::env::var_os(MARK).is_none() {
-        let program = std::env::current_exe().unwrap();
-        let arguments = ["--exact", "a_forked_child_is_refused", "--test-threads=1"];
-        let output = std::process::Command::new(program).args(arguments).env(MARK, "1").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-        return;
-    }
-    let rank = alone();
-    let ranks = group(2);
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        // A lock of the group's is often held at the moment of the fork.
-        let ranks = &ranks;
-        let stop = &stop;
-        for rank in ranks {
-            scope.spawn(move || {
-                let mut go_on = true;
-                while go_on {
-                    let mut votes = [i32::from(stop.load(Ordering::Relaxed))];
-                    rank.all_reduce_in_place(&mut votes, PFC_MAX).unwrap();
-                    go_on = votes[0] == 0;
-                }
-            });
-        }
-        for _ in 0..20 {
-            let child = unsafe { libc::fork() };
-            if child == 0 {
-                unsafe { libc::alarm(20) };
-                let forked = [&rank, &ranks[0]].map(|rank| unsafe { pfc_comm_barrier(rank.handle()) }) == [PFC_ERROR_FORKED; 2];
-                unsafe {
+    in_a_process_of_its_own("a_forked_child_is_refused", || {
+        let rank = alone();
+        let ranks = group(2);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // At the moment of a fork a lock of the group's may be held.
+            for rank in &ranks {
+                scope.spawn(|| {
+                    let mut votes = [0];
+                    while votes[0] == 0 {
+                        votes[0] = i32::from(stop.load(Ordering::Relaxed));
+                        rank.all_reduce_in_place(&mut votes, PFC_MAX).unwrap();
+                    }
+                });
+            }
+            for _ in 0..20 {
+                in_a_forked_child(|| unsafe {
+                    let refused = [&rank, &ranks[0]].map(|rank| pfc_comm_barrier(rank.handle())) == [PFC_ERROR_FORKED; 2];
                     pfc_comm_abort(ranks[0].handle());
                     pfc_comm_free(ranks[0].handle());
                     pfc_comm_free(rank.handle());
-                    libc::_exit(if forked { 0 } else { 1 })
-                }
+                    refused
+                });
             }
-            let mut status = 0;
-            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-            assert_eq!(status, 0, "the child's wait status");
-        }
-        stop.store(true, Ordering::Relaxed);
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(rank.barrier(), Ok(()));
     });
-    assert_eq!(rank.barrier(), Ok(()));
 }

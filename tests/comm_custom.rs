@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use partialfc::capi::comm::*;
 use partialfc::capi::status::*;
@@ -28,6 +28,9 @@ struct HubState {
 }
 
 const HUB_ABORTED: i32 = 99;
+
+/// What a slow function adds.
+const SLEEP: Duration = Duration::from_millis(60);
 
 impl Hub {
     fn exchange(&self, rank: usize, block: &[u8]) -> Result<Arc<Vec<Vec<u8>>>, i32> {
@@ -73,7 +76,7 @@ struct Context {
 impl Context {
     fn enter(&self) -> Result<(), i32> {
         if self.sleep.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(60));
+            std::thread::sleep(SLEEP);
         }
         if self.hang.load(Ordering::SeqCst) {
             let mut state = self.hub.state.lock().unwrap();
@@ -187,9 +190,12 @@ unsafe extern "C" fn barrier(ctx: *mut c_void) -> i32 {
 
 unsafe extern "C" fn abort(ctx: *mut c_void) {
     let context = context(ctx);
-    context.aborts.fetch_add(1, Ordering::SeqCst);
     context.hub.state.lock().unwrap().aborted = true;
     context.hub.changed.notify_all();
+    if context.sleep.load(Ordering::SeqCst) {
+        std::thread::sleep(SLEEP);
+    }
+    context.aborts.fetch_add(1, Ordering::SeqCst);
 }
 
 unsafe extern "C" fn async_error(ctx: *mut c_void) -> i32 {
@@ -362,6 +368,7 @@ fn an_error_behind_the_scenes_is_asked_for_first() {
 fn a_function_that_never_returns_is_stopped() {
     let contexts = contexts(3);
     contexts.iter().for_each(|context| context.hang.store(true, Ordering::SeqCst));
+    contexts[0].sleep.store(true, Ordering::SeqCst); // Its abort is at work when the operation returns; free waits for it.
     let ranks = make(&contexts, full);
     ranks[0].set_timeout(Duration::from_millis(50));
     let outcome = ranks[0].all_gather(&[1u8], &mut [0u8; 3]);
@@ -379,13 +386,17 @@ fn a_function_that_never_returns_is_stopped() {
 fn every_rank_has_a_watchdog() {
     let alone: Vec<Vec<Context>> = (0..3).map(|_| contexts(1)).collect();
     let ranks: Vec<Rank> = alone.iter().map(|contexts| make(contexts, full).remove(0)).collect();
+    // Slow, so that the watchdogs sleep towards a deadline that is far off when the next one is set.
+    alone.iter().for_each(|contexts| contexts[0].sleep.store(true, Ordering::SeqCst));
     together(&ranks, |rank| assert_eq!(rank.barrier(), Ok(())));
     alone.iter().for_each(|contexts| contexts[0].hang.store(true, Ordering::SeqCst));
+    let start = Instant::now();
     let outcomes = together(&ranks, |rank| {
         rank.set_timeout(Duration::from_millis(30));
         rank.all_reduce_in_place(&mut [1f64; 2], PFC_MAX)
     });
     outcomes.iter().for_each(|outcome| assert_failed(outcome, PFC_ERROR_TIMEOUT, &["all_reduce #2 did not finish within 30 ms"]));
+    assert!(start.elapsed() < LONG / 2);
 }
 
 #[test]
@@ -417,4 +428,24 @@ fn abort_from_another_thread_stops_a_function() {
     assert_eq!(contexts[0].aborts.load(Ordering::SeqCst), 1, "once, however often the library is asked");
     drop(ranks);
     assert!(contexts.iter().all(|context| context.frees.load(Ordering::SeqCst) == 1));
+}
+
+#[test]
+fn a_forked_child_calls_none_of_the_functions() {
+    in_a_process_of_its_own("a_forked_child_calls_none_of_the_functions", || {
+        let contexts = contexts(1);
+        let ranks = make(&contexts, full);
+        assert_eq!(ranks[0].barrier(), Ok(()));
+        contexts[0].code.store(1, Ordering::SeqCst);
+        in_a_forked_child(|| unsafe {
+            let refused = pfc_comm_barrier(ranks[0].handle()) == PFC_ERROR_FORKED;
+            pfc_comm_abort(ranks[0].handle());
+            pfc_comm_free(ranks[0].handle());
+            // Freeing has no status; a failure in it would have replaced the text.
+            let untouched = last_error().contains("was made in process");
+            refused && untouched && contexts[0].aborts.load(Ordering::SeqCst) + contexts[0].frees.load(Ordering::SeqCst) == 0
+        });
+        contexts[0].code.store(0, Ordering::SeqCst);
+        assert_eq!(ranks[0].barrier(), Ok(()));
+    });
 }

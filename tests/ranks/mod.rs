@@ -255,3 +255,31 @@ fn copies(rank: &Rank, count: usize) {
         assert_eq!(data, block(root).collect::<Vec<u8>>(), "broadcast from {root} to rank {me} of {size}");
     }
 }
+
+/// Runs a test's body in a process of its own: the child of a fork has only the thread that forked, so no other test may run beside.
+pub fn in_a_process_of_its_own(test: &str, body: impl FnOnce()) {
+    const MARK: &str = "PARTIALFC_TEST_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return body();
+    }
+    let program = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(program).args(["--exact", test, "--test-threads=1"]).env(MARK, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// Forks, and asserts that the child's body gave true. A child that hangs is killed.
+pub fn in_a_forked_child(body: impl FnOnce() -> bool) {
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0, "fork");
+    if child == 0 {
+        unsafe {
+            libc::alarm(20);
+            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(false);
+            libc::_exit(if good { 0 } else { 1 })
+        }
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child's wait status");
+}
