@@ -256,7 +256,8 @@ fn copies(rank: &Rank, count: usize) {
     }
 }
 
-/// Runs a test's body in a process of its own: the child of a fork has only the thread that forked, so no other test may run beside.
+/// Runs a test's body in a process of its own: the child of a fork has only the thread that forked, so no other test may run
+/// beside.
 pub fn in_a_process_of_its_own(test: &str, body: impl FnOnce()) {
     const MARK: &str = "PARTIALFC_TEST_ALONE";
     if std::env::var_os(MARK).is_some() {
