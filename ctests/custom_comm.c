@@ -236,7 +236,7 @@ int main(void) {
   for (r = 0; r < RANKS; r++) {
     same &= built_in[r].loss == custom[r].loss;
     same &= memcmp(built_in[r].centers, custom[r].centers, sizeof custom[r].centers) == 0;
-    printf("rank %d: classes %d to %d, loss %.6f with pfc_comm_threads, %.6f with our functions\n", r,
+    printf("rank %d: classes %d to %d, loss %.6f with pfc_comm_threads, %.6f with ours\n", r,
            (int)custom[r].first, (int)(custom[r].first + custom[r].count - 1), built_in[r].loss,
            custom[r].loss);
   }
