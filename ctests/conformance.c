@@ -1,5 +1,5 @@
 /*
- * Runs a conformance file (tests/vectors) through the C interface, a thread for each rank, and holds
+ * Runs a conformance file (tests/vectors) through the C interface, a thread each rank, and holds
  * what the head computes against what the reference implementation computed.
  *
  *   cc -std=c99 conformance.c -lpartialfc -lm -pthread && ./a.out tests/vectors/NAME.safetensors
@@ -52,7 +52,7 @@ static void read_file(const char *path) {
   fclose(file);
 }
 
-/* What stands behind "key": in an object; NULL if the object (up to its first }) has no such key. */
+/* What stands behind "key": in an object, which ends at its first }; NULL: no such key. */
 static const char *member(const char *object, const char *key) {
   char quoted[128];
   const char *at, *end = strchr(object, '}');
