@@ -132,8 +132,11 @@ static void missing_rank(struct rank *self) {
 
 static void different_operations(struct rank *self) {
   int32_t one = 1, sum = 0, both[RANKS];
-  self->status = self->number == 0 ? pfc_comm_all_reduce(self->comm, &one, &sum, 1, PFC_I32, PFC_SUM)
-                                   : pfc_comm_all_gather(self->comm, &one, both, sizeof one);
+  if (self->number == 0) {
+    self->status = pfc_comm_all_reduce(self->comm, &one, &sum, 1, PFC_I32, PFC_SUM);
+  } else {
+    self->status = pfc_comm_all_gather(self->comm, &one, both, sizeof one);
+  }
 }
 
 static void aborted(struct rank *self) {

@@ -26,7 +26,11 @@ fn the_committed_header_is_what_the_sources_say() {
         let line = number + 1;
         panic!("include/partialfc.h:{line} is\n  {is}\nand should be\n  {should}\nPFC_BLESS=1 cargo test --release --test header writes it");
     }
-    assert_eq!(committed.len(), fresh.len(), "include/partialfc.h has more or fewer lines than src/capi says; PFC_BLESS=1 writes it");
+    assert_eq!(
+        committed.len(),
+        fresh.len(),
+        "include/partialfc.h has more or fewer lines than src/capi says; PFC_BLESS=1 writes it"
+    );
 }
 
 #[test]
@@ -62,7 +66,8 @@ fn every_function_has_a_comment_above_it() {
     let lines: Vec<&str> = header.lines().collect();
     let mut functions = 0;
     for (number, line) in lines.iter().enumerate() {
-        let starts = !line.starts_with([' ', '/', '#', '}']) && line.contains("pfc_") && line.contains('(') && !line.starts_with("typedef");
+        let starts =
+            !line.starts_with([' ', '/', '#', '}']) && line.contains("pfc_") && line.contains('(') && !line.starts_with("typedef");
         if starts {
             functions += 1;
             assert!(lines[number - 1].starts_with("//"), "no comment above {line}");
@@ -150,7 +155,8 @@ fn body(generated: &str, source: &str) -> String {
             out += &indented(&comment(&text), indent);
         }
         out += &broken(&if line.starts_with("typedef") { line.to_owned() } else { line.replace("struct pfc_", "pfc_") });
-        if let Some(name) = line.strip_prefix("pfc_status ").and_then(|rest| rest.split_once("_init_sized(")).map(|(name, _)| name) {
+        if let Some(name) = line.strip_prefix("pfc_status ").and_then(|rest| rest.split_once("_init_sized(")).map(|(name, _)| name)
+        {
             out += &inline_init(name);
         }
     }
@@ -254,7 +260,8 @@ fn broken(line: &str) -> String {
 }
 
 fn words_after<'a>(source: &'a str, prefix: &'a str) -> impl Iterator<Item = String> + 'a {
-    source.lines().filter_map(move |line| line.strip_prefix(prefix)).map(|rest| {
-        rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
-    })
+    source
+        .lines()
+        .filter_map(move |line| line.strip_prefix(prefix))
+        .map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
 }
