@@ -351,6 +351,11 @@ void pfc_device_free(pfc_device *device);
 #define PFC_COMM_STREAM_ORDERED 4
 
 // One rank's end of a group of ranks.
+//
+// All ranks call the same collectives in the same order. A failure of one ends the communicator:
+// the other ranks get it at once where they can be told (ABORTED, naming the cause), later
+// collectives get ABORTED. That holds for a wrong argument too, since the other ranks are waiting
+// by then.
 typedef struct pfc_comm pfc_comm;
 
 // A communicator made of the caller's functions, for pfc_comm_custom. Fill with
@@ -361,8 +366,10 @@ typedef struct pfc_comm pfc_comm;
 // once; abort and error_string may be called from any thread. Counts are in elements of dtype
 // (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal
 // recv (for all_gather: recv + rank * bytes). A reduction gives the same bits on every rank. A
-// function that waits longer than pfc_comm_set_timeout has its abort called; it must then return,
-// and the pfc_ call gives TIMEOUT.
+// function that waits longer than pfc_comm_set_timeout has abort called from another thread; it
+// must then return, and the pfc_ call gives TIMEOUT. abort is called once at most, also after a
+// failure of this rank. No function may unwind (throw) or call pfc_ functions on this
+// communicator.
 typedef struct pfc_comm_ops {
   // sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
   uint64_t struct_size;
@@ -372,7 +379,8 @@ typedef struct pfc_comm_ops {
   uint32_t rank;
   // Number of ranks.
   uint32_t size;
-  // PFC_COMM_* flags. (default: PFC_COMM_HOST_MEMORY)
+  // PFC_COMM_* flags; in this version PFC_COMM_HOST_MEMORY must be there and
+  // PFC_COMM_STREAM_ORDERED must not, else UNSUPPORTED. (default: PFC_COMM_HOST_MEMORY)
   uint32_t flags;
   // 0.
   uint32_t reserved;
@@ -432,7 +440,7 @@ pfc_status pfc_comm_self(pfc_comm **out);
 
 // Makes a group of n ranks in this process; give each end to a thread of its own.
 //
-// @param n ranks, at least 1
+// @param n ranks, 1 to 4096
 // @param comms n pointers, written in rank order; free each with pfc_comm_free
 pfc_status pfc_comm_threads(uint32_t n, pfc_comm **comms);
 
@@ -502,6 +510,30 @@ pfc_status pfc_comm_broadcast(pfc_comm *comm, void *buffer, uint64_t bytes, uint
 
 // Returns once all ranks have called it. Collective; blocks.
 pfc_status pfc_comm_barrier(pfc_comm *comm);
+
+// Sums sampled gradient rows over the ranks by class id. Collective; blocks.
+//
+// Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows
+// that the ranks have for it. Sums are float32 in a fixed order, rounded once to the type of
+// rows_out. The outputs may be the inputs. In this version all memory is the host's. An error in
+// the arguments leaves the outputs alone and the communicator in use.
+//
+// @param comm the ranks
+// @param device where the rows live
+// @param ids count ids, ascending, each once; NULL when count is 0
+// @param count ids of this rank
+// @param rows at least count rows, f32, f16 or bf16; cols equal on all ranks
+// @param ids_out room for capacity ids, written; NULL on all ranks asserts that the ids are equal
+//   on all ranks
+// @param capacity ids and rows there is room for
+// @param rows_out at least capacity rows; its first *count_out are written
+// @param count_out written: ids in the union
+// @return MISMATCH on all ranks where ids should be equal and are not, or cols differ;
+//   INVALID_ARGUMENT on all ranks if the union is larger than a rank's capacity (the message
+//   names the need); INVALID_ARGUMENT for a rank's own arguments, and REMOTE on the others
+pfc_status pfc_all_reduce_rows(pfc_comm *comm, const pfc_device *device, const int64_t *ids,
+                               uint64_t count, const pfc_matrix *rows, int64_t *ids_out,
+                               uint64_t capacity, const pfc_matrix *rows_out, uint64_t *count_out);
 
 // Bytes and calls so far, this rank's.
 //
