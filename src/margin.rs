@@ -107,8 +107,8 @@ pub fn cosine(theta: f64) -> f64 {
 /// The angle between two rows, given the inverses of their norms: 2 atan2(|E^ - W^|, |E^ + W^|), in [0, pi].
 ///
 /// Unlike acos of the inner product it keeps its digits for rows that nearly agree (Kahan, "How futile are mindless assessments of
-/// roundoff", 2006, section 12). An inverse norm of 0 stands for a row without direction: pi/2, whose [`cosine`] is 0. Summed in f64, in an
-/// order fixed by the length; the same bits on every instruction set.
+/// roundoff", 2006, section 12). An inverse norm of 0 stands for a row without direction: pi/2, whose [`cosine`] is 0. Summed in
+/// f64, in an order fixed by the length; the same bits on every instruction set.
 ///
 /// # Panics
 /// If the lengths differ.

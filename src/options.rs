@@ -111,19 +111,19 @@ impl HeadOptions {
     /// The range of classes of a rank.
     pub fn shard(&self, ranks: u32, rank: u32) -> Shard {
         match self.placement {
-            Placement::Sharded => Shard::of(self.num_classes, ranks, rank),
+            Placement::Sharded => Shard::of(self.num_classes, ranks.into(), rank.into()),
             Placement::Replicated => Shard::whole(self.num_classes),
         }
     }
 
     /// What all ranks must have alike, in the order of `pfc_head_options`.
-    pub(crate) fn fields(&self) -> Vec<Field> {
+    pub(crate) fn fields(&self) -> [Field; FIELDS] {
         let margin = self.margin;
         let (kind, values) = match self.optimizer {
             Optimizer::Sgd(sgd) => (1, [sgd.momentum, sgd.weight_decay, 0.0, 0.0, 0.0]),
             Optimizer::Adamw(adamw) => (2, [0.0, adamw.weight_decay, adamw.beta1, adamw.beta2, adamw.epsilon]),
         };
-        vec![
+        [
             Field::int("num_classes", self.num_classes),
             Field::int("embedding_dim", self.embedding_dim.into()),
             Field::int("placement", self.placement as u64),

@@ -4,6 +4,7 @@
 //! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
 //! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample} of each rank.
 
+use crate::comm::remote;
 use crate::{error, Error, Result, Status};
 
 /// Elements before the labels in a block of A.
@@ -62,7 +63,6 @@ pub(crate) fn bad_sum(row: usize, rank: usize, sum: f64) -> Error {
 pub(crate) fn judge_labels(
     blocks: &[i64],
     ranks: usize,
-    rank: usize,
     own: Option<&Error>,
     num_classes: u64,
     ignore_label: Option<i64>,
@@ -79,7 +79,7 @@ pub(crate) fn judge_labels(
             code if code == Status::Label as i64 => {
                 return Err(bad_label(block(r)[HEADER] as usize, block(r)[HEADER + 1], r, num_classes));
             }
-            code => return Err(remote(r, code, rank)),
+            code => return Err(remote(r, code)),
         }
     }
     for r in 1..ranks {
@@ -102,17 +102,7 @@ pub(crate) fn judge_labels(
 
 /// The first label that is neither a class nor ignored.
 pub(crate) fn find_bad_label(labels: &[i64], num_classes: u64, ignore_label: Option<i64>) -> Option<(usize, i64)> {
-    labels
-        .iter()
-        .copied()
-        .enumerate()
-        .find(|&(_, label)| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label))
-}
-
-/// The failure of another rank, as this one tells it.
-pub(crate) fn remote(failed: usize, code: i64, rank: usize) -> Error {
-    let name = Status::from_code(code).map_or("an unknown status", Status::name);
-    error!(Remote, "rank {failed} failed with {name}; its own message says why (this is rank {rank})")
+    labels.iter().copied().enumerate().find(|&(_, label)| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label))
 }
 
 /// In C only sums arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.
@@ -130,6 +120,8 @@ pub(crate) fn judge_errors(errors: f32, rank: usize) -> Result<()> {
             let failed = (errors - ONE_ERROR) as usize - 1;
             Err(error!(Remote, "rank {failed} failed in its forward; its own message says why (this is rank {rank})"))
         }
-        several => Err(error!(Remote, "about {several} ranks failed in their forward; their messages say why (this is rank {rank})")),
+        several => {
+            Err(error!(Remote, "about {several} ranks failed in their forward; their messages say why (this is rank {rank})"))
+        }
     }
 }

@@ -29,8 +29,8 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     philox_lanes::<1>(counter.map(|word| [u64::from(word)]), key).map(|word| word[0] as u32)
 }
 
-/// Philox of `N` counters side by side. Words travel in the low halves of u64 lanes, where the instruction that multiplies them wants
-/// them; the high halves of arguments must be 0, those of results are arbitrary.
+/// Philox of `N` counters side by side. Words travel in the low halves of u64 lanes, where the instruction that multiplies them
+/// wants them; the high halves of arguments must be 0, those of results are arbitrary.
 #[inline(always)]
 fn philox_lanes<const N: usize>(counter: [[u64; N]; 4], key: [u32; 2]) -> [[u64; N]; 4] {
     const LOW: u64 = 0xffff_ffff;
@@ -60,8 +60,8 @@ fn sample_words(step: u64) -> [u32; 2] {
     [low, high.wrapping_add(Purpose::Sample.word())]
 }
 
-/// The sample key of a class (its global id) at a step: word c mod 4 of Philox with key = seed and counter = (lo, hi of c / 4, step lo,
-/// step hi + (purpose << 24)).
+/// The sample key of a class (its global id) at a step: word c mod 4 of Philox with key = seed and counter = (lo, hi of c / 4, step
+/// lo, step hi + (purpose << 24)).
 pub fn sample_key(seed: u64, step: u64, class: u64) -> u32 {
     let ([low, high], [step_low, step_high]) = (halves(class / 4), sample_words(step));
     philox([low, high, step_low, step_high], halves(seed))[(class % 4) as usize]
@@ -97,9 +97,9 @@ fn sample_keys_body(seed: u64, step: u64, first: u64, keys: &mut [u32]) {
 
 /// Start values of one class centre: normal with mean 0 and standard deviation `std`, a pure function of (seed, class, column).
 ///
-/// Columns 4k to 4k + 3 come from Philox with key = seed and counter = (class lo, class hi, k, purpose << 24): its words, in pairs, through
-/// Box and Muller. No value is beyond 6.67 standard deviations. Only additions, multiplications, square roots and integer operations
-/// are used, each rounded once, so that any machine gives the same bits.
+/// Columns 4k to 4k + 3 come from Philox with key = seed and counter = (class lo, class hi, k, purpose << 24): its words, in pairs,
+/// through Box and Muller. No value is beyond 6.67 standard deviations. Only additions, multiplications, square roots and integer
+/// operations are used, each rounded once, so that any machine gives the same bits.
 pub fn start_values(seed: u64, class: u64, std: f64, row: &mut [f32]) {
     start_values_on(Simd::best(), seed, class, std, row)
 }

@@ -6,11 +6,12 @@
 pub struct Simd(Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[doc(hidden)]
-pub enum Level {
-    /// x86-64 with AVX-512 F, VL, BW, DQ and FMA.
+pub(crate) enum Level {
+    /// AVX-512 F, VL, BW, DQ and what is below.
+    #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// x86-64 with AVX2 and FMA.
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// What the crate is compiled for.
     Portable,
@@ -49,9 +50,17 @@ impl Simd {
         all
     }
 
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Avx512 => "avx512",
+            Level::Avx2 => "avx2",
+            Level::Portable => "portable",
+        }
+    }
+
     #[inline]
-    #[doc(hidden)]
-    pub fn level(self) -> Level {
+    pub(crate) fn level(self) -> Level {
         self.0
     }
 }
@@ -85,7 +94,10 @@ macro_rules! clones {
         clones! { @make [$(#[$meta])*] [$vis] $name [$($arg: $type),*] [$(-> $ret)?] [$body] [$body] }
     };
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? = $body:ident::<FMA>;) => {
-        clones! { @make [$(#[$meta])*] [$vis] $name [$($arg: $type),*] [$(-> $ret)?] [$body::<true>] [$body::<{ $crate::simd::PORTABLE_FMA }>] }
+        clones! {
+            @make [$(#[$meta])*] [$vis] $name [$($arg: $type),*] [$(-> $ret)?]
+            [$body::<true>] [$body::<{ $crate::simd::PORTABLE_FMA }>]
+        }
     };
     (@make [$($meta:tt)*] [$vis:vis] $name:ident [$($arg:ident: $type:ty),*] [$($ret:tt)*] [$($wide:tt)*] [$($portable:tt)*]) => {
         $($meta)*
@@ -107,7 +119,7 @@ macro_rules! clones {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
-                _ => $($portable)*($($arg),*),
+                $crate::simd::Level::Portable => $($portable)*($($arg),*),
             }
         }
     };

@@ -6,8 +6,9 @@ use crate::memory::{Buffer, Parts};
 use crate::optimizer::{History, Optimizer, Replay, StepRule};
 use crate::options::{HeadOptions, RowUpdate};
 use crate::random;
+use crate::sample::Parallel;
 use crate::shard::Shard;
-use crate::{ensure, Result};
+use crate::{ensure, error, Result};
 
 /// Learning rates are looked over for ones no row needs any more when their number has doubled, and not below this.
 const SHORTEST_HISTORY: usize = 1024;
@@ -42,12 +43,12 @@ pub(crate) struct Rows<'a> {
 
 impl Table {
     /// Start values for all rows of the shard; `parallel` runs tasks on several threads.
-    pub fn new(options: &HeadOptions, shard: Shard, parallel: &crate::sample::Parallel<'_>) -> Result<Table> {
+    pub fn new(options: &HeadOptions, shard: Shard, parallel: &Parallel) -> Result<Table> {
         let dim = options.embedding_dim as usize;
         let rows = shard.rows as usize;
-        let elements = rows.checked_mul(dim).ok_or_else(|| {
-            crate::error!(OutOfMemory, "class centres: {rows} x {dim} elements are more than the address space")
-        })?;
+        let elements = rows
+            .checked_mul(dim)
+            .ok_or_else(|| error!(OutOfMemory, "class centres: {rows} x {dim} elements are more than the address space"))?;
         let dense = options.row_update == RowUpdate::Dense;
         let second = options.optimizer.state_tensors() > 1;
         let mut table = Table {
@@ -75,6 +76,10 @@ impl Table {
         Ok(table)
     }
 
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
     pub fn updates(&self) -> u64 {
         self.updates
     }
@@ -85,7 +90,8 @@ impl Table {
 
     /// What brings rows of any age to now; made once, before rows are read.
     pub fn replay(&self) -> Replay {
-        Replay::new(&self.optimizer, &self.history, self.updates)
+        // Lazy rows keep no history: theirs is the replay of nothing.
+        Replay::new(&self.optimizer, &self.history, self.history.updates())
     }
 
     /// Copies row `row` (from the shard's first) into `out` as it is now; `spare` holds two rows.
@@ -124,10 +130,10 @@ impl Table {
         self.updates += 1;
         if self.dense() {
             self.history.push(learning_rate);
-            if self.history.len() >= self.trim_at {
+            if self.history.rates().len() >= self.trim_at {
                 let oldest = self.last.iter().copied().min().unwrap_or(self.updates);
                 self.history.trim(oldest);
-                self.trim_at = (2 * self.history.len()).max(SHORTEST_HISTORY);
+                self.trim_at = (2 * self.history.rates().len()).max(SHORTEST_HISTORY);
             }
         }
     }

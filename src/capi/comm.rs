@@ -59,7 +59,9 @@ pub struct pfc_comm_ops {
     /// 0.
     pub reserved: u32,
     /// Mandatory. Gathers `bytes` bytes from every rank into size * bytes at recv, in rank order.
-    pub all_gather: Option<unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32>,
+    pub all_gather: Option<
+        unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32,
+    >,
     /// Mandatory. Combines count elements over the ranks into recv of every rank.
     pub all_reduce: Option<
         unsafe extern "C" fn(
@@ -85,7 +87,8 @@ pub struct pfc_comm_ops {
         ) -> i32,
     >,
     /// NULL: built from all_gather. Copies root's bytes to all ranks.
-    pub broadcast: Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
+    pub broadcast:
+        Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
     /// NULL: built from all_gather.
     pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
     /// NULL: a function that never returns cannot be stopped. Makes running and later operations return an error, from any thread.
@@ -98,23 +101,26 @@ pub struct pfc_comm_ops {
     pub free: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
 }
 
-sized!(pfc_comm_ops, pfc_comm_ops {
-    struct_size: 0,
-    ctx: std::ptr::null_mut(),
-    rank: 0,
-    size: 0,
-    flags: PFC_COMM_HOST_MEMORY,
-    reserved: 0,
-    all_gather: None,
-    all_reduce: None,
-    reduce_scatter: None,
-    broadcast: None,
-    barrier: None,
-    abort: None,
-    async_error: None,
-    error_string: None,
-    free: None,
-});
+sized!(
+    pfc_comm_ops,
+    pfc_comm_ops {
+        struct_size: 0,
+        ctx: std::ptr::null_mut(),
+        rank: 0,
+        size: 0,
+        flags: PFC_COMM_HOST_MEMORY,
+        reserved: 0,
+        all_gather: None,
+        all_reduce: None,
+        reduce_scatter: None,
+        broadcast: None,
+        barrier: None,
+        abort: None,
+        async_error: None,
+        error_string: None,
+        free: None,
+    }
+);
 
 /// Bytes and calls by operation since the communicator was made.
 ///
@@ -225,7 +231,10 @@ pub unsafe extern "C" fn pfc_comm_nccl(
         required("id", id)?;
         required("device", device)?;
         output("out", out)?;
-        Err(error!(Unsupported, "NCCL is not in this build (asked for rank {rank} of {size}): use pfc_comm_threads or pfc_comm_custom"))
+        Err(error!(
+            Unsupported,
+            "NCCL is not in this build (asked for rank {rank} of {size}): use pfc_comm_threads or pfc_comm_custom"
+        ))
     })
 }
 
@@ -259,7 +268,12 @@ pub unsafe extern "C" fn pfc_comm_size(comm: *const pfc_comm) -> u32 {
 /// @param recv size * bytes bytes
 /// @param bytes bytes of one block, equal on all ranks
 #[no_mangle]
-pub unsafe extern "C" fn pfc_comm_all_gather(comm: *mut pfc_comm, send: *const c_void, recv: *mut c_void, bytes: u64) -> pfc_status {
+pub unsafe extern "C" fn pfc_comm_all_gather(
+    comm: *mut pfc_comm,
+    send: *const c_void,
+    recv: *mut c_void,
+    bytes: u64,
+) -> pfc_status {
     collective(comm, |comm| {
         comm.or_abort(buffers(comm, send, recv, bytes))?;
         comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, std::ptr::null_mut())
@@ -407,7 +421,8 @@ fn reduction(
     buffers(comm, send, recv, count)?;
     let rank = comm.rank();
     let types = "PFC_F32 (1), PFC_F64 (4), PFC_I32 (5) or PFC_I64 (6)";
-    let element = DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype} on rank {rank}; it is {types}"))?;
+    let element =
+        DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype} on rank {rank}; it is {types}"))?;
     let op = ReduceOp::from_code(op)
         .ok_or_else(|| error!(InvalidArgument, "op is {op} on rank {rank}; it is PFC_SUM (1) or PFC_MAX (2)"))?;
     Ok((element, op))

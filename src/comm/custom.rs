@@ -97,7 +97,8 @@ impl Custom {
         ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_HOST_MEMORY is needed");
         let ordered = flags & STREAM_ORDERED != 0;
         ensure!(!ordered, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs a CUDA build");
-        let missing = |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
+        let missing =
+            |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
         let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
         let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
         let table = Table { ops, watch: Mutex::default(), changed: Condvar::new() };
@@ -256,7 +257,15 @@ impl Transport for Custom {
         self.operate(call, || self.gather(send, recv, bytes, call))
     }
 
-    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Result<()> {
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
         self.operate(call, || self.reduce(send, recv, count, dtype, op, call))
     }
 

@@ -107,11 +107,26 @@ pub trait Transport: Send + Sync {
     /// `recv + rank * bytes`.
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()>;
     /// Combines `count` elements over the ranks; every rank gets the result. `send` may be `recv`.
-    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Result<()>;
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()>;
     /// Combines `size * count` elements over the ranks; rank r gets elements `r * count ..`, `count` of them. `recv` may be
     /// element `rank * count` of `send`.
-    unsafe fn reduce_scatter(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call)
-        -> Result<()>;
+    unsafe fn reduce_scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()>;
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()>;
     fn barrier(&self, call: &Call) -> Result<()>;
@@ -274,7 +289,9 @@ impl Communicator {
             self.apart((send as usize, total), (recv as usize, bytes), recv as usize == own, "recv is not send + rank * count")?;
             Ok(total)
         });
-        self.run(Operation::ReduceScatter, checked, stream, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
+        self.run(Operation::ReduceScatter, checked, stream, |call| {
+            self.transport.reduce_scatter(send, recv, count, dtype, op, call)
+        })
     }
 
     /// # Safety
@@ -295,7 +312,9 @@ impl Communicator {
     pub fn all_gather<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         assert_eq!(recv.len(), send.len() * self.size() as usize, "all_gather of {} elements", send.len());
         // SAFETY: both are host slices of plain numbers, of the sizes the operation reads and writes.
-        unsafe { self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), std::ptr::null_mut()) }
+        unsafe {
+            self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), std::ptr::null_mut())
+        }
     }
 
     /// Combines host memory over the ranks, in place.
@@ -313,7 +332,12 @@ impl Communicator {
     fn product(&self, name: &str, count: usize, element: usize) -> Result<usize> {
         let total = count.checked_mul(element).and_then(|n| n.checked_mul(self.size() as usize));
         total.filter(|&n| n <= isize::MAX as usize).ok_or_else(|| {
-            error!(InvalidArgument, "{name} is {count} on rank {}: more than the address space, over {} ranks", self.rank(), self.size())
+            error!(
+                InvalidArgument,
+                "{name} is {count} on rank {}: more than the address space, over {} ranks",
+                self.rank(),
+                self.size()
+            )
         })
     }
 

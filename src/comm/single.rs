@@ -29,7 +29,15 @@ impl Transport for Single {
         Ok(())
     }
 
-    unsafe fn reduce_scatter(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, _: ReduceOp, _: &Call) -> Result<()> {
+    unsafe fn reduce_scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        _: ReduceOp,
+        _: &Call,
+    ) -> Result<()> {
         copy(send, recv, count * dtype.size());
         Ok(())
     }

@@ -196,7 +196,8 @@ impl ThreadEnd {
         match meeting.first {
             None => meeting.first = Some((self.rank, request)),
             Some((rank, first)) if !first.same(&request) => {
-                let (low, high) = if rank < self.rank { ((rank, first), (self.rank, request)) } else { ((self.rank, request), (rank, first)) };
+                let (low, high) =
+                    if rank < self.rank { ((rank, first), (self.rank, request)) } else { ((self.rank, request), (rank, first)) };
                 let cause = match low.1.difference(&high.1) {
                     Some((field, a, b)) => error!(Mismatch, "{field} is {a} on rank {} and {b} on rank {}", low.0, high.0),
                     None => error!(Mismatch, "ranks {} and {} differ", low.0, high.0),
@@ -347,7 +348,15 @@ impl Transport for ThreadEnd {
         })
     }
 
-    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Result<()> {
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
         self.reducible(dtype)?;
         self.operate(Request::elements(Operation::AllReduce, count, dtype, op), send, recv, call, || match dtype {
             DType::F32 => self.reduce_share::<f32>(count, op),

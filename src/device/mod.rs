@@ -17,7 +17,8 @@ use crate::options::HeadOptions;
 use crate::shard::Shard;
 use crate::{error, Result};
 
-pub(crate) use cpu::memory_needed;
+pub use cpu::Memory;
+pub(crate) use cpu::{keep_best, memory_needed, sample_capacity};
 
 /// The CPU, with a pool of `threads` threads (0: as many as this process may use).
 pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
@@ -129,6 +130,8 @@ pub trait HeadDevice: Send {
     fn sample(&mut self, step: u64, chosen: Option<&[i64]>) -> Result<()>;
     /// The ids last drawn, ascending.
     fn sample_ids(&self) -> Vec<i64>;
+    /// This rank's labels of the next step.
+    fn next_labels(&self) -> &[i64];
     /// Makes the next step's sample the current step's.
     fn begin(&mut self);
     /// Rows of this rank in the current step.
@@ -219,6 +222,8 @@ pub struct RowState<'a> {
 pub trait Device: Send + Sync {
     /// One line for people.
     fn info(&self) -> &CStr;
+    /// The process that made it: a forked child has its memory but not its threads.
+    fn process(&self) -> u32;
     /// Makes the rows (start values) and the workspace of a head.
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>>;
 

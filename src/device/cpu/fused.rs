@@ -178,7 +178,15 @@ impl<'a> Pass<'a> {
         let Shape { rows, dim, .. } = self.shape;
         let (row_pitch, batch_pitch) = (self.shape.row_pitch(), self.shape.batch_pitch());
         // [columns, rows] = W^ [columns, d] @ E^.T [d, rows]
-        gemm(columns.len(), rows, dim, (numerators, batch_pitch), (centers, row_pitch, 1), (self.embeddings_t, batch_pitch, 1), false);
+        gemm(
+            columns.len(),
+            rows,
+            dim,
+            (numerators, batch_pitch),
+            (centers, row_pitch, 1),
+            (self.embeddings_t, batch_pitch, 1),
+            false,
+        );
         for &(column, row) in self.targets.of_columns(columns) {
             numerators[(column as usize - columns.start) * batch_pitch + row as usize] = f32::NEG_INFINITY;
         }
@@ -342,27 +350,41 @@ pub(super) fn gemm(
     assert!(last(m, k, left.1, left.2) < left.0.len(), "left of {m} x {k}");
     assert!(last(k, n, right.1, right.2) < right.0.len(), "right of {k} x {n}");
     // SAFETY: the strides keep every access inside the slices, as checked above; the destination is borrowed alone.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            destination.0.as_mut_ptr(),
-            1,
-            destination.1 as isize,
-            accumulate,
-            left.0.as_ptr(),
-            left.2 as isize,
-            left.1 as isize,
-            right.0.as_ptr(),
-            right.2 as isize,
-            right.1 as isize,
-            1.0f32,
-            1.0f32,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    unsafe { gemm_into(m, n, k, (destination.0.as_mut_ptr(), destination.1), left, right, accumulate) }
+}
+
+/// [`gemm`] into memory that is not one slice of ours.
+///
+/// # Safety
+/// The strides keep every access inside the operands and the destination, of which nobody else uses these elements.
+pub(super) unsafe fn gemm_into(
+    m: usize,
+    n: usize,
+    k: usize,
+    destination: (*mut f32, usize),
+    left: (&[f32], usize, usize),
+    right: (&[f32], usize, usize),
+    accumulate: bool,
+) {
+    gemm::gemm(
+        m,
+        n,
+        k,
+        destination.0,
+        1,
+        destination.1 as isize,
+        accumulate,
+        left.0.as_ptr(),
+        left.2 as isize,
+        left.1 as isize,
+        right.0.as_ptr(),
+        right.2 as isize,
+        right.1 as isize,
+        1.0f32,
+        1.0f32,
+        false,
+        false,
+        false,
+        gemm::Parallelism::None,
+    );
 }

@@ -56,7 +56,8 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
         for (query, best) in range.zip(&mut best) {
             keep_best(best, k);
             // SAFETY: as above.
-            let (cosines, ids) = unsafe { (all_cosines.range(query * k..(query + 1) * k), all_ids.range(query * k..(query + 1) * k)) };
+            let (cosines, ids) =
+                unsafe { (all_cosines.range(query * k..(query + 1) * k), all_ids.range(query * k..(query + 1) * k)) };
             for (slot, &(cosine, id)) in best.iter().enumerate() {
                 (cosines[slot], ids[slot]) = (cosine, id);
             }

@@ -8,7 +8,7 @@ use crate::{ensure, Result};
 
 /// Bytes by purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Memory {
+pub struct Memory {
     pub weight: u64,
     pub state: u64,
     pub activation: u64,
@@ -106,4 +106,3 @@ pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, threads: usize) -
     let shard = options.shard(ranks, 0);
     Ok(Sizes::new(options, ranks, shard, threads)?.memory(options, ranks, shard))
 }
-

@@ -15,7 +15,7 @@ use crate::optimizer::Replay;
 use crate::options::Placement;
 use crate::protocol::{self, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::table::{self, Table};
-use crate::{ensure, error, Error, Result, Status};
+use crate::{error, Error, Result};
 
 /// Rows of a batch that one task normalises or finishes.
 const ROWS_A_TASK: usize = 16;
@@ -25,68 +25,68 @@ const ELSEWHERE: f32 = -2.0;
 pub(super) const IGNORED: f32 = 2.0;
 
 pub(super) struct CpuHead {
-    spec: HeadSpec,
-    pool: Arc<Pool>,
-    softmax: Softmax,
-    table: Table,
-    sizes: Sizes,
-    gather_dtype: DType,
+    pub(super) spec: HeadSpec,
+    pub(super) pool: Arc<Pool>,
+    pub(super) softmax: Softmax,
+    pub(super) table: Table,
+    pub(super) sizes: Sizes,
+    pub(super) gather_dtype: DType,
 
-    labels_send: Vec<i64>,
-    labels_recv: Vec<i64>,
-    own_labels: Vec<i64>,
-    own_failure: Option<Error>,
-    next: Option<Draft>,
-    step: Step,
+    pub(super) labels_send: Vec<i64>,
+    pub(super) labels_recv: Vec<i64>,
+    pub(super) own_labels: Vec<i64>,
+    pub(super) own_failure: Option<Error>,
+    pub(super) next: Option<Draft>,
+    pub(super) step: Step,
     /// Brings dense rows to the current step.
-    replay: Replay,
+    pub(super) replay: Replay,
 
-    embeddings_send: Buffer<u8>,
-    embeddings_recv: Buffer<u8>,
-    sums: Vec<f32>,
-    replicated_sums: Vec<f64>,
-    gradient_send: Buffer<f32>,
-    gradient_recv: Buffer<f32>,
-    center_gradient: Buffer<f32>,
+    pub(super) embeddings_send: Buffer<u8>,
+    pub(super) embeddings_recv: Buffer<u8>,
+    pub(super) sums: Vec<f32>,
+    pub(super) replicated_sums: Vec<f64>,
+    pub(super) gradient_send: Buffer<f32>,
+    pub(super) gradient_recv: Buffer<f32>,
+    pub(super) center_gradient: Buffer<f32>,
 
     /// E^: [rows, row_pitch].
-    embeddings: Buffer<f32>,
+    pub(super) embeddings: Buffer<f32>,
     /// E^ transposed: [d, batch_pitch].
-    embeddings_t: Buffer<f32>,
+    pub(super) embeddings_t: Buffer<f32>,
     /// E': [rows, row_pitch].
-    scaled: Buffer<f32>,
-    weighted: Buffer<f32>,
-    slice_sums: Buffer<f64>,
-    slice_best: Buffer<f32>,
-    kept: Buffer<f32>,
-    scratch: Buffer<f32>,
+    pub(super) scaled: Buffer<f32>,
+    pub(super) weighted: Buffer<f32>,
+    pub(super) slice_sums: Buffer<f64>,
+    pub(super) slice_best: Buffer<f32>,
+    pub(super) kept: Buffer<f32>,
+    pub(super) scratch: Buffer<f32>,
 }
 
 /// The current step: its draft, and what its phases found for each row.
 #[derive(Default)]
-struct Step {
-    draft: Draft,
-    shape: Shape,
+pub(super) struct Step {
+    pub(super) draft: Draft,
+    pub(super) shape: Shape,
     /// The first row, in the order of the batch, whose embedding is not finite.
-    bad_row: Option<usize>,
+    pub(super) bad_row: Option<usize>,
     /// 1 / |E_i|.
-    inverse_norms: Vec<f32>,
+    pub(super) inverse_norms: Vec<f32>,
     /// 1 / |W_j| of the sample.
-    center_inverse_norms: Vec<f32>,
-    target_logits: Vec<f32>,
-    target_cosines: Vec<f32>,
-    derivatives: Vec<f32>,
-    coefficients: Vec<f32>,
+    pub(super) center_inverse_norms: Vec<f32>,
+    pub(super) target_logits: Vec<f32>,
+    pub(super) target_cosines: Vec<f32>,
+    pub(super) derivatives: Vec<f32>,
+    pub(super) coefficients: Vec<f32>,
     /// scale / L_i, 0 for a row without gradient.
-    factors: Vec<f32>,
-    row_sums: Vec<f32>,
-    best_negatives: Vec<f32>,
-    totals: Vec<f64>,
-    valid_rows: u64,
-    loss: f64,
-    target_cosine_sum: f64,
-    grad_embeddings: f64,
-    grad_centers: f64,
+    pub(super) factors: Vec<f32>,
+    pub(super) row_sums: Vec<f32>,
+    pub(super) best_negatives: Vec<f32>,
+    pub(super) totals: Vec<f64>,
+    pub(super) valid_rows: u64,
+    pub(super) loss: f64,
+    pub(super) target_cosine_sum: f64,
+    pub(super) grad_embeddings: f64,
+    pub(super) grad_centers: f64,
 }
 
 /// The table's rows of a sample.
@@ -134,9 +134,9 @@ impl CpuHead {
         let gather_dtype = options.gather_dtype.unwrap_or(DType::F32);
         let label_block = protocol::label_block(options.gathers_labels(), options.max_batch);
         let exchanged = |elements: usize| if sharded { elements } else { 0 };
+        let table = Table::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
-            table: Table::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?,
             gather_dtype,
             labels_send: zeros(label_block, "labels")?,
             labels_recv: zeros(label_block * ranks, "labels")?,
@@ -144,6 +144,8 @@ impl CpuHead {
             own_failure: None,
             next: None,
             step: Step::default(),
+            replay: table.replay(),
+            table,
             embeddings_send: Buffer::zeroed(exchanged(max_batch * dim * gather_dtype.size()), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(exchanged(ranks * max_batch * dim * gather_dtype.size()), "gathered embeddings")?,
             sums: zeros(exchanged(2 * rows + TOTALS), "row sums")?,
@@ -273,7 +275,7 @@ impl CpuHead {
                     let angle = margin::angle(raw, inverse, center, fused::inverse_norm(vector::sum_of_squares(center)));
                     let target = margin.target(angle);
                     cell(&logits, target.logit as f32);
-                    cell(&cosines, angle.cos() as f32);
+                    cell(&cosines, margin::cosine(angle) as f32);
                     cell(&derivatives, target.derivative as f32);
                 }
             }
@@ -287,7 +289,7 @@ impl CpuHead {
         step: &'a Step,
         softmax: Softmax,
         embeddings_t: &'a [f32],
-        rows: &'a SampleRows<'a>,
+        rows: &'a dyn fused::Rows,
         kept: &'a mut Buffer<f32>,
         scratch: &'a mut Buffer<f32>,
     ) -> Pass<'a> {
@@ -307,7 +309,8 @@ impl CpuHead {
 
     /// Phase 4: numerators, row sums and P @ W^; then the slices' sums in order.
     fn multiply(&mut self) {
-        let CpuHead { pool, softmax, table, step, replay, embeddings_t, kept, scratch, slice_sums, slice_best, weighted, .. } = self;
+        let CpuHead { pool, softmax, table, step, replay, embeddings_t, kept, scratch, slice_sums, slice_best, weighted, .. } =
+            self;
         let mut center_inverse_norms = std::mem::take(&mut step.center_inverse_norms);
         let rows = SampleRows { table, replay, sample: &step.draft.sample };
         let pass = CpuHead::pass(step, *softmax, embeddings_t, &rows, kept, scratch);
@@ -357,7 +360,9 @@ impl CpuHead {
 
     /// Phase 5 for W, replicated: the gradient of each raw row of the sample, for the ranks to sum.
     fn gradient_pass(&mut self, weight: f64) -> Result<()> {
-        let CpuHead { pool, softmax, table, step, replay, embeddings, embeddings_t, scaled, kept, scratch, center_gradient, .. } = self;
+        let CpuHead {
+            pool, softmax, table, step, replay, embeddings, embeddings_t, scaled, kept, scratch, center_gradient, ..
+        } = self;
         let mut totals = std::mem::take(&mut step.totals);
         let (dim, weight) = (step.shape.dim, weight as f32);
         if step.shape.classes * dim > center_gradient.len() {
@@ -430,7 +435,6 @@ impl HeadDevice for CpuHead {
         let batches = protocol::judge_labels(
             &self.labels_recv,
             self.spec.ranks as usize,
-            self.spec.rank as usize,
             self.own_failure.as_ref(),
             options.num_classes,
             options.ignore_label,
@@ -470,6 +474,10 @@ impl HeadDevice for CpuHead {
         (0..sample.len()).map(|column| sample.id(column)).collect()
     }
 
+    fn next_labels(&self) -> &[i64] {
+        &self.own_labels
+    }
+
     fn begin(&mut self) {
         if let Some(draft) = self.next.take() {
             self.step.draft = draft;
@@ -483,13 +491,8 @@ impl HeadDevice for CpuHead {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
         let dim = self.sizes.capacity.dim;
         let padded = self.padded_rows();
-        let block = Matrix {
-            data: self.embeddings_send.as_mut_ptr(),
-            dtype: self.gather_dtype,
-            rows: padded,
-            cols: dim,
-            row_stride: dim,
-        };
+        let block =
+            Matrix { data: self.embeddings_send.as_mut_ptr(), dtype: self.gather_dtype, rows: padded, cols: dim, row_stride: dim };
         let mut row = vec![0.0; dim];
         let rows = embeddings.map_or(0, |matrix| matrix.rows);
         for i in 0..padded {
@@ -542,8 +545,9 @@ impl HeadDevice for CpuHead {
 
     fn backward(&mut self) -> Exchange {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead { spec, pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, .. } =
-            self;
+        let CpuHead {
+            spec, pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, ..
+        } = self;
         let Step { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let slices = shape.slices();
@@ -555,7 +559,8 @@ impl HeadDevice for CpuHead {
         let (scratch, scaled) = (scratch.parts(), scaled.parts());
         pool.run(rows.div_ceil(ROWS_A_TASK), &|task, worker| {
             // SAFETY: a worker number belongs to one thread, a row to one task.
-            let (center, spare) = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
+            let (center, spare) =
+                unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
             for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
                 let place = if sharded {
                     let (origin, number) = draft.origin(row);

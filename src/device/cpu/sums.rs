@@ -1,10 +1,11 @@
 //! What the ranks add up between forward and backward, and the loss each of them finds in it.
 
 use super::step::{CpuHead, IGNORED};
+use crate::comm::remote;
 use crate::device::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{ensure, error, Result, Status};
+use crate::{ensure, Result, Status};
 
 impl CpuHead {
     /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
@@ -42,7 +43,8 @@ impl CpuHead {
                 let totals = &mut self.sums[2 * rows..2 * rows + TOTALS];
                 let step = &self.step;
                 totals[0] = step.target_cosines[..rows].iter().filter(|&&cosine| cosine.abs() < IGNORED).sum();
-                totals[1] = step.draft.labels[own].iter().filter(|&&label| Some(label) != self.spec.options.ignore_label).count() as f32;
+                totals[1] =
+                    step.draft.labels[own].iter().filter(|&&label| Some(label) != self.spec.options.ignore_label).count() as f32;
                 // Whether a row's sample holds more than its target: two classes are as good as any number.
                 totals[3] = step.shape.classes.min(2) as f32;
             }
@@ -109,7 +111,6 @@ impl CpuHead {
     }
 
     pub(super) fn judge_replicated_sums(&mut self) -> Result<f64> {
-        let rank = self.spec.rank as usize;
         let slot = |other: usize| REPLICATED_TOTALS + REPLICATED_SLOT * other;
         for other in 0..self.spec.ranks as usize {
             let (status, row) = (self.replicated_sums[slot(other)], self.replicated_sums[slot(other) + 1]);
@@ -117,7 +118,7 @@ impl CpuHead {
                 None => {}
                 Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other, f64::NAN)),
                 Some(Status::NotFinite) => return Err(protocol::bad_embedding(row as usize, other)),
-                Some(status) => return Err(protocol::remote(other, status as i64, rank)),
+                Some(status) => return Err(remote(other, status as i64)),
             }
         }
         for other in 1..self.spec.ranks as usize {

@@ -1,7 +1,8 @@
 //! Arithmetic on one row: the softmax's exponentials and the few vector products that are too small for a GEMM.
 //!
-//! Sums run in an order fixed by the row's length alone: [`LANES`] running sums, folded from the first lane to the last.
+//! Sums run in an order fixed by the row's length alone: 32 running sums, folded from the first lane to the last.
 
+use crate::margin::Margin;
 use crate::simd::{clones, Simd};
 
 /// Running sums of a row; a whole number of vectors on every instruction set.
@@ -202,6 +203,94 @@ clones! {
 fn add_scaled_body(dst: &mut [f32], factor: f32, src: &[f32]) {
     for (to, from) in dst.iter_mut().zip(src) {
         *to += factor * from;
+    }
+}
+
+/// What turns cosines into numerators: P = exp(scale * cos - c), c = max(0, scale - 64).
+#[derive(Clone, Copy, Debug)]
+pub struct Softmax {
+    pub scale: f32,
+    pub offset: f32,
+    /// A negative's cosine above it counts as 0.
+    pub filter: Option<f32>,
+}
+
+impl Softmax {
+    pub fn new(margin: &Margin) -> Softmax {
+        Softmax {
+            scale: margin.scale as f32,
+            offset: margin.offset() as f32,
+            filter: (margin.interclass_filter > 0.0).then_some(margin.interclass_filter as f32),
+        }
+    }
+}
+
+/// As [`exp_row`] for one class and many rows of the batch: adds each numerator to its row's sum and keeps each row's largest cosine.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn softmax_column(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
+    assert!(column.len() == sums.len() && column.len() == best.len(), "softmax_column needs three rows of one length");
+    softmax_column_on(Simd::best(), column, softmax, sums, best)
+}
+
+clones! {
+    fn softmax_column_on(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) = softmax_column_body::<FMA>;
+}
+
+#[inline(always)]
+fn softmax_column_body<const FMA: bool>(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
+    let (limit, floor) = match softmax.filter {
+        Some(limit) => (limit, (-f64::from(softmax.offset)).exp() as f32),
+        None => (f32::INFINITY, 0.0),
+    };
+    let (scale, offset) = (softmax.scale, softmax.offset);
+    for ((cell, sum), best) in column.iter_mut().zip(sums).zip(best) {
+        let x = *cell;
+        let power = exp::<FMA>(fma::<FMA>(x, scale, -offset));
+        let filtered = x > limit;
+        *cell = if filtered { 0.0 } else { power };
+        *sum += if filtered { floor } else { power };
+        *best = if x > *best { x } else { *best };
+    }
+}
+
+/// The backward of normalize, in place: of dL/du for u = row * inverse_norm makes factor * (g - (g . u) u).
+///
+/// With factor = inverse_norm that is dL/drow. Returns the sum of the squares of the result.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn normalize_backward(gradient: &mut [f32], row: &[f32], inverse_norm: f32, factor: f32) -> f64 {
+    let along = (dot(gradient, row) * f64::from(inverse_norm)) as f32;
+    subtract_along_on(Simd::best(), gradient, row, along * inverse_norm, factor);
+    sum_of_squares(gradient)
+}
+
+clones! {
+    fn subtract_along_on(gradient: &mut [f32], row: &[f32], along: f32, factor: f32) = subtract_along;
+}
+
+#[inline(always)]
+fn subtract_along(gradient: &mut [f32], row: &[f32], along: f32, factor: f32) {
+    for (g, r) in gradient.iter_mut().zip(row) {
+        *g = (*g - along * r) * factor;
+    }
+}
+
+/// row *= factor.
+pub fn scale(row: &mut [f32], factor: f32) {
+    scale_on(Simd::best(), row, factor)
+}
+
+clones! {
+    fn scale_on(row: &mut [f32], factor: f32) = scale_body;
+}
+
+#[inline(always)]
+fn scale_body(row: &mut [f32], factor: f32) {
+    for x in row {
+        *x *= factor;
     }
 }
 
