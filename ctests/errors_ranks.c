@@ -164,7 +164,7 @@ int main(void) {
 
   act(bad_label, ranks);
   expect("bad label", &ranks[0], PFC_ERROR_LABEL, "rank 1");
-  expect("bad label", &ranks[1], PFC_ERROR_LABEL, "row 0");
+  expect("bad label", &ranks[1], PFC_ERROR_LABEL, "labels[0]");
 
   act(not_finite, ranks);
   expect("not finite", &ranks[0], PFC_ERROR_NOT_FINITE, "rank 1");

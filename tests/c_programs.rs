@@ -75,6 +75,21 @@ fn conformance_vectors_through_the_c_interface() {
     }
 }
 
+/// The program that holds the head to the vectors would notice: here one setting of a file is not what its tensors were made with.
+#[test]
+fn a_wrong_conformance_file_is_noticed() {
+    let mut file = fs::read(root().join("tests/vectors/sphereface_one_rank.safetensors")).expect("a conformance file");
+    let setting = b"\"lr\":\"0.1\"";
+    let at = file.windows(setting.len()).position(|bytes| bytes == setting).expect("the file's learning rate");
+    file[at + setting.len() - 2] = b'3';
+    let wrong = scratch("conformance_wrong").join("wrong.safetensors");
+    fs::write(&wrong, file).expect("the wrong file can be written");
+    let [shared, _] = build("conformance_wrong", &["conformance.c"]);
+    let result = Command::new(shared).arg(wrong).output().expect("the program runs");
+    let stderr = String::from_utf8_lossy(&result.stderr);
+    assert!(!result.status.success() && stderr.contains("weight_final differs by"), "{stderr}");
+}
+
 #[test]
 fn the_example_of_the_readme() {
     let readme = fs::read_to_string(root().join("README.md")).expect("README.md");
@@ -228,6 +243,7 @@ fn structs_lie_in_c_as_in_rust() {
 #[test]
 fn programs_that_use_the_installed_library() {
     let directory = scratch("install");
+    fresh(&directory);
     let prefix = directory.join("prefix");
     let build = directory.join("build");
     fresh(&build);
