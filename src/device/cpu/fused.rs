@@ -93,10 +93,6 @@ impl Targets {
         Targets(pairs)
     }
 
-    pub fn all(&self) -> &[(u32, u32)] {
-        &self.0
-    }
-
     pub fn of_columns(&self, columns: &Range<usize>) -> &[(u32, u32)] {
         let from = self.0.partition_point(|&(column, _)| (column as usize) < columns.start);
         let to = self.0.partition_point(|&(column, _)| (column as usize) < columns.end);
