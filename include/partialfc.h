@@ -880,7 +880,7 @@ pfc_status pfc_sample_classes(const pfc_device *device, uint64_t seed, uint64_t 
                               uint64_t positive_count, uint64_t sample_size, int64_t *ids,
                               uint64_t *count);
 
-// Updates rows of W by their gradients: row ids[i] of centers gets row i of gradients.
+// Updates rows of W by their gradients: row `ids[i]` of centers gets row i of gradients.
 //
 // @param centers n x d in f32, updated
 // @param momentum n x d in f32, updated: SGD's m or AdamW's first moment

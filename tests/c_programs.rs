@@ -46,6 +46,13 @@ fn train_over_a_communicator_of_the_callers_own() {
 }
 
 #[test]
+fn a_step_made_of_kernels() {
+    for program in build("kernels", &["kernels.c"]) {
+        run(&program, &[]);
+    }
+}
+
+#[test]
 fn errors_as_a_c_program_sees_them() {
     for program in build("errors", &["errors.c"]) {
         run(&program, &[]);
@@ -72,6 +79,20 @@ fn conformance_vectors_through_the_c_interface() {
         for file in &files {
             run(&program, &[file]);
         }
+    }
+}
+
+/// With the compiler's own checks: every handle is freed with all that it holds, and no buffer of a program is overrun.
+#[test]
+fn nothing_leaks() {
+    for name in ["errors", "errors_ranks", "custom_comm", "kernels"] {
+        let program = scratch("sanitized").join(name);
+        let mut command = compile("cc");
+        command.args(C).args(["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
+        command.arg(root().join(format!("ctests/{name}.c")));
+        link_shared(&mut command);
+        output(command.args(["-lm", "-lpthread", "-o"]).arg(&program));
+        run(&program, &[]);
     }
 }
 
