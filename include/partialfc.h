@@ -365,11 +365,11 @@ typedef struct pfc_comm pfc_comm;
 // (status COMM). They are called only from a thread that is inside a pfc_ call, never from two at
 // once; abort and error_string may be called from any thread. Counts are in elements of dtype
 // (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal
-// recv (for all_gather: recv + rank * bytes). A reduction gives the same bits on every rank. A
-// function that waits longer than pfc_comm_set_timeout has abort called from another thread; it
-// must then return, and the pfc_ call gives TIMEOUT. abort is called once at most, also after a
-// failure of this rank. No function may unwind (throw) or call pfc_ functions on this
-// communicator.
+// recv (all_gather: recv + rank * bytes; reduce_scatter: recv may be send + rank * count). A
+// reduction gives the same bits on every rank. A function that waits longer than
+// pfc_comm_set_timeout has abort called from another thread; it must then return, and the pfc_
+// call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No
+// function may unwind (throw) or call pfc_ functions on this communicator.
 typedef struct pfc_comm_ops {
   // sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
   uint64_t struct_size;
