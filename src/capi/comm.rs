@@ -157,7 +157,8 @@ pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
-        *output("out", out)? = handle(Communicator::single());
+        let out = output("out", out)?;
+        *out = handle(Communicator::single());
         Ok(())
     })
 }

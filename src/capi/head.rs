@@ -1,4 +1,12 @@
 //! Heads.
+//!
+//! A step is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order, or pfc_head_step, which is all three.
+//! pfc_head_prepare may begin a step early, pfc_head_set_sample replaces its draw. Without pfc_head_update the class centres stay as
+//! they are.
+//!
+//! LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY leave the head usable and nothing updated; the other ranks get the same
+//! status, or REMOTE. After COMM, TIMEOUT, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator
+//! aborted: free both.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};

@@ -1,4 +1,4 @@
-//! The structs that callers fill: matrices, options, and how their sizes are judged.
+//! The structs that callers fill: matrices and options.
 
 use std::ffi::c_char;
 
