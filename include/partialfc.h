@@ -206,8 +206,8 @@ typedef struct pfc_head_options {
   int64_t ignore_label;
   // PFC_PRECISION_*. (default: auto)
   int32_t precision;
-  // The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16.
-  // (default: auto)
+  // The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16; in
+  // f16 an element beyond 65504 is NOT_FINITE. (default: auto)
   int32_t gather_dtype;
   // Storage of W; PFC_F32 is what is supported. (default: f32)
   int32_t weight_dtype;
@@ -679,7 +679,8 @@ pfc_status pfc_head_forward(pfc_head *head, const pfc_matrix *embeddings, const 
 //   for k micro-batches
 // @param loss_scale multiplies grad_embeddings only, as AMP has it
 // @param grad_embeddings written: batch x embedding_dim, times loss_weight * loss_scale *
-//   gradient_scale, rounded to its dtype
+//   gradient_scale, rounded to its dtype. A wrong one is an error on this rank alone, after its
+//   part in the exchange: pfc_head_update may follow. A wrong factor abandons the step.
 pfc_status pfc_head_backward(pfc_head *head, double loss_weight, double loss_scale,
                              const pfc_matrix *grad_embeddings);
 
