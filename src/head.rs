@@ -201,11 +201,8 @@ impl Head {
     pub fn backward(&mut self, loss_weight: f64, loss_scale: f64, gradient: Result<Matrix>) -> Result<()> {
         self.usable()?;
         self.expect(Phase::Forwarded, "pfc_head_backward", "pfc_head_forward")?;
-        let gradient = gradient.and_then(|gradient| self.check_rows("grad_embeddings", gradient)).and_then(|gradient| {
-            self.check_factor("loss_weight", loss_weight)?;
-            self.check_factor("loss_scale", loss_scale)?;
-            Ok(gradient)
-        });
+        let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
+        let gradient = gradient.and_then(|gradient| self.check_rows("grad_embeddings", gradient));
         self.loss_weight = loss_weight;
         let start = Instant::now();
         let exchange = self.rows.backward();
@@ -214,7 +211,9 @@ impl Head {
             Placement::Replicated => Ok(()),
         };
         self.survive(reduced)?;
-        // The other ranks have their gradient either way; this one keeps its place beside them, and says why it has none.
+        // The other ranks have their gradient either way. Without a weight there is nothing to update by: the step is abandoned.
+        self.phase = Phase::Idle;
+        factors?;
         let factor = loss_weight * loss_scale * self.options.gradient_scale;
         self.rows.finish_gradient(factor, gradient.as_ref().ok());
         self.phase = Phase::Backwarded;

@@ -402,6 +402,7 @@ impl HeadDevice for CpuHead {
     fn pack_labels(&mut self, step: u64, labels: Result<Labels>) -> Exchange {
         let options = &self.spec.options;
         let gathered = options.gathers_labels();
+        self.next = None;
         self.own_labels.clear();
         self.own_failure = None;
         let mut bad = None;
