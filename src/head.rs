@@ -1,0 +1,635 @@
+//! The head: one step, phase by phase.
+//!
+//! A step, as its users think of it:
+//!
+//! ```text
+//! E      = all_gather(local embeddings), y = all_gather(labels)          phase 1
+//! W_s    = rows of my shard: my positives + random negatives             phases 2, 3
+//! z      = scale * margin(normalize(E) @ normalize(W_s).T, y)            phase 4
+//! loss   = cross entropy over all ranks' samples
+//! dE     = reduce_scatter(dz @ W_s), dW_s = dz.T @ E                     phase 5
+//! update only the sampled rows of W
+//! ```
+//!
+//! What happens to numbers is the device's part, what travels between ranks the communicator's; this file knows neither, only their
+//! order. The ranks exchange, for a sharded head, exactly: (A) an all-gather of {status, step, batch, labels}; (B) an all-gather of E,
+//! padded to the largest batch; (C) an all-reduce of the row sums; (D) a reduce-scatter of dE. A replicated head has A (with labels
+//! only where the common sample needs them), an all-reduce of its loss and statuses, and one of dW.
+//!
+//! A rank that fails still takes part in what its peers have begun, so that all hear of it and none waits.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::comm::{agree, exchange, Communicator, ReduceOp};
+use crate::device::{keep_best, Device, HeadDevice, HeadSpec, StepFigures};
+pub use crate::device::{Labels, StateTensor};
+use crate::matrix::Matrix;
+use crate::options::{HeadOptions, Placement};
+use crate::shard::Shard;
+use crate::{ensure, error, Error, Result, Status};
+
+/// Where a head is in the order of calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    Forwarded,
+    Backwarded,
+}
+
+/// What a forward takes: this rank's embeddings, and their labels unless `prepare` had them.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInput {
+    pub embeddings: Matrix,
+    pub labels: Option<Labels>,
+}
+
+/// Seconds a rank spent in each phase of its last step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seconds {
+    /// Phase 1: labels and embeddings.
+    pub gather: f64,
+    /// Phase 2.
+    pub sample: f64,
+    /// Phases 3 and 4 up to the sums.
+    pub forward: f64,
+    /// Phase 4: the all-reduce and the loss.
+    pub reduce: f64,
+    /// Phase 5 for E.
+    pub backward: f64,
+    /// Phase 5 for W.
+    pub update: f64,
+}
+
+/// What the last step was like; `pfc_metrics` documents each.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    pub updates: u64,
+    pub samples: u64,
+    pub rows: u64,
+    pub valid_rows: u64,
+    pub sample_size: u64,
+    pub loss: f64,
+    pub top1: f64,
+    pub mean_target_cosine: f64,
+    pub grad_embeddings_norm: f64,
+    pub grad_centers_norm: f64,
+    pub seconds: Seconds,
+}
+
+/// Class ids and cosines, [rows, k], nearest first.
+#[derive(Clone, Debug, Default)]
+pub struct Nearest {
+    pub ids: Vec<i64>,
+    pub cosines: Vec<f32>,
+}
+
+/// A classification head on one rank.
+pub struct Head {
+    options: HeadOptions,
+    shard: Shard,
+    device: Arc<dyn Device>,
+    rows: Box<dyn HeadDevice>,
+    comm: Arc<Communicator>,
+    phase: Phase,
+    /// The next step has its labels and its sample: prepared, with the batch of this rank; or what went wrong after the labels.
+    prepared: Option<Result<()>>,
+    /// The caller's ids for the next sample.
+    chosen: Option<Vec<i64>>,
+    samples: u64,
+    loss_weight: f64,
+    seconds: Seconds,
+    poisoned: Option<Error>,
+}
+
+impl Head {
+    /// Makes a head. Collective; `request` is what this rank asks for, or why it cannot.
+    ///
+    /// # Errors
+    /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
+    pub fn create(comm: Arc<Communicator>, request: Result<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
+        let opened = request.and_then(|(device, options)| {
+            options.check(comm.size())?;
+            let shard = options.shard(comm.size(), comm.rank());
+            let spec = HeadSpec { options: options.clone(), ranks: comm.size(), rank: comm.rank(), shard };
+            let rows = device.open(spec)?;
+            Ok((device, options, shard, rows))
+        });
+        let fields = match &opened {
+            Ok((_, options, _, _)) => Ok(options.fields()),
+            Err(error) => Err(on_rank(error, comm.rank())),
+        };
+        agree(&comm, fields)?;
+        let (device, options, shard, rows) = opened?;
+        Ok(Head {
+            options,
+            shard,
+            device,
+            rows,
+            comm,
+            phase: Phase::Idle,
+            prepared: None,
+            chosen: None,
+            samples: 0,
+            loss_weight: 1.0,
+            seconds: Seconds::default(),
+            poisoned: None,
+        })
+    }
+
+    pub fn rank(&self) -> u32 {
+        self.comm.rank()
+    }
+
+    pub fn embedding_dim(&self) -> u64 {
+        self.options.embedding_dim.into()
+    }
+
+    /// The classes this rank owns.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// Makes every later call fail, and tells the other ranks.
+    pub fn poison(&mut self, cause: &Error) {
+        if self.poisoned.is_none() {
+            log::error!("rank {}: head poisoned: {cause}", self.rank());
+            self.poisoned = Some(cause.clone());
+            self.comm.abort(cause);
+        }
+    }
+
+    /// Begins the next step early; see `pfc_head_prepare`.
+    pub fn prepare(&mut self, labels: Result<Labels>) -> Result<()> {
+        self.usable()?;
+        self.seconds = Seconds { gather: 0.0, sample: 0.0, ..self.seconds };
+        self.gather_labels(labels)
+    }
+
+    /// The ids that the next sample consists of; see `pfc_head_set_sample`.
+    pub fn set_sample(&mut self, ids: &[i64]) -> Result<()> {
+        self.usable()?;
+        let (rank, shard) = (self.rank(), self.shard);
+        for (i, &id) in ids.iter().enumerate() {
+            ensure!(
+                shard.contains(id),
+                InvalidArgument,
+                "ids[{i}] is {id}, which is not in the shard of rank {rank}: {} to {}",
+                shard.first,
+                shard.end() as i64 - 1
+            );
+            let previous = if i == 0 { None } else { Some(ids[i - 1]) };
+            if let Some(previous) = previous.filter(|&previous| previous >= id) {
+                let fault = if previous == id { "repeats it" } else { "is not above it" };
+                return Err(error!(InvalidArgument, "ids[{i}] is {id} after {previous} and {fault}, on rank {rank}: ids ascend"));
+            }
+        }
+        self.chosen = Some(ids.to_vec());
+        Ok(())
+    }
+
+    /// Phases 1 to 4; see `pfc_head_forward`.
+    pub fn forward(&mut self, input: Result<StepInput>) -> Result<f64> {
+        self.usable()?;
+        self.phase = Phase::Idle;
+        let input = self.begin_step(input)?;
+        let outcome = self.run_forward(input);
+        self.survive(outcome)
+    }
+
+    /// Phase 5 for the embeddings; see `pfc_head_backward`.
+    pub fn backward(&mut self, loss_weight: f64, loss_scale: f64, gradient: Result<Matrix>) -> Result<()> {
+        self.usable()?;
+        self.expect(Phase::Forwarded, "pfc_head_backward", "pfc_head_forward")?;
+        let gradient = gradient.and_then(|gradient| self.check_rows("grad_embeddings", gradient)).and_then(|gradient| {
+            self.check_factor("loss_weight", loss_weight)?;
+            self.check_factor("loss_scale", loss_scale)?;
+            Ok(gradient)
+        });
+        self.loss_weight = loss_weight;
+        let start = Instant::now();
+        let exchange = self.rows.backward();
+        let reduced = match self.options.placement {
+            Placement::Sharded => exchange.reduce_scatter(&self.comm),
+            Placement::Replicated => Ok(()),
+        };
+        self.survive(reduced)?;
+        // The other ranks have their gradient either way; this one keeps its place beside them, and says why it has none.
+        let factor = loss_weight * loss_scale * self.options.gradient_scale;
+        self.rows.finish_gradient(factor, gradient.as_ref().ok());
+        self.phase = Phase::Backwarded;
+        self.seconds.backward = start.elapsed().as_secs_f64();
+        gradient.map(|_| ())
+    }
+
+    /// Phase 5 for the class centres; see `pfc_head_update`.
+    pub fn update(&mut self, learning_rate: f64) -> Result<()> {
+        self.usable()?;
+        self.expect(Phase::Backwarded, "pfc_head_update", "pfc_head_backward")?;
+        self.check_factor("learning_rate", learning_rate)?;
+        let outcome = self.run_update(learning_rate, &mut || Ok(()));
+        self.survive(outcome)
+    }
+
+    /// Forward, backward and update in one; see `pfc_head_step`.
+    pub fn step(&mut self, input: Result<(StepInput, Matrix)>, learning_rate: f64) -> Result<f64> {
+        self.usable()?;
+        self.phase = Phase::Idle;
+        let (mut gradient, checked) = (None, self.check_factor("learning_rate", learning_rate));
+        let input = input.and_then(|(input, matrix)| {
+            checked?;
+            self.check_shape("grad_embeddings", &matrix, input.embeddings.rows)?;
+            gradient = Some(matrix);
+            Ok(input)
+        });
+        let input = self.begin_step(input)?;
+        let outcome = self.run_forward(input);
+        let loss = self.survive(outcome)?;
+        self.loss_weight = 1.0;
+        let outcome = self.finish_step(learning_rate, gradient.as_ref());
+        self.survive(outcome)?;
+        Ok(loss)
+    }
+
+    /// The verdict of everything enqueued: on a device that waits by itself, that of the head.
+    pub fn wait(&self) -> Result<()> {
+        self.usable()
+    }
+
+    /// What the last step was like; collective.
+    pub fn metrics(&mut self) -> Result<Metrics> {
+        self.usable()?;
+        let figures = self.rows.figures();
+        let correct = self.count_top1(&figures);
+        let correct = self.survive(correct)?;
+        let mut squares = [figures.grad_embeddings, figures.grad_centers];
+        let reduced = self.comm.all_reduce(&mut squares, ReduceOp::Sum);
+        self.survive(reduced)?;
+        let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
+        Ok(Metrics {
+            updates: self.rows.updates(),
+            samples: self.samples,
+            rows: figures.rows,
+            valid_rows: figures.valid_rows,
+            sample_size: figures.sample_size,
+            loss: figures.loss,
+            top1: share(correct),
+            mean_target_cosine: share(figures.target_cosines),
+            grad_embeddings_norm: squares[0].sqrt(),
+            // A replicated head's ranks all hold the whole gradient.
+            grad_centers_norm: match self.options.placement {
+                Placement::Sharded => squares[1].sqrt(),
+                Placement::Replicated => figures.grad_centers.sqrt(),
+            },
+            seconds: self.seconds,
+        })
+    }
+
+    /// The nearest class centres of all ranks; see `pfc_head_top_k`. Collective.
+    pub fn top_k(&mut self, queries: Result<Matrix>, k: u64) -> Result<Nearest> {
+        self.usable()?;
+        let outcome = self.run_top_k(queries, k);
+        self.survive(outcome)
+    }
+
+    /// The ids of the last sample.
+    pub fn sample_ids(&self) -> Result<Vec<i64>> {
+        self.usable()?;
+        ensure!(
+            self.samples > 0,
+            InvalidArgument,
+            "pfc_head_sample_ids on rank {}: no sample has been drawn; call pfc_head_prepare or pfc_head_forward first",
+            self.rank()
+        );
+        Ok(self.rows.sample_ids())
+    }
+
+    /// Reads rows of the shard into a host matrix.
+    pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.usable()?;
+        let first = self.row_range(first, rows)?;
+        self.rows.read_rows(tensor, first, rows)
+    }
+
+    /// Overwrites rows of the shard; abandons a step between forward and update.
+    pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.usable()?;
+        let first = self.row_range(first, rows)?;
+        self.rows.write_rows(tensor, first, rows)?;
+        self.phase = Phase::Idle;
+        Ok(())
+    }
+
+    /// A and the sample of the next step. An error after A is kept: the ranks that do not know of it will go on to B.
+    fn gather_labels(&mut self, labels: Result<Labels>) -> Result<()> {
+        let start = Instant::now();
+        let labels = labels.and_then(|labels| {
+            ensure!(
+                labels.count as u64 <= self.options.max_batch,
+                InvalidArgument,
+                "the batch is {} rows on rank {}, max_batch is {}",
+                labels.count,
+                self.rank(),
+                self.options.max_batch
+            );
+            Ok(labels)
+        });
+        self.prepared = None;
+        let block = self.rows.pack_labels(self.samples, labels.map_err(|error| on_rank(&error, self.comm.rank())));
+        let gathered = block.all_gather(&self.comm);
+        self.survive(gathered)?;
+        self.rows.judge_labels()?;
+        self.seconds.gather = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let chosen = self.chosen.take();
+        let sampled = self.rows.sample(self.samples, chosen.as_deref());
+        self.samples += 1;
+        self.seconds.sample = start.elapsed().as_secs_f64();
+        self.prepared = Some(sampled.clone());
+        sampled
+    }
+
+    /// Makes the next step the current one: prepared before, or now from the labels that came with the embeddings.
+    ///
+    /// Returns what this rank takes into B: its input, or its failure if the ranks are past A.
+    fn begin_step(&mut self, input: Result<StepInput>) -> Result<Result<StepInput>> {
+        let input = match self.prepared.is_some() {
+            true => input.and_then(|input| self.check_prepared(input)),
+            false => {
+                self.seconds = Seconds::default();
+                let labels = input.clone().and_then(|input| {
+                    input.labels.ok_or_else(|| {
+                        error!(InvalidArgument, "labels is NULL on rank {}, and pfc_head_prepare was not called", self.rank())
+                    })
+                });
+                // What fails in A fails on every rank; what fails after it is told in C.
+                if let Err(error) = self.gather_labels(labels) {
+                    if self.prepared.is_none() {
+                        return Err(error);
+                    }
+                }
+                input
+            }
+        };
+        let prepared = self.prepared.take().unwrap_or(Ok(()));
+        self.rows.begin();
+        Ok(prepared.and(input))
+    }
+
+    /// A forward after `prepare`: its batch, and its labels if it has any, are those of then.
+    fn check_prepared(&self, input: StepInput) -> Result<StepInput> {
+        let batch = self.rows.next_labels().len();
+        let rows = input.embeddings.rows;
+        ensure!(
+            rows == batch,
+            InvalidArgument,
+            "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
+            self.rank()
+        );
+        if let Some(labels) = input.labels {
+            // SAFETY: the caller of the head's entry gave this many labels of its host memory.
+            let labels = unsafe { labels.as_slice() };
+            let differs = labels.iter().zip(self.rows.next_labels()).position(|(now, then)| now != then);
+            if let Some(row) = differs {
+                return Err(error!(
+                    InvalidArgument,
+                    "labels[{row}] is {} on rank {}, in pfc_head_prepare it was {}",
+                    labels[row],
+                    self.rank(),
+                    self.rows.next_labels()[row]
+                ));
+            }
+        }
+        Ok(input)
+    }
+
+    /// B, phases 3 and 4, C and the loss.
+    fn run_forward(&mut self, input: Result<StepInput>) -> Result<f64> {
+        let start = Instant::now();
+        let sharded = self.options.placement == Placement::Sharded;
+        if sharded {
+            let block = self.rows.pack_embeddings(input.as_ref().ok().map(|input| &input.embeddings));
+            block.all_gather(&self.comm)?;
+        }
+        self.seconds.gather += start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let outcome = input.and_then(|input| self.rows.forward(&input.embeddings));
+        self.seconds.forward = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        // A rank that failed by itself has not judged the embeddings and comes here in any case, so all do.
+        self.rows.pack_sums(&outcome).all_reduce(&self.comm, ReduceOp::Sum)?;
+        let judged = self.rows.judge_sums();
+        outcome?;
+        let loss = judged?;
+        self.seconds.reduce = start.elapsed().as_secs_f64();
+        self.phase = Phase::Forwarded;
+        Ok(loss)
+    }
+
+    /// D under the update.
+    fn finish_step(&mut self, learning_rate: f64, gradient: Option<&Matrix>) -> Result<()> {
+        let start = Instant::now();
+        let exchange = self.rows.backward();
+        self.seconds.backward = start.elapsed().as_secs_f64();
+        let comm = self.comm.clone();
+        let sharded = self.options.placement == Placement::Sharded;
+        self.run_update(learning_rate, &mut || if sharded { exchange.reduce_scatter(&comm) } else { Ok(()) })?;
+        self.rows.finish_gradient(self.options.gradient_scale, gradient);
+        Ok(())
+    }
+
+    fn run_update(&mut self, learning_rate: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        match self.options.placement {
+            Placement::Sharded => self.rows.update(learning_rate, self.loss_weight, beside)?,
+            Placement::Replicated => {
+                self.rows.center_gradient(self.loss_weight)?.all_reduce(&self.comm, ReduceOp::Sum)?;
+                self.rows.apply_gradient(learning_rate);
+            }
+        }
+        self.seconds.update = start.elapsed().as_secs_f64();
+        self.phase = Phase::Idle;
+        Ok(())
+    }
+
+    /// Rows whose target cosine is above every negative's, over all ranks.
+    fn count_top1(&self, figures: &StepFigures) -> Result<f64> {
+        let ahead = |target: f32, best: f32| (-1.5..=1.5).contains(&target) && target > best;
+        match self.options.placement {
+            Placement::Sharded => {
+                let mut cells = figures.own_target_cosines.clone();
+                cells.extend_from_slice(&figures.best_negatives);
+                self.comm.all_reduce(&mut cells, ReduceOp::Max)?;
+                let (targets, best) = cells.split_at(figures.own_target_cosines.len());
+                Ok(targets.iter().zip(best).filter(|(&target, &best)| ahead(target, best)).count() as f64)
+            }
+            Placement::Replicated => {
+                let pairs = figures.own_target_cosines.iter().zip(&figures.best_negatives);
+                let mut correct = [pairs.filter(|(&target, &best)| ahead(target, best)).count() as f64];
+                self.comm.all_reduce(&mut correct, ReduceOp::Sum)?;
+                Ok(correct[0])
+            }
+        }
+    }
+
+    fn run_top_k(&mut self, queries: Result<Matrix>, k: u64) -> Result<Nearest> {
+        let (rank, dim) = (self.rank() as usize, self.options.embedding_dim as usize);
+        let checked = queries.and_then(|queries| {
+            let limit = self.options.num_classes;
+            ensure!((1..=limit).contains(&k), InvalidArgument, "k is {k} on rank {rank}; it is 1 to num_classes, {limit}");
+            Ok(queries)
+        });
+        let shapes = exchange(&self.comm, checked.clone().map(|queries| [queries.rows as u64, k]))?;
+        let queries = checked?;
+        if let Some(other) = shapes.iter().position(|shape| shape[1] != k) {
+            return Err(error!(Mismatch, "k is {k} on rank {rank} and {} on rank {other}", shapes[other][1]));
+        }
+        let k = k as usize;
+        let mut own = vec![0.0; queries.rows * dim];
+        for (row, out) in own.chunks_exact_mut(dim).enumerate() {
+            // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
+            unsafe { queries.read_row(row, out) };
+        }
+        let found = match self.options.placement {
+            Placement::Replicated => self.rows.nearest(&own, k)?,
+            Placement::Sharded => self.nearest_of_all(&own, &shapes, k)?,
+        };
+        Ok(Nearest { ids: found.iter().map(|hit| hit.1).collect(), cosines: found.iter().map(|hit| hit.0).collect() })
+    }
+
+    /// Each rank answers every rank's queries from its shard; the answers are merged where the query came from.
+    fn nearest_of_all(&self, own: &[f32], shapes: &[[u64; 2]], k: usize) -> Result<Vec<(f32, i64)>> {
+        let (ranks, rank) = (self.comm.size() as usize, self.rank() as usize);
+        let dim = self.options.embedding_dim as usize;
+        let padded = shapes.iter().map(|shape| shape[0] as usize).max().unwrap_or(0);
+        let mut block = own.to_vec();
+        block.resize(padded * dim, 0.0);
+        let mut all = vec![0.0; ranks * padded * dim];
+        self.comm.all_gather(&block, &mut all)?;
+        // A shard with fewer than k rows answers with what it has; the rest is further away than anything.
+        let depth = k.min(self.shard.rows as usize);
+        let answers = self.rows.nearest(&all, depth)?;
+        let (mut cosines, mut ids) = (vec![f32::NEG_INFINITY; ranks * padded * k], vec![i64::MAX; ranks * padded * k]);
+        for (query, hits) in answers.chunks_exact(depth.max(1)).enumerate() {
+            for (slot, hit) in hits.iter().enumerate() {
+                (cosines[query * k + slot], ids[query * k + slot]) = *hit;
+            }
+        }
+        let mut all_cosines = vec![0.0; ranks * cosines.len()];
+        let mut all_ids = vec![0; ranks * ids.len()];
+        self.comm.all_gather(&cosines, &mut all_cosines)?;
+        self.comm.all_gather(&ids, &mut all_ids)?;
+        let rows = shapes[rank][0] as usize;
+        let mut found = Vec::with_capacity(rows * k);
+        for query in 0..rows {
+            let place = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
+            let places = (0..ranks).flat_map(|other| (0..k).map(move |slot| place(other, slot)));
+            let mut hits: Vec<(f32, i64)> = places.map(|place| (all_cosines[place], all_ids[place])).collect();
+            keep_best(&mut hits, k);
+            found.extend(hits);
+        }
+        Ok(found)
+    }
+
+    fn usable(&self) -> Result<()> {
+        let made_in = self.device.process();
+        ensure!(
+            made_in == std::process::id(),
+            Forked,
+            "the head of rank {} was made in process {made_in}, this is process {}",
+            self.rank(),
+            std::process::id()
+        );
+        match &self.poisoned {
+            Some(cause) => Err(error!(
+                Poisoned,
+                "the head of rank {} is unusable since an earlier failure ({cause}): free it and load a checkpoint",
+                self.rank()
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Passes an outcome on; one that leaves the ranks at different places, or rows half written, poisons the head.
+    fn survive<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        if let Err(error) = &outcome {
+            let harmless = matches!(
+                error.status,
+                Status::Label
+                    | Status::NotFinite
+                    | Status::InvalidArgument
+                    | Status::OutOfMemory
+                    | Status::Remote
+                    | Status::Mismatch
+            );
+            if !harmless || self.comm.failure().is_some() {
+                self.poison(error);
+            }
+        }
+        outcome
+    }
+
+    fn expect(&self, phase: Phase, call: &str, before: &str) -> Result<()> {
+        ensure!(
+            self.phase == phase,
+            InvalidArgument,
+            "{call} on rank {} comes right after {before}; the head is {}",
+            self.rank(),
+            match self.phase {
+                Phase::Idle => "idle",
+                Phase::Forwarded => "forwarded",
+                Phase::Backwarded => "backwarded",
+            }
+        );
+        Ok(())
+    }
+
+    fn check_rows(&self, name: &str, matrix: Matrix) -> Result<Matrix> {
+        self.check_shape(name, &matrix, self.rows.batch())?;
+        Ok(matrix)
+    }
+
+    fn check_shape(&self, name: &str, matrix: &Matrix, rows: usize) -> Result<()> {
+        ensure!(
+            matrix.rows == rows,
+            InvalidArgument,
+            "{name}.rows is {} on rank {}, the batch is {rows}",
+            matrix.rows,
+            self.rank()
+        );
+        Ok(())
+    }
+
+    fn check_factor(&self, name: &str, value: f64) -> Result<()> {
+        ensure!(
+            value.is_finite() && value >= 0.0,
+            InvalidArgument,
+            "{name} is {value} on rank {}; it is finite and not below 0",
+            self.rank()
+        );
+        Ok(())
+    }
+
+    /// Where in the shard a range of class ids begins.
+    fn row_range(&self, first: u64, rows: &Matrix) -> Result<u64> {
+        let (shard, count) = (self.shard, rows.rows as u64);
+        ensure!(
+            first >= shard.first && first.checked_add(count).is_some_and(|end| end <= shard.end()),
+            InvalidArgument,
+            "classes {first} to {} are not all in the shard of rank {}: {} to {}",
+            first as i128 + count as i128 - 1,
+            self.rank(),
+            shard.first,
+            shard.end() as i128 - 1
+        );
+        Ok(first - shard.first)
+    }
+}
+
+/// An error that says which rank it is of.
+fn on_rank(error: &Error, rank: u32) -> Error {
+    match error.message.contains("rank") {
+        true => error.clone(),
+        false => Error::new(error.status, format!("{} (on rank {rank})", error.message)),
+    }
+}

@@ -14,10 +14,14 @@ pub mod matrix;
 pub mod optimizer;
 pub mod options;
 pub mod plan;
+pub mod random;
 pub mod reference;
 pub mod sample;
 pub mod shard;
 
+mod memory;
 mod protocol;
+mod simd;
+mod table;
 
 pub use error::{Error, Result, Status};

@@ -83,12 +83,7 @@ impl Matrix {
             self.row_stride,
             self.cols
         );
-        ensure!(
-            !self.data.is_null() || self.rows == 0,
-            InvalidArgument,
-            "{name}.data is NULL with {} rows",
-            self.rows
-        );
+        ensure!(!self.data.is_null() || self.rows == 0, InvalidArgument, "{name}.data is NULL with {} rows", self.rows);
         ensure!(
             (self.data as usize).is_multiple_of(self.dtype.size()),
             InvalidArgument,
@@ -96,7 +91,13 @@ impl Matrix {
             self.dtype.size()
         );
         let bytes = (self.rows as u128) * (self.row_stride as u128) * (self.dtype.size() as u128);
-        ensure!(bytes <= isize::MAX as u128, InvalidArgument, "{name} has {} rows of {} elements: more than the address space", self.rows, self.row_stride);
+        ensure!(
+            bytes <= isize::MAX as u128,
+            InvalidArgument,
+            "{name} has {} rows of {} elements: more than the address space",
+            self.rows,
+            self.row_stride
+        );
         Ok(())
     }
 

@@ -1,8 +1,10 @@
 //! What a head is asked to be: options, their defaults and their limits.
 
-use crate::margin::{Margin, MarginGradient};
+use crate::comm::Field;
+use crate::margin::Margin;
 use crate::matrix::DType;
-use crate::optimizer::{Adamw, Optimizer, Sgd};
+use crate::optimizer::Optimizer;
+use crate::shard::Shard;
 use crate::{ensure, Result};
 
 /// Where a class centre lives: on one rank (sharded) or on all (replicated).
@@ -51,4 +53,111 @@ pub struct HeadOptions {
     pub gather_dtype: Option<DType>,
     /// Bytes, 0: the library decides. May differ between ranks.
     pub workspace_limit: u64,
+}
+
+/// No rank's batch is larger: rows of a global batch are numbered in 32 bits.
+const LARGEST_BATCH: u64 = 1 << 24;
+const LARGEST_DIM: u32 = 1 << 16;
+
+impl HeadOptions {
+    /// Refuses what no head can be, naming the option and its value.
+    pub fn check(&self, ranks: u32) -> Result<()> {
+        ensure!(self.num_classes > 0, InvalidArgument, "num_classes is 0");
+        ensure!(self.num_classes <= i64::MAX as u64, InvalidArgument, "num_classes is {}: more than INT64_MAX", self.num_classes);
+        ensure!(
+            self.placement == Placement::Replicated || self.num_classes >= ranks.into(),
+            InvalidArgument,
+            "num_classes is {}, fewer than the {ranks} ranks it is to be sharded over",
+            self.num_classes
+        );
+        ensure!(
+            (1..=LARGEST_DIM).contains(&self.embedding_dim),
+            InvalidArgument,
+            "embedding_dim is {}; it is 1 to {LARGEST_DIM}",
+            self.embedding_dim
+        );
+        within("sample_rate", self.sample_rate, 0.0, 1.0)?;
+        ensure!(
+            (1..=LARGEST_BATCH).contains(&self.max_batch),
+            InvalidArgument,
+            "max_batch is {}; it is 1 to {LARGEST_BATCH}, the largest batch on any rank",
+            self.max_batch
+        );
+        self.margin.check()?;
+        self.optimizer.check()?;
+        ensure!(
+            self.gradient_scale.is_finite() && self.gradient_scale > 0.0,
+            InvalidArgument,
+            "gradient_scale is {}; it is finite and above 0",
+            self.gradient_scale
+        );
+        within("init_std", self.init_std, 0.0, f64::MAX)?;
+        if let Some(label) = self.ignore_label {
+            ensure!(
+                label < 0 || label as u64 >= self.num_classes,
+                InvalidArgument,
+                "ignore_label is {label}, which is a class of the {}",
+                self.num_classes
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the ranks need each other's labels: not where every rank holds all classes and uses all of them.
+    pub fn gathers_labels(&self) -> bool {
+        self.placement == Placement::Sharded || self.sample_rate < 1.0
+    }
+
+    /// The range of classes of a rank.
+    pub fn shard(&self, ranks: u32, rank: u32) -> Shard {
+        match self.placement {
+            Placement::Sharded => Shard::of(self.num_classes, ranks.into(), rank.into()),
+            Placement::Replicated => Shard::whole(self.num_classes),
+        }
+    }
+
+    /// What all ranks must have alike, in the order of `pfc_head_options`.
+    pub(crate) fn fields(&self) -> [Field; FIELDS] {
+        let margin = self.margin;
+        let (kind, values) = match self.optimizer {
+            Optimizer::Sgd(sgd) => (1, [sgd.momentum, sgd.weight_decay, 0.0, 0.0, 0.0]),
+            Optimizer::Adamw(adamw) => (2, [0.0, adamw.weight_decay, adamw.beta1, adamw.beta2, adamw.epsilon]),
+        };
+        [
+            Field::int("num_classes", self.num_classes),
+            Field::int("embedding_dim", self.embedding_dim.into()),
+            Field::int("placement", self.placement as u64),
+            Field::float("sample_rate", self.sample_rate),
+            Field::int("seed", self.seed),
+            Field::int("max_batch", self.max_batch),
+            Field::float("scale", margin.scale),
+            Field::float("m1", margin.m1),
+            Field::float("m2", margin.m2),
+            Field::float("m3", margin.m3),
+            Field::float("interclass_filter", margin.interclass_filter),
+            Field::int("margin_gradient", margin.gradient as u64),
+            Field::int("margin_guard", 1 + u64::from(margin.guard)),
+            Field::int("optimizer", kind),
+            Field::int("row_update", self.row_update as u64),
+            Field::float("momentum", values[0]),
+            Field::float("weight_decay", values[1]),
+            Field::float("beta1", values[2]),
+            Field::float("beta2", values[3]),
+            Field::float("epsilon", values[4]),
+            Field::float("gradient_scale", self.gradient_scale),
+            Field::float("init_std", self.init_std),
+            Field::signed("ignore_label", self.ignore_label.unwrap_or(i64::MIN)),
+            Field::int("precision", self.precision as u64),
+            Field::int("gather_dtype", self.gather_dtype.map_or(0, |dtype| dtype as u64)),
+        ]
+    }
+}
+
+/// How many fields `HeadOptions::fields` gives: the handshake's block must not depend on whether a rank has options at all.
+pub(crate) const FIELDS: usize = 25;
+
+fn within(name: &str, value: f64, low: f64, high: f64) -> Result<()> {
+    // A NaN is in no range.
+    ensure!(value >= low && value <= high, InvalidArgument, "{name} is {value}; it is {low} to {high}");
+    Ok(())
 }

@@ -1,0 +1,69 @@
+//! What a head will need, before there is one: bytes of memory, and bytes a step hands to the communicator.
+
+use crate::device::{memory_needed, sample_capacity, Memory};
+use crate::matrix::DType;
+use crate::options::{HeadOptions, Placement};
+use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{ensure, Result};
+
+/// Bytes that one rank hands to the collectives of one step, as `Communicator::traffic` counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTraffic {
+    pub labels: u64,
+    pub embeddings: u64,
+    pub sums: u64,
+    pub grad_embeddings: u64,
+    pub grad_centers: u64,
+}
+
+impl StepTraffic {
+    pub fn total(&self) -> u64 {
+        self.labels + self.embeddings + self.sums + self.grad_embeddings + self.grad_centers
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Rows of W on the rank that owns most.
+    pub shard_rows: u64,
+    pub sample_capacity: u64,
+    /// Of the rank that owns most.
+    pub memory: Memory,
+    pub traffic: StepTraffic,
+}
+
+/// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each.
+///
+/// The class centres' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
+/// that travels.
+pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
+    ensure!(ranks > 0, InvalidArgument, "ranks is 0");
+    options.check(ranks)?;
+    ensure!(batch <= options.max_batch, InvalidArgument, "batch is {batch}, max_batch is {}", options.max_batch);
+    let shard = options.shard(ranks, 0);
+    let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));
+    let gathered = options.gather_dtype.unwrap_or(DType::F32).size() as u64;
+    let labels = 8 * label_block(options.gathers_labels(), options.max_batch) as u64;
+    let traffic = match options.placement {
+        Placement::Sharded => StepTraffic {
+            labels,
+            embeddings: batch * d * gathered,
+            sums: 4 * (2 * n * batch + TOTALS as u64),
+            grad_embeddings: 4 * n * batch * d,
+            grad_centers: 0,
+        },
+        Placement::Replicated => StepTraffic {
+            labels,
+            sums: 8 * (REPLICATED_TOTALS as u64 + REPLICATED_SLOT as u64 * n),
+            grad_centers: 4 * d * crate::sample::sample_size(options.sample_rate, shard.rows),
+            ..StepTraffic::default()
+        },
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    Ok(Plan {
+        shard_rows: shard.rows,
+        sample_capacity: sample_capacity(options, ranks, shard),
+        memory: memory_needed(options, ranks, threads)?,
+        traffic,
+    })
+}

@@ -1,0 +1,127 @@
+//! What the ranks tell each other in a step: the layouts of the blocks, and the verdict every rank reaches from them alike.
+//!
+//! A, before any work: {status, step, batch} and the labels (or, where labels are not gathered, the place of a bad one).
+//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
+//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample} of each rank.
+
+use crate::comm::remote;
+use crate::{error, Error, Result, Status};
+
+/// Elements before the labels in a block of A.
+pub(crate) const HEADER: usize = 3;
+/// Where labels are not gathered, two elements tell of a bad one: its row and its value.
+pub(crate) const BAD_LABEL: usize = 2;
+/// Elements of C beside the two for each row.
+pub(crate) const TOTALS: usize = 4;
+/// Elements of a replicated head's sums beside those of each rank.
+pub(crate) const REPLICATED_TOTALS: usize = 4;
+/// Elements of a replicated head's sums for each rank.
+pub(crate) const REPLICATED_SLOT: usize = 3;
+
+/// Elements of one rank's block of A.
+pub(crate) fn label_block(gathers_labels: bool, max_batch: u64) -> usize {
+    HEADER + if gathers_labels { max_batch as usize } else { BAD_LABEL }
+}
+
+/// Fills a block of A for a rank that can take the step.
+pub(crate) fn pack_labels(block: &mut [i64], step: u64, labels: &[i64], gathered: bool) {
+    block.fill(0);
+    block[1] = step as i64;
+    block[2] = labels.len() as i64;
+    if gathered {
+        block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
+    }
+}
+
+/// Fills a block of A for a rank that cannot; `bad` is the row and the value of a label, where that is why.
+pub(crate) fn pack_failure(block: &mut [i64], step: u64, cause: &Error, bad: Option<(usize, i64)>) {
+    block.fill(0);
+    block[0] = cause.status as i64;
+    block[1] = step as i64;
+    if let Some((row, label)) = bad {
+        block[HEADER] = row as i64;
+        block[HEADER + 1] = label;
+    }
+}
+
+/// The error of a label that is no class, as every rank words it.
+pub(crate) fn bad_label(row: usize, label: i64, rank: usize, num_classes: u64) -> Error {
+    error!(Label, "labels[{row}] is {label} on rank {rank}; a label is 0 to {} or ignore_label", num_classes - 1)
+}
+
+/// The error of an embedding that is NaN or infinite.
+pub(crate) fn bad_embedding(row: usize, rank: usize) -> Error {
+    error!(NotFinite, "embeddings row {row} on rank {rank} holds a NaN or an infinity")
+}
+
+/// The error of a row whose sums leave float32.
+pub(crate) fn bad_sum(row: usize, rank: usize, sum: f64) -> Error {
+    error!(NotFinite, "the softmax sum of row {row} on rank {rank} is {sum:e}: float32 has no gradient for it")
+}
+
+/// What every rank concludes from the gathered blocks of A: the ranks' batches, or the same failure.
+pub(crate) fn judge_labels(
+    blocks: &[i64],
+    ranks: usize,
+    own: Option<&Error>,
+    num_classes: u64,
+    ignore_label: Option<i64>,
+    gathered: bool,
+) -> Result<Vec<usize>> {
+    let length = blocks.len() / ranks;
+    let block = |r: usize| &blocks[r * length..(r + 1) * length];
+    if let Some(own) = own.filter(|own| own.status != Status::Label) {
+        return Err(own.clone());
+    }
+    for r in 0..ranks {
+        match block(r)[0] {
+            0 => {}
+            code if code == Status::Label as i64 => {
+                return Err(bad_label(block(r)[HEADER] as usize, block(r)[HEADER + 1], r, num_classes));
+            }
+            code => return Err(remote(r, code)),
+        }
+    }
+    for r in 1..ranks {
+        let (first, other) = (block(0)[1], block(r)[1]);
+        if first != other {
+            return Err(error!(Mismatch, "the ranks are at different steps: {first} on rank 0, {other} on rank {r}"));
+        }
+    }
+    let batches: Vec<usize> = (0..ranks).map(|r| block(r)[2] as usize).collect();
+    if gathered {
+        for (r, &batch) in batches.iter().enumerate() {
+            let labels = &block(r)[HEADER..HEADER + batch];
+            if let Some((row, label)) = find_bad_label(labels, num_classes, ignore_label) {
+                return Err(bad_label(row, label, r, num_classes));
+            }
+        }
+    }
+    Ok(batches)
+}
+
+/// The first label that is neither a class nor ignored.
+pub(crate) fn find_bad_label(labels: &[i64], num_classes: u64, ignore_label: Option<i64>) -> Option<(usize, i64)> {
+    labels.iter().copied().enumerate().find(|&(_, label)| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label))
+}
+
+/// In C only sums arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.
+const ONE_ERROR: f32 = 65536.0;
+
+pub(crate) fn pack_error(rank: usize) -> f32 {
+    ONE_ERROR + (rank.min(65534) + 1) as f32
+}
+
+/// The failure that C's `errors` tells of, if one does.
+pub(crate) fn judge_errors(errors: f32, rank: usize) -> Result<()> {
+    match (errors / ONE_ERROR).floor() {
+        0.0 => Ok(()),
+        1.0 => {
+            let failed = (errors - ONE_ERROR) as usize - 1;
+            Err(error!(Remote, "rank {failed} failed in its forward; its own message says why (this is rank {rank})"))
+        }
+        several => {
+            Err(error!(Remote, "about {several} ranks failed in their forward; their messages say why (this is rank {rank})"))
+        }
+    }
+}

@@ -1,16 +1,17 @@
 //! Communicators.
 
 use std::ffi::{c_char, c_void};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::device::pfc_device;
-use super::status::{pfc_status, PFC_ERROR_ABORTED};
+use super::status::{fail, pfc_status, PFC_OK};
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
-use super::{boundary, output, required};
-use crate::comm::{Communicator, CustomOps, Operation, ReduceOp};
+use super::{boundary, output, panicked, required};
+use crate::comm::{all_reduce_rows, Communicator, CustomOps, Operation, ReduceOp, SampledRows};
 use crate::matrix::DType;
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, Result};
 
 /// Sum over the ranks.
 pub const PFC_SUM: i32 = 1;
@@ -25,6 +26,10 @@ pub const PFC_COMM_DEVICE_MEMORY: u32 = 2;
 pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 
 /// One rank's end of a group of ranks.
+///
+/// All ranks call the same collectives in the same order. A failure of one ends the communicator: the other ranks get it at once
+/// where they can be told (ABORTED, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since the
+/// other ranks are waiting by then.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
@@ -35,7 +40,8 @@ pub struct pfc_comm {
 /// from a thread that is inside a pfc_ call, never from two at once; abort and error_string may be called from any thread. Counts are
 /// in elements of dtype (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal recv (for
 /// all_gather: recv + rank * bytes). A reduction gives the same bits on every rank. A function that waits longer than
-/// pfc_comm_set_timeout has its abort called; it must then return, and the pfc_ call gives TIMEOUT.
+/// pfc_comm_set_timeout has abort called from another thread; it must then return, and the pfc_ call gives TIMEOUT. abort is called
+/// once at most, also after a failure of this rank. No function may unwind (throw) or call pfc_ functions on this communicator.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_comm_ops {
@@ -47,12 +53,15 @@ pub struct pfc_comm_ops {
     pub rank: u32,
     /// Number of ranks.
     pub size: u32,
-    /// PFC_COMM_* flags. (default: PFC_COMM_HOST_MEMORY)
+    /// PFC_COMM_* flags; in this version PFC_COMM_HOST_MEMORY must be there and PFC_COMM_STREAM_ORDERED must not, else UNSUPPORTED.
+    /// (default: PFC_COMM_HOST_MEMORY)
     pub flags: u32,
     /// 0.
     pub reserved: u32,
     /// Mandatory. Gathers `bytes` bytes from every rank into size * bytes at recv, in rank order.
-    pub all_gather: Option<unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32>,
+    pub all_gather: Option<
+        unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32,
+    >,
     /// Mandatory. Combines count elements over the ranks into recv of every rank.
     pub all_reduce: Option<
         unsafe extern "C" fn(
@@ -78,7 +87,8 @@ pub struct pfc_comm_ops {
         ) -> i32,
     >,
     /// NULL: built from all_gather. Copies root's bytes to all ranks.
-    pub broadcast: Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
+    pub broadcast:
+        Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
     /// NULL: built from all_gather.
     pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
     /// NULL: a function that never returns cannot be stopped. Makes running and later operations return an error, from any thread.
@@ -91,23 +101,26 @@ pub struct pfc_comm_ops {
     pub free: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
 }
 
-sized!(pfc_comm_ops, pfc_comm_ops {
-    struct_size: 0,
-    ctx: std::ptr::null_mut(),
-    rank: 0,
-    size: 0,
-    flags: PFC_COMM_HOST_MEMORY,
-    reserved: 0,
-    all_gather: None,
-    all_reduce: None,
-    reduce_scatter: None,
-    broadcast: None,
-    barrier: None,
-    abort: None,
-    async_error: None,
-    error_string: None,
-    free: None,
-});
+sized!(
+    pfc_comm_ops,
+    pfc_comm_ops {
+        struct_size: 0,
+        ctx: std::ptr::null_mut(),
+        rank: 0,
+        size: 0,
+        flags: PFC_COMM_HOST_MEMORY,
+        reserved: 0,
+        all_gather: None,
+        all_reduce: None,
+        reduce_scatter: None,
+        broadcast: None,
+        barrier: None,
+        abort: None,
+        async_error: None,
+        error_string: None,
+        free: None,
+    }
+);
 
 /// Bytes and calls by operation since the communicator was made.
 ///
@@ -150,7 +163,7 @@ pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
 
 /// Makes a group of n ranks in this process; give each end to a thread of its own.
 ///
-/// @param n ranks, at least 1
+/// @param n ranks, 1 to 4096
 /// @param comms n pointers, written in rank order; free each with pfc_comm_free
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> pfc_status {
@@ -172,6 +185,7 @@ pub unsafe extern "C" fn pfc_comm_custom(ops: *const pfc_comm_ops, out: *mut *mu
     boundary(|| {
         let out = output("out", out)?;
         let ops = read_sized(ops)?;
+        ensure!(ops.reserved == 0, InvalidArgument, "ops.reserved is {}, not 0", ops.reserved);
         *out = handle(Communicator::custom(ops.to_ops())?);
         Ok(())
     })
@@ -217,7 +231,10 @@ pub unsafe extern "C" fn pfc_comm_nccl(
         required("id", id)?;
         required("device", device)?;
         output("out", out)?;
-        Err(error!(Unsupported, "NCCL is not in this build (asked for rank {rank} of {size}): use pfc_comm_threads or pfc_comm_custom"))
+        Err(error!(
+            Unsupported,
+            "NCCL is not in this build (asked for rank {rank} of {size}): use pfc_comm_threads or pfc_comm_custom"
+        ))
     })
 }
 
@@ -251,9 +268,14 @@ pub unsafe extern "C" fn pfc_comm_size(comm: *const pfc_comm) -> u32 {
 /// @param recv size * bytes bytes
 /// @param bytes bytes of one block, equal on all ranks
 #[no_mangle]
-pub unsafe extern "C" fn pfc_comm_all_gather(comm: *mut pfc_comm, send: *const c_void, recv: *mut c_void, bytes: u64) -> pfc_status {
+pub unsafe extern "C" fn pfc_comm_all_gather(
+    comm: *mut pfc_comm,
+    send: *const c_void,
+    recv: *mut c_void,
+    bytes: u64,
+) -> pfc_status {
     collective(comm, |comm| {
-        buffers(send, recv, bytes)?;
+        comm.or_abort(buffers(comm, send, recv, bytes))?;
         comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, std::ptr::null_mut())
     })
 }
@@ -275,8 +297,8 @@ pub unsafe extern "C" fn pfc_comm_all_reduce(
     op: i32,
 ) -> pfc_status {
     collective(comm, |comm| {
-        buffers(send, recv, count)?;
-        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, element(dtype)?, reduction(op)?, std::ptr::null_mut())
+        let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
+        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, dtype, op, std::ptr::null_mut())
     })
 }
 
@@ -297,8 +319,8 @@ pub unsafe extern "C" fn pfc_comm_reduce_scatter(
     op: i32,
 ) -> pfc_status {
     collective(comm, |comm| {
-        buffers(send, recv, count)?;
-        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, element(dtype)?, reduction(op)?, std::ptr::null_mut())
+        let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
+        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, dtype, op, std::ptr::null_mut())
     })
 }
 
@@ -310,7 +332,8 @@ pub unsafe extern "C" fn pfc_comm_reduce_scatter(
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_broadcast(comm: *mut pfc_comm, buffer: *mut c_void, bytes: u64, root: u32) -> pfc_status {
     collective(comm, |comm| {
-        buffers(buffer, buffer, bytes)?;
+        let given = bytes == 0 || !buffer.is_null();
+        comm.or_abort(if given { Ok(()) } else { Err(error!(InvalidArgument, "buffer is NULL on rank {}", comm.rank())) })?;
         comm.broadcast_raw(buffer.cast(), bytes as usize, root, std::ptr::null_mut())
     })
 }
@@ -321,22 +344,88 @@ pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
     collective(comm, |comm| comm.barrier())
 }
 
-unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
-    boundary(|| body(&required("comm", comm)?.comm))
+/// Sums sampled gradient rows over the ranks by class id. Collective; blocks.
+///
+/// Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows that the ranks have for it. Sums are
+/// float32 in a fixed order, rounded once to the type of rows_out. The outputs may be the inputs. In this version all memory is the
+/// host's. An error in the arguments leaves the outputs alone and the communicator in use.
+///
+/// @param comm the ranks
+/// @param device where the rows live
+/// @param ids count ids, ascending, each once; NULL when count is 0
+/// @param count ids of this rank
+/// @param rows at least count rows, f32, f16 or bf16; cols equal on all ranks
+/// @param ids_out room for capacity ids, written; NULL on all ranks asserts that the ids are equal on all ranks
+/// @param capacity ids and rows there is room for
+/// @param rows_out at least capacity rows; its first *count_out are written
+/// @param count_out written: ids in the union
+/// @return MISMATCH on all ranks where ids should be equal and are not, or cols differ; INVALID_ARGUMENT on all ranks if the union
+///         is larger than a rank's capacity (the message names the need); INVALID_ARGUMENT for a rank's own arguments, and REMOTE on
+///         the others
+#[no_mangle]
+pub unsafe extern "C" fn pfc_all_reduce_rows(
+    comm: *mut pfc_comm,
+    device: *const pfc_device,
+    ids: *const i64,
+    count: u64,
+    rows: *const pfc_matrix,
+    ids_out: *mut i64,
+    capacity: u64,
+    rows_out: *const pfc_matrix,
+    count_out: *mut u64,
+) -> pfc_status {
+    collective(comm, |comm| {
+        let mine = (|| {
+            required("device", device)?;
+            let cols = required("rows", rows)?.cols;
+            let (rows, rows_out) = (matrix("rows", rows, cols)?, matrix("rows_out", rows_out, cols)?);
+            output("count_out", count_out)?;
+            Ok(SampledRows { ids, count: count as usize, rows, ids_out, capacity: capacity as usize, rows_out })
+        })();
+        *count_out = all_reduce_rows(comm, mine)? as u64;
+        Ok(())
+    })
 }
 
-fn buffers(send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {
-    ensure!(count == 0 || !send.is_null(), InvalidArgument, "send is NULL");
-    ensure!(count == 0 || !recv.is_null(), InvalidArgument, "recv is NULL");
+/// Runs a collective. A panic ends the communicator, so that the other ranks do not wait for this one.
+unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
+    let comm = match required("comm", comm) {
+        Ok(handle) => &*handle.comm,
+        Err(error) => return fail(&error),
+    };
+    match catch_unwind(AssertUnwindSafe(|| body(comm))) {
+        Ok(Ok(())) => PFC_OK,
+        Ok(Err(error)) => fail(&error),
+        Err(panic) => {
+            let error = panicked(panic.as_ref());
+            comm.abort(&error);
+            fail(&error)
+        }
+    }
+}
+
+fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {
+    ensure!(count == 0 || !send.is_null(), InvalidArgument, "send is NULL on rank {}", comm.rank());
+    ensure!(count == 0 || !recv.is_null(), InvalidArgument, "recv is NULL on rank {}", comm.rank());
     Ok(())
 }
 
-fn element(dtype: i32) -> Result<DType> {
-    DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype}; it is one of PFC_F32 (1), PFC_F64 (4), PFC_I32 (5), PFC_I64 (6)"))
-}
-
-fn reduction(op: i32) -> Result<ReduceOp> {
-    ReduceOp::from_code(op).ok_or_else(|| error!(InvalidArgument, "op is {op}; it is PFC_SUM (1) or PFC_MAX (2)"))
+fn reduction(
+    comm: &Communicator,
+    send: *const c_void,
+    recv: *mut c_void,
+    count: u64,
+    dtype: i32,
+    op: i32,
+) -> Result<(DType, ReduceOp)> {
+    buffers(comm, send, recv, count)?;
+    let rank = comm.rank();
+    let types = "PFC_F32 (1), PFC_F64 (4), PFC_I32 (5) or PFC_I64 (6)";
+    let element =
+        DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype} on rank {rank}; it is {types}"))?;
+    let op = ReduceOp::from_code(op)
+        .ok_or_else(|| error!(InvalidArgument, "op is {op} on rank {rank}; it is PFC_SUM (1) or PFC_MAX (2)"))?;
+    Ok((element, op))
 }
 
 /// Bytes and calls so far, this rank's.
@@ -389,5 +478,45 @@ pub unsafe extern "C" fn pfc_comm_free(comm: *mut pfc_comm) {
             drop(Box::from_raw(comm));
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capi::status::{PFC_ERROR_ABORTED, PFC_ERROR_INVALID_ARGUMENT, PFC_ERROR_PANIC};
+
+    #[test]
+    fn a_panic_frees_the_other_ranks() {
+        let mut comms = [std::ptr::null_mut(); 2];
+        assert_eq!(unsafe { pfc_comm_threads(2, comms.as_mut_ptr()) }, PFC_OK);
+        let other = comms[1] as usize;
+        let waiting = std::thread::spawn(move || unsafe { pfc_comm_barrier(other as *mut pfc_comm) });
+        assert_eq!(unsafe { collective(comms[0], |_| panic!("planted")) }, PFC_ERROR_PANIC);
+        assert_eq!(waiting.join().unwrap(), PFC_ERROR_ABORTED);
+        assert_eq!(unsafe { pfc_comm_barrier(comms[0]) }, PFC_ERROR_ABORTED);
+        comms.into_iter().for_each(|comm| unsafe { pfc_comm_free(comm) });
+    }
+
+    /// The checks of the entry itself travel like those below it: the other rank hears of them, and both can go on.
+    #[test]
+    fn rows_without_a_device_are_refused_on_all_ranks() {
+        let mut comms = [std::ptr::null_mut(); 2];
+        assert_eq!(unsafe { pfc_comm_threads(2, comms.as_mut_ptr()) }, PFC_OK);
+        std::thread::scope(|scope| {
+            for comm in comms.map(|comm| comm as usize) {
+                scope.spawn(move || unsafe {
+                    let comm = comm as *mut pfc_comm;
+                    let none = std::ptr::null();
+                    let mut count = 7;
+                    let (ids, device, out) = (std::ptr::null_mut(), std::ptr::null(), &mut count);
+                    let status = pfc_all_reduce_rows(comm, device, none, 0, std::ptr::null(), ids, 0, std::ptr::null(), out);
+                    assert_eq!(status, PFC_ERROR_INVALID_ARGUMENT);
+                    assert_eq!(count, 7);
+                    assert_eq!(pfc_comm_barrier(comm), PFC_OK);
+                });
+            }
+        });
+        comms.into_iter().for_each(|comm| unsafe { pfc_comm_free(comm) });
     }
 }

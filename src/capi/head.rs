@@ -62,25 +62,28 @@ pub struct pfc_metrics {
     pub seconds_update: f64,
 }
 
-sized!(pfc_metrics, pfc_metrics {
-    struct_size: 0,
-    updates: 0,
-    samples: 0,
-    rows: 0,
-    valid_rows: 0,
-    sample_size: 0,
-    loss: 0.0,
-    top1: 0.0,
-    mean_target_cosine: 0.0,
-    grad_embeddings_norm: 0.0,
-    grad_centers_norm: 0.0,
-    seconds_gather: 0.0,
-    seconds_sample: 0.0,
-    seconds_forward: 0.0,
-    seconds_reduce: 0.0,
-    seconds_backward: 0.0,
-    seconds_update: 0.0,
-});
+sized!(
+    pfc_metrics,
+    pfc_metrics {
+        struct_size: 0,
+        updates: 0,
+        samples: 0,
+        rows: 0,
+        valid_rows: 0,
+        sample_size: 0,
+        loss: 0.0,
+        top1: 0.0,
+        mean_target_cosine: 0.0,
+        grad_embeddings_norm: 0.0,
+        grad_centers_norm: 0.0,
+        seconds_gather: 0.0,
+        seconds_sample: 0.0,
+        seconds_forward: 0.0,
+        seconds_reduce: 0.0,
+        seconds_backward: 0.0,
+        seconds_update: 0.0,
+    }
+);
 
 /// For pfc_head_save. Fields come with checkpoints.
 #[repr(C)]
@@ -373,7 +376,12 @@ pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, 
 /// @param count classes
 /// @param centers count x embedding_dim, written
 #[no_mangle]
-pub unsafe extern "C" fn pfc_head_read_centers(head: *mut pfc_head, first: u64, count: u64, centers: *const pfc_matrix) -> pfc_status {
+pub unsafe extern "C" fn pfc_head_read_centers(
+    head: *mut pfc_head,
+    first: u64,
+    count: u64,
+    centers: *const pfc_matrix,
+) -> pfc_status {
     rows(head, first, count, "centers", centers, |head, rows| head.read_rows(StateTensor::Centers, first, &rows))
 }
 
@@ -382,7 +390,12 @@ pub unsafe extern "C" fn pfc_head_read_centers(head: *mut pfc_head, first: u64, 
 ///
 /// @param centers count x embedding_dim, finite
 #[no_mangle]
-pub unsafe extern "C" fn pfc_head_write_centers(head: *mut pfc_head, first: u64, count: u64, centers: *const pfc_matrix) -> pfc_status {
+pub unsafe extern "C" fn pfc_head_write_centers(
+    head: *mut pfc_head,
+    first: u64,
+    count: u64,
+    centers: *const pfc_matrix,
+) -> pfc_status {
     rows(head, first, count, "centers", centers, |head, rows| head.write_rows(StateTensor::Centers, first, &rows))
 }
 
@@ -418,10 +431,17 @@ pub unsafe extern "C" fn pfc_head_write_state(
 ///
 /// @return UNSUPPORTED in this version: pfc_head_read_centers and pfc_head_read_state give all there is to save
 #[no_mangle]
-pub unsafe extern "C" fn pfc_head_save(head: *mut pfc_head, directory: *const c_char, options: *const pfc_save_options) -> pfc_status {
+pub unsafe extern "C" fn pfc_head_save(
+    head: *mut pfc_head,
+    directory: *const c_char,
+    options: *const pfc_save_options,
+) -> pfc_status {
     let _ = (directory, options);
     with_head(head, |_| {
-        Err(error!(Unsupported, "pfc_head_save is not in this version: pfc_head_read_centers and pfc_head_read_state give all there is to save"))
+        Err(error!(
+            Unsupported,
+            "pfc_head_save is not in this version: pfc_head_read_centers and pfc_head_read_state give all there is to save"
+        ))
     })
 }
 
@@ -429,10 +449,17 @@ pub unsafe extern "C" fn pfc_head_save(head: *mut pfc_head, directory: *const c_
 ///
 /// @return UNSUPPORTED in this version: pfc_head_write_centers and pfc_head_write_state put back what was read
 #[no_mangle]
-pub unsafe extern "C" fn pfc_head_load(head: *mut pfc_head, directory: *const c_char, options: *const pfc_load_options) -> pfc_status {
+pub unsafe extern "C" fn pfc_head_load(
+    head: *mut pfc_head,
+    directory: *const c_char,
+    options: *const pfc_load_options,
+) -> pfc_status {
     let _ = (directory, options);
     with_head(head, |_| {
-        Err(error!(Unsupported, "pfc_head_load is not in this version: pfc_head_write_centers and pfc_head_write_state put back what was read"))
+        Err(error!(
+            Unsupported,
+            "pfc_head_load is not in this version: pfc_head_write_centers and pfc_head_write_state put back what was read"
+        ))
     })
 }
 
@@ -446,7 +473,13 @@ unsafe fn rows(
 ) -> pfc_status {
     with_head(head, |head| {
         let rows = matrix(name, argument, head.embedding_dim())?;
-        ensure!(rows.rows as u64 == count, InvalidArgument, "{name}.rows is {}, count is {count} (first is {first}) on rank {}", rows.rows, head.rank());
+        ensure!(
+            rows.rows as u64 == count,
+            InvalidArgument,
+            "{name}.rows is {}, count is {count} (first is {first}) on rank {}",
+            rows.rows,
+            head.rank()
+        );
         body(head, rows)
     })
 }

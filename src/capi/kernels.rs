@@ -60,7 +60,13 @@ pub unsafe extern "C" fn pfc_normalize_gemm(
 
 /// Bytes of workspace that pfc_normalize_gemm needs for B x d and S x d.
 #[no_mangle]
-pub unsafe extern "C" fn pfc_normalize_gemm_workspace(device: *const pfc_device, batch: u64, dim: u64, classes: u64, bytes: *mut u64) -> pfc_status {
+pub unsafe extern "C" fn pfc_normalize_gemm_workspace(
+    device: *const pfc_device,
+    batch: u64,
+    dim: u64,
+    classes: u64,
+    bytes: *mut u64,
+) -> pfc_status {
     boundary(|| {
         *output("bytes", bytes)? = required("device", device)?.device.normalize_gemm_workspace(batch, dim, classes)?;
         Ok(())
@@ -255,7 +261,13 @@ pub unsafe extern "C" fn pfc_fused_backward(
 
 /// Bytes of workspace that pfc_fused_forward and pfc_fused_backward need for B x d and S x d.
 #[no_mangle]
-pub unsafe extern "C" fn pfc_fused_workspace(device: *const pfc_device, batch: u64, dim: u64, classes: u64, bytes: *mut u64) -> pfc_status {
+pub unsafe extern "C" fn pfc_fused_workspace(
+    device: *const pfc_device,
+    batch: u64,
+    dim: u64,
+    classes: u64,
+    bytes: *mut u64,
+) -> pfc_status {
     boundary(|| {
         *output("bytes", bytes)? = required("device", device)?.device.fused_workspace(batch, dim, classes)?;
         Ok(())

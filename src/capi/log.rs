@@ -73,7 +73,12 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
             PFC_LOG_WARN => LevelFilter::Warn,
             PFC_LOG_INFO => LevelFilter::Info,
             PFC_LOG_DEBUG => LevelFilter::Debug,
-            _ => return Err(Error::new(Status::InvalidArgument, format!("level is {level}, not PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4)"))),
+            _ => {
+                return Err(Error::new(
+                    Status::InvalidArgument,
+                    format!("level is {level}, not PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4)"),
+                ))
+            }
         };
         let mut installed = true;
         INSTALL.call_once(|| installed = log::set_logger(&Forward).is_ok());
@@ -85,4 +90,3 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
         Ok(())
     })
 }
-

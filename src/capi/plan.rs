@@ -1,8 +1,8 @@
 //! What a head will need, before there is one.
 
+use super::boundary;
 use super::status::pfc_status;
 use super::types::{init_sized, pfc_head_options, read_sized, sized, write_sized, Sized64};
-use super::boundary;
 use crate::plan;
 
 /// Bytes of memory of the largest rank, and bytes a step that one rank hands to each collective. Fill with pfc_plan_report_init.
@@ -39,22 +39,25 @@ pub struct pfc_plan_report {
     pub traffic_bytes: u64,
 }
 
-sized!(pfc_plan_report, pfc_plan_report {
-    struct_size: 0,
-    shard_rows: 0,
-    sample_capacity: 0,
-    weight_bytes: 0,
-    state_bytes: 0,
-    activation_bytes: 0,
-    probability_bytes: 0,
-    total_bytes: 0,
-    labels_bytes: 0,
-    embeddings_bytes: 0,
-    sums_bytes: 0,
-    grad_embeddings_bytes: 0,
-    grad_centers_bytes: 0,
-    traffic_bytes: 0,
-});
+sized!(
+    pfc_plan_report,
+    pfc_plan_report {
+        struct_size: 0,
+        shard_rows: 0,
+        sample_capacity: 0,
+        weight_bytes: 0,
+        state_bytes: 0,
+        activation_bytes: 0,
+        probability_bytes: 0,
+        total_bytes: 0,
+        labels_bytes: 0,
+        embeddings_bytes: 0,
+        sums_bytes: 0,
+        grad_embeddings_bytes: 0,
+        grad_centers_bytes: 0,
+        traffic_bytes: 0,
+    }
+);
 
 /// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
 #[no_mangle]

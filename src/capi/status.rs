@@ -64,9 +64,17 @@ pub extern "C" fn pfc_version() -> u32 {
 /// Version, commit, target and the backends in this build, as one line of text that lives for ever. Any thread.
 #[no_mangle]
 pub extern "C" fn pfc_build_info() -> *const c_char {
-    concat!("partialfc ", env!("CARGO_PKG_VERSION"), " (", env!("PFC_COMMIT"), ", ", env!("PFC_TARGET"), ") devices: cpu; communicators: self threads custom\0")
-        .as_ptr()
-        .cast()
+    concat!(
+        "partialfc ",
+        env!("CARGO_PKG_VERSION"),
+        " (",
+        env!("PFC_COMMIT"),
+        ", ",
+        env!("PFC_TARGET"),
+        ") devices: cpu; communicators: self threads custom\0"
+    )
+    .as_ptr()
+    .cast()
 }
 
 /// The name of a status, such as "PFC_ERROR_LABEL"; "PFC_ERROR_UNKNOWN" for a number that is none. Lives for ever. Any thread.

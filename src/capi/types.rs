@@ -283,40 +283,43 @@ fn check_size<T: Sized64>(struct_size: u64) -> Result<()> {
     Ok(())
 }
 
-sized!(pfc_head_options, pfc_head_options {
-    struct_size: 0,
-    num_classes: 0,
-    embedding_dim: 0,
-    placement: PFC_PLACEMENT_SHARDED,
-    sample_rate: 1.0,
-    seed: 0,
-    max_batch: 0,
-    scale: 64.0,
-    m1: 1.0,
-    m2: 0.5,
-    m3: 0.0,
-    interclass_filter: 0.0,
-    margin_gradient: PFC_MARGIN_GRADIENT_EXACT,
-    margin_guard: PFC_MARGIN_GUARD_OFF,
-    optimizer: PFC_OPTIMIZER_SGD,
-    row_update: PFC_ROW_UPDATE_LAZY,
-    momentum: 0.9,
-    weight_decay: 5e-4,
-    beta1: 0.9,
-    beta2: 0.999,
-    epsilon: 1e-8,
-    gradient_scale: 1.0,
-    init_std: 0.01,
-    ignore_label: i64::MIN,
-    precision: PFC_PRECISION_AUTO,
-    gather_dtype: PFC_GATHER_AUTO,
-    weight_dtype: PFC_F32,
-    state_dtype: PFC_F32,
-    residency: PFC_RESIDENCY_DEVICE,
-    reserved: 0,
-    workspace_limit: 0,
-    storage_path: std::ptr::null(),
-});
+sized!(
+    pfc_head_options,
+    pfc_head_options {
+        struct_size: 0,
+        num_classes: 0,
+        embedding_dim: 0,
+        placement: PFC_PLACEMENT_SHARDED,
+        sample_rate: 1.0,
+        seed: 0,
+        max_batch: 0,
+        scale: 64.0,
+        m1: 1.0,
+        m2: 0.5,
+        m3: 0.0,
+        interclass_filter: 0.0,
+        margin_gradient: PFC_MARGIN_GRADIENT_EXACT,
+        margin_guard: PFC_MARGIN_GUARD_OFF,
+        optimizer: PFC_OPTIMIZER_SGD,
+        row_update: PFC_ROW_UPDATE_LAZY,
+        momentum: 0.9,
+        weight_decay: 5e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        gradient_scale: 1.0,
+        init_std: 0.01,
+        ignore_label: i64::MIN,
+        precision: PFC_PRECISION_AUTO,
+        gather_dtype: PFC_GATHER_AUTO,
+        weight_dtype: PFC_F32,
+        state_dtype: PFC_F32,
+        residency: PFC_RESIDENCY_DEVICE,
+        reserved: 0,
+        workspace_limit: 0,
+        storage_path: std::ptr::null(),
+    }
+);
 
 sized!(pfc_margin, {
     let head = pfc_head_options::defaults();
@@ -454,7 +457,11 @@ impl pfc_head_options {
             &[(PFC_RESIDENCY_DEVICE, true), (PFC_RESIDENCY_HOST, false), (PFC_RESIDENCY_FILE, false)],
         )?;
         ensure!(resident, Unsupported, "residency is {}: rows outside the device's memory are not supported yet", self.residency);
-        ensure!(self.storage_path.is_null(), Unsupported, "storage_path is set: only residency file needs it, which is not supported yet");
+        ensure!(
+            self.storage_path.is_null(),
+            Unsupported,
+            "storage_path is set: only residency file needs it, which is not supported yet"
+        );
         ensure!(self.reserved == 0, InvalidArgument, "reserved is {}, not 0", self.reserved);
         Ok(HeadOptions {
             num_classes: self.num_classes,
@@ -480,17 +487,16 @@ impl pfc_head_options {
             precision: choose(
                 "precision",
                 self.precision,
-                &[(PFC_PRECISION_AUTO, Precision::Auto), (PFC_PRECISION_F32, Precision::F32), (PFC_PRECISION_HALF, Precision::Half)],
+                &[
+                    (PFC_PRECISION_AUTO, Precision::Auto),
+                    (PFC_PRECISION_F32, Precision::F32),
+                    (PFC_PRECISION_HALF, Precision::Half),
+                ],
             )?,
             gather_dtype: choose(
                 "gather_dtype",
                 self.gather_dtype,
-                &[
-                    (PFC_GATHER_AUTO, None),
-                    (PFC_F32, Some(DType::F32)),
-                    (PFC_F16, Some(DType::F16)),
-                    (PFC_BF16, Some(DType::Bf16)),
-                ],
+                &[(PFC_GATHER_AUTO, None), (PFC_F32, Some(DType::F32)), (PFC_F16, Some(DType::F16)), (PFC_BF16, Some(DType::Bf16))],
             )?,
             workspace_limit: self.workspace_limit,
         })
@@ -501,10 +507,12 @@ impl pfc_head_options {
 pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
     ensure!(!matrix.is_null(), InvalidArgument, "{name} is NULL");
     let m = *matrix;
-    let dtype = DType::from_code(m.dtype)
-        .ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name}.dtype is {}; it is PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3)", m.dtype)))?;
+    let dtype = DType::from_code(m.dtype).ok_or_else(|| {
+        Error::new(Status::InvalidArgument, format!("{name}.dtype is {}; it is PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3)", m.dtype))
+    })?;
     ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved is {}, not 0", m.reserved);
-    let view = Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };
+    let view =
+        Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };
     view.check(name, cols as usize)?;
     Ok(view)
 }

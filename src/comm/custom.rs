@@ -1,0 +1,377 @@
+//! A rank of a group that the caller's functions carry: MPI, a framework's own collectives, a test's.
+//!
+//! A function runs on the thread that called the library (MPI_THREAD_FUNNELED is enough) and only itself knows how to stop
+//! waiting. So a watchdog thread, made with the first operation and asleep in between, calls the table's `abort` once a deadline
+//! has passed; the function must then return. Without `abort` nothing can stop it: the watchdog says so in the log.
+
+use std::ffi::{c_char, c_void, CStr};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::{Call, Operation, ReduceOp, Transport};
+use crate::matrix::DType;
+use crate::{ensure, error, Error, Result, Status};
+
+pub type AllGatherFn = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void, u64, *mut c_void) -> i32;
+pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void, u64, i32, i32, *mut c_void) -> i32;
+pub type BroadcastFn = unsafe extern "C" fn(*mut c_void, *mut c_void, u64, u32, *mut c_void) -> i32;
+pub type StatusFn = unsafe extern "C" fn(*mut c_void) -> i32;
+pub type ErrorStringFn = unsafe extern "C" fn(*mut c_void, i32, *mut c_char, u64);
+pub type NotifyFn = unsafe extern "C" fn(*mut c_void);
+
+const HOST_MEMORY: u32 = 1;
+const DEVICE_MEMORY: u32 = 2;
+const STREAM_ORDERED: u32 = 4;
+
+/// Bytes that the replacement of a missing broadcast gathers from each rank at a time.
+const PIECE: usize = 4 << 20;
+
+/// The caller's functions, as `pfc_comm_ops` documents them.
+#[derive(Clone, Copy, Debug)]
+pub struct CustomOps {
+    pub ctx: *mut c_void,
+    pub rank: u32,
+    pub size: u32,
+    pub flags: u32,
+    pub all_gather: Option<AllGatherFn>,
+    pub all_reduce: Option<ReduceFn>,
+    pub reduce_scatter: Option<ReduceFn>,
+    pub broadcast: Option<BroadcastFn>,
+    pub barrier: Option<StatusFn>,
+    pub abort: Option<NotifyFn>,
+    pub async_error: Option<StatusFn>,
+    pub error_string: Option<ErrorStringFn>,
+    pub free: Option<NotifyFn>,
+}
+
+pub struct Custom {
+    table: Arc<Table>,
+    all_gather: AllGatherFn,
+    all_reduce: ReduceFn,
+}
+
+/// What the operations and the watchdog share.
+struct Table {
+    ops: CustomOps,
+    watch: Mutex<Watch>,
+    changed: Condvar,
+}
+
+// SAFETY: the caller promises that `abort` and `error_string` may be called from any thread, and the others from whichever thread is
+// inside the library, one at a time; `ctx` is theirs alone.
+unsafe impl Send for Table {}
+unsafe impl Sync for Table {}
+
+#[derive(Default)]
+struct Watch {
+    /// The operation that runs, and when it must have returned.
+    running: Option<(Instant, Operation, u64)>,
+    /// How long the watchdog sleeps; `None`: until it is woken.
+    asleep_until: Option<Instant>,
+    /// The running operation's deadline has passed and `abort` was called for it.
+    expired: bool,
+    /// Why the table's `abort` was called. It is called once.
+    ended: Option<Error>,
+    quit: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why an operation did not come about.
+enum Failure {
+    /// A function of the caller's, and what it returned.
+    Code(&'static str, i32),
+    Ours(Error),
+}
+
+type Outcome = std::result::Result<(), Failure>;
+
+impl Custom {
+    /// Checks the table. `free` is not called if it is refused.
+    pub fn new(ops: CustomOps) -> Result<Custom> {
+        let CustomOps { rank, size, flags, .. } = ops;
+        ensure!(size > 0, InvalidArgument, "ops.size is 0 on rank {rank}");
+        ensure!(rank < size, InvalidArgument, "ops.rank is {rank} of {size} ranks");
+        let unknown = flags & !(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED);
+        ensure!(unknown == 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: {unknown:#x} is unknown to this library");
+        ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_HOST_MEMORY is needed");
+        let ordered = flags & STREAM_ORDERED != 0;
+        ensure!(!ordered, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs a CUDA build");
+        let missing =
+            |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
+        let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
+        let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
+        let table = Table { ops, watch: Mutex::default(), changed: Condvar::new() };
+        Ok(Custom { table: Arc::new(table), all_gather, all_reduce })
+    }
+
+    /// Runs the caller's functions under the watchdog and makes a status of their codes.
+    fn operate(&self, call: &Call, body: impl FnOnce() -> Outcome) -> Result<()> {
+        let table = &*self.table;
+        let rank = table.ops.rank;
+        self.start(call)?;
+        let outcome = match table.ops.async_error {
+            // SAFETY: the caller's function with the caller's pointer.
+            Some(ask) => match unsafe { ask(table.ops.ctx) } {
+                0 => body(),
+                code => Err(Failure::Code("async_error", code)),
+            },
+            None => body(),
+        };
+        let (expired, ended) = {
+            let mut watch = table.lock();
+            watch.running = None;
+            (watch.expired, watch.ended.clone())
+        };
+        if expired {
+            let limit = call.timeout.as_millis();
+            return Err(error!(Timeout, "{} did not finish within {limit} ms (this is rank {rank})", call.label()));
+        }
+        match (outcome, ended) {
+            (Ok(()), _) => Ok(()),
+            (Err(Failure::Ours(error)), _) => Err(error.during(&call.label())),
+            (Err(Failure::Code(..)), Some(cause)) => Err(aborted(call, &cause, rank)),
+            (Err(Failure::Code(function, code)), None) => {
+                let text = table.error_text(code);
+                Err(error!(Comm, "{}: the caller's {function} returned {code}{text} on rank {rank}", call.label()))
+            }
+        }
+    }
+
+    /// Sets the watchdog on an operation, unless the communicator has ended.
+    fn start(&self, call: &Call) -> Result<()> {
+        let table = &self.table;
+        let mut watch = table.lock();
+        if let Some(cause) = &watch.ended {
+            return Err(aborted(call, cause, table.ops.rank));
+        }
+        if watch.thread.is_none() {
+            let shared = table.clone();
+            let thread = std::thread::Builder::new().name("pfc-watchdog".to_owned()).spawn(move || shared.keep_watch());
+            watch.thread = Some(thread.map_err(|e| error!(OutOfMemory, "{}: no watchdog thread: {e}", call.label()))?);
+        }
+        watch.running = Some((call.deadline, call.operation, call.sequence));
+        watch.expired = false;
+        if watch.asleep_until.is_none_or(|until| until > call.deadline) {
+            table.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    unsafe fn gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Outcome {
+        code("all_gather", (self.all_gather)(self.table.ops.ctx, send.cast(), recv.cast(), bytes as u64, call.stream))
+    }
+
+    unsafe fn reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Outcome {
+        let ctx = self.table.ops.ctx;
+        let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, call.stream);
+        code("all_reduce", returned)
+    }
+}
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The watchdog's life.
+    fn keep_watch(&self) {
+        let mut watch = self.lock();
+        while !watch.quit {
+            let now = Instant::now();
+            match watch.running {
+                Some((deadline, operation, sequence)) if deadline <= now => {
+                    let (name, rank) = (operation.name(), self.ops.rank);
+                    watch.running = None;
+                    // Under the lock that saw it running: the verdict is this operation's, not the next one's.
+                    watch.expired = self.ops.abort.is_some() && watch.ended.is_none();
+                    if watch.expired {
+                        watch.ended = Some(error!(Timeout, "{name} #{sequence} ran beyond its deadline on rank {rank}"));
+                        drop(watch);
+                        self.call_abort();
+                    } else {
+                        drop(watch);
+                        log::error!("{name} #{sequence} runs beyond its deadline on rank {rank} and ops.abort cannot stop it");
+                    }
+                    watch = self.lock();
+                }
+                // A later operation with a later deadline lets it sleep on: it looks again when it wakes.
+                Some((deadline, ..)) => {
+                    watch.asleep_until = Some(deadline);
+                    let left = deadline.saturating_duration_since(now);
+                    watch = self.changed.wait_timeout(watch, left).unwrap_or_else(|e| e.into_inner()).0;
+                }
+                None => {
+                    watch.asleep_until = None;
+                    watch = self.changed.wait(watch).unwrap_or_else(|e| e.into_inner());
+                }
+            }
+        }
+    }
+
+    /// Calls the caller's `abort`, the first time.
+    fn end(&self, cause: &Error) {
+        let mut watch = self.lock();
+        if watch.ended.is_none() {
+            watch.ended = Some(cause.clone());
+            drop(watch);
+            self.call_abort();
+        }
+    }
+
+    fn call_abort(&self) {
+        if let Some(abort) = self.ops.abort {
+            // SAFETY: the caller's function, which may be called from any thread, with the caller's pointer.
+            unsafe { abort(self.ops.ctx) }
+        }
+    }
+
+    /// " (text)" of a code, or nothing.
+    fn error_text(&self, code: i32) -> String {
+        let Some(error_string) = self.ops.error_string else { return String::new() };
+        let mut buffer = [0u8; 256];
+        // SAFETY: the caller's function writes at most the size it is told.
+        unsafe { error_string(self.ops.ctx, code, buffer.as_mut_ptr().cast(), buffer.len() as u64) }
+        buffer[buffer.len() - 1] = 0;
+        match CStr::from_bytes_until_nul(&buffer) {
+            Ok(text) if !text.is_empty() => format!(" ({})", text.to_string_lossy()),
+            _ => String::new(),
+        }
+    }
+}
+
+impl Transport for Custom {
+    fn kind(&self) -> &'static str {
+        "custom"
+    }
+
+    fn rank(&self) -> u32 {
+        self.table.ops.rank
+    }
+
+    fn size(&self) -> u32 {
+        self.table.ops.size
+    }
+
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()> {
+        self.operate(call, || self.gather(send, recv, bytes, call))
+    }
+
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
+        self.operate(call, || self.reduce(send, recv, count, dtype, op, call))
+    }
+
+    unsafe fn reduce_scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
+        let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.table.ops;
+        self.operate(call, || match reduce_scatter {
+            Some(f) => {
+                let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, call.stream);
+                code("reduce_scatter", returned)
+            }
+            None => {
+                let bytes = count * dtype.size();
+                let mut whole = temporary(size as usize * bytes)?;
+                let whole = whole.as_mut_ptr().cast::<u8>();
+                self.reduce(send, whole, size as usize * count, dtype, op, call)?;
+                std::ptr::copy_nonoverlapping(whole.add(rank as usize * bytes), recv, bytes);
+                Ok(())
+            }
+        })
+    }
+
+    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()> {
+        let CustomOps { ctx, rank, size, broadcast, .. } = self.table.ops;
+        self.operate(call, || match broadcast {
+            Some(f) => code("broadcast", f(ctx, buffer.cast(), bytes as u64, root, call.stream)),
+            None => {
+                let mut blocks = temporary(size as usize * bytes.min(PIECE))?;
+                let blocks = blocks.as_mut_ptr().cast::<u8>();
+                for start in (0..bytes).step_by(PIECE) {
+                    let (piece, bytes) = (buffer.add(start), PIECE.min(bytes - start));
+                    self.gather(piece, blocks, bytes, call)?;
+                    if rank != root {
+                        std::ptr::copy_nonoverlapping(blocks.add(root as usize * bytes), piece, bytes);
+                    }
+                }
+                Ok(())
+            }
+        })
+    }
+
+    fn barrier(&self, call: &Call) -> Result<()> {
+        let CustomOps { ctx, size, barrier, .. } = self.table.ops;
+        self.operate(call, || match barrier {
+            // SAFETY: the caller's function with the caller's pointer.
+            Some(f) => code("barrier", unsafe { f(ctx) }),
+            None => {
+                let (token, mut tokens) = ([0u64; 1], temporary(size as usize * 8)?);
+                // SAFETY: host buffers of one and of `size` blocks of eight bytes.
+                unsafe { self.gather(token.as_ptr().cast(), tokens.as_mut_ptr().cast(), 8, call) }
+            }
+        })
+    }
+
+    fn abort(&self, cause: &Error) {
+        self.table.end(cause);
+    }
+}
+
+impl Drop for Custom {
+    fn drop(&mut self) {
+        let thread = {
+            let mut watch = self.table.lock();
+            watch.quit = true;
+            self.table.changed.notify_one();
+            watch.thread.take()
+        };
+        // The watchdog may be inside the caller's `abort`: `free` comes after.
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+        if let Some(free) = self.table.ops.free {
+            // SAFETY: the caller's function with the caller's pointer, the last call with it.
+            unsafe { free(self.table.ops.ctx) }
+        }
+    }
+}
+
+fn code(function: &'static str, returned: i32) -> Outcome {
+    match returned {
+        0 => Ok(()),
+        code => Err(Failure::Code(function, code)),
+    }
+}
+
+fn aborted(call: &Call, cause: &Error, rank: u32) -> Error {
+    let text = match cause.status {
+        Status::Aborted => cause.message.clone(),
+        _ => cause.to_string(),
+    };
+    error!(Aborted, "{}: the communicator was aborted: {text} (this is rank {rank})", call.label())
+}
+
+/// Zeroed memory, aligned for every element type.
+fn temporary(bytes: usize) -> std::result::Result<Vec<u64>, Failure> {
+    let words = bytes.div_ceil(8);
+    let mut memory = Vec::new();
+    let room = memory.try_reserve_exact(words);
+    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "no memory for a temporary of {bytes} bytes")))?;
+    memory.resize(words, 0);
+    Ok(memory)
+}

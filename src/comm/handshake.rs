@@ -1,0 +1,164 @@
+//! Agreement: every rank puts a few words and its own verdict on the table, and all reach the same conclusion.
+//!
+//! A rank whose own checks failed takes part all the same, so that nobody waits for it. What travels has a size that is known
+//! beforehand, whatever happened locally.
+
+use super::Communicator;
+use crate::{error, Error, Result, Status};
+
+/// A value that must be equal on all ranks, compared by its bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    name: &'static str,
+    bits: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Int,
+    Signed,
+    Float,
+}
+
+impl Field {
+    pub fn int(name: &'static str, value: u64) -> Field {
+        Field { name, bits: value, kind: Kind::Int }
+    }
+
+    pub fn signed(name: &'static str, value: i64) -> Field {
+        Field { name, bits: value as u64, kind: Kind::Signed }
+    }
+
+    /// 0.0 and -0.0 differ, equal NaNs do not.
+    pub fn float(name: &'static str, value: f64) -> Field {
+        Field { name, bits: value.to_bits(), kind: Kind::Float }
+    }
+
+    fn show(&self, bits: u64) -> String {
+        match self.kind {
+            Kind::Int => bits.to_string(),
+            Kind::Signed => (bits as i64).to_string(),
+            Kind::Float => format!("{:?}", f64::from_bits(bits)),
+        }
+    }
+}
+
+/// Compares fields over the ranks. Collective: one all-gather of `8 * (N + 1)` bytes from each rank.
+///
+/// Every rank passes the same fields in the same order, or the error of its own checks.
+///
+/// # Errors
+/// A rank's own error; REMOTE on the others, naming that rank and its status; MISMATCH on all ranks alike, naming field, rank
+/// and both values; the communicator's failure. After all but the last the communicator can be used.
+pub fn agree<const N: usize>(comm: &Communicator, mine: Result<[Field; N]>) -> Result<()> {
+    let words = mine.clone().map(|fields| fields.map(|field| field.bits));
+    let all = exchange(comm, words)?;
+    let fields = mine?;
+    for (i, field) in fields.iter().enumerate() {
+        same(field.name, &all, |words| words[i], |bits| field.show(bits))?;
+    }
+    Ok(())
+}
+
+/// MISMATCH if a word of the gathered blocks is not equal on all ranks. No communication: all ranks judge the same blocks.
+pub(super) fn same<const N: usize>(
+    name: &str,
+    all: &[[u64; N]],
+    word: impl Fn(&[u64; N]) -> u64,
+    show: impl Fn(u64) -> String,
+) -> Result<()> {
+    let Some(first) = all.first().map(&word) else { return Ok(()) };
+    match all.iter().map(word).enumerate().find(|&(_, bits)| bits != first) {
+        None => Ok(()),
+        Some((rank, bits)) => Err(error!(Mismatch, "{name} is {} on rank 0 and {} on rank {rank}", show(first), show(bits))),
+    }
+}
+
+/// Gathers `N` words from every rank, in rank order, or the news that a rank failed. Collective, as [`agree`].
+///
+/// # Errors
+/// A rank's own error; REMOTE on the others, naming the lowest rank that failed and its status; the communicator's failure.
+pub fn exchange<const N: usize>(comm: &Communicator, mine: Result<[u64; N]>) -> Result<Vec<[u64; N]>> {
+    let mut block = vec![0i64; N + 1];
+    match &mine {
+        Ok(words) => block[1..].iter_mut().zip(words).for_each(|(to, &word)| *to = word as i64),
+        Err(error) => block[0] = error.status as i64,
+    }
+    let mut blocks = vec![0i64; block.len() * comm.size() as usize];
+    let gathered = comm.all_gather(&block, &mut blocks);
+    // A rank's own error says more than what came of telling the others.
+    mine?;
+    gathered?;
+    let blocks = blocks.chunks_exact(N + 1);
+    match blocks.clone().enumerate().find(|(_, block)| block[0] != 0) {
+        Some((rank, block)) => Err(remote(rank, block[0])),
+        None => Ok(blocks.map(|block| std::array::from_fn(|i| block[i + 1] as u64)).collect()),
+    }
+}
+
+/// What a rank says of another one's failure.
+pub fn remote(rank: usize, status: i64) -> Error {
+    match Status::from_code(status) {
+        Some(status) => error!(Remote, "rank {rank} failed with {status}"),
+        None => error!(Remote, "rank {rank} failed with status {status}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `body` on `size` threads and gives what they returned, in rank order.
+    fn on_ranks<T: Send>(size: u32, body: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
+        let comms = Communicator::threads(size).unwrap();
+        std::thread::scope(|scope| {
+            let body = &body;
+            let threads: Vec<_> = comms.iter().map(|comm| scope.spawn(move || body(comm))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn equal_fields_pass() {
+        let outcomes = on_ranks(3, |comm| {
+            agree(comm, Ok([Field::int("num_classes", 7), Field::signed("ignore_label", i64::MIN), Field::float("nan", f64::NAN)]))
+        });
+        assert_eq!(outcomes, vec![Ok(()); 3]);
+    }
+
+    #[test]
+    fn a_difference_reads_the_same_everywhere() {
+        let float = on_ranks(3, |comm| {
+            let rate = if comm.rank() == 1 { 0.2 } else { 0.1 };
+            agree(comm, Ok([Field::int("seed", u64::MAX), Field::float("sample_rate", rate)]))
+        });
+        assert_eq!(float, vec![Err(error!(Mismatch, "sample_rate is 0.1 on rank 0 and 0.2 on rank 1")); 3]);
+        let signed = on_ranks(2, |comm| agree(comm, Ok([Field::signed("ignore_label", -i64::from(comm.rank()))])));
+        assert_eq!(signed, vec![Err(error!(Mismatch, "ignore_label is 0 on rank 0 and -1 on rank 1")); 2]);
+        let int = on_ranks(2, |comm| agree(comm, Ok([Field::int("seed", u64::MAX - u64::from(comm.rank()))])));
+        let text = "seed is 18446744073709551615 on rank 0 and 18446744073709551614 on rank 1";
+        assert_eq!(int, vec![Err(error!(Mismatch, "{text}")); 2]);
+    }
+
+    #[test]
+    fn a_failure_reaches_the_others_and_the_communicator_lives() {
+        let outcomes = on_ranks(3, |comm| {
+            let mine = if comm.rank() == 1 { Err(error!(OutOfMemory, "no room")) } else { Ok([Field::int("seed", 1)]) };
+            let first = agree(comm, mine);
+            (first, agree(comm, Ok([Field::int("seed", 1)])))
+        });
+        let told = Err(error!(Remote, "rank 1 failed with OUT_OF_MEMORY"));
+        assert_eq!(outcomes[0], (told.clone(), Ok(())));
+        assert_eq!(outcomes[1], (Err(error!(OutOfMemory, "no room")), Ok(())));
+        assert_eq!(outcomes[2], (told, Ok(())));
+    }
+
+    #[test]
+    fn a_failed_rank_tells_its_own_error_even_if_nobody_listens() {
+        let comm = Communicator::single();
+        comm.abort(&error!(Aborted, "over"));
+        assert_eq!(agree::<1>(&comm, Err(error!(Label, "bad label"))), Err(error!(Label, "bad label")));
+        assert_eq!(agree(&comm, Ok([Field::int("seed", 1)])).unwrap_err().status, Status::Aborted);
+    }
+}

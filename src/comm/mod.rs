@@ -6,31 +6,43 @@
 
 mod custom;
 mod handshake;
+mod rows;
 mod single;
 mod threads;
 
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub use custom::{CustomOps, Memory};
-pub use handshake::agree;
+pub use custom::CustomOps;
+pub use handshake::{agree, exchange, remote, Field};
+pub use rows::{all_reduce_rows, SampledRows};
 
 use crate::matrix::DType;
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, Error, Result};
 
 /// How an all-reduce or a reduce-scatter combines the ranks' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum ReduceOp {
+    /// Integers wrap.
     Sum = 1,
+    /// A NaN wins.
     Max = 2,
 }
 
 impl ReduceOp {
     pub fn from_code(code: i32) -> Option<ReduceOp> {
         [ReduceOp::Sum, ReduceOp::Max].into_iter().find(|&op| op as i32 == code)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ReduceOp::Sum => "sum",
+            ReduceOp::Max => "max",
+        }
     }
 }
 
@@ -81,7 +93,7 @@ impl Call {
 /// What carries the collectives between ranks.
 ///
 /// Every method is called by one thread at a time (`abort` apart, which may come from any thread at any time and must make a
-/// waiting operation return). `send` may equal `recv` where the sizes allow it (for all_gather: `send == recv + rank * bytes`).
+/// waiting operation return). The only overlap of `send` and `recv` is the one that each method names.
 /// Results of reductions have the same bits on every rank.
 ///
 /// # Safety
@@ -91,13 +103,30 @@ pub trait Transport: Send + Sync {
     fn kind(&self) -> &'static str;
     fn rank(&self) -> u32;
     fn size(&self) -> u32;
-    /// Gathers `bytes` bytes from every rank, in rank order, into `size * bytes` bytes at `recv`.
+    /// Gathers `bytes` bytes from every rank, in rank order, into `size * bytes` bytes at `recv`. `send` may be
+    /// `recv + rank * bytes`.
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()>;
-    /// Combines `count` elements over the ranks; every rank gets the result.
-    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Result<()>;
-    /// Combines `size * count` elements over the ranks; rank r gets elements `r * count ..`, `count` of them.
-    unsafe fn reduce_scatter(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call)
-        -> Result<()>;
+    /// Combines `count` elements over the ranks; every rank gets the result. `send` may be `recv`.
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()>;
+    /// Combines `size * count` elements over the ranks; rank r gets elements `r * count ..`, `count` of them. `recv` may be
+    /// element `rank * count` of `send`.
+    unsafe fn reduce_scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()>;
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()>;
     fn barrier(&self, call: &Call) -> Result<()>;
@@ -120,26 +149,26 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_millis(600_000);
 
 /// One rank's end of a group of ranks. Cheap to share: heads hold it in an [`Arc`].
 pub struct Communicator {
-    transport: Box<dyn Transport>,
-    /// Held while an operation runs, so that two threads cannot enter the transport at once.
-    running: Mutex<Ledger>,
+    /// Not dropped in a forked child: its threads and the locks they held are the parent's.
+    transport: ManuallyDrop<Box<dyn Transport>>,
+    /// Operations so far. Held while one runs, so that two threads cannot enter the transport at once.
+    sequence: Mutex<u64>,
+    /// Beside the lock: they can be asked while an operation waits.
+    calls: [AtomicU64; 5],
+    bytes: [AtomicU64; 5],
     timeout_ms: AtomicU64,
     /// The failure that ended this communicator, if one did.
     failure: Mutex<Option<Error>>,
     process: u32,
 }
 
-#[derive(Default)]
-struct Ledger {
-    sequence: u64,
-    traffic: Traffic,
-}
-
 impl Communicator {
     pub fn new(transport: Box<dyn Transport>) -> Arc<Communicator> {
         Arc::new(Communicator {
-            transport,
-            running: Mutex::default(),
+            transport: ManuallyDrop::new(transport),
+            sequence: Mutex::default(),
+            calls: Default::default(),
+            bytes: Default::default(),
             timeout_ms: AtomicU64::new(DEFAULT_TIMEOUT.as_millis() as u64),
             failure: Mutex::default(),
             process: std::process::id(),
@@ -176,23 +205,36 @@ impl Communicator {
     /// Bounds every later wait. 0 is refused: an operation needs some time.
     pub fn set_timeout(&self, timeout: Duration) -> Result<()> {
         ensure!(!timeout.is_zero(), InvalidArgument, "timeout is 0 ms on rank {}", self.rank());
-        self.timeout_ms.store(timeout.as_millis().min(u64::MAX.into()) as u64, Ordering::Relaxed);
+        self.timeout_ms.store(timeout.as_millis().clamp(1, u64::MAX.into()) as u64, Ordering::Relaxed);
         Ok(())
     }
 
     pub fn traffic(&self) -> Traffic {
-        self.lock().traffic
+        let read = |counters: &[AtomicU64; 5]| std::array::from_fn(|i| counters[i].load(Ordering::Relaxed));
+        Traffic { calls: read(&self.calls), bytes: read(&self.bytes) }
     }
 
     /// Ends the communicator on every rank that can be told; waiting operations return. From any thread.
     pub fn abort(&self, cause: &Error) {
+        if self.forked() {
+            return;
+        }
         let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
-        if failure.is_none() {
-            log::warn!("rank {}: communicator aborted: {cause}", self.rank());
+        let first = failure.is_none();
+        if first {
             *failure = Some(cause.clone());
         }
+        // A log function may call back: not under the lock.
         drop(failure);
         self.transport.abort(cause);
+        if first {
+            log::warn!("rank {}: communicator aborted: {cause}", self.rank());
+        }
+    }
+
+    /// Ends the communicator if this rank cannot take part in an operation that the other ranks are about to wait in.
+    pub fn or_abort<T>(&self, outcome: Result<T>) -> Result<T> {
+        outcome.inspect_err(|cause| self.abort(cause))
     }
 
     /// The failure that ended this communicator, if one did.
@@ -203,7 +245,12 @@ impl Communicator {
     /// # Safety
     /// As [`Transport::all_gather`].
     pub unsafe fn all_gather_raw(&self, send: *const u8, recv: *mut u8, bytes: usize, stream: *mut c_void) -> Result<()> {
-        self.run(Operation::AllGather, bytes, stream, |call| self.transport.all_gather(send, recv, bytes, call))
+        let checked = self.product("bytes", bytes, 1).and_then(|total| {
+            let own = (recv as usize).wrapping_add(self.rank() as usize * bytes);
+            self.apart((send as usize, bytes), (recv as usize, total), send as usize == own, "send is not recv + rank * bytes")?;
+            Ok(bytes)
+        });
+        self.run(Operation::AllGather, checked, stream, |call| self.transport.all_gather(send, recv, bytes, call))
     }
 
     /// # Safety
@@ -217,8 +264,12 @@ impl Communicator {
         op: ReduceOp,
         stream: *mut c_void,
     ) -> Result<()> {
-        let bytes = self.reduced_bytes(count, dtype, 1)?;
-        self.run(Operation::AllReduce, bytes, stream, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
+        let checked = self.reducible(send, recv, count, dtype).and_then(|_| {
+            let bytes = count * dtype.size();
+            self.apart((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
+            Ok(bytes)
+        });
+        self.run(Operation::AllReduce, checked, stream, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
@@ -232,26 +283,38 @@ impl Communicator {
         op: ReduceOp,
         stream: *mut c_void,
     ) -> Result<()> {
-        let bytes = self.reduced_bytes(count, dtype, self.size() as usize)?;
-        self.run(Operation::ReduceScatter, bytes, stream, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
+        let checked = self.reducible(send, recv, count, dtype).and_then(|total| {
+            let bytes = count * dtype.size();
+            let own = (send as usize).wrapping_add(self.rank() as usize * bytes);
+            self.apart((send as usize, total), (recv as usize, bytes), recv as usize == own, "recv is not send + rank * count")?;
+            Ok(total)
+        });
+        self.run(Operation::ReduceScatter, checked, stream, |call| {
+            self.transport.reduce_scatter(send, recv, count, dtype, op, call)
+        })
     }
 
     /// # Safety
     /// As [`Transport::broadcast`].
     pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, stream: *mut c_void) -> Result<()> {
-        ensure!(root < self.size(), InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank());
-        self.run(Operation::Broadcast, bytes, stream, |call| self.transport.broadcast(buffer, bytes, root, call))
+        let checked = match root < self.size() {
+            true => self.product("bytes", bytes, 1).map(|_| bytes),
+            false => Err(error!(InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank())),
+        };
+        self.run(Operation::Broadcast, checked, stream, |call| self.transport.broadcast(buffer, bytes, root, call))
     }
 
     pub fn barrier(&self) -> Result<()> {
-        self.run(Operation::Barrier, 0, std::ptr::null_mut(), |call| self.transport.barrier(call))
+        self.run(Operation::Barrier, Ok(0), std::ptr::null_mut(), |call| self.transport.barrier(call))
     }
 
     /// Gathers equal blocks of host memory, in rank order.
     pub fn all_gather<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         assert_eq!(recv.len(), send.len() * self.size() as usize, "all_gather of {} elements", send.len());
         // SAFETY: both are host slices of plain numbers, of the sizes the operation reads and writes.
-        unsafe { self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), std::ptr::null_mut()) }
+        unsafe {
+            self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), std::ptr::null_mut())
+        }
     }
 
     /// Combines host memory over the ranks, in place.
@@ -261,47 +324,79 @@ impl Communicator {
         unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, std::ptr::null_mut()) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Ledger> {
-        self.running.lock().unwrap_or_else(|e| e.into_inner())
+    fn forked(&self) -> bool {
+        self.process != std::process::id()
     }
 
-    fn reduced_bytes(&self, count: usize, dtype: DType, blocks: usize) -> Result<usize> {
-        ensure!(
-            matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64),
-            InvalidArgument,
-            "a reduction takes f32, f64, i32 or i64, not {}, on rank {}",
-            dtype.name(),
-            self.rank()
-        );
-        count.checked_mul(blocks).and_then(|n| n.checked_mul(dtype.size())).ok_or_else(|| {
-            error!(InvalidArgument, "count is {count} on rank {}: more than the address space", self.rank())
+    /// The bytes of all ranks' blocks, if they fit into the address space.
+    fn product(&self, name: &str, count: usize, element: usize) -> Result<usize> {
+        let total = count.checked_mul(element).and_then(|n| n.checked_mul(self.size() as usize));
+        total.filter(|&n| n <= isize::MAX as usize).ok_or_else(|| {
+            error!(
+                InvalidArgument,
+                "{name} is {count} on rank {}: more than the address space, over {} ranks",
+                self.rank(),
+                self.size()
+            )
         })
     }
 
-    fn run(&self, operation: Operation, bytes: usize, stream: *mut c_void, body: impl FnOnce(&Call) -> Result<()>) -> Result<()> {
+    /// Checks a reduction's arguments and gives the bytes of `size * count` elements.
+    fn reducible(&self, send: *const u8, recv: *const u8, count: usize, dtype: DType) -> Result<usize> {
+        let (name, rank) = (dtype.name(), self.rank());
+        let combinable = matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64);
+        ensure!(combinable, InvalidArgument, "a reduction takes f32, f64, i32 or i64, not {name}, on rank {rank}");
+        for (argument, pointer) in [("send", send), ("recv", recv)] {
+            let aligned = count == 0 || (pointer as usize).is_multiple_of(dtype.size());
+            ensure!(aligned, InvalidArgument, "{argument} is {pointer:?}, not aligned to its {name} elements, on rank {rank}");
+        }
+        self.product("count", count, dtype.size())
+    }
+
+    /// Refuses buffers (address, bytes) that overlap in another way than the one allowed.
+    fn apart(&self, send: (usize, usize), recv: (usize, usize), allowed: bool, otherwise: &str) -> Result<()> {
+        let overlap = send.1 > 0 && recv.1 > 0 && send.0 < recv.0.saturating_add(recv.1) && recv.0 < send.0.saturating_add(send.1);
+        ensure!(allowed || !overlap, InvalidArgument, "send and recv overlap and {otherwise}, on rank {}", self.rank());
+        Ok(())
+    }
+
+    /// Runs one operation. Arguments that failed their check end the communicator: the other ranks are in the operation already.
+    fn run(
+        &self,
+        operation: Operation,
+        checked: Result<usize>,
+        stream: *mut c_void,
+        body: impl FnOnce(&Call) -> Result<()>,
+    ) -> Result<()> {
         ensure!(
-            self.process == std::process::id(),
+            !self.forked(),
             Forked,
             "the communicator of rank {} was made in process {}, this is process {}",
             self.rank(),
             self.process,
             std::process::id()
         );
-        let mut ledger = self.lock();
+        let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
         }
-        ledger.sequence += 1;
-        ledger.traffic.calls[operation as usize] += 1;
-        ledger.traffic.bytes[operation as usize] += bytes as u64;
+        *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let call = Call { operation, sequence: ledger.sequence, stream, deadline: far(timeout), timeout };
-        let outcome = body(&call);
-        if let Err(cause) = &outcome {
-            // The other ranks may be inside the same operation: nothing after it can be trusted to line up.
-            self.abort(cause);
+        let call = Call { operation, sequence: *sequence, stream, deadline: far(timeout), timeout };
+        let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
+        self.calls[operation as usize].fetch_add(1, Ordering::Relaxed);
+        self.bytes[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);
+        // After a failure nothing can be trusted to line up with the other ranks.
+        self.or_abort(body(&call))
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        if !self.forked() {
+            // SAFETY: dropped here alone, and not used again.
+            unsafe { ManuallyDrop::drop(&mut self.transport) }
         }
-        outcome
     }
 }
 

@@ -1,0 +1,497 @@
+//! N ranks in one process: each rank's thread calls with its own end, and copies straight from and to its peers' memory.
+//!
+//! An operation has two meetings. Before the first a rank posts its pointers. At the first, *begin*, the outcome is decided under
+//! one lock: the last rank arrives and the operation begins on every rank, or a failure (deadline, abort, mismatch, a freed end)
+//! comes first and it begins on none. So a rank that gives up never had a peer in its memory. From begin on no rank waits for
+//! anything but its peers' copying, hence the second meeting, *done*, needs no deadline: until it, nobody returns.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::{Call, Operation, ReduceOp, Transport};
+use crate::matrix::DType;
+use crate::{ensure, error, Error, Result, Status};
+
+/// More ranks than that in one process are a mistake.
+const MOST_RANKS: u32 = 4096;
+
+/// How long a rank polls before it sleeps: about what a sleep and a wake-up cost.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// Elements a reduction combines at a time, in the first-level cache.
+const CHUNK: usize = 1024;
+
+/// A share of a reduction is a multiple of it (but the last): no two ranks write to one cache line of an aligned buffer.
+const GRANULE: usize = 16;
+
+/// Makes the ends of a group of `size` ranks, in rank order.
+pub fn group(size: u32) -> Result<Vec<ThreadEnd>> {
+    ensure!((1..=MOST_RANKS).contains(&size), InvalidArgument, "n is {size}; a group of threads has 1 to {MOST_RANKS} ranks");
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let group = Arc::new(Group {
+        posts: (0..size).map(|_| Post::default()).collect(),
+        begun: AtomicU64::new(0),
+        done: AtomicU64::new(0),
+        failed: AtomicBool::new(false),
+        meeting: Mutex::new(Meeting { arrived: vec![false; size as usize], ..Meeting::default() }),
+        changed: Condvar::new(),
+        // With more ranks than cores a polling rank only keeps a late one from running.
+        spin: if size as usize <= cores { SPIN } else { Duration::ZERO },
+    });
+    Ok((0..size).map(|rank| ThreadEnd { group: group.clone(), rank, turn: AtomicU64::new(0) }).collect())
+}
+
+/// One rank's end.
+pub struct ThreadEnd {
+    group: Arc<Group>,
+    rank: u32,
+    /// Operations this rank has entered.
+    turn: AtomicU64,
+}
+
+struct Group {
+    posts: Box<[Post]>,
+    /// Operations that all ranks have arrived at.
+    begun: AtomicU64,
+    /// Operations that all ranks have finished.
+    done: AtomicU64,
+    /// Whether `meeting.failure` is set, for those who poll.
+    failed: AtomicBool,
+    meeting: Mutex<Meeting>,
+    changed: Condvar,
+    spin: Duration,
+}
+
+/// A rank's pointers for the operation it is in: written before begin, read between begin and done.
+#[derive(Default)]
+#[repr(align(64))]
+struct Post {
+    send: AtomicPtr<u8>,
+    recv: AtomicPtr<u8>,
+}
+
+#[derive(Default)]
+struct Meeting {
+    /// The first rank at the coming operation and what it asks for.
+    first: Option<(u32, Request)>,
+    arrived: Vec<bool>,
+    arrivals: usize,
+    /// Ranks that are still copying.
+    working: usize,
+    sleepers: usize,
+    /// Why no further operation begins.
+    failure: Option<Error>,
+}
+
+/// What all ranks must agree on.
+#[derive(Clone, Copy)]
+struct Request {
+    operation: Operation,
+    /// Bytes, or elements if there is a type.
+    length: usize,
+    dtype: Option<DType>,
+    op: Option<ReduceOp>,
+    root: Option<u32>,
+}
+
+impl Request {
+    fn bytes(operation: Operation, length: usize, root: Option<u32>) -> Request {
+        Request { operation, length, dtype: None, op: None, root }
+    }
+
+    fn elements(operation: Operation, length: usize, dtype: DType, op: ReduceOp) -> Request {
+        Request { operation, length, dtype: Some(dtype), op: Some(op), root: None }
+    }
+
+    /// The first field in which two ranks differ, and both values.
+    fn difference(&self, other: &Request) -> Option<(&'static str, String, String)> {
+        if self.operation != other.operation {
+            return Some(("operation", self.operation.name().to_owned(), other.operation.name().to_owned()));
+        }
+        let length = if self.dtype.is_some() { "count" } else { "bytes" };
+        let dtype = |r: &Request| r.dtype.map_or("none", DType::name).to_owned();
+        let op = |r: &Request| r.op.map_or("none", ReduceOp::name).to_owned();
+        let root = |r: &Request| r.root.map_or_else(|| "none".to_owned(), |root| root.to_string());
+        let fields = [
+            ("dtype", dtype(self), dtype(other)),
+            ("op", op(self), op(other)),
+            ("root", root(self), root(other)),
+            (length, self.length.to_string(), other.length.to_string()),
+        ];
+        fields.into_iter().find(|(_, a, b)| a != b)
+    }
+
+    fn same(&self, other: &Request) -> bool {
+        (self.operation, self.length, self.dtype, self.op, self.root)
+            == (other.operation, other.length, other.dtype, other.op, other.root)
+    }
+}
+
+impl Group {
+    fn lock(&self) -> MutexGuard<'_, Meeting> {
+        self.meeting.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Wakes whoever sleeps, with the lock given back first so that they need not wait for it.
+    fn wake(&self, meeting: MutexGuard<'_, Meeting>) {
+        let sleepers = meeting.sleepers;
+        drop(meeting);
+        if sleepers > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Lets no further operation begin. The first cause counts.
+    fn fail(&self, mut meeting: MutexGuard<'_, Meeting>, cause: Error) {
+        if meeting.failure.is_none() {
+            meeting.failure = Some(cause);
+            self.failed.store(true, Ordering::Release);
+            self.wake(meeting);
+        }
+    }
+
+    fn spin(&self, ready: impl Fn() -> bool) -> bool {
+        if self.spin.is_zero() {
+            return ready();
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..32 {
+                if ready() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= self.spin {
+                return false;
+            }
+        }
+    }
+}
+
+impl ThreadEnd {
+    /// One operation: begin, this rank's share of the work, done. The work neither waits nor fails.
+    fn operate(&self, request: Request, send: *const u8, recv: *mut u8, call: &Call, work: impl FnOnce()) -> Result<()> {
+        let turn = self.begin(request, send, recv, call)?;
+        if request.operation != Operation::Barrier {
+            work();
+            self.done(turn);
+        }
+        Ok(())
+    }
+
+    fn begin(&self, request: Request, send: *const u8, recv: *mut u8, call: &Call) -> Result<u64> {
+        let group = &*self.group;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) + 1;
+        let post = &group.posts[self.rank as usize];
+        // The lock below orders these before the peers' reads.
+        post.send.store(send.cast_mut(), Ordering::Relaxed);
+        post.recv.store(recv, Ordering::Relaxed);
+        let mut meeting = group.lock();
+        if let Some(cause) = &meeting.failure {
+            return Err(self.report(cause, call));
+        }
+        match meeting.first {
+            None => meeting.first = Some((self.rank, request)),
+            Some((rank, first)) if !first.same(&request) => {
+                let (low, high) =
+                    if rank < self.rank { ((rank, first), (self.rank, request)) } else { ((self.rank, request), (rank, first)) };
+                let cause = match low.1.difference(&high.1) {
+                    Some((field, a, b)) => error!(Mismatch, "{field} is {a} on rank {} and {b} on rank {}", low.0, high.0),
+                    None => error!(Mismatch, "ranks {} and {} differ", low.0, high.0),
+                };
+                let report = self.report(&cause, call);
+                group.fail(meeting, cause);
+                return Err(report);
+            }
+            Some(_) => (),
+        }
+        meeting.arrived[self.rank as usize] = true;
+        meeting.arrivals += 1;
+        if meeting.arrivals == group.posts.len() {
+            meeting.arrived.fill(false);
+            meeting.arrivals = 0;
+            meeting.first = None;
+            meeting.working = group.posts.len();
+            if request.operation == Operation::Barrier {
+                group.done.store(turn, Ordering::Release);
+            }
+            group.begun.store(turn, Ordering::Release);
+            group.wake(meeting);
+            return Ok(turn);
+        }
+        drop(meeting);
+        let begun = || group.begun.load(Ordering::Acquire) >= turn;
+        group.spin(|| begun() || group.failed.load(Ordering::Acquire));
+        if begun() {
+            return Ok(turn);
+        }
+        let mut meeting = group.lock();
+        loop {
+            if begun() {
+                return Ok(turn);
+            }
+            if let Some(cause) = &meeting.failure {
+                return Err(self.report(cause, call));
+            }
+            let left = call.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let cause = error!(Timeout, "{} did not arrive within {} ms", absent(&meeting.arrived), call.timeout.as_millis());
+                let report = self.report(&cause, call);
+                group.fail(meeting, cause);
+                return Err(report);
+            }
+            meeting.sleepers += 1;
+            meeting = group.changed.wait_timeout(meeting, left).unwrap_or_else(|e| e.into_inner()).0;
+            meeting.sleepers -= 1;
+        }
+    }
+
+    fn done(&self, turn: u64) {
+        let group = &*self.group;
+        let mut meeting = group.lock();
+        meeting.working -= 1;
+        if meeting.working == 0 {
+            group.done.store(turn, Ordering::Release);
+            return group.wake(meeting);
+        }
+        drop(meeting);
+        let done = || group.done.load(Ordering::Acquire) >= turn;
+        if group.spin(done) {
+            return;
+        }
+        let mut meeting = group.lock();
+        while !done() {
+            meeting.sleepers += 1;
+            meeting = group.changed.wait(meeting).unwrap_or_else(|e| e.into_inner());
+            meeting.sleepers -= 1;
+        }
+    }
+
+    fn report(&self, cause: &Error, call: &Call) -> Error {
+        Error::new(cause.status, format!("{}: {} (this is rank {})", call.label(), cause.message, self.rank))
+    }
+
+    fn senders(&self) -> impl Iterator<Item = *const u8> + '_ {
+        self.group.posts.iter().map(|post| post.send.load(Ordering::Relaxed).cast_const())
+    }
+
+    fn receivers(&self) -> impl Iterator<Item = *mut u8> + '_ {
+        self.group.posts.iter().map(|post| post.recv.load(Ordering::Relaxed))
+    }
+
+    /// Combines elements `range` of all ranks' send buffers, in rank order, and hands them on in chunks: `put(offset in range, ..)`.
+    unsafe fn reduce<T: Number>(&self, range: Range<usize>, op: ReduceOp, put: impl Fn(usize, &[T])) {
+        let mut sums = [T::default(); CHUNK];
+        for start in range.clone().step_by(CHUNK) {
+            let sums = &mut sums[..CHUNK.min(range.end - start)];
+            for (rank, send) in self.senders().enumerate() {
+                let values = std::slice::from_raw_parts(send.cast::<T>().add(start), sums.len());
+                match (rank, op) {
+                    (0, _) => sums.copy_from_slice(values),
+                    (_, ReduceOp::Sum) => sums.iter_mut().zip(values).for_each(|(a, &b)| *a = a.sum(b)),
+                    (_, ReduceOp::Max) => sums.iter_mut().zip(values).for_each(|(a, &b)| *a = a.largest(b)),
+                }
+            }
+            put(start - range.start, sums);
+        }
+    }
+
+    /// This rank's share of an all-reduce: nobody else touches these elements of any buffer, so send may be recv.
+    unsafe fn reduce_share<T: Number>(&self, count: usize, op: ReduceOp) {
+        let range = share(count, self.rank as usize, self.group.posts.len());
+        self.reduce(range.clone(), op, |offset, sums: &[T]| {
+            for recv in self.receivers() {
+                std::ptr::copy_nonoverlapping(sums.as_ptr(), recv.cast::<T>().add(range.start + offset), sums.len());
+            }
+        });
+    }
+
+    /// This rank's block of a reduce-scatter: nobody else reads that block of any send buffer, so recv may be this rank's own.
+    unsafe fn reduce_block<T: Number>(&self, recv: *mut u8, count: usize, op: ReduceOp) {
+        let start = self.rank as usize * count;
+        self.reduce(start..start + count, op, |offset, sums: &[T]| {
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), recv.cast::<T>().add(offset), sums.len());
+        });
+    }
+
+    fn reducible(&self, dtype: DType) -> Result<()> {
+        let known = matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64);
+        ensure!(known, Unsupported, "no reduction of {} on rank {}", dtype.name(), self.rank);
+        Ok(())
+    }
+}
+
+impl Transport for ThreadEnd {
+    fn kind(&self) -> &'static str {
+        "threads"
+    }
+
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    fn size(&self) -> u32 {
+        self.group.posts.len() as u32
+    }
+
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()> {
+        self.operate(Request::bytes(Operation::AllGather, bytes, None), send, recv, call, || {
+            for (rank, block) in self.senders().enumerate() {
+                let to = recv.wrapping_add(rank * bytes);
+                if bytes > 0 && !std::ptr::eq(block, to) {
+                    std::ptr::copy_nonoverlapping(block, to, bytes);
+                }
+            }
+        })
+    }
+
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
+        self.reducible(dtype)?;
+        self.operate(Request::elements(Operation::AllReduce, count, dtype, op), send, recv, call, || match dtype {
+            DType::F32 => self.reduce_share::<f32>(count, op),
+            DType::F64 => self.reduce_share::<f64>(count, op),
+            DType::I32 => self.reduce_share::<i32>(count, op),
+            DType::I64 => self.reduce_share::<i64>(count, op),
+            DType::F16 | DType::Bf16 => (),
+        })
+    }
+
+    unsafe fn reduce_scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        call: &Call,
+    ) -> Result<()> {
+        self.reducible(dtype)?;
+        self.operate(Request::elements(Operation::ReduceScatter, count, dtype, op), send, recv, call, || match dtype {
+            DType::F32 => self.reduce_block::<f32>(recv, count, op),
+            DType::F64 => self.reduce_block::<f64>(recv, count, op),
+            DType::I32 => self.reduce_block::<i32>(recv, count, op),
+            DType::I64 => self.reduce_block::<i64>(recv, count, op),
+            DType::F16 | DType::Bf16 => (),
+        })
+    }
+
+    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()> {
+        self.operate(Request::bytes(Operation::Broadcast, bytes, Some(root)), buffer, buffer, call, || {
+            if bytes > 0 && self.rank != root {
+                let from = self.group.posts[root as usize].send.load(Ordering::Relaxed);
+                std::ptr::copy_nonoverlapping(from, buffer, bytes);
+            }
+        })
+    }
+
+    fn barrier(&self, call: &Call) -> Result<()> {
+        let none = std::ptr::null_mut();
+        self.operate(Request::bytes(Operation::Barrier, 0, None), none, none, call, || ())
+    }
+
+    fn abort(&self, cause: &Error) {
+        let text = match cause.status {
+            Status::Aborted => cause.message.clone(),
+            _ => cause.to_string(),
+        };
+        self.group.fail(self.group.lock(), error!(Aborted, "rank {} aborted the communicator: {text}", self.rank));
+    }
+}
+
+impl Drop for ThreadEnd {
+    fn drop(&mut self) {
+        self.group.fail(self.group.lock(), error!(Comm, "rank {} freed its communicator", self.rank));
+    }
+}
+
+/// The elements of `count` that a rank combines.
+fn share(count: usize, rank: usize, size: usize) -> Range<usize> {
+    let granules = count.div_ceil(GRANULE);
+    let (each, more) = (granules / size, granules % size);
+    let start = |rank: usize| ((rank * each + rank.min(more)) * GRANULE).min(count);
+    start(rank)..start(rank + 1)
+}
+
+/// "rank 3", "ranks 1 and 3", "ranks 0, 1, 2, 3, 4, 5 and 90 more".
+fn absent(arrived: &[bool]) -> String {
+    const NAMED: usize = 6;
+    let missing: Vec<String> = arrived.iter().enumerate().filter(|(_, &here)| !here).map(|(rank, _)| rank.to_string()).collect();
+    match missing.split_last() {
+        Some((_, [])) => format!("rank {}", missing[0]),
+        _ if missing.len() > NAMED => format!("ranks {} and {} more", missing[..NAMED].join(", "), missing.len() - NAMED),
+        Some((last, others)) => format!("ranks {} and {last}", others.join(", ")),
+        None => "no rank".to_owned(),
+    }
+}
+
+/// Numbers that a reduction combines.
+trait Number: Copy + Default {
+    fn sum(self, other: Self) -> Self;
+    fn largest(self, other: Self) -> Self;
+}
+
+macro_rules! floats {
+    ($($t:ty),*) => { $(impl Number for $t {
+        fn sum(self, other: $t) -> $t {
+            self + other
+        }
+
+        /// A NaN wins: what is broken on one rank must not pass for a number.
+        fn largest(self, other: $t) -> $t {
+            if self > other || self.is_nan() { self } else { other }
+        }
+    })* };
+}
+floats!(f32, f64);
+
+macro_rules! integers {
+    ($($t:ty),*) => { $(impl Number for $t {
+        fn sum(self, other: $t) -> $t {
+            self.wrapping_add(other)
+        }
+
+        fn largest(self, other: $t) -> $t {
+            self.max(other)
+        }
+    })* };
+}
+integers!(i32, i64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_all_elements_once() {
+        for count in [0, 1, 15, 16, 17, 100, 1000, usize::MAX / 2] {
+            for size in [1, 2, 3, 7, 4096] {
+                let mut next = 0;
+                for rank in 0..size {
+                    let range = share(count, rank, size);
+                    assert_eq!(range.start, next, "count {count}, rank {rank} of {size}");
+                    next = range.end;
+                }
+                assert_eq!(next, count, "{size} ranks");
+            }
+        }
+    }
+
+    #[test]
+    fn absent_ranks_read_well() {
+        assert_eq!(absent(&[true, false]), "rank 1");
+        assert_eq!(absent(&[false, true, false]), "ranks 0 and 2");
+        assert_eq!(absent(&[false; 3]), "ranks 0, 1 and 2");
+        assert_eq!(absent(&[false; 96]), "ranks 0, 1, 2, 3, 4, 5 and 90 more");
+    }
+}

@@ -1,0 +1,256 @@
+//! Devices: where rows live and arithmetic runs.
+//!
+//! A [`Device`] makes a [`HeadDevice`] for each head and offers the kernels by themselves. A [`HeadDevice`] is one head's rows and
+//! workspace: `head.rs` calls its phases in the order of a step and carries its [`Exchange`]s through the communicator between them.
+//! Neither knows of ranks beyond their number.
+
+mod cpu;
+
+use std::ffi::{c_void, CStr};
+use std::sync::Arc;
+
+use crate::comm::{Communicator, ReduceOp};
+use crate::margin::Margin;
+use crate::matrix::{DType, Matrix};
+use crate::optimizer::Optimizer;
+use crate::options::HeadOptions;
+use crate::shard::Shard;
+use crate::{error, Result};
+
+pub use cpu::Memory;
+pub(crate) use cpu::{keep_best, memory_needed, sample_capacity};
+
+/// The CPU, with a pool of `threads` threads (0: as many as this process may use).
+pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
+    Ok(Arc::new(cpu::Cpu::new(threads)?))
+}
+
+/// A CUDA GPU. Not in this build.
+pub fn cuda(ordinal: i32, stream: *mut c_void) -> Result<Arc<dyn Device>> {
+    Err(error!(
+        Unsupported,
+        "this build has no CUDA backend (asked for ordinal {ordinal}, stream {stream:p}); pfc_device_cpu is what there is"
+    ))
+}
+
+/// What a head device is made for.
+#[derive(Clone, Debug)]
+pub struct HeadSpec {
+    pub options: HeadOptions,
+    pub ranks: u32,
+    pub rank: u32,
+    pub shard: Shard,
+}
+
+/// Labels of one rank's batch, borrowed for a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Labels {
+    pub data: *const i64,
+    pub count: usize,
+}
+
+impl Labels {
+    /// # Safety
+    /// `data` points to `count` labels in host memory.
+    pub unsafe fn as_slice<'a>(&self) -> &'a [i64] {
+        match self.count {
+            0 => &[],
+            count => std::slice::from_raw_parts(self.data, count),
+        }
+    }
+}
+
+/// Memory of the device that a collective reads and writes: `count` elements a rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Exchange {
+    pub send: *const u8,
+    pub recv: *mut u8,
+    pub count: usize,
+    pub dtype: DType,
+    pub stream: *mut c_void,
+}
+
+impl Exchange {
+    pub(crate) fn all_gather(&self, comm: &Communicator) -> Result<()> {
+        // SAFETY: a head device hands out exchanges over buffers of its own, large enough for the ranks it was made for.
+        unsafe { comm.all_gather_raw(self.send, self.recv, self.count * self.dtype.size(), self.stream) }
+    }
+
+    pub(crate) fn all_reduce(&self, comm: &Communicator, op: ReduceOp) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { comm.all_reduce_raw(self.send, self.recv, self.count, self.dtype, op, self.stream) }
+    }
+
+    pub(crate) fn reduce_scatter(&self, comm: &Communicator) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { comm.reduce_scatter_raw(self.send, self.recv, self.count, self.dtype, ReduceOp::Sum, self.stream) }
+    }
+}
+
+/// W or a tensor of the optimizer state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateTensor {
+    Centers,
+    /// SGD's m, AdamW's first moment.
+    Momentum,
+    /// AdamW's second moment.
+    SecondMoment,
+}
+
+/// What a step was like, this rank's part of it.
+#[derive(Clone, Debug, Default)]
+pub struct StepFigures {
+    /// Rows of the global batch.
+    pub rows: u64,
+    pub valid_rows: u64,
+    pub sample_size: u64,
+    pub loss: f64,
+    /// Sum of the valid rows' target cosines, over all ranks.
+    pub target_cosines: f64,
+    /// For each row this device computed: the largest cosine of the sample's negatives, -2 where there is none.
+    pub best_negatives: Vec<f32>,
+    /// For each row this device computed: its target cosine, -2 where another rank owns the class, 2 for an ignored row.
+    pub own_target_cosines: Vec<f32>,
+    /// Sum of the squares of the embeddings' gradient as handed out on this rank.
+    pub grad_embeddings: f64,
+    /// Sum of the squares of the gradient of this rank's sampled class centres.
+    pub grad_centers: f64,
+}
+
+/// One head's rows and workspace on a device, and the phases of a step over them.
+///
+/// Two samples live here at most: the next step's, drawn by `sample`, and the current step's, which `begin` makes of it.
+/// Where a phase has failed on this rank, the exchanges after it are still handed out, so that the other ranks hear of it.
+pub trait HeadDevice: Send {
+    /// Phase 1: this rank's block of A. The labels are copied.
+    fn pack_labels(&mut self, step: u64, labels: Result<Labels>) -> Exchange;
+    /// Phase 1: the verdict on the gathered blocks, the same on all ranks.
+    fn judge_labels(&mut self) -> Result<()>;
+    /// Phase 2: draws the next step's sample, or takes the caller's ids (positives missing from them are added).
+    fn sample(&mut self, step: u64, chosen: Option<&[i64]>) -> Result<()>;
+    /// The ids last drawn, ascending.
+    fn sample_ids(&self) -> Vec<i64>;
+    /// This rank's labels of the next step.
+    fn next_labels(&self) -> &[i64];
+    /// Makes the next step's sample the current step's.
+    fn begin(&mut self);
+    /// Rows of this rank in the current step.
+    fn batch(&self) -> usize;
+    /// Phase 1, sharded: this rank's embeddings for B; zeros without.
+    fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange;
+    /// Phases 3 and 4: normalised rows, targets, numerators, row sums, P @ W^. Replicated: of `embeddings`.
+    fn forward(&mut self, embeddings: &Matrix) -> Result<()>;
+    /// Phase 4: this rank's part of C, or its failure.
+    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange;
+    /// Phase 4: the loss from the reduced sums, or the same failure on all ranks.
+    fn judge_sums(&mut self) -> Result<f64>;
+    /// Phase 5: the gradient of the normalised embeddings; sharded: this rank's part of all ranks' rows, for D.
+    fn backward(&mut self) -> Exchange;
+    /// Phase 5, after D: the backward of normalize, times `factor`, into the caller's matrix.
+    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>);
+    /// Phase 5, sharded: the class centres' gradient and the optimizer, row by row. The calling thread runs `beside` meanwhile.
+    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Phase 5, replicated: the sampled class centres' gradient, to be summed over the ranks.
+    fn center_gradient(&mut self, loss_weight: f64) -> Result<Exchange>;
+    /// Phase 5, replicated: the optimizer on the summed gradient.
+    fn apply_gradient(&mut self, learning_rate: f64);
+    /// Updates done.
+    fn updates(&self) -> u64;
+    /// What the current step was like.
+    fn figures(&self) -> StepFigures;
+    /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.
+    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
+    /// Overwrites rows of this rank's shard.
+    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
+    /// For each query its `k` nearest class centres of the shard: (cosine, global id), nearest first, ties by id.
+    fn nearest(&self, queries: &[f32], k: usize) -> Result<Vec<(f32, i64)>>;
+}
+
+/// Scratch memory of the caller's for a stateless kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Workspace {
+    pub data: *mut u8,
+    pub bytes: usize,
+}
+
+/// Arguments of `pfc_fused_forward`.
+pub struct FusedForward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *mut f32,
+    pub target_logits: *mut f32,
+    pub weighted: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_fused_backward`.
+pub struct FusedBackward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *const f32,
+    pub target_logits: *const f32,
+    pub weighted: &'a Matrix,
+    pub loss_weight: f64,
+    pub grad_embeddings: &'a Matrix,
+    pub grad_centers: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_sample_classes`.
+pub struct SampleDraw {
+    pub seed: u64,
+    pub step: u64,
+    pub first: u64,
+    pub rows: u64,
+    pub positives: *const i64,
+    pub positive_count: usize,
+    pub sample_size: u64,
+}
+
+/// The tensors of `pfc_update_rows`.
+pub struct RowState<'a> {
+    pub centers: &'a Matrix,
+    pub momentum: &'a Matrix,
+    pub second_moment: Option<&'a Matrix>,
+}
+
+/// A backend. The kernels are those of `src/capi/kernels.rs`, which documents their arguments and has checked the pointers and shapes.
+pub trait Device: Send + Sync {
+    /// One line for people.
+    fn info(&self) -> &CStr;
+    /// The process that made it: a forked child has its memory but not its threads.
+    fn process(&self) -> u32;
+    /// Makes the rows (start values) and the workspace of a head.
+    fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>>;
+
+    fn normalize_rows(&self, rows: &Matrix, normalized: &Matrix, inverse_norms: *mut f32) -> Result<()>;
+    fn normalize_gemm(&self, embeddings: &Matrix, centers: &Matrix, cosines: &Matrix, workspace: Workspace) -> Result<()>;
+    fn normalize_gemm_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64>;
+    fn margin_forward(&self, margin: &Margin, cosines: *const f32, count: usize, logits: *mut f32) -> Result<()>;
+    fn margin_backward(
+        &self,
+        margin: &Margin,
+        cosines: *const f32,
+        grad_logits: *const f32,
+        count: usize,
+        grad_cosines: *mut f32,
+    ) -> Result<()>;
+    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, row_sums: *mut f32) -> Result<()>;
+    fn fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()>;
+    fn fused_backward(&self, arguments: &FusedBackward<'_>) -> Result<()>;
+    fn fused_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64>;
+    fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64>;
+    fn update_rows(
+        &self,
+        optimizer: &Optimizer,
+        state: &RowState<'_>,
+        ids: *const i64,
+        gradients: &Matrix,
+        learning_rate: f64,
+        update: u64,
+    ) -> Result<()>;
+}

@@ -1,0 +1,44 @@
+//! The CPU backend.
+
+mod draft;
+mod fused;
+mod kernels;
+mod nearest;
+mod pool;
+mod sizes;
+mod step;
+mod sums;
+mod vector;
+
+use std::ffi::{CStr, CString};
+use std::sync::Arc;
+
+use self::pool::Pool;
+use crate::simd::Simd;
+use crate::{ensure, error, Result};
+
+pub(crate) use nearest::keep_best;
+pub use sizes::Memory;
+pub(crate) use sizes::{memory_needed, sample_capacity};
+
+/// More threads than any machine has are a mistake of the caller's.
+const MOST_THREADS: u32 = 4096;
+
+pub(super) struct Cpu {
+    pool: Arc<Pool>,
+    info: CString,
+}
+
+impl Cpu {
+    pub fn new(threads: u32) -> Result<Cpu> {
+        ensure!(threads <= MOST_THREADS, InvalidArgument, "threads is {threads}; it is 0 to {MOST_THREADS}");
+        let pool = Arc::new(Pool::new(threads as usize));
+        let text = format!("cpu: {} threads, {}", pool.threads(), Simd::best().name());
+        let info = CString::new(text).map_err(|_| error!(Device, "the device's name holds a zero"))?;
+        Ok(Cpu { pool, info })
+    }
+
+    fn info(&self) -> &CStr {
+        &self.info
+    }
+}

@@ -1,0 +1,85 @@
+//! The class centres nearest to each query: chunks of cosines, and the best k of each.
+
+use super::fused::{self, gemm, pitch, CHUNK};
+use super::pool::Pool;
+use super::vector;
+use crate::memory::{Buffer, Parts};
+use crate::shard::Shard;
+use crate::table::Table;
+use crate::Result;
+
+/// Queries of a task: few enough that their cosines with a chunk stay in the cache.
+const QUERIES: usize = 256;
+
+/// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
+///
+/// `k` is at most the shard's rows. `queries` are raw embeddings, [queries, d]; one without a direction is at cosine 0 of everything.
+pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32], k: usize) -> Result<Vec<(f32, i64)>> {
+    let dim = table.dim();
+    let (count, row_pitch) = (queries.len() / dim, pitch(dim));
+    let tasks = count.div_ceil(QUERIES);
+    let scratch_length = QUERIES * row_pitch + CHUNK * row_pitch + QUERIES * CHUNK + 2 * dim;
+    let mut scratch = Buffer::<f32>::zeroed(pool.threads() * scratch_length, "scratch of top_k")?;
+    let mut cosines = Buffer::<f32>::zeroed(count * k, "cosines of top_k")?;
+    let mut ids = Buffer::<i64>::zeroed(count * k, "ids of top_k")?;
+    let replay = table.replay();
+    let (scratch, all_cosines, all_ids): (Parts<'_, f32>, _, _) = (scratch.parts(), cosines.parts(), ids.parts());
+    pool.run(tasks, &|task, worker| {
+        let range = task * QUERIES..((task + 1) * QUERIES).min(count);
+        // SAFETY: a worker number belongs to one thread, a query to one task.
+        let scratch = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) };
+        let (units, rest) = scratch.split_at_mut(QUERIES * row_pitch);
+        let (centers, rest) = rest.split_at_mut(CHUNK * row_pitch);
+        let (products, spare) = rest.split_at_mut(QUERIES * CHUNK);
+        for (slot, query) in range.clone().enumerate() {
+            let raw = &queries[query * dim..(query + 1) * dim];
+            let inverse = fused::inverse_norm(vector::sum_of_squares(raw)) as f32;
+            vector::scale_into(raw, inverse, &mut units[slot * row_pitch..slot * row_pitch + dim]);
+        }
+        let mut best: Vec<Vec<(f32, i64)>> = vec![Vec::with_capacity(2 * k); range.len()];
+        let rows = shard.rows as usize;
+        for first in (0..rows).step_by(CHUNK) {
+            let columns = first..(first + CHUNK).min(rows);
+            for (slot, row) in columns.clone().enumerate() {
+                let center = &mut centers[slot * row_pitch..slot * row_pitch + dim];
+                table.read(&replay, row, center, spare);
+                let inverse = fused::inverse_norm(vector::sum_of_squares(center)) as f32;
+                vector::scale(center, inverse);
+            }
+            gemm(range.len(), columns.len(), dim, (products, CHUNK), (units, row_pitch, 1), (centers, 1, row_pitch), false);
+            for (slot, best) in best.iter_mut().enumerate() {
+                for (column, row) in columns.clone().enumerate() {
+                    offer(best, k, (products[slot * CHUNK + column], shard.first as i64 + row as i64));
+                }
+            }
+        }
+        for (query, best) in range.zip(&mut best) {
+            keep_best(best, k);
+            // SAFETY: as above.
+            let (cosines, ids) =
+                unsafe { (all_cosines.range(query * k..(query + 1) * k), all_ids.range(query * k..(query + 1) * k)) };
+            for (slot, &(cosine, id)) in best.iter().enumerate() {
+                (cosines[slot], ids[slot]) = (cosine, id);
+            }
+        }
+    });
+    Ok(cosines.iter().copied().zip(ids.iter().copied()).collect())
+}
+
+/// Adds a candidate; the list is cut back to `k` only when it has doubled.
+fn offer(best: &mut Vec<(f32, i64)>, k: usize, candidate: (f32, i64)) {
+    // From the first k on, the first k are sorted. Ids ascend, so that of equal cosines the earlier stays ahead.
+    if best.len() >= k && candidate.0 <= best[k - 1].0 {
+        return;
+    }
+    best.push(candidate);
+    if best.len() == k || best.len() == 2 * k {
+        keep_best(best, k);
+    }
+}
+
+/// Sorts nearest first, ties by id, and keeps `k`.
+pub(crate) fn keep_best(best: &mut Vec<(f32, i64)>, k: usize) {
+    best.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    best.truncate(k);
+}

@@ -1,0 +1,248 @@
+//! The CPU device's threads: one job at a time, split into tasks that are taken in order as threads come free.
+//!
+//! Not rayon: its global pool deadlocks in a forked child, and here the calling thread must be able to do something else
+//! (a collective) while the others have begun.
+
+use std::any::Any;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+/// A job's body: (task, worker). Workers are numbered from 0, the calling thread.
+type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
+
+pub struct Pool {
+    threads: usize,
+    process: u32,
+    shared: Arc<Shared>,
+    /// Held for the length of a job; the workers start with the first one.
+    job: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// A job has come, or the pool is closing.
+    begun: Condvar,
+    /// A worker has finished its part of the job.
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts jobs, so that a worker takes part in each once.
+    generation: u64,
+    job: Option<Job>,
+    working: usize,
+    closing: bool,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+#[derive(Clone)]
+struct Job {
+    /// Borrowed from the caller of `run`, who does not return before `working` is 0 again.
+    body: *const Body<'static>,
+    tasks: usize,
+    next: Arc<AtomicUsize>,
+}
+
+// SAFETY: the body is Sync, and lives as long as the job (see `run_beside`).
+unsafe impl Send for Job {}
+
+impl Pool {
+    /// A pool of `threads` threads, the calling one among them; 0: as many as this process may use.
+    pub fn new(threads: usize) -> Pool {
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let shared = Shared { state: Mutex::default(), begun: Condvar::new(), ended: Condvar::new() };
+        Pool { threads, process: std::process::id(), shared: Arc::new(shared), job: Mutex::default() }
+    }
+
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    pub fn process(&self) -> u32 {
+        self.process
+    }
+
+    /// Runs `body(task, worker)` for every task.
+    pub fn run(&self, tasks: usize, body: &Body<'_>) {
+        self.run_beside(tasks, body, || ());
+    }
+
+    /// As `run`, with the calling thread doing `beside` first while the workers have begun.
+    ///
+    /// A pool that is busy with another caller's job is not waited for: that caller may itself be waiting for this one in a
+    /// collective. The calling thread then does all the tasks.
+    pub fn run_beside<R>(&self, tasks: usize, body: &Body<'_>, beside: impl FnOnce() -> R) -> R {
+        let guard = self.job.try_lock();
+        let (Ok(mut workers), true) = (guard, self.threads > 1 && tasks > 0) else {
+            let result = beside();
+            (0..tasks).for_each(|task| body(task, 0));
+            return result;
+        };
+        while workers.len() + 1 < self.threads {
+            let (shared, worker) = (self.shared.clone(), workers.len() + 1);
+            match std::thread::Builder::new().name(format!("partialfc-{worker}")).spawn(move || work(&shared, worker)) {
+                Ok(handle) => workers.push(handle),
+                // Fewer threads are slower, not wrong.
+                Err(_) => break,
+            }
+        }
+        // SAFETY: only the lifetime is erased; `Finish` waits for every worker before this frame ends, however it ends.
+        let body_static: *const Body<'static> = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
+        let job = Job { body: body_static, tasks, next: Arc::new(AtomicUsize::new(0)) };
+        {
+            let mut state = self.shared.lock();
+            state.generation += 1;
+            state.job = Some(job.clone());
+        }
+        self.shared.begun.notify_all();
+        let finish = Finish { shared: &self.shared, job: &job };
+        let result = beside();
+        job.take_tasks(0);
+        drop(finish);
+        let panic = self.shared.lock().panic.take();
+        drop(workers);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+        result
+    }
+}
+
+/// Ends the job: no new worker joins, and those inside are waited for.
+struct Finish<'a> {
+    shared: &'a Shared,
+    job: &'a Job,
+}
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        // Where the caller is unwinding, the rest of the tasks is not wanted.
+        self.job.next.store(self.job.tasks, Ordering::Relaxed);
+        let mut state = self.shared.lock();
+        state.job = None;
+        while state.working > 0 {
+            state = self.shared.ended.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+}
+
+impl Job {
+    fn take_tasks(&self, worker: usize) {
+        // SAFETY: the caller of run_beside keeps the body alive until every worker has left.
+        let body = unsafe { &*self.body };
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= self.tasks {
+                return;
+            }
+            body(task, worker);
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn work(shared: &Shared, worker: usize) {
+    let mut seen = 0;
+    let mut state = shared.lock();
+    loop {
+        let job = loop {
+            if state.closing {
+                return;
+            }
+            match &state.job {
+                Some(job) if state.generation != seen => break job.clone(),
+                _ => state = shared.begun.wait(state).unwrap_or_else(|e| e.into_inner()),
+            }
+        };
+        seen = state.generation;
+        state.working += 1;
+        drop(state);
+        let outcome = catch_unwind(AssertUnwindSafe(|| job.take_tasks(worker)));
+        state = shared.lock();
+        if let Err(panic) = outcome {
+            job.next.store(job.tasks, Ordering::Relaxed);
+            state.panic.get_or_insert(panic);
+        }
+        state.working -= 1;
+        shared.ended.notify_all();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let workers = std::mem::take(self.job.get_mut().unwrap_or_else(|e| e.into_inner()));
+        if self.process != std::process::id() {
+            // A forked child has the handles but not the threads.
+            std::mem::forget(workers);
+            return;
+        }
+        self.shared.lock().closing = true;
+        self.shared.begun.notify_all();
+        for worker in workers {
+            let _ = worker.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_threads() {
+        for threads in 1..4 {
+            let pool = Pool::new(threads);
+            for tasks in [0, 1, 2, 7, 100] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                let beside = pool.run_beside(
+                    tasks,
+                    &|task, worker| {
+                        assert!(worker < threads, "worker {worker} of {threads}");
+                        counts[task].fetch_add(1, Ordering::Relaxed);
+                    },
+                    || 5,
+                );
+                assert_eq!(beside, 5);
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{tasks} tasks on {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = Pool::new(3);
+        for bad in [0, 5, 63] {
+            let outcome = catch_unwind(AssertUnwindSafe(|| pool.run(64, &|task, _| assert!(task != bad, "task {task}"))));
+            assert!(outcome.is_err(), "task {bad} panicked");
+            let sum = AtomicUsize::new(0);
+            pool.run(10, &|task, _| {
+                sum.fetch_add(task, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 45);
+        }
+    }
+
+    #[test]
+    fn a_busy_pool_does_not_block_a_second_caller() {
+        let pool = Pool::new(2);
+        let inner = AtomicUsize::new(0);
+        pool.run_beside(1, &|_, _| (), || {
+            pool.run(4, &|_, worker| {
+                assert_eq!(worker, 0);
+                inner.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(inner.load(Ordering::Relaxed), 4);
+    }
+}

@@ -1,0 +1,108 @@
+//! How much memory a head takes on the CPU: one computation for the allocation and for the plan.
+
+use super::fused::{pitch, Shape};
+use crate::options::{HeadOptions, Placement, RowUpdate};
+use crate::sample::sample_size;
+use crate::shard::Shard;
+use crate::{ensure, Result};
+
+/// Bytes by purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    pub weight: u64,
+    pub state: u64,
+    pub activation: u64,
+    pub probability: u64,
+}
+
+impl Memory {
+    pub fn total(&self) -> u64 {
+        self.weight.saturating_add(self.state).saturating_add(self.activation).saturating_add(self.probability)
+    }
+}
+
+/// Elements of a head's buffers, from capacities: the largest batch and sample there can be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// The largest step.
+    pub capacity: Shape,
+    /// Accumulators of P @ W^, over all slices.
+    pub weighted: usize,
+    /// Row sums and maxima, over all slices.
+    pub slice_rows: usize,
+    /// Scratch of all threads.
+    pub scratch: usize,
+    /// Chunks of P^T that are kept.
+    pub kept_chunks: usize,
+}
+
+impl Sizes {
+    /// Refuses a workspace limit that leaves no room for the rest.
+    pub fn new(options: &HeadOptions, ranks: u32, shard: Shard, threads: usize) -> Result<Sizes> {
+        let rows = match options.placement {
+            Placement::Sharded => ranks as usize * options.max_batch as usize,
+            Placement::Replicated => options.max_batch as usize,
+        };
+        let dim = options.embedding_dim as usize;
+        let capacity = Shape { rows, dim, classes: sample_capacity(options, ranks, shard) as usize };
+        let slice_rows = Shape { classes: shard.rows as usize, ..capacity }.slice_row_capacity();
+        let mut sizes = Sizes {
+            capacity,
+            weighted: slice_rows * pitch(dim),
+            slice_rows,
+            scratch: threads * capacity.scratch_elements(),
+            kept_chunks: capacity.chunks(),
+        };
+        let limit = options.workspace_limit;
+        if limit > 0 {
+            let fixed = sizes.activation(options, ranks as usize);
+            ensure!(
+                limit >= fixed,
+                InvalidArgument,
+                "workspace_limit is {limit} bytes; max_batch {} on {ranks} ranks of dimension {dim} needs {fixed} at least",
+                options.max_batch
+            );
+            let chunk = 4 * capacity.chunk_elements() as u64;
+            sizes.kept_chunks = sizes.kept_chunks.min(((limit - fixed) / chunk.max(1)) as usize);
+        }
+        Ok(sizes)
+    }
+
+    fn activation(&self, options: &HeadOptions, ranks: usize) -> u64 {
+        let Shape { rows, dim, classes } = self.capacity;
+        let sharded = options.placement == Placement::Sharded;
+        let max_batch = options.max_batch as usize;
+        let embeddings = 2 * rows * pitch(dim) + dim * pitch(rows);
+        // B's blocks (at most four bytes an element) and D's, or the replicated gradient.
+        let exchanges = if sharded { 2 * (max_batch + ranks * max_batch) * dim } else { max_batch * dim + classes * dim };
+        let elements = embeddings + exchanges + self.weighted + self.scratch + self.slice_rows + classes;
+        4 * elements as u64 + 8 * self.slice_rows as u64
+    }
+
+    /// The probabilities' elements.
+    pub fn kept_elements(&self) -> usize {
+        self.kept_chunks * self.capacity.chunk_elements()
+    }
+
+    pub fn memory(&self, options: &HeadOptions, ranks: u32, shard: Shard) -> Memory {
+        let tensor = 4 * shard.rows * u64::from(options.embedding_dim);
+        let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
+        Memory {
+            weight: tensor,
+            state: options.optimizer.state_tensors() as u64 * tensor + last,
+            activation: self.activation(options, ranks as usize),
+            probability: 4 * self.kept_elements() as u64,
+        }
+    }
+}
+
+/// S_max = min(rows, max(int(rate * rows), N * max_batch)).
+pub(crate) fn sample_capacity(options: &HeadOptions, ranks: u32, shard: Shard) -> u64 {
+    sample_size(options.sample_rate, shard.rows).max(u64::from(ranks) * options.max_batch).min(shard.rows)
+}
+
+/// What the largest rank's head takes on a CPU with `threads` threads.
+pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, threads: usize) -> Result<Memory> {
+    let shard = options.shard(ranks, 0);
+    Ok(Sizes::new(options, ranks, shard, threads)?.memory(options, ranks, shard))
+}

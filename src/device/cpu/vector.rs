@@ -1,0 +1,438 @@
+//! Arithmetic on one row: the softmax's exponentials and the few vector products that are too small for a GEMM.
+//!
+//! Sums run in an order fixed by the row's length alone: 32 running sums, folded from the first lane to the last.
+
+use crate::margin::Margin;
+use crate::simd::{clones, Simd};
+
+/// Running sums of a row; a whole number of vectors on every instruction set.
+const LANES: usize = 32;
+/// Elements whose exponentials are summed in f32 before the lanes are folded into f64.
+const BLOCK: usize = 16 * LANES;
+
+/// What a row of exponentials adds up to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSums {
+    /// Sum of exp(scale * x - offset), filtered elements as exp(-offset). NaN if any element is.
+    pub sum: f64,
+    /// Largest x before anything was done to it; -inf for an empty or wholly masked row. NaN elements are passed over.
+    pub max_cosine: f32,
+}
+
+/// Cosines to the softmax's numerators, in place: x becomes exp(scale * x - offset).
+///
+/// * -inf (a masked target) becomes exactly 0, as does everything whose exponent is below -87.3.
+/// * With a `filter`, x above it becomes 0 and adds exp(-offset) to the sum: a negative whose cosine counts as 0, without gradient.
+///
+/// The exponential's relative error is below 3e-7 on [-87, 88]; beyond 88.72 it is +inf. NaN stays NaN.
+pub fn exp_row(row: &mut [f32], scale: f32, offset: f32, filter: Option<f32>) -> RowSums {
+    exp_row_on(Simd::best(), row, scale, offset, filter)
+}
+
+clones! {
+    /// [`exp_row`] on a given instruction set.
+    pub fn exp_row_on(row: &mut [f32], scale: f32, offset: f32, filter: Option<f32>) -> RowSums = exp_row_body::<FMA>;
+}
+
+#[inline(always)]
+fn exp_row_body<const FMA: bool>(row: &mut [f32], scale: f32, offset: f32, filter: Option<f32>) -> RowSums {
+    let (limit, floor) = match filter {
+        Some(limit) => (limit, (-f64::from(offset)).exp() as f32),
+        None => (f32::INFINITY, 0.0),
+    };
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let mut total = [0f64; LANES];
+    for block in row.chunks_mut(BLOCK) {
+        let mut sum = [0f32; LANES];
+        let mut groups = block.chunks_exact_mut(LANES);
+        for group in &mut groups {
+            let group: &mut [f32; LANES] = group.try_into().expect("a group has LANES elements");
+            exp_group::<FMA>(group, scale, offset, limit, floor, &mut sum, &mut max);
+        }
+        let rest = groups.into_remainder();
+        if !rest.is_empty() {
+            // Masked elements add nothing, so that the tail takes the same path as the rest.
+            let mut padded = [f32::NEG_INFINITY; LANES];
+            padded[..rest.len()].copy_from_slice(rest);
+            exp_group::<FMA>(&mut padded, scale, offset, limit, floor, &mut sum, &mut max);
+            rest.copy_from_slice(&padded[..rest.len()]);
+        }
+        for lane in 0..LANES {
+            total[lane] += f64::from(sum[lane]);
+        }
+    }
+    let max_cosine = max.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    RowSums { sum: total.into_iter().sum(), max_cosine }
+}
+
+#[inline(always)]
+fn exp_group<const FMA: bool>(
+    group: &mut [f32; LANES],
+    scale: f32,
+    offset: f32,
+    limit: f32,
+    floor: f32,
+    sum: &mut [f32; LANES],
+    max: &mut [f32; LANES],
+) {
+    for lane in 0..LANES {
+        let x = group[lane];
+        let power = exp::<FMA>(fma::<FMA>(x, scale, -offset));
+        let filtered = x > limit;
+        group[lane] = if filtered { 0.0 } else { power };
+        sum[lane] += if filtered { floor } else { power };
+        max[lane] = if x > max[lane] { x } else { max[lane] };
+    }
+}
+
+#[inline(always)]
+fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA {
+        a.mul_add(b, c)
+    } else {
+        a * b + c
+    }
+}
+
+/// exp(t) = 2^n exp(r) with n = round(t / ln 2) and |r| <= ln(2) / 2: the reduction and polynomial of Cephes' expf.
+#[inline(always)]
+fn exp<const FMA: bool>(t: f32) -> f32 {
+    /// Just above ln(2^-126): what lies below has no normal result.
+    const LOWEST: f32 = -87.3;
+    /// ln(f32::MAX), rounded down.
+    const HIGHEST: f32 = 88.722_83;
+    /// 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln 2 in two parts; the first has 9 bits, so that n times it is exact without a fused multiply.
+    const LN2_HIGH: f32 = 355.0 / 512.0;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+
+    // Written so that NaN fails both comparisons and goes through the arithmetic.
+    let clamped = if t < LOWEST { LOWEST } else { t };
+    let rounded = fma::<FMA>(clamped, std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = fma::<FMA>(n, -LN2_LOW, fma::<FMA>(n, -LN2_HIGH, clamped));
+    let mut p = 1.987_569_1e-4;
+    p = fma::<FMA>(p, r, 1.398_199_9e-3);
+    p = fma::<FMA>(p, r, 8.333_452e-3);
+    p = fma::<FMA>(p, r, 4.166_579_6e-2);
+    p = fma::<FMA>(p, r, 1.666_666_5e-1);
+    p = fma::<FMA>(p, r, 0.5);
+    p = fma::<FMA>(p, r * r, r) + 1.0;
+    // n goes straight into the exponent field: at n = 128 the polynomial is below 1 and the result still finite.
+    let power = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    let power = if t < LOWEST { 0.0 } else { power };
+    let power = if t > HIGHEST { f32::INFINITY } else { power };
+    // A NaN's exponent bits may have been shifted into a number.
+    if t.is_nan() {
+        t
+    } else {
+        power
+    }
+}
+
+/// Sum of squares. Products of f32 are exact in f64, so that every instruction set gives the same bits.
+pub fn sum_of_squares(row: &[f32]) -> f64 {
+    dot(row, row)
+}
+
+/// Inner product, summed in f64; every instruction set gives the same bits.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn dot(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "dot needs two rows of one length");
+    dot_on(Simd::best(), a, b)
+}
+
+clones! {
+    /// [`dot`] on a given instruction set.
+    pub fn dot_on(a: &[f32], b: &[f32]) -> f64 = dot_body;
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f64 {
+    let mut sum = [0f64; LANES];
+    let (mut a_groups, mut b_groups) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    for (a, b) in (&mut a_groups).zip(&mut b_groups) {
+        let (a, b): (&[f32; LANES], &[f32; LANES]) = (a.try_into().expect("LANES"), b.try_into().expect("LANES"));
+        for lane in 0..LANES {
+            sum[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+        }
+    }
+    for (lane, (a, b)) in a_groups.remainder().iter().zip(b_groups.remainder()).enumerate() {
+        sum[lane] += f64::from(*a) * f64::from(*b);
+    }
+    sum.into_iter().sum()
+}
+
+/// dst = factor * src.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn scale_into(src: &[f32], factor: f32, dst: &mut [f32]) {
+    assert_eq!(src.len(), dst.len(), "scale_into needs two rows of one length");
+    scale_into_on(Simd::best(), src, factor, dst)
+}
+
+clones! {
+    fn scale_into_on(src: &[f32], factor: f32, dst: &mut [f32]) = scale_into_body;
+}
+
+#[inline(always)]
+fn scale_into_body(src: &[f32], factor: f32, dst: &mut [f32]) {
+    for (to, from) in dst.iter_mut().zip(src) {
+        *to = factor * from;
+    }
+}
+
+/// dst += factor * src, rounded twice an element, alike on every instruction set.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add_scaled(dst: &mut [f32], factor: f32, src: &[f32]) {
+    assert_eq!(src.len(), dst.len(), "add_scaled needs two rows of one length");
+    add_scaled_on(Simd::best(), dst, factor, src)
+}
+
+clones! {
+    fn add_scaled_on(dst: &mut [f32], factor: f32, src: &[f32]) = add_scaled_body;
+}
+
+#[inline(always)]
+fn add_scaled_body(dst: &mut [f32], factor: f32, src: &[f32]) {
+    for (to, from) in dst.iter_mut().zip(src) {
+        *to += factor * from;
+    }
+}
+
+/// What turns cosines into numerators: P = exp(scale * cos - c), c = max(0, scale - 64).
+#[derive(Clone, Copy, Debug)]
+pub struct Softmax {
+    pub scale: f32,
+    pub offset: f32,
+    /// A negative's cosine above it counts as 0.
+    pub filter: Option<f32>,
+}
+
+impl Softmax {
+    pub fn new(margin: &Margin) -> Softmax {
+        Softmax {
+            scale: margin.scale as f32,
+            offset: margin.offset() as f32,
+            filter: (margin.interclass_filter > 0.0).then_some(margin.interclass_filter as f32),
+        }
+    }
+}
+
+/// As [`exp_row`] for one class and many rows of the batch: adds each numerator to its row's sum and keeps each row's largest cosine.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn softmax_column(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
+    assert!(column.len() == sums.len() && column.len() == best.len(), "softmax_column needs three rows of one length");
+    softmax_column_on(Simd::best(), column, softmax, sums, best)
+}
+
+clones! {
+    fn softmax_column_on(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) = softmax_column_body::<FMA>;
+}
+
+#[inline(always)]
+fn softmax_column_body<const FMA: bool>(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
+    let (limit, floor) = match softmax.filter {
+        Some(limit) => (limit, (-f64::from(softmax.offset)).exp() as f32),
+        None => (f32::INFINITY, 0.0),
+    };
+    let (scale, offset) = (softmax.scale, softmax.offset);
+    for ((cell, sum), best) in column.iter_mut().zip(sums).zip(best) {
+        let x = *cell;
+        let power = exp::<FMA>(fma::<FMA>(x, scale, -offset));
+        let filtered = x > limit;
+        *cell = if filtered { 0.0 } else { power };
+        *sum += if filtered { floor } else { power };
+        *best = if x > *best { x } else { *best };
+    }
+}
+
+/// The backward of normalize, in place: of dL/du for u = row * inverse_norm makes factor * (g - (g . u) u).
+///
+/// With factor = inverse_norm that is dL/drow. Returns the sum of the squares of the result.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn normalize_backward(gradient: &mut [f32], row: &[f32], inverse_norm: f32, factor: f32) -> f64 {
+    let along = (dot(gradient, row) * f64::from(inverse_norm)) as f32;
+    subtract_along_on(Simd::best(), gradient, row, along * inverse_norm, factor);
+    sum_of_squares(gradient)
+}
+
+clones! {
+    fn subtract_along_on(gradient: &mut [f32], row: &[f32], along: f32, factor: f32) = subtract_along;
+}
+
+#[inline(always)]
+fn subtract_along(gradient: &mut [f32], row: &[f32], along: f32, factor: f32) {
+    for (g, r) in gradient.iter_mut().zip(row) {
+        *g = (*g - along * r) * factor;
+    }
+}
+
+/// row *= factor.
+pub fn scale(row: &mut [f32], factor: f32) {
+    scale_on(Simd::best(), row, factor)
+}
+
+clones! {
+    fn scale_on(row: &mut [f32], factor: f32) = scale_body;
+}
+
+#[inline(always)]
+fn scale_body(row: &mut [f32], factor: f32) {
+    for x in row {
+        *x *= factor;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every 1000th float from `low` to `high`, both ends included.
+    fn floats(low: f32, high: f32) -> Vec<f32> {
+        let mut all = vec![low, high];
+        let ordered = |x: f32| if x < 0.0 { -i64::from(x.to_bits() & 0x7fff_ffff) } else { i64::from(x.to_bits()) };
+        let mut at = ordered(low);
+        while at < ordered(high) {
+            all.push(if at < 0 { -f32::from_bits((-at) as u32) } else { f32::from_bits(at as u32) });
+            at += 1000;
+        }
+        all
+    }
+
+    #[test]
+    fn exp_is_within_3e_7_of_the_truth_over_its_range() {
+        let arguments = floats(-87.0, 88.0);
+        assert!(arguments.len() > 1_000_000);
+        for simd in Simd::available() {
+            let mut row = arguments.clone();
+            exp_row_on(simd, &mut row, 1.0, 0.0, None);
+            let (mut worst, mut at) = (0f64, 0f32);
+            for (&x, &y) in arguments.iter().zip(&row) {
+                let truth = f64::from(x).exp();
+                let error = (f64::from(y) / truth - 1.0).abs();
+                if error > worst {
+                    (worst, at) = (error, x);
+                }
+            }
+            assert!(worst <= 3e-7, "{simd:?}: relative error {worst:e} at {at}");
+        }
+    }
+
+    #[test]
+    fn exp_beyond_its_range_is_zero_infinite_or_nan() {
+        for simd in Simd::available() {
+            let mut row = [f32::NEG_INFINITY, -1e30, -87.31, 88.722, 88.73, 1e30, f32::INFINITY, -0.0, 0.0];
+            exp_row_on(simd, &mut row, 1.0, 0.0, None);
+            assert_eq!(row[..3], [0.0; 3], "{simd:?}");
+            assert!((row[3] / 88.722f64.exp() as f32 - 1.0).abs() < 1e-4, "{simd:?}: {}", row[3]);
+            assert_eq!(row[4..], [f32::INFINITY, f32::INFINITY, f32::INFINITY, 1.0, 1.0], "{simd:?}");
+            for bits in [0x7fc0_0000u32, 0xffc0_0000, 0x7f80_0001, 0x7fff_ffff] {
+                let mut row = [f32::from_bits(bits), 0.5];
+                let sums = exp_row_on(simd, &mut row, 1.0, 0.0, Some(0.9));
+                assert!(row[0].is_nan() && sums.sum.is_nan(), "{simd:?}: {bits:#x}");
+                assert_eq!(sums.max_cosine, 0.5);
+            }
+        }
+    }
+
+    /// Cosine-like values, none on a filter of a tenth.
+    fn cosines(count: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 % 2003) as f32 / 1001.0 - 1.0) * 0.99).collect()
+    }
+
+    #[test]
+    fn rows_of_every_length_have_their_sum_and_maximum() {
+        for simd in Simd::available() {
+            for count in (0..100).chain([511, 512, 513, 1024, 5000]) {
+                let mut row = cosines(count);
+                if count > 3 {
+                    row[2] = f32::NEG_INFINITY;
+                }
+                let (scale, offset) = (64.0, 3.0);
+                let truth: Vec<f64> = row.iter().map(|&x| (scale * f64::from(x) - offset).exp()).collect();
+                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sums = exp_row_on(simd, &mut row, scale as f32, offset as f32, None);
+                let sum: f64 = truth.iter().sum();
+                assert!((sums.sum - sum).abs() <= 5e-6 * sum, "{simd:?} {count}: {} against {sum}", sums.sum);
+                assert_eq!(sums.max_cosine, largest, "{simd:?} {count}");
+                for (y, truth) in row.iter().zip(&truth) {
+                    // The exponent itself is rounded to f32: half a unit in the last place of 67.
+                    assert!((f64::from(*y) - truth).abs() <= 9e-6 * truth + 1e-37, "{simd:?} {count}");
+                }
+                if count > 3 {
+                    assert_eq!(row[2], 0.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_filtered_negative_stores_nothing_and_counts_as_cosine_zero() {
+        for simd in Simd::available() {
+            let before = cosines(777);
+            let mut row = before.clone();
+            let sums = exp_row_on(simd, &mut row, 10.0, 2.0, Some(0.4));
+            let mut sum = 0.0;
+            for (&x, &y) in before.iter().zip(&row) {
+                if x > 0.4 {
+                    assert_eq!(y, 0.0);
+                    sum += (-2f64).exp();
+                } else {
+                    assert!(y > 0.0);
+                    sum += (10.0 * f64::from(x) - 2.0).exp();
+                }
+            }
+            assert!((sums.sum - sum).abs() <= 2e-6 * sum, "{simd:?}: {} against {sum}", sums.sum);
+            assert!(sums.max_cosine > 0.9);
+        }
+    }
+
+    #[test]
+    fn dot_is_exact_to_f64_and_alike_everywhere() {
+        for count in (0..70).chain([512, 1000]) {
+            let (a, b) = (cosines(count), cosines(count + 5).split_off(5));
+            let truth: f64 = a.iter().zip(&b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            let bits = dot(&a, &b).to_bits();
+            for simd in Simd::available() {
+                assert_eq!(dot_on(simd, &a, &b).to_bits(), bits, "{simd:?} {count}");
+            }
+            assert!((f64::from_bits(bits) - truth).abs() <= 1e-12 * count as f64);
+            let squares: f64 = a.iter().map(|&a| f64::from(a) * f64::from(a)).sum();
+            assert!((sum_of_squares(&a) - squares).abs() <= 1e-12 * count as f64);
+        }
+        // In f32 the ones would be lost beside 2^52.
+        let mut row = vec![1.0f32; 4096];
+        row[0] = 67_108_864.0;
+        assert_eq!(sum_of_squares(&row), 4_503_599_627_370_496.0 + 4095.0);
+    }
+
+    #[test]
+    fn rows_are_scaled_and_added() {
+        for count in [0, 1, 15, 64, 100] {
+            let src = cosines(count);
+            let mut dst = vec![f32::NAN; count];
+            scale_into(&src, 2.5, &mut dst);
+            assert!(dst.iter().zip(&src).all(|(d, s)| *d == 2.5 * s));
+            let before = dst.clone();
+            add_scaled(&mut dst, -0.75, &src);
+            assert!(dst.iter().zip(&before).zip(&src).all(|((d, b), s)| *d == b + -0.75 * s));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "one length")]
+    fn rows_of_two_lengths_are_refused() {
+        dot(&[1.0], &[1.0, 2.0]);
+    }
+}

@@ -1,0 +1,10 @@
+//! What the test suites share: conformance vectors, numbers, the C interface with handles that free themselves.
+
+// Each suite uses a part of it.
+#![allow(dead_code)]
+
+pub mod ffi;
+pub mod numbers;
+pub mod ranks;
+pub mod training;
+pub mod vectors;

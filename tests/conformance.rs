@@ -1,0 +1,116 @@
+//! The conformance vectors through the C interface: the head does what the PyTorch implementation of PartialFC did.
+
+mod common;
+
+use common::ffi::{to_c, Device, Head, Rows};
+use common::numbers::{assert_close, widen};
+use common::ranks::on_ranks;
+use common::vectors::{Vectors, NAMES};
+use partialfc::options::HeadOptions;
+
+/// Design section 8: relative L2 of loss, gradients and state in float32.
+const TOLERANCE: f64 = 1e-4;
+
+/// Too small for any of the softmax's numerators: they are computed twice.
+const RECOMPUTE: u64 = 1;
+
+/// Replays the file on as many ranks as it was made on.
+fn replay(vectors: &Vectors, threads: u32, workspace_limit: u64) {
+    let options = HeadOptions { workspace_limit, ..vectors.options() };
+    let adamw = vectors.text("opt") == "adamw";
+    let dim = options.embedding_dim as usize;
+    on_ranks(vectors.ranks(), |place| {
+        let what = |step: usize, tensor: &str| {
+            format!("{} threads {threads} workspace {workspace_limit} rank {} step {step} {tensor}", vectors.name, place.rank)
+        };
+        let device = Device::cpu(threads);
+        let mut head = Head::create(&device, &place.comm, &to_c(&options)).expect("a head");
+        let (first, _) = head.shard();
+        let start = vectors.rows(place.rank, "weight_initial");
+        head.write_centers(first, &start).expect("start values");
+        for k in 0..vectors.steps() {
+            let step = vectors.step(place.rank, k);
+            head.set_sample(&step.sample).expect("the file's sample");
+            let mut embeddings = Rows::f32(&step.embeddings, dim);
+            let loss = head.forward(&mut embeddings, Some(&step.labels)).expect("forward");
+            assert_eq!(head.sample_ids().expect("ids"), step.sample, "{}", what(k, "sample"));
+            let mut grad = Rows::output(step.labels.len(), dim);
+            head.backward(1.0, 1.0, &mut grad).expect("backward");
+            head.update(vectors.number("lr")).expect("update");
+            assert_close(&what(k, "loss"), &[loss], &[step.loss], TOLERANCE);
+            assert_close(&what(k, "embedding_grad"), &grad.values(), &widen(&step.embedding_grad), TOLERANCE);
+            if k == 0 {
+                let found = first_center_grad(vectors, &mut head, &step.sample, &start);
+                assert_close(&what(k, "center_grad"), &found, &widen(&step.center_grad), TOLERANCE);
+            }
+        }
+        let last = vectors.steps() - 1;
+        assert_close(
+            &what(last, "weight_final"),
+            &widen(&head.centers()),
+            &widen(&vectors.rows(place.rank, "weight_final")),
+            TOLERANCE,
+        );
+        let momentum = widen(&vectors.rows(place.rank, "momentum_final"));
+        assert_close(&what(last, "momentum_final"), &widen(&head.momentum()), &momentum, TOLERANCE);
+        if adamw {
+            let second = widen(&vectors.rows(place.rank, "second_moment_final"));
+            assert_close(&what(last, "second_moment_final"), &widen(&head.second_moment()), &second, TOLERANCE);
+        }
+    });
+}
+
+/// The gradient of the first step's class centres, got back from the first moment, which started at zero: SGD leaves g + wd * w there.
+fn first_center_grad(vectors: &Vectors, head: &mut Head, sample: &[i64], start: &[f32]) -> Vec<f64> {
+    let (first, _) = head.shard();
+    let momentum = head.momentum();
+    let dim = head.dim;
+    let rows = sample.iter().map(|&id| (id as usize - first as usize) * dim);
+    rows.flat_map(|at| at..at + dim)
+        .map(|at| match vectors.text("opt") {
+            "sgd" => f64::from(momentum[at]) - vectors.number("wd") * f64::from(start[at]),
+            _ => f64::from(momentum[at]) / (1.0 - vectors.number("beta1")),
+        })
+        .collect()
+}
+
+fn check(name: &'static str) {
+    let vectors = Vectors::load(name);
+    for threads in [1, 2] {
+        for workspace_limit in [0, RECOMPUTE] {
+            replay(&vectors, threads, workspace_limit);
+        }
+    }
+}
+
+macro_rules! vectors {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            check(stringify!($name));
+        })*
+
+        #[test]
+        fn every_file_has_its_test() {
+            assert_eq!([$(stringify!($name)),*], NAMES);
+            let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
+            let files = std::fs::read_dir(&folder).expect("tests/vectors").filter_map(|entry| entry.ok());
+            let mut names: Vec<String> = files
+                .filter_map(|file| file.file_name().to_string_lossy().strip_suffix(".safetensors").map(str::to_owned))
+                .collect();
+            names.sort();
+            assert_eq!(names, NAMES);
+        }
+    };
+}
+
+vectors! {
+    arcface_adamw_two_ranks
+    arcface_filter_two_ranks_dense_rows
+    arcface_one_rank_d512_tenth
+    arcface_one_rank_full
+    arcface_two_ranks_uneven_half
+    combined_two_ranks_positives_only
+    cosface_four_ranks_tenth
+    sphereface_one_rank
+}

@@ -1,0 +1,11 @@
+//! What a head promises beyond the numbers of one step: the same bits however it is run, its sampling, its rows between steps, what it
+//! tells of itself.
+
+mod bits;
+#[path = "../common/mod.rs"]
+mod common;
+mod evaluation;
+mod rows;
+mod sampling;
+mod start;
+mod traffic;
