@@ -16,18 +16,12 @@ use crate::render::{PIXELS, SIDE};
 /// Share of a new batch in the running moments.
 const FRESH: f32 = 0.05;
 
-pub fn geometries(dim: usize) -> Vec<Geometry> {
-    let conv = |side, inputs, kernel, stride, outputs| Geometry { side, inputs, kernel, stride, outputs, relu: true };
-    let widths: Vec<usize> = std::env::var("WIDTHS").unwrap_or("32,64,128".into()).split(',').map(|w| w.parse().unwrap()).collect();
-    let mut all = vec![conv(SIDE, 1, 5, 2, widths[0]), conv(SIDE / 2, widths[0], 3, 2, widths[1])];
-    for i in 2..widths.len() - 1 {
-        all.push(conv(SIDE / 4, widths[i - 1], 3, 1, widths[i]));
-    }
-    all.push(conv(SIDE / 4, widths[widths.len() - 2], 3, 2, widths[widths.len() - 1]));
-    let last = all.last().unwrap();
-    let flat = last.image_out();
-    all.push(Geometry { side: 1, inputs: flat, kernel: 1, stride: 1, outputs: dim, relu: false });
-    all
+fn geometries(dim: usize) -> [Geometry; 4] {
+    let conv = |side, inputs, kernel, outputs| Geometry { side, inputs, kernel, stride: 2, outputs, relu: true };
+    let convolutions = [conv(SIDE, 1, 5, 32), conv(SIDE / 2, 32, 3, 64), conv(SIDE / 4, 64, 3, 128)];
+    let dense = Geometry { side: 1, inputs: convolutions[2].image_out(), kernel: 1, stride: 1, outputs: dim, relu: false };
+    let [first, second, third] = convolutions;
+    [first, second, third, dense]
 }
 
 struct Layer {

@@ -283,7 +283,8 @@ impl Block {
             Normalise::Batch(left) => {
                 let rows = (images * g.rows()).max(1) as f64;
                 let mean: Vec<f64> = sum.iter().map(|sum| sum / rows).collect();
-                let variance = squares.iter().zip(&mean).map(|(square, mean)| (square / rows - mean * mean).max(0.0) as f32).collect();
+                let variance =
+                    squares.iter().zip(&mean).map(|(square, mean)| (square / rows - mean * mean).max(0.0) as f32).collect();
                 computed = Moments { mean: mean.iter().map(|&mean| mean as f32).collect(), variance };
                 *left.lock().unwrap() = computed.clone();
                 &computed
@@ -346,8 +347,11 @@ impl Block {
 
         // Second pass: the convolution's own gradients.
         let mut grad_x = vec![0.0f32; if self.input_gradient { x.len() } else { 0 }];
-        let grad_x_lanes =
-            if self.input_gradient { split(&mut grad_x, &lanes, g.image()) } else { lanes.iter().map(|_| Default::default()).collect() };
+        let grad_x_lanes = if self.input_gradient {
+            split(&mut grad_x, &lanes, g.image())
+        } else {
+            lanes.iter().map(|_| Default::default()).collect()
+        };
         let weights: Vec<Vec<f32>> = grad_x_lanes
             .into_par_iter()
             .zip(&lanes)
@@ -497,7 +501,9 @@ mod tests {
             let x = var(random(images * g.image(), 1), &[images, g.side, g.side, g.inputs]);
             let weight = var(random(g.column() * g.outputs, 2), &[g.column(), g.outputs]);
             let affine = var(random(2 * g.outputs, 3), &[2, g.outputs]);
-            let root = Tensor::from_vec(random(images * g.image_out(), 4), (images, g.side_out(), g.side_out(), g.outputs), &device).unwrap();
+            let root =
+                Tensor::from_vec(random(images * g.image_out(), 4), (images, g.side_out(), g.side_out(), g.outputs), &device)
+                    .unwrap();
             let normalise = Normalise::Batch(Arc::default());
             let block = Block { geometry: g, normalise, input_gradient: true, kept: Mutex::default() };
             let ours = x.apply_op3(&weight, &affine, block).unwrap();
@@ -505,7 +511,9 @@ mod tests {
             let mut gradients = Vec::new();
             for out in [&ours, &theirs] {
                 let store = (out * &root).unwrap().sum_all().unwrap().backward().unwrap();
-                gradients.push([&x, &weight, &affine].map(|var| store.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()));
+                gradients.push(
+                    [&x, &weight, &affine].map(|var| store.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()),
+                );
             }
             let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let mut pairs = vec![(flat(&ours), flat(&theirs))];

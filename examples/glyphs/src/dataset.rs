@@ -82,7 +82,9 @@ impl Dataset {
     pub fn shots_of(&self, album: usize) -> Vec<Shot> {
         let codes = self.albums[album].photographs.codes.iter().enumerate();
         codes
-            .filter_map(|(place, &code)| Some(Shot { album: album as u16, place: place as u16, label: self.labels[code as usize]? }))
+            .filter_map(|(place, &code)| {
+                Some(Shot { album: album as u16, place: place as u16, label: self.labels[code as usize]? })
+            })
             .collect()
     }
 
@@ -123,7 +125,8 @@ pub fn albums(fonts: &[Located], folder: &Path, mut drawn: impl FnMut(usize, &Lo
         }
     };
     let name = |font: &Located| font.source.name.to_string();
-    let albums = fonts.iter().zip(photographs).map(|(font, photographs)| Album { name: name(font), role: font.source.role, photographs });
+    let albums =
+        fonts.iter().zip(photographs).map(|(font, photographs)| Album { name: name(font), role: font.source.role, photographs });
     Ok((albums.collect(), path, hit))
 }
 
@@ -164,7 +167,9 @@ fn read_cache(path: &Path, digest: u64, fonts: usize) -> Result<Option<Vec<Photo
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("The cache {} cannot be opened", path.display())),
     };
-    parse_cache(&mut BufReader::new(file), digest, fonts).map(Some).with_context(|| format!("The cache {} is damaged", path.display()))
+    parse_cache(&mut BufReader::new(file), digest, fonts)
+        .map(Some)
+        .with_context(|| format!("The cache {} is damaged", path.display()))
 }
 
 fn parse_cache(file: &mut impl Read, digest: u64, fonts: usize) -> Result<Vec<Photographs>> {
@@ -180,7 +185,10 @@ fn parse_cache(file: &mut impl Read, digest: u64, fonts: usize) -> Result<Vec<Ph
         let mut bytes = vec![0; count * 2];
         file.read_exact(&mut bytes)?;
         let codes: Vec<u16> = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect();
-        ensure!(codes.is_sorted_by(|a, b| a < b) && codes.last().is_none_or(|&last| (last as usize) < CODES), "its codes are no codes");
+        ensure!(
+            codes.is_sorted_by(|a, b| a < b) && codes.last().is_none_or(|&last| (last as usize) < CODES),
+            "its codes are no codes"
+        );
         let mut pixels = vec![0; count * PIXELS];
         file.read_exact(&mut pixels)?;
         all.push(Photographs { codes, pixels });

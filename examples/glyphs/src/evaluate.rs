@@ -29,6 +29,9 @@ pub struct FontScore {
     pub rank1: f64,
     /// Share of the genuine pairs accepted where one impostor pair of ten thousand is.
     pub tar: f64,
+    /// (FAR, TAR), FAR ascending.
+    #[serde(skip)]
+    pub roc: Vec<(f64, f64)>,
 }
 
 /// A query, what it was taken for, and what it is.
@@ -137,6 +140,7 @@ pub fn evaluate(data: &Dataset, backbone: &Backbone) -> Result<Evaluation> {
             queries: queries.len(),
             rank1: right as f64 / queries.len().max(1) as f64,
             tar: pairs.tar_at(FAR).0,
+            roc: pairs.roc(),
         });
         all.add(&pairs);
         matches.extend(found);
@@ -245,7 +249,8 @@ mod tests {
         let gallery = [shot(0), shot(1), shot(2)];
         let known = [1.0, 0.0, 0.0, 1.0, -1.0, 0.0];
         // The first query lies at its own class, the second, of class 2, at class 1.
-        let (pairs, matches) = compare(&[0.8, 0.6, 0.0, 1.0], &[shot(0), shot(2)], &known, &gallery, &[Some(0), Some(1), Some(2)], 2);
+        let (pairs, matches) =
+            compare(&[0.8, 0.6, 0.0, 1.0], &[shot(0), shot(2)], &known, &gallery, &[Some(0), Some(1), Some(2)], 2);
         assert_eq!(matches.iter().map(|found| (found.found.label, found.right())).collect::<Vec<_>>(), [(0, true), (1, false)]);
         assert_eq!((pairs.genuine.iter().sum::<u64>(), pairs.impostor.iter().sum::<u64>()), (2, 4));
     }

@@ -98,11 +98,10 @@ fn missing_packages() -> Result<Vec<&'static str>> {
 
 /// The files of a package, or none if it is not installed (removed packages that left settings behind list no font).
 fn files_of(package: &str) -> Result<Option<Vec<PathBuf>>> {
-    let output = Command::new("dpkg")
-        .args(["-L", package])
-        .stderr(Stdio::null())
-        .output()
-        .context("dpkg did not run; the fonts come from Debian or Ubuntu packages, so this example needs one of these systems")?;
+    let output =
+        Command::new("dpkg").args(["-L", package]).stderr(Stdio::null()).output().context(
+            "dpkg did not run; the fonts come from Debian or Ubuntu packages, so this example needs one of these systems",
+        )?;
     let text = String::from_utf8_lossy(&output.stdout);
     let files: Vec<PathBuf> = text.lines().map(PathBuf::from).filter(|path| is_font(path) && path.exists()).collect();
     Ok((output.status.success() && !files.is_empty()).then_some(files))
@@ -146,7 +145,11 @@ fn apt_get(prefix: &[&str], arguments: &[&str]) -> Result<()> {
     let mut words = prefix.to_vec();
     words.extend(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
     words.extend(arguments);
-    let status = Command::new(words[0]).args(&words[1..]).stdout(Stdio::null()).status().with_context(|| format!("{} did not run", words[0]))?;
+    let status = Command::new(words[0])
+        .args(&words[1..])
+        .stdout(Stdio::null())
+        .status()
+        .with_context(|| format!("{} did not run", words[0]))?;
     ensure!(status.success(), "`{}` failed ({status})", words.join(" "));
     Ok(())
 }

@@ -6,10 +6,13 @@ use std::ptr::null_mut;
 
 use anyhow::{bail, Context, Result};
 use partialfc::capi::comm::{
-    pfc_comm, pfc_comm_abort, pfc_comm_all_reduce, pfc_comm_free, pfc_comm_self, pfc_comm_threads, pfc_comm_traffic, pfc_traffic, PFC_SUM,
+    pfc_comm, pfc_comm_abort, pfc_comm_all_reduce, pfc_comm_free, pfc_comm_self, pfc_comm_threads, pfc_comm_traffic, pfc_traffic,
+    PFC_SUM,
 };
 use partialfc::capi::device::{pfc_device, pfc_device_cpu, pfc_device_free};
-use partialfc::capi::head::{pfc_head, pfc_head_create, pfc_head_free, pfc_head_metrics, pfc_head_step, pfc_metrics, pfc_metrics_init_sized};
+use partialfc::capi::head::{
+    pfc_head, pfc_head_create, pfc_head_free, pfc_head_metrics, pfc_head_step, pfc_metrics, pfc_metrics_init_sized,
+};
 use partialfc::capi::status::{pfc_last_error, pfc_status, pfc_status_name, PFC_OK};
 use partialfc::capi::types::{
     pfc_head_options, pfc_head_options_init_sized, pfc_matrix, PFC_F32, PFC_PLACEMENT_REPLICATED, PFC_PLACEMENT_SHARDED,
@@ -69,6 +72,9 @@ impl Comm {
 
 impl Drop for Comm {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.abort();
+        }
         // SAFETY: the handle is ours, and nobody uses it after this.
         unsafe { pfc_comm_free(self.0) }
     }
@@ -191,7 +197,8 @@ mod tests {
                 .into_iter()
                 .enumerate()
                 .map(|(rank, comm)| {
-                    let (embeddings, labels) = (&embeddings[rank * 32 / ranks..][..32 / ranks], &labels[rank * 4 / ranks..][..4 / ranks]);
+                    let (embeddings, labels) =
+                        (&embeddings[rank * 32 / ranks..][..32 / ranks], &labels[rank * 4 / ranks..][..4 / ranks]);
                     scope.spawn(move || {
                         let mut head = Head::new(&comm, 1, &options(ranks)).unwrap();
                         let mut gradient = vec![0.0; embeddings.len()];

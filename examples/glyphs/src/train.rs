@@ -44,7 +44,7 @@ impl Settings {
         self.learning_rate * rise * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
     }
 
-    fn threads_of_a_rank(&self) -> usize {
+    pub fn threads_of_a_rank(&self) -> usize {
         (self.threads / self.ranks).max(1)
     }
 
@@ -104,6 +104,12 @@ pub struct Trained {
     pub seconds: f64,
     /// Rank 0's.
     pub phases: Phases,
+    /// Classes in rank 0's last sample.
+    pub sample: usize,
+    /// The last batch's share of images whose own class was the nearest of the sample.
+    pub top1: f64,
+    /// Bytes rank 0 handed to collectives in a step, on average.
+    pub traffic: f64,
 }
 
 /// Trains, and checks that the ranks' replicas ended bitwise equal.
@@ -146,12 +152,15 @@ fn run_rank(
 ) -> Result<Trained> {
     let threads = settings.threads_of_a_rank();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("a rank's threads did not start")?;
-    let result = pool.install(|| steps(data, settings, rank, &comm, start, report));
-    if result.is_err() {
-        // The other ranks wait for this one in their next collective: let them fail as well.
-        comm.abort();
-    }
-    result
+    // The communicator moves along: it belongs to one thread.
+    pool.install(move || {
+        let result = steps(data, settings, rank, &comm, start, report);
+        if result.is_err() {
+            // The other ranks wait for this one in their next collective: let them fail as well.
+            comm.abort();
+        }
+        result
+    })
 }
 
 fn steps(
@@ -208,11 +217,20 @@ fn steps(
             report(Progress { step: step + 1, loss, elapsed: start.elapsed(), phases });
         }
     }
-    Ok(Trained { backbone, losses, seconds: start.elapsed().as_secs_f64(), phases })
+    let seconds = start.elapsed().as_secs_f64();
+    let traffic = comm.traffic()? as f64 / settings.steps as f64;
+    let metrics = head.metrics()?;
+    Ok(Trained { backbone, losses, seconds, phases, sample: metrics.sample_size as usize, top1: metrics.top1, traffic })
 }
 
 /// A rank's rows of a step's batch: the same images in the same rows for any number of ranks.
-fn batch(data: &Dataset, order: &mut Order, settings: &Settings, step: usize, rows: std::ops::Range<usize>) -> (Vec<f32>, Vec<i64>) {
+fn batch(
+    data: &Dataset,
+    order: &mut Order,
+    settings: &Settings,
+    step: usize,
+    rows: std::ops::Range<usize>,
+) -> (Vec<f32>, Vec<i64>) {
     let mut images = vec![0.0; rows.len() * PIXELS];
     let shots: Vec<Shot> = rows.clone().map(|row| data.shots[order.at((step * settings.batch + row) as u64) as usize]).collect();
     images.par_chunks_exact_mut(PIXELS).zip(&shots).zip(rows).for_each(|((image, &shot), row)| {
