@@ -158,7 +158,7 @@ fn main() -> Result<()> {
     for rate in options.rates() {
         let settings = options.settings(rate);
         println!(
-            "\nTraining: rate {rate}, {} ranks of {} threads, batch {}, {} steps",
+            "\nTraining: rate {rate}, ranks {}, threads of a rank {}, batch {}, steps {}",
             settings.ranks,
             settings.threads_of_a_rank(),
             settings.batch,

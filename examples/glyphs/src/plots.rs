@@ -12,8 +12,8 @@ use crate::fonts::Located;
 use crate::render::SIDE;
 use crate::report::Run;
 
-/// The letters of all pictures: a font that is here anyway, so that plots need no font configuration.
-const LETTERS: &str = "VL Gothic";
+/// The letters of all pictures: a font that is here anyway, so that plots need no font configuration, and that has every character.
+const LETTERS: &str = "Noto Sans CJK Regular";
 const FAMILY: &str = "letters";
 /// Distinguishable with any colour vision (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
@@ -68,13 +68,13 @@ fn loss_chart(area: &Area, title: &str, runs: &[Run]) -> Result<()> {
     let steps = runs.iter().map(|run| run.trained.losses.len()).max().unwrap_or(1);
     let top = runs.iter().flat_map(|run| &run.trained.losses).fold(0.0f64, |top, &loss| top.max(loss));
     let mut chart = ChartBuilder::on(area)
-        .caption(title, letters(24))
+        .caption(title, letters(26))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..steps as f64, 0.0..top * 1.05)
         .map_err(drawing)?;
-    let labels = letters(16);
+    let labels = letters(19);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -138,14 +138,14 @@ pub fn roc(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
     let floor = curves.iter().map(at_least).fold(1.0, f64::min);
     let floor = ((floor * 10.0).floor() / 10.0).min(0.9);
     let mut chart = ChartBuilder::on(&area)
-        .caption(title, letters(24))
+        .caption(title, letters(26))
         .margin(16)
         .margin_right(28)
         .x_label_area_size(48)
         .y_label_area_size(72)
         .build_cartesian_2d((LEAST..1.0f64).log_scale(), floor..1.0)
         .map_err(drawing)?;
-    let labels = letters(16);
+    let labels = letters(19);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -192,13 +192,13 @@ pub fn comparison(path: &Path, runs: &[Run]) -> Result<()> {
     let (low, high) = runs.iter().map(rank1).fold((100.0f64, 0.0f64), |(low, high), value| (low.min(value), high.max(value)));
     let room = ((high - low) * 0.5).max(0.5);
     let mut chart = ChartBuilder::on(&right)
-        .caption("Accuracy and time", letters(24))
+        .caption("Accuracy and time", letters(26))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(72)
         .build_cartesian_2d(0.0..most * 1.25, low - room..(high + room).min(100.0))
         .map_err(drawing)?;
-    let labels = letters(16);
+    let labels = letters(19);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -215,7 +215,7 @@ pub fn comparison(path: &Path, runs: &[Run]) -> Result<()> {
         let point = || {
             EmptyElement::at((seconds(run), rank1(run)))
                 + Circle::new((0, 0), 6, colour.filled())
-                + Text::new(run.title(), (12, -8), letters(16))
+                + Text::new(run.title(), (12, -8), letters(19))
         };
         chart.draw_series(std::iter::once(point())).map_err(drawing)?;
     }
@@ -236,9 +236,9 @@ pub fn matches(path: &Path, data: &Dataset, matches: &[Match]) -> Result<()> {
     for (column, (title, found)) in [("matched", &right), ("mistaken", &wrong)].into_iter().enumerate() {
         let left = column as i32 * block + 24;
         let share = found.len() as f64 / matches.len().max(1) as f64 * 100.0;
-        text(&area, &format!("{title}: {} of {} ({share:.2}%)", found.len(), matches.len()), left, 12, 20, BLACK)?;
+        text(&area, &format!("{title}: {} of {} ({share:.2}%)", found.len(), matches.len()), left, 10, 23, BLACK)?;
         for (at, name) in ["query", "found", "true"].into_iter().enumerate() {
-            text(&area, name, left + at as i32 * (CELL + 12), 46, 16, GREY)?;
+            text(&area, name, left + at as i32 * (CELL + 12), 46, 18, GREY)?;
         }
         // Evenly spread, so that all fonts and characters have their turn.
         let rows = ROWS.min(found.len());
@@ -253,14 +253,14 @@ pub fn matches(path: &Path, data: &Dataset, matches: &[Match]) -> Result<()> {
                 format!("{character} U+{:04X}", character as u32)
             };
             let x = left + 3 * (CELL + 12) + 8;
-            text(&area, &data.albums[shown.query.album as usize].name, x, y + 2, 17, BLACK)?;
+            text(&area, &data.albums[shown.query.album as usize].name, x, y + 2, 20, BLACK)?;
             let verdict = if shown.right() {
                 format!("found {}", name(shown.found))
             } else {
                 format!("found {}, true {}", name(shown.found), name(shown.truth))
             };
-            text(&area, &verdict, x, y + 24, 17, BLACK)?;
-            text(&area, &format!("cosine {:.3}", shown.cosine), x, y + 46, 15, GREY)?;
+            text(&area, &verdict, x, y + 24, 20, BLACK)?;
+            text(&area, &format!("cosine {:.3}", shown.cosine), x, y + 46, 17, GREY)?;
         }
     }
     save(&area, path)
@@ -275,7 +275,7 @@ fn glyph(area: &Area, data: &Dataset, shot: Shot, x: i32, y: i32, wrong: bool) -
     for (at, &ink) in data.picture(shot).iter().enumerate() {
         let (left, top) = (x + at as i32 % SIDE as i32 * ZOOM, y + at as i32 / SIDE as i32 * ZOOM);
         let grey = 255 - ink;
-        let pixel = [(left, top), (left + ZOOM - 1, top + ZOOM - 1)];
+        let pixel = [(left, top), (left + ZOOM, top + ZOOM)];
         area.draw(&Rectangle::new(pixel, RGBColor(grey, grey, grey).filled())).map_err(drawing)?;
     }
     let frame = if wrong { COLOURS[1].stroke_width(2) } else { RGBColor(190, 190, 190).stroke_width(1) };
