@@ -1,5 +1,5 @@
-//! The network that turns an image into an embedding: three strided convolutions and a dense layer, each with batch normalisation, on
-//! candle's graph; and its optimizer, SGD with momentum.
+//! The network that turns an image into an embedding: three strided convolutions and a dense layer, each with batch normalisation,
+//! on candle's graph; and its optimizer, SGD with momentum.
 //!
 //! All parameters and running moments lie in one flat buffer, and so do their gradients: data-parallel ranks need one all-reduce.
 
@@ -119,7 +119,8 @@ impl Backbone {
         Ok((embeddings.flatten_all()?.to_vec1()?, Trace { embeddings, moments }))
     }
 
-    /// Gradients in the order of the state; in the place of running moments, the batch's moments. Over ranks, the mean of both is due.
+    /// Gradients in the order of the state; in the place of running moments, the batch's moments. Over ranks, the mean of both is
+    /// due.
     pub fn backward(&self, trace: Trace, grad_embeddings: &[f32]) -> Result<Vec<f32>> {
         let root = Tensor::from_slice(grad_embeddings, trace.embeddings.shape(), &Device::Cpu)?;
         let gradients = (&trace.embeddings * root)?.sum_all()?.backward()?;

@@ -1,9 +1,9 @@
 //! The backbone's one building block, as an operation of candle's graph: convolution, batch normalisation, ReLU.
 //!
-//! Fused, and for a reason: candle's own convolution and element-wise operations, put together to the same block, take twelve times as
-//! long on two cores, most of it in the convolution's backward. Here images are lowered to columns a few at a time, so that the columns
-//! stay in the cache, and the normalisation's sums are taken while a product is still warm. Images lie as [image, y, x, channel]; a
-//! dense layer is the block with a side and a kernel of 1.
+//! Fused, and for a reason: candle's own convolution and element-wise operations, put together to the same block, take twelve times
+//! as long on two cores, most of it in the convolution's backward. Here images are lowered to columns a few at a time, so that the
+//! columns stay in the cache, and the normalisation's sums are taken while a product is still warm. Images lie as [image, y, x,
+//! channel]; a dense layer is the block with a side and a kernel of 1.
 //!
 //! Sums are taken lane by lane in a fixed order: the same bits for any number of threads.
 
@@ -109,8 +109,8 @@ fn add_sums(lanes: Vec<[Vec<f64>; 2]>, channels: usize) -> [Vec<f64>; 2] {
     total
 }
 
-// The four loops over rows below stay functions of their own: inlined, the compiler no longer knows that their slices do not overlap,
-// and gives up vectorising them (measured: four times slower).
+// The four loops over rows below stay functions of their own: inlined, the compiler no longer knows that their slices do not
+// overlap, and gives up vectorising them (measured: four times slower).
 
 /// Adds up each channel's values and squares.
 #[inline(never)]
@@ -155,7 +155,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Adds up each channel's gradient, as it is and times the distance from the mean. What is not above the threshold lets nothing back.
+/// Adds up each channel's gradient, as it is and times the distance from the mean. What is not above the threshold lets nothing
+/// back.
 #[inline(never)]
 fn add_gradients(rows: Rows, mean: &[f32], threshold: f32, shift: &mut [f32], scale: &mut [f32]) {
     let channels = mean.len();

@@ -1,7 +1,7 @@
 //! All photographs in memory, their cache file, and who is a class.
 //!
-//! The cache holds bytes as they were drawn, font after font; which characters become classes is worked out on loading, so that options
-//! which choose classes need no new cache.
+//! The cache holds bytes as they were drawn, font after font; which characters become classes is worked out on loading, so that
+//! options which choose classes need no new cache.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Write};
@@ -43,8 +43,8 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Splits the albums: characters with enough training fonts become classes, at most `limit` of them, spread evenly over the code
-    /// points; their images in training fonts become shots.
+    /// Splits the albums: characters with enough training fonts become classes, at most `limit` of them, spread evenly over the
+    /// code points; their images in training fonts become shots.
     pub fn new(albums: Vec<Album>, limit: Option<usize>) -> Result<Dataset> {
         let mut fonts = vec![0usize; CODES];
         let trained = |album: &&Album| album.role != Role::HeldOut;

@@ -33,8 +33,9 @@ const fn font(name: &'static str, package: &'static str, file: &'static str, fac
     Source { name, package, file, face, role }
 }
 
-/// A collection's faces draw some characters as one region writes them. Noto: 0 Japan, 1 Korea, 2 mainland China, 3 Taiwan, 4 Hong Kong;
-/// uming and ukai: 0 mainland China, 1 Taiwan. The weights of Noto take different regions, so that training sees several habits.
+/// A collection's faces draw some characters as one region writes them. Noto: 0 Japan, 1 Korea, 2 mainland China, 3 Taiwan, 4 Hong
+/// Kong; uming and ukai: 0 mainland China, 1 Taiwan. The weights of Noto take different regions, so that training sees several
+/// habits.
 ///
 /// Not listed on purpose: WenKai Light and Mono, wqy-zenhei's other faces and HanaMinB are near copies of held-out fonts, and
 /// DroidSansFallback, TakaoPMincho and VL-PGothic are copies of fonts that are here.

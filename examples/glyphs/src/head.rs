@@ -1,5 +1,5 @@
-//! The classification head and the ranks' communicator, through the library's C functions as any trainer would call them: handles that
-//! free themselves, and errors with the library's own text.
+//! The classification head and the ranks' communicator, through the library's C functions as any trainer would call them: handles
+//! that free themselves, and errors with the library's own text.
 
 use std::ffi::CStr;
 use std::ptr::null_mut;
@@ -107,8 +107,8 @@ impl Head {
     /// Collective: all ranks make their part.
     pub fn new(comm: &Comm, threads: usize, options: &HeadOptions) -> Result<Self> {
         let (mut device, mut handle): (*mut pfc_device, *mut pfc_head) = (null_mut(), null_mut());
-        // SAFETY: the options are filled by the library before fields are set; the head keeps the device and the communicator alive, so
-        // that the device's handle may go at once.
+        // SAFETY: the options are filled by the library before fields are set; the head keeps the device and the communicator
+        // alive, so that the device's handle may go at once.
         unsafe {
             let mut raw: pfc_head_options = std::mem::zeroed();
             check(pfc_head_options_init_sized(&mut raw, size_of::<pfc_head_options>() as u64))?;

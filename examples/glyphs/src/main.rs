@@ -16,6 +16,7 @@ mod report;
 mod train;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, ValueEnum};
@@ -140,8 +141,17 @@ impl Options {
     }
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
     options.check()?;
     keep_memory();
     let settings = options.settings(0.0);
@@ -152,7 +162,7 @@ fn main() -> Result<()> {
     // Drawing and evaluation; ranks have pools of their own.
     rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build_global()?;
 
-    let data = load(&options)?;
+    let data = load(options)?;
     std::fs::create_dir_all(&options.out).with_context(|| format!("could not make the folder {}", options.out.display()))?;
     let mut runs = Vec::new();
     for rate in options.rates() {

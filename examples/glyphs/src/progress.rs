@@ -29,7 +29,7 @@ struct Shown {
 impl Display {
     pub fn new(settings: &Settings) -> Self {
         let bar = std::io::stdout().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("the template is valid");
+            let style = ProgressStyle::with_template("{bar:25} {pos}/{len}  {msg}\n{prefix}").expect("the template is valid");
             ProgressBar::with_draw_target(Some(settings.steps as u64), ProgressDrawTarget::stdout()).with_style(style)
         });
         Display { steps: settings.steps, batch: settings.batch, bar, shown: Mutex::default() }
@@ -42,24 +42,28 @@ impl Display {
         shown.loss = Some(loss);
         let last = progress.step == self.steps;
         if let Some(bar) = &self.bar {
-            bar.set_message(self.text(&progress, loss));
+            bar.set_message(self.pace(&progress, loss));
+            bar.set_prefix(phases(&progress));
             bar.set_position(progress.step as u64);
             if last {
                 bar.finish();
             }
         } else if last || progress.elapsed >= shown.last_line + EVERY {
             shown.last_line = progress.elapsed;
-            println!("step {:5} of {}  {}", progress.step, self.steps, self.text(&progress, loss));
+            let (pace, phases) = (self.pace(&progress, loss), phases(&progress));
+            println!("step {:5} of {}  {pace}; {phases}", progress.step, self.steps);
         }
     }
 
-    fn text(&self, progress: &Progress, loss: f64) -> String {
+    fn pace(&self, progress: &Progress, loss: f64) -> String {
         let (steps, seconds) = (progress.step as f64, progress.elapsed.as_secs_f64());
-        let phases = progress.phases.named().map(|(name, total)| format!("{name} {total:.1}")).join(" ");
         let left = seconds / steps * (self.steps as f64 - steps);
-        let rate = steps * self.batch as f64 / seconds;
-        format!("loss {loss:.3}, {rate:.0} images/s, seconds: {phases}, {} left", clock(left))
+        format!("loss {loss:.3}, {:.0} images/s, {} left", steps * self.batch as f64 / seconds, clock(left))
     }
+}
+
+fn phases(progress: &Progress) -> String {
+    format!("seconds: {}", progress.phases.named().map(|(name, total)| format!("{name} {total:.1}")).join(", "))
 }
 
 /// Minutes and seconds.

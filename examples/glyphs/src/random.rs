@@ -1,5 +1,5 @@
-//! Seeded random numbers: a stream for every (seed, purpose, step, row), so that a run's images do not depend on the number of ranks
-//! or on who draws first.
+//! Seeded random numbers: a stream for every (seed, purpose, step, row), so that a run's images do not depend on the number of
+//! ranks or on who draws first.
 
 /// SplitMix64.
 #[derive(Clone, Debug)]

@@ -1,9 +1,10 @@
-//! The training loop. A rank is a thread with its own replica of the backbone, its own part of every batch, and its shard of the head.
+//! The training loop. A rank is a thread with its own replica of the backbone, its own part of every batch, and its shard of the
+//! head.
 
 use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -132,7 +133,11 @@ pub fn train(data: &Dataset, settings: &Settings, report: &(dyn Fn(Progress) + S
             Err(error) => failures.push(format!("rank {rank}: {error:#}")),
         }
     }
-    ensure!(failures.is_empty(), "training failed; {}", failures.join("; "));
+    // One failure makes the other ranks fail as well: tell the cause.
+    let echo = |text: &String| ["PFC_ERROR_REMOTE", "PFC_ERROR_ABORTED"].iter().any(|name| text.contains(name));
+    if let Some(failure) = failures.iter().find(|text| !echo(text)).or(failures.first()) {
+        bail!("training failed: {failure}");
+    }
     let bits = |trained: &Trained| trained.backbone.state().iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     let first = bits(&replicas[0]);
     for (rank, replica) in replicas.iter().enumerate() {
@@ -201,8 +206,7 @@ fn steps(
         let (embeddings, trace) = backbone.forward(images)?;
         let forward = clock.lap();
         let rate = settings.learning_rate(step);
-        let loss = head.step(&embeddings, &labels, rate, &mut grad_embeddings)?;
-        ensure!(loss.is_finite(), "the loss is {loss} in step {}; a smaller --learning-rate may help", step + 1);
+        let loss = head.step(&embeddings, &labels, rate, &mut grad_embeddings).with_context(|| format!("step {}", step + 1))?;
         let head_time = clock.lap();
         let mut gradients = backbone.backward(trace, &grad_embeddings)?;
         let backward = clock.lap();
