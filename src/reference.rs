@@ -109,7 +109,8 @@ pub fn target(margin: &Margin, theta: f64) -> Target {
     let psi = if !guarded {
         angle.cos() - margin.m3
     } else if margin.m1 == 1.0 {
-        theta.cos() - margin.m2 * margin.m2.sin() - margin.m3
+        // Beyond m2 = 2.33 ArcFace's constant would let psi jump up.
+        theta.cos() - (margin.m2 * margin.m2.sin()).max(1.0 - margin.m2.cos()) - margin.m3
     } else {
         theta.cos() - 1.0 - ((PI - margin.m2) / margin.m1).cos() - margin.m3
     };
@@ -266,15 +267,19 @@ impl Head {
         // Gradients of the directions.
         let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, target_cosine };
         for (column, logit) in columns.iter_mut().zip(&logits) {
-            let slope = match *logit {
+            let (factor, magnitude) = match *logit {
                 Some((_, true)) => continue,
-                Some((logit, false)) => weight * scale * missing * (logit - log_n).exp(),
-                None => -weight * scale * missing * slope,
+                Some((logit, false)) => {
+                    let p = missing * (logit - log_n).exp();
+                    (p, p)
+                }
+                // A slope of 0 is a rounded one, too.
+                None => (-missing * slope, missing * slope.abs().max(1.0)),
             };
-            add(&mut row.gradient, slope, &column.unit.direction);
-            add(&mut column.gradient, slope, &unit.direction);
-            row.gross += slope.abs();
-            column.gross += slope.abs();
+            add(&mut row.gradient, weight * scale * factor, &column.unit.direction);
+            add(&mut column.gradient, weight * scale * factor, &unit.direction);
+            row.gross += weight * scale * magnitude;
+            column.gross += weight * scale * magnitude;
         }
         row
     }

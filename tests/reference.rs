@@ -173,7 +173,7 @@ fn sharded_and_replicated_give_the_same_step() {
 
 #[test]
 fn the_guard_keeps_the_target_logit_falling() {
-    for (m1, m2) in [(1.0, 0.5), (1.0, 1.2), (1.35, 0.3), (2.0, 0.0), (3.0, 0.5)] {
+    for (m1, m2) in [(1.0, 0.5), (1.0, 1.2), (1.0, 2.3), (1.0, 2.4), (1.0, 3.0), (1.35, 0.3), (2.0, 0.0), (3.0, 0.5)] {
         let margin = Margin { m1, m2, guard: true, ..MARGIN };
         let psis: Vec<f64> = (0..=1000).map(|i| target(&margin, std::f64::consts::PI * f64::from(i) / 1000.0).psi).collect();
         if let Some(at) = psis.windows(2).position(|pair| pair[1] > pair[0]) {

@@ -28,20 +28,21 @@ pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 /// One rank's end of a group of ranks.
 ///
 /// All ranks call the same collectives in the same order. A failure of one ends the communicator: the other ranks get it at once
-/// where they can be told (ABORTED, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since the
-/// other ranks are waiting by then.
+/// where they can be told (ABORTED, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since
+/// the other ranks are waiting by then.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
 
 /// A communicator made of the caller's functions, for pfc_comm_custom. Fill with pfc_comm_ops_init, then set fields.
 ///
-/// Functions get ctx first and return 0, or a code of their own that appears in the error's text (status COMM). They are called only
-/// from a thread that is inside a pfc_ call, never from two at once; abort and error_string may be called from any thread. Counts are
-/// in elements of dtype (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal recv (for
-/// all_gather: recv + rank * bytes). A reduction gives the same bits on every rank. A function that waits longer than
-/// pfc_comm_set_timeout has abort called from another thread; it must then return, and the pfc_ call gives TIMEOUT. abort is called
-/// once at most, also after a failure of this rank. No function may unwind (throw) or call pfc_ functions on this communicator.
+/// Functions get ctx first and return 0, or a code of their own that appears in the error's text (status COMM). They are called
+/// only from a thread that is inside a pfc_ call, never from two at once; abort and error_string may be called from any thread.
+/// Counts are in elements of dtype (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal
+/// recv (all_gather: recv + rank * bytes; reduce_scatter: recv may be send + rank * count). A reduction gives the same bits on
+/// every rank. A function that waits longer than pfc_comm_set_timeout has abort called from another thread; it must then return,
+/// and the pfc_ call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No function may unwind (throw)
+/// or call pfc_ functions on this communicator.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_comm_ops {
@@ -124,8 +125,8 @@ sized!(
 
 /// Bytes and calls by operation since the communicator was made.
 ///
-/// Counted is what a rank hands to an operation: its own block of an all_gather, the buffer of an all_reduce or broadcast, the whole
-/// input of a reduce_scatter.
+/// Counted is what a rank hands to an operation: its own block of an all_gather, the buffer of an all_reduce or broadcast, the
+/// whole input of a reduce_scatter.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_traffic {
@@ -156,7 +157,8 @@ pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
-        *output("out", out)? = handle(Communicator::single());
+        let out = output("out", out)?;
+        *out = handle(Communicator::single());
         Ok(())
     })
 }
@@ -360,8 +362,8 @@ pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
 /// @param rows_out at least capacity rows; its first *count_out are written
 /// @param count_out written: ids in the union
 /// @return MISMATCH on all ranks where ids should be equal and are not, or cols differ; INVALID_ARGUMENT on all ranks if the union
-///         is larger than a rank's capacity (the message names the need); INVALID_ARGUMENT for a rank's own arguments, and REMOTE on
-///         the others
+///         is larger than a rank's capacity (the message names the need); INVALID_ARGUMENT for a rank's own arguments, and REMOTE
+///         on the others
 #[no_mangle]
 pub unsafe extern "C" fn pfc_all_reduce_rows(
     comm: *mut pfc_comm,

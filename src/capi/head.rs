@@ -1,8 +1,16 @@
 //! Heads.
+//!
+//! A step is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order, or pfc_head_step, which is all three.
+//! pfc_head_prepare may begin a step early, pfc_head_set_sample replaces its draw. Without pfc_head_update the class centres stay as
+//! they are.
+//!
+//! LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY leave the head usable and nothing updated; the other ranks get the same
+//! status, or REMOTE. After COMM, TIMEOUT, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator
+//! aborted: free both.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::comm::pfc_comm;
 use super::device::pfc_device;
@@ -101,19 +109,29 @@ pub struct pfc_load_options {
     pub struct_size: u64,
 }
 
-/// Runs a call on a head alone. A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
-unsafe fn with_head(head: *const pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
+/// Runs a call on a head that needs it alone.
+unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
     let handle = match required("head", head) {
         Ok(handle) => handle,
         Err(error) => return fail(&error),
     };
-    let mut guard = match handle.head.try_lock() {
-        Ok(guard) => guard,
-        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        Err(TryLockError::WouldBlock) => {
-            return fail(&Error::new(Status::InvalidArgument, "head is in use by another thread"));
-        }
-    };
+    match handle.head.try_lock() {
+        Ok(guard) => with_locked(guard, body),
+        Err(TryLockError::Poisoned(poisoned)) => with_locked(poisoned.into_inner(), body),
+        Err(TryLockError::WouldBlock) => fail(&Error::new(Status::InvalidArgument, "head is in use by another thread")),
+    }
+}
+
+/// Runs a call that several threads may make at once: they take turns.
+unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
+    match required("head", head) {
+        Ok(handle) => with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), |head| body(head)),
+        Err(error) => fail(&error),
+    }
+}
+
+/// A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
+fn with_locked(mut guard: MutexGuard<'_, Head>, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
     match catch_unwind(AssertUnwindSafe(|| body(&mut guard))) {
         Ok(Ok(())) => PFC_OK,
         Ok(Err(error)) => fail(&error),
@@ -224,7 +242,8 @@ pub unsafe extern "C" fn pfc_head_forward(
 ///
 /// @param loss_weight multiplies the loss, for this step's class centres too; 1 for one head, 1/k for k micro-batches
 /// @param loss_scale multiplies grad_embeddings only, as AMP has it
-/// @param grad_embeddings written: batch x embedding_dim, times loss_weight * loss_scale * gradient_scale, rounded to its dtype
+/// @param grad_embeddings written: batch x embedding_dim, times loss_weight * loss_scale * gradient_scale, rounded to its dtype. A
+///   wrong one is an error on this rank alone, after its part in the exchange: pfc_head_update may follow. A wrong factor abandons the step.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_backward(
     head: *mut pfc_head,
@@ -341,7 +360,7 @@ pub unsafe extern "C" fn pfc_head_top_k(
 /// @param count written: ids in the sample
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i64, capacity: u64, count: *mut u64) -> pfc_status {
-    with_head(head, |head| {
+    with_shared_head(head, |head| {
         let count = output("count", count)?;
         let sample = head.sample_ids()?;
         if !ids.is_null() {
@@ -362,7 +381,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
 /// The classes this rank owns: first to first + count - 1.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, count: *mut u64) -> pfc_status {
-    with_head(head, |head| {
+    with_shared_head(head, |head| {
         let (first, count) = (output("first", first)?, output("count", count)?);
         let shard = head.shard();
         (*first, *count) = (shard.first, shard.rows);

@@ -311,7 +311,7 @@ pub unsafe extern "C" fn pfc_sample_classes(
     })
 }
 
-/// Updates rows of W by their gradients: row ids[i] of centers gets row i of gradients.
+/// Updates rows of W by their gradients: row `ids[i]` of centers gets row i of gradients.
 ///
 /// @param centers n x d in f32, updated
 /// @param momentum n x d in f32, updated: SGD's m or AdamW's first moment

@@ -1,4 +1,4 @@
-//! The structs that callers fill: matrices, options, and how their sizes are judged.
+//! The structs that callers fill: matrices and options.
 
 use std::ffi::c_char;
 
@@ -137,7 +137,8 @@ pub struct pfc_head_options {
     pub ignore_label: i64,
     /// PFC_PRECISION_*. (default: auto)
     pub precision: i32,
-    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. (default: auto)
+    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16; in f16 an element beyond 65504 is
+    /// NOT_FINITE. (default: auto)
     pub gather_dtype: i32,
     /// Storage of W; PFC_F32 is what is supported. (default: f32)
     pub weight_dtype: i32,

@@ -58,8 +58,8 @@ struct Table {
     changed: Condvar,
 }
 
-// SAFETY: the caller promises that `abort` and `error_string` may be called from any thread, and the others from whichever thread is
-// inside the library, one at a time; `ctx` is theirs alone.
+// SAFETY: the caller promises that `abort` and `error_string` may be called from any thread, and the others from whichever thread
+// is inside the library, one at a time; `ctx` is theirs alone.
 unsafe impl Send for Table {}
 unsafe impl Sync for Table {}
 

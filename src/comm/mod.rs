@@ -99,6 +99,7 @@ impl Call {
 /// # Safety
 /// The pointers are valid for the sizes named, in memory that the transport can reach, until the method returns
 /// (stream-ordered transports: until the stream has run it).
+#[allow(clippy::missing_safety_doc)] // The one above is every method's.
 pub trait Transport: Send + Sync {
     fn kind(&self) -> &'static str;
     fn rank(&self) -> u32;

@@ -282,7 +282,7 @@ impl ThreadEnd {
         self.group.posts.iter().map(|post| post.recv.load(Ordering::Relaxed))
     }
 
-    /// Combines elements `range` of all ranks' send buffers, in rank order, and hands them on in chunks: `put(offset in range, ..)`.
+    /// Combines elements `range` of all ranks' send buffers, in rank order; hands them on in chunks: `put(offset in range, ..)`.
     unsafe fn reduce<T: Number>(&self, range: Range<usize>, op: ReduceOp, put: impl Fn(usize, &[T])) {
         let mut sums = [T::default(); CHUNK];
         for start in range.clone().step_by(CHUNK) {

@@ -225,6 +225,9 @@ impl Rows {
     }
 }
 
+/// As workspace_limit: the least that a head takes, with no room for the softmax's numerators, which are then computed twice.
+pub const LEAST: u64 = 1;
+
 /// Defaults, and the three fields that have none.
 pub fn head_options(classes: u64, dim: u32, max_batch: u64) -> pfc_head_options {
     // SAFETY: all zeros is a value of it; the size is its own.
@@ -334,7 +337,18 @@ impl Head {
 
     /// A head from the library's own options, or a failed test.
     pub fn new(device: &Device, comm: &Comm, options: &HeadOptions) -> Head {
-        Head::create(device, comm, &to_c(options)).expect("a head")
+        Head::with(device, comm, options).expect("a head")
+    }
+
+    /// A head from the library's own options; a workspace limit of `LEAST` becomes the least that the head takes. Collective.
+    pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
+        let mut c = to_c(options);
+        if options.workspace_limit == LEAST {
+            let refusal = Head::create(device, comm, &c).err().expect("a byte is too little");
+            let needed = refusal.message.rsplit("needs ").next().and_then(|rest| rest.split(' ').next()?.parse().ok());
+            c.workspace_limit = needed.unwrap_or_else(|| panic!("the refusal names no need: {refusal:?}"));
+        }
+        Head::create(device, comm, &c)
     }
 
     pub fn prepare(&mut self, labels: &[i64]) -> Outcome<()> {

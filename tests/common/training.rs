@@ -60,12 +60,20 @@ impl Trace {
     }
 
     pub fn centers(&self) -> Vec<f64> {
-        self.centers.iter().map(|&bits| f64::from(f32::from_bits(bits))).collect()
+        numbers(&self.centers)
+    }
+
+    pub fn momentum(&self) -> Vec<f64> {
+        numbers(&self.momentum)
     }
 
     pub fn grads(&self) -> Vec<f64> {
-        self.grads.iter().flatten().map(|&bits| f64::from(f32::from_bits(bits))).collect()
+        numbers(&self.grads.concat())
     }
+}
+
+fn numbers(bits: &[u32]) -> Vec<f64> {
+    bits.iter().map(|&bits| f64::from(f32::from_bits(bits))).collect()
 }
 
 pub fn bits(values: &[f32]) -> Vec<u32> {

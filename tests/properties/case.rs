@@ -6,7 +6,7 @@ use partialfc::optimizer::{Adamw, Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use proptest::prelude::*;
 
-use crate::common::ffi::Rows;
+use crate::common::ffi::{Rows, LEAST};
 use crate::common::numbers::{norm, Random};
 
 /// Which classes the rows belong to.
@@ -71,6 +71,7 @@ pub struct Case {
     /// Read the class centres after every step, not only after the last: brings unsampled dense rows up to date early.
     pub peek: bool,
     pub threads: u32,
+    /// 0 or `LEAST`.
     pub workspace_limit: u64,
 }
 
@@ -218,7 +219,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
     let margin = (
         prop_oneof![2 => Just(64.0), 1 => Just(128.0), 1 => Just(1e-3), 4 => (-3.0..=2.1f64).prop_map(|e| 10f64.powf(e))],
         prop_oneof![3 => Just(1.0), 1 => 0.5..=2.0, 1 => Just(4.0)],
-        prop_oneof![1 => Just(0.0), 1 => Just(0.5), 2 => 0.0..=1.5],
+        prop_oneof![2 => Just(0.0), 2 => Just(0.5), 4 => 0.0..=1.5, 1 => 1.5..=3.14],
         prop_oneof![2 => Just(0.0), 1 => 0.0..=1.0],
         prop_oneof![3 => Just(0.0), 1 => 0.02..=0.9],
         prop_oneof![Just(MarginGradient::Exact), Just(MarginGradient::StraightThrough)],
@@ -233,7 +234,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
     );
     let rows = (
         prop_oneof![3 => Just(Labels::Any), 1 => Just(Labels::One), 1 => Just(Labels::Few)],
-        prop_oneof![Just(None), Just(Some(-1)), Just(Some(i64::MAX)), Just(Some(0))],
+        prop_oneof![Just(None), Just(Some(-1)), Just(Some(i64::MAX)), Just(Some(1000))],
         prop_oneof![2 => 0.0..=0.5, 1 => Just(1.0)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
@@ -246,7 +247,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
         1..=5usize,
         any::<bool>(),
         1..=2u32,
-        prop_oneof![Just(0u64), Just(1)],
+        prop_oneof![Just(0u64), Just(LEAST)],
     );
     (shape, margin, update, rows, factors, run).prop_map(|(shape, margin, update, rows, factors, run)| {
         let (seed, classes, dim, batches, placement, rate, given_sample) = shape;

@@ -9,7 +9,7 @@ mod common;
 
 use budget::{Budget, FLOOR};
 use case::{cases, Calls, Case, Input};
-use common::ffi::{to_c, Device, Failure, Head, Rows};
+use common::ffi::{Device, Failure, Head, Rows};
 use common::numbers::{distance, norm};
 use common::ranks::{on_ranks, Rank};
 use half::{bf16, f16};
@@ -31,7 +31,8 @@ struct RankStep {
 /// What one rank saw of the run: steps until the last or the first that failed.
 struct RankRun {
     steps: Vec<RankStep>,
-    stopped: Option<Failure>,
+    /// With the sample it was about.
+    stopped: Option<(Failure, Vec<i64>)>,
     centers: Vec<f32>,
     momentum: Vec<f32>,
     second_moment: Option<Vec<f32>>,
@@ -40,7 +41,7 @@ struct RankRun {
 /// Takes the head through the case on this rank.
 fn run(case: &Case, place: &Rank, start: &[f32]) -> Result<RankRun, Failure> {
     let device = Device::cpu(case.threads);
-    let mut head = Head::create(&device, &place.comm, &to_c(&case.options()))?;
+    let mut head = Head::with(&device, &place.comm, &case.options())?;
     let (first, count) = head.shard();
     let own = first as usize * case.dim..(first + count) as usize * case.dim;
     head.write_centers(first, &start[own])?;
@@ -51,7 +52,7 @@ fn run(case: &Case, place: &Rank, start: &[f32]) -> Result<RankRun, Failure> {
             Ok(step) => steps.push(step),
             // Allowed where sums underflow; whether they do is for the reference to say.
             Err(failure) if failure.status == Status::NotFinite as i32 => {
-                stopped = Some(failure);
+                stopped = Some((failure, head.sample_ids()?));
                 break;
             }
             Err(failure) => return Err(failure),
@@ -106,8 +107,11 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
     });
     let runs: Vec<RankRun> = runs.into_iter().collect::<Result<_, _>>()?;
     for run in &runs {
-        let (stopped, first) = (&run.stopped.as_ref().map(|f| f.status), &runs[0].stopped.as_ref().map(|f| f.status));
-        ensure(stopped == first, || format!("ranks stopped differently: {stopped:?} {first:?}"))?;
+        let status = |run: &RankRun| run.stopped.as_ref().map(|(failure, _)| failure.status);
+        let (found, first) = (status(run), status(&runs[0]));
+        ensure(found == first && run.steps.len() == runs[0].steps.len(), || {
+            format!("ranks stopped differently: {found:?} {first:?}")
+        })?;
     }
 
     let mut head = reference::Head::new(judge, case.ranks(), start.iter().map(|&x| f64::from(x)).collect());
@@ -115,9 +119,7 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
     for k in 0..case.steps {
         let inputs = case.inputs(k, &start);
         let took_part: Vec<&RankStep> = runs.iter().filter_map(|run| run.steps.get(k)).collect();
-        let Some(step) =
-            judge_step(case, &head, &inputs, &took_part, runs[0].stopped.as_ref()).map_err(|e| format!("step {k}: {e}"))?
-        else {
+        let Some(step) = judge_step(case, &head, &inputs, &runs, k).map_err(|e| format!("step {k}: {e}"))? else {
             return Ok(());
         };
         let allowance = budget.allowance(&head);
@@ -146,31 +148,28 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
 }
 
 /// The reference's step over the samples that the head says it took; None where float32 cannot be held to it.
-fn judge_step(
-    case: &Case,
-    head: &reference::Head,
-    inputs: &[Input],
-    ran: &[&RankStep],
-    stopped: Option<&Failure>,
-) -> Result<Option<Step>, String> {
-    // Where the head stopped it names no sample: the smallest it can have taken makes the sums smallest.
-    let fallback: Vec<Vec<i64>> = (0..case.ranks()).map(|rank| positives(case, head, inputs, rank)).collect();
-    let samples: Vec<&[i64]> =
-        (0..case.ranks()).map(|rank| ran.get(rank).map_or(fallback[rank].as_slice(), |step| step.sample.as_slice())).collect();
+fn judge_step(case: &Case, head: &reference::Head, inputs: &[Input], runs: &[RankRun], k: usize) -> Result<Option<Step>, String> {
+    let samples: Vec<&[i64]> = runs
+        .iter()
+        .map(|run| match (run.steps.get(k), &run.stopped) {
+            (Some(step), _) => step.sample.as_slice(),
+            (None, Some((_, sample))) => sample,
+            (None, None) => panic!("neither a step nor a failure"),
+        })
+        .collect();
+    for (rank, sample) in samples.iter().enumerate() {
+        let expected = expected_sample_size(case, head, rank, &inputs[rank].sample, &positives(case, head, inputs, rank));
+        ensure(sample.len() == expected, || format!("rank {rank} sampled {} classes, expected {expected}", sample.len()))?;
+    }
     let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| input.embeddings.values()).collect();
     let rank_inputs: Vec<RankInput> = (0..case.ranks())
         .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
         .collect();
     let step = head.forward(&rank_inputs).map_err(|e| format!("the reference refuses: {e}"))?;
     let seen = &step.conditioning;
-    if ran.is_empty() {
-        let failure = stopped.ok_or("no step and no failure")?;
+    if let (None, Some((failure, _))) = (runs[0].steps.get(k), &runs[0].stopped) {
         ensure(seen.least_log_n < 1e-36f64.ln(), || format!("{failure:?}, with sums of at least exp({})", seen.least_log_n))?;
         return Ok(None);
-    }
-    for (rank, ran) in ran.iter().enumerate() {
-        let expected = expected_sample_size(case, head, rank, &inputs[rank].sample, &fallback[rank]);
-        ensure(ran.sample.len() == expected, || format!("rank {rank} sampled {} classes, expected {expected}", ran.sample.len()))?;
     }
     if seen.filter_distance < 1e-5 || seen.guard_distance < 1e-5 || seen.least_log_n < 1e-30f64.ln() {
         return Ok(None);

@@ -93,10 +93,6 @@ impl Targets {
         Targets(pairs)
     }
 
-    pub fn all(&self) -> &[(u32, u32)] {
-        &self.0
-    }
-
     pub fn of_columns(&self, columns: &Range<usize>) -> &[(u32, u32)] {
         let from = self.0.partition_point(|&(column, _)| (column as usize) < columns.start);
         let to = self.0.partition_point(|&(column, _)| (column as usize) < columns.end);
@@ -263,6 +259,9 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
     });
 }
 
+/// Takes (column, dW^ of it, two rows of scratch); returns what to add to its chunk's total.
+pub(super) type Sink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync + 'a;
+
 /// What the update pass reads beside the pass itself.
 pub(super) struct UpdateInput<'a> {
     /// E' = scale * E^ / L: [rows, row_pitch].
@@ -273,14 +272,13 @@ pub(super) struct UpdateInput<'a> {
     pub coefficients: &'a [f32],
 }
 
-/// Phase 5 over the whole sample: hands dW^ of each column to `sink` (with two rows of scratch), which returns what to add to its
-/// chunk's total. The calling thread runs `beside` first.
+/// Phase 5 over the whole sample: hands dW^ of each column to `sink`. The calling thread runs `beside` first.
 pub(super) fn update<R>(
     pool: &Pool,
     pass: &Pass<'_>,
     input: &UpdateInput<'_>,
     totals: &Parts<'_, f64>,
-    sink: &(dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync),
+    sink: &Sink<'_>,
     prefetch: &(dyn Fn(usize) + Sync),
     beside: impl FnOnce() -> R,
 ) -> R {

@@ -523,8 +523,8 @@ impl Device for Cpu {
         let rule = StepRule::new(optimizer, learning_rate, update);
         self.pool.run(ids.len().div_ceil(ROWS), &|task, _| {
             let mut gradient = vec![0.0; state.centers.cols];
-            for i in task * ROWS..((task + 1) * ROWS).min(ids.len()) {
-                let row = ids[i] as usize;
+            for (i, &id) in ids.iter().enumerate().skip(task * ROWS).take(ROWS) {
+                let row = id as usize;
                 // SAFETY: the caller's f32 matrices have this row; ids do not repeat, so it is in one task.
                 unsafe {
                     gradients.read_row(i, &mut gradient);

@@ -4,6 +4,7 @@ mod draft;
 mod fused;
 mod kernels;
 mod nearest;
+mod passes;
 mod pool;
 mod sizes;
 mod step;

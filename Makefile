@@ -1,0 +1,41 @@
+# Installs the library for C and C++ programs; everything else is cargo's.
+#
+#   make install PREFIX=$HOME/.local
+#   make install PREFIX=/usr DESTDIR=pkgroot LIBDIR=/usr/lib/x86_64-linux-gnu
+
+PREFIX     ?= /usr/local
+LIBDIR     ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DESTDIR    ?=
+CARGO      ?= cargo
+# Where cargo leaves libpartialfc.so and libpartialfc.a.
+BUILD      ?= $(or $(CARGO_TARGET_DIR),target)/release
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+# As build.rs has it.
+SONAME  := libpartialfc.so.0
+
+lib     := $(DESTDIR)$(LIBDIR)
+include := $(DESTDIR)$(INCLUDEDIR)
+# The CMake package finds the headers from where it lies, so that the installed tree may be moved.
+from_lib = $(shell realpath -m --relative-to=$(LIBDIR) $(INCLUDEDIR))
+fill = sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
+           -e 's|@VERSION@|$(VERSION)|' -e 's|@SONAME@|$(SONAME)|' -e 's|@INCLUDE_FROM_LIB@|$(from_lib)|'
+
+.PHONY: build install install-files
+build:
+	$(CARGO) build --release --lib
+
+install: build install-files
+
+# Without building first.
+install-files:
+	install -d $(include) $(lib)/pkgconfig $(lib)/cmake/partialfc
+	install -m 644 include/*.h $(include)
+	install -m 644 $(BUILD)/libpartialfc.a $(lib)
+	install -m 755 $(BUILD)/libpartialfc.so $(lib)/libpartialfc.so.$(VERSION)
+	ln -sf libpartialfc.so.$(VERSION) $(lib)/$(SONAME)
+	ln -sf $(SONAME) $(lib)/libpartialfc.so
+	$(fill) packaging/partialfc.pc.in > $(lib)/pkgconfig/partialfc.pc
+	$(fill) packaging/partialfcConfig.cmake.in > $(lib)/cmake/partialfc/partialfcConfig.cmake
+	$(fill) packaging/partialfcConfigVersion.cmake.in > $(lib)/cmake/partialfc/partialfcConfigVersion.cmake

@@ -1,0 +1,360 @@
+//! Time of a whole step by phase, its share of the machine's own GEMM rate R in the same run, and peak memory: one line a shape.
+//!
+//! R is the rate of one-thread `gemm` calls of 1024 x 1024 x 512 side by side, one on each thread, measured before and after the steps
+//! of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed twice.
+//! Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows of
+//! 512 would not fit most machines, its draw does.
+
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use partialfc::comm::Communicator;
+use partialfc::device::{self, SampleDraw};
+use partialfc::head::{Head, Labels, Metrics, StepInput};
+use partialfc::margin::{Margin, MarginGradient};
+use partialfc::matrix::Matrix;
+use partialfc::optimizer::{Optimizer, Sgd};
+use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+
+const HELP: &str = "\
+Time of a whole step by phase, as a share of the machine's GEMM rate, and peak memory.
+
+    cargo bench --bench step                      the shapes of the README
+    cargo bench --bench step -- --quick           two small shapes, some seconds
+    cargo bench --bench step -- B C RATE D        one shape: rows, classes, sample rate, embedding_dim
+      --threads N     threads of each rank        (default: cores / ranks)
+      --ranks N       in-process ranks, B rows over all of them   (default: 1)
+      --recompute     compute the softmax's numerators twice instead of keeping them
+      --steps N       steps timed                 (default: 7; the median is printed)
+";
+
+#[derive(Clone, Debug, PartialEq)]
+struct Shape {
+    batch: usize,
+    classes: u64,
+    rate: f64,
+    dim: usize,
+    threads: usize,
+    ranks: usize,
+    recompute: bool,
+    steps: usize,
+}
+
+impl Shape {
+    fn new(batch: usize, classes: u64, rate: f64) -> Shape {
+        Shape { batch, classes, rate, dim: 512, threads: cores(), ranks: 1, recompute: false, steps: 7 }
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let numbers = [self.batch.to_string(), self.classes.to_string(), self.rate.to_string(), self.dim.to_string()];
+        let flags = [("--threads", self.threads), ("--ranks", self.ranks), ("--steps", self.steps)];
+        let flags = flags.into_iter().flat_map(|(name, value)| [name.to_owned(), value.to_string()]);
+        numbers.into_iter().chain(flags).chain(self.recompute.then(|| "--recompute".to_owned())).collect()
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+fn main() -> ExitCode {
+    let mut arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    if arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
+        print!("{HELP}");
+        return ExitCode::SUCCESS;
+    }
+    let child = arguments.iter().position(|argument| argument == "--child").map(|at| arguments.remove(at)).is_some();
+    let shapes = match shapes(&arguments) {
+        Ok(shapes) => shapes,
+        Err(fault) => {
+            eprintln!("step: {fault}; --help tells what there is");
+            return ExitCode::FAILURE;
+        }
+    };
+    if child {
+        shapes.iter().for_each(run);
+        return ExitCode::SUCCESS;
+    }
+    println!(
+        "{:>5} {:>9} {:>5} {:>4} {:>5} {:>7} {:>5} | {:>8} {:>6} {:>6} {:>6} | {:>7} {:>7} {:>8} {:>7} {:>8} {:>8} | {:>8}",
+        "B",
+        "C",
+        "rate",
+        "d",
+        "ranks",
+        "threads",
+        "P",
+        "step ms",
+        "GF/s",
+        "R",
+        "share",
+        "gather",
+        "sample",
+        "forward",
+        "reduce",
+        "backward",
+        "update",
+        "peak MB"
+    );
+    for shape in &shapes {
+        let threads = shape.ranks * shape.threads;
+        let before = gemm_rate(threads);
+        let program = std::env::current_exe().expect("this program has a path");
+        let output = Command::new(program).arg("--child").args(shape.arguments()).stderr(Stdio::inherit()).output();
+        let output = output.expect("this program runs again");
+        if !output.status.success() {
+            return ExitCode::FAILURE;
+        }
+        let figures = String::from_utf8_lossy(&output.stdout);
+        let figures: Vec<f64> = figures.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        report(shape, &figures, before.max(gemm_rate(threads)));
+    }
+    sampler(if arguments.iter().any(|argument| argument == "--quick") { 1_000_000 } else { 10_000_000 });
+    ExitCode::SUCCESS
+}
+
+/// The line of a shape from its process's figures: {seconds, sample, seconds of six phases, peak MB}.
+fn report(shape: &Shape, figures: &[f64], rate: f64) {
+    let [seconds, sample, gather, draw, forward, reduce, backward, update, peak] = figures[..] else {
+        panic!("a shape's process prints nine figures, not {figures:?}");
+    };
+    let products = if shape.recompute { 8.0 } else { 6.0 };
+    let flops = products * shape.batch as f64 * sample * shape.dim as f64 / seconds / 1e9;
+    println!(
+        "{:>5} {:>9} {:>5} {:>4} {:>5} {:>7} {:>5} | {:>8.1} {:>6.0} {:>6.0} {:>6.2} | {:>7.2} {:>7.2} {:>8.1} {:>7.2} {:>8.2} {:>8.1} | {:>8.0}",
+        shape.batch,
+        shape.classes,
+        shape.rate,
+        shape.dim,
+        shape.ranks,
+        shape.threads,
+        if shape.recompute { "twice" } else { "kept" },
+        1e3 * seconds,
+        flops,
+        rate,
+        flops / rate,
+        1e3 * gather,
+        1e3 * draw,
+        1e3 * forward,
+        1e3 * reduce,
+        1e3 * backward,
+        1e3 * update,
+        peak
+    );
+}
+
+/// Times the draw of a tenth of the classes, beside 256 positives.
+fn sampler(classes: u64) {
+    let device = device::cpu(0).expect("a device");
+    let positives: Vec<i64> = (0..256).map(|i| i * (classes as i64 / 256)).collect();
+    let mut ids = vec![0i64; classes as usize / 10];
+    let mut draws: Vec<f64> = (0..7)
+        .map(|step| {
+            let draw = SampleDraw {
+                seed: 1,
+                step,
+                first: 0,
+                rows: classes,
+                positives: positives.as_ptr(),
+                positive_count: positives.len(),
+                sample_size: ids.len() as u64,
+            };
+            let start = Instant::now();
+            device.sample_classes(&draw, ids.as_mut_ptr()).expect("a sample");
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    draws.sort_by(f64::total_cmp);
+    println!(
+        "sampling {} of {classes} classes: {:.1} ms ({})",
+        ids.len(),
+        1e3 * draws[draws.len() / 2],
+        device.info().to_string_lossy()
+    );
+}
+
+fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
+    let mut shape = Shape::new(0, 0, 0.0);
+    let (mut numbers, mut quick, mut threads) = (Vec::new(), false, None);
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let mut count = || rest.next().and_then(|n| n.parse().ok()).filter(|&n| n > 0).ok_or(format!("{argument} takes a number"));
+        match argument.as_str() {
+            "--quick" => quick = true,
+            "--recompute" => shape.recompute = true,
+            "--threads" => threads = Some(count()?),
+            "--ranks" => shape.ranks = count()?,
+            "--steps" => shape.steps = count()?,
+            number => numbers.push(number.parse::<f64>().map_err(|_| format!("{number} is no option and no number"))?),
+        }
+    }
+    shape.threads = threads.unwrap_or((cores() / shape.ranks).max(1));
+    match numbers[..] {
+        [batch, classes, rate, dim] => {
+            Ok(vec![Shape { batch: batch as usize, classes: classes as u64, rate, dim: dim as usize, ..shape }])
+        }
+        [] if quick => {
+            let small = |shape: Shape| Shape { dim: 128, steps: 3, ..shape };
+            Ok(vec![small(Shape::new(64, 20_000, 0.1)), small(Shape { recompute: true, ..Shape::new(64, 5_000, 1.0) })])
+        }
+        [] => Ok(vec![
+            Shape::new(256, 1_000_000, 0.1),
+            Shape::new(1024, 100_000, 1.0),
+            Shape { recompute: true, ..Shape::new(1024, 100_000, 1.0) },
+            Shape { ranks: 2, threads: 1, ..Shape::new(256, 1_000_000, 0.1) },
+            Shape { ranks: 2, threads: 1, ..Shape::new(1024, 100_000, 1.0) },
+        ]),
+        _ => Err("a shape is four numbers: B C RATE D".to_owned()),
+    }
+}
+
+/// GF/s of one-thread products side by side, one on each of `threads` threads.
+fn gemm_rate(threads: usize) -> f64 {
+    const M: usize = 1024;
+    const K: usize = 512;
+    let rate = || {
+        let operand = |seed: u32| -> Vec<f32> { (0..M * M).map(|i| noise(i as u32 ^ seed)).collect() };
+        let (left, right, mut product) = (operand(1), operand(2), operand(3));
+        let mut multiply = || {
+            // SAFETY: 1024 x 512, 512 x 1024 and 1024 x 1024 fit the three operands of 1024 x 1024.
+            unsafe {
+                gemm::gemm(
+                    M,
+                    M,
+                    K,
+                    product.as_mut_ptr(),
+                    M as isize,
+                    1,
+                    false,
+                    left.as_ptr(),
+                    M as isize,
+                    1,
+                    right.as_ptr(),
+                    K as isize,
+                    1,
+                    0.0f32,
+                    1.0f32,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        };
+        multiply();
+        let start = Instant::now();
+        let mut done = 0;
+        while start.elapsed().as_secs_f64() < 0.25 {
+            multiply();
+            done += 1;
+        }
+        (done * 2 * M * M * K) as f64 / start.elapsed().as_secs_f64() / 1e9
+    };
+    let sides: Vec<f64> = std::thread::scope(|scope| {
+        let sides: Vec<_> = (0..threads).map(|_| scope.spawn(rate)).collect();
+        sides.into_iter().map(|side| side.join().expect("a product ends")).collect()
+    });
+    sides.iter().sum()
+}
+
+/// A value in [-1, 1) that depends on the seed alone.
+fn noise(seed: u32) -> f32 {
+    let mixed = seed.wrapping_mul(0x9e37_79b9).rotate_left(15).wrapping_mul(0x85eb_ca6b) ^ seed >> 7;
+    (mixed.wrapping_mul(0xc2b2_ae35) >> 8) as f32 / 8_388_608.0 - 1.0
+}
+
+fn options(shape: &Shape) -> HeadOptions {
+    let mut options = HeadOptions {
+        num_classes: shape.classes,
+        embedding_dim: shape.dim as u32,
+        placement: Placement::Sharded,
+        sample_rate: shape.rate,
+        seed: 1,
+        max_batch: shape.batch.div_ceil(shape.ranks) as u64,
+        margin: Margin {
+            scale: 64.0,
+            m1: 1.0,
+            m2: 0.5,
+            m3: 0.0,
+            interclass_filter: 0.0,
+            gradient: MarginGradient::Exact,
+            guard: false,
+        },
+        row_update: RowUpdate::Lazy,
+        optimizer: Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }),
+        gradient_scale: 1.0,
+        init_std: 0.01,
+        ignore_label: None,
+        precision: Precision::Auto,
+        gather_dtype: None,
+        workspace_limit: 0,
+    };
+    if shape.recompute {
+        // Room for everything but the numerators.
+        let plan = partialfc::plan::plan(&options, shape.ranks as u32, options.max_batch).expect("a plan");
+        options.workspace_limit = plan.memory.activation;
+    }
+    options
+}
+
+/// A shape's process: prints its figures for `report`.
+fn run(shape: &Shape) {
+    let comms = Communicator::threads(shape.ranks as u32).expect("ranks");
+    let mut ranks: Vec<Vec<(f64, Metrics)>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = comms.into_iter().map(|comm| scope.spawn(|| steps(shape, comm))).collect();
+        ranks.into_iter().map(|rank| rank.join().expect("a rank ends")).collect()
+    });
+    let mut timed = ranks.swap_remove(0);
+    timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (seconds, median) = &timed[timed.len() / 2];
+    let sample = median.sample_size as usize * shape.ranks;
+    let phase = &median.seconds;
+    println!(
+        "{seconds} {sample} {} {} {} {} {} {} {}",
+        phase.gather,
+        phase.sample,
+        phase.forward,
+        phase.reduce,
+        phase.backward,
+        phase.update,
+        peak_megabytes()
+    );
+}
+
+/// One rank's steps, each with its seconds.
+fn steps(shape: &Shape, comm: Arc<Communicator>) -> Vec<(f64, Metrics)> {
+    let rank = comm.rank() as usize;
+    let device = device::cpu(shape.threads as u32).expect("a device");
+    let mut head = Head::create(comm.clone(), Ok((device, options(shape)))).expect("a head");
+    let rows = (rank + 1) * shape.batch / shape.ranks - rank * shape.batch / shape.ranks;
+    let mut timed = Vec::new();
+    for step in 0..shape.steps + 1 {
+        let seed = (step * shape.ranks + rank) as u32;
+        let mut embeddings: Vec<f32> = (0..rows * shape.dim).map(|i| noise(i as u32 ^ seed << 20)).collect();
+        let labels: Vec<i64> =
+            (0..rows).map(|row| (noise(row as u32 ^ seed << 12 ^ 77).to_bits() as u64 % shape.classes) as i64).collect();
+        let mut gradient = vec![0.0; rows * shape.dim];
+        let input = StepInput {
+            embeddings: Matrix::of_f32(&mut embeddings, rows, shape.dim),
+            labels: Some(Labels { data: labels.as_ptr(), count: rows }),
+        };
+        comm.barrier().expect("all ranks begin");
+        let start = Instant::now();
+        head.step(Ok((input, Matrix::of_f32(&mut gradient, rows, shape.dim))), 0.1).expect("a step");
+        let seconds = start.elapsed().as_secs_f64();
+        // The first step touches every page for the first time.
+        if step > 0 {
+            timed.push((seconds, head.metrics().expect("metrics")));
+        }
+    }
+    timed
+}
+
+/// The largest resident size of this process so far; NaN where the system does not tell.
+fn peak_megabytes() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kibibytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<f64>().ok());
+    kibibytes.map_or(f64::NAN, |kibibytes| kibibytes * 1.024e-3)
+}

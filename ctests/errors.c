@@ -1,0 +1,385 @@
+/*
+ * What a C program sees when something is wrong: statuses, messages, and that nothing else changes.
+ *
+ *   cc -std=c99 errors.c -lpartialfc -lm -pthread && ./a.out
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "partialfc.h"
+
+static int failures;
+
+static void expect(int line, const char *text, int holds) {
+  if (!holds) {
+    fprintf(stderr, "errors.c:%d: %s; pfc_last_error: \"%s\"\n", line, text, pfc_last_error());
+    failures++;
+  }
+}
+
+#define EXPECT(condition) expect(__LINE__, #condition, (condition) != 0)
+
+/* The call fails with that status, and the message contains the text. */
+#define FAILS(call, status, message)                         \
+  do {                                                       \
+    EXPECT((call) == (status));                              \
+    expect(__LINE__, #call " should say \"" message "\"",    \
+           strstr(pfc_last_error(), message) != NULL);       \
+  } while (0)
+
+#define WORKS(call) EXPECT((call) == PFC_OK)
+
+enum { CLASSES = 50, DIM = 8, BATCH = 4 };
+
+static float values[BATCH][DIM], gradient[BATCH][DIM];
+static int64_t labels[BATCH] = {0, 7, 7, 49};
+
+static pfc_matrix matrix(float (*rows)[DIM], uint64_t count) {
+  pfc_matrix m;
+  m.data = rows;
+  m.dtype = PFC_F32;
+  m.reserved = 0;
+  m.rows = count;
+  m.cols = DIM;
+  m.row_stride = DIM;
+  return m;
+}
+
+static void fill(void) {
+  int i, j;
+  for (i = 0; i < BATCH; i++) {
+    for (j = 0; j < DIM; j++) values[i][j] = (float)((i * 5 + j * 3) % 7) - 2.5f;
+  }
+}
+
+static pfc_head_options usual(void) {
+  pfc_head_options options;
+  WORKS(pfc_head_options_init(&options));
+  options.num_classes = CLASSES;
+  options.embedding_dim = DIM;
+  options.max_batch = BATCH;
+  return options;
+}
+
+static void names_and_versions(void) {
+  static const char *const names[] = {
+      "PFC_OK", "PFC_ERROR_INVALID_ARGUMENT", "PFC_ERROR_UNSUPPORTED", "PFC_ERROR_OUT_OF_MEMORY",
+      "PFC_ERROR_DEVICE", "PFC_ERROR_COMM", "PFC_ERROR_REMOTE", "PFC_ERROR_TIMEOUT",
+      "PFC_ERROR_ABORTED", "PFC_ERROR_IO", "PFC_ERROR_CORRUPT", "PFC_ERROR_MISMATCH",
+      "PFC_ERROR_LABEL", "PFC_ERROR_NOT_FINITE", "PFC_ERROR_POISONED", "PFC_ERROR_FORKED",
+      "PFC_ERROR_PANIC"};
+  pfc_status status;
+  for (status = PFC_OK; status <= PFC_ERROR_PANIC; status++) {
+    EXPECT(strcmp(pfc_status_name(status), names[status]) == 0);
+  }
+  EXPECT(strcmp(pfc_status_name(-1), "PFC_ERROR_UNKNOWN") == 0);
+  EXPECT(strcmp(pfc_status_name(PFC_ERROR_PANIC + 1), "PFC_ERROR_UNKNOWN") == 0);
+  EXPECT(pfc_version() == PFC_VERSION);
+  EXPECT(strstr(pfc_build_info(), "partialfc") != NULL);
+}
+
+static void *last_error_of_a_new_thread(void *text) {
+  strcpy(text, pfc_last_error());
+  return NULL;
+}
+
+static void last_error(void) {
+  char small[8], large[256], other[256] = "untouched";
+  uint64_t size;
+  pthread_t thread;
+  FAILS(pfc_device_cpu(1, NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
+  size = pfc_last_error_copy(NULL, 0);
+  EXPECT(size == strlen("out is NULL") + 1);
+  memset(small, '#', sizeof small);
+  EXPECT(pfc_last_error_copy(small, 5) == size);
+  EXPECT(strcmp(small, "out ") == 0 && small[5] == '#');
+  EXPECT(pfc_last_error_copy(small, 0) == size && small[5] == '#');
+  EXPECT(pfc_last_error_copy(large, sizeof large) == size && strcmp(large, "out is NULL") == 0);
+  pthread_create(&thread, NULL, last_error_of_a_new_thread, other);
+  pthread_join(thread, NULL);
+  EXPECT(strcmp(other, "") == 0); /* each thread has its own */
+}
+
+static void nulls(pfc_device *device, pfc_comm *comm, pfc_head *head) {
+  const pfc_head_options options = usual();
+  const pfc_matrix e = matrix(values, BATCH), g = matrix(gradient, BATCH);
+  pfc_matrix without_data = e;
+  pfc_head *other = NULL;
+  pfc_comm *own = NULL;
+  pfc_traffic traffic;
+  double loss = -1;
+  uint64_t count = 0;
+
+  FAILS(pfc_head_options_init(NULL), PFC_ERROR_INVALID_ARGUMENT, "pfc_head_options is NULL");
+  FAILS(pfc_comm_self(NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
+  FAILS(pfc_comm_threads(2, NULL), PFC_ERROR_INVALID_ARGUMENT, "comms is NULL");
+  FAILS(pfc_comm_custom(NULL, &comm), PFC_ERROR_INVALID_ARGUMENT, "pfc_comm_ops is NULL");
+  FAILS(pfc_comm_barrier(NULL), PFC_ERROR_INVALID_ARGUMENT, "comm is NULL");
+  /* A wrong argument of a collective ends the communicator: the other ranks may be waiting. */
+  WORKS(pfc_comm_self(&own));
+  FAILS(pfc_comm_all_gather(own, NULL, values, 8), PFC_ERROR_INVALID_ARGUMENT, "send is NULL");
+  FAILS(pfc_comm_barrier(own), PFC_ERROR_ABORTED, "send is NULL");
+  pfc_comm_free(own);
+  FAILS(pfc_comm_traffic(comm, NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
+  FAILS(pfc_comm_traffic(NULL, &traffic), PFC_ERROR_INVALID_ARGUMENT, "comm is NULL");
+  EXPECT(pfc_comm_rank(NULL) == UINT32_MAX && pfc_comm_size(NULL) == 0);
+  EXPECT(pfc_device_info(NULL) == NULL);
+  FAILS(pfc_head_create(NULL, comm, &options, &other), PFC_ERROR_INVALID_ARGUMENT, "device");
+  FAILS(pfc_head_create(device, NULL, &options, &other), PFC_ERROR_INVALID_ARGUMENT, "comm");
+  FAILS(pfc_head_create(device, comm, NULL, &other), PFC_ERROR_INVALID_ARGUMENT, "options");
+  FAILS(pfc_head_create(device, comm, &options, NULL), PFC_ERROR_INVALID_ARGUMENT, "out");
+  EXPECT(other == NULL);
+
+  FAILS(pfc_head_forward(NULL, &e, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "head is NULL");
+  FAILS(pfc_head_forward(head, NULL, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "embeddings");
+  FAILS(pfc_head_forward(head, &e, NULL, &loss), PFC_ERROR_INVALID_ARGUMENT, "labels");
+  FAILS(pfc_head_forward(head, &e, labels, NULL), PFC_ERROR_INVALID_ARGUMENT, "loss");
+  without_data.data = NULL;
+  FAILS(pfc_head_forward(head, &without_data, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "embeddings.data is NULL");
+  FAILS(pfc_head_step(head, &e, labels, 0.1, NULL, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "grad_embeddings");
+  FAILS(pfc_head_prepare(head, NULL, BATCH), PFC_ERROR_INVALID_ARGUMENT, "labels");
+  FAILS(pfc_head_set_sample(head, NULL, 3), PFC_ERROR_INVALID_ARGUMENT, "ids is NULL");
+  FAILS(pfc_head_metrics(head, NULL), PFC_ERROR_INVALID_ARGUMENT, "metrics");
+  FAILS(pfc_head_shard(head, NULL, &count), PFC_ERROR_INVALID_ARGUMENT, "first is NULL");
+  FAILS(pfc_head_read_centers(head, 0, 1, NULL), PFC_ERROR_INVALID_ARGUMENT, "centers is NULL");
+  FAILS(pfc_head_top_k(head, &e, 1, NULL, NULL), PFC_ERROR_INVALID_ARGUMENT, "ids is NULL");
+  FAILS(pfc_plan(&options, 1, BATCH, NULL), PFC_ERROR_INVALID_ARGUMENT, "pfc_plan_report is NULL");
+  EXPECT(loss == -1 && count == 0); /* outputs are written on success only */
+
+  /* After all that the head still works. */
+  WORKS(pfc_head_step(head, &e, labels, 0.1, &g, &loss));
+  EXPECT(isfinite(loss) && loss > 0);
+  pfc_head_free(NULL);
+  pfc_comm_free(NULL);
+  pfc_device_free(NULL);
+}
+
+/* Programs older and newer than the library. */
+static void sizes(pfc_device *device, pfc_comm *comm) {
+  struct newer {
+    pfc_head_options known;
+    uint64_t future;
+  } newer;
+  const uint64_t older = offsetof(pfc_head_options, precision);
+  pfc_head_options options, reference = usual();
+  unsigned char *bytes = (unsigned char *)&options;
+  pfc_metrics metrics;
+  pfc_head *head = NULL;
+  size_t i;
+
+  options = usual();
+  options.struct_size = 0;
+  FAILS(pfc_head_create(device, comm, &options, &head), PFC_ERROR_INVALID_ARGUMENT,
+        "pfc_head_options.struct_size is 0; fill the struct with pfc_head_options_init first");
+  options.struct_size = (uint64_t)1 << 40;
+  FAILS(pfc_head_create(device, comm, &options, &head), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
+  memset(&metrics, 0, sizeof metrics);
+  FAILS(pfc_plan(&reference, 1, BATCH, (pfc_plan_report *)(void *)&metrics),
+        PFC_ERROR_INVALID_ARGUMENT, "struct_size is 0");
+
+  /* An older program's struct ends earlier: nothing behind it is written, or read. */
+  memset(&options, 0xEE, sizeof options);
+  WORKS(pfc_head_options_init_sized(&options, older));
+  EXPECT(options.struct_size == older && options.scale == 64.0);
+  for (i = older; i < sizeof options; i++) EXPECT(bytes[i] == 0xEE);
+  options.num_classes = CLASSES;
+  options.embedding_dim = DIM;
+  options.max_batch = BATCH;
+  WORKS(pfc_head_create(device, comm, &options, &head));
+  pfc_head_free(head);
+  head = NULL;
+
+  /* A newer program's fields are fine as long as it leaves them zero. */
+  memset(&newer, 0xEE, sizeof newer);
+  WORKS(pfc_head_options_init_sized(&newer.known, sizeof newer));
+  EXPECT(newer.known.struct_size == sizeof newer && newer.future == 0);
+  newer.known.num_classes = CLASSES;
+  newer.known.embedding_dim = DIM;
+  newer.known.max_batch = BATCH;
+  WORKS(pfc_head_create(device, comm, &newer.known, &head));
+  pfc_head_free(head);
+  head = NULL;
+  newer.future = 1;
+  FAILS(pfc_head_create(device, comm, &newer.known, &head), PFC_ERROR_UNSUPPORTED,
+        "that this library");
+  EXPECT(head == NULL);
+}
+
+static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
+  pfc_head *head = NULL;
+  pfc_head_options options;
+#define REFUSED(field, value, status, message)                            \
+  options = usual();                                                      \
+  options.field = value;                                                  \
+  FAILS(pfc_head_create(device, comm, &options, &head), status, message)
+  REFUSED(num_classes, 0, PFC_ERROR_INVALID_ARGUMENT, "num_classes");
+  REFUSED(embedding_dim, 0, PFC_ERROR_INVALID_ARGUMENT, "embedding_dim");
+  REFUSED(max_batch, 0, PFC_ERROR_INVALID_ARGUMENT, "max_batch");
+  REFUSED(placement, 7, PFC_ERROR_INVALID_ARGUMENT, "placement is 7; it is one of 1, 2");
+  REFUSED(sample_rate, 1.5, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");
+  REFUSED(sample_rate, NAN, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");
+  REFUSED(scale, 0, PFC_ERROR_INVALID_ARGUMENT, "scale");
+  REFUSED(scale, 129, PFC_ERROR_INVALID_ARGUMENT, "scale");
+  REFUSED(m2, 4, PFC_ERROR_INVALID_ARGUMENT, "m2");
+  REFUSED(m3, -1, PFC_ERROR_INVALID_ARGUMENT, "m3");
+  REFUSED(margin_gradient, 0, PFC_ERROR_INVALID_ARGUMENT, "margin_gradient");
+  REFUSED(optimizer, 3, PFC_ERROR_INVALID_ARGUMENT, "optimizer");
+  REFUSED(row_update, 0, PFC_ERROR_INVALID_ARGUMENT, "row_update");
+  REFUSED(momentum, 1, PFC_ERROR_INVALID_ARGUMENT, "momentum");
+  REFUSED(reserved, 1, PFC_ERROR_INVALID_ARGUMENT, "reserved is 1, not 0");
+  REFUSED(precision, PFC_PRECISION_HALF, PFC_ERROR_UNSUPPORTED, "precision");
+  REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype is f16");
+  REFUSED(state_dtype, PFC_BF16, PFC_ERROR_UNSUPPORTED, "state_dtype is bf16");
+  REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED, "residency is 3");
+  REFUSED(storage_path, "/tmp/rows", PFC_ERROR_UNSUPPORTED, "storage_path");
+#undef REFUSED
+  EXPECT(head == NULL);
+}
+
+static void not_in_this_version(pfc_device *device, pfc_head *head) {
+  pfc_save_options save = {sizeof save};
+  pfc_load_options load = {sizeof load};
+  pfc_device *cuda = NULL;
+  pfc_comm *comm = NULL;
+  uint8_t id[128] = {0};
+  FAILS(pfc_device_cuda(0, NULL, &cuda), PFC_ERROR_UNSUPPORTED, "CUDA");
+  FAILS(pfc_nccl_unique_id(id), PFC_ERROR_UNSUPPORTED, "NCCL");
+  FAILS(pfc_comm_nccl(id, 0, 1, device, &comm), PFC_ERROR_UNSUPPORTED, "NCCL");
+  FAILS(pfc_head_save(head, "directory", &save), PFC_ERROR_UNSUPPORTED, "pfc_head_read_centers");
+  FAILS(pfc_head_load(head, "directory", &load), PFC_ERROR_UNSUPPORTED, "pfc_head_write_centers");
+  EXPECT(cuda == NULL && comm == NULL);
+}
+
+static void steps(pfc_head *head) {
+  pfc_matrix e = matrix(values, BATCH), g = matrix(gradient, BATCH), wrong = e;
+  float before[BATCH][DIM], after[BATCH][DIM], more[BATCH + 1][DIM] = {{0}};
+  const pfc_matrix b = matrix(before, BATCH), a = matrix(after, BATCH);
+  const pfc_matrix too_many = matrix(more, BATCH + 1);
+  const int64_t five[BATCH + 1] = {0};
+  int64_t bad[BATCH];
+  double loss = -1;
+
+  WORKS(pfc_head_read_centers(head, 0, BATCH, &b));
+
+  /* In the wrong order. */
+  FAILS(pfc_head_backward(head, 1, 1, &g), PFC_ERROR_INVALID_ARGUMENT, "forward");
+  FAILS(pfc_head_update(head, 0.1), PFC_ERROR_INVALID_ARGUMENT, "backward");
+
+  /* Matrices that are not what they should be. */
+  wrong.cols = DIM - 1;
+  FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "embeddings.cols is 7, expected 8");
+  wrong = e;
+  wrong.row_stride = DIM - 1;
+  FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "row_stride");
+  wrong = e;
+  wrong.dtype = 9;
+  FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "embeddings.dtype is 9");
+  wrong.dtype = PFC_F64;
+  FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "embeddings.dtype is f64");
+  FAILS(pfc_head_forward(head, &too_many, five, &loss), PFC_ERROR_INVALID_ARGUMENT, "max_batch");
+
+  /* Data that are not what they should be: the message names the row. */
+  memcpy(bad, labels, sizeof bad);
+  bad[2] = CLASSES;
+  FAILS(pfc_head_forward(head, &e, bad, &loss), PFC_ERROR_LABEL, "50");
+  EXPECT(strstr(pfc_last_error(), "labels[2]") != NULL);
+  bad[2] = -1;
+  FAILS(pfc_head_forward(head, &e, bad, &loss), PFC_ERROR_LABEL, "-1");
+  values[1][3] = NAN;
+  FAILS(pfc_head_forward(head, &e, labels, &loss), PFC_ERROR_NOT_FINITE, "row 1");
+  values[1][3] = INFINITY;
+  FAILS(pfc_head_step(head, &e, labels, 0.1, &g, &loss), PFC_ERROR_NOT_FINITE, "row 1");
+  fill();
+
+  /* Learning rates, and reads beyond the shard. */
+  WORKS(pfc_head_forward(head, &e, labels, &loss));
+  WORKS(pfc_head_backward(head, 1, 1, &g));
+  FAILS(pfc_head_update(head, -0.1), PFC_ERROR_INVALID_ARGUMENT, "learning_rate");
+  FAILS(pfc_head_update(head, NAN), PFC_ERROR_INVALID_ARGUMENT, "learning_rate");
+  FAILS(pfc_head_read_centers(head, CLASSES - 1, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT,
+        "classes 49 to 52");
+  FAILS(pfc_head_read_centers(head, 0, 2, &a), PFC_ERROR_INVALID_ARGUMENT, "centers.rows is 4");
+  FAILS(pfc_head_read_state(head, 9, 0, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT, "tensor is 9");
+
+  /* Nothing of all this has changed a class centre, and the head still works. */
+  WORKS(pfc_head_read_centers(head, 0, BATCH, &a));
+  EXPECT(memcmp(before, after, sizeof before) == 0);
+  WORKS(pfc_head_step(head, &e, labels, 0.1, &g, &loss));
+  WORKS(pfc_head_wait(head));
+  WORKS(pfc_head_read_centers(head, 0, BATCH, &a));
+  EXPECT(memcmp(before, after, sizeof before) != 0);
+}
+
+/* A child of fork() is told so, and the parent does not notice. */
+static void forked(pfc_head *head) {
+  const pfc_matrix e = matrix(values, BATCH), g = matrix(gradient, BATCH);
+  double loss;
+  int code = -1;
+  const pid_t child = fork();
+  if (child == 0) {
+    const pfc_status status = pfc_head_step(head, &e, labels, 0.1, &g, &loss);
+    _exit(status == PFC_ERROR_FORKED ? 0 : 1);
+  }
+  waitpid(child, &code, 0);
+  EXPECT(WIFEXITED(code) && WEXITSTATUS(code) == 0);
+  WORKS(pfc_head_step(head, &e, labels, 0.1, &g, &loss));
+}
+
+static int lines;
+
+static void count_line(void *user, int32_t level, const char *message) {
+  if (user == &lines && level >= PFC_LOG_ERROR && level <= PFC_LOG_INFO && *message != 0) lines++;
+}
+
+static void logging(pfc_device *device, pfc_comm *comm) {
+  const pfc_head_options options = usual();
+  pfc_head *head = NULL;
+  FAILS(pfc_set_log(count_line, &lines, 99), PFC_ERROR_INVALID_ARGUMENT, "level is 99");
+  WORKS(pfc_set_log(count_line, &lines, PFC_LOG_INFO));
+  WORKS(pfc_head_create(device, comm, &options, &head));
+  pfc_head_free(head);
+  EXPECT(lines > 0);
+  WORKS(pfc_set_log(NULL, NULL, PFC_LOG_OFF));
+  lines = 0;
+  WORKS(pfc_head_create(device, comm, &options, &head));
+  pfc_head_free(head);
+  EXPECT(lines == 0);
+}
+
+int main(void) {
+  const pfc_head_options options = usual();
+  pfc_device *device = NULL;
+  pfc_comm *comm = NULL;
+  pfc_head *head = NULL;
+  fill();
+  names_and_versions();
+  last_error();
+  WORKS(pfc_device_cpu(2, &device));
+  WORKS(pfc_comm_self(&comm));
+  WORKS(pfc_head_create(device, comm, &options, &head));
+  if (failures > 0) return 1;
+  nulls(device, comm, head);
+  sizes(device, comm);
+  options_out_of_range(device, comm);
+  not_in_this_version(device, head);
+  steps(head);
+  forked(head);
+  logging(device, comm);
+  pfc_device_free(device); /* the head holds what it needs */
+  pfc_comm_free(comm);
+  steps(head);
+  pfc_head_free(head);
+  printf("%d failures\n", failures);
+  return failures > 0;
+}

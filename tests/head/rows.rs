@@ -1,0 +1,159 @@
+//! Dense rows: what the reference does to an unsampled row in every step, a head does when the row is next touched or read.
+
+use partialfc::optimizer::{Adamw, Optimizer, Sgd};
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
+use partialfc::reference::{self, RankInput};
+
+use crate::common::ffi::{options, Device, Head, Rows};
+use crate::common::numbers::{assert_close, widen, Random};
+use crate::common::ranks::on_ranks;
+
+const CLASSES: usize = 7;
+const DIM: usize = 5;
+/// The row that is left alone for a while.
+const SLEEPER: i64 = 5;
+
+/// A schedule that a closed formula with one learning rate would not get right.
+fn learning_rate(step: usize) -> f64 {
+    let warm_up = ((step + 1) as f64 / 5.0).min(1.0);
+    0.02 * warm_up * (0.6 + 0.4 * (step as f64 / 37.0).cos())
+}
+
+fn optimizers() -> [(&'static str, Optimizer); 4] {
+    [
+        ("sgd", Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 })),
+        // 1 - lr * wd and mu both far from 1: the two roots of the recurrence differ.
+        ("sgd, heavy decay", Optimizer::Sgd(Sgd { momentum: 0.5, weight_decay: 0.5 })),
+        ("sgd without momentum", Optimizer::Sgd(Sgd { momentum: 0.0, weight_decay: 0.1 })),
+        ("adamw", Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-3, weight_decay: 0.1 })),
+    ]
+}
+
+/// Touches the sleeper, then `gap` steps without it, then one with it if `touch`, and compares all rows.
+fn sleep(options: &HeadOptions, gap: usize, touch: bool, what: &str) {
+    let mut random = Random(7);
+    let start = random.normals(CLASSES * DIM, 0.5);
+    let mut judge = reference::Head::new(options.clone(), 1, widen(&start));
+    let steps: Vec<(Vec<f32>, Vec<i64>, Vec<i64>)> = (0..gap + 2)
+        .filter(|&step| touch || step <= gap)
+        .map(|step| {
+            let awake = step == 0 || step == gap + 1;
+            let labels = if awake { vec![SLEEPER, 1] } else { vec![0, 2] };
+            let sample = if awake { vec![0, 1, SLEEPER] } else { vec![0, 2, 3] };
+            (random.normals(2 * DIM, 1.0), labels, sample)
+        })
+        .collect();
+    for (step, (embeddings, labels, sample)) in steps.iter().enumerate() {
+        let embeddings = widen(embeddings);
+        let taken = judge.forward(&[RankInput { embeddings: &embeddings, labels, sample }]).expect("a step");
+        judge.update(&taken, 1.0, learning_rate(step));
+    }
+    let sleeper = SLEEPER as usize * DIM..(SLEEPER as usize + 1) * DIM;
+    on_ranks(1, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+        head.write_centers(0, &start).expect("start values");
+        for (step, (embeddings, labels, sample)) in steps.iter().enumerate() {
+            head.set_sample(sample).expect("a sample");
+            let mut grad = Rows::output(2, DIM);
+            head.step(&mut Rows::f32(embeddings, DIM), labels, learning_rate(step), &mut grad).expect("step");
+        }
+        let (centers, momentum) = (widen(&head.centers()), widen(&head.momentum()));
+        // 1000 steps of float32 in the rows that took part in each, one replay in the others.
+        assert_close(&format!("{what}: W"), &centers, &judge.centers, 3e-5);
+        assert_close(&format!("{what}: W of the sleeper"), &centers[sleeper.clone()], &judge.centers[sleeper.clone()], 1e-5);
+        assert_close(&format!("{what}: momentum"), &momentum, &judge.momentum, 2e-4);
+        if gap <= 10 {
+            // After long gaps the momentum is what decay leaves of W, a difference of two small numbers.
+            assert_close(
+                &format!("{what}: momentum of the sleeper"),
+                &momentum[sleeper.clone()],
+                &judge.momentum[sleeper.clone()],
+                1e-4,
+            );
+        }
+        if matches!(options.optimizer, Optimizer::Adamw(_)) {
+            let second = widen(&head.second_moment());
+            assert_close(&format!("{what}: second moment"), &second, &judge.second_moment, 2e-4);
+        }
+    });
+}
+
+#[test]
+fn rows_left_alone_move_as_if_they_had_been_in_every_step() {
+    for (name, optimizer) in optimizers() {
+        for gap in [0, 1, 2, 10, 159, 160, 161, 1000] {
+            for touch in [true, false] {
+                let options = HeadOptions { optimizer, row_update: RowUpdate::Dense, ..gap_options() };
+                sleep(&options, gap, touch, &format!("{name}, gap {gap}, touched again: {touch}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn lazy_rows_left_alone_stay() {
+    for (name, optimizer) in optimizers() {
+        sleep(&HeadOptions { optimizer, ..gap_options() }, 10, false, &format!("lazy {name}"));
+    }
+}
+
+/// A small scale keeps 1000 steps of training tame, so that two precisions stay together.
+fn gap_options() -> HeadOptions {
+    let mut options = options(CLASSES as u64, DIM as u32, 2);
+    options.margin.scale = 4.0;
+    options
+}
+
+#[test]
+fn rows_never_sampled_decay_from_their_start_values() {
+    let options = HeadOptions { optimizer: optimizers()[1].1, row_update: RowUpdate::Dense, sample_rate: 0.0, ..gap_options() };
+    on_ranks(2, |place| {
+        for placement in [Placement::Sharded, Placement::Replicated] {
+            let options = HeadOptions { placement, ..options.clone() };
+            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let (first, count) = head.shard();
+            let start = widen(&head.centers());
+            let (mut w, mut m) = (1.0, 0.0);
+            for step in 0..25 {
+                let rate = learning_rate(step);
+                head.step(&mut Rows::f32(&[1.0; DIM], DIM), &[0], rate, &mut Rows::output(1, DIM)).expect("step");
+                m = 0.5 * m + 0.5 * w;
+                w -= rate * m;
+            }
+            let own = usize::from(first == 0) * DIM..count as usize * DIM;
+            let expected: Vec<f64> = start.iter().map(|x| x * w).collect();
+            let what = format!("{placement:?} rank {}", place.rank);
+            assert_close(&what, &widen(&head.centers())[own.clone()], &expected[own.clone()], 1e-6);
+            let expected: Vec<f64> = start.iter().map(|x| x * m).collect();
+            assert_close(&format!("{what} momentum"), &widen(&head.momentum())[own.clone()], &expected[own], 1e-5);
+        }
+    });
+}
+
+#[test]
+fn reading_rows_changes_no_later_result() {
+    for (name, optimizer) in optimizers() {
+        let options = HeadOptions { optimizer, row_update: RowUpdate::Dense, sample_rate: 0.3, ..options(30, 4, 3) };
+        let run = |peek: bool| {
+            on_ranks(1, |place| {
+                let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+                let mut random = Random(3);
+                let mut losses = Vec::new();
+                for step in 0..40 {
+                    let (embeddings, labels) = (random.normals(12, 1.0), random.labels(3, 30));
+                    let mut grad = Rows::output(3, 4);
+                    losses.push(head.step(&mut Rows::f32(&embeddings, 4), &labels, learning_rate(step), &mut grad).expect("step"));
+                    if peek && step % 7 == 3 {
+                        head.centers();
+                    }
+                }
+                (losses, widen(&head.centers()))
+            })
+            .remove(0)
+        };
+        let ((read, read_centers), (unread, centers)) = (run(true), run(false));
+        // Two replays in place of one round twice.
+        assert_close(&format!("{name}: losses"), &read, &unread, 1e-6);
+        assert_close(&format!("{name}: W"), &read_centers, &centers, 1e-6);
+    }
+}

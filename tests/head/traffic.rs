@@ -1,0 +1,98 @@
+//! A plan's traffic is what a communicator counts.
+
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
+
+use crate::common::ffi::{options, plan, to_c, traffic_between, Device, Head, Rows};
+use crate::common::ranks::on_ranks;
+use crate::common::training::{Batch, ADAMW};
+
+#[test]
+fn a_step_hands_over_the_bytes_that_the_plan_names() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for sample_rate in [1.0, 0.5] {
+            for (classes, dim, max_batch, batch) in [(101, 7, 6, 6), (64, 16, 9, 4), (33, 3, 1, 0)] {
+                for ranks in 1..=3 {
+                    let options = HeadOptions { placement, sample_rate, ..options(classes, dim, max_batch) };
+                    let report = plan(&to_c(&options), ranks, batch).expect("a plan");
+                    let what =
+                        format!("{placement:?} rate {sample_rate} {classes} x {dim}, {batch} of {max_batch} rows, {ranks} ranks");
+                    let counted = on_ranks(ranks as usize, |place| {
+                        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+                        let rows = Batch::draw(&options, place.rank, 0, batch as usize);
+                        let mut grad = Rows::output(batch as usize, head.dim);
+                        let before = place.comm.traffic();
+                        head.forward(&mut rows.rows(head.dim), Some(&rows.labels)).expect("forward");
+                        head.backward(1.0, 1.0, &mut grad).expect("backward");
+                        head.update(0.1).expect("update");
+                        let between = place.comm.traffic();
+                        head.step(&mut rows.rows(head.dim), &rows.labels, 0.1, &mut grad).expect("step");
+                        let after = place.comm.traffic();
+                        [traffic_between(&before, &between), traffic_between(&between, &after)]
+                    });
+                    let by_operation = [
+                        report.labels_bytes + report.embeddings_bytes,
+                        report.sums_bytes + report.grad_centers_bytes,
+                        report.grad_embeddings_bytes,
+                        0,
+                    ];
+                    for (rank, steps) in counted.iter().enumerate() {
+                        assert_eq!(steps[0], by_operation, "{what}, rank {rank}, three calls");
+                        assert_eq!(steps[1], by_operation, "{what}, rank {rank}, pfc_head_step");
+                    }
+                    assert_eq!(report.traffic_bytes, by_operation.iter().sum::<u64>(), "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_batch_sets_the_traffic() {
+    let options = options(50, 8, 10);
+    let report = plan(&to_c(&options), 3, 7).expect("a plan");
+    on_ranks(3, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let rows = [7, 0, 3][place.rank];
+        let batch = Batch::draw(&options, place.rank, 0, rows);
+        let before = place.comm.traffic();
+        head.step(&mut batch.rows(8), &batch.labels, 0.1, &mut Rows::output(rows, 8)).expect("step");
+        let bytes: u64 = traffic_between(&before, &place.comm.traffic()).iter().sum();
+        assert_eq!(bytes, report.traffic_bytes, "rank {}", place.rank);
+    });
+}
+
+#[test]
+fn what_moves_between_ranks_is_what_the_design_says() {
+    // Sharded: labels, embeddings, two sums a row and their company, gradients; nothing that grows with the classes.
+    let sharded = plan(&to_c(&options(1_000_000, 512, 128)), 8, 128).expect("a plan");
+    assert_eq!(sharded.grad_embeddings_bytes, 8 * 128 * 512 * 4);
+    assert_eq!(sharded.embeddings_bytes, 128 * 512 * 4);
+    assert_eq!(sharded.grad_centers_bytes, 0);
+    assert!(sharded.labels_bytes >= 128 * 8 && sharded.labels_bytes < 128 * 8 + 256, "{}", sharded.labels_bytes);
+    assert!(sharded.sums_bytes < 16 * 8 * 128, "{}", sharded.sums_bytes);
+    // Replicated: the gradient of the sampled class centres, and no embeddings.
+    let base = HeadOptions { placement: Placement::Replicated, ..options(10_000, 512, 128) };
+    let replicated = plan(&to_c(&base), 8, 128).expect("a plan");
+    assert_eq!(replicated.grad_centers_bytes, 10_000 * 512 * 4);
+    assert_eq!((replicated.embeddings_bytes, replicated.grad_embeddings_bytes), (0, 0));
+    let sampled = plan(&to_c(&HeadOptions { sample_rate: 0.3, ..base }), 8, 128).expect("a plan");
+    assert_eq!(sampled.grad_centers_bytes, 3000 * 512 * 4);
+}
+
+#[test]
+fn memory_is_planned_by_shard_and_state() {
+    let base = HeadOptions { sample_rate: 0.1, ..options(1003, 64, 16) };
+    let sgd = plan(&to_c(&base), 4, 16).expect("a plan");
+    assert_eq!((sgd.shard_rows, sgd.sample_capacity), (251, 64), "positives of 4 * 16 rows outnumber a tenth of 251");
+    assert_eq!((sgd.weight_bytes, sgd.state_bytes), (251 * 64 * 4, 251 * 64 * 4));
+    let adamw = plan(&to_c(&HeadOptions { optimizer: ADAMW, ..base.clone() }), 4, 16).expect("a plan");
+    assert_eq!(adamw.state_bytes, 2 * 251 * 64 * 4);
+    let dense = plan(&to_c(&HeadOptions { row_update: RowUpdate::Dense, ..base.clone() }), 4, 16).expect("a plan");
+    assert!(dense.state_bytes > sgd.state_bytes, "dense rows remember their last step: {}", dense.state_bytes);
+    for report in [&sgd, &adamw, &dense] {
+        let parts = report.weight_bytes + report.state_bytes + report.activation_bytes + report.probability_bytes;
+        assert_eq!(report.total_bytes, parts);
+    }
+    let replicated = plan(&to_c(&HeadOptions { placement: Placement::Replicated, ..base }), 4, 16).expect("a plan");
+    assert_eq!((replicated.shard_rows, replicated.weight_bytes), (1003, 1003 * 64 * 4));
+}
