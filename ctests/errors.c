@@ -239,7 +239,7 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype is f16");
   REFUSED(state_dtype, PFC_BF16, PFC_ERROR_UNSUPPORTED, "state_dtype is bf16");
   REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED, "residency is 3");
-  REFUSED(storage_path, "/tmp/rows", PFC_ERROR_UNSUPPORTED, "storage_path");
+  REFUSED(storage_path, "rows.bin", PFC_ERROR_UNSUPPORTED, "storage_path");
 #undef REFUSED
   EXPECT(head == NULL);
 }
