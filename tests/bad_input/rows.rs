@@ -42,7 +42,12 @@ fn values_that_are_not_finite_are_not_written() {
             let refused = head.write_centers(5, &values);
             assert_refused("class centres", refused, Status::InvalidArgument, &["class 6"]);
             assert_refused("momentum", head.write_state(PFC_STATE_MOMENTUM, 5, &values), Status::InvalidArgument, &["class 6"]);
-            assert_refused("second moment", head.write_state(PFC_STATE_SECOND_MOMENT, 5, &values), Status::InvalidArgument, &["class 6"]);
+            assert_refused(
+                "second moment",
+                head.write_state(PFC_STATE_SECOND_MOMENT, 5, &values),
+                Status::InvalidArgument,
+                &["class 6"],
+            );
         }
         assert_eq!(head.centers(), before);
         assert!(head.momentum().iter().chain(&head.second_moment()).all(|&x| x == 0.0), "the state was written");
