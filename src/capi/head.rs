@@ -299,8 +299,9 @@ pub unsafe extern "C" fn pfc_head_wait(head: *mut pfc_head) -> pfc_status {
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc_metrics) -> pfc_status {
     with_head(head, |head| {
-        ensure!(!metrics.is_null(), InvalidArgument, "metrics is NULL on rank {}", head.rank());
+        // The other ranks are in it already: the exchange comes first.
         let m = head.metrics()?;
+        ensure!(!metrics.is_null(), InvalidArgument, "metrics is NULL on rank {}", head.rank());
         let value = pfc_metrics {
             struct_size: 0,
             updates: m.updates,
