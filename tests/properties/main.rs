@@ -8,7 +8,7 @@ mod case;
 mod common;
 
 use budget::{floor, Budget};
-use case::{cases, Calls, Case, Input};
+use case::{cases, large_cases, Calls, Case, Input};
 use common::ffi::{Device, Failure, Head, Rows};
 use common::numbers::{distance, norm};
 use common::ranks::{on_ranks, Rank};
@@ -17,6 +17,7 @@ use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::reference::{self, RankInput, Step};
 use partialfc::Status;
+use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
 /// What one rank saw of a step.
@@ -283,14 +284,23 @@ fn config(cases: u32) -> Config {
     config
 }
 
-#[test]
-fn the_head_agrees_with_the_reference() {
-    let outcome = TestRunner::new(config(3000)).run(&cases(), |case| check(&case, case.options()).map_err(TestCaseError::fail));
+fn agree(count: u32, cases: impl Strategy<Value = Case>) {
+    let outcome = TestRunner::new(config(count)).run(&cases, |case| check(&case, case.options()).map_err(TestCaseError::fail));
     match outcome {
         Ok(()) => (),
         Err(TestError::Fail(reason, case)) => panic!("{reason}\nreproducer, for known_cases: {case:?}"),
         Err(TestError::Abort(reason)) => panic!("gave up: {reason}"),
     }
+}
+
+#[test]
+fn the_head_agrees_with_the_reference() {
+    agree(3000, cases());
+}
+
+#[test]
+fn large_heads_agree_with_the_reference() {
+    agree(60, large_cases());
 }
 
 /// A case without anything special, from which the others differ.
