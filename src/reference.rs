@@ -77,6 +77,8 @@ pub struct Conditioning {
     pub top1_distance: f64,
     /// Least log N_i of a row that has a negative, N_i = sum of exp(z - c) over negatives, c = max(0, scale - 64).
     pub least_log_n: f64,
+    /// What is lost of a class's gradient, at unit norm, where each exp(z - c) below exp(-87) is taken for 0.
+    pub underflow: f64,
     /// As grad_embeddings and grad_centers, one number for each row: the sum of the magnitudes of the terms that make the gradient.
     pub gross_embeddings: Vec<Vec<f64>>,
     pub gross_centers: Vec<Vec<f64>>,
@@ -89,6 +91,7 @@ impl Default for Conditioning {
             guard_distance: f64::INFINITY,
             top1_distance: f64::INFINITY,
             least_log_n: f64::INFINITY,
+            underflow: 0.0,
             gross_embeddings: Vec::new(),
             gross_centers: Vec::new(),
         }
@@ -261,7 +264,9 @@ impl Head {
         // 1 - p of the target, without the cancellation.
         let missing = sigmoid(excess);
         if log_n > f64::NEG_INFINITY {
-            seen.least_log_n = seen.least_log_n.min(log_n - (scale - 64.0).max(0.0));
+            let log_n_in_f32 = log_n - (scale - 64.0).max(0.0);
+            seen.least_log_n = seen.least_log_n.min(log_n_in_f32);
+            seen.underflow += weight * scale * missing * (-87.0 - log_n_in_f32).exp();
         }
 
         // Gradients of the directions.

@@ -11,9 +11,9 @@ use partialfc::options::HeadOptions;
 /// Design section 8: relative L2 of loss, gradients and state in float32.
 const TOLERANCE: f64 = 1e-4;
 
-/// Replays the file on as many ranks as it was made on.
-fn replay(vectors: &Vectors, threads: u32, workspace_limit: u64) {
-    let options = HeadOptions { workspace_limit, ..vectors.options() };
+/// Replays the file on as many ranks as it was made on, with its own options but for `workspace_limit` and planted faults.
+fn replay(vectors: &Vectors, threads: u32, options: HeadOptions) {
+    let workspace_limit = options.workspace_limit;
     let adamw = vectors.text("opt") == "adamw";
     let dim = options.embedding_dim as usize;
     on_ranks(vectors.ranks(), |place| {
@@ -75,7 +75,7 @@ fn check(name: &'static str) {
     let vectors = Vectors::load(name);
     for threads in [1, 2] {
         for workspace_limit in [0, LEAST] {
-            replay(&vectors, threads, workspace_limit);
+            replay(&vectors, threads, HeadOptions { workspace_limit, ..vectors.options() });
         }
     }
 }
@@ -110,4 +110,14 @@ vectors! {
     combined_two_ranks_positives_only
     cosface_four_ranks_tenth
     sphereface_one_rank
+}
+
+#[test]
+fn a_planted_fault_is_seen() {
+    let vectors = Vectors::load("arcface_two_ranks_uneven_half");
+    let mut faulty = vectors.options();
+    faulty.margin.m2 += 1e-3;
+    let caught = std::panic::catch_unwind(|| replay(&vectors, 1, faulty)).expect_err("a margin that is 1e-3 off goes unseen");
+    let text = caught.downcast_ref::<String>().expect("an assertion's text");
+    assert!(text.contains("relative L2"), "another failure: {text}");
 }

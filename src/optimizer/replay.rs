@@ -80,9 +80,11 @@ enum Gaps {
     },
 }
 
-/// w += w_w * w + w_m * m; m = m_w * w + m_m * m (with the old w).
+/// w = keep * w + (w_w * w + w_m * m); m = m_w * w + m_m * m (with the old w).
 #[derive(Clone, Copy, Debug)]
 struct SgdGap {
+    /// 1 or 0.
+    keep: f32,
     w_w: f32,
     w_m: f32,
     m_w: f32,
@@ -208,7 +210,7 @@ impl Replay {
 /// one's.
 fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
     let (mu, wd) = (sgd.momentum, sgd.weight_decay);
-    let none = SgdGap { w_w: 0.0, w_m: 0.0, m_w: 0.0, m_m: 1.0 };
+    let none = SgdGap { keep: 1.0, w_w: 0.0, w_m: 0.0, m_w: 0.0, m_m: 1.0 };
     let mut gaps = vec![none; rates.len() + 1];
     // The product less the identity in its first entry, whose distance from 1 is what counts.
     let (mut a, mut b, mut c, mut d) = (0.0, 0.0, 0.0, 1.0);
@@ -217,7 +219,9 @@ fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
         let first = 1.0 + a;
         (a, b) = (a - first * lr * wd + b * wd, b * mu - first * lr * mu);
         (c, d) = (c * (1.0 - lr * wd) + d * wd, d * mu - c * lr * mu);
-        gaps[index] = SgdGap { w_w: a as f32, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
+        // Near the identity its distance from it has the digits, far from it the entry itself.
+        let (keep, w_w) = if a > -0.5 { (1.0, a) } else { (0.0, 1.0 + a) };
+        gaps[index] = SgdGap { keep, w_w: w_w as f32, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
     }
     gaps
 }
@@ -228,10 +232,10 @@ clones! {
 
 #[inline(always)]
 fn sgd_gap(gap: &SgdGap, w: &mut [f32], m: &mut [f32]) {
-    let SgdGap { w_w, w_m, m_w, m_m } = *gap;
+    let SgdGap { keep, w_w, w_m, m_w, m_m } = *gap;
     for (w, m) in w.iter_mut().zip(m) {
         let (old_w, old_m) = (*w, *m);
-        *w = old_w + (w_w * old_w + w_m * old_m);
+        *w = keep * old_w + (w_w * old_w + w_m * old_m);
         *m = m_w * old_w + m_m * old_m;
     }
 }

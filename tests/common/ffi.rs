@@ -155,7 +155,7 @@ pub struct Rows {
 const MARK: f32 = 7.25;
 
 impl Rows {
-    /// Rounds to the type's nearest even.
+    /// Rounds to f32, then to the type's nearest even: `from_f64` of the half crate looks at a part of the f64 only.
     pub fn new(values: &[f64], cols: usize, dtype: DType, padding: usize) -> Rows {
         let (rows, stride) = (values.len() / cols, cols + padding);
         assert_eq!(values.len(), rows * cols, "whole rows");
@@ -165,8 +165,8 @@ impl Rows {
         }
         let elements = match dtype {
             DType::F32 => Elements::F32(padded.iter().map(|&x| x as f32).collect()),
-            DType::F16 => Elements::F16(padded.iter().map(|&x| f16::from_f64(x)).collect()),
-            DType::Bf16 => Elements::Bf16(padded.iter().map(|&x| bf16::from_f64(x)).collect()),
+            DType::F16 => Elements::F16(padded.iter().map(|&x| f16::from_f32(x as f32)).collect()),
+            DType::Bf16 => Elements::Bf16(padded.iter().map(|&x| bf16::from_f32(x as f32)).collect()),
             other => panic!("no matrix holds {other:?}"),
         };
         Rows { elements, rows, cols, stride }
@@ -225,7 +225,7 @@ impl Rows {
     }
 }
 
-/// As workspace_limit: the least that a head takes, with no room for the softmax's numerators, which are then computed twice.
+/// As workspace_limit of `Head::with`: no room for the softmax's numerators, which are then computed twice.
 pub const LEAST: u64 = 1;
 
 /// Defaults, and the three fields that have none.
@@ -340,13 +340,18 @@ impl Head {
         Head::with(device, comm, options).expect("a head")
     }
 
-    /// A head from the library's own options; a workspace limit of `LEAST` becomes the least that the head takes. Collective.
+    /// A head from the library's own options. A workspace limit counts from the least that the head takes: `LEAST` is it, `LEAST` + n is
+    /// n bytes more. Collective.
     pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
         let mut c = to_c(options);
-        if options.workspace_limit == LEAST {
+        if options.workspace_limit > 0 {
+            c.workspace_limit = 1;
             let refusal = Head::create(device, comm, &c).err().expect("a byte is too little");
-            let needed = refusal.message.rsplit("needs ").next().and_then(|rest| rest.split(' ').next()?.parse().ok());
-            c.workspace_limit = needed.unwrap_or_else(|| panic!("the refusal names no need: {refusal:?}"));
+            let needed = refusal.message.rsplit("needs ").next().and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+            let Some(needed) = needed else {
+                return Err(refusal); // of something else
+            };
+            c.workspace_limit = needed + options.workspace_limit - LEAST;
         }
         Head::create(device, comm, &c)
     }

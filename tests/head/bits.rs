@@ -220,6 +220,24 @@ fn without_update_the_class_centres_stay() {
 }
 
 #[test]
+fn one_bit_of_difference_is_seen() {
+    let options = options(12, 3, 4);
+    let expected = on_ranks(2, |place| train(place, &options, 1, 1));
+    assert_same_bits("the same run", &expected.clone(), &expected);
+    let spoils: [fn(&mut Trace); 4] = [
+        |trace| trace.losses[0] ^= 1,
+        |trace| trace.grads[0][0] ^= 1,
+        |trace| trace.centers[5] ^= 1,
+        |trace| trace.momentum[5] ^= 1,
+    ];
+    for spoil in spoils {
+        let mut found = expected.clone();
+        spoil(&mut found[1]);
+        assert!(std::panic::catch_unwind(|| assert_same_bits("spoiled", &found, &expected)).is_err(), "a bit goes unseen");
+    }
+}
+
+#[test]
 fn sharded_and_replicated_train_alike() {
     // AdamW's first steps are signs of gradients, near 0 a matter of rounding: only SGD can be compared after updates.
     let sharded = options(67, 19, 10);

@@ -7,8 +7,13 @@ use crate::common::numbers::norm;
 
 /// Relative error of a float32 operation, with some to spare.
 const ROUNDING: f64 = 2.5e-7;
-/// What has underflowed in float32 is below it.
-pub const FLOOR: f64 = 1e-30;
+/// Small beside anything that float32 keeps.
+const FLOOR: f64 = 1e-30;
+
+/// Allowed of any gradient beside what its size allows: terms that have underflowed.
+pub fn floor(step: &Step) -> f64 {
+    FLOOR + 20.0 * step.conditioning.underflow
+}
 
 /// Allowed L2 distances: by class, for W and its state.
 pub struct Budget {
@@ -53,7 +58,7 @@ impl Budget {
             for (j, &class) in sample.iter().enumerate() {
                 let size = loss_weight.abs() * norm(&step.grad_centers[rank][j * d..][..d]);
                 let gross = loss_weight.abs() * step.conditioning.gross_centers[rank][j];
-                gradients[class as usize] = Some((size, allowance.relative * size + allowance.gross * gross + FLOOR));
+                gradients[class as usize] = Some((size, allowance.relative * size + allowance.gross * gross + floor(step)));
             }
         }
         let dense = head.options.row_update == partialfc::options::RowUpdate::Dense;

@@ -59,6 +59,7 @@ pub struct Case {
     /// Share of rows that carry ignore_label.
     pub ignored: f64,
     pub embeddings: DType,
+    pub gather: Option<DType>,
     pub grads: DType,
     pub padding: usize,
     pub loss_weight: f64,
@@ -71,7 +72,7 @@ pub struct Case {
     /// Read the class centres after every step, not only after the last: brings unsampled dense rows up to date early.
     pub peek: bool,
     pub threads: u32,
-    /// 0 or `LEAST`.
+    /// 0, or counted as `Head::with` does: the numerators of some chunks are kept, the others computed twice.
     pub workspace_limit: u64,
 }
 
@@ -115,8 +116,16 @@ impl Case {
             init_std: 0.01,
             ignore_label: self.ignore_label,
             precision: Precision::Auto,
-            gather_dtype: None,
+            gather_dtype: self.gather,
             workspace_limit: self.workspace_limit,
+        }
+    }
+
+    /// The embeddings as the arithmetic sees them: those of a sharded head have travelled in `gather_dtype`.
+    pub fn travelled(&self, embeddings: &Rows) -> Vec<f64> {
+        match (self.placement, self.gather) {
+            (Placement::Sharded, Some(dtype)) => Rows::new(&embeddings.values(), self.dim, dtype, 0).values(),
+            _ => embeddings.values(),
         }
     }
 
@@ -205,13 +214,28 @@ impl Case {
     }
 }
 
-/// Cases, drawn freely.
+/// Cases, drawn freely: small ones, of which there can be many.
 pub fn cases() -> impl Strategy<Value = Case> {
+    let classes = prop_oneof![3 => 1..=40usize, 1 => 1..=300usize];
+    let batch = prop_oneof![1 => Just(0usize), 1 => Just(1), 4 => 0..=12usize, 1 => 0..=40usize];
+    cases_of(classes, 1..=70usize, batch)
+}
+
+/// Cases that go beyond one block of whatever the head cuts its work into.
+pub fn large_cases() -> impl Strategy<Value = Case> {
+    cases_of(300..=3000usize, prop_oneof![3 => 1..=40usize, 1 => 100..=600usize], 0..=90usize)
+}
+
+fn cases_of(
+    classes: impl Strategy<Value = usize>,
+    dim: impl Strategy<Value = usize>,
+    batch: impl Strategy<Value = usize>,
+) -> impl Strategy<Value = Case> {
     let shape = (
         any::<u64>(),
-        prop_oneof![3 => 1..=40usize, 1 => 1..=300usize],
-        1..=70usize,
-        prop::collection::vec(prop_oneof![1 => Just(0usize), 1 => Just(1), 4 => 0..=12usize, 1 => 0..=40usize], 1..=4),
+        classes,
+        dim,
+        prop::collection::vec(batch, 1..=4),
         prop_oneof![Just(Placement::Sharded), Just(Placement::Replicated)],
         prop_oneof![Just(0.0), Just(1.0), 0.0..=1.0],
         any::<bool>(),
@@ -219,7 +243,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
     let margin = (
         prop_oneof![2 => Just(64.0), 1 => Just(128.0), 1 => Just(1e-3), 4 => (-3.0..=2.1f64).prop_map(|e| 10f64.powf(e))],
         prop_oneof![3 => Just(1.0), 1 => 0.5..=2.0, 1 => Just(4.0)],
-        prop_oneof![2 => Just(0.0), 2 => Just(0.5), 4 => 0.0..=1.5, 1 => 1.5..=3.14],
+        prop_oneof![2 => Just(0.0), 2 => Just(0.5), 4 => 0.0..=1.5, 1 => 1.5..=std::f64::consts::PI],
         prop_oneof![2 => Just(0.0), 1 => 0.0..=1.0],
         prop_oneof![3 => Just(0.0), 1 => 0.02..=0.9],
         prop_oneof![Just(MarginGradient::Exact), Just(MarginGradient::StraightThrough)],
@@ -234,9 +258,10 @@ pub fn cases() -> impl Strategy<Value = Case> {
     );
     let rows = (
         prop_oneof![3 => Just(Labels::Any), 1 => Just(Labels::One), 1 => Just(Labels::Few)],
-        prop_oneof![Just(None), Just(Some(-1)), Just(Some(i64::MAX)), Just(Some(1000))],
+        prop_oneof![Just(None), Just(Some(-1)), Just(Some(i64::MAX)), Just(Some(10_000))],
         prop_oneof![2 => 0.0..=0.5, 1 => Just(1.0)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
+        prop_oneof![3 => Just(None), 1 => prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::Bf16)].prop_map(Some)],
         prop_oneof![2 => Just(DType::F32), 1 => Just(DType::F16), 1 => Just(DType::Bf16)],
         prop_oneof![Just(0usize), 1..=5usize],
     );
@@ -247,13 +272,13 @@ pub fn cases() -> impl Strategy<Value = Case> {
         1..=5usize,
         any::<bool>(),
         1..=2u32,
-        prop_oneof![Just(0u64), Just(LEAST)],
+        prop_oneof![2 => Just(0u64), 2 => Just(LEAST), 1 => LEAST..LEAST + 1_000_000],
     );
     (shape, margin, update, rows, factors, run).prop_map(|(shape, margin, update, rows, factors, run)| {
         let (seed, classes, dim, batches, placement, rate, given_sample) = shape;
         let (scale, m1, m2, m3, filter, gradient, guard) = margin;
         let (adamw, momentum, weight_decay, row_update, pace) = update;
-        let (labels, ignore_label, ignored, embeddings, grads, padding) = rows;
+        let (labels, ignore_label, ignored, embeddings, gather, grads, padding) = rows;
         let (loss_weight, loss_scale, gradient_scale) = factors;
         let (calls, steps, peek, threads, workspace_limit) = run;
         let classes = classes.max(batches.len());
@@ -282,6 +307,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
             ignore_label,
             ignored,
             embeddings,
+            gather,
             grads,
             padding,
             loss_weight,

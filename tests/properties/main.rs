@@ -7,8 +7,8 @@ mod case;
 #[path = "../common/mod.rs"]
 mod common;
 
-use budget::{Budget, FLOOR};
-use case::{cases, Calls, Case, Input};
+use budget::{floor, Budget};
+use case::{cases, large_cases, Calls, Case, Input};
 use common::ffi::{Device, Failure, Head, Rows};
 use common::numbers::{distance, norm};
 use common::ranks::{on_ranks, Rank};
@@ -17,6 +17,7 @@ use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::reference::{self, RankInput, Step};
 use partialfc::Status;
+use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
 /// What one rank saw of a step.
@@ -161,7 +162,7 @@ fn judge_step(case: &Case, head: &reference::Head, inputs: &[Input], runs: &[Ran
         let expected = expected_sample_size(case, head, rank, &inputs[rank].sample, &positives(case, head, inputs, rank));
         ensure(sample.len() == expected, || format!("rank {rank} sampled {} classes, expected {expected}", sample.len()))?;
     }
-    let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| input.embeddings.values()).collect();
+    let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| case.travelled(&input.embeddings)).collect();
     let rank_inputs: Vec<RankInput> = (0..case.ranks())
         .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
         .collect();
@@ -203,7 +204,7 @@ fn compare_step(case: &Case, step: &Step, ran: &[&RankStep], allowance: budget::
             format!("loss {} on rank {rank}, {} on 0", found.loss, ran[0].loss)
         })?;
         let off = (found.loss - step.loss).abs();
-        ensure(off <= allowance.relative * step.loss + FLOOR, || format!("loss {:e}, expected {:e}", found.loss, step.loss))?;
+        ensure(off <= allowance.relative * step.loss + floor(step), || format!("loss {:e}, expected {:e}", found.loss, step.loss))?;
         let truth = &step.grad_embeddings[rank];
         for (i, found) in found.grad.chunks_exact(case.dim).enumerate() {
             let truth: Vec<f64> = truth[i * case.dim..][..case.dim]
@@ -212,7 +213,7 @@ fn compare_step(case: &Case, step: &Step, ran: &[&RankStep], allowance: budget::
                 .collect();
             let gross = factor * step.conditioning.gross_embeddings[rank][i];
             // Nothing is added up for an ignored row and one without direction: their gradient is 0, to the bit.
-            let floor = if gross == 0.0 { 0.0 } else { factor * FLOOR };
+            let floor = if gross == 0.0 { 0.0 } else { factor * floor(step) };
             let allowed = allowance.relative * norm(&truth) + allowance.gross * gross + floor;
             let off = norm(&found.iter().zip(&truth).map(|(&f, &t)| beyond_rounding(f, t, case.grads)).collect::<Vec<_>>());
             ensure(off <= allowed, || {
@@ -226,8 +227,8 @@ fn compare_step(case: &Case, step: &Step, ran: &[&RankStep], allowance: budget::
 /// How far the truth is from the numbers that round to what was found.
 fn beyond_rounding(found: f64, truth: f64, dtype: DType) -> f64 {
     let (next, largest) = match dtype {
-        DType::F16 => (f16::from_bits(f16::from_f64(found.abs()).to_bits() + 1).to_f64(), f16::MAX.to_f64()),
-        DType::Bf16 => (bf16::from_bits(bf16::from_f64(found.abs()).to_bits() + 1).to_f64(), bf16::MAX.to_f64()),
+        DType::F16 => (f16::from_bits(f16::from_f32(found.abs() as f32).to_bits() + 1).to_f64(), f16::MAX.to_f64()),
+        DType::Bf16 => (bf16::from_bits(bf16::from_f32(found.abs() as f32).to_bits() + 1).to_f64(), bf16::MAX.to_f64()),
         _ => return (found - truth).abs(),
     };
     if found.is_infinite() {
@@ -283,14 +284,23 @@ fn config(cases: u32) -> Config {
     config
 }
 
-#[test]
-fn the_head_agrees_with_the_reference() {
-    let outcome = TestRunner::new(config(400)).run(&cases(), |case| check(&case, case.options()).map_err(TestCaseError::fail));
+fn agree(count: u32, cases: impl Strategy<Value = Case>) {
+    let outcome = TestRunner::new(config(count)).run(&cases, |case| check(&case, case.options()).map_err(TestCaseError::fail));
     match outcome {
         Ok(()) => (),
         Err(TestError::Fail(reason, case)) => panic!("{reason}\nreproducer, for known_cases: {case:?}"),
         Err(TestError::Abort(reason)) => panic!("gave up: {reason}"),
     }
+}
+
+#[test]
+fn the_head_agrees_with_the_reference() {
+    agree(3000, cases());
+}
+
+#[test]
+fn large_heads_agree_with_the_reference() {
+    agree(60, large_cases());
 }
 
 /// A case without anything special, from which the others differ.
@@ -320,6 +330,7 @@ fn plain() -> Case {
         ignore_label: None,
         ignored: 0.0,
         embeddings: DType::F32,
+        gather: None,
         grads: DType::F32,
         padding: 0,
         loss_weight: 1.0,

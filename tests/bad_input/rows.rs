@@ -1,0 +1,105 @@
+//! Rows and class centres asked for or written where there are none.
+
+use partialfc::Status;
+
+use crate::assert_refused;
+use crate::common::ffi::{options, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+use crate::common::ranks::on_ranks;
+use crate::common::training::ADAMW;
+use partialfc::options::HeadOptions;
+
+#[test]
+fn rows_outside_the_shard_are_refused() {
+    on_ranks(2, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let (first, count) = head.shard();
+        let before = head.centers();
+        let rank = format!("rank {}", place.rank);
+        for (start, rows) in [(first + count, 1), (first + count - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 3), (11, 1)] {
+            let what = format!("{rank}: {rows} rows from {start}");
+            assert_refused(&what, head.read_centers(start, rows), Status::InvalidArgument, &["shard", &rank, &start.to_string()]);
+            let values = vec![1.0; rows as usize * 3];
+            assert_refused(&what, head.write_centers(start, &values), Status::InvalidArgument, &["shard", &rank]);
+            assert_refused(&what, head.read_state(PFC_STATE_MOMENTUM, start, rows), Status::InvalidArgument, &["shard"]);
+            assert_refused(&what, head.write_state(PFC_STATE_MOMENTUM, start, &values), Status::InvalidArgument, &["shard"]);
+        }
+        if first > 0 {
+            assert_refused("rank 0's row", head.read_centers(first - 1, 1), Status::InvalidArgument, &["shard"]);
+        }
+        assert_eq!(head.read_centers(first, 0).expect("no rows"), Vec::<f32>::new());
+        assert_eq!(head.centers(), before);
+    });
+}
+
+#[test]
+fn values_that_are_not_finite_are_not_written() {
+    on_ranks(1, |place| {
+        let options = HeadOptions { optimizer: ADAMW, ..options(11, 3, 4) };
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let before = head.centers();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let values = [1.0, 2.0, 3.0, 4.0, bad, 6.0];
+            let refused = head.write_centers(5, &values);
+            assert_refused("class centres", refused, Status::InvalidArgument, &["class 6"]);
+            assert_refused("momentum", head.write_state(PFC_STATE_MOMENTUM, 5, &values), Status::InvalidArgument, &["class 6"]);
+            assert_refused(
+                "second moment",
+                head.write_state(PFC_STATE_SECOND_MOMENT, 5, &values),
+                Status::InvalidArgument,
+                &["class 6"],
+            );
+        }
+        assert_eq!(head.centers(), before);
+        assert!(head.momentum().iter().chain(&head.second_moment()).all(|&x| x == 0.0), "the state was written");
+    });
+}
+
+#[test]
+fn state_that_the_optimizer_does_not_have_is_refused() {
+    on_ranks(1, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let refused = head.read_state(PFC_STATE_SECOND_MOMENT, 0, 11);
+        assert_refused("SGD has no second moment", refused, Status::InvalidArgument, &["second"]);
+        assert_refused("tensor 3", head.read_state(3, 0, 11), Status::InvalidArgument, &["tensor", "3"]);
+        assert_refused("tensor 0", head.write_state(0, 0, &[0.0; 3]), Status::InvalidArgument, &["tensor", "0"]);
+    });
+}
+
+#[test]
+fn top_k_refuses_a_k_that_cannot_be() {
+    on_ranks(2, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let mut query = Rows::f32(&[1.0, 2.0, 3.0], 3);
+        for k in [0, 12] {
+            let odd = if place.rank == 1 { k } else { 2 };
+            let refused = head.top_k(&mut query, odd);
+            match place.rank {
+                1 => assert_refused("rank 1", refused, Status::InvalidArgument, &["k is", &k.to_string(), "11"]),
+                _ => assert_refused("rank 0", refused, Status::Remote, &["rank 1"]),
+            };
+        }
+        let refused = head.top_k(&mut query, 2 + place.rank as u64);
+        assert_refused(&format!("rank {}", place.rank), refused, Status::Mismatch, &["k is", "2", "3"]);
+        head.top_k(&mut query, 11).expect("all of them");
+    });
+}
+
+/// Finite rows whose squares leave float32 have a direction all the same, or are refused: they are not taken for zero.
+#[test]
+fn large_finite_embeddings_are_used_or_refused_but_not_lost() {
+    on_ranks(1, |place| {
+        let options = options(5, 3, 2);
+        let device = Device::cpu(1);
+        let mut head = Head::new(&device, &place.comm, &options);
+        head.write_centers(0, &[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]).expect("rows");
+        let direction = [0.6f32, 0.0, -0.8];
+        let expected = head.forward(&mut Rows::f32(&direction, 3), Some(&[2])).expect("forward");
+        for size in [1e15f32, 1e19, 1e25, 3e38] {
+            let row: Vec<f32> = direction.iter().map(|x| x * size).collect();
+            match head.forward(&mut Rows::f32(&row, 3), Some(&[2])) {
+                Ok(loss) => assert!((loss - expected).abs() < 1e-5 * expected, "size {size:e}: loss {loss}, expected {expected}"),
+                Err(failure) => assert_eq!(failure.status, Status::NotFinite as i32, "size {size:e}: {failure:?}"),
+            }
+        }
+    });
+}
