@@ -12,8 +12,8 @@ use crate::fonts::Located;
 use crate::render::SIDE;
 use crate::report::Run;
 
-/// The letters of all pictures: a font that is here anyway, so that plots need no font configuration, and that has every character.
-const LETTERS: &str = "Noto Sans CJK Regular";
+/// The letters of all pictures: a font that is here anyway, so that plots need no font configuration.
+const LETTERS: &str = "VL Gothic";
 const FAMILY: &str = "letters";
 /// Distinguishable with any colour vision (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
@@ -68,13 +68,14 @@ fn loss_chart(area: &Area, title: &str, runs: &[Run]) -> Result<()> {
     let steps = runs.iter().map(|run| run.trained.losses.len()).max().unwrap_or(1);
     let top = runs.iter().flat_map(|run| &run.trained.losses).fold(0.0f64, |top, &loss| top.max(loss));
     let mut chart = ChartBuilder::on(area)
-        .caption(title, letters(26))
+        .caption(title, letters(24))
         .margin(16)
+        .margin_right(28)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..steps as f64, 0.0..top * 1.05)
         .map_err(drawing)?;
-    let labels = letters(19);
+    let labels = letters(17);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -109,18 +110,11 @@ fn loss_chart(area: &Area, title: &str, runs: &[Run]) -> Result<()> {
     Ok(())
 }
 
-/// A running mean over a fiftieth of the steps, with the start's bias taken out.
+/// The mean of each step and its neighbours, a fortieth of the steps in all; fewer at the ends.
 fn smooth(losses: &[f64]) -> Vec<f64> {
-    let keep = 1.0 - 1.0 / (losses.len() as f64 / 50.0).max(1.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    losses
-        .iter()
-        .map(|loss| {
-            sum = keep * sum + loss;
-            weight = keep * weight + 1.0;
-            sum / weight
-        })
-        .collect()
+    let reach = losses.len() / 80;
+    let around = |at: usize| &losses[at.saturating_sub(reach)..(at + reach + 1).min(losses.len())];
+    (0..losses.len()).map(|at| around(at).iter().sum::<f64>() / around(at).len() as f64).collect()
 }
 
 /// One curve of the ROC.
@@ -138,14 +132,14 @@ pub fn roc(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
     let floor = curves.iter().map(at_least).fold(1.0, f64::min);
     let floor = ((floor * 10.0).floor() / 10.0).min(0.9);
     let mut chart = ChartBuilder::on(&area)
-        .caption(title, letters(26))
+        .caption(title, letters(24))
         .margin(16)
         .margin_right(28)
         .x_label_area_size(48)
         .y_label_area_size(72)
         .build_cartesian_2d((LEAST..1.0f64).log_scale(), floor..1.0)
         .map_err(drawing)?;
-    let labels = letters(19);
+    let labels = letters(17);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -192,20 +186,21 @@ pub fn comparison(path: &Path, runs: &[Run]) -> Result<()> {
     let (low, high) = runs.iter().map(rank1).fold((100.0f64, 0.0f64), |(low, high), value| (low.min(value), high.max(value)));
     let room = ((high - low) * 0.5).max(0.5);
     let mut chart = ChartBuilder::on(&right)
-        .caption("Accuracy and time", letters(26))
+        .caption("Accuracy and time", letters(24))
         .margin(16)
+        .margin_right(28)
         .x_label_area_size(48)
         .y_label_area_size(72)
         .build_cartesian_2d(0.0..most * 1.25, low - room..(high + room).min(100.0))
         .map_err(drawing)?;
-    let labels = letters(19);
+    let labels = letters(17);
     chart
         .configure_mesh()
         .light_line_style(WHITE)
         .bold_line_style(LIGHT)
         .x_desc("seconds of training")
         .y_desc("mean rank-1 of the held-out fonts, %")
-        .x_label_formatter(&|seconds| format!("{seconds:.0}"))
+        .x_label_formatter(&|seconds| format!("{seconds:.*}", usize::from(most < 10.0)))
         .y_label_formatter(&|rank1| format!("{rank1:.1}"))
         .label_style(labels.clone())
         .axis_desc_style(labels)
@@ -215,7 +210,7 @@ pub fn comparison(path: &Path, runs: &[Run]) -> Result<()> {
         let point = || {
             EmptyElement::at((seconds(run), rank1(run)))
                 + Circle::new((0, 0), 6, colour.filled())
-                + Text::new(run.title(), (12, -8), letters(19))
+                + Text::new(run.title(), (12, -8), letters(17))
         };
         chart.draw_series(std::iter::once(point())).map_err(drawing)?;
     }
@@ -236,9 +231,9 @@ pub fn matches(path: &Path, data: &Dataset, matches: &[Match]) -> Result<()> {
     for (column, (title, found)) in [("matched", &right), ("mistaken", &wrong)].into_iter().enumerate() {
         let left = column as i32 * block + 24;
         let share = found.len() as f64 / matches.len().max(1) as f64 * 100.0;
-        text(&area, &format!("{title}: {} of {} ({share:.2}%)", found.len(), matches.len()), left, 10, 23, BLACK)?;
+        text(&area, &format!("{title}: {} of {} ({share:.2}%)", found.len(), matches.len()), left, 12, 21, BLACK)?;
         for (at, name) in ["query", "found", "true"].into_iter().enumerate() {
-            text(&area, name, left + at as i32 * (CELL + 12), 46, 18, GREY)?;
+            text(&area, name, left + at as i32 * (CELL + 12), 46, 17, GREY)?;
         }
         // Evenly spread, so that all fonts and characters have their turn.
         let rows = ROWS.min(found.len());
@@ -248,19 +243,16 @@ pub fn matches(path: &Path, data: &Dataset, matches: &[Match]) -> Result<()> {
             for (at, shot) in [shown.query, shown.found, shown.truth].into_iter().enumerate() {
                 glyph(&area, data, shot, left + at as i32 * (CELL + 12), y, at == 1 && !shown.right())?;
             }
-            let name = |shot: Shot| {
-                let character = data.characters[shot.label as usize];
-                format!("{character} U+{:04X}", character as u32)
-            };
+            let name = |shot: Shot| format!("U+{:04X}", data.characters[shot.label as usize] as u32);
             let x = left + 3 * (CELL + 12) + 8;
-            text(&area, &data.albums[shown.query.album as usize].name, x, y + 2, 20, BLACK)?;
+            text(&area, &data.albums[shown.query.album as usize].name, x, y + 2, 18, BLACK)?;
             let verdict = if shown.right() {
                 format!("found {}", name(shown.found))
             } else {
                 format!("found {}, true {}", name(shown.found), name(shown.truth))
             };
-            text(&area, &verdict, x, y + 24, 20, BLACK)?;
-            text(&area, &format!("cosine {:.3}", shown.cosine), x, y + 46, 17, GREY)?;
+            text(&area, &verdict, x, y + 24, 18, BLACK)?;
+            text(&area, &format!("cosine {:.3}", shown.cosine), x, y + 46, 16, GREY)?;
         }
     }
     save(&area, path)

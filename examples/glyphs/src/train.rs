@@ -155,17 +155,23 @@ fn run_rank(
     start: Instant,
     report: &(dyn Fn(Progress) + Sync),
 ) -> Result<Trained> {
-    let threads = settings.threads_of_a_rank();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("a rank's threads did not start")?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(settings.threads_of_a_rank()).build();
     // The communicator moves along: it belongs to one thread.
-    pool.install(move || {
+    let work = move || {
         let result = steps(data, settings, rank, &comm, start, report);
         if result.is_err() {
             // The other ranks wait for this one in their next collective: let them fail as well.
             comm.abort();
         }
         result
-    })
+    };
+    match pool {
+        Ok(pool) => pool.install(work),
+        Err(error) => {
+            eprintln!("Rank {rank} gets no threads of its own ({error}) and shares those of the process.");
+            work()
+        }
+    }
 }
 
 fn steps(
@@ -187,7 +193,8 @@ fn steps(
             replicated: settings.replicated,
             sample_rate: settings.sample_rate,
             seed: settings.seed,
-            max_batch: rows.len(),
+            // Equal on all ranks, also where the batch does not divide evenly.
+            max_batch: settings.batch.div_ceil(settings.ranks),
             scale: settings.scale,
             margin: settings.margin,
             momentum: MOMENTUM,
