@@ -602,7 +602,8 @@ typedef struct pfc_metrics {
   double seconds_forward;
   // The all-reduce of the sums and the loss.
   double seconds_reduce;
-  // Phase 5: the embeddings' gradient, its reduce-scatter included.
+  // Phase 5: the embeddings' gradient, its reduce-scatter included (in pfc_head_step that runs
+  // beside the update, and is counted there).
   double seconds_backward;
   // The class centres' gradient and the optimizer.
   double seconds_update;
@@ -647,14 +648,15 @@ void pfc_head_free(pfc_head *head);
 // time after the last forward.
 //
 // The step that follows gives the same bits as without it. A second call before forward replaces
-// the first.
+// the first, which has drawn its sample (or taken the ids of pfc_head_set_sample) all the same.
 //
 // @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
 // @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
 pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batch);
 
 // Gives the ids that the next sample consists of instead of a draw; positives missing from it are
-// added. Not collective.
+// added. Not collective. They are used up once a step's labels were good, whatever becomes of
+// that step. Replicated heads with sample_rate 1 take none.
 //
 // @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks,
 //   checked in forward); copied
@@ -687,7 +689,7 @@ pfc_status pfc_head_backward(pfc_head *head, double loss_weight, double loss_sca
 // Phase 5 for the class centres: updates the sampled rows. After pfc_head_backward. Collective
 // when replicated.
 //
-// @param learning_rate 0 or more
+// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be made again
 pfc_status pfc_head_update(pfc_head *head, double learning_rate);
 
 // Forward, backward (loss_weight 1, loss_scale 1) and update in one call, with communication
@@ -696,7 +698,7 @@ pfc_status pfc_head_step(pfc_head *head, const pfc_matrix *embeddings, const int
                          double learning_rate, const pfc_matrix *grad_embeddings, double *loss);
 
 // The verdict of everything enqueued. On the CPU device every call has given its own: returns OK,
-// or POISONED.
+// POISONED or FORKED.
 pfc_status pfc_head_wait(pfc_head *head);
 
 // What the last step was like. Collective.
@@ -797,7 +799,7 @@ pfc_status pfc_normalize_gemm_workspace(const pfc_device *device, uint64_t batch
 // Target logits: scale * (cos(m1 * theta + m2) - m3).
 //
 // @param cosines n target cosines
-// @param logits n, written
+// @param logits n, written; may be cosines
 pfc_status pfc_margin_forward(const pfc_device *device, const pfc_margin *margin,
                               const float *cosines, uint64_t count, float *logits);
 
@@ -841,7 +843,8 @@ pfc_status pfc_fused_forward(const pfc_device *device, const pfc_margin *margin,
 // One rank's backward without a head: this rank's part of the gradients of E and the gradient of
 // W.
 //
-// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient.
+// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient; one whose N is no
+// finite number is NOT_FINITE, with nothing written.
 //
 // @param row_sums B: N, summed over ranks
 // @param target_logits B, summed over ranks
@@ -870,7 +873,7 @@ pfc_status pfc_fused_workspace(const pfc_device *device, uint64_t batch, uint64_
 // @param seed as pfc_head_options.seed
 // @param step samples drawn before
 // @param first first class of the shard
-// @param rows classes of the shard
+// @param rows classes of the shard, at most 2^40
 // @param positives class ids of the shard, ascending, without repeats
 // @param positive_count ids; if more than sample_size, the sample is the positives
 // @param sample_size classes wanted, at most rows

@@ -25,7 +25,7 @@ use std::time::Instant;
 
 pub use self::evaluation::{Metrics, Nearest};
 use crate::comm::{agree, Communicator, ReduceOp};
-use crate::device::{Device, HeadDevice, HeadSpec};
+use crate::device::{Device, HeadDevice, HeadSpec, Step};
 pub use crate::device::{Labels, StateTensor};
 use crate::matrix::Matrix;
 use crate::options::{HeadOptions, Placement};
@@ -130,6 +130,16 @@ impl Head {
         self.shard
     }
 
+    /// An error of this head, with its rank where the message has none.
+    pub fn name_rank(&self, error: &Error) -> Error {
+        on_rank(error, self.rank())
+    }
+
+    /// The process that the head was made in.
+    pub fn process(&self) -> u32 {
+        self.device.process()
+    }
+
     /// Makes every later call fail, and tells the other ranks.
     pub fn poison(&mut self, cause: &Error) {
         if self.poisoned.is_none() {
@@ -150,6 +160,11 @@ impl Head {
     pub fn set_sample(&mut self, ids: &[i64]) -> Result<()> {
         self.usable()?;
         let (rank, shard) = (self.rank(), self.shard);
+        ensure!(
+            self.options.gathers_labels(),
+            InvalidArgument,
+            "a replicated head with sample_rate 1 takes all classes; set sample_rate below 1 to give ids (on rank {rank})"
+        );
         for (i, &id) in ids.iter().enumerate() {
             ensure!(
                 shard.contains(id),
@@ -207,7 +222,7 @@ impl Head {
         self.expect(Phase::Backwarded, "pfc_head_update", "pfc_head_backward")?;
         self.check_factor("learning_rate", learning_rate)?;
         let outcome = self.run_update(learning_rate, &mut || Ok(()));
-        self.survive(outcome)
+        self.survive_update(outcome)
     }
 
     /// Forward, backward and update in one; see `pfc_head_step`.
@@ -226,7 +241,7 @@ impl Head {
         let loss = self.survive(outcome)?;
         self.loss_weight = 1.0;
         let outcome = self.finish_step(learning_rate, gradient.as_ref());
-        self.survive(outcome)?;
+        self.survive_update(outcome)?;
         Ok(loss)
     }
 
@@ -278,7 +293,8 @@ impl Head {
             Ok(labels)
         });
         self.prepared = None;
-        let block = self.rows.pack_labels(self.samples, labels.map_err(|error| on_rank(&error, self.comm.rank())));
+        let step = Step { samples: self.samples, updates: self.rows.updates() };
+        let block = self.rows.pack_labels(step, labels.map_err(|error| on_rank(&error, self.comm.rank())));
         let gathered = block.all_gather(&self.comm);
         self.survive(gathered)?;
         self.rows.judge_labels()?;
@@ -315,8 +331,8 @@ impl Head {
             }
         };
         let prepared = self.prepared.take().unwrap_or(Ok(()));
-        self.rows.begin();
-        Ok(prepared.and(input))
+        let begun = self.rows.begin();
+        Ok(prepared.and(begun).and(input))
     }
 
     /// A forward after `prepare`: its batch, and its labels if it has any, are those of then.
@@ -361,9 +377,8 @@ impl Head {
         let start = Instant::now();
         // A rank that failed by itself has not judged the embeddings and comes here in any case, so all do.
         self.rows.pack_sums(&outcome).all_reduce(&self.comm, ReduceOp::Sum)?;
-        let judged = self.rows.judge_sums();
         outcome?;
-        let loss = judged?;
+        let loss = self.rows.judge_sums()?;
         self.seconds.reduce = start.elapsed().as_secs_f64();
         self.phase = Phase::Forwarded;
         Ok(loss)
@@ -386,7 +401,7 @@ impl Head {
         match self.options.placement {
             Placement::Sharded => self.rows.update(learning_rate, self.loss_weight, beside)?,
             Placement::Replicated => {
-                self.rows.center_gradient(self.loss_weight)?.all_reduce(&self.comm, ReduceOp::Sum)?;
+                self.rows.center_gradient(self.loss_weight).all_reduce(&self.comm, ReduceOp::Sum)?;
                 self.rows.apply_gradient(learning_rate);
             }
         }
@@ -433,6 +448,14 @@ impl Head {
         outcome
     }
 
+    /// As `survive` for an update, after whose failure the ranks' rows are not what one step makes of them.
+    fn survive_update<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        if let Err(error) = &outcome {
+            self.poison(error);
+        }
+        outcome
+    }
+
     fn expect(&self, phase: Phase, call: &str, before: &str) -> Result<()> {
         ensure!(
             self.phase == phase,
@@ -466,9 +489,9 @@ impl Head {
 
     fn check_factor(&self, name: &str, value: f64) -> Result<()> {
         ensure!(
-            value.is_finite() && value >= 0.0,
+            (0.0..=f64::from(f32::MAX)).contains(&value),
             InvalidArgument,
-            "{name} is {value} on rank {}; it is finite and not below 0",
+            "{name} is {value} on rank {}; it is a float32, not below 0",
             self.rank()
         );
         Ok(())
@@ -492,7 +515,7 @@ impl Head {
 
 /// An error that says which rank it is of.
 fn on_rank(error: &Error, rank: u32) -> Error {
-    match error.message.contains("rank") {
+    match error.message.contains("rank ") {
         true => error.clone(),
         false => Error::new(error.status, format!("{} (on rank {rank})", error.message)),
     }

@@ -4,12 +4,12 @@ use std::alloc::{alloc_zeroed, dealloc, Layout};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
-use crate::{error, Result};
+use crate::{ensure, error, Result};
 
 /// Wide enough for any vector load and for whole cache lines.
 const ALIGNMENT: usize = 64;
-/// From here on an allocation is worth huge pages.
-const HUGE: usize = 8 << 20;
+/// A huge page; from here on an allocation is worth some.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A zeroed array of plain numbers. Pages that are never touched cost nothing.
 pub struct Buffer<T: Plain> {
@@ -36,30 +36,20 @@ unsafe impl<T: Plain> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// `len` zeros. `what` names them in the error.
     pub fn zeroed(len: usize, what: &str) -> Result<Buffer<T>> {
-        if len == 0 {
-            return Ok(Buffer { data: std::ptr::NonNull::<T>::dangling().as_ptr(), len });
+        let size = std::mem::size_of::<T>();
+        let data = match len.checked_mul(size) {
+            Some(0) => std::ptr::NonNull::<T>::dangling().as_ptr(),
+            Some(bytes) if bytes <= isize::MAX as usize - HUGE_PAGE => allocate(bytes).cast(),
+            _ => std::ptr::null_mut(),
+        };
+        match data.is_null() {
+            true => Err(error!(OutOfMemory, "{what}: {} bytes are not to be had", len as u128 * size as u128)),
+            false => Ok(Buffer { data, len }),
         }
-        let refused = || error!(OutOfMemory, "{what}: {} bytes are not to be had", len as u128 * std::mem::size_of::<T>() as u128);
-        let layout = Self::layout(len).ok_or_else(refused)?;
-        // SAFETY: the layout is not empty; zero bytes are a value of T.
-        let data = unsafe { alloc_zeroed(layout) }.cast::<T>();
-        if data.is_null() {
-            return Err(refused());
-        }
-        #[cfg(target_os = "linux")]
-        if layout.size() >= HUGE {
-            // Rows are read at random: with 4 KiB pages the TLB misses cost more than the bytes. A hint, its failure means nothing.
-            let start = (data as usize).next_multiple_of(4096);
-            let bytes = (data as usize + layout.size()).saturating_sub(start) & !4095;
-            // SAFETY: whole pages inside the allocation.
-            unsafe { libc::madvise(start as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE) };
-        }
-        Ok(Buffer { data, len })
     }
 
-    fn layout(len: usize) -> Option<Layout> {
-        let bytes = len.checked_mul(std::mem::size_of::<T>())?;
-        Layout::from_size_align(bytes, ALIGNMENT).ok()
+    fn bytes(&self) -> usize {
+        self.len * std::mem::size_of::<T>()
     }
 
     /// A pointer that several threads may take disjoint parts from.
@@ -86,11 +76,59 @@ impl<T: Plain> DerefMut for Buffer<T> {
 
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.len).filter(|_| self.len > 0) {
-            // SAFETY: allocated by alloc_zeroed with this layout.
-            unsafe { dealloc(self.data.cast(), layout) }
+        if self.len > 0 {
+            // SAFETY: from `allocate` with as many bytes.
+            unsafe { release(self.data.cast(), self.bytes()) }
         }
     }
+}
+
+fn small_layout(bytes: usize) -> Layout {
+    // The alignment is a power of two and the size far below isize::MAX.
+    Layout::from_size_align(bytes, ALIGNMENT).expect("a size that was checked")
+}
+
+/// Zeros, aligned to [`ALIGNMENT`]; NULL where there are none. `bytes` is not 0.
+fn allocate(bytes: usize) -> *mut u8 {
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE_PAGE {
+        let length = bytes.next_multiple_of(HUGE_PAGE);
+        // Mapped, not malloc'ed: rows are read at random, and with 4 KiB pages the TLB misses cost more than the bytes, so the hint
+        // must come before the first touch; and the threads that fill the pages are then those that touch them first.
+        // SAFETY: a fresh private mapping; the hint's failure means nothing.
+        unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let data = libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            if data == libc::MAP_FAILED {
+                return std::ptr::null_mut();
+            }
+            libc::madvise(data, length, libc::MADV_HUGEPAGE);
+            return data.cast();
+        }
+    }
+    // SAFETY: the layout is not empty.
+    unsafe { alloc_zeroed(small_layout(bytes)) }
+}
+
+/// # Safety
+/// `data` is from `allocate(bytes)`.
+unsafe fn release(data: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE_PAGE {
+        libc::munmap(data.cast(), bytes.next_multiple_of(HUGE_PAGE));
+        return;
+    }
+    dealloc(data, small_layout(bytes));
+}
+
+/// A tensor of zeros, or what it would have taken.
+pub(crate) fn zeros<T: Clone + Default>(shape: &[usize], what: &str) -> Result<Vec<T>> {
+    let length = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
+    let mut values = Vec::new();
+    let reserved = length.is_some_and(|length| values.try_reserve_exact(length).is_ok());
+    ensure!(reserved, OutOfMemory, "{what}: {shape:?} elements of {} bytes are not to be had", std::mem::size_of::<T>());
+    values.resize(length.unwrap_or(0), T::default());
+    Ok(values)
 }
 
 /// A mutable array, lent to several threads that promise to touch different parts.

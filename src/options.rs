@@ -57,7 +57,7 @@ pub struct HeadOptions {
 
 /// No rank's batch is larger: rows of a global batch are numbered in 32 bits.
 const LARGEST_BATCH: u64 = 1 << 24;
-const LARGEST_DIM: u32 = 1 << 16;
+pub(crate) const LARGEST_DIM: u32 = 1 << 16;
 
 impl HeadOptions {
     /// Refuses what no head can be, naming the option and its value.
@@ -82,6 +82,21 @@ impl HeadOptions {
             InvalidArgument,
             "max_batch is {}; it is 1 to {LARGEST_BATCH}, the largest batch on any rank",
             self.max_batch
+        );
+        ensure!(
+            u64::from(ranks) * self.max_batch <= u32::MAX.into(),
+            InvalidArgument,
+            "max_batch is {} on {ranks} ranks: a global batch is at most {} rows",
+            self.max_batch,
+            u32::MAX
+        );
+        let rows = self.shard(ranks, 0).rows;
+        ensure!(
+            rows <= u32::MAX.into(),
+            InvalidArgument,
+            "num_classes is {}, {rows} on each of {ranks} ranks; a rank holds at most {}",
+            self.num_classes,
+            u32::MAX
         );
         self.margin.check()?;
         self.optimizer.check()?;

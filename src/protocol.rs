@@ -1,14 +1,21 @@
 //! What the ranks tell each other in a step: the layouts of the blocks, and the verdict every rank reaches from them alike.
 //!
-//! A, before any work: {status, step, batch} and the labels (or, where labels are not gathered, the place of a bad one).
+//! A, before any work: {status, samples drawn, updates done, batch} and the labels (or, where labels are not gathered, the place of a bad one).
 //! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
 //! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample} of each rank.
 
 use crate::comm::remote;
 use crate::{error, Error, Result, Status};
 
+/// Where a rank is: samples drawn and updates done. Ranks that differ in either have not made the same calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    pub samples: u64,
+    pub updates: u64,
+}
+
 /// Elements before the labels in a block of A.
-pub(crate) const HEADER: usize = 3;
+pub(crate) const HEADER: usize = 4;
 /// Where labels are not gathered, two elements tell of a bad one: its row and its value.
 pub(crate) const BAD_LABEL: usize = 2;
 /// Elements of C beside the two for each row.
@@ -24,20 +31,19 @@ pub(crate) fn label_block(gathers_labels: bool, max_batch: u64) -> usize {
 }
 
 /// Fills a block of A for a rank that can take the step.
-pub(crate) fn pack_labels(block: &mut [i64], step: u64, labels: &[i64], gathered: bool) {
+pub(crate) fn pack_labels(block: &mut [i64], step: Step, labels: &[i64], gathered: bool) {
     block.fill(0);
-    block[1] = step as i64;
-    block[2] = labels.len() as i64;
+    (block[1], block[2], block[3]) = (step.samples as i64, step.updates as i64, labels.len() as i64);
     if gathered {
         block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
     }
 }
 
 /// Fills a block of A for a rank that cannot; `bad` is the row and the value of a label, where that is why.
-pub(crate) fn pack_failure(block: &mut [i64], step: u64, cause: &Error, bad: Option<(usize, i64)>) {
+pub(crate) fn pack_failure(block: &mut [i64], step: Step, cause: &Error, bad: Option<(usize, i64)>) {
     block.fill(0);
     block[0] = cause.status as i64;
-    block[1] = step as i64;
+    (block[1], block[2]) = (step.samples as i64, step.updates as i64);
     if let Some((row, label)) = bad {
         block[HEADER] = row as i64;
         block[HEADER + 1] = label;
@@ -55,8 +61,11 @@ pub(crate) fn bad_embedding(row: usize, rank: usize) -> Error {
 }
 
 /// The error of a row whose sums leave float32.
-pub(crate) fn bad_sum(row: usize, rank: usize, sum: f64) -> Error {
-    error!(NotFinite, "the softmax sum of row {row} on rank {rank} is {sum:e}: float32 has no gradient for it")
+pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
+    error!(
+        NotFinite,
+        "the softmax sum of row {row} on rank {rank} is no number, infinite or too small: float32 has no gradient for it"
+    )
 }
 
 /// What every rank concludes from the gathered blocks of A: the ranks' batches, or the same failure.
@@ -83,12 +92,19 @@ pub(crate) fn judge_labels(
         }
     }
     for r in 1..ranks {
-        let (first, other) = (block(0)[1], block(r)[1]);
-        if first != other {
-            return Err(error!(Mismatch, "the ranks are at different steps: {first} on rank 0, {other} on rank {r}"));
+        let (first, other) = (block(0), block(r));
+        if first[1..3] != other[1..3] {
+            return Err(error!(
+                Mismatch,
+                "the ranks are at different steps: {} samples drawn and {} updates done on rank 0, {} and {} on rank {r}",
+                first[1],
+                first[2],
+                other[1],
+                other[2]
+            ));
         }
     }
-    let batches: Vec<usize> = (0..ranks).map(|r| block(r)[2] as usize).collect();
+    let batches: Vec<usize> = (0..ranks).map(|r| block(r)[3] as usize).collect();
     if gathered {
         for (r, &batch) in batches.iter().enumerate() {
             let labels = &block(r)[HEADER..HEADER + batch];

@@ -12,6 +12,8 @@ use crate::{ensure, error, Result};
 
 /// Learning rates are looked over for ones no row needs any more when their number has doubled, and not below this.
 const SHORTEST_HISTORY: usize = 1024;
+/// From here on the rows that keep old ones needed are brought to now: a step's replay takes time and memory in their number.
+const LONGEST_HISTORY: usize = 16384;
 
 pub(crate) struct Table {
     shard: Shard,
@@ -131,9 +133,25 @@ impl Table {
         if self.dense() {
             self.history.push(learning_rate);
             if self.history.rates().len() >= self.trim_at {
+                if self.trim_at >= LONGEST_HISTORY {
+                    self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2);
+                }
                 let oldest = self.last.iter().copied().min().unwrap_or(self.updates);
                 self.history.trim(oldest);
-                self.trim_at = (2 * self.history.rates().len()).max(SHORTEST_HISTORY);
+                self.trim_at = (2 * self.history.rates().len()).clamp(SHORTEST_HISTORY, LONGEST_HISTORY);
+            }
+        }
+    }
+
+    /// Brings the rows last touched before `update` to now.
+    fn catch_up_before(&mut self, update: u64) {
+        let (replay, dim) = (self.replay(), self.dim);
+        for row in 0..self.last.len() {
+            if self.last[row] < update {
+                let at = row * dim..(row + 1) * dim;
+                let v: &mut [f32] = if self.second_moment.is_empty() { &mut [] } else { &mut self.second_moment[at.clone()] };
+                replay.catch_up(self.last[row], &mut self.centers[at.clone()], &mut self.momentum[at], v);
+                self.last[row] = self.updates;
             }
         }
     }

@@ -10,7 +10,8 @@
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::comm::pfc_comm;
 use super::device::pfc_device;
@@ -28,6 +29,10 @@ pub const PFC_STATE_SECOND_MOMENT: i32 = 2;
 /// A classification head: a shard of the class centres, their optimizer state, and the step that trains them.
 pub struct pfc_head {
     head: Mutex<Head>,
+    /// A call that needs the head alone is inside.
+    busy: AtomicBool,
+    /// A forked child must not wait for a lock that a thread of its parent held.
+    process: u32,
 }
 
 /// What pfc_head_metrics tells of the last step. Fill with pfc_metrics_init.
@@ -64,7 +69,7 @@ pub struct pfc_metrics {
     pub seconds_forward: f64,
     /// The all-reduce of the sums and the loss.
     pub seconds_reduce: f64,
-    /// Phase 5: the embeddings' gradient, its reduce-scatter included.
+    /// Phase 5: the embeddings' gradient, its reduce-scatter included (in pfc_head_step that runs beside the update, and is counted there).
     pub seconds_backward: f64,
     /// The class centres' gradient and the optimizer.
     pub seconds_update: f64,
@@ -115,17 +120,30 @@ unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<
         Ok(handle) => handle,
         Err(error) => return fail(&error),
     };
-    match handle.head.try_lock() {
-        Ok(guard) => with_locked(guard, body),
-        Err(TryLockError::Poisoned(poisoned)) => with_locked(poisoned.into_inner(), body),
-        Err(TryLockError::WouldBlock) => fail(&Error::new(Status::InvalidArgument, "head is in use by another thread")),
+    if let Err(error) = own_process(handle) {
+        return fail(&error);
     }
+    if handle.busy.swap(true, Ordering::Acquire) {
+        return fail(&Error::new(Status::InvalidArgument, "head is in use by another thread"));
+    }
+    let status = with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), body);
+    handle.busy.store(false, Ordering::Release);
+    status
+}
+
+fn own_process(handle: &pfc_head) -> Result<()> {
+    let (made_in, this) = (handle.process, std::process::id());
+    ensure!(made_in == this, Forked, "the head was made in process {made_in}, this is process {this}");
+    Ok(())
 }
 
 /// Runs a call that several threads may make at once: they take turns.
 unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
     match required("head", head) {
-        Ok(handle) => with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), |head| body(head)),
+        Ok(handle) => match own_process(handle) {
+            Ok(()) => with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), |head| body(head)),
+            Err(error) => fail(&error),
+        },
         Err(error) => fail(&error),
     }
 }
@@ -134,7 +152,7 @@ unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Re
 fn with_locked(mut guard: MutexGuard<'_, Head>, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
     match catch_unwind(AssertUnwindSafe(|| body(&mut guard))) {
         Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&error),
+        Ok(Err(error)) => fail(&guard.name_rank(&error)),
         Err(panic) => {
             let error = panicked(panic.as_ref());
             guard.poison(&error);
@@ -172,8 +190,16 @@ pub unsafe extern "C" fn pfc_head_create(
             output("out", out)?;
             Ok((device, read_sized(options)?.to_options()?))
         })();
-        let head = Head::create(comm, request)?;
-        *output("out", out)? = Box::into_raw(Box::new(pfc_head { head: Mutex::new(head) }));
+        let head = match catch_unwind(AssertUnwindSafe(|| Head::create(comm.clone(), request))) {
+            Ok(head) => head?,
+            Err(panic) => {
+                let error = panicked(panic.as_ref());
+                comm.abort(&error);
+                return Err(error);
+            }
+        };
+        let process = head.process();
+        *output("out", out)? = Box::into_raw(Box::new(pfc_head { head: Mutex::new(head), busy: AtomicBool::new(false), process }));
         Ok(())
     })
 }
@@ -191,7 +217,8 @@ pub unsafe extern "C" fn pfc_head_free(head: *mut pfc_head) {
 
 /// Begins the next step early: gathers the labels and draws the sample. Collective; optional; any time after the last forward.
 ///
-/// The step that follows gives the same bits as without it. A second call before forward replaces the first.
+/// The step that follows gives the same bits as without it. A second call before forward replaces the first, which has drawn its
+/// sample (or taken the ids of pfc_head_set_sample) all the same.
 ///
 /// @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
 /// @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
@@ -200,7 +227,8 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
     with_head(head, |head| head.prepare(label_argument(labels, batch)))
 }
 
-/// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective.
+/// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
+/// used up once a step's labels were good, whatever becomes of that step. Replicated heads with sample_rate 1 take none.
 ///
 /// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied
 /// @param count ids
@@ -208,6 +236,8 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
     with_head(head, |head| {
         ensure!(!ids.is_null() || count == 0, InvalidArgument, "ids is NULL with {count} ids on rank {}", head.rank());
+        let rows = head.shard().rows;
+        ensure!(count <= rows, InvalidArgument, "count is {count} on rank {}, whose shard has {rows} classes", head.rank());
         head.set_sample(slice(ids, count))
     })
 }
@@ -259,7 +289,7 @@ pub unsafe extern "C" fn pfc_head_backward(
 
 /// Phase 5 for the class centres: updates the sampled rows. After pfc_head_backward. Collective when replicated.
 ///
-/// @param learning_rate 0 or more
+/// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be made again
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_update(head: *mut pfc_head, learning_rate: f64) -> pfc_status {
     with_head(head, |head| head.update(learning_rate))
@@ -287,7 +317,7 @@ pub unsafe extern "C" fn pfc_head_step(
     })
 }
 
-/// The verdict of everything enqueued. On the CPU device every call has given its own: returns OK, or POISONED.
+/// The verdict of everything enqueued. On the CPU device every call has given its own: returns OK, POISONED or FORKED.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_wait(head: *mut pfc_head) -> pfc_status {
     with_head(head, |head| head.wait())
@@ -514,7 +544,9 @@ fn state_tensor(code: i32) -> Result<StateTensor> {
 
 unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const i64) -> Result<StepInput> {
     let embeddings = matrix("embeddings", embeddings, head.embedding_dim())?;
-    let labels = if labels.is_null() { None } else { Some(label_argument(labels, embeddings.rows as u64)?) };
+    // An empty batch needs no labels: the pointer of an empty array may be NULL.
+    let given = !labels.is_null() || embeddings.rows == 0;
+    let labels = if given { Some(label_argument(labels, embeddings.rows as u64)?) } else { None };
     Ok(StepInput { embeddings, labels })
 }
 

@@ -8,7 +8,7 @@ use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{matrix, pfc_margin, pfc_matrix, pfc_optimizer, read_sized};
 use super::{boundary, output, required};
-use crate::device::{FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::{ensure, Result};
 
@@ -25,7 +25,7 @@ pub unsafe extern "C" fn pfc_normalize_rows(
     inverse_norms: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let from = matrix("rows", rows, required("rows", rows)?.cols)?;
         let to = matrix("normalized", normalized, from.cols as u64)?;
         same_rows("normalized", to.rows, from.rows)?;
@@ -49,7 +49,7 @@ pub unsafe extern "C" fn pfc_normalize_gemm(
     workspace_bytes: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
         let w = matrix("centers", centers, e.cols as u64)?;
         let out = matrix("cosines", cosines, w.rows as u64)?;
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn pfc_normalize_gemm_workspace(
     bytes: *mut u64,
 ) -> pfc_status {
     boundary(|| {
-        *output("bytes", bytes)? = required("device", device)?.device.normalize_gemm_workspace(batch, dim, classes)?;
+        *output("bytes", bytes)? = device_of(device)?.normalize_gemm_workspace(batch, dim, classes)?;
         Ok(())
     })
 }
@@ -76,7 +76,7 @@ pub unsafe extern "C" fn pfc_normalize_gemm_workspace(
 /// Target logits: scale * (cos(m1 * theta + m2) - m3).
 ///
 /// @param cosines n target cosines
-/// @param logits n, written
+/// @param logits n, written; may be cosines
 #[no_mangle]
 pub unsafe extern "C" fn pfc_margin_forward(
     device: *const pfc_device,
@@ -86,14 +86,14 @@ pub unsafe extern "C" fn pfc_margin_forward(
     logits: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let margin = checked_margin(margin)?;
         if count == 0 {
             return Ok(());
         }
         required("cosines", cosines)?;
         output("logits", logits)?;
-        device.margin_forward(&margin, cosines, count as usize, logits)
+        device.margin_forward(&margin, cosines, array_count(count)?, logits)
     })
 }
 
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn pfc_margin_backward(
     grad_cosines: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let margin = checked_margin(margin)?;
         if count == 0 {
             return Ok(());
@@ -120,7 +120,7 @@ pub unsafe extern "C" fn pfc_margin_backward(
         required("cosines", cosines)?;
         required("grad_logits", grad_logits)?;
         output("grad_cosines", grad_cosines)?;
-        device.margin_backward(&margin, cosines, grad_logits, count as usize, grad_cosines)
+        device.margin_backward(&margin, cosines, grad_logits, array_count(count)?, grad_cosines)
     })
 }
 
@@ -138,7 +138,7 @@ pub unsafe extern "C" fn pfc_partial_softmax(
     row_sums: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let margin = checked_margin(margin)?;
         let logits = matrix("cosines", cosines, required("cosines", cosines)?.cols)?;
         if logits.rows == 0 {
@@ -175,7 +175,7 @@ pub unsafe extern "C" fn pfc_fused_forward(
     workspace_bytes: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let margin = checked_margin(margin)?;
         let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
         let w = matrix("centers", centers, e.cols as u64)?;
@@ -202,7 +202,8 @@ pub unsafe extern "C" fn pfc_fused_forward(
 
 /// One rank's backward without a head: this rank's part of the gradients of E and the gradient of W.
 ///
-/// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient.
+/// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient; one whose N is no finite number is NOT_FINITE, with
+/// nothing written.
 ///
 /// @param row_sums B: N, summed over ranks
 /// @param target_logits B, summed over ranks
@@ -228,7 +229,7 @@ pub unsafe extern "C" fn pfc_fused_backward(
     workspace_bytes: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let margin = checked_margin(margin)?;
         let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
         let w = matrix("centers", centers, e.cols as u64)?;
@@ -269,7 +270,7 @@ pub unsafe extern "C" fn pfc_fused_workspace(
     bytes: *mut u64,
 ) -> pfc_status {
     boundary(|| {
-        *output("bytes", bytes)? = required("device", device)?.device.fused_workspace(batch, dim, classes)?;
+        *output("bytes", bytes)? = device_of(device)?.fused_workspace(batch, dim, classes)?;
         Ok(())
     })
 }
@@ -281,7 +282,7 @@ pub unsafe extern "C" fn pfc_fused_workspace(
 /// @param seed as pfc_head_options.seed
 /// @param step samples drawn before
 /// @param first first class of the shard
-/// @param rows classes of the shard
+/// @param rows classes of the shard, at most 2^40
 /// @param positives class ids of the shard, ascending, without repeats
 /// @param positive_count ids; if more than sample_size, the sample is the positives
 /// @param sample_size classes wanted, at most rows
@@ -301,11 +302,11 @@ pub unsafe extern "C" fn pfc_sample_classes(
     count: *mut u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let count = output("count", count)?;
         ensure!(!positives.is_null() || positive_count == 0, InvalidArgument, "positives is NULL with {positive_count} ids");
         ensure!(!ids.is_null() || positive_count.max(sample_size) == 0, InvalidArgument, "ids is NULL");
-        let draw = SampleDraw { seed, step, first, rows, positives, positive_count: positive_count as usize, sample_size };
+        let draw = SampleDraw { seed, step, first, rows, positives, positive_count: array_count(positive_count)?, sample_size };
         *count = device.sample_classes(&draw, ids)?;
         Ok(())
     })
@@ -333,7 +334,7 @@ pub unsafe extern "C" fn pfc_update_rows(
     update: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = &required("device", device)?.device;
+        let device = device_of(device)?;
         let optimizer = read_sized(optimizer)?.to_optimizer()?;
         optimizer.check()?;
         let w = matrix("centers", centers, required("centers", centers)?.cols)?;
@@ -351,6 +352,20 @@ pub unsafe extern "C" fn pfc_update_rows(
         let state = RowState { centers: &w, momentum: &m, second_moment: v.as_ref() };
         device.update_rows(&optimizer, &state, ids, &g, learning_rate, update)
     })
+}
+
+/// A device argument, made in this process.
+unsafe fn device_of<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
+    let device = &*required("device", device)?.device;
+    let (made_in, this) = (device.process(), std::process::id());
+    ensure!(made_in == this, Forked, "the device was made in process {made_in}, this is process {this}");
+    Ok(device)
+}
+
+/// A count of array elements, which no larger array can have.
+fn array_count(count: u64) -> Result<usize> {
+    ensure!(count <= isize::MAX as u64 / 8, InvalidArgument, "count is {count}: more than the address space");
+    Ok(count as usize)
 }
 
 unsafe fn checked_margin(margin: *const pfc_margin) -> Result<Margin> {

@@ -14,6 +14,7 @@ use crate::margin::Margin;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::Optimizer;
 use crate::options::HeadOptions;
+pub use crate::protocol::Step;
 use crate::shard::Shard;
 use crate::{error, Result};
 
@@ -97,6 +98,13 @@ pub enum StateTensor {
     SecondMoment,
 }
 
+/// Class ids and cosines, [queries, k], nearest first, equal cosines by ascending id.
+#[derive(Clone, Debug, Default)]
+pub struct Nearest {
+    pub ids: Vec<i64>,
+    pub cosines: Vec<f32>,
+}
+
 /// What a step was like, this rank's part of it.
 #[derive(Clone, Debug, Default)]
 pub struct StepFigures {
@@ -123,7 +131,7 @@ pub struct StepFigures {
 /// Where a phase has failed on this rank, the exchanges after it are still handed out, so that the other ranks hear of it.
 pub trait HeadDevice: Send {
     /// Phase 1: this rank's block of A. The labels are copied.
-    fn pack_labels(&mut self, step: u64, labels: Result<Labels>) -> Exchange;
+    fn pack_labels(&mut self, step: Step, labels: Result<Labels>) -> Exchange;
     /// Phase 1: the verdict on the gathered blocks, the same on all ranks.
     fn judge_labels(&mut self) -> Result<()>;
     /// Phase 2: draws the next step's sample, or takes the caller's ids (positives missing from them are added).
@@ -133,7 +141,7 @@ pub trait HeadDevice: Send {
     /// This rank's labels of the next step.
     fn next_labels(&self) -> &[i64];
     /// Makes the next step's sample the current step's.
-    fn begin(&mut self);
+    fn begin(&mut self) -> Result<()>;
     /// Rows of this rank in the current step.
     fn batch(&self) -> usize;
     /// Phase 1, sharded: this rank's embeddings for B; zeros without.
@@ -151,7 +159,7 @@ pub trait HeadDevice: Send {
     /// Phase 5, sharded: the class centres' gradient and the optimizer, row by row. The calling thread runs `beside` meanwhile.
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Phase 5, replicated: the sampled class centres' gradient, to be summed over the ranks.
-    fn center_gradient(&mut self, loss_weight: f64) -> Result<Exchange>;
+    fn center_gradient(&mut self, loss_weight: f64) -> Exchange;
     /// Phase 5, replicated: the optimizer on the summed gradient.
     fn apply_gradient(&mut self, learning_rate: f64);
     /// Updates done.
@@ -162,8 +170,8 @@ pub trait HeadDevice: Send {
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// Overwrites rows of this rank's shard.
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
-    /// For each query its `k` nearest class centres of the shard: (cosine, global id), nearest first, ties by id.
-    fn nearest(&self, queries: &[f32], k: usize) -> Result<Vec<(f32, i64)>>;
+    /// For each query its `k` nearest class centres of the shard, k at most its rows.
+    fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest>;
 }
 
 /// Scratch memory of the caller's for a stateless kernel.

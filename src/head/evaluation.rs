@@ -1,9 +1,11 @@
 //! What a head tells of itself: the figures of the last step, and the nearest class centres.
 
 use super::{Head, Seconds};
-use crate::comm::{exchange, ReduceOp};
+use crate::comm::{exchange, Communicator, ReduceOp};
+pub use crate::device::Nearest;
 use crate::device::{keep_best, StepFigures};
 use crate::matrix::Matrix;
+use crate::memory::zeros;
 use crate::options::Placement;
 use crate::{ensure, error, Result};
 
@@ -21,13 +23,6 @@ pub struct Metrics {
     pub grad_embeddings_norm: f64,
     pub grad_centers_norm: f64,
     pub seconds: Seconds,
-}
-
-/// Class ids and cosines, [rows, k], nearest first.
-#[derive(Clone, Debug, Default)]
-pub struct Nearest {
-    pub ids: Vec<i64>,
-    pub cosines: Vec<f32>,
 }
 
 impl Head {
@@ -88,61 +83,92 @@ impl Head {
     }
 
     fn run_top_k(&mut self, queries: Result<Matrix>, k: u64) -> Result<Nearest> {
-        let (rank, dim) = (self.rank() as usize, self.options.embedding_dim as usize);
-        let checked = queries.and_then(|queries| {
+        let rank = self.rank() as usize;
+        let own = queries.and_then(|queries| {
             let limit = self.options.num_classes;
             ensure!((1..=limit).contains(&k), InvalidArgument, "k is {k} on rank {rank}; it is 1 to num_classes, {limit}");
-            Ok(queries)
+            self.read_queries(&queries)
         });
-        let shapes = exchange(&self.comm, checked.clone().map(|queries| [queries.rows as u64, k]))?;
-        let queries = checked?;
+        let dim = self.options.embedding_dim as usize;
+        let shapes = exchange(&self.comm, own.as_ref().map(|own| [(own.len() / dim) as u64, k]).map_err(Clone::clone))?;
+        let own = own?;
         if let Some(other) = shapes.iter().position(|shape| shape[1] != k) {
             return Err(error!(Mismatch, "k is {k} on rank {rank} and {} on rank {other}", shapes[other][1]));
         }
-        let k = k as usize;
-        let mut own = vec![0.0; queries.rows * dim];
+        match self.options.placement {
+            Placement::Replicated => self.rows.nearest(&own, k as usize),
+            Placement::Sharded => self.nearest_of_all(&own, &shapes, k as usize),
+        }
+    }
+
+    /// The caller's rows as f32.
+    fn read_queries(&self, queries: &Matrix) -> Result<Vec<f32>> {
+        let dim = self.options.embedding_dim as usize;
+        let mut own = zeros(&[queries.rows, dim], "queries of top_k")?;
         for (row, out) in own.chunks_exact_mut(dim).enumerate() {
             // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
             unsafe { queries.read_row(row, out) };
+            ensure!(
+                out.iter().all(|x| x.is_finite()),
+                NotFinite,
+                "embeddings row {row} on rank {} holds a NaN or an infinity",
+                self.rank()
+            );
         }
-        let found = match self.options.placement {
-            Placement::Replicated => self.rows.nearest(&own, k)?,
-            Placement::Sharded => self.nearest_of_all(&own, &shapes, k)?,
-        };
-        Ok(Nearest { ids: found.iter().map(|hit| hit.1).collect(), cosines: found.iter().map(|hit| hit.0).collect() })
+        Ok(own)
     }
 
     /// Each rank answers every rank's queries from its shard; the answers are merged where the query came from.
-    fn nearest_of_all(&self, own: &[f32], shapes: &[[u64; 2]], k: usize) -> Result<Vec<(f32, i64)>> {
+    ///
+    /// What may fail on one rank alone is told to all before the next exchange.
+    fn nearest_of_all(&self, own: &[f32], shapes: &[[u64; 2]], k: usize) -> Result<Nearest> {
         let (ranks, rank) = (self.comm.size() as usize, self.rank() as usize);
         let dim = self.options.embedding_dim as usize;
         let padded = shapes.iter().map(|shape| shape[0] as usize).max().unwrap_or(0);
-        let mut block = own.to_vec();
-        block.resize(padded * dim, 0.0);
-        let mut all = vec![0.0; ranks * padded * dim];
+        let memory = (|| {
+            let mut block = zeros(&[padded, dim], "queries of top_k")?;
+            block[..own.len()].copy_from_slice(own);
+            let answers =
+                (zeros(&[ranks, ranks, padded, k], "cosines of top_k")?, zeros(&[ranks, ranks, padded, k], "ids of top_k")?);
+            Ok((block, zeros(&[ranks, padded, dim], "gathered queries of top_k")?, answers))
+        })();
+        let (block, mut all, (mut all_cosines, mut all_ids)) = told(&self.comm, memory)?;
         self.comm.all_gather(&block, &mut all)?;
         // A shard with fewer than k rows answers with what it has; the rest is further away than anything.
         let depth = k.min(self.shard.rows as usize);
-        let answers = self.rows.nearest(&all, depth)?;
-        let (mut cosines, mut ids) = (vec![f32::NEG_INFINITY; ranks * padded * k], vec![i64::MAX; ranks * padded * k]);
-        for (query, hits) in answers.chunks_exact(depth.max(1)).enumerate() {
-            for (slot, hit) in hits.iter().enumerate() {
-                (cosines[query * k + slot], ids[query * k + slot]) = *hit;
+        let answers = (|| {
+            let found = self.rows.nearest(&all, depth)?;
+            let mut padded_out = Nearest {
+                ids: zeros(&[ranks, padded, k], "ids of top_k")?,
+                cosines: zeros(&[ranks, padded, k], "cosines of top_k")?,
+            };
+            padded_out.ids.fill(i64::MAX);
+            padded_out.cosines.fill(f32::NEG_INFINITY);
+            for query in 0..ranks * padded {
+                let (from, to) = (query * depth..(query + 1) * depth, query * k..query * k + depth);
+                padded_out.ids[to.clone()].copy_from_slice(&found.ids[from.clone()]);
+                padded_out.cosines[to].copy_from_slice(&found.cosines[from]);
             }
-        }
-        let mut all_cosines = vec![0.0; ranks * cosines.len()];
-        let mut all_ids = vec![0; ranks * ids.len()];
-        self.comm.all_gather(&cosines, &mut all_cosines)?;
-        self.comm.all_gather(&ids, &mut all_ids)?;
-        let rows = shapes[rank][0] as usize;
-        let mut found = Vec::with_capacity(rows * k);
-        for query in 0..rows {
+            Ok(padded_out)
+        })();
+        let answers = told(&self.comm, answers)?;
+        self.comm.all_gather(&answers.cosines, &mut all_cosines)?;
+        self.comm.all_gather(&answers.ids, &mut all_ids)?;
+        let mut found = Nearest::default();
+        for query in 0..shapes[rank][0] as usize {
             let place = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
             let places = (0..ranks).flat_map(|other| (0..k).map(move |slot| place(other, slot)));
             let mut hits: Vec<(f32, i64)> = places.map(|place| (all_cosines[place], all_ids[place])).collect();
             keep_best(&mut hits, k);
-            found.extend(hits);
+            found.ids.extend(hits.iter().map(|hit| hit.1));
+            found.cosines.extend(hits.iter().map(|hit| hit.0));
         }
         Ok(found)
     }
+}
+
+/// Tells the other ranks how this one fared; all go on or none.
+fn told<T>(comm: &Communicator, outcome: Result<T>) -> Result<T> {
+    exchange(comm, outcome.as_ref().map(|_| []).map_err(Clone::clone))?;
+    outcome
 }

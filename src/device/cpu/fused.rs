@@ -20,8 +20,8 @@ use crate::memory::Parts;
 /// Columns of a chunk: W^ and P^T of a chunk fit a core's second-level cache at d = 512, B = 256, and larger chunks gain nothing.
 pub(super) const CHUNK: usize = 256;
 
-/// Accumulators of P @ W^ take at most this unless the slices would be too few to share out.
-const ACCUMULATOR_BYTES: usize = 32 << 20;
+/// Accumulators of P @ W^ take at most this unless the slices would be too few to share out: 16 of them at B = 1024, d = 512.
+const ACCUMULATOR_BYTES: usize = 36 << 20;
 const FEWEST_SLICES: usize = 8;
 const MOST_SLICES: usize = 64;
 
@@ -62,7 +62,9 @@ impl Shape {
 
     pub fn slices(&self) -> usize {
         let accumulator = (self.rows * self.row_pitch() * 4).max(1);
-        (ACCUMULATOR_BYTES / accumulator).clamp(FEWEST_SLICES, MOST_SLICES).min(self.chunks())
+        let fitting = (ACCUMULATOR_BYTES / accumulator).clamp(FEWEST_SLICES, MOST_SLICES);
+        // A power of two: shared out evenly among most numbers of threads.
+        (1 << fitting.ilog2()).min(self.chunks())
     }
 
     /// The most that slices times rows can be in a step of at most these sizes.

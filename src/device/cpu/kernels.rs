@@ -9,7 +9,7 @@ use crate::margin::{self, Margin};
 use crate::matrix::{DType, Matrix};
 use crate::memory::Parts;
 use crate::optimizer::{Optimizer, StepRule};
-use crate::options::Precision;
+use crate::options::{Precision, LARGEST_DIM};
 use crate::sample::{self, Draw};
 use crate::shard::Shard;
 use crate::{ensure, error, Result};
@@ -132,7 +132,8 @@ fn shape(batch: u64, dim: u64, classes: u64) -> Result<Shape> {
         ensure!(value <= u32::MAX.into(), InvalidArgument, "{name} is {value}; it is at most {}", u32::MAX);
         Ok(value as usize)
     };
-    Ok(Shape { rows: small("batch", batch)?, dim: small("dim", dim)?, classes: small("classes", classes)? })
+    ensure!(dim <= LARGEST_DIM.into(), InvalidArgument, "dim is {dim}; it is at most {LARGEST_DIM}");
+    Ok(Shape { rows: small("batch", batch)?, dim: dim as usize, classes: small("classes", classes)? })
 }
 
 /// Divides a row by its norm; returns what it was multiplied by.
@@ -140,6 +141,14 @@ fn normalize(row: &mut [f32]) -> f32 {
     let inverse = fused::inverse_norm(vector::sum_of_squares(row)) as f32;
     vector::scale(row, inverse);
     inverse
+}
+
+/// scale / L; 0 for a row without negatives.
+fn factor_of(margin: &Margin, sum: f64, whole: f64) -> f32 {
+    match sum > 0.0 {
+        true => (margin.scale / whole) as f32,
+        false => 0.0,
+    }
 }
 
 fn angle_of(e: &[f32], w: &[f32]) -> f64 {
@@ -282,9 +291,9 @@ impl Device for Cpu {
 
     fn margin_forward(&self, margin: &Margin, cosines: *const f32, count: usize, logits: *mut f32) -> Result<()> {
         // SAFETY: the caller's arrays of count values.
-        let (cosines, logits) = unsafe { (array(cosines, count), array_mut(logits, count)) };
-        for (logit, &cosine) in logits.iter_mut().zip(cosines) {
-            *logit = margin.target(f64::from(cosine).clamp(-1.0, 1.0).acos()).logit as f32;
+        // They may be one array, so each is read before it is written.
+        for i in 0..count {
+            unsafe { *logits.add(i) = margin.target(f64::from(*cosines.add(i)).clamp(-1.0, 1.0).acos()).logit as f32 };
         }
         Ok(())
     }
@@ -401,6 +410,15 @@ impl Device for Cpu {
         checked_targets(targets, shape.classes)?;
         let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
         let totals = carve.take_f64(shape.chunks());
+        for row in 0..shape.rows {
+            let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
+            let factor = factor_of(margin, sum, sum + (logit - margin.offset()).exp());
+            ensure!(
+                sum >= 0.0 && sum.is_finite() && factor.is_finite(),
+                NotFinite,
+                "row_sums[{row}] is {sum:e} and target_logits[{row}] {logit:e}: float32 has no gradient for them"
+            );
+        }
         let embedded = Embedded::new(embeddings, &shape, &mut carve);
         let scaled = carve.take(shape.rows * shape.row_pitch());
         let coefficients = carve.take(shape.rows);
@@ -410,8 +428,7 @@ impl Device for Cpu {
             let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
             let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
             let whole = sum + (logit - margin.offset()).exp();
-            let factor = if sum > 0.0 { (margin.scale / whole) as f32 } else { 0.0 };
-            ensure!(factor.is_finite(), NotFinite, "row_sums[{row}] is {sum:e}: float32 has no gradient for it");
+            let factor = factor_of(margin, sum, whole);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
             // SAFETY: the caller's matrices have these rows.
             unsafe {
@@ -462,6 +479,7 @@ impl Device for Cpu {
             draw.first,
             draw.rows
         );
+        ensure!(draw.rows <= 1 << 40, InvalidArgument, "rows is {}; it is at most 2^40", draw.rows);
         ensure!(draw.sample_size <= draw.rows, InvalidArgument, "sample_size is {}, of {} rows", draw.sample_size, draw.rows);
         // SAFETY: the caller's array.
         let positives = unsafe { array(draw.positives, draw.positive_count) };

@@ -3,29 +3,32 @@
 use super::fused::{self, gemm, pitch, CHUNK};
 use super::pool::Pool;
 use super::vector;
-use crate::memory::{Buffer, Parts};
+use crate::device::Nearest;
+use crate::memory::{zeros, Buffer, Parts};
 use crate::shard::Shard;
 use crate::table::Table;
 use crate::Result;
 
-/// Queries of a task: few enough that their cosines with a chunk stay in the cache.
-const QUERIES: usize = 256;
+/// Queries of a task: few enough that their cosines with a chunk stay in the cache and that threads share a small batch.
+const QUERIES: usize = 128;
+/// Candidates that a task holds at most: with a large k it takes fewer queries.
+const CANDIDATES: usize = 1 << 22;
 
 /// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
 ///
 /// `k` is at most the shard's rows. `queries` are raw embeddings, [queries, d]; one without a direction is at cosine 0 of everything.
-pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32], k: usize) -> Result<Vec<(f32, i64)>> {
+pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {
     let dim = table.dim();
     let (count, row_pitch) = (queries.len() / dim, pitch(dim));
-    let tasks = count.div_ceil(QUERIES);
+    let queries_a_task = (CANDIDATES / k).clamp(1, QUERIES);
+    let tasks = count.div_ceil(queries_a_task);
     let scratch_length = QUERIES * row_pitch + CHUNK * row_pitch + QUERIES * CHUNK + 2 * dim;
     let mut scratch = Buffer::<f32>::zeroed(pool.threads() * scratch_length, "scratch of top_k")?;
-    let mut cosines = Buffer::<f32>::zeroed(count * k, "cosines of top_k")?;
-    let mut ids = Buffer::<i64>::zeroed(count * k, "ids of top_k")?;
+    let mut found = Nearest { ids: zeros(&[count, k], "ids of top_k")?, cosines: zeros(&[count, k], "cosines of top_k")? };
     let replay = table.replay();
-    let (scratch, all_cosines, all_ids): (Parts<'_, f32>, _, _) = (scratch.parts(), cosines.parts(), ids.parts());
+    let (scratch, all_cosines, all_ids) = (scratch.parts(), Parts::of(&mut found.cosines), Parts::of(&mut found.ids));
     pool.run(tasks, &|task, worker| {
-        let range = task * QUERIES..((task + 1) * QUERIES).min(count);
+        let range = task * queries_a_task..((task + 1) * queries_a_task).min(count);
         // SAFETY: a worker number belongs to one thread, a query to one task.
         let scratch = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) };
         let (units, rest) = scratch.split_at_mut(QUERIES * row_pitch);
@@ -36,7 +39,7 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
             let inverse = fused::inverse_norm(vector::sum_of_squares(raw)) as f32;
             vector::scale_into(raw, inverse, &mut units[slot * row_pitch..slot * row_pitch + dim]);
         }
-        let mut best: Vec<Vec<(f32, i64)>> = vec![Vec::with_capacity(2 * k); range.len()];
+        let mut best: Vec<Vec<(f32, i64)>> = vec![Vec::with_capacity((2 * k).min(shard.rows as usize)); range.len()];
         let rows = shard.rows as usize;
         for first in (0..rows).step_by(CHUNK) {
             let columns = first..(first + CHUNK).min(rows);
@@ -63,7 +66,7 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
             }
         }
     });
-    Ok(cosines.iter().copied().zip(ids.iter().copied()).collect())
+    Ok(found)
 }
 
 /// Adds a candidate; the list is cut back to `k` only when it has doubled.

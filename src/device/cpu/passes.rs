@@ -115,16 +115,12 @@ impl CpuHead {
     }
 
     /// Phase 5 for W, replicated: the gradient of each raw row of the sample, for the ranks to sum.
-    pub(super) fn gradient_pass(&mut self, weight: f64) -> Result<()> {
+    pub(super) fn gradient_pass(&mut self, weight: f64) {
         let CpuHead {
             pool, softmax, table, step, replay, embeddings, embeddings_t, scaled, kept, scratch, center_gradient, ..
         } = self;
         let mut totals = std::mem::take(&mut step.totals);
         let (dim, weight) = (step.shape.dim, weight as f32);
-        if step.shape.classes * dim > center_gradient.len() {
-            // A caller's sample beyond every draw.
-            *center_gradient = Buffer::zeroed(step.shape.classes * dim, "class centres' gradient")?;
-        }
         let rows = SampleRows { table, replay, sample: &step.draft.sample };
         let pass = CpuHead::pass(step, *softmax, embeddings_t, &rows, kept, scratch);
         let input = UpdateInput { scaled, embeddings, coefficients: &step.coefficients };
@@ -142,6 +138,5 @@ impl CpuHead {
         let prefetch = |column: usize| table.prefetch(step.draft.sample.row(column));
         fused::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, || ());
         step.totals = totals;
-        Ok(())
     }
 }

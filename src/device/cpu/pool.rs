@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 
 /// A job's body: (task, worker). Workers are numbered from 0, the calling thread.
@@ -78,8 +78,13 @@ impl Pool {
     /// A pool that is busy with another caller's job is not waited for: that caller may itself be waiting for this one in a
     /// collective. The calling thread then does all the tasks.
     pub fn run_beside<R>(&self, tasks: usize, body: &Body<'_>, beside: impl FnOnce() -> R) -> R {
-        let guard = self.job.try_lock();
-        let (Ok(mut workers), true) = (guard, self.threads > 1 && tasks > 0) else {
+        let guard = match self.job.try_lock() {
+            Ok(guard) => Some(guard),
+            // A caller unwound from its own task; the workers are as good as before.
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        let (Some(mut workers), true) = (guard, self.threads > 1 && tasks > 0) else {
             let result = beside();
             (0..tasks).for_each(|task| body(task, 0));
             return result;
@@ -98,6 +103,7 @@ impl Pool {
         {
             let mut state = self.shared.lock();
             state.generation += 1;
+            state.panic = None;
             state.job = Some(job.clone());
         }
         self.shared.begun.notify_all();
@@ -225,11 +231,17 @@ mod tests {
         for bad in [0, 5, 63] {
             let outcome = catch_unwind(AssertUnwindSafe(|| pool.run(64, &|task, _| assert!(task != bad, "task {task}"))));
             assert!(outcome.is_err(), "task {bad} panicked");
-            let sum = AtomicUsize::new(0);
-            pool.run(10, &|task, _| {
+            let (sum, helped) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            pool.run(10, &|task, worker| {
                 sum.fetch_add(task, Ordering::Relaxed);
+                helped.fetch_or(worker, Ordering::Relaxed);
+                // Until a worker has come, there is always something left to do.
+                while worker == 0 && task < 8 && helped.load(Ordering::Relaxed) == 0 {
+                    std::thread::yield_now();
+                }
             });
             assert_eq!(sum.load(Ordering::Relaxed), 45);
+            assert_ne!(helped.load(Ordering::Relaxed), 0, "workers still help");
         }
     }
 

@@ -21,6 +21,9 @@ impl Memory {
     }
 }
 
+/// Figures of a row that a step keeps: norms, logits, cosines, sums, target columns and the like.
+const ROW_FIGURES: usize = 16;
+
 /// Elements of a head's buffers, from capacities: the largest batch and sample there can be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
@@ -51,7 +54,7 @@ impl Sizes {
             weighted: slice_rows * pitch(dim),
             slice_rows,
             scratch: threads * capacity.scratch_elements(),
-            kept_chunks: capacity.chunks(),
+            kept_chunks: capacity.chunks().min(isize::MAX as usize / 4 / capacity.chunk_elements().max(1)),
         };
         let limit = options.workspace_limit;
         if limit > 0 {
@@ -75,8 +78,11 @@ impl Sizes {
         let embeddings = 2 * rows * pitch(dim) + dim * pitch(rows);
         // B's blocks (at most four bytes an element) and D's, or the replicated gradient.
         let exchanges = if sharded { 2 * (max_batch + ranks * max_batch) * dim } else { max_batch * dim + classes * dim };
-        let elements = embeddings + exchanges + self.weighted + self.scratch + self.slice_rows + classes;
-        4 * elements as u64 + 8 * self.slice_rows as u64
+        let elements = embeddings + exchanges + self.weighted + self.scratch + self.slice_rows + classes + ROW_FIGURES * rows;
+        // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
+        let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
+        let labels = 4 * ranks * max_batch + max_batch;
+        4 * elements as u64 + 8 * (self.slice_rows + ids + labels) as u64
     }
 
     /// The probabilities' elements.

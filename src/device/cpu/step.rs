@@ -7,10 +7,10 @@ use super::fused::{self, Shape};
 use super::pool::Pool;
 use super::sizes::Sizes;
 use super::vector::{self, Softmax};
-use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, StateTensor, StepFigures};
+use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
 use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{Buffer, Parts};
+use crate::memory::{zeros, Buffer, Parts};
 use crate::optimizer::Replay;
 use crate::options::Placement;
 use crate::protocol::{self, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
@@ -108,8 +108,8 @@ impl CpuHead {
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
             gather_dtype,
-            labels_send: zeros(label_block, "labels")?,
-            labels_recv: zeros(label_block * ranks, "labels")?,
+            labels_send: zeros(&[label_block], "labels")?,
+            labels_recv: zeros(&[ranks, label_block], "labels")?,
             own_labels: Vec::new(),
             own_failure: None,
             next: None,
@@ -118,7 +118,7 @@ impl CpuHead {
             table,
             embeddings_send: Buffer::zeroed(exchanged(max_batch * dim * gather_dtype.size()), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(exchanged(ranks * max_batch * dim * gather_dtype.size()), "gathered embeddings")?,
-            sums: zeros(exchanged(2 * rows + TOTALS), "row sums")?,
+            sums: zeros(&[exchanged(2 * rows + TOTALS)], "row sums")?,
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
@@ -163,7 +163,7 @@ impl CpuHead {
         self.step.draft.batches.iter().copied().max().unwrap_or(0)
     }
 
-    /// Sizes the step's vectors to its rows and classes.
+    /// Sizes the step's vectors to its rows and classes, and forgets the figures of the step before.
     fn size_step(&mut self) -> Result<()> {
         let draft = &self.step.draft;
         let shape = Shape { rows: draft.labels.len(), dim: self.sizes.capacity.dim, classes: draft.sample.len() };
@@ -183,7 +183,14 @@ impl CpuHead {
         }
         resize(&mut step.center_inverse_norms, shape.classes)?;
         resize(&mut step.totals, shape.chunks())?;
+        step.target_cosines.fill(ELSEWHERE);
+        step.best_negatives.fill(ELSEWHERE);
+        (step.bad_row, step.valid_rows, step.loss, step.target_cosine_sum) = (None, 0, 0.0, 0.0);
         (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
+        if !self.sharded() && shape.classes * shape.dim > self.center_gradient.len() {
+            // A caller's sample beyond every draw.
+            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centres' gradient")?;
+        }
         Ok(())
     }
 
@@ -264,7 +271,7 @@ impl CpuHead {
 }
 
 impl HeadDevice for CpuHead {
-    fn pack_labels(&mut self, step: u64, labels: Result<Labels>) -> Exchange {
+    fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
         let options = &self.spec.options;
         let gathered = options.gathers_labels();
         self.next = None;
@@ -344,10 +351,11 @@ impl HeadDevice for CpuHead {
         &self.own_labels
     }
 
-    fn begin(&mut self) {
+    fn begin(&mut self) -> Result<()> {
         if let Some(draft) = self.next.take() {
             self.step.draft = draft;
         }
+        self.size_step()
     }
 
     fn batch(&self) -> usize {
@@ -381,7 +389,6 @@ impl HeadDevice for CpuHead {
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
-        self.size_step()?;
         self.replay = self.table.replay();
         self.embed(embeddings);
         if let Some(row) = self.step.bad_row {
@@ -411,15 +418,15 @@ impl HeadDevice for CpuHead {
 
     fn backward(&mut self) -> Exchange {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead {
-            spec, pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, ..
-        } = self;
+        let CpuHead { pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, .. } = self;
         let Step { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let slices = shape.slices();
         if sharded {
             // Rows beyond a rank's batch travel too, and a stale number would reach no one but might be a NaN in a sum.
-            gradient_send[..spec.ranks as usize * padded * dim].fill(0.0);
+            for (rank, &batch) in draft.batches.iter().enumerate() {
+                gradient_send[(rank * padded + batch) * dim..(rank + 1) * padded * dim].fill(0.0);
+            }
         }
         let target = if sharded { gradient_send.parts() } else { gradient_recv.parts() };
         let (scratch, scaled) = (scratch.parts(), scaled.parts());
@@ -485,17 +492,17 @@ impl HeadDevice for CpuHead {
         outcome
     }
 
-    fn center_gradient(&mut self, loss_weight: f64) -> Result<Exchange> {
+    fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
         let weight = self.weight(loss_weight);
-        self.gradient_pass(weight)?;
+        self.gradient_pass(weight);
         let data = self.center_gradient.as_mut_ptr().cast::<u8>();
-        Ok(Exchange {
+        Exchange {
             send: data,
             recv: data,
             count: self.step.shape.classes * self.step.shape.dim,
             dtype: DType::F32,
             stream: std::ptr::null_mut(),
-        })
+        }
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) {
@@ -545,7 +552,7 @@ impl HeadDevice for CpuHead {
         self.table.write_rows(tensor, first, rows)
     }
 
-    fn nearest(&self, queries: &[f32], k: usize) -> Result<Vec<(f32, i64)>> {
+    fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         super::nearest::nearest(&self.pool, &self.table, self.spec.shard, queries, k)
     }
 }
@@ -581,18 +588,9 @@ fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     Ok(ids)
 }
 
-fn zeros<T: Clone + Default>(length: usize, what: &str) -> Result<Vec<T>> {
-    let mut vector = Vec::new();
-    vector
-        .try_reserve_exact(length)
-        .map_err(|_| error!(OutOfMemory, "{what}: {} bytes are not to be had", length * std::mem::size_of::<T>()))?;
-    vector.resize(length, T::default());
-    Ok(vector)
-}
-
 fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> {
     if length > vector.capacity() {
-        *vector = zeros(length, "a step's figures")?;
+        *vector = zeros(&[length], "a step's figures")?;
     }
     vector.resize(length, T::default());
     Ok(())
@@ -600,8 +598,12 @@ fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> 
 
 /// Bytes that can be had without swapping; unbounded where the system does not tell.
 fn available_memory() -> u64 {
+    let number = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    // A container's own limit, where there is one: "max" is no number.
+    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
+    let own = limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0));
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kilobytes = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10)
+    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10).min(own)
 }

@@ -9,7 +9,7 @@ use crate::{ensure, Result, Status};
 
 impl CpuHead {
     /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
-    fn finish_row(&mut self, row: usize, sum: f32, logit: f32, only_target: bool) -> std::result::Result<f64, f64> {
+    fn finish_row(&mut self, row: usize, sum: f32, logit: f32, only_target: bool) -> std::result::Result<f64, ()> {
         let margin = &self.spec.options.margin;
         let step = &mut self.step;
         (step.coefficients[row], step.factors[row]) = (0.0, 0.0);
@@ -20,7 +20,7 @@ impl CpuHead {
         let whole = sum + (logit - offset).exp();
         let factor = (margin.scale / whole) as f32;
         if sum.is_nan() || sum <= 0.0 || whole.is_infinite() || !factor.is_finite() {
-            return Err(sum);
+            return Err(());
         }
         step.factors[row] = factor;
         step.coefficients[row] = (-margin.scale * (sum / whole) * f64::from(step.derivatives[row])) as f32;
@@ -85,7 +85,7 @@ impl CpuHead {
         let mut loss = 0.0;
         for row in 0..self.step.shape.rows {
             let (sum, logit) = (self.step.row_sums[row], self.step.target_logits[row]);
-            loss += self.finish_row(row, sum, logit, only_target).map_err(|_| (Status::NotFinite, -1.0 - row as f64))?;
+            loss += self.finish_row(row, sum, logit, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64))?;
         }
         Ok(loss)
     }
@@ -102,9 +102,9 @@ impl CpuHead {
         let mut loss = 0.0;
         for row in 0..rows {
             let (sum, logit) = (self.sums[row], self.sums[rows + row]);
-            loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|sum| {
+            loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|()| {
                 let (origin, number) = self.step.draft.origin(row);
-                protocol::bad_sum(number, origin, sum)
+                protocol::bad_sum(number, origin)
             })?;
         }
         Ok(loss)
@@ -116,7 +116,7 @@ impl CpuHead {
             let (status, row) = (self.replicated_sums[slot(other)], self.replicated_sums[slot(other) + 1]);
             match Status::from_code(status as i64) {
                 None => {}
-                Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other, f64::NAN)),
+                Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other)),
                 Some(Status::NotFinite) => return Err(protocol::bad_embedding(row as usize, other)),
                 Some(status) => return Err(remote(other, status as i64)),
             }
