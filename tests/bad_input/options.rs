@@ -174,6 +174,12 @@ fn fewer_classes_than_ranks_cannot_be_sharded() {
 }
 
 #[test]
+fn more_classes_than_a_rank_can_number_are_refused() {
+    let refused = Head::create(&Device::cpu(1), &Comm::solo(), &head_options(1 << 32, 4, 8)).map(|_| ());
+    assert_refused("2^32 rows", refused, Status::InvalidArgument, &["num_classes", "4294967296", "4294967295"]);
+}
+
+#[test]
 fn options_that_differ_between_ranks_are_named_on_all() {
     let cases: [(&str, Set, [&str; 2]); 24] = [
         ("num_classes", |o| o.num_classes = 11, ["10", "11"]),
@@ -243,7 +249,8 @@ fn a_workspace_limit_is_each_ranks_own() {
 fn a_head_too_large_for_memory_is_an_error_on_every_rank() {
     on_ranks(2, |place| {
         let device = Device::cpu(1);
-        let mut options = head_options(1 << 44, 512, 8);
+        // 2^31 rows of 2^18 bytes on each rank: no address space has that much.
+        let mut options = head_options(1 << 32, 1 << 16, 8);
         options.sample_rate = 0.0;
         let refused = Head::create(&device, &place.comm, &options).map(|_| ());
         assert_refused(&format!("rank {}", place.rank), refused, Status::OutOfMemory, &["bytes"]);
