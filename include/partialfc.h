@@ -656,7 +656,7 @@ pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batc
 
 // Gives the ids that the next sample consists of instead of a draw; positives missing from it are
 // added. Not collective. They are used up once a step's labels were good, whatever becomes of
-// that step. Replicated heads with sample_rate 1 take none.
+// that step.
 //
 // @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks,
 //   checked in forward); copied

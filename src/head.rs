@@ -13,8 +13,8 @@
 //!
 //! What happens to numbers is the device's part, what travels between ranks the communicator's; this file knows neither, only their
 //! order. The ranks exchange, for a sharded head, exactly: (A) an all-gather of {status, step, batch, labels}; (B) an all-gather of E,
-//! padded to the largest batch; (C) an all-reduce of the row sums; (D) a reduce-scatter of dE. A replicated head has A (with labels
-//! only where the common sample needs them), an all-reduce of its loss and statuses, and one of dW.
+//! padded to the largest batch; (C) an all-reduce of the row sums; (D) a reduce-scatter of dE. A replicated head has A, an all-reduce
+//! of its losses and statuses, and one of dW.
 //!
 //! A rank that fails still takes part in what its peers have begun, so that all hear of it and none waits.
 
@@ -160,11 +160,6 @@ impl Head {
     pub fn set_sample(&mut self, ids: &[i64]) -> Result<()> {
         self.usable()?;
         let (rank, shard) = (self.rank(), self.shard);
-        ensure!(
-            self.options.gathers_labels(),
-            InvalidArgument,
-            "a replicated head with sample_rate 1 takes all classes; set sample_rate below 1 to give ids (on rank {rank})"
-        );
         for (i, &id) in ids.iter().enumerate() {
             ensure!(
                 shard.contains(id),

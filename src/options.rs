@@ -118,11 +118,6 @@ impl HeadOptions {
         Ok(())
     }
 
-    /// Whether the ranks need each other's labels: not where every rank holds all classes and uses all of them.
-    pub fn gathers_labels(&self) -> bool {
-        self.placement == Placement::Sharded || self.sample_rate < 1.0
-    }
-
     /// The range of classes of a rank.
     pub fn shard(&self, ranks: u32, rank: u32) -> Shard {
         match self.placement {

@@ -43,7 +43,7 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     let shard = options.shard(ranks, 0);
     let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));
     let gathered = options.gather_dtype.unwrap_or(DType::F32).size() as u64;
-    let labels = 8 * label_block(options.gathers_labels(), options.max_batch) as u64;
+    let labels = 8 * label_block(options.max_batch) as u64;
     let traffic = match options.placement {
         Placement::Sharded => StepTraffic {
             labels,

@@ -1,11 +1,12 @@
 //! What the ranks tell each other in a step: the layouts of the blocks, and the verdict every rank reaches from them alike.
 //!
-//! A, before any work: {status, samples drawn, updates done, batch} and the labels (or, where labels are not gathered, the place of a bad one).
+//! A, before any work: {status, samples drawn, updates done, batch, labels[max_batch]}. Replicated heads with sample_rate 1 need no one
+//! else's labels, but a caller's sample and a verdict on all labels do.
 //! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
 //! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample} of each rank.
 
 use crate::comm::remote;
-use crate::{error, Error, Result, Status};
+use crate::{error, Error, Result};
 
 /// Where a rank is: samples drawn and updates done. Ranks that differ in either have not made the same calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +17,6 @@ pub struct Step {
 
 /// Elements before the labels in a block of A.
 pub(crate) const HEADER: usize = 4;
-/// Where labels are not gathered, two elements tell of a bad one: its row and its value.
-pub(crate) const BAD_LABEL: usize = 2;
 /// Elements of C beside the two for each row.
 pub(crate) const TOTALS: usize = 4;
 /// Elements of a replicated head's sums beside those of each rank.
@@ -26,33 +25,21 @@ pub(crate) const REPLICATED_TOTALS: usize = 4;
 pub(crate) const REPLICATED_SLOT: usize = 3;
 
 /// Elements of one rank's block of A.
-pub(crate) fn label_block(gathers_labels: bool, max_batch: u64) -> usize {
-    HEADER + if gathers_labels { max_batch as usize } else { BAD_LABEL }
+pub(crate) fn label_block(max_batch: u64) -> usize {
+    HEADER + max_batch as usize
 }
 
 /// Fills a block of A for a rank that can take the step.
-pub(crate) fn pack_labels(block: &mut [i64], step: Step, labels: &[i64], gathered: bool) {
+pub(crate) fn pack_labels(block: &mut [i64], step: Step, labels: &[i64]) {
     block.fill(0);
     (block[1], block[2], block[3]) = (step.samples as i64, step.updates as i64, labels.len() as i64);
-    if gathered {
-        block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
-    }
+    block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
 }
 
-/// Fills a block of A for a rank that cannot; `bad` is the row and the value of a label, where that is why.
-pub(crate) fn pack_failure(block: &mut [i64], step: Step, cause: &Error, bad: Option<(usize, i64)>) {
-    block.fill(0);
+/// Fills a block of A for a rank that cannot.
+pub(crate) fn pack_failure(block: &mut [i64], step: Step, cause: &Error) {
+    pack_labels(block, step, &[]);
     block[0] = cause.status as i64;
-    (block[1], block[2]) = (step.samples as i64, step.updates as i64);
-    if let Some((row, label)) = bad {
-        block[HEADER] = row as i64;
-        block[HEADER + 1] = label;
-    }
-}
-
-/// The error of a label that is no class, as every rank words it.
-pub(crate) fn bad_label(row: usize, label: i64, rank: usize, num_classes: u64) -> Error {
-    error!(Label, "labels[{row}] is {label} on rank {rank}; a label is 0 to {} or ignore_label", num_classes - 1)
 }
 
 /// The error of an embedding that is NaN or infinite.
@@ -75,21 +62,14 @@ pub(crate) fn judge_labels(
     own: Option<&Error>,
     num_classes: u64,
     ignore_label: Option<i64>,
-    gathered: bool,
 ) -> Result<Vec<usize>> {
     let length = blocks.len() / ranks;
     let block = |r: usize| &blocks[r * length..(r + 1) * length];
-    if let Some(own) = own.filter(|own| own.status != Status::Label) {
+    if let Some(own) = own {
         return Err(own.clone());
     }
-    for r in 0..ranks {
-        match block(r)[0] {
-            0 => {}
-            code if code == Status::Label as i64 => {
-                return Err(bad_label(block(r)[HEADER] as usize, block(r)[HEADER + 1], r, num_classes));
-            }
-            code => return Err(remote(r, code)),
-        }
+    if let Some(failed) = (0..ranks).find(|&r| block(r)[0] != 0) {
+        return Err(remote(failed, block(failed)[0]));
     }
     for r in 1..ranks {
         let (first, other) = (block(0), block(r));
@@ -105,20 +85,15 @@ pub(crate) fn judge_labels(
         }
     }
     let batches: Vec<usize> = (0..ranks).map(|r| block(r)[3] as usize).collect();
-    if gathered {
-        for (r, &batch) in batches.iter().enumerate() {
-            let labels = &block(r)[HEADER..HEADER + batch];
-            if let Some((row, label)) = find_bad_label(labels, num_classes, ignore_label) {
-                return Err(bad_label(row, label, r, num_classes));
-            }
+    let wrong = |label: i64| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label);
+    for (r, &batch) in batches.iter().enumerate() {
+        let labels = &block(r)[HEADER..HEADER + batch];
+        if let Some(row) = labels.iter().position(|&label| wrong(label)) {
+            let (label, last) = (labels[row], num_classes - 1);
+            return Err(error!(Label, "labels[{row}] is {label} on rank {r}; a label is 0 to {last} or ignore_label"));
         }
     }
     Ok(batches)
-}
-
-/// The first label that is neither a class nor ignored.
-pub(crate) fn find_bad_label(labels: &[i64], num_classes: u64, ignore_label: Option<i64>) -> Option<(usize, i64)> {
-    labels.iter().copied().enumerate().find(|&(_, label)| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label))
 }
 
 /// In C only sums arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.

@@ -228,7 +228,7 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 }
 
 /// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
-/// used up once a step's labels were good, whatever becomes of that step. Replicated heads with sample_rate 1 take none.
+/// used up once a step's labels were good, whatever becomes of that step.
 ///
 /// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied
 /// @param count ids

@@ -249,8 +249,8 @@ fn a_workspace_limit_is_each_ranks_own() {
 fn a_head_too_large_for_memory_is_an_error_on_every_rank() {
     on_ranks(2, |place| {
         let device = Device::cpu(1);
-        // 2^31 rows of 2^18 bytes on each rank: no address space has that much.
-        let mut options = head_options(1 << 32, 1 << 16, 8);
+        // 2^50 bytes of class centres on each rank: beyond any address space, however freely a machine hands out memory.
+        let mut options = head_options(2 * u64::from(u32::MAX), 1 << 16, 8);
         options.sample_rate = 0.0;
         let refused = Head::create(&device, &place.comm, &options).map(|_| ());
         assert_refused(&format!("rank {}", place.rank), refused, Status::OutOfMemory, &["bytes"]);

@@ -128,11 +128,8 @@ fn pfc_head_step_gives_the_bits_of_the_three_calls() {
 
 /// Gives the caller's sample of a step: the draw moves on with every forward, so that an abandoned step would change later ones.
 fn give_sample(head: &mut Head, options: &HeadOptions, step: usize) {
-    if options.sample_rate == 1.0 {
-        return; // all classes, always
-    }
     let (first, count) = head.shard();
-    let kept = (first..first + count).filter(|class| (class + step as u64).is_multiple_of(3));
+    let kept = (first..first + count).filter(|class| options.sample_rate == 1.0 || (class + step as u64).is_multiple_of(3));
     head.set_sample(&kept.map(|class| class as i64).collect::<Vec<_>>()).expect("a sample");
 }
 

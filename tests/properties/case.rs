@@ -282,8 +282,6 @@ fn cases_of(
         let (loss_weight, loss_scale, gradient_scale) = factors;
         let (calls, steps, peek, threads, workspace_limit) = run;
         let classes = classes.max(batches.len());
-        // The ranks of such a head do not know each other's positives.
-        let takes_samples = placement == Placement::Sharded || rate < 1.0;
         // pfc_head_step has no weights.
         let (loss_weight, loss_scale) = if calls == Calls::Step { (1.0, 1.0) } else { (loss_weight, loss_scale) };
         Case {
@@ -293,7 +291,7 @@ fn cases_of(
             batches,
             placement,
             rate,
-            given_sample: given_sample && takes_samples,
+            given_sample,
             scale,
             m1,
             m2,

@@ -71,8 +71,8 @@ pub(super) struct Draft {
     pub batches: Vec<usize>,
     /// Labels of the rows this rank computes: all ranks' rows (sharded) or its own (replicated).
     pub labels: Vec<i64>,
-    /// Labels of all ranks where they are gathered, this rank's elsewhere.
-    pub known_labels: Vec<i64>,
+    /// Labels of all ranks.
+    all_labels: Vec<i64>,
     /// This rank's first row among those it computes.
     pub first_row: usize,
     pub sample: Sample,
@@ -84,25 +84,24 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// From what A gathered: `labels` of all ranks in turn, or this rank's own where they are not gathered.
-    pub fn new(options: &HeadOptions, rank: usize, batches: Vec<usize>, known_labels: Vec<i64>) -> Draft {
+    /// From what A gathered: the labels of all ranks in turn.
+    pub fn new(options: &HeadOptions, rank: usize, batches: Vec<usize>, all_labels: Vec<i64>) -> Draft {
         let before: usize = batches[..rank].iter().sum();
         let (labels, first_row) = match options.placement {
-            Placement::Sharded => (known_labels.clone(), before),
-            Placement::Replicated if options.gathers_labels() => (known_labels[before..before + batches[rank]].to_vec(), 0),
-            Placement::Replicated => (known_labels.clone(), 0),
+            Placement::Sharded => (all_labels.clone(), before),
+            Placement::Replicated => (all_labels[before..before + batches[rank]].to_vec(), 0),
         };
         let valid_rows = labels.iter().filter(|&&label| Some(label) != options.ignore_label).count();
-        Draft { batches, labels, known_labels, first_row, valid_rows, ..Draft::default() }
+        Draft { batches, labels, all_labels, first_row, valid_rows, ..Draft::default() }
     }
 
-    /// The shard's classes among the known labels: ascending, each once.
+    /// The shard's classes among the labels: ascending, each once.
     pub fn positives(&self, shard: Shard) -> Result<Vec<i64>> {
         let mut positives = Vec::new();
         positives
-            .try_reserve_exact(self.known_labels.len())
-            .map_err(|_| error!(OutOfMemory, "positives: {} bytes are not to be had", 8 * self.known_labels.len()))?;
-        positives.extend(self.known_labels.iter().copied().filter(|&label| shard.contains(label)));
+            .try_reserve_exact(self.all_labels.len())
+            .map_err(|_| error!(OutOfMemory, "positives: {} bytes are not to be had", 8 * self.all_labels.len()))?;
+        positives.extend(self.all_labels.iter().copied().filter(|&label| shard.contains(label)));
         positives.sort_unstable();
         positives.dedup();
         Ok(positives)

@@ -102,7 +102,7 @@ impl CpuHead {
         let sharded = options.placement == Placement::Sharded;
         let (ranks, max_batch) = (spec.ranks as usize, options.max_batch as usize);
         let gather_dtype = options.gather_dtype.unwrap_or(DType::F32);
-        let label_block = protocol::label_block(options.gathers_labels(), options.max_batch);
+        let label_block = protocol::label_block(options.max_batch);
         let exchanged = |elements: usize| if sharded { elements } else { 0 };
         let table = Table::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         let head = CpuHead {
@@ -272,26 +272,17 @@ impl CpuHead {
 
 impl HeadDevice for CpuHead {
     fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
-        let options = &self.spec.options;
-        let gathered = options.gathers_labels();
         self.next = None;
         self.own_labels.clear();
         self.own_failure = None;
-        let mut bad = None;
         match labels {
             // SAFETY: the caller of the head's entry gave this many labels of its host memory.
             Ok(labels) => self.own_labels.extend_from_slice(unsafe { labels.as_slice() }),
             Err(error) => self.own_failure = Some(error),
         }
-        if !gathered {
-            bad = protocol::find_bad_label(&self.own_labels, options.num_classes, options.ignore_label);
-            if let Some((row, label)) = bad {
-                self.own_failure = Some(protocol::bad_label(row, label, self.spec.rank as usize, options.num_classes));
-            }
-        }
         match &self.own_failure {
-            Some(cause) => protocol::pack_failure(&mut self.labels_send, step, cause, bad),
-            None => protocol::pack_labels(&mut self.labels_send, step, &self.own_labels, gathered),
+            Some(cause) => protocol::pack_failure(&mut self.labels_send, step, cause),
+            None => protocol::pack_labels(&mut self.labels_send, step, &self.own_labels),
         }
         Exchange {
             send: self.labels_send.as_ptr().cast(),
@@ -304,22 +295,16 @@ impl HeadDevice for CpuHead {
 
     fn judge_labels(&mut self) -> Result<()> {
         let options = &self.spec.options;
-        let gathered = options.gathers_labels();
         let batches = protocol::judge_labels(
             &self.labels_recv,
             self.spec.ranks as usize,
             self.own_failure.as_ref(),
             options.num_classes,
             options.ignore_label,
-            gathered,
         )?;
-        let known = if gathered {
-            let blocks = self.labels_recv.chunks_exact(self.labels_send.len());
-            blocks.zip(&batches).flat_map(|(block, &batch)| block[HEADER..HEADER + batch].iter().copied()).collect()
-        } else {
-            self.own_labels.clone()
-        };
-        self.next = Some(Draft::new(options, self.spec.rank as usize, batches, known));
+        let blocks = self.labels_recv.chunks_exact(self.labels_send.len());
+        let labels = blocks.zip(&batches).flat_map(|(block, &batch)| block[HEADER..HEADER + batch].iter().copied()).collect();
+        self.next = Some(Draft::new(options, self.spec.rank as usize, batches, labels));
         Ok(())
     }
 
