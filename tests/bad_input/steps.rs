@@ -305,3 +305,23 @@ fn a_wrong_gradient_matrix_on_one_rank_is_that_ranks_alone() {
         );
     }
 }
+
+/// What a rank finds wrong after the labels have gone round is told in the sums, whose size is this step's, not the last one's.
+#[test]
+fn a_fault_after_a_prepare_of_another_size_is_told_to_all() {
+    works_on(|head, place, what| {
+        let (large, small) = (batch(place, 3 * (place.rank + 1)), batch(place, 2));
+        head.forward(&mut large.rows(DIM), Some(&large.labels)).expect("a larger step");
+        head.prepare(&small.labels).expect("a smaller one prepared");
+        // Rank 1 comes with a row too many.
+        let outcome = match place.rank {
+            1 => head.forward(&mut batch(place, 3).rows(DIM), None),
+            _ => head.forward(&mut small.rows(DIM), None),
+        };
+        match place.rank {
+            1 => assert_refused(what, outcome, Status::InvalidArgument, &["embeddings", "3", "2"]),
+            _ => assert_refused(what, outcome, Status::Remote, &["rank 1"]),
+        };
+        head.metrics().expect("figures of what was left");
+    });
+}
