@@ -162,9 +162,9 @@ fn fail_in_step(options: &HeadOptions, at: i64, hangs: bool, timeout_ms: u64) ->
     let (comms, carriers) = group(3, hangs);
     let carriers = addresses(&carriers);
     on_comms(comms, |place| {
-        place.comm.set_timeout(timeout_ms);
         let mut head = Head::new(&Device::cpu(1), &place.comm, options);
         place.comm.barrier().expect("all are there");
+        place.comm.set_timeout(timeout_ms);
         // SAFETY: the communicator, which the head holds, keeps the carrier alive.
         let carrier = unsafe { &*(carriers[place.rank] as *const Carrier) };
         if place.rank == 1 {
@@ -217,9 +217,9 @@ fn a_function_that_returns_a_code_is_comm_with_its_text_and_poisons() {
 fn a_function_that_never_returns_is_timeout_on_all_ranks_and_poisons() {
     for options in placements() {
         for at in 0..operations(&options) {
-            for (rank, failure) in fail_in_step(&options, at, true, 300).into_iter().enumerate() {
+            for (rank, failure) in fail_in_step(&options, at, true, 500).into_iter().enumerate() {
                 let what = format!("{:?} operation {at} rank {rank}", options.placement);
-                assert_refused::<()>(&what, Err(failure), Status::Timeout, &["300 ms"]);
+                assert_refused::<()>(&what, Err(failure), Status::Timeout, &["500 ms"]);
             }
         }
     }

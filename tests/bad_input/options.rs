@@ -174,6 +174,12 @@ fn fewer_classes_than_ranks_cannot_be_sharded() {
 }
 
 #[test]
+fn more_classes_than_a_rank_can_number_are_refused() {
+    let refused = Head::create(&Device::cpu(1), &Comm::solo(), &head_options(1 << 32, 4, 8)).map(|_| ());
+    assert_refused("2^32 rows", refused, Status::InvalidArgument, &["num_classes", "4294967296", "4294967295"]);
+}
+
+#[test]
 fn options_that_differ_between_ranks_are_named_on_all() {
     let cases: [(&str, Set, [&str; 2]); 24] = [
         ("num_classes", |o| o.num_classes = 11, ["10", "11"]),

@@ -1,12 +1,13 @@
 //! Rows and class centres asked for or written where there are none.
 
+use partialfc::matrix::DType;
+use partialfc::options::HeadOptions;
 use partialfc::Status;
 
 use crate::assert_refused;
 use crate::common::ffi::{options, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
 use crate::common::ranks::on_ranks;
 use crate::common::training::ADAMW;
-use partialfc::options::HeadOptions;
 
 #[test]
 fn rows_outside_the_shard_are_refused() {
@@ -101,5 +102,21 @@ fn large_finite_embeddings_are_used_or_refused_but_not_lost() {
                 Err(failure) => assert_eq!(failure.status, Status::NotFinite as i32, "size {size:e}: {failure:?}"),
             }
         }
+    });
+}
+
+#[test]
+fn an_embedding_too_large_to_travel_in_f16_is_named_on_all_ranks() {
+    on_ranks(2, |place| {
+        let options = HeadOptions { gather_dtype: Some(DType::F16), ..options(5, 3, 2) };
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let mut rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
+        if place.rank == 1 {
+            rows[4] = 70_000.0;
+        }
+        let refused = head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2]));
+        assert_refused(&format!("rank {}", place.rank), refused, Status::NotFinite, &["row 1", "rank 1"]);
+        rows[4] = 60_000.0;
+        head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2])).expect("f16 holds it");
     });
 }

@@ -126,11 +126,11 @@ fn pfc_head_step_gives_the_bits_of_the_three_calls() {
     }
 }
 
-/// The caller's sample of a step: the draw moves on with every forward, so that an abandoned step would change later ones.
-fn given_sample(head: &Head, options: &HeadOptions, step: usize) -> Vec<i64> {
+/// Gives the caller's sample of a step: the draw moves on with every forward, so that an abandoned step would change later ones.
+fn give_sample(head: &mut Head, options: &HeadOptions, step: usize) {
     let (first, count) = head.shard();
-    let kept = |class: &u64| options.sample_rate == 1.0 || (class + step as u64).is_multiple_of(3);
-    (first..first + count).filter(kept).map(|class| class as i64).collect()
+    let kept = (first..first + count).filter(|class| options.sample_rate == 1.0 || (class + step as u64).is_multiple_of(3));
+    head.set_sample(&kept.map(|class| class as i64).collect::<Vec<_>>()).expect("a sample");
 }
 
 #[test]
@@ -144,16 +144,14 @@ fn abandoned_steps_leave_nothing_behind() {
                 for step in 0..7 {
                     if abandoning && step % 2 == 1 {
                         // Another batch and another sample, forwarded, and in every second case backwarded, then left.
-                        let ids = given_sample(&head, &options, step + 1);
-                        head.set_sample(&ids).expect("a sample");
+                        give_sample(&mut head, &options, step + 1);
                         let other = Batch::draw(&options, place.rank, 100 + step, 5);
                         head.forward(&mut other.rows(head.dim), Some(&other.labels)).expect("forward");
                         if step % 4 == 1 {
                             head.backward(3.0, 128.0, &mut Rows::output(5, head.dim)).expect("backward");
                         }
                     }
-                    let ids = given_sample(&head, &options, step);
-                    head.set_sample(&ids).expect("a sample");
+                    give_sample(&mut head, &options, step);
                     train_step(&mut head, place, &options, step, &mut trace);
                 }
                 trace.saw_rows(&mut head, &options);
@@ -205,9 +203,8 @@ fn without_update_the_class_centres_stay() {
             let start = head.centers();
             let mut losses = Vec::new();
             for _ in 0..3 {
-                // Every class takes part, so that the same batch has the same loss as long as nothing moves.
-                let (first, count) = head.shard();
-                head.set_sample(&(first as i64..(first + count) as i64).collect::<Vec<_>>()).expect("a sample");
+                // The same sample, so that the same batch has the same loss as long as nothing moves.
+                give_sample(&mut head, &options, 0);
                 let batch = Batch::draw(&options, place.rank, 0, 7);
                 losses.push(head.forward(&mut batch.rows(head.dim), Some(&batch.labels)).expect("forward"));
                 head.backward(1.0, 1.0, &mut Rows::output(7, head.dim)).expect("backward");

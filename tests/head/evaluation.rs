@@ -85,6 +85,19 @@ fn metrics_are_those_of_the_reference() {
     }
 }
 
+#[test]
+fn metrics_before_any_step_are_zeros() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        on_ranks(2, |place| {
+            let mut head = Head::new(&Device::cpu(1), &place.comm, &HeadOptions { placement, ..options(10, 4, 3) });
+            let m = head.metrics().expect("metrics");
+            assert_eq!((m.updates, m.samples, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
+            let figures = [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm];
+            assert_eq!(figures, [0.0; 5], "{placement:?}");
+        });
+    }
+}
+
 /// Cosines of a row with all class centres; 0 where either has no direction.
 fn cosines(query: &[f32], centers: &[f32]) -> Vec<f64> {
     let query = widen(query);
