@@ -195,14 +195,15 @@ typedef struct pfc_head_options {
   double beta1;
   // AdamW. (default: 0.999)
   double beta2;
-  // AdamW. (default: 1e-8)
+  // AdamW: 1e-30 to 1e30. (default: 1e-8)
   double epsilon;
   // Multiplies the embeddings' gradient; the number of ranks for a trainer that averages gradients
   // over ranks. (default: 1)
   double gradient_scale;
   // Standard deviation of the class centres' start values. (default: 0.01)
   double init_std;
-  // Rows with this label count for nothing and may hold NaN. (default: INT64_MIN, none)
+  // Rows with this label count for nothing and may hold NaN; no class id. (default: INT64_MIN,
+  // none)
   int64_t ignore_label;
   // PFC_PRECISION_*. (default: auto)
   int32_t precision;

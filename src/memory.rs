@@ -8,8 +8,10 @@ use crate::{ensure, error, Result};
 
 /// Wide enough for any vector load and for whole cache lines.
 const ALIGNMENT: usize = 64;
-/// A huge page; from here on an allocation is worth some.
+/// What the system gives at once where it gives huge pages.
 const HUGE_PAGE: usize = 2 << 20;
+/// From here on an allocation is worth huge pages: the last one is not full.
+const MAPPED: usize = 8 * HUGE_PAGE;
 
 /// A zeroed array of plain numbers. Pages that are never touched cost nothing.
 pub struct Buffer<T: Plain> {
@@ -91,7 +93,7 @@ fn small_layout(bytes: usize) -> Layout {
 /// Zeros, aligned to [`ALIGNMENT`]; NULL where there are none. `bytes` is not 0.
 fn allocate(bytes: usize) -> *mut u8 {
     #[cfg(target_os = "linux")]
-    if bytes >= HUGE_PAGE {
+    if bytes >= MAPPED {
         let length = bytes.next_multiple_of(HUGE_PAGE);
         // Mapped, not malloc'ed: rows are read at random, and with 4 KiB pages the TLB misses cost more than the bytes, so the hint
         // must come before the first touch; and the threads that fill the pages are then those that touch them first.
@@ -114,7 +116,7 @@ fn allocate(bytes: usize) -> *mut u8 {
 /// `data` is from `allocate(bytes)`.
 unsafe fn release(data: *mut u8, bytes: usize) {
     #[cfg(target_os = "linux")]
-    if bytes >= HUGE_PAGE {
+    if bytes >= MAPPED {
         libc::munmap(data.cast(), bytes.next_multiple_of(HUGE_PAGE));
         return;
     }

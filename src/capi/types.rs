@@ -127,13 +127,13 @@ pub struct pfc_head_options {
     pub beta1: f64,
     /// AdamW. (default: 0.999)
     pub beta2: f64,
-    /// AdamW. (default: 1e-8)
+    /// AdamW: 1e-30 to 1e30. (default: 1e-8)
     pub epsilon: f64,
     /// Multiplies the embeddings' gradient; the number of ranks for a trainer that averages gradients over ranks. (default: 1)
     pub gradient_scale: f64,
     /// Standard deviation of the class centres' start values. (default: 0.01)
     pub init_std: f64,
-    /// Rows with this label count for nothing and may hold NaN. (default: INT64_MIN, none)
+    /// Rows with this label count for nothing and may hold NaN; no class id. (default: INT64_MIN, none)
     pub ignore_label: i64,
     /// PFC_PRECISION_*. (default: auto)
     pub precision: i32,
