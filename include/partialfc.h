@@ -354,9 +354,9 @@ void pfc_device_free(pfc_device *device);
 // One rank's end of a group of ranks.
 //
 // All ranks call the same collectives in the same order. A failure of one ends the communicator:
-// the other ranks get it at once where they can be told (ABORTED, naming the cause), later
-// collectives get ABORTED. That holds for a wrong argument too, since the other ranks are waiting
-// by then.
+// the other ranks get it at once where they can be told (ABORTED, TIMEOUT, MISMATCH or COMM,
+// naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since
+// the other ranks are waiting by then.
 typedef struct pfc_comm pfc_comm;
 
 // A communicator made of the caller's functions, for pfc_comm_custom. Fill with
@@ -516,8 +516,9 @@ pfc_status pfc_comm_barrier(pfc_comm *comm);
 //
 // Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows
 // that the ranks have for it. Sums are float32 in a fixed order, rounded once to the type of
-// rows_out. The outputs may be the inputs. In this version all memory is the host's. An error in
-// the arguments leaves the outputs alone and the communicator in use.
+// rows_out. The outputs may be the inputs (the same data, dtype and row_stride), or lie apart
+// from them. In this version all memory is the host's. An error in the arguments leaves the
+// outputs alone and the communicator in use.
 //
 // @param comm the ranks
 // @param device where the rows live
@@ -560,9 +561,12 @@ void pfc_comm_free(pfc_comm *comm);
 // pfc_head_step, which is all three. pfc_head_prepare may begin a step early, pfc_head_set_sample
 // replaces its draw. Without pfc_head_update the class centres stay as they are.
 //
-// LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY leave the head usable and nothing
-// updated; the other ranks get the same status, or REMOTE. After COMM, TIMEOUT, DEVICE or PANIC,
-// or a failure inside an update, the head is POISONED and its communicator aborted: free both.
+// LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY in pfc_head_prepare, _forward and _step
+// leave the head usable and nothing updated; the other ranks get the same status, or REMOTE.
+// pfc_head_backward and _update have no message for a rank's own mistake: it is that rank's
+// alone, and ranks that then differ in their steps get MISMATCH in the next one. After that,
+// after COMM, TIMEOUT, ABORTED, DEVICE or PANIC, or a failure inside an update, the head is
+// POISONED and its communicator aborted: free both.
 
 #define PFC_STATE_MOMENTUM 1       // SGD: m. AdamW: the first moment.
 #define PFC_STATE_SECOND_MOMENT 2  // AdamW: the second moment.
@@ -963,7 +967,8 @@ pfc_status pfc_plan(const pfc_head_options *options, uint32_t ranks, uint64_t ba
 #define PFC_LOG_DEBUG 4  // One line for each phase.
 
 // Receives a log line: level is PFC_LOG_*, message is valid for the call only. Called from any
-// thread, under no lock of the caller's.
+// thread; must not call pfc_ functions on handles. It may still be running on another thread when
+// pfc_set_log has replaced it: what user points to stays.
 typedef void (*pfc_log_fn)(void *user, int32_t level, const char *message);
 
 // Sends log lines up to a level to a function; the library is silent until this is called. Any

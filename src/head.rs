@@ -143,9 +143,9 @@ impl Head {
     /// Makes every later call fail, and tells the other ranks.
     pub fn poison(&mut self, cause: &Error) {
         if self.poisoned.is_none() {
-            log::error!("rank {}: head poisoned: {cause}", self.rank());
             self.poisoned = Some(cause.clone());
             self.comm.abort(cause);
+            log::error!("rank {}: head poisoned: {cause}", self.rank());
         }
     }
 
@@ -292,7 +292,13 @@ impl Head {
         let block = self.rows.pack_labels(step, labels.map_err(|error| on_rank(&error, self.comm.rank())));
         let gathered = block.all_gather(&self.comm);
         self.survive(gathered)?;
-        self.rows.judge_labels()?;
+        if let Err(error) = self.rows.judge_labels() {
+            // Ranks that have not made the same calls never come together again.
+            if error.status == Status::Mismatch {
+                self.poison(&error);
+            }
+            return Err(error);
+        }
         self.seconds.gather = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let chosen = self.chosen.take();

@@ -117,13 +117,14 @@ fn deadlines_that_race_with_arrivals_give_one_verdict() {
             let send: Vec<i64> = (0..COUNT).map(|i| sample(rank.rank(), i)).collect();
             let mut recv = vec![0; COUNT];
             let outcome = rank.all_reduce(&send, &mut recv, PFC_SUM).map_err(|(status, _)| status);
-            let result = recv.clone();
-            // Both freed: a peer still at work would read or write freed memory.
-            drop((send, recv));
-            (outcome, result)
+            // Overwritten at once: a peer still at work would read this instead. What it writes late is seen when all have returned.
+            let mut send = send;
+            send.fill(-1);
+            (outcome, recv, send)
         });
         let verdict = outcomes[0].0;
-        for (outcome, result) in outcomes {
+        for (outcome, result, send) in outcomes {
+            assert!(send.iter().all(|&x| x == -1), "round {round}: an input was written to");
             assert_eq!(outcome, verdict, "round {round}");
             match outcome {
                 Ok(()) => assert!(result.iter().enumerate().all(|(i, &sum)| sum == reduced(3, i, PFC_SUM)), "round {round}"),
@@ -135,7 +136,7 @@ fn deadlines_that_race_with_arrivals_give_one_verdict() {
         }
         *(if verdict.is_ok() { &mut begun } else { &mut missed }) += 1;
     }
-    assert!(begun + missed == 300 && missed > 0, "{begun} begun, {missed} missed");
+    assert!(begun > 0 && missed > 0, "{begun} begun, {missed} missed");
 }
 
 #[test]
@@ -371,7 +372,7 @@ fn a_forked_child_is_refused() {
             for _ in 0..20 {
                 in_a_forked_child(|| unsafe {
                     let refused = [&rank, &ranks[0]].map(|rank| pfc_comm_barrier(rank.handle())) == [PFC_ERROR_FORKED; 2];
-                    pfc_comm_abort(ranks[0].handle());
+                    let refused = refused && pfc_comm_abort(ranks[0].handle()) == PFC_ERROR_FORKED;
                     pfc_comm_free(ranks[0].handle());
                     pfc_comm_free(rank.handle());
                     refused

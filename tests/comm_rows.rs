@@ -247,6 +247,8 @@ fn matrices_that_do_not_fit_are_refused() {
         (pfc_matrix { dtype: PFC_F64, ..good }, good, 3, "rows.dtype"),
         (pfc_matrix { row_stride: 1, ..good }, good, 3, "rows.row_stride is 1"),
         (pfc_matrix { data: std::ptr::null_mut(), ..good }, good, 3, "rows.data is NULL"),
+        (good, pfc_matrix { dtype: PFC_BF16, ..good }, 3, "rows_out overlaps rows in another place, dtype or row_stride on rank 0"),
+        (good, pfc_matrix { row_stride: 3, rows: 2, ..good }, 2, "rows_out overlaps rows"),
     ];
     for (rows, out, capacity, text) in cases {
         assert_failed(&call(&rows, &out, capacity), PFC_ERROR_INVALID_ARGUMENT, &[text]);

@@ -28,7 +28,7 @@ pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 /// One rank's end of a group of ranks.
 ///
 /// All ranks call the same collectives in the same order. A failure of one ends the communicator: the other ranks get it at once
-/// where they can be told (ABORTED, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since
+/// where they can be told (ABORTED, TIMEOUT, MISMATCH or COMM, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since
 /// the other ranks are waiting by then.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
@@ -349,7 +349,8 @@ pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
 /// Sums sampled gradient rows over the ranks by class id. Collective; blocks.
 ///
 /// Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows that the ranks have for it. Sums are
-/// float32 in a fixed order, rounded once to the type of rows_out. The outputs may be the inputs. In this version all memory is the
+/// float32 in a fixed order, rounded once to the type of rows_out. The outputs may be the inputs (the
+/// same data, dtype and row_stride), or lie apart from them. In this version all memory is the
 /// host's. An error in the arguments leaves the outputs alone and the communicator in use.
 ///
 /// @param comm the ranks
@@ -436,7 +437,9 @@ fn reduction(
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_traffic(comm: *const pfc_comm, out: *mut pfc_traffic) -> pfc_status {
     boundary(|| {
-        let traffic = required("comm", comm)?.comm.traffic();
+        let comm = &required("comm", comm)?.comm;
+        comm.own_process()?;
+        let traffic = comm.traffic();
         let calls = |op: Operation| traffic.calls[op as usize];
         let bytes = |op: Operation| traffic.bytes[op as usize];
         *output("out", out)? = pfc_traffic {
@@ -459,7 +462,11 @@ pub unsafe extern "C" fn pfc_comm_traffic(comm: *const pfc_comm, out: *mut pfc_t
 /// @param timeout_ms milliseconds, at least 1 (default: 600000)
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_set_timeout(comm: *mut pfc_comm, timeout_ms: u64) -> pfc_status {
-    boundary(|| required("comm", comm)?.comm.set_timeout(Duration::from_millis(timeout_ms)))
+    boundary(|| {
+        let comm = &required("comm", comm)?.comm;
+        comm.own_process()?;
+        comm.set_timeout(Duration::from_millis(timeout_ms))
+    })
 }
 
 /// Ends the communicator: running and later operations fail with ABORTED on every rank that can be told. From any thread.
@@ -467,6 +474,7 @@ pub unsafe extern "C" fn pfc_comm_set_timeout(comm: *mut pfc_comm, timeout_ms: u
 pub unsafe extern "C" fn pfc_comm_abort(comm: *const pfc_comm) -> pfc_status {
     boundary(|| {
         let comm = &required("comm", comm)?.comm;
+        comm.own_process()?;
         comm.abort(&error!(Aborted, "pfc_comm_abort was called on rank {}", comm.rank()));
         Ok(())
     })

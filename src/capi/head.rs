@@ -4,9 +4,10 @@
 //! pfc_head_prepare may begin a step early, pfc_head_set_sample replaces its draw. Without pfc_head_update the class centres stay as
 //! they are.
 //!
-//! LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY leave the head usable and nothing updated; the other ranks get the same
-//! status, or REMOTE. After COMM, TIMEOUT, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator
-//! aborted: free both.
+//! LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY in pfc_head_prepare, _forward and _step leave the head usable and nothing
+//! updated; the other ranks get the same status, or REMOTE. pfc_head_backward and _update have no message for a rank's own mistake: it
+//! is that rank's alone, and ranks that then differ in their steps get MISMATCH in the next one. After that, after COMM, TIMEOUT,
+//! ABORTED, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator aborted: free both.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};

@@ -1,7 +1,7 @@
 //! Where the library's log lines go.
 
 use std::ffi::{c_char, c_void, CString};
-use std::sync::{Once, RwLock};
+use std::sync::{OnceLock, RwLock};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
@@ -20,7 +20,8 @@ pub const PFC_LOG_INFO: i32 = 3;
 /// One line for each phase.
 pub const PFC_LOG_DEBUG: i32 = 4;
 
-/// Receives a log line: level is PFC_LOG_*, message is valid for the call only. Called from any thread, under no lock of the caller's.
+/// Receives a log line: level is PFC_LOG_*, message is valid for the call only. Called from any thread; must not call pfc_ functions
+/// on handles. It may still be running on another thread when pfc_set_log has replaced it: what user points to stays.
 pub type pfc_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, message: *const c_char)>;
 
 struct Sink {
@@ -29,7 +30,8 @@ struct Sink {
 }
 
 static SINK: RwLock<Option<Sink>> = RwLock::new(None);
-static INSTALL: Once = Once::new();
+/// Whether the program's logger is ours.
+static INSTALLED: OnceLock<bool> = OnceLock::new();
 
 struct Forward;
 
@@ -80,9 +82,7 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
                 ))
             }
         };
-        let mut installed = true;
-        INSTALL.call_once(|| installed = log::set_logger(&Forward).is_ok());
-        if !installed {
+        if !INSTALLED.get_or_init(|| log::set_logger(&Forward).is_ok()) {
             return Err(Error::new(Status::Unsupported, "this program has a logger of its own: use that"));
         }
         *SINK.write().unwrap_or_else(|e| e.into_inner()) = function.map(|function| Sink { function, user: user as usize });

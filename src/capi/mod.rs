@@ -1,7 +1,7 @@
 //! The C interface: `include/partialfc.h` is generated from here, one file for each object.
 //!
 //! No logic: an entry checks its pointers, calls the library and turns an error into a status and a text. A wrong argument of a
-//! collective call does not return at once; it is handed on as an error, so that the other ranks hear of it.
+//! call that begins a step does not return at once; it is handed on as an error, so that the other ranks hear of it.
 
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 

@@ -86,11 +86,18 @@ enum Failure {
 
 type Outcome = std::result::Result<(), Failure>;
 
+/// Every rank's block of a handshake is held at once, and an error's sum names ranks below this.
+const LARGEST_GROUP: u32 = 65_534;
+
 impl Custom {
     /// Checks the table. `free` is not called if it is refused.
     pub fn new(ops: CustomOps) -> Result<Custom> {
         let CustomOps { rank, size, flags, .. } = ops;
-        ensure!(size > 0, InvalidArgument, "ops.size is 0 on rank {rank}");
+        ensure!(
+            (1..=LARGEST_GROUP).contains(&size),
+            InvalidArgument,
+            "ops.size is {size} on rank {rank}; it is 1 to {LARGEST_GROUP}"
+        );
         ensure!(rank < size, InvalidArgument, "ops.rank is {rank} of {size} ranks");
         let unknown = flags & !(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED);
         ensure!(unknown == 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: {unknown:#x} is unknown to this library");
@@ -191,7 +198,13 @@ impl Table {
                         self.call_abort();
                     } else {
                         drop(watch);
-                        log::error!("{name} #{sequence} runs beyond its deadline on rank {rank} and ops.abort cannot stop it");
+                        log::error!(
+                            "{name} #{sequence} runs beyond its deadline on rank {rank}; {}",
+                            match self.ops.abort {
+                                Some(_) => "its abort has been called before",
+                                None => "without ops.abort nothing can stop it",
+                            }
+                        );
                     }
                     watch = self.lock();
                 }

@@ -225,7 +225,7 @@ impl Communicator {
         if first {
             *failure = Some(cause.clone());
         }
-        // A log function may call back: not under the lock.
+        // Not under the lock: telling the others and the log may take a while.
         drop(failure);
         self.transport.abort(cause);
         if first {
@@ -325,6 +325,19 @@ impl Communicator {
         unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, std::ptr::null_mut()) }
     }
 
+    /// FORKED in a child of the process that made the communicator.
+    pub fn own_process(&self) -> Result<()> {
+        ensure!(
+            !self.forked(),
+            Forked,
+            "the communicator of rank {} was made in process {}, this is process {}",
+            self.rank(),
+            self.process,
+            std::process::id()
+        );
+        Ok(())
+    }
+
     fn forked(&self) -> bool {
         self.process != std::process::id()
     }
@@ -369,14 +382,7 @@ impl Communicator {
         stream: *mut c_void,
         body: impl FnOnce(&Call) -> Result<()>,
     ) -> Result<()> {
-        ensure!(
-            !self.forked(),
-            Forked,
-            "the communicator of rank {} was made in process {}, this is process {}",
-            self.rank(),
-            self.process,
-            std::process::id()
-        );
+        self.own_process()?;
         let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));

@@ -104,6 +104,16 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     let out = mine.rows_out.rows;
     ensure!(out >= capacity, InvalidArgument, "rows_out.rows is {out}, less than capacity {capacity}, on rank {rank}");
     ensure!(count == 0 || !mine.ids.is_null(), InvalidArgument, "ids is NULL with {count} ids on rank {rank}");
+    // Rows are written from the last to the first: over the inputs that is safe in one layout only.
+    let layout = |m: &Matrix| (m.data, m.dtype, m.row_stride);
+    let range = |m: &Matrix| m.data as usize..m.data as usize + m.rows * m.row_stride * m.dtype.size();
+    let (from, to) = (range(&mine.rows), range(&mine.rows_out));
+    let apart = from.end <= to.start || to.end <= from.start;
+    ensure!(
+        apart || layout(&mine.rows) == layout(&mine.rows_out),
+        InvalidArgument,
+        "rows_out overlaps rows in another place, dtype or row_stride on rank {rank}: it is apart, or the same"
+    );
     if count > 0 {
         let ids = std::slice::from_raw_parts(mine.ids, count);
         if let Some(i) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {

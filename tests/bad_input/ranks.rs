@@ -84,6 +84,7 @@ fn ranks_at_different_steps_are_told_apart() {
         let head = if place.rank == 0 { &mut a } else { &mut b };
         let refused = head.forward(&mut rows, Some(&[1]));
         assert_refused(&format!("rank {}", place.rank), refused, Status::Mismatch, &["step", "rank 1"]);
+        assert_poisoned(&format!("rank {}", place.rank), head, "different steps");
     });
 }
 

@@ -129,9 +129,12 @@ impl Options {
             self.batch,
             self.ranks
         );
-        for rate in self.rates() {
-            ensure!((0.0..=1.0).contains(&rate), "the sample rate {rate} is not between 0 and 1");
+        for (i, rate) in self.rates().iter().enumerate() {
+            ensure!((0.0..=1.0).contains(rate), "the sample rate {rate} is not between 0 and 1");
+            ensure!(!self.rates()[..i].contains(rate), "--compare has the sample rate {rate} twice");
         }
+        let classes = self.classes.unwrap_or(usize::MAX);
+        ensure!(classes >= 2, "--classes is {classes}: telling characters apart takes two at least");
         Ok(())
     }
 
