@@ -344,11 +344,13 @@ void pfc_device_free(pfc_device *device);
 #define PFC_SUM 1  // Sum over the ranks.
 #define PFC_MAX 2  // Largest over the ranks.
 
-// For pfc_comm_ops.flags: the functions take host memory.
+// For pfc_comm_ops.flags: the functions take host memory. Always needed.
 #define PFC_COMM_HOST_MEMORY 1
-// For pfc_comm_ops.flags: the functions take device memory.
+// For pfc_comm_ops.flags: the functions take device memory too, and tell by the pointer which one
+// they have.
 #define PFC_COMM_DEVICE_MEMORY 2
-// For pfc_comm_ops.flags: the functions return once the work is on the stream.
+// For pfc_comm_ops.flags: with device memory the functions return once the work is on the stream.
+// Needs PFC_COMM_DEVICE_MEMORY.
 #define PFC_COMM_STREAM_ORDERED 4
 
 // One rank's end of a group of ranks.
@@ -371,6 +373,14 @@ typedef struct pfc_comm pfc_comm;
 // pfc_comm_set_timeout has abort called from another thread; it must then return, and the pfc_
 // call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No
 // function may unwind (throw) or call pfc_ functions on this communicator.
+//
+// stream is NULL with host memory, whose functions return when the work is done. What a head on a
+// device with streams exchanges is that device's memory. Without PFC_COMM_DEVICE_MEMORY the
+// library copies it to host memory, waits, calls the function, and copies back. With it the
+// function gets device pointers and the device's stream: all that is on the stream has run when
+// it is called, and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED,
+// it enqueues its work on the stream, after what is there, and returns without waiting. Where
+// reduce_scatter or broadcast is NULL, their replacements go through host memory.
 typedef struct pfc_comm_ops {
   // sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
   uint64_t struct_size;
@@ -380,8 +390,8 @@ typedef struct pfc_comm_ops {
   uint32_t rank;
   // Number of ranks.
   uint32_t size;
-  // PFC_COMM_* flags; in this version PFC_COMM_HOST_MEMORY must be there and
-  // PFC_COMM_STREAM_ORDERED must not, else UNSUPPORTED. (default: PFC_COMM_HOST_MEMORY)
+  // PFC_COMM_* flags. Without PFC_COMM_HOST_MEMORY, or with PFC_COMM_STREAM_ORDERED but not
+  // PFC_COMM_DEVICE_MEMORY: UNSUPPORTED. (default: PFC_COMM_HOST_MEMORY)
   uint32_t flags;
   // 0.
   uint32_t reserved;

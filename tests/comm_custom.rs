@@ -306,7 +306,11 @@ fn tables_that_cannot_work_are_refused_and_not_freed() {
         (pfc_comm_ops { struct_size: 0, ..good }, PFC_ERROR_INVALID_ARGUMENT, "struct_size is 0"),
         (pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | 64, ..good }, PFC_ERROR_UNSUPPORTED, "0x40 is unknown"),
         (pfc_comm_ops { flags: PFC_COMM_DEVICE_MEMORY, ..good }, PFC_ERROR_UNSUPPORTED, "PFC_COMM_HOST_MEMORY is needed"),
-        (pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | PFC_COMM_STREAM_ORDERED, ..good }, PFC_ERROR_UNSUPPORTED, "STREAM_ORDERED"),
+        (
+            pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | PFC_COMM_STREAM_ORDERED, ..good },
+            PFC_ERROR_UNSUPPORTED,
+            "PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY",
+        ),
     ];
     for (ops, status, text) in cases {
         assert_failed(&custom(&ops).map(|_| ()), status, &[text]);

@@ -9,7 +9,7 @@ use super::device::pfc_device;
 use super::status::{fail, pfc_status, PFC_OK};
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
 use super::{boundary, output, panicked, required};
-use crate::comm::{all_reduce_rows, Communicator, CustomOps, Operation, ReduceOp, SampledRows};
+use crate::comm::{all_reduce_rows, Communicator, CustomOps, Operation, Place, ReduceOp, SampledRows};
 use crate::matrix::DType;
 use crate::{ensure, error, Result};
 
@@ -18,11 +18,11 @@ pub const PFC_SUM: i32 = 1;
 /// Largest over the ranks.
 pub const PFC_MAX: i32 = 2;
 
-/// For pfc_comm_ops.flags: the functions take host memory.
+/// For pfc_comm_ops.flags: the functions take host memory. Always needed.
 pub const PFC_COMM_HOST_MEMORY: u32 = 1;
-/// For pfc_comm_ops.flags: the functions take device memory.
+/// For pfc_comm_ops.flags: the functions take device memory too, and tell by the pointer which one they have.
 pub const PFC_COMM_DEVICE_MEMORY: u32 = 2;
-/// For pfc_comm_ops.flags: the functions return once the work is on the stream.
+/// For pfc_comm_ops.flags: with device memory the functions return once the work is on the stream. Needs PFC_COMM_DEVICE_MEMORY.
 pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 
 /// One rank's end of a group of ranks.
@@ -43,6 +43,12 @@ pub struct pfc_comm {
 /// every rank. A function that waits longer than pfc_comm_set_timeout has abort called from another thread; it must then return,
 /// and the pfc_ call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No function may unwind (throw)
 /// or call pfc_ functions on this communicator.
+///
+/// stream is NULL with host memory, whose functions return when the work is done. What a head on a device with streams exchanges is
+/// that device's memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host memory, waits, calls the function, and copies
+/// back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is called, and
+/// the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream, after what is
+/// there, and returns without waiting. Where reduce_scatter or broadcast is NULL, their replacements go through host memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_comm_ops {
@@ -54,7 +60,7 @@ pub struct pfc_comm_ops {
     pub rank: u32,
     /// Number of ranks.
     pub size: u32,
-    /// PFC_COMM_* flags; in this version PFC_COMM_HOST_MEMORY must be there and PFC_COMM_STREAM_ORDERED must not, else UNSUPPORTED.
+    /// PFC_COMM_* flags. Without PFC_COMM_HOST_MEMORY, or with PFC_COMM_STREAM_ORDERED but not PFC_COMM_DEVICE_MEMORY: UNSUPPORTED.
     /// (default: PFC_COMM_HOST_MEMORY)
     pub flags: u32,
     /// 0.
@@ -278,7 +284,7 @@ pub unsafe extern "C" fn pfc_comm_all_gather(
 ) -> pfc_status {
     collective(comm, |comm| {
         comm.or_abort(buffers(comm, send, recv, bytes))?;
-        comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, std::ptr::null_mut())
+        comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, Place::Host)
     })
 }
 
@@ -300,7 +306,7 @@ pub unsafe extern "C" fn pfc_comm_all_reduce(
 ) -> pfc_status {
     collective(comm, |comm| {
         let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
-        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, dtype, op, std::ptr::null_mut())
+        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, dtype, op, Place::Host)
     })
 }
 
@@ -322,7 +328,7 @@ pub unsafe extern "C" fn pfc_comm_reduce_scatter(
 ) -> pfc_status {
     collective(comm, |comm| {
         let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
-        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, dtype, op, std::ptr::null_mut())
+        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, dtype, op, Place::Host)
     })
 }
 
@@ -336,7 +342,7 @@ pub unsafe extern "C" fn pfc_comm_broadcast(comm: *mut pfc_comm, buffer: *mut c_
     collective(comm, |comm| {
         let given = bytes == 0 || !buffer.is_null();
         comm.or_abort(if given { Ok(()) } else { Err(error!(InvalidArgument, "buffer is NULL on rank {}", comm.rank())) })?;
-        comm.broadcast_raw(buffer.cast(), bytes as usize, root, std::ptr::null_mut())
+        comm.broadcast_raw(buffer.cast(), bytes as usize, root, Place::Host)
     })
 }
 

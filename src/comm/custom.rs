@@ -3,13 +3,17 @@
 //! A function runs on the thread that called the library (MPI_THREAD_FUNNELED is enough) and only itself knows how to stop
 //! waiting. So a watchdog thread, made with the first operation and asleep in between, calls the table's `abort` once a deadline
 //! has passed; the function must then return. Without `abort` nothing can stop it: the watchdog says so in the log.
+//!
+//! A device's memory goes to functions that take it; otherwise, and where an optional function is missing, it goes through a host
+//! buffer, which makes the host wait for the stream.
 
 use std::ffi::{c_char, c_void, CStr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::{Call, Operation, ReduceOp, Transport};
+use super::{Call, Operation, Place, ReduceOp, Transport};
+use crate::device::StreamMemory;
 use crate::matrix::DType;
 use crate::{ensure, error, Error, Result, Status};
 
@@ -49,6 +53,49 @@ pub struct Custom {
     table: Arc<Table>,
     all_gather: AllGatherFn,
     all_reduce: ReduceFn,
+    /// What a device's memory goes through; kept, since most operations come again in the next step.
+    stage: Mutex<Vec<u64>>,
+}
+
+/// How an operation's buffers reach the caller's functions.
+enum Route<'a> {
+    /// As they are, with this stream.
+    Direct(*mut c_void),
+    /// Through host memory.
+    Staged(Staging<'a>),
+}
+
+/// A host buffer that stands for a device's.
+struct Staging<'a> {
+    memory: &'a dyn StreamMemory,
+    stream: *mut c_void,
+    buffer: MutexGuard<'a, Vec<u64>>,
+}
+
+impl Staging<'_> {
+    /// The buffer, if need be with more room.
+    fn room(&mut self, bytes: usize) -> std::result::Result<*mut u8, Failure> {
+        if self.buffer.len() < bytes.div_ceil(8) {
+            // The old one first: two need not fit.
+            *self.buffer = Vec::new();
+            *self.buffer = temporary(bytes)?;
+        }
+        Ok(self.buffer.as_mut_ptr().cast())
+    }
+
+    unsafe fn fetch(&self, host: *mut u8, device: *const u8, bytes: usize) -> Outcome {
+        match bytes {
+            0 => Ok(()),
+            _ => self.memory.to_host(host, device, bytes, self.stream).map_err(Failure::Ours),
+        }
+    }
+
+    unsafe fn put(&self, device: *mut u8, host: *const u8, bytes: usize) -> Outcome {
+        match bytes {
+            0 => Ok(()),
+            _ => self.memory.to_device(device, host, bytes, self.stream).map_err(Failure::Ours),
+        }
+    }
 }
 
 /// What the operations and the watchdog share.
@@ -102,18 +149,21 @@ impl Custom {
         let unknown = flags & !(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED);
         ensure!(unknown == 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: {unknown:#x} is unknown to this library");
         ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_HOST_MEMORY is needed");
-        let ordered = flags & STREAM_ORDERED != 0;
-        ensure!(!ordered, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs a CUDA build");
+        ensure!(
+            flags & STREAM_ORDERED == 0 || flags & DEVICE_MEMORY != 0,
+            Unsupported,
+            "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY, host memory has no stream"
+        );
         let missing =
             |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
         let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
         let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
         let table = Table { ops, watch: Mutex::default(), changed: Condvar::new() };
-        Ok(Custom { table: Arc::new(table), all_gather, all_reduce })
+        Ok(Custom { table: Arc::new(table), all_gather, all_reduce, stage: Mutex::default() })
     }
 
     /// Runs the caller's functions under the watchdog and makes a status of their codes.
-    fn operate(&self, call: &Call, body: impl FnOnce() -> Outcome) -> Result<()> {
+    fn operate(&self, call: &Call<'_>, body: impl FnOnce() -> Outcome) -> Result<()> {
         let table = &*self.table;
         let rank = table.ops.rank;
         self.start(call)?;
@@ -146,7 +196,7 @@ impl Custom {
     }
 
     /// Sets the watchdog on an operation, unless the communicator has ended.
-    fn start(&self, call: &Call) -> Result<()> {
+    fn start(&self, call: &Call<'_>) -> Result<()> {
         let table = &self.table;
         let mut watch = table.lock();
         if let Some(cause) = &watch.ended {
@@ -165,14 +215,82 @@ impl Custom {
         Ok(())
     }
 
-    unsafe fn gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Outcome {
-        code("all_gather", (self.all_gather)(self.table.ops.ctx, send.cast(), recv.cast(), bytes as u64, call.stream))
+    /// How the buffers of a call reach the functions; `slot`: whether the table has the one for it. What replaces a missing one
+    /// needs temporaries, which are the host's.
+    fn route<'a>(&'a self, call: &Call<'a>, slot: bool) -> std::result::Result<Route<'a>, Failure> {
+        let Place::Device { memory, stream } = call.place else { return Ok(Route::Direct(std::ptr::null_mut())) };
+        let flags = self.table.ops.flags;
+        if flags & DEVICE_MEMORY == 0 || !slot {
+            let buffer = self.stage.lock().unwrap_or_else(|e| e.into_inner());
+            return Ok(Route::Staged(Staging { memory, stream, buffer }));
+        }
+        if flags & STREAM_ORDERED == 0 {
+            memory.synchronise(stream).map_err(Failure::Ours)?;
+        }
+        Ok(Route::Direct(stream))
     }
 
-    unsafe fn reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, op: ReduceOp, call: &Call) -> Outcome {
+    unsafe fn gather(&self, send: *const u8, recv: *mut u8, bytes: usize, stream: *mut c_void) -> Outcome {
+        code("all_gather", (self.all_gather)(self.table.ops.ctx, send.cast(), recv.cast(), bytes as u64, stream))
+    }
+
+    unsafe fn reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: *mut c_void,
+    ) -> Outcome {
         let ctx = self.table.ops.ctx;
-        let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, call.stream);
+        let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
         code("all_reduce", returned)
+    }
+
+    unsafe fn scatter(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: *mut c_void,
+    ) -> Outcome {
+        let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.table.ops;
+        match reduce_scatter {
+            Some(f) => {
+                let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
+                code("reduce_scatter", returned)
+            }
+            None => {
+                let bytes = count * dtype.size();
+                let mut whole = temporary(size as usize * bytes)?;
+                let whole = whole.as_mut_ptr().cast::<u8>();
+                self.reduce(send, whole, size as usize * count, dtype, op, stream)?;
+                std::ptr::copy_nonoverlapping(whole.add(rank as usize * bytes), recv, bytes);
+                Ok(())
+            }
+        }
+    }
+
+    unsafe fn cast(&self, buffer: *mut u8, bytes: usize, root: u32, stream: *mut c_void) -> Outcome {
+        let CustomOps { ctx, rank, size, broadcast, .. } = self.table.ops;
+        match broadcast {
+            Some(f) => code("broadcast", f(ctx, buffer.cast(), bytes as u64, root, stream)),
+            None => {
+                let mut blocks = temporary(size as usize * bytes.min(PIECE))?;
+                let blocks = blocks.as_mut_ptr().cast::<u8>();
+                for start in (0..bytes).step_by(PIECE) {
+                    let (piece, bytes) = (buffer.add(start), PIECE.min(bytes - start));
+                    self.gather(piece, blocks, bytes, stream)?;
+                    if rank != root {
+                        std::ptr::copy_nonoverlapping(blocks.add(root as usize * bytes), piece, bytes);
+                    }
+                }
+                Ok(())
+            }
+        }
     }
 }
 
@@ -266,8 +384,18 @@ impl Transport for Custom {
         self.table.ops.size
     }
 
-    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()> {
-        self.operate(call, || self.gather(send, recv, bytes, call))
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
+        let (rank, size) = (self.rank() as usize, self.size() as usize);
+        self.operate(call, || match self.route(call, true)? {
+            Route::Direct(stream) => self.gather(send, recv, bytes, stream),
+            Route::Staged(mut staging) => {
+                let host = staging.room(size * bytes)?;
+                let own = host.add(rank * bytes);
+                staging.fetch(own, send, bytes)?;
+                self.gather(own, host, bytes, std::ptr::null_mut())?;
+                staging.put(recv, host, size * bytes)
+            }
+        })
     }
 
     unsafe fn all_reduce(
@@ -277,9 +405,18 @@ impl Transport for Custom {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()> {
-        self.operate(call, || self.reduce(send, recv, count, dtype, op, call))
+        let bytes = count * dtype.size();
+        self.operate(call, || match self.route(call, true)? {
+            Route::Direct(stream) => self.reduce(send, recv, count, dtype, op, stream),
+            Route::Staged(mut staging) => {
+                let host = staging.room(bytes)?;
+                staging.fetch(host, send, bytes)?;
+                self.reduce(host, host, count, dtype, op, std::ptr::null_mut())?;
+                staging.put(recv, host, bytes)
+            }
+        })
     }
 
     unsafe fn reduce_scatter(
@@ -289,45 +426,41 @@ impl Transport for Custom {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()> {
-        let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.table.ops;
-        self.operate(call, || match reduce_scatter {
-            Some(f) => {
-                let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, call.stream);
-                code("reduce_scatter", returned)
-            }
-            None => {
-                let bytes = count * dtype.size();
-                let mut whole = temporary(size as usize * bytes)?;
-                let whole = whole.as_mut_ptr().cast::<u8>();
-                self.reduce(send, whole, size as usize * count, dtype, op, call)?;
-                std::ptr::copy_nonoverlapping(whole.add(rank as usize * bytes), recv, bytes);
-                Ok(())
+        let CustomOps { rank, size, reduce_scatter, .. } = self.table.ops;
+        let bytes = count * dtype.size();
+        self.operate(call, || match self.route(call, reduce_scatter.is_some())? {
+            Route::Direct(stream) => self.scatter(send, recv, count, dtype, op, stream),
+            Route::Staged(mut staging) => {
+                let host = staging.room(size as usize * bytes)?;
+                let own = host.add(rank as usize * bytes);
+                staging.fetch(host, send, size as usize * bytes)?;
+                self.scatter(host, own, count, dtype, op, std::ptr::null_mut())?;
+                staging.put(recv, own, bytes)
             }
         })
     }
 
-    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()> {
-        let CustomOps { ctx, rank, size, broadcast, .. } = self.table.ops;
-        self.operate(call, || match broadcast {
-            Some(f) => code("broadcast", f(ctx, buffer.cast(), bytes as u64, root, call.stream)),
-            None => {
-                let mut blocks = temporary(size as usize * bytes.min(PIECE))?;
-                let blocks = blocks.as_mut_ptr().cast::<u8>();
-                for start in (0..bytes).step_by(PIECE) {
-                    let (piece, bytes) = (buffer.add(start), PIECE.min(bytes - start));
-                    self.gather(piece, blocks, bytes, call)?;
-                    if rank != root {
-                        std::ptr::copy_nonoverlapping(blocks.add(root as usize * bytes), piece, bytes);
-                    }
+    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
+        let CustomOps { rank, broadcast, .. } = self.table.ops;
+        self.operate(call, || match self.route(call, broadcast.is_some())? {
+            Route::Direct(stream) => self.cast(buffer, bytes, root, stream),
+            Route::Staged(mut staging) => {
+                let host = staging.room(bytes)?;
+                if rank == root {
+                    staging.fetch(host, buffer, bytes)?;
                 }
-                Ok(())
+                self.cast(host, bytes, root, std::ptr::null_mut())?;
+                if rank == root {
+                    return Ok(());
+                }
+                staging.put(buffer, host, bytes)
             }
         })
     }
 
-    fn barrier(&self, call: &Call) -> Result<()> {
+    fn barrier(&self, call: &Call<'_>) -> Result<()> {
         let CustomOps { ctx, size, barrier, .. } = self.table.ops;
         self.operate(call, || match barrier {
             // SAFETY: the caller's function with the caller's pointer.
@@ -335,7 +468,7 @@ impl Transport for Custom {
             None => {
                 let (token, mut tokens) = ([0u64; 1], temporary(size as usize * 8)?);
                 // SAFETY: host buffers of one and of `size` blocks of eight bytes.
-                unsafe { self.gather(token.as_ptr().cast(), tokens.as_mut_ptr().cast(), 8, call) }
+                unsafe { self.gather(token.as_ptr().cast(), tokens.as_mut_ptr().cast(), 8, std::ptr::null_mut()) }
             }
         })
     }
@@ -371,7 +504,7 @@ fn code(function: &'static str, returned: i32) -> Outcome {
     }
 }
 
-fn aborted(call: &Call, cause: &Error, rank: u32) -> Error {
+fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
     let text = match cause.status {
         Status::Aborted => cause.message.clone(),
         _ => cause.to_string(),

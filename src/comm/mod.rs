@@ -20,6 +20,7 @@ pub use custom::CustomOps;
 pub use handshake::{agree, exchange, remote, Field};
 pub use rows::{all_reduce_rows, SampledRows};
 
+use crate::device::StreamMemory;
 use crate::matrix::DType;
 use crate::{ensure, error, Error, Result};
 
@@ -71,19 +72,52 @@ impl Operation {
     }
 }
 
-/// One operation on its way: which one of the communicator's life, on which stream, until when.
+/// Where an operation's buffers are.
 #[derive(Clone, Copy, Debug)]
-pub struct Call {
+pub enum Place<'a> {
+    Host,
+    /// In memory that `stream` orders the accesses to: the operation follows all that is on the stream when it is called, and what
+    /// comes onto the stream when it has returned follows the operation.
+    Device {
+        memory: &'a dyn StreamMemory,
+        stream: *mut c_void,
+    },
+}
+
+impl Place<'_> {
+    /// Names it in messages.
+    fn kind(&self) -> &'static str {
+        match self {
+            Place::Host => "host",
+            Place::Device { memory, .. } => memory.kind(),
+        }
+    }
+
+    /// Copies between buffers that are the same or apart; NULL with no bytes is fine.
+    unsafe fn copy(&self, destination: *mut u8, source: *const u8, bytes: usize) -> Result<()> {
+        if bytes == 0 || std::ptr::eq(source, destination) {
+            return Ok(());
+        }
+        match self {
+            Place::Host => std::ptr::copy_nonoverlapping(source, destination, bytes),
+            Place::Device { memory, stream } => memory.copy(destination, source, bytes, *stream)?,
+        }
+        Ok(())
+    }
+}
+
+/// One operation on its way: which one of the communicator's life, where, until when.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
     pub operation: Operation,
     /// 1 for the communicator's first operation; the same on all ranks as long as they call in one order.
     pub sequence: u64,
-    /// A CUDA stream, or NULL for host memory.
-    pub stream: *mut c_void,
+    pub place: Place<'a>,
     pub deadline: Instant,
     pub timeout: Duration,
 }
 
-impl Call {
+impl Call<'_> {
     /// "all_reduce #17": how messages name the operation.
     pub fn label(&self) -> String {
         format!("{} #{}", self.operation.name(), self.sequence)
@@ -97,8 +131,8 @@ impl Call {
 /// Results of reductions have the same bits on every rank.
 ///
 /// # Safety
-/// The pointers are valid for the sizes named, in memory that the transport can reach, until the method returns
-/// (stream-ordered transports: until the stream has run it).
+/// The pointers are valid for the sizes named, in the memory of the call's place: host memory until the method returns, a device's
+/// until the stream has run what the method put on it.
 #[allow(clippy::missing_safety_doc)] // The one above is every method's.
 pub trait Transport: Send + Sync {
     fn kind(&self) -> &'static str;
@@ -106,7 +140,7 @@ pub trait Transport: Send + Sync {
     fn size(&self) -> u32;
     /// Gathers `bytes` bytes from every rank, in rank order, into `size * bytes` bytes at `recv`. `send` may be
     /// `recv + rank * bytes`.
-    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()>;
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()>;
     /// Combines `count` elements over the ranks; every rank gets the result. `send` may be `recv`.
     unsafe fn all_reduce(
         &self,
@@ -115,7 +149,7 @@ pub trait Transport: Send + Sync {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()>;
     /// Combines `size * count` elements over the ranks; rank r gets elements `r * count ..`, `count` of them. `recv` may be
     /// element `rank * count` of `send`.
@@ -126,11 +160,11 @@ pub trait Transport: Send + Sync {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()>;
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
-    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()>;
-    fn barrier(&self, call: &Call) -> Result<()>;
+    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()>;
+    fn barrier(&self, call: &Call<'_>) -> Result<()>;
     /// Makes running and later operations fail on every rank that can be told.
     fn abort(&self, cause: &Error);
 }
@@ -245,13 +279,13 @@ impl Communicator {
 
     /// # Safety
     /// As [`Transport::all_gather`].
-    pub unsafe fn all_gather_raw(&self, send: *const u8, recv: *mut u8, bytes: usize, stream: *mut c_void) -> Result<()> {
+    pub unsafe fn all_gather_raw(&self, send: *const u8, recv: *mut u8, bytes: usize, place: Place<'_>) -> Result<()> {
         let checked = self.product("bytes", bytes, 1).and_then(|total| {
             let own = (recv as usize).wrapping_add(self.rank() as usize * bytes);
             self.apart((send as usize, bytes), (recv as usize, total), send as usize == own, "send is not recv + rank * bytes")?;
             Ok(bytes)
         });
-        self.run(Operation::AllGather, checked, stream, |call| self.transport.all_gather(send, recv, bytes, call))
+        self.run(Operation::AllGather, checked, place, |call| self.transport.all_gather(send, recv, bytes, call))
     }
 
     /// # Safety
@@ -263,14 +297,14 @@ impl Communicator {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        stream: *mut c_void,
+        place: Place<'_>,
     ) -> Result<()> {
         let checked = self.reducible(send, recv, count, dtype).and_then(|_| {
             let bytes = count * dtype.size();
             self.apart((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
             Ok(bytes)
         });
-        self.run(Operation::AllReduce, checked, stream, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
+        self.run(Operation::AllReduce, checked, place, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
@@ -282,7 +316,7 @@ impl Communicator {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        stream: *mut c_void,
+        place: Place<'_>,
     ) -> Result<()> {
         let checked = self.reducible(send, recv, count, dtype).and_then(|total| {
             let bytes = count * dtype.size();
@@ -290,39 +324,35 @@ impl Communicator {
             self.apart((send as usize, total), (recv as usize, bytes), recv as usize == own, "recv is not send + rank * count")?;
             Ok(total)
         });
-        self.run(Operation::ReduceScatter, checked, stream, |call| {
-            self.transport.reduce_scatter(send, recv, count, dtype, op, call)
-        })
+        self.run(Operation::ReduceScatter, checked, place, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
     /// As [`Transport::broadcast`].
-    pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, stream: *mut c_void) -> Result<()> {
+    pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, place: Place<'_>) -> Result<()> {
         let checked = match root < self.size() {
             true => self.product("bytes", bytes, 1).map(|_| bytes),
             false => Err(error!(InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank())),
         };
-        self.run(Operation::Broadcast, checked, stream, |call| self.transport.broadcast(buffer, bytes, root, call))
+        self.run(Operation::Broadcast, checked, place, |call| self.transport.broadcast(buffer, bytes, root, call))
     }
 
     pub fn barrier(&self) -> Result<()> {
-        self.run(Operation::Barrier, Ok(0), std::ptr::null_mut(), |call| self.transport.barrier(call))
+        self.run(Operation::Barrier, Ok(0), Place::Host, |call| self.transport.barrier(call))
     }
 
     /// Gathers equal blocks of host memory, in rank order.
     pub fn all_gather<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         assert_eq!(recv.len(), send.len() * self.size() as usize, "all_gather of {} elements", send.len());
         // SAFETY: both are host slices of plain numbers, of the sizes the operation reads and writes.
-        unsafe {
-            self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), std::ptr::null_mut())
-        }
+        unsafe { self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), Place::Host) }
     }
 
     /// Combines host memory over the ranks, in place.
     pub fn all_reduce<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
         let data = values.as_mut_ptr().cast::<u8>();
         // SAFETY: one host slice of plain numbers, reduced in place.
-        unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, std::ptr::null_mut()) }
+        unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, Place::Host) }
     }
 
     /// FORKED in a child of the process that made the communicator.
@@ -379,8 +409,8 @@ impl Communicator {
         &self,
         operation: Operation,
         checked: Result<usize>,
-        stream: *mut c_void,
-        body: impl FnOnce(&Call) -> Result<()>,
+        place: Place<'_>,
+        body: impl FnOnce(&Call<'_>) -> Result<()>,
     ) -> Result<()> {
         self.own_process()?;
         let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
@@ -389,7 +419,7 @@ impl Communicator {
         }
         *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let call = Call { operation, sequence: *sequence, stream, deadline: far(timeout), timeout };
+        let call = Call { operation, sequence: *sequence, place, deadline: far(timeout), timeout };
         let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
         self.calls[operation as usize].fetch_add(1, Ordering::Relaxed);
         self.bytes[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);

@@ -19,14 +19,20 @@ impl Transport for Single {
         1
     }
 
-    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, _: &Call) -> Result<()> {
-        copy(send, recv, bytes);
-        Ok(())
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
+        call.place.copy(recv, send, bytes)
     }
 
-    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, dtype: DType, _: ReduceOp, _: &Call) -> Result<()> {
-        copy(send, recv, count * dtype.size());
-        Ok(())
+    unsafe fn all_reduce(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        _: ReduceOp,
+        call: &Call<'_>,
+    ) -> Result<()> {
+        call.place.copy(recv, send, count * dtype.size())
     }
 
     unsafe fn reduce_scatter(
@@ -36,27 +42,19 @@ impl Transport for Single {
         count: usize,
         dtype: DType,
         _: ReduceOp,
-        _: &Call,
+        call: &Call<'_>,
     ) -> Result<()> {
-        copy(send, recv, count * dtype.size());
+        call.place.copy(recv, send, count * dtype.size())
+    }
+
+    unsafe fn broadcast(&self, _: *mut u8, _: usize, _: u32, _: &Call<'_>) -> Result<()> {
         Ok(())
     }
 
-    unsafe fn broadcast(&self, _: *mut u8, _: usize, _: u32, _: &Call) -> Result<()> {
-        Ok(())
-    }
-
-    fn barrier(&self, _: &Call) -> Result<()> {
+    fn barrier(&self, _: &Call<'_>) -> Result<()> {
         Ok(())
     }
 
     /// Nobody waits here, and [`super::Communicator`] starts nothing after an abort.
     fn abort(&self, _: &Error) {}
-}
-
-/// Copies between buffers that are the same or apart; NULL with no bytes is fine.
-unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
-    if bytes > 0 && !std::ptr::eq(from, to) {
-        std::ptr::copy_nonoverlapping(from, to, bytes);
-    }
 }

@@ -4,13 +4,22 @@
 //! one lock: the last rank arrives and the operation begins on every rank, or a failure (deadline, abort, mismatch, a freed end)
 //! comes first and it begins on none. So a rank that gives up never had a peer in its memory. From begin on no rank waits for
 //! anything but its peers' copying, hence the second meeting, *done*, needs no deadline: until it, nobody returns.
+//!
+//! In a device's memory the same meetings order streams: what a rank does is put onto its stream, and no rank waits for a device.
+//! Each brings an event to begin, after which its buffers are as the operation should find them, and its stream waits for all
+//! peers' events before it touches them; each brings another to done, after its share, and what comes onto a stream later waits for
+//! those. Putting work onto a stream may fail: a rank then brings its failure to done, and the operation fails on all.
 
+use std::any::Any;
+use std::ffi::c_void;
 use std::ops::Range;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Call, Operation, ReduceOp, Transport};
+use super::{Call, Operation, Place, ReduceOp, Transport};
+use crate::device::{Event, StreamMemory, MOST_REDUCED};
 use crate::matrix::DType;
 use crate::{ensure, error, Error, Result, Status};
 
@@ -35,7 +44,12 @@ pub fn group(size: u32) -> Result<Vec<ThreadEnd>> {
         begun: AtomicU64::new(0),
         done: AtomicU64::new(0),
         failed: AtomicBool::new(false),
-        meeting: Mutex::new(Meeting { arrived: vec![false; size as usize], ..Meeting::default() }),
+        meeting: Mutex::new(Meeting {
+            arrived: vec![false; size as usize],
+            ready: vec![None; size as usize],
+            finished: vec![None; size as usize],
+            ..Meeting::default()
+        }),
         changed: Condvar::new(),
         // With more ranks than cores a polling rank only keeps a late one from running.
         spin: if size as usize <= cores { SPIN } else { Duration::ZERO },
@@ -80,6 +94,13 @@ struct Meeting {
     arrivals: usize,
     /// Ranks that are still copying.
     working: usize,
+    /// In a device's memory, by rank: what the rank had on its stream before the operation, and with its share of it.
+    ready: Vec<Option<Event>>,
+    finished: Vec<Option<Event>>,
+    /// Ranks that have yet to take `finished`.
+    leaving: usize,
+    /// The operation had begun when a rank could not do its share. `failure` is set too: no other operation follows.
+    broken: Option<Error>,
     sleepers: usize,
     /// Why no further operation begins.
     failure: Option<Error>,
@@ -94,15 +115,17 @@ struct Request {
     dtype: Option<DType>,
     op: Option<ReduceOp>,
     root: Option<u32>,
+    /// The kind of the memory.
+    memory: &'static str,
 }
 
 impl Request {
-    fn bytes(operation: Operation, length: usize, root: Option<u32>) -> Request {
-        Request { operation, length, dtype: None, op: None, root }
+    fn bytes(length: usize, root: Option<u32>, call: &Call<'_>) -> Request {
+        Request { operation: call.operation, length, dtype: None, op: None, root, memory: call.place.kind() }
     }
 
-    fn elements(operation: Operation, length: usize, dtype: DType, op: ReduceOp) -> Request {
-        Request { operation, length, dtype: Some(dtype), op: Some(op), root: None }
+    fn elements(length: usize, dtype: DType, op: ReduceOp, call: &Call<'_>) -> Request {
+        Request { dtype: Some(dtype), op: Some(op), ..Request::bytes(length, None, call) }
     }
 
     /// The first field in which two ranks differ, and both values.
@@ -119,13 +142,14 @@ impl Request {
             ("op", op(self), op(other)),
             ("root", root(self), root(other)),
             (length, self.length.to_string(), other.length.to_string()),
+            ("memory", self.memory.to_owned(), other.memory.to_owned()),
         ];
         fields.into_iter().find(|(_, a, b)| a != b)
     }
 
     fn same(&self, other: &Request) -> bool {
-        (self.operation, self.length, self.dtype, self.op, self.root)
-            == (other.operation, other.length, other.dtype, other.op, other.root)
+        let fields = |r: &Request| (r.operation, r.length, r.dtype, r.op, r.root, r.memory);
+        fields(self) == fields(other)
     }
 }
 
@@ -148,6 +172,10 @@ impl Group {
         if meeting.failure.is_none() {
             meeting.failure = Some(cause);
             self.failed.store(true, Ordering::Release);
+            if meeting.working == 0 {
+                // Of an operation that will not begin; otherwise they go with the one that runs.
+                meeting.ready.fill(None);
+            }
             self.wake(meeting);
         }
     }
@@ -172,17 +200,80 @@ impl Group {
 }
 
 impl ThreadEnd {
-    /// One operation: begin, this rank's share of the work, done. The work neither waits nor fails.
-    fn operate(&self, request: Request, send: *const u8, recv: *mut u8, call: &Call, work: impl FnOnce()) -> Result<()> {
-        let turn = self.begin(request, send, recv, call)?;
-        if request.operation != Operation::Barrier {
-            work();
-            self.done(turn);
+    /// One operation: begin, this rank's share of the work, done. The work does not wait; in host memory it does not fail either.
+    fn operate(
+        &self,
+        request: Request,
+        send: *const u8,
+        recv: *mut u8,
+        call: &Call<'_>,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let named = |error: Error| self.report(&error, call);
+        let Place::Device { memory, stream } = call.place else {
+            let turn = self.begin(request, send, recv, None, call)?;
+            if request.operation != Operation::Barrier {
+                work()?;
+                self.done(turn);
+            }
+            return Ok(());
+        };
+        let size = self.group.posts.len();
+        ensure!(
+            size <= MOST_REDUCED,
+            Unsupported,
+            "{}: memory of kind {} goes between {MOST_REDUCED} ranks at most, and rank {} is one of {size}",
+            call.label(),
+            memory.kind(),
+            self.rank
+        );
+        let ready = memory.record(stream).map_err(named)?;
+        let turn = self.begin(request, send, recv, Some(ready), call)?;
+        let worked = caught(|| {
+            let ready = self.peers(&self.group.lock().ready);
+            ready.iter().try_for_each(|event| memory.wait(stream, event))?;
+            work()
+        });
+        // Also where the work has failed: part of it may be on the stream, and the peers have to wait for that.
+        let recorded = caught(|| memory.record(stream));
+        let failure = worked.as_ref().err().or(recorded.as_ref().err()).map(Failure::error);
+        let mut meeting = self.group.lock();
+        meeting.finished[self.rank as usize] = recorded.as_ref().ok().cloned();
+        match failure {
+            Some(cause) => {
+                let cause = error!(Aborted, "rank {} could not do its share: {cause}", self.rank);
+                meeting.broken.get_or_insert_with(|| cause.clone());
+                self.group.fail(meeting, cause);
+            }
+            None => drop(meeting),
         }
-        Ok(())
+        self.done(turn);
+        let (finished, broken) = self.leave();
+        // Even if the operation has failed: the caller may free its buffers now, in the stream's order.
+        let followed = finished.iter().try_for_each(|event| memory.wait(stream, event));
+        worked.and(recorded).map_err(|failure| named(failure.resume()))?;
+        broken.map_or(followed, Err).map_err(named)
     }
 
-    fn begin(&self, request: Request, send: *const u8, recv: *mut u8, call: &Call) -> Result<u64> {
+    /// The events of all ranks but this one.
+    fn peers(&self, events: &[Option<Event>]) -> Vec<Event> {
+        events.iter().enumerate().filter(|(rank, _)| *rank != self.rank as usize).filter_map(|(_, event)| event.clone()).collect()
+    }
+
+    /// What this rank's stream has to wait for after done, and why the operation failed all the same.
+    fn leave(&self) -> (Vec<Event>, Option<Error>) {
+        let mut meeting = self.group.lock();
+        let finished = self.peers(&meeting.finished);
+        meeting.leaving -= 1;
+        if meeting.leaving == 0 {
+            // No event outlives its operation here: its device may be gone before the next one.
+            meeting.ready.fill(None);
+            meeting.finished.fill(None);
+        }
+        (finished, meeting.broken.clone())
+    }
+
+    fn begin(&self, request: Request, send: *const u8, recv: *mut u8, ready: Option<Event>, call: &Call<'_>) -> Result<u64> {
         let group = &*self.group;
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) + 1;
         let post = &group.posts[self.rank as usize];
@@ -209,14 +300,17 @@ impl ThreadEnd {
             Some(_) => (),
         }
         meeting.arrived[self.rank as usize] = true;
+        meeting.ready[self.rank as usize] = ready;
         meeting.arrivals += 1;
         if meeting.arrivals == group.posts.len() {
             meeting.arrived.fill(false);
             meeting.arrivals = 0;
             meeting.first = None;
-            meeting.working = group.posts.len();
             if request.operation == Operation::Barrier {
                 group.done.store(turn, Ordering::Release);
+            } else {
+                meeting.working = group.posts.len();
+                meeting.leaving = group.posts.len();
             }
             group.begun.store(turn, Ordering::Release);
             group.wake(meeting);
@@ -270,7 +364,7 @@ impl ThreadEnd {
         }
     }
 
-    fn report(&self, cause: &Error, call: &Call) -> Error {
+    fn report(&self, cause: &Error, call: &Call<'_>) -> Error {
         Error::new(cause.status, format!("{}: {} (this is rank {})", call.label(), cause.message, self.rank))
     }
 
@@ -300,13 +394,28 @@ impl ThreadEnd {
     }
 
     /// This rank's share of an all-reduce: nobody else touches these elements of any buffer, so send may be recv.
-    unsafe fn reduce_share<T: Number>(&self, count: usize, op: ReduceOp) {
-        let range = share(count, self.rank as usize, self.group.posts.len());
+    unsafe fn reduce_share<T: Number>(&self, range: Range<usize>, op: ReduceOp) {
         self.reduce(range.clone(), op, |offset, sums: &[T]| {
             for recv in self.receivers() {
                 std::ptr::copy_nonoverlapping(sums.as_ptr(), recv.cast::<T>().add(range.start + offset), sums.len());
             }
         });
+    }
+
+    /// The same on a stream.
+    unsafe fn reduce_share_on(
+        &self,
+        memory: &dyn StreamMemory,
+        stream: *mut c_void,
+        range: Range<usize>,
+        dtype: DType,
+        op: ReduceOp,
+    ) -> Result<()> {
+        let (sources, destinations): (Vec<_>, Vec<_>) = (self.senders().collect(), self.receivers().collect());
+        match range.len() {
+            0 => Ok(()),
+            count => memory.reduce(&sources, &destinations, range.start, count, dtype, op, stream),
+        }
     }
 
     /// This rank's block of a reduce-scatter: nobody else reads that block of any send buffer, so recv may be this rank's own.
@@ -315,6 +424,24 @@ impl ThreadEnd {
         self.reduce(start..start + count, op, |offset, sums: &[T]| {
             std::ptr::copy_nonoverlapping(sums.as_ptr(), recv.cast::<T>().add(offset), sums.len());
         });
+    }
+
+    /// The same on a stream.
+    unsafe fn reduce_block_on(
+        &self,
+        memory: &dyn StreamMemory,
+        stream: *mut c_void,
+        recv: *mut u8,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+    ) -> Result<()> {
+        let start = self.rank as usize * count * dtype.size();
+        let sources: Vec<_> = self.senders().map(|send| send.wrapping_add(start)).collect();
+        match count {
+            0 => Ok(()),
+            count => memory.reduce(&sources, &[recv], 0, count, dtype, op, stream),
+        }
     }
 
     fn reducible(&self, dtype: DType) -> Result<()> {
@@ -337,14 +464,9 @@ impl Transport for ThreadEnd {
         self.group.posts.len() as u32
     }
 
-    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call) -> Result<()> {
-        self.operate(Request::bytes(Operation::AllGather, bytes, None), send, recv, call, || {
-            for (rank, block) in self.senders().enumerate() {
-                let to = recv.wrapping_add(rank * bytes);
-                if bytes > 0 && !std::ptr::eq(block, to) {
-                    std::ptr::copy_nonoverlapping(block, to, bytes);
-                }
-            }
+    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
+        self.operate(Request::bytes(bytes, None, call), send, recv, call, || {
+            self.senders().enumerate().try_for_each(|(rank, block)| call.place.copy(recv.wrapping_add(rank * bytes), block, bytes))
         })
     }
 
@@ -355,15 +477,20 @@ impl Transport for ThreadEnd {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()> {
         self.reducible(dtype)?;
-        self.operate(Request::elements(Operation::AllReduce, count, dtype, op), send, recv, call, || match dtype {
-            DType::F32 => self.reduce_share::<f32>(count, op),
-            DType::F64 => self.reduce_share::<f64>(count, op),
-            DType::I32 => self.reduce_share::<i32>(count, op),
-            DType::I64 => self.reduce_share::<i64>(count, op),
-            DType::F16 | DType::Bf16 => (),
+        let range = share(count, self.rank as usize, self.group.posts.len());
+        self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
+            match (call.place, dtype) {
+                (Place::Device { memory, stream }, _) => self.reduce_share_on(memory, stream, range, dtype, op)?,
+                (_, DType::F32) => self.reduce_share::<f32>(range, op),
+                (_, DType::F64) => self.reduce_share::<f64>(range, op),
+                (_, DType::I32) => self.reduce_share::<i32>(range, op),
+                (_, DType::I64) => self.reduce_share::<i64>(range, op),
+                (_, DType::F16 | DType::Bf16) => (),
+            }
+            Ok(())
         })
     }
 
@@ -374,30 +501,35 @@ impl Transport for ThreadEnd {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        call: &Call,
+        call: &Call<'_>,
     ) -> Result<()> {
         self.reducible(dtype)?;
-        self.operate(Request::elements(Operation::ReduceScatter, count, dtype, op), send, recv, call, || match dtype {
-            DType::F32 => self.reduce_block::<f32>(recv, count, op),
-            DType::F64 => self.reduce_block::<f64>(recv, count, op),
-            DType::I32 => self.reduce_block::<i32>(recv, count, op),
-            DType::I64 => self.reduce_block::<i64>(recv, count, op),
-            DType::F16 | DType::Bf16 => (),
+        self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
+            match (call.place, dtype) {
+                (Place::Device { memory, stream }, _) => self.reduce_block_on(memory, stream, recv, count, dtype, op)?,
+                (_, DType::F32) => self.reduce_block::<f32>(recv, count, op),
+                (_, DType::F64) => self.reduce_block::<f64>(recv, count, op),
+                (_, DType::I32) => self.reduce_block::<i32>(recv, count, op),
+                (_, DType::I64) => self.reduce_block::<i64>(recv, count, op),
+                (_, DType::F16 | DType::Bf16) => (),
+            }
+            Ok(())
         })
     }
 
-    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call) -> Result<()> {
-        self.operate(Request::bytes(Operation::Broadcast, bytes, Some(root)), buffer, buffer, call, || {
-            if bytes > 0 && self.rank != root {
-                let from = self.group.posts[root as usize].send.load(Ordering::Relaxed);
-                std::ptr::copy_nonoverlapping(from, buffer, bytes);
+    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
+        self.operate(Request::bytes(bytes, Some(root), call), buffer, buffer, call, || {
+            let from = self.group.posts[root as usize].send.load(Ordering::Relaxed);
+            match self.rank == root {
+                true => Ok(()),
+                false => call.place.copy(buffer, from, bytes),
             }
         })
     }
 
-    fn barrier(&self, call: &Call) -> Result<()> {
+    fn barrier(&self, call: &Call<'_>) -> Result<()> {
         let none = std::ptr::null_mut();
-        self.operate(Request::bytes(Operation::Barrier, 0, None), none, none, call, || ())
+        self.operate(Request::bytes(0, None, call), none, none, call, || Ok(()))
     }
 
     fn abort(&self, cause: &Error) {
@@ -412,6 +544,37 @@ impl Transport for ThreadEnd {
 impl Drop for ThreadEnd {
     fn drop(&mut self) {
         self.group.fail(self.group.lock(), error!(Comm, "rank {} freed its communicator", self.rank));
+    }
+}
+
+/// Why a rank could not do its share on a stream.
+enum Failure {
+    Told(Error),
+    /// It goes on unwinding when the peers have been told.
+    Panicked(Box<dyn Any + Send>),
+}
+
+impl Failure {
+    fn error(&self) -> Error {
+        match self {
+            Failure::Told(error) => error.clone(),
+            Failure::Panicked(_) => error!(Panic, "it panicked"),
+        }
+    }
+
+    fn resume(self) -> Error {
+        match self {
+            Failure::Told(error) => error,
+            Failure::Panicked(panic) => resume_unwind(panic),
+        }
+    }
+}
+
+/// A rank that has begun must come to done, whatever happens.
+fn caught<T>(body: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(outcome) => outcome.map_err(Failure::Told),
+        Err(panic) => Err(Failure::Panicked(panic)),
     }
 }
 

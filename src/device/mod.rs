@@ -6,10 +6,12 @@
 
 mod cpu;
 
+use std::any::Any;
 use std::ffi::{c_void, CStr};
+use std::fmt;
 use std::sync::Arc;
 
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::{Communicator, Place, ReduceOp};
 use crate::margin::Margin;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::Optimizer;
@@ -61,30 +63,93 @@ impl Labels {
     }
 }
 
+/// A moment on a stream, which other streams can wait for: whatever the backend that recorded it makes of it. Dropped on any thread.
+pub type Event = Arc<dyn Any + Send + Sync>;
+
+/// The most ranks' buffers that [`StreamMemory::reduce`] takes.
+pub const MOST_REDUCED: usize = 16;
+
+/// Memory that a device's streams read and write: what a communicator needs to work on it without making the host wait.
+///
+/// All but `to_host`, `to_device` and `synchronise` return once the work is on the stream, which runs it after all that was put
+/// there before. Ranks in one process hand their pointers and events to each other, so every method takes those of any memory of
+/// the same `kind`. Methods are called from any thread, whatever context is current there. Buffers are not empty.
+///
+/// # Safety
+/// The pointers are valid for the sizes named until the stream has run the work; `copy`'s buffers do not overlap. Dropping an event
+/// that streams still wait for is allowed.
+#[allow(clippy::missing_safety_doc)] // The one above is every method's.
+pub trait StreamMemory: Send + Sync {
+    /// Names it in messages ("cuda"). Ranks whose kinds differ cannot work on each other's memory.
+    fn kind(&self) -> &'static str;
+    /// What `stream` has reached once all that is on it now has run.
+    fn record(&self, stream: *mut c_void) -> Result<Event>;
+    /// What is put on `stream` from here on runs after `event`, which any rank's memory of this kind recorded.
+    fn wait(&self, stream: *mut c_void, event: &Event) -> Result<()>;
+    unsafe fn copy(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()>;
+    /// Combines elements `first .. first + count` of the sources, in their order, into the same elements of every destination.
+    ///
+    /// At most [`MOST_REDUCED`] sources, and either as many destinations or one. A destination may be a source. f32, f64, i32 and
+    /// i64, with [`ReduceOp`]'s rules for NaN and overflow.
+    #[allow(clippy::too_many_arguments)] // The buffers, the range, the operation: each is one of them.
+    unsafe fn reduce(
+        &self,
+        sources: &[*const u8],
+        destinations: &[*mut u8],
+        first: usize,
+        count: usize,
+        dtype: DType,
+        op: ReduceOp,
+        stream: *mut c_void,
+    ) -> Result<()>;
+    /// Copies what `stream` leaves in `source` to host memory and returns when it is there.
+    unsafe fn to_host(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()>;
+    /// Copies host memory to `destination` after all that is on `stream` and returns when `source` may be written to again.
+    unsafe fn to_device(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()>;
+    /// Returns when all that is on `stream` has run.
+    fn synchronise(&self, stream: *mut c_void) -> Result<()>;
+}
+
+impl fmt::Debug for dyn StreamMemory + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind())
+    }
+}
+
 /// Memory of the device that a collective reads and writes: `count` elements a rank.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Exchange {
     pub send: *const u8,
     pub recv: *mut u8,
     pub count: usize,
     pub dtype: DType,
+    /// Where `send` and `recv` are; `None`: in the host's memory.
+    pub memory: Option<Arc<dyn StreamMemory>>,
+    /// Orders the accesses to `memory`; without meaning for the host's.
     pub stream: *mut c_void,
 }
 
 impl Exchange {
+    fn place(&self) -> Place<'_> {
+        match &self.memory {
+            Some(memory) => Place::Device { memory: &**memory, stream: self.stream },
+            None => Place::Host,
+        }
+    }
+
     pub(crate) fn all_gather(&self, comm: &Communicator) -> Result<()> {
         // SAFETY: a head device hands out exchanges over buffers of its own, large enough for the ranks it was made for.
-        unsafe { comm.all_gather_raw(self.send, self.recv, self.count * self.dtype.size(), self.stream) }
+        unsafe { comm.all_gather_raw(self.send, self.recv, self.count * self.dtype.size(), self.place()) }
     }
 
     pub(crate) fn all_reduce(&self, comm: &Communicator, op: ReduceOp) -> Result<()> {
         // SAFETY: as above.
-        unsafe { comm.all_reduce_raw(self.send, self.recv, self.count, self.dtype, op, self.stream) }
+        unsafe { comm.all_reduce_raw(self.send, self.recv, self.count, self.dtype, op, self.place()) }
     }
 
     pub(crate) fn reduce_scatter(&self, comm: &Communicator) -> Result<()> {
         // SAFETY: as above.
-        unsafe { comm.reduce_scatter_raw(self.send, self.recv, self.count, self.dtype, ReduceOp::Sum, self.stream) }
+        unsafe { comm.reduce_scatter_raw(self.send, self.recv, self.count, self.dtype, ReduceOp::Sum, self.place()) }
     }
 }
 

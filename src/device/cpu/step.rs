@@ -289,6 +289,7 @@ impl HeadDevice for CpuHead {
             recv: self.labels_recv.as_mut_ptr().cast(),
             count: self.labels_send.len(),
             dtype: DType::I64,
+            memory: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -369,6 +370,7 @@ impl HeadDevice for CpuHead {
             recv: self.embeddings_recv.as_mut_ptr(),
             count: padded * dim,
             dtype: self.gather_dtype,
+            memory: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -448,6 +450,7 @@ impl HeadDevice for CpuHead {
             recv: self.gradient_recv.as_mut_ptr().cast(),
             count: padded * dim,
             dtype: DType::F32,
+            memory: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -486,6 +489,7 @@ impl HeadDevice for CpuHead {
             recv: data,
             count: self.step.shape.classes * self.step.shape.dim,
             dtype: DType::F32,
+            memory: None,
             stream: std::ptr::null_mut(),
         }
     }

@@ -51,7 +51,7 @@ impl CpuHead {
             Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
         }
         let data = self.sums.as_mut_ptr().cast::<u8>();
-        Exchange { send: data, recv: data, count: 2 * rows + TOTALS, dtype: DType::F32, stream: std::ptr::null_mut() }
+        Exchange { send: data, recv: data, count: 2 * rows + TOTALS, dtype: DType::F32, memory: None, stream: std::ptr::null_mut() }
     }
 
     /// This rank's loss, valid rows and target cosines, and in its slot how it fared.
@@ -76,7 +76,14 @@ impl CpuHead {
             }
         }
         let data = self.replicated_sums.as_mut_ptr().cast::<u8>();
-        Exchange { send: data, recv: data, count: self.replicated_sums.len(), dtype: DType::F64, stream: std::ptr::null_mut() }
+        Exchange {
+            send: data,
+            recv: data,
+            count: self.replicated_sums.len(),
+            dtype: DType::F64,
+            memory: None,
+            stream: std::ptr::null_mut(),
+        }
     }
 
     /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32.
