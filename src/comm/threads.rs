@@ -264,10 +264,11 @@ impl ThreadEnd {
     fn leave(&self) -> (Vec<Event>, Option<Error>) {
         let mut meeting = self.group.lock();
         let finished = self.peers(&meeting.finished);
+        // No event outlives its operation here: its device may be gone before the next one. Of `ready` a rank takes back its own
+        // only, since those who left before may have come to the next operation with theirs; none is in that one's `finished` yet.
+        meeting.ready[self.rank as usize] = None;
         meeting.leaving -= 1;
         if meeting.leaving == 0 {
-            // No event outlives its operation here: its device may be gone before the next one.
-            meeting.ready.fill(None);
             meeting.finished.fill(None);
         }
         (finished, meeting.broken.clone())
