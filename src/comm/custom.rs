@@ -152,7 +152,7 @@ impl Custom {
         ensure!(
             flags & STREAM_ORDERED == 0 || flags & DEVICE_MEMORY != 0,
             Unsupported,
-            "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY, host memory has no stream"
+            "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY"
         );
         let missing =
             |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");

@@ -63,7 +63,8 @@ impl Labels {
     }
 }
 
-/// A moment on a stream, which other streams can wait for: whatever the backend that recorded it makes of it. Dropped on any thread.
+/// A moment on a stream, which other streams can wait for: whatever the backend that recorded it makes of it. Any thread may
+/// drop it.
 pub type Event = Arc<dyn Any + Send + Sync>;
 
 /// The most ranks' buffers that [`StreamMemory::reduce`] takes.
