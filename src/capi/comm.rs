@@ -46,8 +46,8 @@ pub struct pfc_comm {
 ///
 /// stream is NULL with host memory, whose functions return when the work is done. What a head on a device with streams exchanges is
 /// that device's memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host memory, waits, calls the function, and copies
-/// back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is called, and
-/// the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream, after what is
+/// back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is called,
+/// and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream, after what is
 /// there, and returns without waiting. Where reduce_scatter or broadcast is NULL, their replacements go through host memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
