@@ -96,7 +96,7 @@ struct StepBlock {
     double target_cosines;    // sum over the valid rows of all ranks (judge_sums)
     double grad_embeddings;   // sum of squares of this rank's gradient (sum_squares)
     double grad_centers;      // sum of squares of the sampled class centres' gradient (sum_squares)
-    double digest;            // of the sample, exact in a double (place_targets); replicated ranks compare it
+    double digest;            // of the sample, exact in a double (list_sample, list_whole); replicated ranks compare it
 };
 
 // What outlives a step.
@@ -142,7 +142,7 @@ struct HeadView {
     uint32_t* columns;            // [label_capacity] column of each global row's target in the sample, or kNone
     uint32_t* positive_of;        // [sample_capacity] which positive a column is, or kNone
     // Scratch of the draw.
-    uint32_t* counts;             // [count_capacity] counters of the sort, the positives and the sample; zero between kernels' uses
+    uint32_t* counts;             // [count_capacity] 2048 bins, zero between draws; then the counters of a sort or a sample
     uint32_t* selected;           // [ceil(shard_rows / 32)] bits of selected classes; zero between draws
     // B
     uint8_t* embeddings_send;     // [max_batch][d] in gather_dtype

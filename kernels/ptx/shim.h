@@ -1,12 +1,18 @@
-// The words that a kernel source needs to be CUDA under nvcc and plain C++ under g++ (the emulator of ctests/simt).
+// The words that a kernel source needs to be CUDA under nvcc and plain C++ under g++ (the emulator
+// of ctests/simt).
 //
-//   PFC_KERNEL(name, (parameters)) { body }          an entry: extern "C" __global__; under g++ also registered with the emulator
-//   PFC_KERNEL_OF(name, threads, blocks, (..)) {..}  the same with launch bounds: threads a block, blocks an SM
-//   PFC_DEVICE                                       a function of kernels: always inlined
-//   PFC_DYNAMIC_SHARED(name)                         unsigned char name[]: the launch's dynamic shared memory, 16-byte aligned
+//   PFC_KERNEL(name, (parameters)) { body }
+//       an entry: extern "C" __global__; under g++ also registered with the emulator
+//   PFC_KERNEL_OF(name, threads, blocks, (parameters)) { body }
+//       the same with launch bounds: threads a block, blocks an SM
+//   PFC_DEVICE
+//       a function of kernels: always inlined
+//   PFC_DYNAMIC_SHARED(name)
+//       unsigned char name[]: the launch's dynamic shared memory, 16-byte aligned
 //
-// threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads() and __restrict__ are as in CUDA. There is no static __shared__
-// memory, no texture, no template entry; kernels are launched with one-dimensional grids and blocks.
+// threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads() and __restrict__ are as in CUDA.
+// There is no static __shared__ memory, no texture, no template entry; kernels are launched with
+// one-dimensional grids and blocks.
 #pragma once
 
 #include <math.h>
@@ -16,7 +22,8 @@
 
 #define PFC_DEVICE __device__ __forceinline__
 #define PFC_KERNEL(name, parameters) extern "C" __global__ void name parameters
-#define PFC_KERNEL_OF(name, threads, blocks, parameters) extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
+#define PFC_KERNEL_OF(name, threads, blocks, parameters) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 #define PFC_GRID_CONSTANT __grid_constant__
 #define PFC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -25,11 +32,11 @@
 #include "../../ctests/simt/device.h"
 
 #define PFC_DEVICE inline __attribute__((always_inline))
-#define PFC_KERNEL(name, parameters)                                      \
-    void name parameters;                                                 \
-    static const simt::Registration registration_of_##name(#name, &name); \
+#define PFC_KERNEL_OF(name, threads, blocks, parameters)                           \
+    void name parameters;                                                          \
+    static const simt::Registration registration_of_##name(#name, &name, threads); \
     void name parameters
-#define PFC_KERNEL_OF(name, threads, blocks, parameters) PFC_KERNEL(name, parameters)
+#define PFC_KERNEL(name, parameters) PFC_KERNEL_OF(name, 1024, 1, parameters)
 #define PFC_GRID_CONSTANT
 #define PFC_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
 

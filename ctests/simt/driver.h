@@ -1,0 +1,40 @@
+// What the files of the driver API share: the lock, the count of calls, the current context.
+#pragma once
+
+#include "cuda_api.h"
+
+namespace simt {
+
+// Held by every entry. Recursive, so that one entry may use another; a host function that a stream
+// runs is called without it.
+struct Lock {
+    Lock();
+    ~Lock();
+    Lock(const Lock&) = delete;
+};
+// Gives the lock up around a host function, however deep it is held, and takes it again.
+unsigned unlock_all();
+void lock_again(unsigned depth);
+// Sleeps until another thread has finished a host function.
+void wait_for_others();
+void wake_others();
+
+// Counts a call; false where the driver was not initialised.
+bool count_call(const char* name);
+bool has_context();
+CUcontext primary_context();
+
+int shared_limit();
+int multiprocessors();
+
+const struct Kernel* find_kernel(const char* name);
+
+}  // namespace simt
+
+// An entry's first line; the second form is for entries that need a current context.
+#define PFC_ENTRY                                                                  \
+    simt::Lock lock;                                                               \
+    if (!simt::count_call(__func__)) return CUDA_ERROR_NOT_INITIALIZED
+#define PFC_CONTEXT_ENTRY                                                          \
+    PFC_ENTRY;                                                                     \
+    if (!simt::has_context()) return CUDA_ERROR_INVALID_CONTEXT

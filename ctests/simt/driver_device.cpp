@@ -1,0 +1,285 @@
+// The driver API's device, contexts, errors and call counts. There is one device and one context,
+// which host threads have current or not.
+#include <pthread.h>
+#include <string.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "findings.h"
+#include "memory.h"
+#include "simt.h"
+
+namespace simt {
+
+struct Context {
+    unsigned retained = 0;
+};
+
+namespace {
+
+pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
+thread_local unsigned depth;
+
+thread_local std::vector<CUcontext> stack;
+Context primary;
+bool initialised;
+int capability_major = 8, capability_minor = 0;
+
+// A function's static: kernels register and tests count before this file's own variables are made.
+std::map<std::string, uint64_t>& calls() {
+    static std::map<std::string, uint64_t> all;
+    return all;
+}
+
+}  // namespace
+
+Lock::Lock() {
+    if (depth++ == 0) pthread_mutex_lock(&mutex);
+}
+
+Lock::~Lock() {
+    if (--depth == 0) pthread_mutex_unlock(&mutex);
+}
+
+unsigned unlock_all() {
+    const unsigned held = depth;
+    depth = 0;
+    pthread_mutex_unlock(&mutex);
+    return held;
+}
+
+void lock_again(unsigned held) {
+    pthread_mutex_lock(&mutex);
+    depth = held;
+}
+
+void wait_for_others() {
+    const unsigned held = depth;
+    pthread_cond_wait(&condition, &mutex);
+    depth = held;
+}
+
+void wake_others() { pthread_cond_broadcast(&condition); }
+
+bool count_call(const char* name) {
+    ++calls()[name];
+    return initialised;
+}
+
+bool has_context() { return !stack.empty() && stack.back(); }
+CUcontext primary_context() { return &primary; }
+
+int shared_limit() {
+    if (capability_major == 8)
+        return (capability_minor == 0 || capability_minor == 7 ? 163 : 99) << 10;
+    if (capability_major == 12) return 99 << 10;
+    return 227 << 10;
+}
+
+int multiprocessors() { return current_seed() / 2 % 2 ? 7 : 3; }
+
+}  // namespace simt
+
+using namespace simt;
+
+extern "C" {
+
+void simt_profile(int major, int minor) {
+    Lock lock;
+    capability_major = major;
+    capability_minor = minor;
+}
+
+uint64_t simt_count(const char* name) {
+    Lock lock;
+    auto found = calls().find(name);
+    return found == calls().end() ? 0 : found->second;
+}
+
+CUresult cuInit(unsigned flags) {
+    Lock lock;
+    initialised = true;
+    count_call(__func__);
+    return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuDriverGetVersion(int* version) {
+    Lock lock;
+    count_call(__func__);
+    *version = 13000;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+    PFC_ENTRY;
+    if (ordinal != 0) return CUDA_ERROR_INVALID_DEVICE;
+    *device = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetCount(int* count) {
+    PFC_ENTRY;
+    *count = 1;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (size < 1) return CUDA_ERROR_INVALID_VALUE;
+    strncpy(name, "SIMT emulator", size_t(size));
+    name[size - 1] = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    switch (attribute) {
+        case 1: case 2: case 3: *value = 1024; break;       // threads of a block; x; y
+        case 4: *value = 64; break;                          // z
+        case 5: *value = 2147483647; break;                  // grid x
+        case 6: case 7: *value = 65535; break;
+        case 8: *value = 48 << 10; break;                    // shared memory of a block
+        case 10: *value = 32; break;                         // threads of a warp
+        case 12: case 82: *value = 65536; break;             // registers of a block, of an SM
+        case 13: case 36: *value = 1000000; break;           // clocks, kHz
+        case 16: *value = multiprocessors(); break;
+        case 37: *value = 5120; break;                       // memory bus, bits
+        case 38: *value = 40 << 20; break;                   // L2
+        case 39: *value = 2048; break;                       // threads of an SM
+        case 40: *value = 2; break;                          // copy engines
+        // Unified addresses, kernels side by side, priorities, memory pools.
+        case 41: case 31: case 78: case 115: *value = 1; break;
+        case 75: *value = capability_major; break;
+        case 76: *value = capability_minor; break;
+        case 81: *value = shared_limit() + (1 << 10); break;
+        case 95: *value = 1; break;                          // cooperative launch
+        // Shared memory of a block, with the attribute.
+        case 97: *value = shared_limit(); break;
+        case 106: *value = 32; break;                        // blocks of an SM
+        case 111: *value = 1 << 10; break;                   // shared memory reserved by the driver
+        default: *value = 0;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    *bytes = memory_total();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    memcpy(uuid->bytes, "SIMT emulator  ", 16);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) { return cuDeviceGetUuid(uuid, device); }
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    ++primary.retained;
+    *context = &primary;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+    PFC_ENTRY;
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (primary.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    --primary.retained;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext* context) {
+    PFC_ENTRY;
+    *context = stack.empty() ? nullptr : stack.back();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+    PFC_ENTRY;
+    if (context && context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!stack.empty()) stack.pop_back();
+    if (context) stack.push_back(context);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPushCurrent_v2(CUcontext context) {
+    PFC_ENTRY;
+    if (context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    stack.push_back(context);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPopCurrent_v2(CUcontext* context) {
+    PFC_ENTRY;
+    if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (context) *context = stack.back();
+    stack.pop_back();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetDevice(CUdevice* device) {
+    PFC_CONTEXT_ENTRY;
+    *device = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetApiVersion(CUcontext context, unsigned* version) {
+    PFC_ENTRY;
+    if (context && context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    *version = 13000;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    PFC_CONTEXT_ENTRY;
+    if (least) *least = 0;
+    if (greatest) *greatest = -5;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult error, const char** text) {
+    switch (error) {
+#define PFC_NAME(e) case e: *text = #e; return CUDA_SUCCESS;
+        PFC_NAME(CUDA_SUCCESS)
+        PFC_NAME(CUDA_ERROR_INVALID_VALUE)
+        PFC_NAME(CUDA_ERROR_OUT_OF_MEMORY)
+        PFC_NAME(CUDA_ERROR_NOT_INITIALIZED)
+        PFC_NAME(CUDA_ERROR_NO_DEVICE)
+        PFC_NAME(CUDA_ERROR_INVALID_DEVICE)
+        PFC_NAME(CUDA_ERROR_INVALID_IMAGE)
+        PFC_NAME(CUDA_ERROR_INVALID_CONTEXT)
+        PFC_NAME(CUDA_ERROR_INVALID_HANDLE)
+        PFC_NAME(CUDA_ERROR_NOT_FOUND)
+        PFC_NAME(CUDA_ERROR_NOT_READY)
+        PFC_NAME(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES)
+        PFC_NAME(CUDA_ERROR_LAUNCH_FAILED)
+        PFC_NAME(CUDA_ERROR_NOT_SUPPORTED)
+#undef PFC_NAME
+    }
+    *text = nullptr;
+    return CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuGetErrorString(CUresult error, const char** text) {
+    switch (error) {
+        case CUDA_SUCCESS: *text = "no error"; return CUDA_SUCCESS;
+        case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; return CUDA_SUCCESS;
+        case CUDA_ERROR_LAUNCH_FAILED: *text = "unspecified launch failure"; return CUDA_SUCCESS;
+        case CUDA_ERROR_NOT_READY: *text = "device not ready"; return CUDA_SUCCESS;
+    }
+    return cuGetErrorName(error, text);
+}
+
+}  // extern "C"

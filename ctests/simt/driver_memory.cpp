@@ -1,0 +1,258 @@
+// The driver API's memory: allocation, copies, fills, and what a pointer is.
+//
+// A copy from pageable host memory takes its source at the call, as the driver stages it; one from
+// pinned memory reads it when the stream comes to it. A copy to pageable memory is done when the
+// call returns.
+#include <string.h>
+
+#include "driver.h"
+#include "findings.h"
+#include "memory.h"
+#include "stream.h"
+
+using namespace simt;
+
+namespace {
+
+CUresult status() { return broken() ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS; }
+
+OperationPointer operation_on(std::function<void()> run, uintptr_t begin, size_t size) {
+    auto operation = std::make_shared<Operation>();
+    operation->run = std::move(run);
+    operation->ranges.push_back({begin, begin + size});
+    return operation;
+}
+
+CUresult copy_to_device(CUdeviceptr to, const void* from, size_t size, Stream* stream, bool wait) {
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (size == 0) return status();
+    if (!from || !is_allocated(to, size)) return CUDA_ERROR_INVALID_VALUE;
+    OperationPointer operation;
+    if (is_pinned(from)) {
+        operation = operation_on([=] { copy_in(to, from, size); }, to, size);
+        operation->ranges.push_back({uintptr_t(from), uintptr_t(from) + size});
+    } else {
+        const char* bytes = static_cast<const char*>(from);
+        auto staged = std::make_shared<std::vector<char>>(bytes, bytes + size);
+        operation = operation_on([=] { copy_in(to, staged->data(), size); }, to, size);
+    }
+    enqueue(stream, operation);
+    if (wait) complete(operation);
+    return wait ? status() : CUDA_SUCCESS;
+}
+
+CUresult copy_to_host(void* to, CUdeviceptr from, size_t size, Stream* stream, bool wait) {
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (size == 0) return status();
+    if (!to || !is_allocated(from, size)) return CUDA_ERROR_INVALID_VALUE;
+    auto operation = operation_on([=] { copy_out(to, from, size); }, from, size);
+    if (is_pinned(to)) operation->ranges.push_back({uintptr_t(to), uintptr_t(to) + size});
+    enqueue(stream, operation);
+    if (!wait && is_pinned(to)) return CUDA_SUCCESS;
+    complete(operation);
+    return status();
+}
+
+CUresult copy_on_device(CUdeviceptr to, CUdeviceptr from, size_t size, Stream* stream) {
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (size == 0) return status();
+    if (!is_allocated(to, size) || !is_allocated(from, size)) return CUDA_ERROR_INVALID_VALUE;
+    auto operation = operation_on([=] { copy_within(to, from, size); }, to, size);
+    operation->ranges.push_back({from, from + size});
+    enqueue(stream, operation);
+    return CUDA_SUCCESS;
+}
+
+template <class T>
+CUresult fill_device(CUdeviceptr at, T value, size_t count, Stream* stream, bool wait) {
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (count == 0) return status();
+    if (at % sizeof(T) != 0 || !is_allocated(at,
+        count * sizeof(T))) return CUDA_ERROR_INVALID_VALUE;
+    auto operation =
+        operation_on([=] { fill(at, &value, sizeof(T), count); }, at, count * sizeof(T));
+    enqueue(stream, operation);
+    if (wait) complete(operation);
+    return wait ? status() : CUDA_SUCCESS;
+}
+
+CUresult allocate_device(CUdeviceptr* at, size_t size) {
+    if (!at || size == 0) return CUDA_ERROR_INVALID_VALUE;
+    const uintptr_t made = allocate(size);
+    if (made == 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    *at = made;
+    return CUDA_SUCCESS;
+}
+
+// A free while work on the memory may be under way: cuMemFree happens to wait for it, which no
+// program should count on; cuMemFreeAsync does not.
+void check_free(const char* function, const Allocation& allocation,
+                const Operation* freeing) {
+    if (!is_pending(allocation.base, allocation.base + allocation.size, freeing)) return;
+    finding(format("%s of %zu bytes at 0x%llx: freed with work pending on it", function,
+                   allocation.size, (unsigned long long)allocation.base));
+}
+
+enum { kContext = 1, kMemoryType = 2, kDevicePointer = 3, kIsManaged = 8, kDeviceOrdinal = 9,
+       kRangeStart = 11, kRangeSize = 12 };
+
+CUresult pointer_attribute(void* data, int attribute, CUdeviceptr at) {
+    const Allocation* device = find_allocation(at);
+    const bool pinned = is_pinned(reinterpret_cast<void*>(at));
+    if (!device && !pinned) return CUDA_ERROR_INVALID_VALUE;
+    switch (attribute) {
+        case kContext: *static_cast<CUcontext*>(data) = primary_context(); break;
+        case kMemoryType: *static_cast<unsigned*>(data) = device ? 2 : 1; break;
+        case kDevicePointer: *static_cast<CUdeviceptr*>(data) = at; break;
+        case kIsManaged: *static_cast<unsigned*>(data) = 0; break;
+        case kDeviceOrdinal: *static_cast<int*>(data) = 0; break;
+        case kRangeStart:
+            if (!device) return CUDA_ERROR_INVALID_VALUE;
+            *static_cast<CUdeviceptr*>(data) = device->base;
+            break;
+        case kRangeSize:
+            if (!device) return CUDA_ERROR_INVALID_VALUE;
+            *static_cast<size_t*>(data) = device->size;
+            break;
+        default: return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+
+size_t attribute_size(int attribute) {
+    return attribute == kMemoryType || attribute == kIsManaged || attribute == kDeviceOrdinal ? 4
+        : 8;
+}
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuMemAlloc_v2(CUdeviceptr* at, size_t size) {
+    PFC_CONTEXT_ENTRY;
+    return allocate_device(at, size);
+}
+
+CUresult cuMemFree_v2(CUdeviceptr at) {
+    PFC_CONTEXT_ENTRY;
+    if (at == 0) return CUDA_SUCCESS;
+    const Allocation* found = find_allocation(at);
+    if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
+    check_free(__func__, *found, nullptr);
+    release(at);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemAllocAsync(CUdeviceptr* at, size_t size, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    if (!find_stream(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    return allocate_device(at, size);
+}
+
+CUresult cuMemFreeAsync(CUdeviceptr at, CUstream handle) {
+    PFC_CONTEXT_ENTRY;
+    Stream* stream = find_stream(handle);
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (at == 0) return CUDA_SUCCESS;
+    const Allocation* found = find_allocation(at);
+    if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
+    auto operation = std::make_shared<Operation>();
+    operation->run = [=] { release(at); };
+    operation->frees = true;
+    enqueue(stream, operation);
+    check_free(__func__, *found, operation.get());
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
+    PFC_CONTEXT_ENTRY;
+    *free = memory_free();
+    *total = memory_total();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostAlloc(void** at, size_t size, unsigned) {
+    PFC_CONTEXT_ENTRY;
+    if (!at || size == 0) return CUDA_ERROR_INVALID_VALUE;
+    *at = pin(size);
+    return *at ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+CUresult cuMemAllocHost_v2(void** at, size_t size) { return cuMemHostAlloc(at, size, 0); }
+
+CUresult cuMemFreeHost(void* at) {
+    PFC_CONTEXT_ENTRY;
+    const size_t size = pinned_size(at);
+    if (size == 0) return CUDA_ERROR_INVALID_VALUE;
+    check_free(__func__, {uintptr_t(at), size}, nullptr);
+    unpin(at);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t size) {
+    PFC_CONTEXT_ENTRY;
+    return copy_to_device(to, from, size, find_stream(nullptr), true);
+}
+
+CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t size) {
+    PFC_CONTEXT_ENTRY;
+    return copy_to_host(to, from, size, find_stream(nullptr), true);
+}
+
+CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t size) {
+    PFC_CONTEXT_ENTRY;
+    return copy_on_device(to, from, size, find_stream(nullptr));
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t size, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    return copy_to_device(to, from, size, find_stream(stream), false);
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t size, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    return copy_to_host(to, from, size, find_stream(stream), false);
+}
+
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    return copy_on_device(to, from, size, find_stream(stream));
+}
+
+CUresult cuMemsetD8_v2(CUdeviceptr at, unsigned char value, size_t count) {
+    PFC_CONTEXT_ENTRY;
+    return fill_device<uint8_t>(at, value, count, find_stream(nullptr), true);
+}
+
+CUresult cuMemsetD32_v2(CUdeviceptr at, unsigned value, size_t count) {
+    PFC_CONTEXT_ENTRY;
+    return fill_device<uint32_t>(at, value, count, find_stream(nullptr), true);
+}
+
+CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t count, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    return fill_device<uint8_t>(at, value, count, find_stream(stream), false);
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr at, unsigned value, size_t count, CUstream stream) {
+    PFC_CONTEXT_ENTRY;
+    return fill_device<uint32_t>(at, value, count, find_stream(stream), false);
+}
+
+CUresult cuPointerGetAttribute(void* data, int attribute, CUdeviceptr at) {
+    PFC_CONTEXT_ENTRY;
+    return pointer_attribute(data, attribute, at);
+}
+
+// Of several attributes, what is unknown becomes 0 and is no error.
+CUresult cuPointerGetAttributes(unsigned count, int* attributes, void** data, CUdeviceptr at) {
+    PFC_CONTEXT_ENTRY;
+    for (unsigned i = 0; i < count; ++i)
+        if (pointer_attribute(data[i], attributes[i], at) != CUDA_SUCCESS) {
+            memset(data[i], 0, attribute_size(attributes[i]));
+            if (attributes[i] == kDeviceOrdinal) *static_cast<int*>(data[i]) = -2;
+        }
+    return CUDA_SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,239 @@
+// kernels/embeddings.cu against plain double arithmetic.
+#include "rows.h"
+
+namespace {
+
+const uint32_t kDims[] = {1, 3, 65, 130};
+
+void test_packing() {
+    for (uint32_t dim : kDims) {
+        for (int32_t from : {kF32, kF16, kBf16}) {
+            for (int32_t to : {kF32, kF16, kBf16}) {
+                Shape shape;
+                shape.dim = dim;
+                shape.gather = to;
+                RowHead head(shape);
+                const uint32_t batch = head.block.own_rows;
+                std::vector<float> values(size_t(batch) * dim);
+                for (float& value : values) {
+                    value = rounded(head.uniform(), from);
+                }
+                head.block.status = kLabel;  // packs all the same
+                head.put_block();
+                const MatrixView source = head.matrix(values, dim + 3, from);
+                head.launch(kLaunches[dim % 4], "pack_embeddings", source, uint64_t(batch));
+                const size_t count = size_t(head.view.max_batch) * dim;
+                const std::vector<uint8_t> sent =
+                    head.memory.get(head.view.embeddings_send, count * size_of(to));
+                bool right = true;
+                for (size_t i = 0; i < count; ++i) {
+                    const float truth = i < values.size() ? rounded(values[i], to) : 0.0f;
+                    right = right && element(sent, i, to) == truth;
+                }
+                EXPECT(right, shape.text());
+            }
+        }
+    }
+}
+
+struct Truth {
+    double cosine, logit, derivative;
+};
+
+Truth target_of(const MarginView& margin, const float* e, const float* w, uint32_t dim) {
+    long double ee = 0, ww = 0, minus = 0, plus = 0;
+    for (uint32_t i = 0; i < dim; ++i) {
+        ee += (long double)e[i] * e[i];
+        ww += (long double)w[i] * w[i];
+    }
+    const long double pi = 3.14159265358979323846264338L;
+    long double theta = pi / 2;
+    const bool direction = ee > 0 && ww > 0;
+    if (direction) {
+        for (uint32_t i = 0; i < dim; ++i) {
+            const long double a = e[i] / sqrtl(ee), b = w[i] / sqrtl(ww);
+            minus += (a - b) * (a - b);
+            plus += (a + b) * (a + b);
+        }
+        theta = 2 * atan2l(sqrtl(minus), sqrtl(plus));
+    }
+    const long double turned = margin.m1 * theta + margin.m2;
+    long double psi = cosl(turned), derivative = 1;
+    if (margin.guard && turned > pi) {
+        const long double shift =
+            margin.m1 == 1.0
+                ? std::min<long double>(-margin.m2 * sinl(margin.m2), cosl(margin.m2) - 1)
+                : -1 - cosl((pi - margin.m2) / margin.m1);
+        psi = cosl(theta) + shift;
+    } else if (!margin.straight_through) {
+        derivative = margin.m1 * sinl(turned) / std::max<long double>(sinl(theta), 1e-4L);
+    }
+    return Truth{direction ? double(cosl(theta)) : 0.0, double(margin.scale * (psi - margin.m3)),
+                 double(derivative)};
+}
+
+void check_operand(RowHead& head, const std::vector<uint16_t>& operand,
+                   const std::vector<float>& units, const std::string& what) {
+    bool right = true;
+    for (size_t i = 0; i < units.size(); ++i) {
+        if (head.shape.split) {
+            const uint64_t plane = head.view.plane_rows;
+            const double sum = double(of_bfloat(operand[i])) + of_bfloat(operand[i + plane]) +
+                               of_bfloat(operand[i + 2 * plane]);
+            right = right && sum == double(units[i]);
+        } else {
+            right = right && operand[i] == half_of(units[i]);
+        }
+    }
+    EXPECT(right, what);
+}
+
+// E with rows that have no direction, rows along and against their class centre, and, if asked,
+// rows that are no numbers.
+std::vector<float> draw(RowHead& head, bool bad, int32_t dtype) {
+    const uint32_t dim = head.shape.dim;
+    std::vector<float> e(size_t(head.block.rows) * dim);
+    for (uint32_t row = 0; row < head.block.rows; ++row) {
+        const uint32_t column = head.columns[head.global(row)];
+        for (uint32_t i = 0; i < dim; ++i) {
+            float& value = e[size_t(row) * dim + i];
+            value = 10 * head.uniform();
+            if (column != kNone && row % 9 < 2) {
+                const size_t at = size_t(head.sample[column]) * head.view.master_pitch + i;
+                value = (row % 9 == 0 ? 4.0f : -2.0f) * head.w[at];
+            }
+            if (row % 9 == 5) {
+                value = 0.0f;
+            }
+            if (bad && (row == 17 || row == 9) && i == dim - 1) {
+                value = row == 9 ? INFINITY : NAN;
+            }
+            if (head.ignored(row) && i == 0) {
+                value = NAN;  // nobody looks at it
+            }
+            value = bad && value != value ? value : rounded(value, dtype);
+        }
+    }
+    return e;
+}
+
+void test_a_batch(const Shape& shape, const MarginView& margin, int32_t dtype, bool bad,
+                  const Launch& launch) {
+    const std::string what = shape.text() + (bad ? " bad" : "");
+    RowHead head(shape, shape.dim + 7);
+    head.view.margin = margin;
+    const uint32_t dim = shape.dim, rows = head.block.rows;
+    if (bad) {
+        // The rows that are no numbers count.
+        for (uint32_t row : {9u, 17u}) {
+            head.labels[head.global(row)] = 7;
+            head.columns[head.global(row)] = kNone;
+        }
+        head.memory.put(head.view.labels, head.labels);
+        head.memory.put(head.view.columns, head.columns);
+    }
+    const int32_t held = shape.sharded ? shape.gather : dtype;
+    const std::vector<float> e = draw(head, bad, held);
+    MatrixView source{};
+    if (shape.sharded) {
+        std::vector<float> gathered(size_t(head.view.label_capacity) * dim, 0.0f);
+        for (uint32_t row = 0; row < rows; ++row) {
+            std::copy(&e[size_t(row) * dim], &e[size_t(row) * dim] + dim,
+                      &gathered[size_t(head.origins[row]) * dim]);
+        }
+        head.memory.put(head.view.embeddings_recv, packed(gathered, dim, dim, held));
+    } else {
+        source = head.matrix(e, dim + 1, held);
+    }
+    head.launch(launch, "normalize_embeddings", source);
+    head.launch(launch, "judge_embeddings");
+    head.launch(launch, "find_targets", source);
+
+    const StepBlock block = head.get_block();
+    if (bad) {
+        const uint32_t place = shape.sharded ? head.origins[9] : 9;
+        EXPECT(block.status == kNotFinite && block.fault == kFaultEmbedding, what);
+        EXPECT(block.bad_row == 9, what);
+        EXPECT(block.rank == int32_t(shape.sharded ? place / shape.max_batch : shape.rank), what);
+        EXPECT(block.row == int64_t(shape.sharded ? place % shape.max_batch : 9), what);
+    } else {
+        EXPECT(block.status == kOk && block.fault == kNoFault && block.bad_row == kNone, what);
+    }
+    const uint32_t padded = up(rows, 128), pitch = head.view.depth_pitch;
+    const std::vector<float> units = head.memory.get(head.view.units, size_t(padded) * pitch);
+    const std::vector<float> norms = head.memory.get(head.view.inverse_norms, padded);
+    const std::vector<float> logits = head.memory.get(head.view.target_logits, padded);
+    const std::vector<float> cosines = head.memory.get(head.view.target_cosines, padded);
+    const std::vector<float> derivatives = head.memory.get(head.view.derivatives, padded);
+    for (uint32_t row = 0; row < padded; ++row) {
+        const bool counts = row < rows && !head.ignored(row);
+        double squares = 0;
+        for (uint32_t i = 0; counts && i < dim; ++i) {
+            squares += double(e[size_t(row) * dim + i]) * e[size_t(row) * dim + i];
+        }
+        const bool finite = std::isfinite(squares);
+        const double inverse = finite && squares > 0 ? 1 / std::sqrt(squares) : 0.0;
+        bool right = close(norms[row], inverse, 1e-7);
+        for (uint32_t i = 0; i < pitch; ++i) {
+            const bool held = counts && finite && i < dim;
+            const double truth = held ? e[size_t(row) * dim + i] * inverse : 0.0;
+            right = right && close(units[size_t(row) * pitch + i], truth, 3e-7);
+        }
+        EXPECT(right, what + " row " + std::to_string(row));
+        const uint32_t column = row < rows ? head.columns[head.global(row)] : kNone;
+        if (!counts || column == kNone || bad) {
+            EXPECT(logits[row] == 0 && derivatives[row] == 0, what);
+            EXPECT(cosines[row] == (counts ? kElsewhere : kIgnored), what);
+            continue;
+        }
+        const float* w = &head.w[size_t(head.sample[column]) * head.view.master_pitch];
+        const Truth truth = target_of(margin, &e[size_t(row) * dim], w, dim);
+        EXPECT(close(logits[row], truth.logit, 2e-7, 1e-5), what);
+        EXPECT(close(cosines[row], truth.cosine, 2e-7, 1e-9), what);
+        // At theta = 0 and pi the sine is floored: what is left of it is noise of the last digits.
+        EXPECT(close(derivatives[row], truth.derivative, 1e-6, 1e-5), what);
+    }
+    check_operand(head, head.memory.get(head.view.unit_operand, 3 * head.view.plane_rows), units,
+                  what);
+}
+
+void test_a_failed_step_is_left_alone() {
+    RowHead head((Shape()));
+    head.block.status = kLabel;
+    head.put_block();
+    head.fill(head.view.units, 64, 3.0f);
+    head.fill(head.view.target_cosines, head.view.row_capacity, 3.0f);
+    head.launch(kLaunches[0], "normalize_embeddings", MatrixView{});
+    head.launch(kLaunches[0], "judge_embeddings");
+    head.launch(kLaunches[0], "find_targets", MatrixView{});
+    EXPECT(head.memory.get(head.view.units, 64) == std::vector<float>(64, 3.0f), "units");
+    EXPECT(head.memory.get(head.view.target_cosines, 4) == std::vector<float>(4, 3.0f), "cosines");
+    EXPECT(head.get_block().status == kLabel, "status");
+}
+
+}  // namespace
+
+int main() {
+    test_packing();
+    const MarginView margins[] = {{64, 1, 0.5, 0, 0, 0, 0, 0},      {64, 1, 0, 0.35, 0, 0, 1, 0},
+                                  {30, 1.35, 0.2, 0.1, 0, 0, 0, 1}, {64, 1, 0.5, 0, 0, 0, 0, 1},
+                                  {10, 16, 3.1, 2, 0, 0, 0, 0},     {64, 1, 3.0, 0, 0, 0, 0, 1}};
+    unsigned turn = 0;
+    for (uint32_t dim : kDims) {
+        for (int32_t dtype : {kF32, kF16, kBf16}) {
+            for (int kind = 0; kind < 4; ++kind, ++turn) {
+                Shape shape;
+                shape.dim = dim;
+                shape.gather = dtype;
+                shape.sharded = kind % 2;
+                shape.split = kind / 2;
+                test_a_batch(shape, margins[turn % 6], dtype, false, kLaunches[turn % 4]);
+                if (dtype == kF32) {
+                    test_a_batch(shape, margins[0], dtype, true, kLaunches[turn % 4]);
+                }
+            }
+        }
+    }
+    test_a_failed_step_is_left_alone();
+    return finish();
+}

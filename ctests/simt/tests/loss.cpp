@@ -1,0 +1,359 @@
+// kernels/loss.cu against plain double arithmetic: the reduction of the tiles, C of a sharded and
+// of a replicated head, the verdict, the loss, E'.
+#include "rows.h"
+
+namespace {
+
+// The ranks' finite outcomes of a step, as judge_sums leaves them for the kernels after it.
+struct Finished {
+    std::vector<double> factors, coefficients;
+    double loss = 0;
+};
+
+// Values as the forward leaves them.
+struct Forward {
+    std::vector<float> sums, logits, cosines, derivatives;
+
+    explicit Forward(RowHead& head) {
+        for (uint32_t row = 0; row < head.block.rows; ++row) {
+            const bool here = head.columns[head.global(row)] != kNone;
+            const bool ignored = head.ignored(row);
+            sums.push_back(ignored ? 0.0f : std::exp(20 * head.uniform()));
+            logits.push_back(here ? 60 * head.uniform() : 0.0f);
+            cosines.push_back(ignored ? kIgnored : here ? head.uniform() : kElsewhere);
+            derivatives.push_back(here ? 2 * head.uniform() : 0.0f);
+        }
+    }
+
+    void put(RowHead& head) const {
+        head.memory.put(head.view.row_sums, sums);
+        head.memory.put(head.view.target_logits, logits);
+        head.memory.put(head.view.target_cosines, cosines);
+        head.memory.put(head.view.derivatives, derivatives);
+    }
+
+    Finished finish(const RowHead& head) const {
+        Finished made;
+        for (uint32_t row = 0; row < sums.size(); ++row) {
+            made.factors.push_back(0);
+            made.coefficients.push_back(0);
+            if (cosines[row] == kIgnored) {
+                continue;
+            }
+            const MarginView& margin = head.view.margin;
+            const double target = std::exp(double(logits[row]) - margin.offset);
+            const double whole = sums[row] + target;
+            made.factors.back() = margin.scale / whole;
+            made.coefficients.back() = -margin.scale * sums[row] / whole * derivatives[row];
+            made.loss += std::log(whole) - std::log(target);
+        }
+        return made;
+    }
+};
+
+void check_rows(RowHead& head, const Finished& truth, const std::string& what) {
+    const uint32_t rows = head.block.rows;
+    const std::vector<float> factors = head.memory.get(head.view.factors, rows);
+    const std::vector<float> coefficients = head.memory.get(head.view.coefficients, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        EXPECT(close(factors[row], truth.factors[row], 2e-7), what);
+        EXPECT(close(coefficients[row], truth.coefficients[row], 2e-7), what);
+    }
+}
+
+void test_reducing() {
+    for (uint32_t classes : {1u, 127u, 128u, 200u, 900u}) {
+        Shape shape;
+        shape.classes = classes;
+        shape.shard_rows = 1000;
+        RowHead head(shape, classes);
+        const size_t tiles = head.view.column_tiles, rows = head.view.row_capacity;
+        std::vector<float> sums, best;
+        for (size_t i = 0; i < tiles * rows; ++i) {
+            sums.push_back(std::exp(5 * head.uniform()));
+            best.push_back(i % 5 == 0 ? kElsewhere : head.uniform());
+        }
+        head.memory.put(head.view.partial_sums, sums);
+        head.memory.put(head.view.partial_best, best);
+        head.fill(head.view.row_sums, rows, -1.0f);
+        head.launch(kLaunches[classes % 4], "reduce_rows");
+        const std::vector<float> found = head.memory.get(head.view.row_sums, rows);
+        const std::vector<float> largest =
+            head.memory.get(head.view.best_negatives, head.block.rows);
+        for (uint32_t row = 0; row < head.block.rows; ++row) {
+            double sum = 0;
+            float most = kElsewhere;
+            for (size_t tile = 0; tile < (classes + 127) / 128; ++tile) {
+                sum += sums[tile * rows + row];
+                most = std::max(most, best[tile * rows + row]);
+            }
+            EXPECT(close(found[row], sum, 1e-7) && largest[row] == most, "reduced");
+        }
+        EXPECT(found[head.block.rows] == -1.0f, "beyond the rows");
+    }
+}
+
+double* loss_cell(RowHead& head) {
+    double* const loss = head.memory.make<double>(1);
+    head.memory.put(loss, std::vector<double>{-7.0});
+    return loss;
+}
+
+void judge(RowHead& head, const Launch& launch, double* loss) {
+    head.launch({1, launch.block}, "judge_sums", loss);
+}
+
+void test_sharded(const Launch& launch, bool only_target) {
+    Shape shape;
+    if (only_target) {
+        shape.classes = 1;
+    }
+    RowHead head(shape, 3);
+    head.view.margin.offset = 2.5;
+    const Forward forward(head);
+    forward.put(head);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    const uint32_t capacity = head.view.label_capacity, rows = head.block.rows;
+    std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    double cosines = 0;
+    uint32_t valid = 0;
+    for (uint32_t i = 0; i < capacity; ++i) {
+        const bool row = i < rows;
+        EXPECT(sums[i] == (row ? forward.sums[i] : 0.0f), "N");
+        EXPECT(sums[capacity + i] == (row ? forward.logits[i] : 0.0f), "zt");
+        cosines += row && std::fabs(forward.cosines[i]) < 2 ? forward.cosines[i] : 0.0f;
+    }
+    for (uint32_t i = 0; i < head.block.own_rows; ++i) {
+        valid += head.ignored(head.block.first_own + i) ? 0 : 1;
+    }
+    const float* totals = &sums[2 * capacity];
+    EXPECT(close(totals[0], cosines, 1e-6) && totals[1] == float(valid) && totals[2] == 0,
+           "totals");
+    EXPECT(totals[3] == (only_target ? 1.0f : 2.0f), "classes");
+    EXPECT(totals[3] == 1.0f || !only_target, "classes");
+
+    double* const loss = loss_cell(head);
+    judge(head, launch, loss);
+    const StepBlock block = head.get_block();
+    Finished truth = forward.finish(head);
+    if (only_target) {
+        truth.factors.assign(rows, 0.0);
+        truth.coefficients.assign(rows, 0.0);
+        truth.loss = 0;
+    }
+    EXPECT(block.status == kOk && block.only_target == (only_target ? 1u : 0u), "status");
+    EXPECT(block.valid_rows == block.own_valid_rows, "valid rows");
+    EXPECT(block.target_cosines == double(totals[0]), "cosines");
+    const double mean = truth.loss / double(block.valid_rows);
+    EXPECT(close(block.loss, mean, 1e-12, 1e-12), "loss");
+    EXPECT(head.memory.get(loss, 1)[0] == block.loss, "loss cell");
+    EXPECT(head.get_ledger().failed == 0, "failures");
+    check_rows(head, truth, "sharded");
+}
+
+void expect_failure(RowHead& head, const double* loss, int32_t status, int32_t fault, int32_t rank,
+                    int64_t row, int64_t value, uint64_t failed, const std::string& what) {
+    const StepBlock block = head.get_block();
+    EXPECT(block.status == status && block.fault == fault, what);
+    EXPECT(block.rank == rank && block.row == row && block.value == value, what);
+    EXPECT(block.loss != block.loss, what);
+    const double cell = head.memory.get(loss, 1)[0];
+    EXPECT(cell != cell, what);
+    EXPECT(head.get_ledger().failed == failed, what);
+}
+
+void test_sharded_failures() {
+    RowHead head((Shape()), 5);
+    const Forward forward(head);
+    forward.put(head);
+    double* const loss = loss_cell(head);
+    const uint32_t capacity = head.view.label_capacity;
+    // This rank fails: nothing but the error travels.
+    head.launch({1, 128}, "pack_sums", int32_t(5));
+    std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    for (uint32_t i = 0; i < sums.size(); ++i) {
+        EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
+    }
+    judge(head, kLaunches[3], loss);
+    expect_failure(head, loss, kRemote, kFaultForward, 1, 0, 65538, 1, "one error");
+    // Two ranks fail.
+    head.put_block();
+    sums[2 * capacity + 2] = 2 * 65536 + 1 + 3;
+    head.memory.put(head.view.sums, sums);
+    judge(head, kLaunches[3], loss);
+    expect_failure(head, loss, kRemote, kFaultForward, 0, 0, 2 * 65536 + 4, 2, "two errors");
+    EXPECT(head.get_ledger().first_failure.value == 65538, "the first failure is kept");
+    // Sums that leave float32: the least row counts.
+    for (float bad : {0.0f, -1.0f, float(NAN), float(INFINITY), 1e-44f}) {
+        Forward wrong = forward;
+        uint32_t row = 40;
+        while (head.ignored(row)) {
+            ++row;
+        }
+        wrong.sums[row] = bad;
+        wrong.logits[row] = bad == 1e-44f ? -200.0f : 1.0f;
+        wrong.sums[row + 30] = NAN;
+        wrong.cosines[row + 30] = 0.5f;
+        wrong.put(head);
+        head.put_block();
+        head.put_ledger();
+        head.launch({1, 96}, "pack_sums", int32_t(kOk));
+        judge(head, {1, 96}, loss);
+        const uint32_t place = head.origins[row];
+        expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.view.max_batch),
+                       place % head.view.max_batch, 0, 1, "sum " + std::to_string(bad));
+    }
+    // A verdict from before: zeros travel, it stays.
+    head.block.status = kLabel;
+    head.block.fault = kFaultLabel;
+    head.block.row = 4;
+    head.block.rows = 0;
+    head.put_block();
+    head.launch({1, 32}, "pack_sums", int32_t(kOk));
+    sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    EXPECT(sums == std::vector<float>(sums.size(), 0.0f), "zeros");
+    judge(head, {1, 32}, loss);
+    expect_failure(head, loss, kLabel, kFaultLabel, 0, 4, 0, 2, "label");
+    // Without a cell for the loss.
+    head.launch({1, 32}, "judge_sums", static_cast<double*>(nullptr));
+    EXPECT(head.get_ledger().failed == 3, "no cell");
+}
+
+void test_replicated(const Launch& launch) {
+    Shape shape;
+    shape.sharded = false;
+    RowHead head(shape, 6);
+    head.block.digest = 12345;
+    head.put_block();
+    const Forward forward(head);
+    forward.put(head);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    const size_t count = kTotals + kSlot * head.view.ranks;
+    std::vector<double> sums = head.memory.get(head.view.replicated_sums, count);
+    const Finished truth = forward.finish(head);
+    double cosines = 0;
+    for (float cosine : forward.cosines) {
+        cosines += std::fabs(cosine) < 2 ? cosine : 0.0f;
+    }
+    EXPECT(close(sums[0], truth.loss, 1e-12), "loss");
+    EXPECT(sums[1] == double(head.block.own_valid_rows), "valid");
+    EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == 0, "cosines");
+    for (size_t i = kTotals; i < count; ++i) {
+        EXPECT(sums[i] == (i == kTotals + kSlot + 2 ? 12345 : 0), "slots");
+    }
+    check_rows(head, truth, "replicated");
+    // The other ranks' parts.
+    std::vector<double> all = sums;
+    all[0] += 100;
+    all[1] += 50;
+    all[kTotals + 2] = all[kTotals + 2 * kSlot + 2] = 12345;
+    head.memory.put(head.view.replicated_sums, all);
+    double* const loss = loss_cell(head);
+    judge(head, launch, loss);
+    const StepBlock block = head.get_block();
+    EXPECT(block.status == kOk && block.valid_rows == uint64_t(all[1]), "status");
+    EXPECT(block.loss == all[0] / all[1] && block.target_cosines == all[2], "loss");
+    EXPECT(head.memory.get(loss, 1)[0] == block.loss, "cell");
+
+    const size_t other = kTotals + 2 * kSlot;
+    const auto judged = [&](std::vector<double> with, const StepBlock& before) {
+        head.memory.put(head.view.replicated_sums, with);
+        head.memory.put(head.view.block, std::vector<StepBlock>{before});
+        head.put_ledger();
+        judge(head, launch, loss);
+    };
+    std::vector<double> bad = all;
+    bad[other + 2] = 7;
+    judged(bad, head.block);
+    expect_failure(head, loss, kMismatch, kFaultSamples, 2, 0, 0, 1, "samples");
+    bad[other] = 13;
+    bad[other + 1] = -1 - 8;
+    judged(bad, head.block);
+    expect_failure(head, loss, kNotFinite, kFaultSum, 2, 8, 0, 1, "sum");
+    bad[other + 1] = 8;
+    judged(bad, head.block);
+    expect_failure(head, loss, kNotFinite, kFaultEmbedding, 2, 8, 0, 1, "embedding");
+    bad[kTotals] = 5;
+    judged(bad, head.block);
+    expect_failure(head, loss, kRemote, kFaultSums, 0, 0, 5, 1, "status");
+    // This rank's own bad row: told to the others, and judged with theirs.
+    StepBlock own = head.block;
+    own.status = kNotFinite;
+    own.fault = kFaultEmbedding;
+    own.rank = 1;
+    own.row = 6;
+    head.memory.put(head.view.block, std::vector<StepBlock>{own});
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    std::vector<double> mine = head.memory.get(head.view.replicated_sums, count);
+    EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
+           "own row");
+    judged(mine, own);
+    expect_failure(head, loss, kNotFinite, kFaultEmbedding, 1, 6, 0, 1, "own row");
+    mine[kTotals] = 3;
+    judged(mine, own);
+    expect_failure(head, loss, kRemote, kFaultSums, 0, 0, 3, 1, "a lower rank's");
+    // A sum of this rank that leaves float32.
+    Forward wrong = forward;
+    uint32_t row = 10;
+    while (head.ignored(row)) {
+        ++row;
+    }
+    wrong.sums[row] = 0;
+    wrong.put(head);
+    head.put_block();
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    mine = head.memory.get(head.view.replicated_sums, count);
+    EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
+    EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");
+}
+
+void test_scaling(bool split, uint32_t dim, const Launch& launch) {
+    Shape shape;
+    shape.dim = dim;
+    shape.split = split;
+    RowHead head(shape, dim);
+    const uint32_t rows = head.block.rows, pitch = head.view.depth_pitch;
+    std::vector<float> units(head.view.plane_rows, NAN), factors;
+    for (uint32_t row = 0; row < rows; ++row) {
+        factors.push_back(row % 5 == 0 ? 0.0f : std::exp(30 * head.uniform()));
+        for (uint32_t i = 0; i < pitch; ++i) {
+            units[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
+        }
+    }
+    head.memory.put(head.view.units, units);
+    head.memory.put(head.view.factors, factors);
+    head.launch(launch, "scale_embeddings");
+    const uint64_t plane = head.view.plane_rows;
+    const std::vector<uint16_t> operand = head.memory.get(head.view.scaled_operand, 3 * plane);
+    bool right = true;
+    for (size_t i = 0; i < size_t(up(rows, 128)) * pitch; ++i) {
+        const bool counts = i / pitch < rows && factors[i / pitch] != 0;
+        const float truth = counts ? factors[i / pitch] * units[i] : 0.0f;
+        if (split) {
+            const double sum = double(of_bfloat(operand[i])) + of_bfloat(operand[i + plane]) +
+                               of_bfloat(operand[i + 2 * plane]);
+            right = right && sum == double(truth);
+        } else {
+            right = right && operand[i] == bfloat_of(truth);
+        }
+    }
+    EXPECT(right, shape.text());
+}
+
+}  // namespace
+
+int main() {
+    test_reducing();
+    for (const Launch& launch : kLaunches) {
+        test_sharded(launch, false);
+        test_replicated(launch);
+    }
+    test_sharded(kLaunches[0], true);
+    test_sharded_failures();
+    unsigned turn = 0;
+    for (uint32_t dim : {1u, 3u, 65u, 130u}) {
+        test_scaling(false, dim, kLaunches[turn % 4]);
+        test_scaling(true, dim, kLaunches[turn++ % 4]);
+    }
+    return finish();
+}

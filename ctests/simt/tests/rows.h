@@ -1,0 +1,331 @@
+// A head's arrays for tests of the row kernels, filled by plain code: labels, a sample, rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../../kernels/view.h"
+#include "harness.h"
+
+// A check that says which case it is of.
+#define EXPECT(condition, what)                                                         \
+    do {                                                                                \
+        if (!(condition)) {                                                             \
+            ++failures;                                                                 \
+            fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #condition, \
+                    std::string(what).c_str());                                         \
+        }                                                                               \
+    } while (0)
+
+// Device memory that lives as long as a case. Never written until a case writes it, so that a
+// kernel that reads what nobody wrote is found.
+class DeviceMemory {
+  public:
+    DeviceMemory() = default;
+    DeviceMemory(const DeviceMemory&) = delete;
+    ~DeviceMemory() {
+        for (CUdeviceptr at : arrays_) {
+            cuMemFree_v2(at);
+        }
+    }
+
+    template <class T>
+    T* make(size_t count) {
+        module();
+        CUdeviceptr at = 0;
+        MUST(cuMemAlloc_v2(&at, count * sizeof(T)));
+        arrays_.push_back(at);
+        return reinterpret_cast<T*>(at);
+    }
+
+    template <class T>
+    void put(T* at, const std::vector<T>& values) {
+        upload(at, values);
+    }
+
+    template <class T>
+    std::vector<T> get(const T* at, size_t count) {
+        return download(at, count);
+    }
+
+    template <class... A>
+    void launch(const char* name, unsigned grid, unsigned block, unsigned shared,
+                const A&... arguments) {
+        ::launch(name, grid, block, shared, arguments...);
+    }
+
+  private:
+    std::vector<CUdeviceptr> arrays_;
+};
+
+struct Launch {
+    unsigned grid, block;
+};
+const Launch kLaunches[] = {{3, 256}, {1, 32}, {12, 96}, {4, 1024}};
+constexpr unsigned kSharedBytes = 512;  // of the kernels of one CTA
+
+struct Shape {
+    uint32_t dim = 65;
+    bool sharded = true, split = false, adamw = false, dense = false;
+    int32_t gather = kF32;
+    uint32_t ranks = 3, rank = 1, max_batch = 40, shard_rows = 300, classes = 200, chunk = 128;
+    uint32_t splits = 2, history = 16;
+
+    std::string text() const {
+        return "d " + std::to_string(dim) + (sharded ? " sharded" : " replicated") +
+               (split ? " split" : " half") + (adamw ? " adamw" : " sgd") +
+               (dense ? " dense" : " lazy") + " gather " + std::to_string(gather);
+    }
+};
+
+inline uint32_t up(uint32_t value, uint32_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+// 16-bit values by the compiler's own conversions, and by hand.
+inline uint16_t half_of(float value) {
+    const _Float16 half = _Float16(value);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+inline float of_half(uint16_t bits) {
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    return float(half);
+}
+inline uint16_t bfloat_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float of_bfloat(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+inline float rounded(float value, int32_t dtype) {
+    return dtype == kF32   ? value
+           : dtype == kF16 ? of_half(half_of(value))
+                           : of_bfloat(bfloat_of(value));
+}
+inline size_t size_of(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
+
+// Values as `dtype`, rows `stride` elements apart.
+inline std::vector<uint8_t> packed(const std::vector<float>& values, uint32_t dim, uint32_t stride,
+                                   int32_t dtype) {
+    const size_t rows = values.size() / dim;
+    std::vector<uint8_t> bytes(rows * stride * size_of(dtype), 0xff);
+    for (size_t i = 0; i < values.size(); ++i) {
+        const size_t at = (i / dim * stride + i % dim) * size_of(dtype);
+        const uint16_t narrow = dtype == kF16 ? half_of(values[i]) : bfloat_of(values[i]);
+        if (dtype == kF32) {
+            std::memcpy(&bytes[at], &values[i], 4);
+        } else {
+            std::memcpy(&bytes[at], &narrow, 2);
+        }
+    }
+    return bytes;
+}
+inline float element(const std::vector<uint8_t>& bytes, size_t index, int32_t dtype) {
+    float value;
+    uint16_t narrow;
+    if (dtype == kF32) {
+        std::memcpy(&value, &bytes[4 * index], 4);
+        return value;
+    }
+    std::memcpy(&narrow, &bytes[2 * index], 2);
+    return dtype == kF16 ? of_half(narrow) : of_bfloat(narrow);
+}
+
+inline bool close(double value, double truth, double relative, double floor = 1e-30) {
+    return std::fabs(value - truth) <= relative * std::fabs(truth) + floor;
+}
+
+class RowHead {
+  public:
+    DeviceMemory memory;
+    HeadView view{};
+    Shape shape;
+    StepBlock block{};
+    Ledger ledger{};
+    std::mt19937 random;
+    std::vector<uint32_t> batches;
+    std::vector<int64_t> labels;
+    std::vector<uint32_t> origins, sample, columns;
+    std::vector<float> w, m, v;  // [shard_rows][master_pitch]
+
+    explicit RowHead(const Shape& shape, uint32_t seed = 1) : shape(shape), random(seed) {
+        const uint32_t d = shape.dim;
+        view.ranks = shape.ranks;
+        view.rank = shape.rank;
+        view.max_batch = shape.max_batch;
+        view.label_capacity = shape.ranks * shape.max_batch;
+        view.row_capacity = up(shape.sharded ? view.label_capacity : shape.max_batch, 128);
+        view.dim = d;
+        view.depth_pitch = up(d, 64);
+        view.master_pitch = up(d, 4);
+        view.shard_rows = shape.shard_rows;
+        view.sample_capacity = up(shape.classes, 128);
+        view.chunk_capacity = shape.chunk;
+        view.column_tiles = view.sample_capacity / 128;
+        view.splits = shape.splits;
+        view.history_capacity = shape.history;
+        view.sharded = shape.sharded;
+        view.split_operands = shape.split;
+        view.gather_dtype = shape.gather;
+        view.ignore_label = -1;
+        view.first_class = 1000;
+        view.num_classes = 5000;
+        view.plane_rows = uint64_t(view.row_capacity) * view.depth_pitch;
+        view.plane_centers = uint64_t(view.chunk_capacity) * view.depth_pitch;
+        view.margin = MarginView{64.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0, 0};
+        view.optimizer = shape.adamw ? OptimizerView{0, 0.01, 0.9, 0.999, 1e-8, 161, 1, shape.dense}
+                                     : OptimizerView{0.9, 5e-4, 0, 0, 0, 0, 0, shape.dense};
+        static uint64_t made = 0;
+        simt_seed(++made);  // another order of blocks and threads for each case
+        allocate();
+        draw_step();
+        draw_rows();
+    }
+
+    float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(random); }
+
+    template <class... A>
+    void launch(const Launch& launch, const char* name, const A&... parameters) {
+        memory.launch(name, launch.grid, launch.block, kSharedBytes, view, parameters...);
+    }
+
+    template <class T>
+    void fill(T* array, size_t count, T value) {
+        memory.put(array, std::vector<T>(count, value));
+    }
+
+    void put_block() { memory.put(view.block, std::vector<StepBlock>{block}); }
+    void put_ledger() { memory.put(view.ledger, std::vector<Ledger>{ledger}); }
+    StepBlock get_block() { return memory.get(view.block, 1)[0]; }
+    Ledger get_ledger() { return memory.get(view.ledger, 1)[0]; }
+
+    // Global row of row i.
+    uint32_t global(uint32_t row) const { return block.first_computed + row; }
+    bool ignored(uint32_t row) const { return labels[global(row)] == view.ignore_label; }
+
+    MatrixView matrix(const std::vector<float>& values, uint32_t stride, int32_t dtype) {
+        const std::vector<uint8_t> bytes = packed(values, shape.dim, stride, dtype);
+        // The caller's memory need not be aligned to more than its elements.
+        uint8_t* data = memory.make<uint8_t>(bytes.size() + 16) + size_of(dtype);
+        memory.put(data, bytes);
+        return MatrixView{data, values.size() / shape.dim, shape.dim, stride, dtype, 0};
+    }
+
+  private:
+    void allocate() {
+        const uint32_t d = shape.dim;
+        const size_t places = view.label_capacity, rows = view.row_capacity;
+        const size_t columns = view.sample_capacity, pitch = view.depth_pitch;
+        const size_t centers = size_t(shape.shard_rows) * view.master_pitch;
+        view.block = memory.make<StepBlock>(1);
+        view.ledger = memory.make<Ledger>(1);
+        view.labels = memory.make<int64_t>(places);
+        view.origins = memory.make<uint32_t>(places);
+        view.sample = memory.make<uint32_t>(columns);
+        view.columns = memory.make<uint32_t>(places);
+        view.embeddings_send = memory.make<uint8_t>(size_t(shape.max_batch) * d * 4);
+        view.embeddings_recv = memory.make<uint8_t>(places * d * 4);
+        view.units = memory.make<float>(rows * pitch);
+        view.unit_operand = memory.make<uint16_t>(3 * rows * pitch);
+        view.scaled_operand = memory.make<uint16_t>(3 * rows * pitch);
+        for (float** array :
+             {&view.inverse_norms, &view.target_logits, &view.target_cosines, &view.derivatives,
+              &view.coefficients, &view.factors, &view.row_sums, &view.best_negatives}) {
+            *array = memory.make<float>(rows);
+        }
+        view.partial_sums = memory.make<float>(view.column_tiles * rows);
+        view.partial_best = memory.make<float>(view.column_tiles * rows);
+        view.center_operand = memory.make<uint16_t>(3 * view.plane_centers);
+        view.center_wide = memory.make<uint16_t>(view.plane_centers);
+        view.center_inverse_norms = memory.make<float>(columns);
+        view.weighted = memory.make<float>(view.splits * rows * pitch);
+        view.sums = memory.make<float>(2 * places + kTotals);
+        view.replicated_sums = memory.make<double>(kTotals + kSlot * view.ranks);
+        view.gradient_send = memory.make<float>(places * d);
+        view.gradient_recv = memory.make<float>(size_t(shape.max_batch) * d);
+        view.center_gradient = memory.make<float>(columns * d);
+        view.squares = memory.make<float>(std::max(rows, columns));
+        view.centers = memory.make<float>(centers);
+        view.momentum = memory.make<float>(centers);
+        view.second_moment = shape.adamw ? memory.make<float>(centers) : nullptr;
+        view.last = shape.dense ? memory.make<uint32_t>(shape.shard_rows) : nullptr;
+        view.rule = memory.make<Rule>(1);
+        view.gaps = memory.make<Gap>(view.history_capacity);
+        memory.put(view.gaps, std::vector<Gap>(view.history_capacity));
+        if (shape.dense) {
+            fill(view.last, shape.shard_rows, 0u);
+        }
+    }
+
+    // Batches that are not full, targets here, in other shards, outside the sample, and ignored.
+    void draw_step() {
+        for (uint32_t rank = 0; rank < view.ranks; ++rank) {
+            batches.push_back(view.max_batch - (rank * 7 + 3) % view.max_batch);
+            for (uint32_t i = 0; i < batches.back(); ++i) {
+                origins.push_back(rank * view.max_batch + i);
+            }
+        }
+        std::vector<uint32_t> all(shape.shard_rows);
+        for (uint32_t i = 0; i < all.size(); ++i) {
+            all[i] = i;
+        }
+        std::shuffle(all.begin(), all.end(), random);
+        sample.assign(all.begin(), all.begin() + shape.classes);
+        std::sort(sample.begin(), sample.end());
+        for (uint32_t i = 0; i < origins.size(); ++i) {
+            const uint32_t column = random() % shape.classes;
+            const uint32_t kind = i == 2 ? 1 : i == 3 ? 0 : random() % 8;
+            columns.push_back(kind < 2 ? kNone : column);
+            labels.push_back(kind == 1   ? view.ignore_label
+                             : kind == 0 ? 7
+                                         : int64_t(view.first_class) + sample[column]);
+        }
+        block.global_rows = uint32_t(origins.size());
+        block.own_rows = batches[view.rank];
+        uint32_t before = 0;
+        for (uint32_t rank = 0; rank < view.rank; ++rank) {
+            before += batches[rank];
+        }
+        block.rows = shape.sharded ? block.global_rows : block.own_rows;
+        block.first_computed = shape.sharded ? 0 : before;
+        block.first_own = shape.sharded ? before : 0;
+        block.classes = shape.classes;
+        block.bad_row = kNone;
+        for (uint32_t row = 0; row < block.rows; ++row) {
+            block.own_valid_rows += ignored(row) ? 0 : 1;
+        }
+        memory.put(view.labels, labels);
+        memory.put(view.origins, origins);
+        memory.put(view.columns, columns);
+        memory.put(view.sample, sample);
+        put_block();
+        put_ledger();
+    }
+
+    void draw_rows() {
+        const size_t count = size_t(shape.shard_rows) * view.master_pitch;
+        for (size_t i = 0; i < count; ++i) {
+            w.push_back(i % view.master_pitch < shape.dim ? 0.05f * uniform() : 0.0f);
+        }
+        m.assign(count, 0.0f);
+        v.assign(count, 0.0f);
+        memory.put(view.centers, w);
+        memory.put(view.momentum, m);
+        if (shape.adamw) {
+            memory.put(view.second_moment, v);
+        }
+    }
+};
