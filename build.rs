@@ -1,9 +1,13 @@
-//! Link arguments of the shared library, and what `pfc_build_info` tells.
+//! Link arguments of the shared library, the CUDA kernels' images, and what `pfc_build_info` tells.
 
 use std::process::Command;
 
+#[path = "build/kernels.rs"]
+mod kernels;
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         // Cargo names no SONAME by itself, and CMake consumers then record a path instead of a name.
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libpartialfc.so.0");
@@ -13,6 +17,7 @@ fn main() {
     let target = std::env::var("TARGET").unwrap_or_default();
     println!("cargo:rustc-env=PFC_TARGET={target}");
     println!("cargo:rustc-env=PFC_COMMIT={}", commit());
+    kernels::build();
 }
 
 /// The commit the sources stand at, or "release" outside a checkout (a packaged crate).

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use partialfc::comm::Communicator;
 use partialfc::device::{self, SampleDraw};
-use partialfc::head::{Head, Labels, Metrics, StepInput};
+use partialfc::head::{Head, Labels, LossTarget, Metrics, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::Matrix;
 use partialfc::optimizer::{Optimizer, Sgd};
@@ -341,7 +341,7 @@ fn steps(shape: &Shape, comm: Arc<Communicator>) -> Vec<(f64, Metrics)> {
         };
         comm.barrier().expect("all ranks begin");
         let start = Instant::now();
-        head.step(Ok((input, Matrix::of_f32(&mut gradient, rows, shape.dim))), 0.1).expect("a step");
+        head.step(Ok((input, Matrix::of_f32(&mut gradient, rows, shape.dim))), 0.1, LossTarget::Host).expect("a step");
         let seconds = start.elapsed().as_secs_f64();
         // The first step touches every page for the first time.
         if step > 0 {

@@ -47,6 +47,15 @@ pub struct StepInput {
     pub labels: Option<Labels>,
 }
 
+/// Where a forward leaves its loss.
+#[derive(Clone, Copy, Debug)]
+pub enum LossTarget {
+    /// With the caller, who waits for it and for the verdict.
+    Host,
+    /// In the device's memory; the verdict comes from the next call that waits.
+    Device(*mut f64),
+}
+
 /// Seconds a rank spent in each phase of its last step.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seconds {
@@ -77,6 +86,8 @@ pub struct Head {
     /// The caller's ids for the next sample.
     chosen: Option<Vec<i64>>,
     samples: u64,
+    /// Updates asked for: the same on all ranks that made the same calls.
+    updates: u64,
     loss_weight: f64,
     seconds: Seconds,
     poisoned: Option<Error>,
@@ -111,6 +122,7 @@ impl Head {
             prepared: None,
             chosen: None,
             samples: 0,
+            updates: 0,
             loss_weight: 1.0,
             seconds: Seconds::default(),
             poisoned: None,
@@ -179,11 +191,11 @@ impl Head {
     }
 
     /// Phases 1 to 4; see `pfc_head_forward`.
-    pub fn forward(&mut self, input: Result<StepInput>) -> Result<f64> {
+    pub fn forward(&mut self, input: Result<StepInput>, loss: LossTarget) -> Result<f64> {
         self.usable()?;
         self.phase = Phase::Idle;
         let input = self.begin_step(input)?;
-        let outcome = self.run_forward(input);
+        let outcome = self.run_forward(input, loss);
         self.survive(outcome)
     }
 
@@ -205,7 +217,8 @@ impl Head {
         self.phase = Phase::Idle;
         factors?;
         let factor = loss_weight * loss_scale * self.options.gradient_scale;
-        self.rows.finish_gradient(factor, gradient.as_ref().ok());
+        let finished = self.rows.finish_gradient(factor, gradient.as_ref().ok());
+        self.survive(finished)?;
         self.phase = Phase::Backwarded;
         self.seconds.backward = start.elapsed().as_secs_f64();
         gradient.map(|_| ())
@@ -221,7 +234,7 @@ impl Head {
     }
 
     /// Forward, backward and update in one; see `pfc_head_step`.
-    pub fn step(&mut self, input: Result<(StepInput, Matrix)>, learning_rate: f64) -> Result<f64> {
+    pub fn step(&mut self, input: Result<(StepInput, Matrix)>, learning_rate: f64, loss: LossTarget) -> Result<f64> {
         self.usable()?;
         self.phase = Phase::Idle;
         let (mut gradient, checked) = (None, self.check_factor("learning_rate", learning_rate));
@@ -232,7 +245,7 @@ impl Head {
             Ok(input)
         });
         let input = self.begin_step(input)?;
-        let outcome = self.run_forward(input);
+        let outcome = self.run_forward(input, loss);
         let loss = self.survive(outcome)?;
         self.loss_weight = 1.0;
         let outcome = self.finish_step(learning_rate, gradient.as_ref());
@@ -241,8 +254,18 @@ impl Head {
     }
 
     /// The verdict of everything enqueued: on a device that waits by itself, that of the head.
-    pub fn wait(&self) -> Result<()> {
-        self.usable()
+    pub fn wait(&mut self) -> Result<()> {
+        self.usable()?;
+        let verdict = self.rows.wait();
+        self.survive(verdict)
+    }
+
+    /// Where a loss pointer of the caller's lies.
+    pub fn loss_target(&self, loss: *mut f64) -> LossTarget {
+        match self.rows.holds(loss.cast_const().cast()) {
+            true => LossTarget::Device(loss),
+            false => LossTarget::Host,
+        }
     }
 
     /// The ids of the last sample.
@@ -254,7 +277,7 @@ impl Head {
             "pfc_head_sample_ids on rank {}: no sample has been drawn; call pfc_head_prepare or pfc_head_forward first",
             self.rank()
         );
-        Ok(self.rows.sample_ids())
+        self.rows.sample_ids()
     }
 
     /// Reads rows of the shard into a host matrix.
@@ -288,7 +311,7 @@ impl Head {
             Ok(labels)
         });
         self.prepared = None;
-        let step = Step { samples: self.samples, updates: self.rows.updates() };
+        let step = Step { samples: self.samples, updates: self.updates };
         let block = self.rows.pack_labels(step, labels.map_err(|error| on_rank(&error, self.comm.rank())));
         let gathered = block.all_gather(&self.comm);
         self.survive(gathered)?;
@@ -338,7 +361,7 @@ impl Head {
 
     /// A forward after `prepare`: its batch, and its labels if it has any, are those of then.
     fn check_prepared(&self, input: StepInput) -> Result<StepInput> {
-        let batch = self.rows.next_labels().len();
+        let (batch, known) = self.rows.next_labels();
         let rows = input.embeddings.rows;
         ensure!(
             rows == batch,
@@ -346,17 +369,18 @@ impl Head {
             "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
             self.rank()
         );
-        if let Some(labels) = input.labels {
-            // SAFETY: the caller of the head's entry gave this many labels of its host memory.
+        let given = input.labels.filter(|labels| !self.rows.holds(labels.data.cast()));
+        if let (Some(labels), Some(known)) = (given, known) {
+            // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
             let labels = unsafe { labels.as_slice() };
-            let differs = labels.iter().zip(self.rows.next_labels()).position(|(now, then)| now != then);
+            let differs = labels.iter().zip(known).position(|(now, then)| now != then);
             if let Some(row) = differs {
                 return Err(error!(
                     InvalidArgument,
                     "labels[{row}] is {} on rank {}, in pfc_head_prepare it was {}",
                     labels[row],
                     self.rank(),
-                    self.rows.next_labels()[row]
+                    known[row]
                 ));
             }
         }
@@ -364,7 +388,7 @@ impl Head {
     }
 
     /// B, phases 3 and 4, C and the loss.
-    fn run_forward(&mut self, input: Result<StepInput>) -> Result<f64> {
+    fn run_forward(&mut self, input: Result<StepInput>, target: LossTarget) -> Result<f64> {
         let start = Instant::now();
         let sharded = self.options.placement == Placement::Sharded;
         if sharded {
@@ -378,8 +402,21 @@ impl Head {
         let start = Instant::now();
         // A rank that failed by itself has not judged the embeddings and comes here in any case, so all do.
         self.rows.pack_sums(&outcome).all_reduce(&self.comm, ReduceOp::Sum)?;
+        let judged = self.rows.judge_sums(match target {
+            LossTarget::Host => None,
+            LossTarget::Device(loss) => Some(loss),
+        });
+        if self.rows.failed_at_labels() {
+            self.samples -= 1;
+            if let Err(error) = judged.as_ref().map_err(Clone::clone) {
+                // Ranks that have not made the same calls never come together again.
+                if error.status == Status::Mismatch {
+                    self.poison(&error);
+                }
+            }
+        }
         outcome?;
-        let loss = self.rows.judge_sums()?;
+        let loss = judged?;
         self.seconds.reduce = start.elapsed().as_secs_f64();
         self.phase = Phase::Forwarded;
         Ok(loss)
@@ -393,8 +430,7 @@ impl Head {
         let comm = self.comm.clone();
         let sharded = self.options.placement == Placement::Sharded;
         self.run_update(learning_rate, &mut || if sharded { exchange.reduce_scatter(&comm) } else { Ok(()) })?;
-        self.rows.finish_gradient(self.options.gradient_scale, gradient);
-        Ok(())
+        self.rows.finish_gradient(self.options.gradient_scale, gradient)
     }
 
     fn run_update(&mut self, learning_rate: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -403,9 +439,10 @@ impl Head {
             Placement::Sharded => self.rows.update(learning_rate, self.loss_weight, beside)?,
             Placement::Replicated => {
                 self.rows.center_gradient(self.loss_weight).all_reduce(&self.comm, ReduceOp::Sum)?;
-                self.rows.apply_gradient(learning_rate);
+                self.rows.apply_gradient(learning_rate)?;
             }
         }
+        self.updates += 1;
         self.seconds.update = start.elapsed().as_secs_f64();
         self.phase = Phase::Idle;
         Ok(())

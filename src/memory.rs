@@ -25,6 +25,9 @@ pub struct Buffer<T: Plain> {
 /// No padding, no drop, valid when zeroed.
 pub unsafe trait Plain: Copy + Send + Sync + 'static {}
 // SAFETY: plain numbers.
+unsafe impl Plain for u16 {}
+unsafe impl Plain for i32 {}
+unsafe impl Plain for u32 {}
 unsafe impl Plain for f32 {}
 unsafe impl Plain for f64 {}
 unsafe impl Plain for u64 {}

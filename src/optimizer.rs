@@ -6,6 +6,7 @@
 
 mod replay;
 
+pub(crate) use replay::replayed_updates;
 pub use replay::{History, Replay};
 
 use crate::simd::{clones, Simd};

@@ -55,6 +55,27 @@ pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
     )
 }
 
+/// The error of ranks that have not made the same calls: samples drawn and updates done on rank 0, then on rank `rank`.
+pub(crate) fn parted(counts: [i64; 4], rank: usize) -> Error {
+    let [samples, updates, other_samples, other_updates] = counts;
+    error!(
+        Mismatch,
+        "the ranks are at different steps: {samples} samples drawn and {updates} updates done on rank 0, {other_samples} and \
+         {other_updates} on rank {rank}"
+    )
+}
+
+/// The error of a label that is no class.
+pub(crate) fn bad_label(label: i64, row: usize, rank: usize, num_classes: u64) -> Error {
+    let last = num_classes - 1;
+    error!(Label, "labels[{row}] is {label} on rank {rank}; a label is 0 to {last} or ignore_label")
+}
+
+/// The error of replicated heads whose callers gave them different samples.
+pub(crate) fn samples_differ(rank: usize) -> Error {
+    error!(Mismatch, "the samples of rank 0 and rank {rank} differ: a replicated head's caller gives all ranks the same ids")
+}
+
 /// What every rank concludes from the gathered blocks of A: the ranks' batches, or the same failure.
 pub(crate) fn judge_labels(
     blocks: &[i64],
@@ -74,14 +95,7 @@ pub(crate) fn judge_labels(
     for r in 1..ranks {
         let (first, other) = (block(0), block(r));
         if first[1..3] != other[1..3] {
-            return Err(error!(
-                Mismatch,
-                "the ranks are at different steps: {} samples drawn and {} updates done on rank 0, {} and {} on rank {r}",
-                first[1],
-                first[2],
-                other[1],
-                other[2]
-            ));
+            return Err(parted([first[1], first[2], other[1], other[2]], r));
         }
     }
     let batches: Vec<usize> = (0..ranks).map(|r| block(r)[3] as usize).collect();
@@ -89,8 +103,7 @@ pub(crate) fn judge_labels(
     for (r, &batch) in batches.iter().enumerate() {
         let labels = &block(r)[HEADER..HEADER + batch];
         if let Some(row) = labels.iter().position(|&label| wrong(label)) {
-            let (label, last) = (labels[row], num_classes - 1);
-            return Err(error!(Label, "labels[{row}] is {label} on rank {r}; a label is 0 to {last} or ignore_label"));
+            return Err(bad_label(labels[row], row, r, num_classes));
         }
     }
     Ok(batches)

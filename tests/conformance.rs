@@ -2,25 +2,29 @@
 
 mod common;
 
-use common::ffi::{Device, Head, Rows, LEAST};
+use common::ffi::{on_cuda, Device, Head, Rows, LEAST};
 use common::numbers::{assert_close, widen};
 use common::ranks::on_ranks;
 use common::vectors::{Vectors, NAMES};
-use partialfc::options::HeadOptions;
+use partialfc::options::{HeadOptions, Precision};
 
 /// Design section 8: relative L2 of loss, gradients and state in float32.
 const TOLERANCE: f64 = 1e-4;
 
+/// The same for 16-bit operands, at d = 512.
+const HALF_TOLERANCE: f64 = 4e-3;
+
 /// Replays the file on as many ranks as it was made on, with its own options but for `workspace_limit` and planted faults.
 fn replay(vectors: &Vectors, threads: u32, options: HeadOptions) {
     let workspace_limit = options.workspace_limit;
+    let tolerance = if options.precision == Precision::Half { HALF_TOLERANCE } else { TOLERANCE };
     let adamw = vectors.text("opt") == "adamw";
     let dim = options.embedding_dim as usize;
     on_ranks(vectors.ranks(), |place| {
         let what = |step: usize, tensor: &str| {
             format!("{} threads {threads} workspace {workspace_limit} rank {} step {step} {tensor}", vectors.name, place.rank)
         };
-        let device = Device::cpu(threads);
+        let device = Device::under_test(threads);
         let mut head = Head::new(&device, &place.comm, &options);
         let (first, _) = head.shard();
         let start = vectors.rows(place.rank, "weight_initial");
@@ -34,11 +38,11 @@ fn replay(vectors: &Vectors, threads: u32, options: HeadOptions) {
             let mut grad = Rows::output(step.labels.len(), dim);
             head.backward(1.0, 1.0, &mut grad).expect("backward");
             head.update(vectors.number("lr")).expect("update");
-            assert_close(&what(k, "loss"), &[loss], &[step.loss], TOLERANCE);
-            assert_close(&what(k, "embedding_grad"), &grad.values(), &widen(&step.embedding_grad), TOLERANCE);
+            assert_close(&what(k, "loss"), &[loss], &[step.loss], tolerance);
+            assert_close(&what(k, "embedding_grad"), &grad.values(), &widen(&step.embedding_grad), tolerance);
             if k == 0 {
                 let found = first_center_grad(vectors, &mut head, &step.sample, &start);
-                assert_close(&what(k, "center_grad"), &found, &widen(&step.center_grad), TOLERANCE);
+                assert_close(&what(k, "center_grad"), &found, &widen(&step.center_grad), tolerance);
             }
         }
         let last = vectors.steps() - 1;
@@ -46,13 +50,13 @@ fn replay(vectors: &Vectors, threads: u32, options: HeadOptions) {
             &what(last, "weight_final"),
             &widen(&head.centers()),
             &widen(&vectors.rows(place.rank, "weight_final")),
-            TOLERANCE,
+            tolerance,
         );
         let momentum = widen(&vectors.rows(place.rank, "momentum_final"));
-        assert_close(&what(last, "momentum_final"), &widen(&head.momentum()), &momentum, TOLERANCE);
+        assert_close(&what(last, "momentum_final"), &widen(&head.momentum()), &momentum, tolerance);
         if adamw {
             let second = widen(&vectors.rows(place.rank, "second_moment_final"));
-            assert_close(&what(last, "second_moment_final"), &widen(&head.second_moment()), &second, TOLERANCE);
+            assert_close(&what(last, "second_moment_final"), &widen(&head.second_moment()), &second, tolerance);
         }
     });
 }
@@ -110,6 +114,17 @@ vectors! {
     combined_two_ranks_positives_only
     cosface_four_ranks_tenth
     sphereface_one_rank
+}
+
+/// On the CPU there is no half precision.
+#[test]
+fn half_precision_stays_near() {
+    if on_cuda() {
+        let vectors = Vectors::load("arcface_one_rank_d512_tenth");
+        for workspace_limit in [0, LEAST] {
+            replay(&vectors, 1, HeadOptions { workspace_limit, precision: Precision::Half, ..vectors.options() });
+        }
+    }
 }
 
 #[test]

@@ -28,12 +28,16 @@ pub unsafe extern "C" fn pfc_device_cpu(threads: u32, out: *mut *mut pfc_device)
     })
 }
 
-/// Makes a CUDA device on the caller's stream and its context.
+/// Makes a CUDA device on the caller's stream and its context. All work is enqueued there, or on streams that wait for it.
+///
+/// Embeddings, labels, gradients and the loss may be in the GPU's memory or in the host's; a call waits for what it writes to the
+/// host's. With a loss in the GPU's memory pfc_head_forward returns once all is enqueued: a failure then leaves rows and state alone,
+/// makes the loss NaN and the gradients zero, and comes from pfc_head_wait, with the step's number.
 ///
 /// @param ordinal the GPU, as the CUDA driver numbers it
-/// @param stream a cudaStream_t or CUstream; NULL: the legacy default stream
+/// @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default stream
 /// @param out the device; free with pfc_device_free
-/// @return UNSUPPORTED in a build without the CUDA backend
+/// @return UNSUPPORTED without a driver, with one older than 580, or in a build without kernels for this GPU
 #[no_mangle]
 pub unsafe extern "C" fn pfc_device_cuda(ordinal: i32, stream: *mut c_void, out: *mut *mut pfc_device) -> pfc_status {
     boundary(|| {

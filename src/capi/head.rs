@@ -19,7 +19,7 @@ use super::device::pfc_device;
 use super::status::{fail, pfc_status, PFC_OK};
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
 use super::{boundary, output, panicked, required};
-use crate::head::{Head, Labels, StateTensor, StepInput};
+use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
 use crate::{ensure, error, Error, Result, Status};
 
 /// SGD: m. AdamW: the first moment.
@@ -263,8 +263,11 @@ pub unsafe extern "C" fn pfc_head_forward(
             ensure!(!loss.is_null(), InvalidArgument, "loss is NULL on rank {}", head.rank());
             step_input(head, embeddings, labels)
         })();
-        let value = head.forward(input)?;
-        *loss = value;
+        let target = head.loss_target(loss);
+        let value = head.forward(input, target)?;
+        if let LossTarget::Host = target {
+            *loss = value;
+        }
         Ok(())
     })
 }
@@ -312,8 +315,11 @@ pub unsafe extern "C" fn pfc_head_step(
             let gradient = matrix("grad_embeddings", grad_embeddings, head.embedding_dim())?;
             Ok((step_input(head, embeddings, labels)?, gradient))
         })();
-        let value = head.step(input, learning_rate)?;
-        *loss = value;
+        let target = head.loss_target(loss);
+        let value = head.step(input, learning_rate, target)?;
+        if let LossTarget::Host = target {
+            *loss = value;
+        }
         Ok(())
     })
 }

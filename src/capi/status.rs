@@ -71,7 +71,9 @@ pub extern "C" fn pfc_build_info() -> *const c_char {
         env!("PFC_COMMIT"),
         ", ",
         env!("PFC_TARGET"),
-        ") devices: cpu; communicators: self threads custom\0"
+        ") devices: cpu; cuda: ",
+        env!("PFC_CUDA_IMAGES"),
+        "; communicators: self threads custom\0"
     )
     .as_ptr()
     .cast()

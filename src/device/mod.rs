@@ -5,6 +5,7 @@
 //! Neither knows of ranks beyond their number.
 
 mod cpu;
+mod cuda;
 
 use std::any::Any;
 use std::ffi::{c_void, CStr};
@@ -18,7 +19,7 @@ use crate::optimizer::Optimizer;
 use crate::options::HeadOptions;
 pub use crate::protocol::Step;
 use crate::shard::Shard;
-use crate::{error, Result};
+use crate::Result;
 
 pub use cpu::Memory;
 pub(crate) use cpu::{keep_best, memory_needed, sample_capacity};
@@ -28,12 +29,12 @@ pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
     Ok(Arc::new(cpu::Cpu::new(threads)?))
 }
 
-/// A CUDA GPU. Not in this build.
-pub fn cuda(ordinal: i32, stream: *mut c_void) -> Result<Arc<dyn Device>> {
-    Err(error!(
-        Unsupported,
-        "this build has no CUDA backend (asked for ordinal {ordinal}, stream {stream:p}); pfc_device_cpu is what there is"
-    ))
+/// GPU `ordinal` as the CUDA driver numbers them, with all work on the caller's stream.
+///
+/// # Safety
+/// `stream` is a stream of the driver's, or NULL for the default stream, and outlives the device.
+pub unsafe fn cuda(ordinal: i32, stream: *mut c_void) -> Result<Arc<dyn Device>> {
+    Ok(Arc::new(cuda::CudaDevice(Arc::new(cuda::Cuda::new(ordinal, stream)?))))
 }
 
 /// What a head device is made for.
@@ -174,6 +175,8 @@ pub struct Nearest {
 /// What a step was like, this rank's part of it.
 #[derive(Clone, Debug, Default)]
 pub struct StepFigures {
+    /// Updates done by this head.
+    pub updates: u64,
     /// Rows of the global batch.
     pub rows: u64,
     pub valid_rows: u64,
@@ -198,14 +201,14 @@ pub struct StepFigures {
 pub trait HeadDevice: Send {
     /// Phase 1: this rank's block of A. The labels are copied.
     fn pack_labels(&mut self, step: Step, labels: Result<Labels>) -> Exchange;
-    /// Phase 1: the verdict on the gathered blocks, the same on all ranks.
+    /// Phase 1: the verdict on the gathered blocks, the same on all ranks. A device with streams leaves it to `judge_sums`.
     fn judge_labels(&mut self) -> Result<()>;
     /// Phase 2: draws the next step's sample, or takes the caller's ids (positives missing from them are added).
     fn sample(&mut self, step: u64, chosen: Option<&[i64]>) -> Result<()>;
     /// The ids last drawn, ascending.
-    fn sample_ids(&self) -> Vec<i64>;
-    /// This rank's labels of the next step.
-    fn next_labels(&self) -> &[i64];
+    fn sample_ids(&self) -> Result<Vec<i64>>;
+    /// This rank's labels of the next step: how many, and which if the host has them.
+    fn next_labels(&self) -> (usize, Option<&[i64]>);
     /// Makes the next step's sample the current step's.
     fn begin(&mut self) -> Result<()>;
     /// Rows of this rank in the current step.
@@ -216,22 +219,33 @@ pub trait HeadDevice: Send {
     fn forward(&mut self, embeddings: &Matrix) -> Result<()>;
     /// Phase 4: this rank's part of C, or its failure.
     fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange;
-    /// Phase 4: the loss from the reduced sums, or the same failure on all ranks.
-    fn judge_sums(&mut self) -> Result<f64>;
+    /// Phase 4: the loss from the reduced sums, or the same failure on all ranks. With a `loss` of the device's memory nothing is
+    /// waited for: the loss goes there, a failure comes from `wait`.
+    fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64>;
+    /// Whether the failure that `judge_sums` gave was in the labels: then no sample was drawn.
+    fn failed_at_labels(&self) -> bool {
+        false
+    }
+    /// The verdict of everything enqueued.
+    fn wait(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Whether a caller's memory is the device's own, which the host does not read.
+    fn holds(&self, _pointer: *const u8) -> bool {
+        false
+    }
     /// Phase 5: the gradient of the normalised embeddings; sharded: this rank's part of all ranks' rows, for D.
     fn backward(&mut self) -> Exchange;
     /// Phase 5, after D: the backward of normalize, times `factor`, into the caller's matrix.
-    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>);
+    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()>;
     /// Phase 5, sharded: the class centres' gradient and the optimizer, row by row. The calling thread runs `beside` meanwhile.
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Phase 5, replicated: the sampled class centres' gradient, to be summed over the ranks.
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange;
     /// Phase 5, replicated: the optimizer on the summed gradient.
-    fn apply_gradient(&mut self, learning_rate: f64);
-    /// Updates done.
-    fn updates(&self) -> u64;
+    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()>;
     /// What the current step was like.
-    fn figures(&self) -> StepFigures;
+    fn figures(&mut self) -> Result<StepFigures>;
     /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// Overwrites rows of this rank's shard.

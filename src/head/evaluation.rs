@@ -30,6 +30,7 @@ impl Head {
     pub fn metrics(&mut self) -> Result<Metrics> {
         self.usable()?;
         let figures = self.rows.figures();
+        let figures = self.survive(figures)?;
         let correct = self.count_top1(&figures);
         let correct = self.survive(correct)?;
         let mut squares = [figures.grad_embeddings, figures.grad_centers];
@@ -37,7 +38,7 @@ impl Head {
         self.survive(reduced)?;
         let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
         Ok(Metrics {
-            updates: self.rows.updates(),
+            updates: figures.updates,
             samples: self.samples,
             rows: figures.rows,
             valid_rows: figures.valid_rows,

@@ -106,7 +106,7 @@ struct AdamwUpdate {
 /// least by their ratio. What is left out is below 5e-8, a rounding in f32, of what the row moves in the gap, or, where the
 /// learning rate rose meanwhile, of what an update with a gradient moves it. Where beta1 >= sqrt(beta2) the ratio does not shrink
 /// (m outlives sqrt(v)); moves then end where beta1^k is no f32 any more: k with beta1^k < 1e-45.
-fn replayed_updates(optimizer: &Adamw) -> u64 {
+pub(crate) fn replayed_updates(optimizer: &Adamw) -> u64 {
     let least = |ratio: f64, below: f64| {
         if ratio < 1.0 {
             // As casts do, this ends at u64::MAX; a ratio of 0 ends at 1.

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fmt;
 
+use super::simt;
 use half::{bf16, f16};
 use partialfc::capi::comm as c_comm;
 use partialfc::capi::device as c_device;
@@ -63,10 +64,35 @@ impl Device {
         outcome(unsafe { c_device::pfc_device_cpu(threads, &mut raw) }).expect("a CPU device");
         Device(raw)
     }
+
+    /// What a suite runs on: the CPU, with so many threads; with `PFC_TEST_DEVICE=cuda` GPU 0 of the driver that [`simt`] names.
+    pub fn under_test(threads: u32) -> Device {
+        if !on_cuda() {
+            return Device::cpu(threads);
+        }
+        simt::ready();
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: an output that outlives the call; the default stream.
+        outcome(unsafe { c_device::pfc_device_cuda(0, std::ptr::null_mut(), &mut raw) }).expect("GPU 0");
+        Device(raw)
+    }
+}
+
+/// Whether suites that take any device run on a GPU.
+pub fn on_cuda() -> bool {
+    match std::env::var("PFC_TEST_DEVICE").as_deref() {
+        Ok("cuda") => true,
+        Ok("cpu") | Err(std::env::VarError::NotPresent) => false,
+        other => panic!("PFC_TEST_DEVICE is {other:?}; it is cpu or cuda"),
+    }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
+        if on_cuda() && !std::thread::panicking() {
+            let findings = simt::findings();
+            assert!(findings.is_empty(), "the emulator's findings:\n{findings}");
+        }
         // SAFETY: made by pfc_device_cpu, freed once.
         unsafe { c_device::pfc_device_free(self.0) };
     }
@@ -344,6 +370,10 @@ impl Head {
     /// n bytes more. Collective.
     pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
         let mut c = to_c(options);
+        if on_cuda() && options.precision == Precision::Auto {
+            // The suites hold every device to float32.
+            c.precision = Precision::F32 as i32;
+        }
         if options.workspace_limit > 0 {
             c.workspace_limit = 1;
             let refusal = Head::create(device, comm, &c).err().expect("a byte is too little");

@@ -6,5 +6,6 @@
 pub mod ffi;
 pub mod numbers;
 pub mod ranks;
+pub mod simt;
 pub mod training;
 pub mod vectors;

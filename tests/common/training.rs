@@ -119,7 +119,7 @@ pub fn batch_rows(options: &HeadOptions, rank: usize, step: usize) -> usize {
 
 /// Plain training: forward, backward, update.
 pub fn train(place: &Rank, options: &HeadOptions, threads: u32, steps: usize) -> Trace {
-    let device = Device::cpu(threads);
+    let device = Device::under_test(threads);
     let mut head = Head::new(&device, &place.comm, options);
     let mut trace = Trace::default();
     for step in 0..steps {

@@ -73,7 +73,7 @@ fn a_run_prepared_ahead_gives_the_bits_of_an_unprepared_one() {
     for options in kinds(40, 11, 12) {
         let plain = on_ranks(2, |place| train(place, &options, 2, 6));
         let ahead = on_ranks(2, |place| {
-            let device = Device::cpu(2);
+            let device = Device::under_test(2);
             let mut head = Head::new(&device, &place.comm, &options);
             let mut trace = Trace::default();
             let batch = |step: usize| Batch::draw(&options, place.rank, step, batch_rows(&options, place.rank, step));
@@ -110,7 +110,7 @@ fn pfc_head_step_gives_the_bits_of_the_three_calls() {
     for options in kinds(60, 11, 12) {
         let plain = on_ranks(2, |place| train(place, &options, 2, 4));
         let found = on_ranks(2, |place| {
-            let device = Device::cpu(2);
+            let device = Device::under_test(2);
             let mut head = Head::new(&device, &place.comm, &options);
             let mut trace = Trace::default();
             for step in 0..4 {
@@ -138,7 +138,7 @@ fn abandoned_steps_leave_nothing_behind() {
     for options in kinds(50, 11, 12) {
         let run = |abandoning: bool| {
             on_ranks(2, |place| {
-                let device = Device::cpu(2);
+                let device = Device::under_test(2);
                 let mut head = Head::new(&device, &place.comm, &options);
                 let mut trace = Trace::default();
                 for step in 0..7 {
@@ -168,7 +168,7 @@ fn two_heads_on_one_communicator_do_not_meet() {
     let second = HeadOptions { placement: Placement::Replicated, optimizer: ADAMW, seed: 6, ..options(31, 13, 4) };
     let alone = [on_ranks(3, |place| train(place, &first, 1, 4)), on_ranks(3, |place| train(place, &second, 1, 4))];
     let together = on_ranks(3, |place| {
-        let device = Device::cpu(1);
+        let device = Device::under_test(1);
         let mut a = Head::new(&device, &place.comm, &first);
         let mut b = Head::new(&device, &place.comm, &second);
         // Both outlive the handle of what they stand on.
@@ -198,7 +198,7 @@ fn two_heads_on_one_communicator_do_not_meet() {
 fn without_update_the_class_centres_stay() {
     for options in kinds(50, 11, 12) {
         on_ranks(2, |place| {
-            let device = Device::cpu(2);
+            let device = Device::under_test(2);
             let mut head = Head::new(&device, &place.comm, &options);
             let start = head.centers();
             let mut losses = Vec::new();
@@ -260,7 +260,7 @@ fn sharded_and_replicated_train_alike() {
     }
     // The comparison can fail: half the learning rate is further off.
     let slower = on_ranks(1, |place| {
-        let device = Device::cpu(1);
+        let device = Device::under_test(1);
         let mut head = Head::new(&device, &place.comm, &sharded);
         let batch = Batch::draw(&sharded, 0, 0, 10);
         head.step(&mut batch.rows(head.dim), &batch.labels, learning_rate(0) / 2.0, &mut Rows::output(10, head.dim)).expect("step");
@@ -272,7 +272,7 @@ fn sharded_and_replicated_train_alike() {
 
 /// Training on a global batch of 10 rows, dealt out to the ranks.
 fn train_all(place: &crate::common::ranks::Rank, options: &HeadOptions, steps: usize) -> Trace {
-    let device = Device::cpu(1);
+    let device = Device::under_test(1);
     let mut head = Head::new(&device, &place.comm, options);
     let mut trace = Trace::default();
     for step in 0..steps {

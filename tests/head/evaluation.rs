@@ -41,10 +41,10 @@ fn metrics_are_those_of_the_reference() {
             let mut options = HeadOptions { placement, sample_rate, ignore_label: Some(IGNORED), ..options(61, 16, 14) };
             options.gradient_scale = 3.0;
             options.margin.scale = 24.0;
-            let start = on_ranks(1, |place| Head::new(&Device::cpu(1), &place.comm, &options).centers()).remove(0);
+            let start = on_ranks(1, |place| Head::new(&Device::under_test(1), &place.comm, &options).centers()).remove(0);
             type Seen = (Vec<i64>, [pfc_metrics; 3]);
             let seen: Vec<Seen> = on_ranks(3, |place| {
-                let mut head = Head::new(&Device::cpu(2), &place.comm, &options);
+                let mut head = Head::new(&Device::under_test(2), &place.comm, &options);
                 let batch = batch(&options, place.rank, 0, &start);
                 head.forward(&mut batch.rows(16), Some(&batch.labels)).expect("forward");
                 let after_forward = head.metrics().expect("metrics");
@@ -89,7 +89,7 @@ fn metrics_are_those_of_the_reference() {
 fn metrics_before_any_step_are_zeros() {
     for placement in [Placement::Sharded, Placement::Replicated] {
         on_ranks(2, |place| {
-            let mut head = Head::new(&Device::cpu(1), &place.comm, &HeadOptions { placement, ..options(10, 4, 3) });
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &HeadOptions { placement, ..options(10, 4, 3) });
             let m = head.metrics().expect("metrics");
             assert_eq!((m.updates, m.samples, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
             let figures = [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm];
@@ -157,7 +157,7 @@ fn top_k_finds_the_nearest_class_centres() {
         for ranks in 1..=4 {
             let options = HeadOptions { placement, ..options(CLASSES as u64, DIM as u32, 2) };
             on_ranks(ranks, |place| {
-                let mut head = Head::new(&Device::cpu(2), &place.comm, &options);
+                let mut head = Head::new(&Device::under_test(2), &place.comm, &options);
                 let (first, count) = head.shard();
                 head.write_centers(first, &centers[first as usize * DIM..(first + count) as usize * DIM]).expect("rows");
                 let query = &queries[place.rank];
@@ -190,7 +190,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
         });
         assert_same_bits(&format!("{placement:?}"), &asked, &plain);
         on_ranks(2, |place| {
-            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let mut trace = Trace::default();
             for step in 0..4 {
                 crate::common::training::train_step(&mut head, place, &options, step, &mut trace);
@@ -209,7 +209,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
 
 /// Training with a question after every call.
 fn ask_between(place: &crate::common::ranks::Rank, options: &HeadOptions) -> Trace {
-    let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+    let mut head = Head::new(&Device::under_test(1), &place.comm, options);
     let mut trace = Trace::default();
     let query = Random(1).normals(6 * (1 + place.rank), 1.0);
     let ask = |head: &mut Head| drop(head.top_k(&mut Rows::f32(&query, 6), 3).expect("top k"));

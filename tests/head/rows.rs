@@ -50,7 +50,7 @@ fn sleep(options: &HeadOptions, gap: usize, touch: bool, what: &str) {
     }
     let sleeper = SLEEPER as usize * DIM..(SLEEPER as usize + 1) * DIM;
     on_ranks(1, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+        let mut head = Head::new(&Device::under_test(1), &place.comm, options);
         head.write_centers(0, &start).expect("start values");
         for (step, (embeddings, labels, sample)) in steps.iter().enumerate() {
             head.set_sample(sample).expect("a sample");
@@ -113,7 +113,7 @@ fn rows_never_sampled_decay_from_their_start_values() {
     on_ranks(2, |place| {
         for placement in [Placement::Sharded, Placement::Replicated] {
             let options = HeadOptions { placement, ..options.clone() };
-            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let (first, count) = head.shard();
             let start = widen(&head.centers());
             let (mut w, mut m) = (1.0, 0.0);
@@ -139,7 +139,7 @@ fn reading_rows_changes_no_later_result() {
         let options = HeadOptions { optimizer, row_update: RowUpdate::Dense, sample_rate: 0.3, ..options(30, 4, 3) };
         let run = |peek: bool| {
             on_ranks(1, |place| {
-                let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+                let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
                 let mut random = Random(3);
                 let mut losses = Vec::new();
                 for step in 0..40 {

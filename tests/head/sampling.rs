@@ -14,7 +14,7 @@ const STEPS: usize = 400;
 /// Each rank's samples of `STEPS` steps with `rows` rows a rank; labels as `Batch::draw` has them.
 fn samples(options: &HeadOptions, ranks: usize, rows: usize) -> Vec<Vec<Vec<i64>>> {
     on_ranks(ranks, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+        let mut head = Head::new(&Device::under_test(1), &place.comm, options);
         (0..STEPS)
             .map(|step| {
                 let batch = Batch::draw(options, place.rank, step, rows);
@@ -104,7 +104,7 @@ fn rates_zero_and_one_are_positives_only_and_all() {
         for (rate, all) in [(0.0, false), (1.0, true)] {
             let options = HeadOptions { sample_rate: rate, placement, ..options(37, 2, 5) };
             on_ranks(3, |place| {
-                let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+                let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
                 let (first, count) = head.shard();
                 for step in 0..4 {
                     let batch = Batch::draw(&options, place.rank, step, 5);
@@ -184,7 +184,7 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
     for placement in [Placement::Sharded, Placement::Replicated] {
         let options = HeadOptions { sample_rate: 0.5, placement, ..options(20, 2, 4) };
         on_ranks(2, |place| {
-            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let embeddings = [1.0f32, 2.0, -1.0, 0.5];
             let labels = if place.rank == 0 { [3, 12] } else { [12, 19] };
             let given: Vec<i64> = match (placement, place.rank) {

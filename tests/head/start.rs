@@ -6,7 +6,7 @@ use crate::common::ffi::{options, Comm, Device, Head};
 use crate::common::ranks::on_ranks;
 
 fn start(options: &HeadOptions, ranks: usize) -> Vec<f32> {
-    let shards = on_ranks(ranks, |place| Head::new(&Device::cpu(1), &place.comm, options).centers());
+    let shards = on_ranks(ranks, |place| Head::new(&Device::under_test(1), &place.comm, options).centers());
     match options.placement {
         Placement::Sharded => shards.concat(),
         Placement::Replicated => {
@@ -54,7 +54,7 @@ fn start_values_are_normal_with_the_standard_deviation_asked_for() {
 
 #[test]
 fn written_rows_are_read_back_and_the_others_stay() {
-    let device = Device::cpu(2);
+    let device = Device::under_test(2);
     let mut head = Head::new(&device, &Comm::solo(), &options(9, 3, 4));
     let before = head.centers();
     head.write_centers(4, &[1.5, -2.0, 0.25, 4.0, 5.0, 6.0]).expect("two rows");

@@ -196,7 +196,7 @@ impl<'a> Pass<'a> {
 }
 
 /// 1 / norm; 0 for a row too short to have a direction.
-pub(super) fn inverse_norm(sum_of_squares: f64) -> f64 {
+pub(in crate::device) fn inverse_norm(sum_of_squares: f64) -> f64 {
     let norm = sum_of_squares.sqrt();
     if norm < 1e-12 {
         0.0
@@ -324,7 +324,7 @@ pub(super) fn update<R>(
 }
 
 /// destination [m, n] (+)= left [m, k] @ right [k, n] on the calling thread; operands as (data, row stride, column stride).
-pub(super) fn gemm(
+pub(in crate::device) fn gemm(
     m: usize,
     n: usize,
     k: usize,

@@ -18,7 +18,9 @@ use self::pool::Pool;
 use crate::simd::Simd;
 use crate::{ensure, error, Result};
 
+pub(in crate::device) use fused::{gemm, inverse_norm};
 pub(crate) use nearest::keep_best;
+pub(in crate::device) use nearest::offer;
 pub use sizes::Memory;
 pub(crate) use sizes::{memory_needed, sample_capacity};
 

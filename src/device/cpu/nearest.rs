@@ -70,7 +70,7 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
 }
 
 /// Adds a candidate; the list is cut back to `k` only when it has doubled.
-fn offer(best: &mut Vec<(f32, i64)>, k: usize, candidate: (f32, i64)) {
+pub(in crate::device) fn offer(best: &mut Vec<(f32, i64)>, k: usize, candidate: (f32, i64)) {
     // From the first k on, the first k are sorted. Ids ascend, so that of equal cosines the earlier stays ahead.
     if best.len() >= k && candidate.0 <= best[k - 1].0 {
         return;

@@ -328,13 +328,13 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
-    fn sample_ids(&self) -> Vec<i64> {
+    fn sample_ids(&self) -> Result<Vec<i64>> {
         let sample = &self.next.as_ref().unwrap_or(&self.step.draft).sample;
-        (0..sample.len()).map(|column| sample.id(column)).collect()
+        Ok((0..sample.len()).map(|column| sample.id(column)).collect())
     }
 
-    fn next_labels(&self) -> &[i64] {
-        &self.own_labels
+    fn next_labels(&self) -> (usize, Option<&[i64]>) {
+        (self.own_labels.len(), Some(&self.own_labels))
     }
 
     fn begin(&mut self) -> Result<()> {
@@ -394,7 +394,7 @@ impl HeadDevice for CpuHead {
         }
     }
 
-    fn judge_sums(&mut self) -> Result<f64> {
+    fn judge_sums(&mut self, _loss: Option<*mut f64>) -> Result<f64> {
         let sum = if self.sharded() { self.judge_sharded_sums()? } else { self.judge_replicated_sums()? };
         self.step.loss = match self.step.valid_rows {
             0 => 0.0,
@@ -455,7 +455,7 @@ impl HeadDevice for CpuHead {
         }
     }
 
-    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) {
+    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
         let own = self.own_rows();
         let (dim, pitch) = (self.step.shape.dim, self.step.shape.row_pitch());
         let weight = self.weight(factor) as f32;
@@ -470,6 +470,7 @@ impl HeadDevice for CpuHead {
             }
         }
         self.step.grad_embeddings = squares;
+        Ok(())
     }
 
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -494,7 +495,7 @@ impl HeadDevice for CpuHead {
         }
     }
 
-    fn apply_gradient(&mut self, learning_rate: f64) {
+    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
         let CpuHead { pool, table, step, replay, center_gradient, .. } = self;
         let Step { draft, shape, totals, .. } = step;
         let dim = shape.dim;
@@ -512,15 +513,13 @@ impl HeadDevice for CpuHead {
         });
         self.step.grad_centers = self.step.totals.iter().sum();
         self.table.count_update(learning_rate);
+        Ok(())
     }
 
-    fn updates(&self) -> u64 {
-        self.table.updates()
-    }
-
-    fn figures(&self) -> StepFigures {
+    fn figures(&mut self) -> Result<StepFigures> {
         let step = &self.step;
-        StepFigures {
+        Ok(StepFigures {
+            updates: self.table.updates(),
             rows: step.draft.batches.iter().sum::<usize>() as u64,
             valid_rows: step.valid_rows,
             sample_size: step.draft.sample.len() as u64,
@@ -530,7 +529,7 @@ impl HeadDevice for CpuHead {
             own_target_cosines: step.target_cosines.clone(),
             grad_embeddings: step.grad_embeddings,
             grad_centers: step.grad_centers,
-        }
+        })
     }
 
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {

@@ -5,7 +5,7 @@ use crate::comm::remote;
 use crate::device::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{ensure, Result, Status};
+use crate::{Result, Status};
 
 impl CpuHead {
     /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
@@ -129,11 +129,9 @@ impl CpuHead {
             }
         }
         for other in 1..self.spec.ranks as usize {
-            ensure!(
-                self.replicated_sums[slot(other) + 2] == self.replicated_sums[slot(0) + 2],
-                Mismatch,
-                "the samples of rank 0 and rank {other} differ: a replicated head's caller gives all ranks the same ids"
-            );
+            if self.replicated_sums[slot(other) + 2] != self.replicated_sums[slot(0) + 2] {
+                return Err(protocol::samples_differ(other));
+            }
         }
         self.step.valid_rows = self.replicated_sums[1] as u64;
         self.step.target_cosine_sum = self.replicated_sums[2];

@@ -1,0 +1,243 @@
+//! Contexts: the caller's, made current for as long as a call lasts.
+
+use std::ffi::{c_char, c_void, CStr};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult};
+
+use super::{call, driver, failure, report};
+use crate::{ensure, Result};
+
+/// The context that a caller works in. Never destroyed: it is not ours.
+pub(crate) struct Context {
+    raw: CUcontext,
+    device: CUdevice,
+    ordinal: i32,
+    /// The ordinal's primary context, held until the drop.
+    retained: bool,
+}
+
+// SAFETY: contexts may be made current on any thread, on several at once.
+unsafe impl Send for Context {}
+unsafe impl Sync for Context {}
+
+/// Whose memory a pointer points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Host,
+    Device,
+}
+
+/// What the driver knows of a pointer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pointer {
+    pub on_device: bool,
+    pub managed: bool,
+    pub ordinal: i32,
+    pub context: CUcontext,
+}
+
+/// The numbers that the runtime has for its two default streams; they belong to no context.
+const LEGACY_STREAM: usize = 1;
+const THREAD_STREAM: usize = 2;
+
+impl Context {
+    /// The context of `stream`; of a default stream: the thread's current context, else the primary context of GPU `ordinal`.
+    ///
+    /// Errors: UNSUPPORTED without a driver; INVALID_ARGUMENT for an ordinal that is not there, or not the stream's.
+    ///
+    /// # Safety
+    /// `stream` is a stream of the driver's, or NULL.
+    pub unsafe fn of(ordinal: i32, stream: *mut c_void) -> Result<Arc<Context>> {
+        driver()?;
+        let mut count = 0;
+        call!(ordinal, cuDeviceGetCount(&mut count))?;
+        ensure!(
+            (0..count).contains(&ordinal),
+            InvalidArgument,
+            "ordinal is {ordinal}; the CUDA driver has {count} GPUs, numbered from 0"
+        );
+        let mut device = 0;
+        call!(ordinal, cuDeviceGet(&mut device, ordinal))?;
+        let mut raw: CUcontext = std::ptr::null_mut();
+        call!(ordinal, cuCtxGetCurrent(&mut raw))?;
+        let mut context = if raw.is_null() {
+            call!(ordinal, cuDevicePrimaryCtxRetain(&mut raw, device))?;
+            Context { raw, device, ordinal, retained: true }
+        } else {
+            Context { raw, device, ordinal, retained: false }
+        };
+        let is_default = matches!(stream as usize, 0 | LEGACY_STREAM | THREAD_STREAM);
+        if !is_default {
+            // The driver may refuse to answer a thread that has no context at all.
+            let current = context.enter()?;
+            call!(ordinal, cuStreamGetCtx(stream.cast(), &mut raw))?;
+            drop(current);
+            if raw != context.raw {
+                context = Context { raw, device, ordinal, retained: false };
+            }
+        }
+        let context = Arc::new(context);
+        let mut found = 0;
+        {
+            let _current = context.enter()?;
+            call!(ordinal, cuCtxGetDevice(&mut found))?;
+        }
+        let whose = if is_default { "the current context" } else { "the stream" };
+        // A CUdevice is the ordinal's number in the driver: the same in all contexts.
+        ensure!(found == device, InvalidArgument, "ordinal is {ordinal}, but {whose} is of GPU {found}");
+        Ok(context)
+    }
+
+    /// Makes this the thread's current context until the guard goes.
+    pub fn enter(&self) -> Result<Current<'_>> {
+        let mut current: CUcontext = std::ptr::null_mut();
+        // SAFETY: an output that outlives the call.
+        unsafe { call!(self.ordinal, cuCtxGetCurrent(&mut current)) }?;
+        let pushed = current != self.raw;
+        if pushed {
+            // SAFETY: the caller's context lives as long as what is made in it.
+            unsafe { call!(self.ordinal, cuCtxPushCurrent_v2(self.raw)) }?;
+        }
+        Ok(Current { context: self, pushed, thread: PhantomData })
+    }
+
+    pub fn ordinal(&self) -> i32 {
+        self.ordinal
+    }
+
+    pub fn name(&self) -> Result<String> {
+        let mut text = [0 as c_char; 256];
+        // SAFETY: the driver writes at most as many bytes, the last of them a zero.
+        unsafe {
+            call!(self.ordinal, cuDeviceGetName(text.as_mut_ptr(), text.len() as i32, self.device))?;
+            Ok(CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
+        }
+    }
+
+    pub fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: an output that outlives the call.
+        unsafe { call!(self.ordinal, cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;
+        Ok(value)
+    }
+
+    pub fn multiprocessors(&self) -> Result<u32> {
+        Ok(self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32)
+    }
+
+    /// Major and minor.
+    pub fn compute_capability(&self) -> Result<(i32, i32)> {
+        let major = self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok((major, self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?))
+    }
+
+    /// Bytes of dynamic shared memory that a block may have at most.
+    pub fn largest_shared(&self) -> Result<u32> {
+        Ok(self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32)
+    }
+
+    /// Bytes of device memory that are free.
+    pub fn free_memory(&self) -> Result<u64> {
+        let _current = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: outputs that outlive the call.
+        unsafe { call!(self.ordinal, cuMemGetInfo_v2(&mut free, &mut total)) }?;
+        Ok(free as u64)
+    }
+
+    /// Waits for everything under way in the context.
+    pub fn synchronize(&self) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the context is current.
+        unsafe { call!(self.ordinal, cuCtxSynchronize()) }
+    }
+
+    /// Whose memory `pointer` is: what the driver does not know is the host's, managed memory the device's.
+    ///
+    /// Errors: INVALID_ARGUMENT, naming the argument, for memory of another GPU or another context.
+    pub fn place(&self, name: &str, pointer: *const c_void) -> Result<Place> {
+        let _current = self.enter()?;
+        let mut kind = 0u32;
+        match self.pointer_attribute(CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, pointer, &mut kind) {
+            CUresult::CUDA_SUCCESS => {}
+            CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(Place::Host),
+            result => return Err(failure(result, "cuPointerGetAttribute", self.ordinal)),
+        }
+        // What the driver does not tell is as if it were ours: not all memory has all of these.
+        let (mut managed, mut ordinal, mut context) = (0u32, self.ordinal, self.raw);
+        let is_managed = CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED;
+        if self.pointer_attribute(is_managed, pointer, &mut managed) != CUresult::CUDA_SUCCESS {
+            managed = 0;
+        }
+        let device_ordinal = CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+        if self.pointer_attribute(device_ordinal, pointer, &mut ordinal) != CUresult::CUDA_SUCCESS {
+            ordinal = self.ordinal;
+        }
+        let of_context = CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT;
+        if self.pointer_attribute(of_context, pointer, &mut context) != CUresult::CUDA_SUCCESS {
+            context = self.raw;
+        }
+        let on_device = kind == sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE as u32;
+        self.judge(name, Pointer { on_device, managed: managed != 0, ordinal, context })
+    }
+
+    pub(super) fn judge(&self, name: &str, pointer: Pointer) -> Result<Place> {
+        if pointer.managed {
+            return Ok(Place::Device);
+        }
+        if !pointer.on_device {
+            return Ok(Place::Host);
+        }
+        ensure!(
+            pointer.ordinal == self.ordinal,
+            InvalidArgument,
+            "{name} is memory of GPU {}; this device is GPU {}",
+            pointer.ordinal,
+            self.ordinal
+        );
+        // Memory from a pool belongs to the GPU, not to a context.
+        ensure!(
+            pointer.context.is_null() || pointer.context == self.raw,
+            InvalidArgument,
+            "{name} is memory of another context of GPU {}",
+            self.ordinal
+        );
+        Ok(Place::Device)
+    }
+
+    fn pointer_attribute<T>(&self, attribute: CUpointer_attribute, pointer: *const c_void, value: &mut T) -> CUresult {
+        // SAFETY: the driver looks the address up and reads nothing there; T is as large as the attribute's value.
+        unsafe { sys::cuPointerGetAttribute(std::ptr::from_mut(value).cast(), attribute, pointer as u64) }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.retained {
+            // SAFETY: retained once.
+            report("releasing a primary context", unsafe { call!(self.ordinal, cuDevicePrimaryCtxRelease_v2(self.device)) });
+        }
+    }
+}
+
+/// While it lives its context is the thread's current one; then what was current before is again.
+#[must_use]
+pub(crate) struct Current<'a> {
+    context: &'a Context,
+    pushed: bool,
+    /// The stack of contexts is the thread's.
+    thread: PhantomData<*const ()>,
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped: CUcontext = std::ptr::null_mut();
+            // SAFETY: pushed by `enter`; guards are dropped in the reverse order of their making.
+            let outcome = unsafe { call!(self.context.ordinal, cuCtxPopCurrent_v2(&mut popped)) };
+            report("leaving a context", outcome);
+        }
+    }
+}

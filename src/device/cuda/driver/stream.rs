@@ -1,0 +1,197 @@
+//! Streams and events.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
+
+use super::{call, check, report, Context};
+use crate::Result;
+
+/// Which of two streams' blocks goes first where both wait for a multiprocessor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Priority {
+    Least,
+    Greatest,
+}
+
+/// An order of work: the caller's, or one of our own.
+pub(crate) struct Stream {
+    raw: CUstream,
+    context: Arc<Context>,
+    owned: bool,
+}
+
+// SAFETY: any thread may enqueue on a stream.
+unsafe impl Send for Stream {}
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// The caller's stream, in `context`. It stays the caller's.
+    ///
+    /// # Safety
+    /// `raw` is a stream of the context's, or a default stream, and outlives this.
+    pub unsafe fn borrowed(context: &Arc<Context>, raw: *mut c_void) -> Stream {
+        Stream { raw: raw.cast(), context: context.clone(), owned: false }
+    }
+
+    /// A stream of our own, which does not wait for the legacy default stream.
+    pub fn new(context: &Arc<Context>, priority: Priority) -> Result<Stream> {
+        let _current = context.enter()?;
+        let (mut least, mut greatest) = (0, 0);
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: outputs that outlive the calls.
+        unsafe {
+            call!(context.ordinal(), cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            let number = if priority == Priority::Greatest { greatest } else { least };
+            let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            call!(context.ordinal(), cuStreamCreateWithPriority(&mut raw, flags, number))?;
+        }
+        Ok(Stream { raw, context: context.clone(), owned: true })
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// As a communicator takes it.
+    pub fn raw(&self) -> *mut c_void {
+        self.raw.cast()
+    }
+
+    pub(super) fn handle(&self) -> CUstream {
+        self.raw
+    }
+
+    /// Waits, on the host, for everything enqueued so far. Here the failures of kernels come to light.
+    pub fn synchronize(&self) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: a living stream.
+        unsafe { call!(self.context.ordinal(), cuStreamSynchronize(self.raw)) }
+    }
+
+    /// What is enqueued here from now on comes after what the event's last record came after.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: a living stream and a living event.
+        unsafe { call!(self.context.ordinal(), cuStreamWaitEvent(self.raw, event.raw, 0)) }
+    }
+
+    /// Copies to the device, in stream order.
+    ///
+    /// # Safety
+    /// `bytes` bytes may be read at `from` on the host and written at `to` on the device until the stream has done it.
+    pub unsafe fn upload(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.context.enter()?;
+        call!(self.context.ordinal(), cuMemcpyHtoDAsync_v2(to as u64, from, bytes, self.raw))
+    }
+
+    /// Copies to the host, in stream order.
+    ///
+    /// # Safety
+    /// `bytes` bytes may be read at `from` on the device and written at `to` on the host until the stream has done it.
+    pub unsafe fn download(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.context.enter()?;
+        call!(self.context.ordinal(), cuMemcpyDtoHAsync_v2(to, from as u64, bytes, self.raw))
+    }
+
+    /// Copies on the device, in stream order.
+    ///
+    /// # Safety
+    /// `bytes` bytes may be read at `from` and written at `to`, both on the device, until the stream has done it; no overlap.
+    pub unsafe fn copy(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.context.enter()?;
+        call!(self.context.ordinal(), cuMemcpyDtoDAsync_v2(to as u64, from as u64, bytes, self.raw))
+    }
+
+    /// Fills device memory with a byte, in stream order.
+    ///
+    /// # Safety
+    /// `bytes` bytes may be written at `to` on the device until the stream has done it.
+    pub unsafe fn fill(&self, to: *mut c_void, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.context.enter()?;
+        call!(self.context.ordinal(), cuMemsetD8Async(to as u64, byte, bytes, self.raw))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.owned {
+            let destroy = || {
+                let _current = self.context.enter()?;
+                // SAFETY: made by `new`. The driver ends it once its work is done.
+                unsafe { call!(self.context.ordinal(), cuStreamDestroy_v2(self.raw)) }
+            };
+            report("destroying a stream", destroy());
+        }
+    }
+}
+
+/// A moment in a stream, without a time.
+pub(crate) struct Event {
+    raw: CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: any thread may record and wait for an event.
+unsafe impl Send for Event {}
+unsafe impl Sync for Event {}
+
+impl Event {
+    pub fn new(context: &Arc<Context>) -> Result<Event> {
+        let _current = context.enter()?;
+        let mut raw = std::ptr::null_mut();
+        // A timestamp would cost each record a write and each wait its wake-up.
+        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: an output that outlives the call.
+        unsafe { call!(context.ordinal(), cuEventCreate(&mut raw, flags)) }?;
+        Ok(Event { raw, context: context.clone() })
+    }
+
+    /// Makes it the moment after everything enqueued on `stream` so far.
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: a living event and a living stream.
+        unsafe { call!(self.context.ordinal(), cuEventRecord(self.raw, stream.handle())) }
+    }
+
+    /// Whether the moment has come; true before the first record.
+    pub fn is_over(&self) -> Result<bool> {
+        let _current = self.context.enter()?;
+        // SAFETY: a living event.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check(result, "cuEventQuery", self.context.ordinal()).map(|()| true),
+        }
+    }
+
+    /// Waits for it, on the host.
+    pub fn synchronize(&self) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: a living event.
+        unsafe { call!(self.context.ordinal(), cuEventSynchronize(self.raw)) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let destroy = || {
+            let _current = self.context.enter()?;
+            // SAFETY: made by `new`.
+            unsafe { call!(self.context.ordinal(), cuEventDestroy_v2(self.raw)) }
+        };
+        report("destroying an event", destroy());
+    }
+}

@@ -1,0 +1,93 @@
+//! The kernels of a head, with the arguments that each takes after the head's view.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use super::driver::{Context, Kernel, Module};
+use super::images::Images;
+use super::memory::RankPointers;
+use super::view::{HeadView, MatrixView};
+use crate::Result;
+
+type Address = *mut c_void;
+
+macro_rules! kernels {
+    ($($source:literal { $($kernel:ident ( $($argument:ty),* );)* })*) => {
+        pub(super) struct Kernels {
+            $($(pub $kernel: Kernel<(HeadView, $($argument,)*)>,)*)*
+            pub reduce_ranks: Kernel<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
+        }
+
+        impl Kernels {
+            /// Loads every image and looks its kernels up.
+            pub fn load(context: &Arc<Context>, images: &Images) -> Result<Kernels> {
+                $(
+                    let module = Module::load(context, $source, images.of($source)?)?;
+                    $(let $kernel = module.kernel(stringify!($kernel))?;)*
+                )*
+                let module = Module::load(context, "collective", images.of("collective")?)?;
+                Ok(Kernels { $($($kernel,)*)* reduce_ranks: module.kernel("reduce_ranks")? })
+            }
+        }
+    };
+}
+
+kernels! {
+    "labels" {
+        pack_labels(u64, u64, i32, u64, Address);
+        judge_labels();
+        spread_labels();
+        sort_labels_count(u32, u32);
+        sort_labels_scan();
+        sort_labels_scatter(u32, u32);
+        find_positives_count();
+        find_positives_scan();
+        find_positives_scatter();
+    }
+    "sample" {
+        mark_positives();
+        mark_chosen(Address, u32);
+        key_histogram(u32);
+        pick_threshold(u32);
+        mark_below();
+        mark_ties_scan();
+        mark_ties();
+        list_sample_count();
+        list_sample_scan();
+        list_sample_scatter();
+        list_whole();
+        place_targets();
+    }
+    "embeddings" {
+        pack_embeddings(MatrixView, u64);
+        normalize_embeddings(MatrixView);
+        judge_embeddings();
+        find_targets(MatrixView);
+    }
+    "start" {
+        start_values(f64);
+    }
+    "centers" {
+        gather_centers(u32);
+        read_rows(i32, u32, MatrixView);
+        write_rows(i32, u32, MatrixView);
+        catch_up_rows(u64);
+    }
+    "loss" {
+        reduce_rows();
+        pack_sums(i32);
+        judge_sums(Address);
+        scale_embeddings();
+    }
+    "gradient" {
+        embedding_gradient();
+        finish_gradient(f64, MatrixView);
+        sum_squares(i32);
+    }
+    "update" {
+        begin_update(f64);
+        update_rows(u32, u32);
+        advance_history();
+        end_update();
+    }
+}

@@ -1,0 +1,138 @@
+//! Callers' matrices: used where they are when they are on the GPU, copied there and back when they are the host's.
+
+use std::mem::{size_of, MaybeUninit};
+use std::sync::Arc;
+
+use super::driver::{Context, DeviceBuffer, Place, Stream};
+use super::view::MatrixView;
+use crate::matrix::Matrix;
+use crate::memory::Plain;
+use crate::{error, Result};
+
+/// Room on the GPU for one host matrix at a time and one list of classes; it grows to the largest so far.
+pub(super) struct Staging {
+    matrix: Option<DeviceBuffer<u8>>,
+    classes: Option<DeviceBuffer<u32>>,
+}
+
+impl Staging {
+    pub fn new() -> Staging {
+        Staging { matrix: None, classes: None }
+    }
+
+    /// A matrix to be read by what `stream` runs next.
+    pub fn upload(&mut self, stream: &Stream, name: &str, matrix: &Matrix) -> Result<MatrixView> {
+        if on_device(stream.context(), name, matrix)? {
+            return Ok(MatrixView::from(matrix));
+        }
+        let view = self.compact(stream, matrix)?;
+        let row = matrix.cols * matrix.dtype.size();
+        let mut bytes = host_bytes(matrix.rows * row, name)?;
+        for number in 0..matrix.rows {
+            // SAFETY: the caller's matrix is host memory of this many rows; the bytes have room for as many.
+            unsafe { std::ptr::copy_nonoverlapping(row_of(matrix, number), bytes.as_mut_ptr().add(number * row), row) };
+        }
+        // SAFETY: the driver has copied pageable memory away when it returns; the staging memory lives as long as the head.
+        unsafe { stream.upload(view.data.cast(), bytes.as_ptr().cast(), bytes.len()) }?;
+        Ok(view)
+    }
+
+    /// Where what `stream` runs next is to write a matrix; `download` brings it home.
+    pub fn target(&mut self, stream: &Stream, name: &str, matrix: &Matrix) -> Result<MatrixView> {
+        match on_device(stream.context(), name, matrix)? {
+            true => Ok(MatrixView::from(matrix)),
+            false => self.compact(stream, matrix),
+        }
+    }
+
+    /// Copies to a host matrix what was written to its `target`, and waits for it.
+    pub fn download(&self, stream: &Stream, target: &MatrixView, matrix: &Matrix) -> Result<()> {
+        if target.data == matrix.data || matrix.rows == 0 {
+            return Ok(());
+        }
+        let row = matrix.cols * matrix.dtype.size();
+        let mut bytes = host_bytes(matrix.rows * row, "a matrix")?;
+        // SAFETY: the target is as large; the bytes outlive the wait.
+        unsafe { stream.download(bytes.as_mut_ptr().cast(), target.data.cast(), bytes.len()) }?;
+        stream.synchronize()?;
+        for (number, values) in bytes.chunks_exact(row).enumerate() {
+            // SAFETY: as in `upload`.
+            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), row_of(matrix, number), row) };
+        }
+        Ok(())
+    }
+
+    /// Puts a list of classes where what `stream` runs next can read it.
+    pub fn classes(&mut self, stream: &Stream, classes: &[u32]) -> Result<*mut u32> {
+        let buffer = grown(&mut self.classes, stream, classes.len(), "the caller's sample")?;
+        // SAFETY: as in `upload`.
+        unsafe { stream.upload(buffer.as_mut_ptr().cast(), classes.as_ptr().cast(), size_of_val(classes)) }?;
+        Ok(buffer.as_mut_ptr())
+    }
+
+    fn compact(&mut self, stream: &Stream, matrix: &Matrix) -> Result<MatrixView> {
+        let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
+        let buffer = grown(&mut self.matrix, stream, bytes, "a matrix of the host's")?;
+        Ok(MatrixView { data: buffer.as_mut_ptr(), stride: matrix.cols as u64, ..MatrixView::from(matrix) })
+    }
+}
+
+fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {
+    Ok(matrix.rows > 0 && context.place(name, matrix.data.cast())? == Place::Device)
+}
+
+fn grown<'a, T: Plain>(
+    slot: &'a mut Option<DeviceBuffer<T>>,
+    stream: &Stream,
+    length: usize,
+    what: &str,
+) -> Result<&'a DeviceBuffer<T>> {
+    if slot.as_ref().is_none_or(|buffer| buffer.len() < length.max(1)) {
+        // The old one first: there may be no room for both.
+        *slot = None;
+        *slot = Some(DeviceBuffer::zeroed(stream, length.max(1), what)?);
+    }
+    slot.as_ref().ok_or_else(|| error!(Device, "{what}: no memory was made"))
+}
+
+fn host_bytes(bytes: usize, what: &str) -> Result<Vec<u8>> {
+    crate::memory::zeros(&[bytes], what)
+}
+
+fn row_of(matrix: &Matrix, row: usize) -> *mut u8 {
+    matrix.data.wrapping_add(row * matrix.row_stride * matrix.dtype.size())
+}
+
+/// Copies `count` values from the device once `stream` has come so far.
+pub(super) fn fetch<T: Plain>(stream: &Stream, from: *const T, count: usize) -> Result<Vec<T>> {
+    let mut values: Vec<MaybeUninit<T>> = Vec::with_capacity(count);
+    values.resize_with(count, MaybeUninit::uninit);
+    // SAFETY: the caller names an array of its own of at least so many; the values outlive the wait.
+    unsafe { stream.download(values.as_mut_ptr().cast(), from.cast(), count * size_of::<T>()) }?;
+    stream.synchronize()?;
+    // SAFETY: all of them have been written, and any bytes are a plain value.
+    Ok(values.into_iter().map(|value| unsafe { value.assume_init() }).collect())
+}
+
+/// The first row of a matrix that holds a NaN or an infinity.
+pub(super) fn not_finite(stream: &Stream, name: &str, matrix: &Matrix) -> Result<Option<usize>> {
+    let device = on_device(stream.context(), name, matrix)?;
+    let (mut bytes, mut values) = (vec![0u8; matrix.cols * matrix.dtype.size()], vec![0f32; matrix.cols]);
+    for number in 0..matrix.rows {
+        let from = row_of(matrix, number);
+        // SAFETY: a row of the caller's matrix, on the device or on the host; the bytes outlive the wait.
+        unsafe {
+            if device {
+                stream.download(bytes.as_mut_ptr().cast(), from.cast_const().cast(), bytes.len())?;
+                stream.synchronize()?;
+            } else {
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
+            }
+            Matrix { data: bytes.as_mut_ptr(), rows: 1, row_stride: matrix.cols, ..*matrix }.read_row(0, &mut values);
+        }
+        if values.iter().any(|value| !value.is_finite()) {
+            return Ok(Some(number));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,448 @@
+//! The structures of kernels/view.h, field by field in the same order; what the fields mean is said there. A test compares the two.
+
+use crate::margin::{Margin, MarginGradient};
+use crate::matrix::Matrix;
+use crate::memory::Plain;
+use crate::optimizer::{replayed_updates, Optimizer};
+use crate::options::RowUpdate;
+
+/// No column, no class, no positive.
+#[cfg(test)]
+pub(crate) const NONE: u32 = u32::MAX;
+/// Rows of operands are zero up to a multiple of it.
+pub(crate) const TILE_ROWS: u64 = 128;
+/// Columns likewise.
+pub(crate) const TILE_COLUMNS: u64 = 128;
+
+/// The values of `StepBlock::fault`: what is wrong with a step.
+pub(crate) mod fault {
+    pub(crate) const NONE: i32 = 0;
+    /// Rank `rank` came to A with status `value`.
+    pub(crate) const REMOTE: i32 = 1;
+    /// Rank `rank` is at another step than rank 0: samples and updates of both in `detail`.
+    pub(crate) const PARTED: i32 = 2;
+    /// Label `value` of row `row` of rank `rank`.
+    pub(crate) const LABEL: i32 = 3;
+    /// Row `row` of rank `rank` holds a NaN or an infinity.
+    pub(crate) const EMBEDDING: i32 = 4;
+    /// The softmax sum of row `row` of rank `rank` leaves float32.
+    pub(crate) const SUM: i32 = 5;
+    /// Ranks failed in their forward: `value` is the sum that C carried.
+    pub(crate) const FORWARD: i32 = 6;
+    /// Replicated: the samples of rank 0 and rank `rank` differ.
+    pub(crate) const SAMPLES: i32 = 7;
+    /// Replicated: rank `rank` brought status `value` to the sums.
+    pub(crate) const SUMS: i32 = 8;
+}
+
+macro_rules! structures {
+    ($($(#[$meta:meta])* pub(crate) struct $name:ident { $($field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$meta])*
+            #[repr(C)]
+            #[derive(Clone, Copy, Debug)]
+            pub(crate) struct $name {
+                $(pub $field: $type,)*
+            }
+
+            // Some are made on the device alone.
+            #[allow(dead_code)]
+            impl $name {
+                pub(crate) fn zeroed() -> $name {
+                    // SAFETY: numbers and pointers, all of which may be zero.
+                    unsafe { std::mem::zeroed() }
+                }
+            }
+        )*
+
+        /// Of each structure its size, and of each field its place and size.
+        #[cfg(test)]
+        const LAYOUT: &[(&str, usize, &[(&str, usize, usize)])] = &[
+            $((stringify!($name), std::mem::size_of::<$name>(), &[$((
+                stringify!($field),
+                std::mem::offset_of!($name, $field),
+                size_of_field(|value: &$name| &value.$field),
+            )),*])),*
+        ];
+    };
+}
+
+structures! {
+    /// A caller's matrix in device memory.
+    pub(crate) struct MatrixView {
+        data: *mut u8,
+        rows: u64,
+        columns: u64,
+        stride: u64,
+        dtype: i32,
+        reserved: i32,
+    }
+    /// `Margin`, with its offset.
+    pub(crate) struct MarginView {
+        scale: f64,
+        m1: f64,
+        m2: f64,
+        m3: f64,
+        filter: f64,
+        offset: f64,
+        straight_through: i32,
+        guard: i32,
+    }
+    /// What a step is, found out on the device.
+    pub(crate) struct StepBlock {
+        samples: u64,
+        status: i32,
+        fault: i32,
+        rank: i32,
+        only_target: u32,
+        row: i64,
+        value: i64,
+        detail: [i64; 4],
+        rows: u32,
+        first_computed: u32,
+        own_rows: u32,
+        first_own: u32,
+        global_rows: u32,
+        positives: u32,
+        positive_rows: u32,
+        classes: u32,
+        wanted: u32,
+        threshold: u32,
+        ties: u32,
+        bad_row: u32,
+        valid_rows: u64,
+        own_valid_rows: u64,
+        loss: f64,
+        target_cosines: f64,
+        grad_embeddings: f64,
+        grad_centers: f64,
+        digest: f64,
+    }
+    /// What outlives a step.
+    pub(crate) struct Ledger {
+        updates: u64,
+        failed: u64,
+        first_failure: StepBlock,
+    }
+    /// An update's coefficients, made on the device.
+    pub(crate) struct Rule {
+        momentum: f32,
+        weight_decay: f32,
+        learning_rate: f32,
+        beta1: f32,
+        beta2: f32,
+        rest1: f32,
+        rest2: f32,
+        decay: f32,
+        rate: f32,
+        root: f32,
+        epsilon: f32,
+        reserved: f32,
+    }
+    /// What a dense row missed since an update, made on the device.
+    pub(crate) struct Gap {
+        shift_w: f64,
+        w_m: f64,
+        m_w: f64,
+        m_m: f64,
+    }
+    /// `Optimizer` and `RowUpdate`.
+    pub(crate) struct OptimizerView {
+        momentum: f64,
+        weight_decay: f64,
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+        replayed: u64,
+        adamw: i32,
+        dense: i32,
+    }
+    /// Where a head's arrays are and how large: what every kernel gets by value.
+    pub(crate) struct HeadView {
+        block: *mut StepBlock,
+        ledger: *mut Ledger,
+        labels_send: *mut i64,
+        labels_recv: *mut i64,
+        labels: *mut i64,
+        origins: *mut u32,
+        sort_keys: [*mut u32; 2],
+        sort_rows: [*mut u32; 2],
+        positive_classes: *mut u32,
+        positive_starts: *mut u32,
+        sample: *mut u32,
+        columns: *mut u32,
+        positive_of: *mut u32,
+        counts: *mut u32,
+        selected: *mut u32,
+        embeddings_send: *mut u8,
+        embeddings_recv: *mut u8,
+        units: *mut f32,
+        unit_operand: *mut u16,
+        scaled_operand: *mut u16,
+        inverse_norms: *mut f32,
+        target_logits: *mut f32,
+        target_cosines: *mut f32,
+        derivatives: *mut f32,
+        coefficients: *mut f32,
+        factors: *mut f32,
+        row_sums: *mut f32,
+        best_negatives: *mut f32,
+        partial_sums: *mut f32,
+        partial_best: *mut f32,
+        center_operand: *mut u16,
+        center_wide: *mut u16,
+        center_inverse_norms: *mut f32,
+        numerators: *mut u16,
+        weighted: *mut f32,
+        sums: *mut f32,
+        replicated_sums: *mut f64,
+        gradient_send: *mut f32,
+        gradient_recv: *mut f32,
+        center_gradient: *mut f32,
+        squares: *mut f32,
+        centers: *mut f32,
+        momentum: *mut f32,
+        second_moment: *mut f32,
+        last: *mut u32,
+        rule: *mut Rule,
+        gaps: *mut Gap,
+        first_class: u64,
+        num_classes: u64,
+        seed: u64,
+        ignore_label: i64,
+        plane_rows: u64,
+        plane_centers: u64,
+        plane_numerators: u64,
+        margin: MarginView,
+        optimizer: OptimizerView,
+        ranks: u32,
+        rank: u32,
+        max_batch: u32,
+        label_capacity: u32,
+        row_capacity: u32,
+        dim: u32,
+        depth_pitch: u32,
+        master_pitch: u32,
+        shard_rows: u32,
+        sample_size: u32,
+        sample_capacity: u32,
+        chunk_capacity: u32,
+        column_tiles: u32,
+        splits: u32,
+        count_capacity: u32,
+        history_capacity: u32,
+        sharded: i32,
+        whole: i32,
+        split_operands: i32,
+        gather_dtype: i32,
+    }
+}
+
+const _: () = {
+    assert!(std::mem::size_of::<MatrixView>() == 40);
+    assert!(std::mem::size_of::<MarginView>() == 56);
+    assert!(std::mem::size_of::<StepBlock>() == 176);
+    assert!(std::mem::size_of::<Ledger>() == 192);
+    assert!(std::mem::size_of::<Rule>() == 48);
+    assert!(std::mem::size_of::<Gap>() == 32);
+    assert!(std::mem::size_of::<OptimizerView>() == 56);
+    assert!(std::mem::size_of::<HeadView>() == 640);
+};
+
+// SAFETY: numbers without padding, which the sizes above show.
+unsafe impl Plain for StepBlock {}
+unsafe impl Plain for Ledger {}
+unsafe impl Plain for Rule {}
+unsafe impl Plain for Gap {}
+
+// SAFETY: descriptions of device memory; the host never follows their pointers.
+unsafe impl Send for MatrixView {}
+unsafe impl Sync for MatrixView {}
+unsafe impl Send for HeadView {}
+unsafe impl Sync for HeadView {}
+
+impl From<&Matrix> for MatrixView {
+    fn from(matrix: &Matrix) -> MatrixView {
+        MatrixView {
+            data: matrix.data,
+            rows: matrix.rows as u64,
+            columns: matrix.cols as u64,
+            stride: matrix.row_stride as u64,
+            dtype: matrix.dtype as i32,
+            reserved: 0,
+        }
+    }
+}
+
+impl From<&Margin> for MarginView {
+    fn from(margin: &Margin) -> MarginView {
+        MarginView {
+            scale: margin.scale,
+            m1: margin.m1,
+            m2: margin.m2,
+            m3: margin.m3,
+            filter: margin.interclass_filter,
+            offset: margin.offset(),
+            straight_through: (margin.gradient == MarginGradient::StraightThrough).into(),
+            guard: margin.guard.into(),
+        }
+    }
+}
+
+impl OptimizerView {
+    pub(crate) fn new(optimizer: &Optimizer, rows: RowUpdate) -> OptimizerView {
+        let dense = (rows == RowUpdate::Dense).into();
+        match optimizer {
+            Optimizer::Sgd(sgd) => {
+                OptimizerView { momentum: sgd.momentum, weight_decay: sgd.weight_decay, dense, ..OptimizerView::zeroed() }
+            }
+            Optimizer::Adamw(adamw) => OptimizerView {
+                weight_decay: adamw.weight_decay,
+                beta1: adamw.beta1,
+                beta2: adamw.beta2,
+                epsilon: adamw.epsilon,
+                replayed: replayed_updates(adamw),
+                adamw: 1,
+                dense,
+                ..OptimizerView::zeroed()
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+const fn size_of_field<S, F>(_: fn(&S) -> &F) -> usize {
+    std::mem::size_of::<F>()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
+    use super::*;
+    use crate::matrix::DType;
+    use crate::optimizer::{Adamw, Sgd};
+    use crate::Status;
+
+    #[test]
+    fn layouts_are_those_of_the_header() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut source = String::from("#include \"kernels/view.h\"\n#include <stddef.h>\n#include <stdio.h>\nint main() {\n");
+        let mut expected = String::new();
+        for (name, size, fields) in LAYOUT {
+            source += &format!("    printf(\"{name} %zu\\n\", sizeof({name}));\n");
+            expected += &format!("{name} {size}\n");
+            for (field, offset, size) in *fields {
+                source += &format!(
+                    "    printf(\"  {field} %zu %zu\\n\", offsetof({name}, {field}), sizeof((({name}*)nullptr)->{field}));\n"
+                );
+                expected += &format!("  {field} {offset} {size}\n");
+            }
+        }
+        for (name, value) in constants() {
+            source += &format!("    printf(\"{name} %lld\\n\", (long long){name});\n");
+            expected += &format!("{name} {value}\n");
+        }
+        source += "}\n";
+        let folder = std::env::temp_dir().join(format!("partialfc-view-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for the program");
+        let (text, program) = (folder.join("layout.cpp"), folder.join("layout"));
+        std::fs::write(&text, source).expect("the program's text");
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let built = Command::new(compiler)
+            .args(["-std=c++17", "-Wno-invalid-offsetof", "-I"])
+            .arg(root)
+            .arg("-o")
+            .arg(&program)
+            .arg(&text)
+            .output()
+            .expect("a C++ compiler");
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let told = Command::new(&program).output().expect("the program's output");
+        std::fs::remove_dir_all(&folder).expect("to clean up");
+        similar(&String::from_utf8_lossy(&told.stdout), &expected);
+    }
+
+    fn constants() -> Vec<(&'static str, i64)> {
+        vec![
+            ("kNone", NONE.into()),
+            ("kTileRows", TILE_ROWS as i64),
+            ("kTileColumns", TILE_COLUMNS as i64),
+            ("kLabelHeader", crate::protocol::HEADER as i64),
+            ("kTotals", crate::protocol::TOTALS as i64),
+            ("kTotals", crate::protocol::REPLICATED_TOTALS as i64),
+            ("kSlot", crate::protocol::REPLICATED_SLOT as i64),
+            ("kRemote", Status::Remote as i64),
+            ("kMismatch", Status::Mismatch as i64),
+            ("kLabel", Status::Label as i64),
+            ("kNotFinite", Status::NotFinite as i64),
+            ("kNoFault", fault::NONE.into()),
+            ("kFaultRemote", fault::REMOTE.into()),
+            ("kFaultParted", fault::PARTED.into()),
+            ("kFaultLabel", fault::LABEL.into()),
+            ("kFaultEmbedding", fault::EMBEDDING.into()),
+            ("kFaultSum", fault::SUM.into()),
+            ("kFaultForward", fault::FORWARD.into()),
+            ("kFaultSamples", fault::SAMPLES.into()),
+            ("kFaultSums", fault::SUMS.into()),
+            ("kF32", DType::F32 as i64),
+            ("kF16", DType::F16 as i64),
+            ("kBf16", DType::Bf16 as i64),
+        ]
+    }
+
+    /// Names the first line that differs: the whole is long.
+    fn similar(told: &str, expected: &str) {
+        for (told, expected) in told.lines().zip(expected.lines()) {
+            assert_eq!(told, expected, "kernels/view.h on the left, view.rs on the right");
+        }
+        assert_eq!(told.lines().count(), expected.lines().count());
+    }
+
+    #[test]
+    fn every_field_of_the_header_is_here() {
+        let header = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/view.h")).expect("the header");
+        let structs = header.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {"));
+        let known: Vec<&str> = LAYOUT.iter().map(|(name, ..)| *name).collect();
+        let mut found: Vec<&str> = structs.collect();
+        found.sort_unstable();
+        let mut sorted = known.clone();
+        sorted.sort_unstable();
+        assert_eq!(found, sorted);
+        // No field but these fits: their sizes fill the structures, up to the alignment of the last.
+        for (name, size, fields) in LAYOUT {
+            let mut end = 0;
+            for (field, offset, bytes) in *fields {
+                assert!(offset - end < 8, "{name}.{field}");
+                end = offset + bytes;
+            }
+            assert!(size - end < 8, "{name}");
+        }
+    }
+
+    #[test]
+    fn views_say_what_the_options_say() {
+        let margin = Margin {
+            scale: 100.0,
+            m1: 1.5,
+            m2: 0.25,
+            m3: 0.125,
+            interclass_filter: 0.75,
+            gradient: MarginGradient::StraightThrough,
+            guard: true,
+        };
+        let view = MarginView::from(&margin);
+        assert_eq!([view.scale, view.m1, view.m2, view.m3, view.filter, view.offset], [100.0, 1.5, 0.25, 0.125, 0.75, 36.0]);
+        assert_eq!((view.straight_through, view.guard), (1, 1));
+        let sgd = OptimizerView::new(&Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }), RowUpdate::Dense);
+        assert_eq!((sgd.momentum, sgd.weight_decay, sgd.adamw, sgd.dense, sgd.replayed), (0.9, 5e-4, 0, 1, 0));
+        let adamw = Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        let view = OptimizerView::new(&Optimizer::Adamw(adamw), RowUpdate::Lazy);
+        assert_eq!((view.beta1, view.beta2, view.epsilon, view.weight_decay), (0.9, 0.999, 1e-8, 0.01));
+        assert_eq!((view.adamw, view.dense, view.replayed), (1, 0, 161));
+        let matrix = Matrix { data: std::ptr::null_mut(), dtype: DType::Bf16, rows: 3, cols: 5, row_stride: 7 };
+        let view = MatrixView::from(&matrix);
+        assert_eq!((view.rows, view.columns, view.stride, view.dtype), (3, 5, 7, 3));
+    }
+}

@@ -1,0 +1,212 @@
+//! The CUDA driver that tests run on: the emulator of `ctests/simt`, built here and loaded before anything asks for a driver, or the
+//! machine's own.
+//!
+//! `PFC_TEST_DRIVER` is `simt` (also if it is not set) or `real`; with `real` a test fails where the driver is the emulator or there
+//! is none. `PFC_SIMT_LIBRARY` names an emulator that is built already, for machines without a compiler.
+
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
+use std::ffi::{c_char, c_void, CString};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// The emulator's own functions; see ctests/simt/simt.h.
+struct Simt {
+    seed: unsafe extern "C" fn(u64),
+    report: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    forgive: unsafe extern "C" fn(),
+    count: unsafe extern "C" fn(*const c_char) -> u64,
+    memory: unsafe extern "C" fn(u64),
+    profile: unsafe extern "C" fn(i32, i32),
+}
+
+/// A turn at the driver. Turns do not overlap within a process: the emulator's seed, findings and counts are the process's.
+///
+/// At its end there must be no finding, but what was forgiven.
+pub struct Turn {
+    simt: Option<&'static Simt>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// Waits for a turn. The emulator's choices begin anew from `seed`.
+pub fn turn(seed: u64) -> Turn {
+    static ALONE: Mutex<()> = Mutex::new(());
+    // A test that failed in its turn has told so itself.
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let turn = Turn { simt: load(), _alone: alone };
+    turn.forgive();
+    turn.seed(seed);
+    turn
+}
+
+impl Turn {
+    pub fn is_emulator(&self) -> bool {
+        self.simt.is_some()
+    }
+
+    pub fn seed(&self, seed: u64) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.seed)(seed) };
+        }
+    }
+
+    /// What the emulator has found so far; empty on a real driver.
+    pub fn findings(&self) -> String {
+        self.simt.map_or_else(String::new, findings_of)
+    }
+
+    /// Forgets the findings, and the error that they left in the context.
+    pub fn forgive(&self) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.forgive)() };
+        }
+    }
+
+    /// How often a driver function was called in this process so far; None on a real driver.
+    pub fn calls(&self, function: &str) -> Option<u64> {
+        let name = CString::new(function).expect("a name without zeros");
+        // SAFETY: as simt.h declares it.
+        self.simt.map(|simt| unsafe { (simt.count)(name.as_ptr()) })
+    }
+
+    /// Device memory that can be allocated together from now on.
+    pub fn memory(&self, bytes: u64) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.memory)(bytes) };
+        }
+    }
+
+    /// The device's compute capability from now on.
+    pub fn profile(&self, major: i32, minor: i32) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.profile)(major, minor) };
+        }
+    }
+}
+
+fn findings_of(simt: &Simt) -> String {
+    // SAFETY: as simt.h declares it: at most as many bytes are written as there are.
+    unsafe {
+        let mut text = vec![0u8; (simt.report)(std::ptr::null_mut(), 0) + 1];
+        let length = (simt.report)(text.as_mut_ptr().cast(), text.len());
+        text.truncate(length.min(text.len() - 1));
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let findings = self.findings();
+        self.forgive();
+        // A second panic would hide the first.
+        if !std::thread::panicking() {
+            assert!(findings.is_empty(), "the emulator's findings:\n{findings}");
+        }
+    }
+}
+
+/// Loads the driver that `PFC_TEST_DRIVER` asks for, once in a process.
+pub fn ready() {
+    load();
+}
+
+/// What the emulator has found in this process so far; empty on a real driver.
+pub fn findings() -> String {
+    load().map_or_else(String::new, findings_of)
+}
+
+fn load() -> Option<&'static Simt> {
+    static LOADED: OnceLock<Option<Simt>> = OnceLock::new();
+    LOADED
+        .get_or_init(|| match std::env::var("PFC_TEST_DRIVER").as_deref() {
+            Ok("real") => {
+                let names = ["libcuda.so", "libcuda.so.1"];
+                let driver = names.iter().find_map(|name| open(Path::new(name)).ok());
+                let driver = driver.expect("PFC_TEST_DRIVER is real, but there is no CUDA driver");
+                assert!(symbol(driver, "simt_seed").is_null(), "PFC_TEST_DRIVER is real, but the driver is the emulator");
+                None
+            }
+            Ok("simt") | Err(std::env::VarError::NotPresent) => {
+                let library = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(build, PathBuf::from);
+                let handle = open(&library).unwrap_or_else(|error| panic!("the emulator: {error}"));
+                // SAFETY: the functions are of these types, which simt.h declares.
+                unsafe {
+                    Some(Simt {
+                        seed: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(required(handle, "simt_seed")),
+                        report: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(required(
+                            handle,
+                            "simt_report",
+                        )),
+                        forgive: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(required(handle, "simt_forgive")),
+                        count: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(required(
+                            handle,
+                            "simt_count",
+                        )),
+                        memory: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(required(handle, "simt_memory")),
+                        profile: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, i32)>(required(
+                            handle,
+                            "simt_profile",
+                        )),
+                    })
+                }
+            }
+            other => panic!("PFC_TEST_DRIVER is {other:?}; it is simt or real"),
+        })
+        .as_ref()
+}
+
+/// Once loaded by its path, the emulator is what every later look for `libcuda.so` finds: it has that name inside.
+fn open(library: &Path) -> Result<*mut c_void, String> {
+    let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
+    // SAFETY: a driver's initialisers may run; the error's text is read before the next call.
+    unsafe {
+        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
+        match handle.is_null() {
+            false => Ok(handle),
+            true => Err(std::ffi::CStr::from_ptr(libc::dlerror()).to_string_lossy().into_owned()),
+        }
+    }
+}
+
+fn symbol(handle: *mut c_void, name: &str) -> *mut c_void {
+    let name = CString::new(name).expect("a name without zeros");
+    // SAFETY: a handle from dlopen.
+    unsafe { libc::dlsym(handle, name.as_ptr()) }
+}
+
+fn required(handle: *mut c_void, name: &str) -> *mut c_void {
+    let found = symbol(handle, name);
+    assert!(!found.is_null(), "the emulator lacks {name}");
+    found
+}
+
+/// Builds the emulator beside this program's own folder, as far as it is out of date. Programs that run at once take turns.
+fn build() -> PathBuf {
+    let program = std::env::current_exe().expect("this program's path");
+    let folder = program.ancestors().nth(2).expect("a folder of cargo's").join("simt");
+    std::fs::create_dir_all(&folder).expect("a folder for the emulator");
+    let lock = File::create(folder.join("lock")).expect("a lock for the emulator");
+    // SAFETY: an open file; the lock goes with it.
+    assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("ctests/simt");
+    let made = Command::new("make")
+        .args(["-s", "-C"])
+        .arg(&sources)
+        .arg(format!("OUT={}", folder.display()))
+        .arg("library")
+        // Cargo's jobserver is not make's to share here.
+        .env_remove("MAKEFLAGS")
+        .env_remove("MFLAGS")
+        .output()
+        .expect("make");
+    assert!(made.status.success(), "the emulator does not build:\n{}", String::from_utf8_lossy(&made.stderr));
+    folder.join("libcuda.so")
+}
