@@ -1,0 +1,207 @@
+//! A loss in the GPU's memory: nothing in a step makes the host wait, and a failure comes late, once, and changes nothing.
+//!
+//! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
+
+mod common;
+
+use std::ffi::{c_char, c_void, CStr};
+
+use common::ffi::{options, outcome, to_c, Comm, Device, Head, Outcome};
+use common::numbers::Random;
+use common::ranks::on_ranks;
+use common::simt;
+use partialfc::capi::device::pfc_device_cuda;
+use partialfc::capi::head as c_head;
+use partialfc::capi::types::pfc_matrix;
+use partialfc::matrix::DType;
+use partialfc::Status;
+
+const ROWS: usize = 6;
+const DIM: usize = 8;
+const CLASSES: u64 = 40;
+
+/// Driver functions that make the host wait.
+const WAITS: [&str; 7] = [
+    "cuStreamSynchronize",
+    "cuEventSynchronize",
+    "cuCtxSynchronize",
+    "cuMemcpyDtoH_v2",
+    "cuMemcpyHtoD_v2",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+];
+
+fn driver_function(name: &CStr) -> *mut c_void {
+    // SAFETY: a name that ends; the driver is loaded for everyone to see.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr().cast::<c_char>()) };
+    assert!(!found.is_null(), "{name:?}");
+    found
+}
+
+/// Memory on the GPU, of `values` to begin with.
+struct Remote {
+    address: u64,
+    bytes: usize,
+}
+
+impl Remote {
+    fn of<T: Copy>(values: &[T]) -> Remote {
+        let bytes = std::mem::size_of_val(values);
+        let mut address = 0u64;
+        // SAFETY: the driver's functions, of these types; the device's context is current on this thread.
+        unsafe {
+            let alloc: unsafe extern "C" fn(*mut u64, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemAlloc_v2"));
+            let copy: unsafe extern "C" fn(u64, *const c_void, usize) -> i32 =
+                std::mem::transmute(driver_function(c"cuMemcpyHtoD_v2"));
+            assert_eq!((alloc(&mut address, bytes), copy(address, values.as_ptr().cast(), bytes)), (0, 0));
+        }
+        Remote { address, bytes }
+    }
+
+    fn read<T: Copy + Default>(&self) -> Vec<T> {
+        let mut values = vec![T::default(); self.bytes / std::mem::size_of::<T>()];
+        // SAFETY: as above; as many bytes.
+        unsafe {
+            let copy: unsafe extern "C" fn(*mut c_void, u64, usize) -> i32 =
+                std::mem::transmute(driver_function(c"cuMemcpyDtoH_v2"));
+            assert_eq!(copy(values.as_mut_ptr().cast(), self.address, self.bytes), 0);
+        }
+        values
+    }
+
+    fn matrix(&self) -> pfc_matrix {
+        let data = self.address as *mut c_void;
+        pfc_matrix { data, dtype: DType::F32 as i32, reserved: 0, rows: ROWS as u64, cols: DIM as u64, row_stride: DIM as u64 }
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // SAFETY: made by `of`; every test waits for its steps first.
+        unsafe {
+            let free: unsafe extern "C" fn(u64) -> i32 = std::mem::transmute(driver_function(c"cuMemFree_v2"));
+            free(self.address);
+        }
+    }
+}
+
+fn gpu() -> Device {
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: an output that outlives the call; the default stream. The primary context is made current for this thread.
+    unsafe {
+        let init: unsafe extern "C" fn(u32) -> i32 = std::mem::transmute(driver_function(c"cuInit"));
+        let retain: unsafe extern "C" fn(*mut *mut c_void, i32) -> i32 =
+            std::mem::transmute(driver_function(c"cuDevicePrimaryCtxRetain"));
+        let set: unsafe extern "C" fn(*mut c_void) -> i32 = std::mem::transmute(driver_function(c"cuCtxSetCurrent"));
+        let mut context = std::ptr::null_mut();
+        assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
+        outcome(pfc_device_cuda(0, std::ptr::null_mut(), &mut raw)).expect("GPU 0");
+    }
+    Device(raw)
+}
+
+/// A step's arrays on the GPU.
+struct Step {
+    embeddings: Remote,
+    labels: Remote,
+    gradient: Remote,
+    loss: Remote,
+}
+
+impl Step {
+    fn draw(rank: usize, number: u64, wrong: bool) -> Step {
+        let mut random = Random(100 * number + rank as u64 + 1);
+        let mut labels = random.labels(ROWS, CLASSES as usize);
+        if wrong {
+            labels[3] = CLASSES as i64;
+        }
+        Step {
+            embeddings: Remote::of(&random.normals(ROWS * DIM, 1.0)),
+            labels: Remote::of(&labels),
+            gradient: Remote::of(&[-123f32; ROWS * DIM]),
+            loss: Remote::of(&[-321f64]),
+        }
+    }
+
+    fn run(&self, head: &Head) -> Outcome<()> {
+        let (embeddings, gradient) = (self.embeddings.matrix(), self.gradient.matrix());
+        // SAFETY: a live handle; arrays on the GPU of the sizes that the head takes.
+        unsafe {
+            let (labels, loss) = (self.labels.address as *const i64, self.loss.address as *mut f64);
+            outcome(c_head::pfc_head_forward(head.raw, &embeddings, labels, loss))?;
+            outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient))?;
+            outcome(c_head::pfc_head_update(head.raw, 0.1))
+        }
+    }
+}
+
+fn head(device: &Device, comm: &Comm) -> Head {
+    let mut options = options(CLASSES, DIM as u32, ROWS as u64);
+    options.sample_rate = 0.5;
+    Head::create(device, comm, &to_c(&options)).expect("a head")
+}
+
+#[test]
+fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
+    let turn = simt::turn(1);
+    let (device, comm) = (gpu(), Comm::solo());
+    let steps: Vec<Step> = (0..3).map(|number| Step::draw(0, number, false)).collect();
+    let mut late = head(&device, &comm);
+    let waits = || WAITS.map(|function| turn.calls(function));
+    let before = waits();
+    for step in &steps {
+        step.run(&late).expect("an enqueued step");
+    }
+    assert_eq!(waits(), before, "{WAITS:?}");
+    late.wait().expect("three good steps");
+
+    let mut now = head(&device, &comm);
+    for (number, step) in steps.iter().enumerate() {
+        let (late_loss, late_gradient) = (step.loss.read::<f64>()[0], step.gradient.read::<f32>());
+        let mut loss = 0.0;
+        let (embeddings, gradient) = (step.embeddings.matrix(), step.gradient.matrix());
+        // SAFETY: as in `run`; the loss is the host's.
+        unsafe {
+            let labels = step.labels.address as *const i64;
+            outcome(c_head::pfc_head_forward(now.raw, &embeddings, labels, &mut loss)).expect("forward");
+            outcome(c_head::pfc_head_backward(now.raw, 1.0, 1.0, &gradient)).expect("backward");
+            outcome(c_head::pfc_head_update(now.raw, 0.1)).expect("update");
+        }
+        assert!(loss > 0.0);
+        assert_eq!(late_loss.to_bits(), loss.to_bits(), "step {number}");
+        now.wait().expect("a good step");
+        assert_eq!(late_gradient, step.gradient.read::<f32>(), "step {number}");
+    }
+    assert_eq!(late.centers(), now.centers());
+}
+
+#[test]
+fn a_bad_label_comes_late_on_every_rank_and_changes_nothing() {
+    let _turn = simt::turn(2);
+    let told = on_ranks(2, |place| {
+        let device = gpu();
+        let mut head = head(&device, &place.comm);
+        let good = Step::draw(place.rank, 0, false);
+        good.run(&head).expect("an enqueued step");
+        head.wait().expect("a good step");
+        let (centers, momentum) = (head.centers(), head.momentum());
+        // Rank 1's fourth label is no class; the step after it is sound.
+        let (bad, next) = (Step::draw(place.rank, 1, place.rank == 1), Step::draw(place.rank, 2, false));
+        bad.run(&head).expect("nothing is known yet");
+        let failure = head.wait().expect_err("a label that is no class");
+        assert!(bad.loss.read::<f64>()[0].is_nan());
+        assert!(bad.gradient.read::<f32>().iter().all(|&g| g == 0.0));
+        assert_eq!((head.centers(), head.momentum()), (centers.clone(), momentum));
+        head.wait().expect("told once");
+        next.run(&head).expect("the head goes on");
+        head.wait().expect("a good step");
+        assert!(head.centers() != centers);
+        failure
+    });
+    for failure in &told {
+        assert_eq!(failure.status, Status::Label as i32);
+        for words in ["step 1", "labels[3] is 40 on rank 1"] {
+            assert!(failure.message.contains(words), "{words:?} is not in: {}", failure.message);
+        }
+    }
+}
