@@ -230,6 +230,14 @@ impl CudaHead {
         self.product(Lane::Main, "multiply_weighted", |products, stream| products.weighted(stream, view, first, spared));
     }
 
+    /// What dW needs of the embeddings.
+    fn begin_centers(&mut self) -> HeadView {
+        self.join(Lane::Centers, Lane::Main);
+        let view = self.view();
+        run!(self, Centers, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
+        view
+    }
+
     /// dW of a chunk: into the rows, or into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
         let (view, spared) = (self.view(), self.spared(SPARED_BY_CENTERS));
@@ -477,9 +485,7 @@ impl HeadDevice for CudaHead {
         run!(self, Main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));
         let count = self.spec.options.max_batch as usize * self.dim();
         let buffers = (view.gradient_send, view.gradient_recv);
-        let exchange = self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32);
-        run!(self, Main, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
-        exchange
+        self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32)
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
@@ -500,8 +506,7 @@ impl HeadDevice for CudaHead {
 
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         beside()?;
-        self.join(Lane::Centers, Lane::Main);
-        let (view, fused) = (self.view(), self.fused());
+        let (view, fused) = (self.begin_centers(), self.fused());
         run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
         for first in self.chunks() {
             if !self.sizes.keeps_probabilities() {
@@ -518,8 +523,7 @@ impl HeadDevice for CudaHead {
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
-        let (view, dim) = (self.view(), self.dim());
-        self.join(Lane::Centers, Lane::Main);
+        let (view, dim) = (self.begin_centers(), self.dim());
         // Ranks add up as many rows as a sample can have; those beyond this one are zeros.
         let bytes = size_of::<f32>() * self.sizes.sample_capacity as usize * dim;
         // SAFETY: the head's own array, of this size.
