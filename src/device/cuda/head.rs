@@ -16,7 +16,7 @@ use super::staging::{self, Staging};
 use super::view::{fault, HeadView, Ledger, MatrixView, StepBlock};
 use super::Cuda;
 use crate::comm::remote;
-use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
+use crate::device::{sample_capacity, Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::Optimizer;
 use crate::options::{Placement, RowUpdate};
@@ -54,9 +54,12 @@ macro_rules! run {
 pub(super) struct CudaHead {
     cuda: Arc<Cuda>,
     spec: HeadSpec,
-    sizes: Sizes,
+    /// By view: they differ from when a caller's sample outgrows them until the step before it is over.
+    sizes: [Sizes; 2],
     /// The views are the current step's and the next one's, as `current` says.
     arrays: Arrays,
+    /// What the step under way has and the next one has outgrown; and the view that its successors take.
+    outgrown: Option<(HeadView, Vec<DeviceBuffer<u8>>)>,
     /// By view: this rank's labels on the device.
     labels_in: [DeviceBuffer<i64>; 2],
     current: usize,
@@ -70,6 +73,11 @@ pub(super) struct CudaHead {
     batches: [usize; 2],
     labels: [Option<Vec<i64>>; 2],
     own_failure: [Option<Error>; 2],
+    /// By view: the number of its sample, and how many classes that has at most. The same on all ranks.
+    numbers: [u64; 2],
+    most: [u64; 2],
+    /// The first failure of this rank's own since `wait`, and its step: told where it came up, but the device has counted it.
+    told: Option<(u64, Error)>,
     label_slots: Vec<(PinnedBuffer<i64>, Event)>,
     next_slot: usize,
     staging: RefCell<Staging>,
@@ -77,6 +85,9 @@ pub(super) struct CudaHead {
     /// What the last step that was waited for turned out to be.
     block: StepBlock,
     at_labels: bool,
+    parted: bool,
+    /// Why the embeddings could not be brought to the device.
+    unpacked: Option<Error>,
     /// A launch or copy that failed where no error can be returned.
     failure: Option<Error>,
     updates: u64,
@@ -113,12 +124,18 @@ impl CudaHead {
             batches: [0; 2],
             labels: [None, None],
             own_failure: [None, None],
+            numbers: [0; 2],
+            most: [0; 2],
+            told: None,
+            outgrown: None,
+            unpacked: None,
+            parted: false,
             block: StepBlock::zeroed(),
             at_labels: false,
             failure: None,
             updates: 0,
             arrays,
-            sizes,
+            sizes: [sizes.clone(), sizes],
             spec,
             cuda,
         };
@@ -135,9 +152,9 @@ impl CudaHead {
             head.spec.options.embedding_dim,
             head.spec.shard.first,
             head.cuda.info.to_string_lossy(),
-            head.sizes.memory().total() >> 20,
-            head.sizes.chunk_capacity,
-            head.sizes.sample_capacity,
+            head.sizes[0].memory().total() >> 20,
+            head.sizes[0].chunk_capacity,
+            head.sizes[0].sample_capacity,
         );
         Ok(head)
     }
@@ -163,6 +180,10 @@ impl CudaHead {
         self.arrays.views[self.current]
     }
 
+    fn sizes(&self) -> &Sizes {
+        &self.sizes[self.current]
+    }
+
     fn next(&self) -> usize {
         1 - self.current
     }
@@ -183,7 +204,7 @@ impl CudaHead {
     }
 
     fn chunks(&self) -> impl Iterator<Item = u32> {
-        (0..self.sizes.sample_capacity as u32).step_by(self.sizes.chunk_capacity as usize)
+        (0..self.sizes().sample_capacity as u32).step_by(self.sizes().chunk_capacity as usize)
     }
 
     /// W^ and P of a chunk.
@@ -208,7 +229,7 @@ impl CudaHead {
         }
         run!(self, main, end_update, 1, 32, (view,));
         self.updates += 1;
-        let half = self.sizes.history_capacity / 2;
+        let half = self.sizes().history_capacity / 2;
         if self.dense() && self.updates.is_multiple_of(half) {
             // No row's gap outgrows the ring: what this leaves is at most half as old.
             let before = self.updates - half / 2;
@@ -256,16 +277,24 @@ impl CudaHead {
         Ok(())
     }
 
-    /// Makes room for a caller's sample beyond every draw.
+    /// Makes room for a caller's sample beyond every draw. The step under way keeps what it has until it is over.
     fn grow(&mut self, classes: usize) -> Result<()> {
-        if classes as u64 <= self.sizes.sample_most {
+        let next = self.next();
+        if classes as u64 <= self.sizes[next].sample_most {
             return Ok(());
         }
         self.side.synchronize()?;
         self.cuda.stream.synchronize()?;
-        let sizes = Sizes::new(&self.spec, self.cuda.gpu()?, classes as u64)?;
-        sizes.grow(&mut self.arrays, &self.cuda.stream)?;
-        self.sizes = sizes;
+        let (held, mut gpu) = (self.sizes[next].memory(), self.cuda.gpu()?);
+        // Sizes are chosen as for a head that is not there yet.
+        gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
+        let sizes = Sizes::new(&self.spec, gpu, classes as u64)?;
+        let (views, outgrown) = sizes.grow(&mut self.arrays, &self.cuda.stream)?;
+        self.sizes[next] = sizes;
+        self.arrays.views[next] = views[next];
+        let mut before = self.outgrown.take().map_or_else(Vec::new, |(_, before)| before);
+        before.extend(outgrown);
+        self.outgrown = Some((views[self.current], before));
         // The draw goes on on the other stream.
         self.cuda.stream.synchronize()
     }
@@ -303,10 +332,13 @@ impl CudaHead {
     /// The draw: labels sorted, positives found, negatives drawn, targets placed.
     fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
         let draft = self.next();
-        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes.label_capacity as usize);
+        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes[draft].label_capacity as usize);
+        self.most[draft] = sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard);
         let list = match chosen {
             Some(ids) => {
-                self.grow((ids.len() + label_capacity).min(self.spec.shard.rows as usize))?;
+                let most = (ids.len() + label_capacity).min(self.spec.shard.rows as usize);
+                self.most[draft] = self.most[draft].max(most as u64);
+                self.grow(most)?;
                 let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
                 Some((self.staging.borrow_mut().classes(&self.side, &classes)?.cast(), classes.len() as u32))
             }
@@ -352,6 +384,7 @@ impl HeadDevice for CudaHead {
     fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
         let draft = self.next();
         (self.drafted, self.batches[draft], self.own_failure[draft], self.labels[draft]) = (true, 0, None, None);
+        self.numbers[draft] = step.samples;
         let released = self.side.wait(&self.released[draft]);
         self.keep(released);
         let uploaded = labels.and_then(|labels| Ok((self.upload_labels(draft, &labels)?, labels.count)));
@@ -408,6 +441,13 @@ impl HeadDevice for CudaHead {
             self.released[self.current].record(&self.cuda.stream)?;
             self.current = self.next();
             self.drafted = false;
+            if let Some((view, outgrown)) = self.outgrown.take() {
+                let before = self.next();
+                self.arrays.views[before] = view;
+                self.sizes[before] = self.sizes().clone();
+                // Waits for the step before, which is the last one to use them.
+                drop(outgrown);
+            }
         }
         self.cuda.stream.wait(&self.drawn[self.current])?;
         self.settled()
@@ -420,20 +460,24 @@ impl HeadDevice for CudaHead {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
         let source = match embeddings {
             Some(matrix) => {
+                // No room for them is this rank's own failure, not the device's: `forward` tells it.
                 let staged = self.staging.borrow_mut().upload(&self.cuda.stream, "embeddings", matrix);
-                self.keep(staged)
+                staged.map_err(|error| self.unpacked = Some(error)).ok()
             }
             None => None,
         };
         let source = source.unwrap_or_else(MatrixView::zeroed);
         let (view, batch) = (self.view(), source.rows);
         run!(self, main, pack_embeddings, self.cuda.grid(4), BLOCK, (view, source, batch));
-        let dtype = self.sizes.gather_dtype;
+        let dtype = self.sizes().gather_dtype;
         let count = self.spec.options.max_batch as usize * self.dim();
         self.exchange(view.embeddings_send, view.embeddings_recv, count, dtype, false)
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+        if let Some(error) = self.unpacked.take() {
+            return Err(error);
+        }
         let source = match self.sharded() {
             true => MatrixView::zeroed(),
             false => self.staging.borrow_mut().upload(&self.cuda.stream, "embeddings", embeddings)?,
@@ -453,11 +497,14 @@ impl HeadDevice for CudaHead {
 
     fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
+        if let Err(error) = outcome {
+            self.told.get_or_insert((self.numbers[self.current], error.clone()));
+        }
         let view = self.view();
         run!(self, main, pack_sums[PARTS], 1, BLOCK, (view, status));
         match self.sharded() {
             true => {
-                let count = 2 * self.sizes.label_capacity as usize + TOTALS;
+                let count = 2 * self.sizes().label_capacity as usize + TOTALS;
                 self.exchange(view.sums, view.sums, count, DType::F32, false)
             }
             false => {
@@ -471,15 +518,17 @@ impl HeadDevice for CudaHead {
         let (view, target) = (self.view(), loss.unwrap_or(std::ptr::null_mut()));
         run!(self, main, judge_sums[PARTS], 1, BLOCK, (view, target.cast()));
         self.settled()?;
-        self.at_labels = false;
+        (self.at_labels, self.parted) = (false, false);
         if loss.is_some() {
             return Ok(f64::NAN);
         }
         self.read_block()?;
         if self.block.status != 0 {
             self.at_labels = matches!(self.block.fault, fault::REMOTE | fault::PARTED | fault::LABEL);
+            self.parted = self.block.fault == fault::PARTED;
             // Told here and now, not once more by `wait`.
             self.forgive()?;
+            self.told = None;
             self.fault(&self.block)?;
         }
         Ok(self.block.loss)
@@ -489,8 +538,17 @@ impl HeadDevice for CudaHead {
         self.at_labels
     }
 
+    fn parted(&self) -> bool {
+        self.parted
+    }
+
+    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
+        staging::on_device(&self.cuda.context, name, matrix).map(|_| ())
+    }
+
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
+        self.parted = false;
         self.side.synchronize()?;
         let ledger_at = self.view().ledger;
         let ledger: Ledger = staging::fetch(&self.cuda.stream, ledger_at, 1)?[0];
@@ -498,12 +556,18 @@ impl HeadDevice for CudaHead {
             return Ok(());
         }
         self.forgive()?;
-        let first = ledger.first_failure;
+        let (first, told) = (ledger.first_failure, self.told.take());
+        self.parted = first.fault == fault::PARTED;
+        let verdict = match told {
+            // This rank knows more of its own failure than it told the others.
+            Some((number, error)) if number == first.samples => Err(error),
+            _ => self.fault(&first),
+        };
         let others = match ledger.failed {
             1 => String::new(),
             more => format!(", and {} steps after it", more - 1),
         };
-        self.fault(&first).map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
+        verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
     }
 
     fn holds(&self, pointer: *const u8) -> bool {
@@ -521,15 +585,17 @@ impl HeadDevice for CudaHead {
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
         let view = self.view();
         let target = match gradient {
-            Some(matrix) => self.staging.borrow_mut().target(&self.cuda.stream, "grad_embeddings", matrix)?,
-            None => MatrixView::zeroed(),
+            Some(matrix) => self.staging.borrow_mut().target(&self.cuda.stream, "grad_embeddings", matrix),
+            None => Ok(MatrixView::zeroed()),
         };
-        run!(self, main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, target));
+        // Where there is no room to bring it home from, its norm is known all the same.
+        let written = target.as_ref().map_or(MatrixView::zeroed(), |&view| view);
+        run!(self, main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, written));
         run!(self, main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
         self.settled()?;
-        match gradient {
-            Some(matrix) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
-            None => Ok(()),
+        match (gradient, target?) {
+            (Some(matrix), target) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
+            (None, _) => Ok(()),
         }
     }
 
@@ -538,12 +604,12 @@ impl HeadDevice for CudaHead {
         let (view, fused) = (self.view(), self.fused());
         run!(self, main, begin_update, 1, 32, (view, learning_rate));
         for first in self.chunks() {
-            if !self.sizes.keeps_probabilities() {
+            if !self.sizes().keeps_probabilities() {
                 self.numerators(first);
             }
             self.centers(first, loss_weight, i32::from(fused));
             if !fused {
-                let count = self.sizes.chunk_capacity as u32;
+                let count = self.sizes().chunk_capacity as u32;
                 run!(self, main, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
             }
         }
@@ -554,22 +620,23 @@ impl HeadDevice for CudaHead {
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
         let (view, dim) = (self.view(), self.dim());
         // Ranks add up as many rows as a sample can have; those beyond this one are zeros.
-        let bytes = size_of::<f32>() * self.sizes.sample_capacity as usize * dim;
+        let bytes = size_of::<f32>() * self.sizes().sample_capacity as usize * dim;
         // SAFETY: the head's own array, of this size.
         let cleared = unsafe { self.cuda.stream.fill(view.center_gradient.cast(), 0, bytes) };
         self.keep(cleared);
         for first in self.chunks() {
-            if !self.sizes.keeps_probabilities() {
+            if !self.sizes().keeps_probabilities() {
                 self.numerators(first);
             }
             self.centers(first, loss_weight, 0);
         }
-        let count = self.sizes.sample_most as usize * dim;
+        // Of ranks that have no room for as many one has said so, and they do not agree on the sum.
+        let count = self.most[self.current].min(self.sizes().sample_most) as usize * dim;
         self.exchange(view.center_gradient, view.center_gradient, count, DType::F32, false)
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
-        let (view, first, count) = (self.view(), 0u32, self.sizes.sample_capacity as u32);
+        let (view, first, count) = (self.view(), 0u32, self.sizes().sample_capacity as u32);
         run!(self, main, begin_update, 1, 32, (view, learning_rate));
         run!(self, main, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
         self.finish_update();
