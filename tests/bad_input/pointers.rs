@@ -118,7 +118,11 @@ fn null_on_one_rank_of_a_collective_call_is_heard_on_all() {
         let prepared = c_head::pfc_head_prepare(head.raw, if bad { null() } else { labels.as_ptr() }, 2);
         // On a GPU the others hear of it with the forward that follows.
         let view = rows.view();
-        if on_cuda() { c_head::pfc_head_forward(head.raw, &view, null(), &mut 0.0) } else { prepared }
+        if on_cuda() {
+            c_head::pfc_head_forward(head.raw, &view, null(), &mut 0.0)
+        } else {
+            prepared
+        }
     });
     on_one_rank("forward without embeddings", &["embeddings"], |head, rows, _, bad| unsafe {
         let view = rows.view();

@@ -27,7 +27,7 @@ fn heads() -> Vec<HeadOptions> {
         heads.push(HeadOptions { placement, sample_rate: 0.0, row_update: RowUpdate::Dense, ..base.clone() });
     }
     if on_cuda() {
-        heads = vec![heads.swap_remove(2), heads.swap_remove(3)];
+        heads = vec![heads[2].clone(), heads[4].clone()];
     }
     heads
 }
