@@ -265,6 +265,9 @@ impl Head {
             return loss;
         }
         self.loss_weight = 1.0;
+        if self.own_failure.is_some() {
+            gradient = None;
+        }
         let outcome = self.finish_step(learning_rate, gradient.as_ref());
         self.survive_update(outcome)?;
         self.own_failure.take().map_or(loss, Err)
