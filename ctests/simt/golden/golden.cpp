@@ -5,8 +5,8 @@
 //   golden [--driver PATH] [--images DIR] [--seed N] [--schedule N] --write DIR [--date D]
 //   golden [--driver PATH] [--images DIR] [--seed N] [--schedule N] --compare DIR
 //
-//   --driver     the driver's library; libcuda.so.1 unless told. The emulator's has the kernels in it.
-//   --images     DIR/golden.cubin has the kernels for a GPU; see kernels.cu. The emulator needs none.
+//   --driver     the driver's library: libcuda.so.1 unless told; or the emulator's
+//   --images     DIR/golden.cubin has the kernels for a GPU; the emulator has them in its library
 //   --seed       of the inputs: 1 unless told; a comparison takes that of the file
 //   --schedule   of the emulator alone: in which order it takes blocks, warps and threads
 //   --date       for the files' heads; today's unless told
@@ -14,7 +14,7 @@
 // To keep a GPU's answers, on a machine that has it, from the root of the sources:
 //
 //   make -C ctests/simt OUT=$PWD/out/simt golden
-//   nvcc -std=c++17 -O3 -arch=sm_90a -cubin -Ikernels ctests/simt/golden/kernels.cu -o out/golden.cubin
+//   nvcc -std=c++17 -arch=sm_90a -cubin -Ikernels ctests/simt/golden/kernels.cu -o out/golden.cubin
 //   out/simt/golden --images out --write ctests/simt/golden/outputs
 //
 // and commit ctests/simt/golden/outputs. `make check` then compares the emulator with it. What the
