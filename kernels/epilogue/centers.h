@@ -147,7 +147,7 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
     constexpr bool kDense = kFinish == Finish::kDenseGradient;
     constexpr bool kUpdates = kFinish == Finish::kSgd || kFinish == Finish::kAdamw;
     // Columns whose operands are under way at a time; more of them would spill.
-    constexpr int kGroup = Product::kN <= 128 || Product::kN == 1024 ? 2 : 4;
+    constexpr int kGroup = 2;
     static_assert(Product::kWarpM == kClasses && Product::kWarpsN == 8, "whole rows");
     float* const parts = reinterpret_cast<float*>(scratch);  // [8][kClasses]
     float* const along = parts + 8 * kClasses;               // [kClasses]
