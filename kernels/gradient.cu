@@ -133,8 +133,10 @@ PFC_KERNEL(finish_gradient,
     }
 }
 
-// block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns). One CTA.
-PFC_KERNEL(sum_squares, (const PFC_GRID_CONSTANT HeadView view, int32_t which)) {
+// block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns). One CTA, of
+// up to 1024 threads: a sample's squares are many for the loads that fewer have under way.
+PFC_KERNEL_OF(sum_squares, 1024, 1,
+              (const PFC_GRID_CONSTANT HeadView view, int32_t which)) {
     PFC_DYNAMIC_SHARED(dynamic);
     StepBlock& block = *view.block;
     if (blockIdx.x != 0 || block.status != kOk) {

@@ -10,8 +10,8 @@
 // All is integer work on G rows; nothing depends on the grid. Floor: about 32 G bytes of labels and
 // 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch.
 //
-// Launch, on one stream, in this order (blocks of 256 threads unless said, any multiple of 32 up to
-// 1024 will do; grids of any size; the last column is dynamic shared memory in bytes):
+// Launch, on one stream, in this order (blocks of 256 threads unless said, or any smaller multiple
+// of 32; grids of any size; the last column is dynamic shared memory in bytes):
 //
 //   pack_labels                 any grid       0       then the all-gather into labels_recv
 //   judge_labels                1 CTA of 1024  256

@@ -13,8 +13,8 @@
 // half a byte a class, 4 bytes a sampled one.
 //
 // Launch, after labels.cu's find_positives, on the same stream (blocks of 256 threads unless said,
-// any multiple of 32 up to 1024 will do; grids of any size; the last column is dynamic shared
-// memory in bytes):
+// or any smaller multiple of 32; grids of any size; the last column is dynamic shared memory in
+// bytes):
 //
 //   whole shard:        list_whole             any grid       0
 //                       place_targets          any grid       0

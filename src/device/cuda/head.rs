@@ -202,7 +202,7 @@ impl CudaHead {
 
     fn finish_update(&mut self) {
         let view = self.view();
-        run!(self, main, sum_squares[PARTS], 1, BLOCK, (view, 1i32));
+        run!(self, main, sum_squares[PARTS], 1, ALONE, (view, 1i32));
         if self.dense() {
             run!(self, main, advance_history, self.cuda.grid(1), BLOCK, (view,));
         }
@@ -525,7 +525,7 @@ impl HeadDevice for CudaHead {
             None => MatrixView::zeroed(),
         };
         run!(self, main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, target));
-        run!(self, main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
+        run!(self, main, sum_squares[PARTS], 1, ALONE, (view, 0i32));
         self.settled()?;
         match gradient {
             Some(matrix) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
