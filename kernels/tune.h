@@ -18,7 +18,7 @@ enum class Gemm {
 
 struct GemmTile {
     int m, n, k;           // rows and columns of the product that a CTA owns; depth of a stage
-    int stages;            // of the cp.async pipeline
+    int stages;            // of the cp.async pipeline, 2 to 4
     int warps_m, warps_n;  // how the CTA's 8 warps cut m x n
     int blocks;            // CTAs an SM that the registers must allow
 
@@ -43,7 +43,8 @@ constexpr int center_width(int dim) {
     return 0;
 }
 
-// `width` and `deep` are GEMM3's. `deep` is for devices that give a CTA 163 KiB of shared memory.
+// `width` and `deep` are GEMM3's. `deep` is for devices that give a CTA 163 KiB of shared memory; it
+// changes nothing but the stages, which the host tells the kernel.
 constexpr GemmTile gemm_tile(Gemm gemm, int width = 0, bool deep = false) {
     switch (gemm) {
         case Gemm::kNumerators:
@@ -97,3 +98,9 @@ static_assert(gemm_shared_bytes(Gemm::kCenters, 512) == 74496, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 512, true) == 148224, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 1024) == 67968, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 1024, true) == 135552, "");
+static_assert(gemm_tile(Gemm::kCenters, 128).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 256).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 512).stages == 2, "");
+static_assert(gemm_tile(Gemm::kCenters, 512, true).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 1024).stages == 2, "");
+static_assert(gemm_tile(Gemm::kCenters, 1024, true).stages == 4, "");
