@@ -89,7 +89,10 @@ struct Product {
         }
     }
 
-    PFC_DEVICE void multiply_stage(const unsigned char* stage) {
+    // `meanwhile` runs while the first operands are on their way from shared memory: what it computes
+    // takes the time that they do.
+    template <class Meanwhile>
+    PFC_DEVICE void multiply_stage(const unsigned char* stage, const Meanwhile& meanwhile) {
         const unsigned char* left = stage;
         const unsigned char* right = stage + LeftLayout::kBytes;
         const uint32_t lane = ptx::lane();
@@ -108,6 +111,9 @@ struct Product {
                     const uint32_t at = LeftLayout::at(low + 8 * high, row / kPiece + middle);
                     ptx::ldmatrix_x4_transposed(a[i], left + at + k * LeftLayout::kRowBytes);
                 }
+            }
+            if (k == 0) {
+                meanwhile();
             }
 #pragma unroll
             for (int j = 0; j < kColumnTiles; j += 2) {
@@ -193,8 +199,7 @@ struct Product {
             // which the next load overwrites, is read no more.
             wait(stages);
             __syncthreads();
-            load_next();
-            multiply_stage(stage);
+            multiply_stage(stage, load_next);
             stage += kStageBytes;
             if (stage == end) {
                 stage = pipeline;
