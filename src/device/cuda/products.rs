@@ -30,16 +30,8 @@ struct Width {
 const WIDTHS: [Width; 4] = [
     Width { most: 128, pipeline: Pipeline { stages: 4, shared: 49_920 }, deep: None },
     Width { most: 256, pipeline: Pipeline { stages: 4, shared: 99_840 }, deep: None },
-    Width {
-        most: 512,
-        pipeline: Pipeline { stages: 2, shared: 74_496 },
-        deep: Some(Pipeline { stages: 4, shared: 148_224 }),
-    },
-    Width {
-        most: 1024,
-        pipeline: Pipeline { stages: 2, shared: 67_968 },
-        deep: Some(Pipeline { stages: 4, shared: 135_552 }),
-    },
+    Width { most: 512, pipeline: Pipeline { stages: 2, shared: 74_496 }, deep: Some(Pipeline { stages: 4, shared: 148_224 }) },
+    Width { most: 1024, pipeline: Pipeline { stages: 2, shared: 67_968 }, deep: Some(Pipeline { stages: 4, shared: 135_552 }) },
 ];
 
 impl Width {
