@@ -36,6 +36,7 @@ PFC_DEVICE bool ignored(const HeadView& view, uint32_t global_row) {
 
 // embeddings_send = `batch` rows of the source in gather_dtype, then zeros. Does not ask for the
 // status: the other ranks wait for these rows whatever becomes of the step.
+// gate: pack_embeddings registers <= 24
 PFC_KERNEL(pack_embeddings,
            (const PFC_GRID_CONSTANT HeadView view, MatrixView source, uint64_t batch)) {
     for (uint32_t row = rows::first_row(); row < view.max_batch; row += rows::row_stride()) {
@@ -50,6 +51,7 @@ PFC_KERNEL(pack_embeddings,
     }
 }
 
+// gate: normalize_embeddings registers <= 48
 PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadView view, MatrixView source)) {
     if (view.block->status != kOk) {
         return;
@@ -103,6 +105,7 @@ PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadView view, MatrixV
 }
 
 // The verdict on the rows: sharded, the same on all ranks, as all have all rows.
+// gate: judge_embeddings registers <= 16
 PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
     StepBlock& block = *view.block;
     if (blockIdx.x != 0 || threadIdx.x != 0 || block.status != kOk || block.bad_row == kNone) {
@@ -119,6 +122,7 @@ PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
 // 2 atan2(|E^ - W^|, |E^ + W^|) of each row whose class centre is in this rank's sample: unlike
 // acos of the inner product it keeps its digits for rows that nearly agree. Reads the rows as they
 // came, not E^, which is rounded.
+// gate: find_targets registers <= 88
 PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadView view, MatrixView source)) {
     if (view.block->status != kOk) {
         return;

@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use self::draw::{Draft, LabelSlots};
+use self::draw::{Draft, LabelSlots, ALONE};
 use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
 use super::lanes::{Lane, Lanes};
 use super::products::{Products, LARGEST_WIDTH};
@@ -273,7 +273,7 @@ impl CudaHead {
 
     fn finish_update(&mut self) {
         let view = self.view();
-        run!(self, Centers, sum_squares[PARTS], 1, BLOCK, (view, 1i32));
+        run!(self, Centers, sum_squares[PARTS], 1, ALONE, (view, 1i32));
         if self.dense() {
             run!(self, Centers, advance_history, self.cuda.grid(1), BLOCK, (view,));
         }
@@ -350,7 +350,7 @@ impl HeadDevice for CudaHead {
     fn judge_labels(&mut self) -> Result<()> {
         self.received(Lane::Draw);
         let view = self.arrays.views[self.next()];
-        run!(self, Draw, judge_labels[PARTS], 1, draw::ALONE, (view,));
+        run!(self, Draw, judge_labels[PARTS], 1, ALONE, (view,));
         self.settled()
     }
 
@@ -545,7 +545,7 @@ impl HeadDevice for CudaHead {
         // Where there is no room to bring it home from, its norm is known all the same.
         let written = target.as_ref().map_or(MatrixView::zeroed(), |&view| view);
         run!(self, Main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, written));
-        run!(self, Main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
+        run!(self, Main, sum_squares[PARTS], 1, ALONE, (view, 0i32));
         self.settled()?;
         match (gradient, target?) {
             (Some(matrix), target) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),

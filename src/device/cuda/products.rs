@@ -13,26 +13,32 @@ const THREADS: u32 = 256;
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
 
-/// An entry of GEMM3: its name's ending and its shared memory.
+/// The stages of GEMM3's pipeline and the dynamic shared memory that they take.
 #[derive(Clone, Copy)]
-struct Shape {
-    name: &'static str,
+struct Pipeline {
+    stages: u32,
     shared: u32,
 }
 
 /// GEMM3 by the widest row it takes, with a deeper pipeline for GPUs that have room for it.
 struct Width {
     most: u32,
-    shape: Shape,
-    deep: Option<Shape>,
+    pipeline: Pipeline,
+    deep: Option<Pipeline>,
 }
 
 const WIDTHS: [Width; 4] = [
-    Width { most: 128, shape: Shape { name: "128", shared: 49_920 }, deep: None },
-    Width { most: 256, shape: Shape { name: "256", shared: 99_840 }, deep: None },
-    Width { most: 512, shape: Shape { name: "512", shared: 74_496 }, deep: Some(Shape { name: "512_deep", shared: 148_224 }) },
-    Width { most: 1024, shape: Shape { name: "1024", shared: 67_968 }, deep: Some(Shape { name: "1024_deep", shared: 135_552 }) },
+    Width { most: 128, pipeline: Pipeline { stages: 4, shared: 49_920 }, deep: None },
+    Width { most: 256, pipeline: Pipeline { stages: 4, shared: 99_840 }, deep: None },
+    Width { most: 512, pipeline: Pipeline { stages: 2, shared: 74_496 }, deep: Some(Pipeline { stages: 4, shared: 148_224 }) },
+    Width { most: 1024, pipeline: Pipeline { stages: 2, shared: 67_968 }, deep: Some(Pipeline { stages: 4, shared: 135_552 }) },
 ];
+
+impl Width {
+    fn pipeline(&self, largest_shared: u32) -> Pipeline {
+        self.deep.filter(|deep| deep.shared <= largest_shared).unwrap_or(self.pipeline)
+    }
+}
 
 /// The largest embedding_dim that a row of accumulators holds.
 pub(super) const LARGEST_WIDTH: u32 = 1024;
@@ -52,7 +58,7 @@ impl<A: Arguments> Product<A> {
         Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads: THREADS, shared } })
     }
 
-    /// On all multiprocessors but `spared`, and on an eighth of a small GPU's at most less.
+    /// On all multiprocessors but `spared`; a small GPU spares an eighth of its own at most.
     fn launch(&self, stream: &Stream, arguments: A, spared: u32) -> Result<()> {
         let used = self.multiprocessors - spared.min(self.multiprocessors / 8);
         let grid = Grid { blocks: used * self.grid.blocks, ..self.grid };
@@ -61,12 +67,12 @@ impl<A: Arguments> Product<A> {
     }
 }
 
-/// One precision's: the view, the chunk's first column; GEMM3: the loss weight and whether to update the rows.
+/// One precision's: the view, the chunk's first column; GEMM3: the loss weight, whether to update the rows, and the stages.
 struct Precision {
     numerators: Product<(HeadView, u32)>,
     weighted: Product<(HeadView, u32)>,
-    /// In the order of `WIDTHS`.
-    centers: Vec<Product<(HeadView, u32, f64, i32)>>,
+    /// In the order of `WIDTHS`, with the stages.
+    centers: Vec<(Product<(HeadView, u32, f64, i32, u32)>, u32)>,
 }
 
 pub(super) struct Products {
@@ -77,21 +83,18 @@ pub(super) struct Products {
 impl Products {
     pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Products> {
         let module = |source: &str| Module::load(context, source, images.of(source)?);
-        let modules = (module("gemm_numerators")?, module("gemm_weighted")?, module("gemm_centers")?);
+        let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted")?);
         let largest = context.largest_shared()?;
         let precision = |suffix: &str| -> Result<Precision> {
+            let entry = |gemm: &str| format!("multiply_{gemm}_{suffix}");
+            let centers = module(&format!("gemm_centers_{suffix}"))?;
             let centers = WIDTHS.iter().map(|width| {
-                let Shape { name, shared } = width.deep.filter(|deep| deep.shared <= largest).unwrap_or(width.shape);
-                Product::load(&modules.2, &format!("multiply_centers_{suffix}_{name}"), shared, multiprocessors)
+                let (Pipeline { stages, shared }, name) = (width.pipeline(largest), entry("centers"));
+                Ok((Product::load(&centers, &format!("{name}_{}", width.most), shared, multiprocessors)?, stages))
             });
             Ok(Precision {
-                numerators: Product::load(
-                    &modules.0,
-                    &format!("multiply_numerators_{suffix}"),
-                    NUMERATORS_SHARED,
-                    multiprocessors,
-                )?,
-                weighted: Product::load(&modules.1, &format!("multiply_weighted_{suffix}"), WEIGHTED_SHARED, multiprocessors)?,
+                numerators: Product::load(&numerators, &entry("numerators"), NUMERATORS_SHARED, multiprocessors)?,
+                weighted: Product::load(&weighted, &entry("weighted"), WEIGHTED_SHARED, multiprocessors)?,
                 centers: centers.collect::<Result<_>>()?,
             })
         };
@@ -119,7 +122,8 @@ impl Products {
     /// GEMM3: dW of the chunk; `fuse` 1 updates the rows, 0 writes their gradient.
     pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32, spared: u32) -> Result<()> {
         let narrowest = WIDTHS.iter().position(|width| view.dim <= width.most).unwrap_or(WIDTHS.len() - 1);
-        self.of(&view).centers[narrowest].launch(stream, (view, first, loss_weight, fuse), spared)
+        let (product, stages) = &self.of(&view).centers[narrowest];
+        product.launch(stream, (view, first, loss_weight, fuse, *stages), spared)
     }
 }
 
@@ -128,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shared_memory_is_what_the_kernels_say() {
+    fn launches_are_what_the_kernels_say() {
         let header = include_str!("../../../kernels/tune.h");
         let says = |gemm: &str, bytes: u32| {
             let line = format!("gemm_shared_bytes(Gemm::{gemm}) == {bytes}");
@@ -136,10 +140,16 @@ mod tests {
         };
         says("kNumerators", NUMERATORS_SHARED);
         says("kWeighted", WEIGHTED_SHARED);
-        for Width { most, shape, deep } in WIDTHS {
-            says(&format!("kCenters, {most}"), shape.shared);
+        let stages = |width: &str, stages: u32| {
+            let line = format!("gemm_tile(Gemm::kCenters, {width}).stages == {stages}");
+            assert!(header.contains(&line), "tune.h does not say {line}");
+        };
+        for Width { most, pipeline, deep } in WIDTHS {
+            says(&format!("kCenters, {most}"), pipeline.shared);
+            stages(&most.to_string(), pipeline.stages);
             if let Some(deep) = deep {
                 says(&format!("kCenters, {most}, true"), deep.shared);
+                stages(&format!("{most}, true"), deep.stages);
             }
         }
     }
