@@ -1,10 +1,10 @@
-//! The three GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
+//! The GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
 
 use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::view::HeadView;
+use super::view::{HeadView, MatrixView};
 use crate::Result;
 
 /// Threads of a block of each of them.
@@ -12,6 +12,8 @@ const THREADS: u32 = 256;
 /// Dynamic shared memory of GEMM1 and GEMM2.
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
+/// Of the cosines: the pipeline of GEMM1 alone.
+const UNITS_SHARED: u32 = 49_152;
 
 /// An entry of GEMM3: its name's ending and its shared memory.
 #[derive(Clone, Copy)]
@@ -68,6 +70,7 @@ struct Precision {
 pub(super) struct Products {
     half: Precision,
     f32: Precision,
+    units: Product<(HeadView, u32, u32, u64, MatrixView)>,
 }
 
 impl Products {
@@ -91,7 +94,8 @@ impl Products {
                 centers: centers.collect::<Result<_>>()?,
             })
         };
-        Ok(Products { half: precision("half")?, f32: precision("f32")? })
+        let units = Product::load(&module("gemm_cosines")?, "multiply_units", UNITS_SHARED, multiprocessors)?;
+        Ok(Products { half: precision("half")?, f32: precision("f32")?, units })
     }
 
     fn of(&self, view: &HeadView) -> &Precision {
@@ -105,6 +109,11 @@ impl Products {
     /// GEMM1: P of the chunk that begins at column `first`, and its row sums.
     pub fn numerators(&self, stream: &Stream, view: HeadView, first: u32) -> Result<()> {
         self.of(&view).numerators.launch(stream, (view, first))
+    }
+
+    /// Cosines of the first `count` rows of E^ with the `columns` of the chunk, to the matrix from column `first` on.
+    pub fn units(&self, stream: &Stream, view: HeadView, count: u32, columns: u32, first: u64, cosines: MatrixView) -> Result<()> {
+        self.units.launch(stream, (view, count, columns, first, cosines))
     }
 
     /// GEMM2: P @ W^ of the chunk.
