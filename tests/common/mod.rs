@@ -6,6 +6,7 @@
 pub mod ffi;
 pub mod numbers;
 pub mod ranks;
+pub mod remote;
 pub mod simt;
 pub mod training;
 pub mod vectors;

@@ -11,7 +11,7 @@ use partialfc::reference::{self, RankInput, Step};
 
 use crate::common::ffi::{options, outcome, Device, Rows};
 use crate::common::numbers::{norm, Random};
-use crate::{assert_refused, margin, Workspace};
+use crate::{assert_refused, cases, device, lend, margin, Workspace};
 
 /// What one rank's forward gives.
 struct Forward {
@@ -35,19 +35,10 @@ fn forward(device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets:
     let mut workspace = workspace(device, batch, e.cols, w.rows);
     let (at, bytes) = (workspace.pointer(), workspace.bytes);
     // SAFETY: a live device, memory of the sizes that the function names.
-    outcome(unsafe {
-        pfc_fused_forward(
-            device.0,
-            m,
-            &e.view(),
-            &w.view(),
-            targets.as_ptr(),
-            out.row_sums.as_mut_ptr(),
-            out.target_logits.as_mut_ptr(),
-            &out.weighted.view(),
-            at,
-            bytes,
-        )
+    lend(|l| unsafe {
+        let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut out.weighted));
+        let (sums, logits) = (l.array(&mut out.row_sums), l.array(&mut out.target_logits));
+        outcome(pfc_fused_forward(device.0, m, &e, &w, l.list(targets), sums, logits, &p, at, bytes))
     })
     .expect("forward");
     workspace.check();
@@ -70,22 +61,11 @@ fn backward(
     let mut workspace = workspace(device, batch, e.cols, w.rows);
     let (at, bytes) = (workspace.pointer(), workspace.bytes);
     // SAFETY: a live device, memory of the sizes that the function names.
-    outcome(unsafe {
-        pfc_fused_backward(
-            device.0,
-            m,
-            &e.view(),
-            &w.view(),
-            targets.as_ptr(),
-            row_sums.as_ptr(),
-            target_logits.as_ptr(),
-            &of_rank.weighted.view(),
-            loss_weight,
-            &grad_e.view(),
-            &grad_w.view(),
-            at,
-            bytes,
-        )
+    lend(|l| unsafe {
+        let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut of_rank.weighted));
+        let (t, n, z) = (l.list(targets), l.list(row_sums), l.list(target_logits));
+        let (ge, gw) = (l.matrix(&mut grad_e), l.matrix(&mut grad_w));
+        outcome(pfc_fused_backward(device.0, m, &e, &w, t, n, z, &p, loss_weight, &ge, &gw, at, bytes))
     })
     .expect("backward");
     workspace.check();
@@ -118,13 +98,13 @@ fn check(what: &str, found: &[f64], truth: &[f64], gross: &[f64], dim: usize, sc
 
 #[test]
 fn shards_together_give_the_loss_and_the_gradients() {
-    let device = Device::cpu(2);
+    let device = device(2);
     let mut random = Random(5);
-    let shapes = [(1, 2, 1), (4, 9, 6), (33, 70, 17), (20, 700, 40), (150, 41, 64)];
+    let shapes = [(1, 2, 1), (33, 170, 17), (150, 41, 64), (4, 9, 6), (33, 70, 17), (20, 700, 40)];
     let margins =
-        [(64.0, 1.0, 0.5, 0.0, 0.0), (100.0, 1.0, 0.0, 0.35, 0.0), (1.0, 1.2, 0.3, 0.1, 0.0), (32.0, 1.0, 0.5, 0.0, 0.15)];
-    for (batch, classes, dim) in shapes {
-        for (scale, m1, m2, m3, interclass_filter) in margins {
+        [(64.0, 1.0, 0.5, 0.0, 0.0), (32.0, 1.0, 0.5, 0.0, 0.15), (100.0, 1.0, 0.0, 0.35, 0.0), (1.0, 1.2, 0.3, 0.1, 0.0)];
+    for &(batch, classes, dim) in cases(&shapes, 3) {
+        for &(scale, m1, m2, m3, interclass_filter) in cases(&margins, 3) {
             for shards in 1..=2 {
                 for gradient in [MarginGradient::Exact, MarginGradient::StraightThrough] {
                     let mut options =
@@ -195,7 +175,7 @@ fn normals(random: &mut Random, count: usize) -> Vec<f64> {
 
 #[test]
 fn a_row_whose_sample_is_only_its_target_gets_no_gradient() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     let (mut e, mut w) = (Rows::f32(&[1.0, 2.0, 3.0, -1.0, 0.5, 0.0], 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
     let mut out = forward(&device, &m, &mut e, &mut w, &[0, 0]);
@@ -208,7 +188,7 @@ fn a_row_whose_sample_is_only_its_target_gets_no_gradient() {
 
 #[test]
 fn nothing_in_gives_nothing_out() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     // No rows: the class centres get zeros.
     let (mut none, mut w) = (Rows::output(0, 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
@@ -227,7 +207,7 @@ fn nothing_in_gives_nothing_out() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     let (mut e, mut w, mut p) = (Rows::output(2, 3), Rows::output(4, 3), Rows::output(2, 3));
     let (e, w, p) = (e.view(), w.view(), p.view());

@@ -32,9 +32,10 @@ const DEPTH: u64 = 64;
 /// Columns of a chunk at most, and bytes that it may take before it is cut down.
 const CHUNK: u64 = 8448;
 const CHUNK_BYTES: u64 = 256 << 20;
-/// kernels/sample.cu: bins of the histogram, and classes that have a counter.
-const BINS: usize = 2048;
+/// kernels/sample.cu: bins of the histogram, classes that have a counter, and counters of the shortest list.
+const BINS: u64 = 2048;
 const COUNTED_CLASSES: u64 = 512;
+const LIST_COUNTERS: u64 = 3;
 /// Columns of a row, and rows of a shard that is drawn from: the kernels' 32-bit numbers, with room for a block's stride.
 const MOST: u64 = u32::MAX as u64 - 8191;
 
@@ -233,7 +234,7 @@ impl Cuda {
         }
         let positives: Vec<u32> = positives.iter().map(|&id| (id as u64 - draw.first) as u32).collect();
         let capacity = count.next_multiple_of(TILE_COLUMNS as usize);
-        let counters = BINS + draw.rows.div_ceil(COUNTED_CLASSES) as usize;
+        let counters = (BINS + draw.rows.div_ceil(COUNTED_CLASSES).max(LIST_COUNTERS)) as usize;
         let stream = &self.stream;
         let view = HeadView {
             block: grown(&mut kept.block, stream, 1, "a draw's block")?.as_mut_ptr(),
