@@ -118,11 +118,6 @@ pub fn ready() {
     load();
 }
 
-/// Whether that is a GPU's own.
-pub fn is_real() -> bool {
-    load().is_none()
-}
-
 /// What the emulator has found in this process so far; empty on a real driver.
 pub fn findings() -> String {
     load().map_or_else(String::new, findings_of)

@@ -14,7 +14,6 @@ use std::ffi::c_void;
 use common::ffi::{on_cuda, outcome, Device, Outcome, Rows};
 use common::numbers::Random;
 use common::remote::{self, Remote};
-use common::simt;
 use partialfc::capi::types::{pfc_margin, pfc_margin_init_sized, pfc_matrix};
 
 /// A margin with defaults, before a test sets fields.
@@ -114,17 +113,11 @@ impl Loan {
     }
 }
 
-/// The device under test; an emulated GPU takes seconds where a CPU takes none, so that it gets the first `few` of the cases.
 fn device(threads: u32) -> Device {
     if on_cuda() {
-        simt::ready();
         remote::enter();
     }
     Device::under_test(threads)
-}
-
-fn cases<T>(all: &[T], few: usize) -> &[T] {
-    &all[..if on_cuda() && !simt::is_real() { few.min(all.len()) } else { all.len() }]
 }
 
 #[track_caller]

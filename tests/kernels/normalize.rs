@@ -7,7 +7,7 @@ use partialfc::matrix::DType;
 
 use crate::common::ffi::{outcome, Rows};
 use crate::common::numbers::{norm, Random};
-use crate::{assert_refused, cases, device, lend, Workspace};
+use crate::{assert_refused, device, lend, Workspace};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -41,7 +41,7 @@ fn unit(row: &[f64]) -> (Vec<f64>, f64) {
 fn rows_are_divided_by_their_norms() {
     let device = device(2);
     let mut random = Random(1);
-    for &(count, dim) in cases(&[(0, 3), (1, 1), (7, 5), (40, 129), (13, 64), (600, 17)], 4) {
+    for (count, dim) in [(0, 3), (1, 1), (7, 5), (40, 129), (13, 64), (600, 17)] {
         for from in DTYPES {
             for to in DTYPES {
                 let mut input = Rows::new(&rows(&mut random, count, dim), dim, from, dim % 3);
@@ -104,9 +104,8 @@ fn large_and_small_rows_keep_their_direction() {
 fn cosines_are_those_of_all_pairs() {
     let device = device(2);
     let mut random = Random(3);
-    for &(batch, classes, dim) in
-        cases(&[(1, 1, 1), (0, 4, 3), (33, 70, 65), (130, 139, 7), (3, 5, 7), (7, 1500, 16), (130, 9, 257)], 4)
-    {
+    let shapes = [(1, 1, 1), (0, 4, 3), (33, 70, 65), (130, 139, 7), (3, 5, 7), (7, 1500, 16), (130, 9, 257), (2, 9000, 5)];
+    for (batch, classes, dim) in shapes {
         for dtype in DTYPES {
             let mut e = Rows::new(&rows(&mut random, batch, dim), dim, dtype, 1);
             let mut w = Rows::new(&rows(&mut random, classes, dim), dim, DType::F32, 3);

@@ -6,7 +6,7 @@ use partialfc::capi::kernels::pfc_sample_classes;
 
 use crate::common::ffi::{outcome, Device, Outcome};
 use crate::common::numbers::Random;
-use crate::{assert_refused, cases, device, lend};
+use crate::{assert_refused, device, lend};
 
 /// Philox4x32-10, from the paper.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
@@ -86,7 +86,7 @@ fn the_draw_is_the_positives_and_the_smallest_keys() {
         (0, 65_537),
         (123, 200_001),
     ];
-    for &(first, rows) in cases(&shards, 4) {
+    for (first, rows) in shards {
         for size in [0, 1, rows / 10, rows / 2, rows.saturating_sub(1), rows] {
             for positive_count in [0usize, 1, 20] {
                 let mut positives: Vec<i64> = (0..positive_count).map(|_| (first + random.bits() % rows) as i64).collect();
