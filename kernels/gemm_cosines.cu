@@ -19,7 +19,7 @@ struct Shape {
 }  // namespace
 
 // unit_operand has `count` rows and center_operand `columns`, both zero to the end of the last tile.
-// gate: multiply_units registers <= 128 shared 49152 <= 49152 HMMA 128
+// gate: multiply_units registers <= 128 shared 49152 <= 49152 HMMA 32
 PFC_KERNEL_OF(multiply_units, Shape::kTile.threads(), Shape::kTile.blocks,
               (const PFC_GRID_CONSTANT HeadView view, uint32_t count, uint32_t columns,
                uint64_t first, MatrixView cosines)) {

@@ -153,6 +153,19 @@ fn a_workspace_of_the_hosts_is_refused() {
 }
 
 #[test]
+fn an_array_between_two_elements_is_refused() {
+    let _turn = simt::turn(5);
+    let (device, margin) = (gpu(), margin());
+    let (cosines, logits) = (Remote::of(&[0.5f32; 4]), Remote::of(&[-9f32; 4]));
+    let beside = cosines.pointer::<u8>().wrapping_add(2).cast();
+    // SAFETY: a live device; the address is refused.
+    let refused = outcome(unsafe { pfc_margin_forward(device.0, &margin, beside, 3, logits.pointer()) }).expect_err("misaligned");
+    assert_eq!(refused.status, Status::InvalidArgument as i32);
+    assert!(refused.message.contains("cosines") && refused.message.contains("4-byte"), "{refused:?}");
+    assert_eq!(logits.read::<f32>(), [-9.0; 4]);
+}
+
+#[test]
 fn a_dimension_that_no_row_of_accumulators_holds_is_refused() {
     let _turn = simt::turn(3);
     let device = gpu();

@@ -90,7 +90,7 @@ impl<'a> Lent<'a> {
     }
 
     pub fn read_array<T: Element>(&mut self, name: &str, data: *const T, count: usize) -> Result<*mut T> {
-        Ok(self.read(name, &array(data.cast_mut(), count))?.data.cast())
+        Ok(self.read(name, &array(name, data.cast_mut(), count)?)?.data.cast())
     }
 
     /// NULL stays NULL.
@@ -98,7 +98,7 @@ impl<'a> Lent<'a> {
         if data.is_null() {
             return Ok(data);
         }
-        Ok(self.write(name, &array(data, count))?.data.cast())
+        Ok(self.write(name, &array(name, data, count)?)?.data.cast())
     }
 
     /// Numbers of the host's own making, where the call can read them.
@@ -109,7 +109,8 @@ impl<'a> Lent<'a> {
 
     /// An array whose contents the host checks; waits for the stream where it is in device memory.
     pub fn on_host<T: Element>(&self, name: &str, data: *const T, count: usize) -> Result<Vec<T>> {
-        if count == 0 {
+        let array = array(name, data.cast_mut(), count)?;
+        if array.rows == 0 {
             return Ok(Vec::new());
         }
         match self.stream.context().place(name, data.cast())? {
@@ -130,8 +131,10 @@ impl<'a> Lent<'a> {
     }
 }
 
-fn array<T: Element>(data: *mut T, count: usize) -> Matrix {
-    Matrix { data: data.cast(), dtype: T::DTYPE, rows: count.min(1), cols: count, row_stride: count }
+/// An array as a matrix of one row; none has no row.
+fn array<T: Element>(name: &str, data: *mut T, count: usize) -> Result<Matrix> {
+    ensure!(data.is_aligned(), InvalidArgument, "{name} is not aligned to its {}-byte elements", size_of::<T>());
+    Ok(Matrix { data: data.cast(), dtype: T::DTYPE, rows: count.min(1), cols: count, row_stride: count })
 }
 
 /// Cuts arrays off a workspace, or counts its bytes where there is none yet.
