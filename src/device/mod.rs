@@ -4,6 +4,7 @@
 //! workspace: `head.rs` calls its phases in the order of a step and carries its [`Exchange`]s through the communicator between them.
 //! Neither knows of ranks beyond their number.
 
+mod checks;
 mod cpu;
 mod cuda;
 

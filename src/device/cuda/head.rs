@@ -13,6 +13,7 @@ use std::sync::Arc;
 use self::draw::{Draft, LabelSlots, ALONE};
 use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
 use super::lanes::{Lane, Lanes};
+use super::nearest::Rows;
 use super::products::{Products, LARGEST_WIDTH};
 use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
@@ -659,11 +660,12 @@ impl HeadDevice for CudaHead {
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let (dim, rows) = (self.dim(), self.spec.shard.rows as usize);
-        super::nearest::nearest(dim, rows, self.spec.shard.first, queries, k, &|first, out| {
+        let dim = self.dim();
+        let read = |first: usize, out: &mut [f32]| {
             let count = out.len() / dim;
             self.read_rows(StateTensor::Centers, first as u64, &Matrix::of_f32(out, count, dim))
-        })
+        };
+        Rows { cuda: &self.cuda, view: self.view(), read: &read }.nearest(queries, k)
     }
 }
 

@@ -1,10 +1,10 @@
-//! The three GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
+//! The GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
 
 use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::view::HeadView;
+use super::view::{HeadView, MatrixView};
 use crate::Result;
 
 /// Threads of a block of each of them.
@@ -12,6 +12,8 @@ const THREADS: u32 = 256;
 /// Dynamic shared memory of GEMM1 and GEMM2.
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
+/// Of the cosines: the pipeline of GEMM1 alone.
+const UNITS_SHARED: u32 = 49_152;
 
 /// The stages of GEMM3's pipeline and the dynamic shared memory that they take.
 #[derive(Clone, Copy)]
@@ -67,17 +69,21 @@ impl<A: Arguments> Product<A> {
     }
 }
 
-/// One precision's: the view, the chunk's first column; GEMM3: the loss weight, whether to update the rows, and the stages.
+/// The view, the chunk's first column, the loss weight, whether to update the rows, and the stages.
+type CentersArguments = (HeadView, u32, f64, i32, u32);
+
+/// One precision's; GEMM1 and GEMM2 take the view and the chunk's first column.
 struct Precision {
     numerators: Product<(HeadView, u32)>,
     weighted: Product<(HeadView, u32)>,
     /// In the order of `WIDTHS`, with the stages.
-    centers: Vec<(Product<(HeadView, u32, f64, i32, u32)>, u32)>,
+    centers: Vec<(Product<CentersArguments>, u32)>,
 }
 
 pub(super) struct Products {
     half: Precision,
     f32: Precision,
+    units: Product<(HeadView, u32, u32, u64, MatrixView)>,
 }
 
 impl Products {
@@ -98,7 +104,8 @@ impl Products {
                 centers: centers.collect::<Result<_>>()?,
             })
         };
-        Ok(Products { half: precision("half")?, f32: precision("f32")? })
+        let units = Product::load(&module("gemm_cosines")?, "multiply_units", UNITS_SHARED, multiprocessors)?;
+        Ok(Products { half: precision("half")?, f32: precision("f32")?, units })
     }
 
     fn of(&self, view: &HeadView) -> &Precision {
@@ -112,6 +119,11 @@ impl Products {
     /// GEMM1: P of the chunk that begins at column `first`, and its row sums.
     pub fn numerators(&self, stream: &Stream, view: HeadView, first: u32) -> Result<()> {
         self.of(&view).numerators.launch(stream, (view, first), 0)
+    }
+
+    /// Cosines of the first `count` rows of E^ with the `columns` of the chunk, to the matrix from column `first` on.
+    pub fn units(&self, stream: &Stream, view: HeadView, count: u32, columns: u32, first: u64, cosines: MatrixView) -> Result<()> {
+        self.units.launch(stream, (view, count, columns, first, cosines), 0)
     }
 
     /// GEMM2: P @ W^ of the chunk, beside what runs on the multiprocessors that it spares.
