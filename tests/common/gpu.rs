@@ -8,6 +8,14 @@ use partialfc::matrix::DType;
 
 use super::ffi::{outcome, Device};
 
+/// `driver!(c"cuName", unsafe extern "C" fn(..) -> i32)`: a function of the driver's, to be called as such.
+#[macro_export]
+macro_rules! driver {
+    ($name:literal, $type:ty) => {
+        std::mem::transmute::<*mut std::ffi::c_void, $type>($crate::common::gpu::driver_function($name))
+    };
+}
+
 pub fn driver_function(name: &CStr) -> *mut c_void {
     // SAFETY: a name that ends; the driver is loaded for everyone to see.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr().cast::<c_char>()) };
@@ -77,4 +85,13 @@ pub fn gpu() -> Device {
         outcome(pfc_device_cuda(0, std::ptr::null_mut(), &mut raw)).expect("GPU 0");
     }
     Device(raw)
+}
+
+/// Bytes of the GPU's memory that are free; the thread has a context.
+pub fn free_memory() -> usize {
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: outputs that outlive the call.
+    let status = unsafe { driver!(c"cuMemGetInfo_v2", unsafe extern "C" fn(*mut usize, *mut usize) -> i32)(&mut free, &mut total) };
+    assert_eq!(status, 0);
+    free
 }

@@ -35,7 +35,8 @@ const HISTOGRAM: u32 = 8192;
 /// Copies of labels under way before the host waits for the oldest.
 const LABEL_SLOTS: usize = 4;
 
-/// Launches a kernel on the caller's stream (main) or the draw's (side); an error is kept until one can be returned.
+/// Launches a kernel on the caller's stream (main) or the draw's (side); an error is kept until one can be returned. After one nothing
+/// is launched any more: kernels count on what those before them have left.
 macro_rules! run {
     ($head:expr, main, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {
         run!($head, $head.cuda.stream, $kernel $([$shared])?, $grid, $block, $arguments)
@@ -45,9 +46,11 @@ macro_rules! run {
     };
     ($head:expr, $stream:expr, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {{
         let grid = Grid { $(shared: $shared,)? ..Grid::of($grid, $block) };
-        // SAFETY: the head's own arrays, as large as its view says, and what the callers of its phases answer for.
-        let launched = unsafe { $head.cuda.kernels.$kernel.launch(&$stream, grid, $arguments) };
-        $head.keep(launched);
+        if $head.failure.is_none() {
+            // SAFETY: the head's own arrays, as large as its view says, and what the callers of its phases answer for.
+            let launched = unsafe { $head.cuda.kernels.$kernel.launch(&$stream, grid, $arguments) };
+            $head.keep(launched);
+        }
     }};
 }
 
@@ -207,18 +210,25 @@ impl CudaHead {
         (0..self.sizes().sample_capacity as u32).step_by(self.sizes().chunk_capacity as usize)
     }
 
+    /// As `run!` for a product.
+    fn run_product(&mut self, launch: impl FnOnce(&Self) -> Result<()>) {
+        if self.failure.is_none() {
+            let launched = launch(self);
+            self.keep(launched);
+        }
+    }
+
     /// W^ and P of a chunk.
     fn numerators(&mut self, first: u32) {
         let view = self.view();
         run!(self, main, gather_centers, self.cuda.grid(8), BLOCK, (view, first));
-        let launched = self.cuda.products.numerators(&self.cuda.stream, view, first);
-        self.keep(launched);
+        self.run_product(|head| head.cuda.products.numerators(&head.cuda.stream, view, first));
     }
 
     /// dW of a chunk: into the rows, or into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
-        let launched = self.cuda.products.centers(&self.cuda.stream, self.view(), first, loss_weight, fuse);
-        self.keep(launched);
+        let view = self.view();
+        self.run_product(|head| head.cuda.products.centers(&head.cuda.stream, view, first, loss_weight, fuse));
     }
 
     fn finish_update(&mut self) {
@@ -246,6 +256,7 @@ impl CudaHead {
             dtype,
             stream: stream.raw(),
             memory: Some(self.cuda.clone()),
+            failure: self.failure.clone(),
         }
     }
 
@@ -376,7 +387,7 @@ impl CudaHead {
             run!(self, side, list_sample_scatter[PARTS], grid, BLOCK, (view,));
         }
         run!(self, side, place_targets, grid, BLOCK, (view,));
-        self.drawn[draft].record(&self.side)
+        Ok(())
     }
 }
 
@@ -413,7 +424,11 @@ impl HeadDevice for CudaHead {
     }
 
     fn sample(&mut self, _step: u64, chosen: Option<&[i64]>) -> Result<()> {
-        self.draw(chosen)?;
+        let drawn = self.draw(chosen);
+        // Also where that failed: the step reads the verdict on the labels.
+        let recorded = self.drawn[self.next()].record(&self.side);
+        self.keep(recorded);
+        drawn?;
         self.settled()?;
         self.own_failure[self.next()].clone().map_or(Ok(()), Err)
     }
@@ -438,7 +453,8 @@ impl HeadDevice for CudaHead {
 
     fn begin(&mut self) -> Result<()> {
         if self.drafted {
-            self.released[self.current].record(&self.cuda.stream)?;
+            let released = self.released[self.current].record(&self.cuda.stream);
+            self.keep(released);
             self.current = self.next();
             self.drafted = false;
             if let Some((view, outgrown)) = self.outgrown.take() {
@@ -449,7 +465,8 @@ impl HeadDevice for CudaHead {
                 drop(outgrown);
             }
         }
-        self.cuda.stream.wait(&self.drawn[self.current])?;
+        let drawn = self.cuda.stream.wait(&self.drawn[self.current]);
+        self.keep(drawn);
         self.settled()
     }
 
@@ -488,8 +505,7 @@ impl HeadDevice for CudaHead {
         run!(self, main, find_targets, self.cuda.grid(4), BLOCK, (view, source));
         for first in self.chunks() {
             self.numerators(first);
-            let launched = self.cuda.products.weighted(&self.cuda.stream, view, first);
-            self.keep(launched);
+            self.run_product(|head| head.cuda.products.weighted(&head.cuda.stream, view, first));
         }
         run!(self, main, reduce_rows, self.cuda.grid(4), BLOCK, (view,));
         self.settled()
@@ -542,10 +558,6 @@ impl HeadDevice for CudaHead {
         self.parted
     }
 
-    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
-        staging::on_device(&self.cuda.context, name, matrix).map(|_| ())
-    }
-
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
         self.parted = false;
@@ -570,8 +582,8 @@ impl HeadDevice for CudaHead {
         verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
     }
 
-    fn holds(&self, pointer: *const u8) -> bool {
-        matches!(self.cuda.context.place("loss", pointer.cast()), Ok(Place::Device))
+    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+        Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
     }
 
     fn backward(&mut self) -> Exchange {
