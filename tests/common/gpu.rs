@@ -9,6 +9,14 @@ use partialfc::matrix::DType;
 use super::ffi::{outcome, Device};
 use super::simt;
 
+/// `driver!(c"cuName", unsafe extern "C" fn(..) -> i32)`: a function of the driver's, to be called as such.
+#[macro_export]
+macro_rules! driver {
+    ($name:literal, $type:ty) => {
+        std::mem::transmute::<*mut std::ffi::c_void, $type>($crate::common::gpu::driver_function($name))
+    };
+}
+
 pub fn driver_function(name: &CStr) -> *mut c_void {
     simt::ready();
     // SAFETY: a name that ends; the driver is loaded for everyone to see.
@@ -21,10 +29,9 @@ pub fn driver_function(name: &CStr) -> *mut c_void {
 pub fn enter() {
     // SAFETY: the driver's functions, of these types; an output that outlives the call.
     unsafe {
-        let init: unsafe extern "C" fn(u32) -> i32 = std::mem::transmute(driver_function(c"cuInit"));
-        let retain: unsafe extern "C" fn(*mut *mut c_void, i32) -> i32 =
-            std::mem::transmute(driver_function(c"cuDevicePrimaryCtxRetain"));
-        let set: unsafe extern "C" fn(*mut c_void) -> i32 = std::mem::transmute(driver_function(c"cuCtxSetCurrent"));
+        let init = driver!(c"cuInit", unsafe extern "C" fn(u32) -> i32);
+        let retain = driver!(c"cuDevicePrimaryCtxRetain", unsafe extern "C" fn(*mut *mut c_void, i32) -> i32);
+        let set = driver!(c"cuCtxSetCurrent", unsafe extern "C" fn(*mut c_void) -> i32);
         let mut context = std::ptr::null_mut();
         assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
     }
@@ -57,8 +64,8 @@ impl Remote {
     /// # Safety
     /// `bytes` bytes may be read at `from`.
     pub unsafe fn copy(from: *const c_void, bytes: usize) -> Remote {
-        let alloc: unsafe extern "C" fn(*mut u64, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemAlloc_v2"));
-        let copy: unsafe extern "C" fn(u64, *const c_void, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemcpyHtoD_v2"));
+        let alloc = driver!(c"cuMemAlloc_v2", unsafe extern "C" fn(*mut u64, usize) -> i32);
+        let copy = driver!(c"cuMemcpyHtoD_v2", unsafe extern "C" fn(u64, *const c_void, usize) -> i32);
         let mut address = 0u64;
         assert_eq!((alloc(&mut address, bytes), copy(address, from, bytes)), (0, 0));
         Remote { address, bytes }
@@ -74,7 +81,7 @@ impl Remote {
     /// # Safety
     /// As many bytes may be written at `to`.
     pub unsafe fn copy_to(&self, to: *mut c_void) {
-        let copy: unsafe extern "C" fn(*mut c_void, u64, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemcpyDtoH_v2"));
+        let copy = driver!(c"cuMemcpyDtoH_v2", unsafe extern "C" fn(*mut c_void, u64, usize) -> i32);
         assert_eq!(copy(to, self.address, self.bytes), 0);
     }
 
@@ -93,8 +100,17 @@ impl Drop for Remote {
     fn drop(&mut self) {
         // SAFETY: made by `copy`.
         unsafe {
-            let free: unsafe extern "C" fn(u64) -> i32 = std::mem::transmute(driver_function(c"cuMemFree_v2"));
+            let free = driver!(c"cuMemFree_v2", unsafe extern "C" fn(u64) -> i32);
             free(self.address);
         }
     }
+}
+
+/// Bytes of the GPU's memory that are free; the thread has a context.
+pub fn free_memory() -> usize {
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: outputs that outlive the call.
+    let status = unsafe { driver!(c"cuMemGetInfo_v2", unsafe extern "C" fn(*mut usize, *mut usize) -> i32)(&mut free, &mut total) };
+    assert_eq!(status, 0);
+    free
 }

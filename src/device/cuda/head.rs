@@ -31,7 +31,8 @@ const BLOCK: u32 = 256;
 /// Dynamic shared memory of a sum or a scan over a CTA's warps, and a flag.
 const PARTS: u32 = 272;
 
-/// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned.
+/// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned. After one nothing is launched any
+/// more: kernels count on what those before them have left.
 macro_rules! run {
     ($head:expr, $lane:ident, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {{
         let grid = Grid { $(shared: $shared,)? ..Grid::of($grid, $block) };
@@ -187,12 +188,14 @@ impl CudaHead {
         (0..self.sizes().sample_capacity as u32).step_by(self.sizes().chunk_capacity as usize)
     }
 
-    /// Runs what enqueues on a lane, as a span of the trace; an error is kept until one can be returned.
+    /// As `run!` for anything that enqueues on a lane.
     fn traced(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Cuda, &Stream) -> Result<()>) {
-        let begun = self.lanes.begin(lane);
-        let launched = launch(&self.cuda, self.lanes.of(lane));
-        self.lanes.end(lane, begun, self.scope(lane), name);
-        self.keep(launched);
+        if self.failure.is_none() {
+            let begun = self.lanes.begin(lane);
+            let launched = launch(&self.cuda, self.lanes.of(lane));
+            self.lanes.end(lane, begun, self.scope(lane), name);
+            self.keep(launched);
+        }
     }
 
     fn product(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Products, &Stream) -> Result<()>) {
@@ -302,6 +305,7 @@ impl CudaHead {
             dtype,
             stream: self.lanes.of(lane).raw(),
             memory: Some(self.cuda.clone()),
+            failure: self.failure.clone(),
         }
     }
 
@@ -356,7 +360,11 @@ impl HeadDevice for CudaHead {
     }
 
     fn sample(&mut self, _step: u64, chosen: Option<&[i64]>) -> Result<()> {
-        self.draw(chosen)?;
+        let drawn = self.draw(chosen);
+        // Also where that failed: the step reads the verdict on the labels.
+        let recorded = self.drafts[self.next()].drawn.record(self.lanes.of(Lane::Draw));
+        self.keep(recorded);
+        drawn?;
         self.gather_ahead();
         self.settled()?;
         self.drafts[self.next()].own_failure.clone().map_or(Ok(()), Err)
@@ -384,7 +392,8 @@ impl HeadDevice for CudaHead {
         // The step before writes the rows that this one reads, and reads the arrays that it writes.
         self.join(Lane::Main, Lane::Centers);
         if self.drafted {
-            self.drafts[self.current].released.record(&self.cuda.stream)?;
+            let released = self.drafts[self.current].released.record(&self.cuda.stream);
+            self.keep(released);
             self.current = self.next();
             self.drafted = false;
             if let Some((view, outgrown)) = self.outgrown.take() {
@@ -396,7 +405,8 @@ impl HeadDevice for CudaHead {
             }
         }
         self.under_way = true;
-        self.cuda.stream.wait(&self.drafts[self.current].drawn)?;
+        let drawn = self.cuda.stream.wait(&self.drafts[self.current].drawn);
+        self.keep(drawn);
         self.settled()
     }
 
@@ -497,10 +507,6 @@ impl HeadDevice for CudaHead {
         self.parted
     }
 
-    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
-        staging::on_device(&self.cuda.context, name, matrix).map(|_| ())
-    }
-
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
         self.parted = false;
@@ -524,8 +530,8 @@ impl HeadDevice for CudaHead {
         verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
     }
 
-    fn holds(&self, pointer: *const u8) -> bool {
-        matches!(self.cuda.context.place("loss", pointer.cast()), Ok(Place::Device))
+    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+        Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
     }
 
     fn backward(&mut self) -> Exchange {
