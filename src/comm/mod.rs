@@ -4,6 +4,7 @@
 //! what the head and the C interface speak to: it checks sizes, counts traffic, numbers the operations, bounds every wait by
 //! the timeout and remembers a failure, so that after an abort no operation is started again.
 
+mod check;
 mod custom;
 mod handshake;
 mod rows;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use check::Signature;
 pub use custom::CustomOps;
 pub use handshake::{agree, exchange, remote, Field};
 pub use rows::{all_reduce_rows, SampledRows};
@@ -194,12 +196,15 @@ pub struct Communicator {
     timeout_ms: AtomicU64,
     /// The failure that ended this communicator, if one did.
     failure: Mutex<Option<Error>>,
+    /// The ranks compare each operation before they run it.
+    checks: bool,
     process: u32,
 }
 
 impl Communicator {
     pub fn new(transport: Box<dyn Transport>) -> Arc<Communicator> {
         Arc::new(Communicator {
+            checks: transport.size() > 1 && check::is_on(),
             transport: ManuallyDrop::new(transport),
             sequence: Mutex::default(),
             calls: Default::default(),
@@ -285,7 +290,8 @@ impl Communicator {
             self.apart((send as usize, bytes), (recv as usize, total), send as usize == own, "send is not recv + rank * bytes")?;
             Ok(bytes)
         });
-        self.run(Operation::AllGather, checked, place, |call| self.transport.all_gather(send, recv, bytes, call))
+        let signature = Signature { operation: Operation::AllGather, count: bytes as u64, reduction: None, root: 0 };
+        self.run(signature, checked, place, |call| self.transport.all_gather(send, recv, bytes, call))
     }
 
     /// # Safety
@@ -304,7 +310,8 @@ impl Communicator {
             self.apart((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
             Ok(bytes)
         });
-        self.run(Operation::AllReduce, checked, place, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
+        let signature = Signature { operation: Operation::AllReduce, count: count as u64, reduction: Some((dtype, op)), root: 0 };
+        self.run(signature, checked, place, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
@@ -324,7 +331,9 @@ impl Communicator {
             self.apart((send as usize, total), (recv as usize, bytes), recv as usize == own, "recv is not send + rank * count")?;
             Ok(total)
         });
-        self.run(Operation::ReduceScatter, checked, place, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
+        let signature =
+            Signature { operation: Operation::ReduceScatter, count: count as u64, reduction: Some((dtype, op)), root: 0 };
+        self.run(signature, checked, place, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
@@ -334,11 +343,13 @@ impl Communicator {
             true => self.product("bytes", bytes, 1).map(|_| bytes),
             false => Err(error!(InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank())),
         };
-        self.run(Operation::Broadcast, checked, place, |call| self.transport.broadcast(buffer, bytes, root, call))
+        let signature = Signature { operation: Operation::Broadcast, count: bytes as u64, reduction: None, root };
+        self.run(signature, checked, place, |call| self.transport.broadcast(buffer, bytes, root, call))
     }
 
     pub fn barrier(&self) -> Result<()> {
-        self.run(Operation::Barrier, Ok(0), Place::Host, |call| self.transport.barrier(call))
+        let signature = Signature { operation: Operation::Barrier, count: 0, reduction: None, root: 0 };
+        self.run(signature, Ok(0), Place::Host, |call| self.transport.barrier(call))
     }
 
     /// Gathers equal blocks of host memory, in rank order.
@@ -407,12 +418,13 @@ impl Communicator {
     /// Runs one operation. Arguments that failed their check end the communicator: the other ranks are in the operation already.
     fn run(
         &self,
-        operation: Operation,
+        signature: Signature,
         checked: Result<usize>,
         place: Place<'_>,
         body: impl FnOnce(&Call<'_>) -> Result<()>,
     ) -> Result<()> {
         self.own_process()?;
+        let operation = signature.operation;
         let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
@@ -421,6 +433,9 @@ impl Communicator {
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let call = Call { operation, sequence: *sequence, place, deadline: far(timeout), timeout };
         let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
+        if self.checks {
+            self.or_abort(check::agree(&**self.transport, signature, &call))?;
+        }
         self.calls[operation as usize].fetch_add(1, Ordering::Relaxed);
         self.bytes[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);
         // After a failure nothing can be trusted to line up with the other ranks.

@@ -3,6 +3,7 @@
 // Each suite uses a part of it.
 #![allow(dead_code)]
 
+pub mod carrier;
 pub mod ffi;
 pub mod gpu;
 pub mod numbers;
