@@ -13,6 +13,8 @@ fn main() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libpartialfc.so.0");
         // Thread-local destructors of Rust's runtime outlive dlclose.
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+        // Most of the library is what names the lines of a backtrace, which reads it compressed, too.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,--compress-debug-sections=zlib");
     }
     let target = std::env::var("TARGET").unwrap_or_default();
     println!("cargo:rustc-env=PFC_TARGET={target}");
