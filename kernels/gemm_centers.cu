@@ -4,8 +4,8 @@
 //   dW^[j, k] = sum over i of p[i, j] E'[i, k],  E'[i] = scale E^[i] / L_i
 //   then epilogue/centers.h: targets, backward of the normalisation, SGD or AdamW (or dW is stored)
 //
-// `fuse` 1: lazy rows are updated in place by *rule and squares[column] holds the gradient's sum of
-// squares. `fuse` 0: dW goes to center_gradient[column - first] (sharded; a chunk's buffer) or
+// `fuse` 1: lazy rows are updated in place by *rule and center_squares[column] holds the gradient's
+// sum of squares. `fuse` 0: dW goes to center_gradient[column - first] (sharded; a chunk's buffer) or
 // [column] (replicated: ranks add the whole). Dense rows take fuse 0.
 // Fused: the target's gradient, row dot, normalise backward, loss weight, optimizer.
 // Floor: 2 B S d flop (f32: 6 times that); bytes: P and E' once, W and its state read and written.

@@ -141,10 +141,11 @@ PFC_KERNEL(sum_squares, (const PFC_GRID_CONSTANT HeadView view, int32_t which)) 
         return;
     }
     const uint32_t count = which == 0 ? block.own_rows : block.classes;
+    const float* const squares = which == 0 ? view.squares : view.center_squares;
     double sum = 0.0;
 #pragma unroll 8
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-        sum += double(view.squares[i]);
+        sum += double(squares[i]);
     }
     sum = rows::sum_of_block(sum, reinterpret_cast<double*>(dynamic));
     if (threadIdx.x == 0) {

@@ -74,7 +74,7 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, 
         squares = rows::sum_of_warp(squares);
         ptx::sync_warp();  // every lane has read `last`
         if (lane == 0) {
-            view.squares[first + slot] = float(squares);
+            view.center_squares[first + slot] = float(squares);
             if (view.optimizer.dense) {
                 view.last[row] = uint32_t(view.ledger->updates + 1);
             }

@@ -175,8 +175,9 @@ struct HeadView {
     // D: [ranks][max_batch][d] and [max_batch][d]
     float* gradient_send;
     float* gradient_recv;
-    float* center_gradient;       // [sample_capacity][d]: dW of a replicated head; of a dense or AdamW one a chunk [chunk_capacity][d]
-    float* squares;               // [max(row_capacity, sample_capacity)] sums of squares by row
+    float* center_gradient;       // [sample_capacity][d]: dW of a replicated head; of a dense one a chunk [chunk_capacity][d]
+    float* squares;               // [row_capacity] sums of squares of own rows' gradients
+    float* center_squares;        // [sample_capacity] of the sampled class centres' gradients
     // The rows of the shard: [shard_rows][master_pitch]
     float* centers;
     float* momentum;

@@ -30,7 +30,7 @@ pub use crate::device::{Labels, StateTensor};
 use crate::matrix::Matrix;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, trace, Error, Result, Status};
 
 /// Where a head is in the order of calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,11 +86,15 @@ pub struct Head {
     /// The caller's ids for the next sample.
     chosen: Option<Vec<i64>>,
     samples: u64,
+    /// The number of the step that `begin_step` made the current one.
+    step: u64,
     /// Updates asked for: the same on all ranks that made the same calls.
     updates: u64,
     loss_weight: f64,
     seconds: Seconds,
     poisoned: Option<Error>,
+    /// After `rows`, whose last spans come when they go.
+    _trace: trace::Writer,
 }
 
 impl Head {
@@ -122,10 +126,12 @@ impl Head {
             prepared: None,
             chosen: None,
             samples: 0,
+            step: 0,
             updates: 0,
             loss_weight: 1.0,
             seconds: Seconds::default(),
             poisoned: None,
+            _trace: trace::Writer,
         })
     }
 
@@ -206,10 +212,10 @@ impl Head {
         let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
         let gradient = gradient.and_then(|gradient| self.check_rows("grad_embeddings", gradient));
         self.loss_weight = loss_weight;
-        let start = Instant::now();
-        let exchange = self.rows.backward();
+        let (start, scope) = (Instant::now(), self.scope());
+        let exchange = scope.host("backward", || self.rows.backward());
         let reduced = match self.options.placement {
-            Placement::Sharded => exchange.reduce_scatter(&self.comm),
+            Placement::Sharded => scope.host("reduce_scatter gradient", || exchange.reduce_scatter(&self.comm)),
             Placement::Replicated => Ok(()),
         };
         self.survive(reduced)?;
@@ -217,7 +223,7 @@ impl Head {
         self.phase = Phase::Idle;
         factors?;
         let factor = loss_weight * loss_scale * self.options.gradient_scale;
-        let finished = self.rows.finish_gradient(factor, gradient.as_ref().ok());
+        let finished = scope.host("finish gradient", || self.rows.finish_gradient(factor, gradient.as_ref().ok()));
         self.survive(finished)?;
         self.phase = Phase::Backwarded;
         self.seconds.backward = start.elapsed().as_secs_f64();
@@ -312,8 +318,9 @@ impl Head {
         });
         self.prepared = None;
         let step = Step { samples: self.samples, updates: self.updates };
+        let scope = trace::Scope { step: self.samples, ..self.scope() };
         let block = self.rows.pack_labels(step, labels.map_err(|error| on_rank(&error, self.comm.rank())));
-        let gathered = block.all_gather(&self.comm);
+        let gathered = scope.host("all_gather labels", || block.all_gather(&self.comm));
         self.survive(gathered)?;
         if let Err(error) = self.rows.judge_labels() {
             // Ranks that have not made the same calls never come together again.
@@ -325,7 +332,7 @@ impl Head {
         self.seconds.gather = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let chosen = self.chosen.take();
-        let sampled = self.rows.sample(self.samples, chosen.as_deref());
+        let sampled = scope.host("sample", || self.rows.sample(self.samples, chosen.as_deref()));
         self.samples += 1;
         self.seconds.sample = start.elapsed().as_secs_f64();
         self.prepared = Some(sampled.clone());
@@ -355,6 +362,7 @@ impl Head {
             }
         };
         let prepared = self.prepared.take().unwrap_or(Ok(()));
+        self.step = self.samples - 1;
         let begun = self.rows.begin();
         Ok(prepared.and(begun).and(input))
     }
@@ -389,22 +397,25 @@ impl Head {
 
     /// B, phases 3 and 4, C and the loss.
     fn run_forward(&mut self, input: Result<StepInput>, target: LossTarget) -> Result<f64> {
-        let start = Instant::now();
+        let (start, scope) = (Instant::now(), self.scope());
         let sharded = self.options.placement == Placement::Sharded;
         if sharded {
             let block = self.rows.pack_embeddings(input.as_ref().ok().map(|input| &input.embeddings));
-            block.all_gather(&self.comm)?;
+            scope.host("all_gather embeddings", || block.all_gather(&self.comm))?;
         }
         self.seconds.gather += start.elapsed().as_secs_f64();
         let start = Instant::now();
-        let outcome = input.and_then(|input| self.rows.forward(&input.embeddings));
+        let outcome = scope.host("forward", || input.and_then(|input| self.rows.forward(&input.embeddings)));
         self.seconds.forward = start.elapsed().as_secs_f64();
         let start = Instant::now();
         // A rank that failed by itself has not judged the embeddings and comes here in any case, so all do.
-        self.rows.pack_sums(&outcome).all_reduce(&self.comm, ReduceOp::Sum)?;
-        let judged = self.rows.judge_sums(match target {
-            LossTarget::Host => None,
-            LossTarget::Device(loss) => Some(loss),
+        let sums = self.rows.pack_sums(&outcome);
+        scope.host("all_reduce sums", || sums.all_reduce(&self.comm, ReduceOp::Sum))?;
+        let judged = scope.host("loss", || {
+            self.rows.judge_sums(match target {
+                LossTarget::Host => None,
+                LossTarget::Device(loss) => Some(loss),
+            })
         });
         if self.rows.failed_at_labels() {
             self.samples -= 1;
@@ -424,28 +435,37 @@ impl Head {
 
     /// D under the update.
     fn finish_step(&mut self, learning_rate: f64, gradient: Option<&Matrix>) -> Result<()> {
-        let start = Instant::now();
-        let exchange = self.rows.backward();
+        let (start, scope) = (Instant::now(), self.scope());
+        let exchange = scope.host("backward", || self.rows.backward());
         self.seconds.backward = start.elapsed().as_secs_f64();
         let comm = self.comm.clone();
         let sharded = self.options.placement == Placement::Sharded;
-        self.run_update(learning_rate, &mut || if sharded { exchange.reduce_scatter(&comm) } else { Ok(()) })?;
-        self.rows.finish_gradient(self.options.gradient_scale, gradient)
+        self.run_update(learning_rate, &mut || match sharded {
+            true => scope.host("reduce_scatter gradient", || exchange.reduce_scatter(&comm)),
+            false => Ok(()),
+        })?;
+        scope.host("finish gradient", || self.rows.finish_gradient(self.options.gradient_scale, gradient))
     }
 
     fn run_update(&mut self, learning_rate: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let start = Instant::now();
+        let (start, scope) = (Instant::now(), self.scope());
         match self.options.placement {
-            Placement::Sharded => self.rows.update(learning_rate, self.loss_weight, beside)?,
+            Placement::Sharded => scope.host("update", || self.rows.update(learning_rate, self.loss_weight, beside))?,
             Placement::Replicated => {
-                self.rows.center_gradient(self.loss_weight).all_reduce(&self.comm, ReduceOp::Sum)?;
-                self.rows.apply_gradient(learning_rate)?;
+                let gradient = scope.host("center gradient", || self.rows.center_gradient(self.loss_weight));
+                scope.host("all_reduce center gradient", || gradient.all_reduce(&self.comm, ReduceOp::Sum))?;
+                scope.host("update", || self.rows.apply_gradient(learning_rate))?;
             }
         }
         self.updates += 1;
         self.seconds.update = start.elapsed().as_secs_f64();
         self.phase = Phase::Idle;
         Ok(())
+    }
+
+    /// Whose spans the current step's are.
+    fn scope(&self) -> trace::Scope {
+        trace::Scope { rank: self.comm.rank(), ranks: self.comm.size(), step: self.step }
     }
 
     fn usable(&self) -> Result<()> {

@@ -18,6 +18,7 @@ pub mod random;
 pub mod reference;
 pub mod sample;
 pub mod shard;
+pub mod trace;
 
 mod memory;
 mod protocol;

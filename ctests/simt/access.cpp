@@ -12,6 +12,9 @@
 #include "findings.h"
 
 namespace simt {
+
+uint64_t access_count;
+
 namespace {
 
 struct Module {

@@ -11,10 +11,14 @@ namespace simt {
 // program's own. `caller` is an address in the kernel, for the text.
 void check_memory(uintptr_t at, size_t size, Access access, bool aligned, const void* caller);
 
+// How many accesses there were so far, those to locals aside.
+extern uint64_t access_count;
+
 // Locals are by far the most frequent: they are on the threads' stacks.
 inline void check_access(uintptr_t at, size_t size, Access access, bool aligned,
     const void* caller) {
     if (at - stacks.begin < stacks.span) return;
+    ++access_count;
     check_memory(at, size, access, aligned, caller);
 }
 

@@ -4,13 +4,17 @@
 //
 // The host has a clock too: it comes after what it synchronised with, and whatever it enqueues
 // comes after that. One clock for all host threads: how they order each other is not seen here.
+//
+// The time that events tell is that of a GPU with room for everything at once: an operation begins
+// when what it waits for has ended, and takes a nanosecond for each access to memory it makes (for a
+// copy: so many bytes). Two operations' times overlap where nothing orders them.
 #include "stream.h"
 
 #include <string.h>
-#include <time.h>
 
 #include <algorithm>
 
+#include "access.h"
 #include "driver.h"
 #include "findings.h"
 #include "shadow.h"
@@ -21,6 +25,7 @@ namespace {
 std::vector<Stream*> streams;  // by slot; null: free
 std::vector<uint32_t> counts;  // of a slot's operations, over all streams that had it
 std::vector<uint32_t> host_clock;
+uint64_t host_time;  // when what the host last synchronised with had ended
 uint32_t next_id = 1;
 Stream* legacy;
 thread_local Stream* own;
@@ -28,6 +33,12 @@ thread_local Stream* own;
 void join(std::vector<uint32_t>& clock, const std::vector<uint32_t>& other) {
     if (clock.size() < other.size()) clock.resize(other.size());
     for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
+}
+
+// The host comes after an operation that is done.
+void meet(const Operation& operation) {
+    join(host_clock, operation.clock);
+    host_time = std::max(host_time, operation.end);
 }
 
 Stream* new_stream(unsigned flags, int priority) {
@@ -51,11 +62,9 @@ void retire(Stream* stream) {
     delete stream;
 }
 
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
-}
+// Of kernels and copies, before their accesses; other operations take no time.
+constexpr uint64_t kLaunchTime = 1000;
+constexpr uint64_t kCopied = 16;
 
 bool is_ready(const Stream* stream) {
     if (!stream || stream->queue.empty() || stream->queue.front()->started) return false;
@@ -67,6 +76,10 @@ bool is_ready(const Stream* stream) {
 void run_head(Stream* stream) {
     OperationPointer operation = stream->queue.front();
     operation->started = true;
+    uint64_t begin = std::max(operation->begin, stream->end);
+    for (const auto& other : operation->after) begin = std::max(begin, other->end);
+    const uint64_t accesses = access_count;
+    const bool works = bool(operation->run);
     accessor.operations = operation->clock.data();
     accessor.streams = operation->clock.size();
     accessor.clocks = nullptr;
@@ -81,7 +94,10 @@ void run_head(Stream* stream) {
             operation->run();
         }
     }
-    operation->finished = now();
+    uint64_t time = works ? kLaunchTime + access_count - accesses : 0;
+    for (const Range& r : operation->ranges) time += (r.end - r.begin) / kCopied;
+    operation->end = begin + time;
+    stream->end = operation->end;
     operation->done = true;
     operation->run = nullptr;
     operation->after.clear();
@@ -146,6 +162,7 @@ OperationPointer enqueue(Stream* stream, OperationPointer operation) {
     operation->id = next_id++;
     operation->stream = stream;
     operation->clock = host_clock;
+    operation->begin = host_time;
     if (stream->last) join(operation->clock, stream->last->clock);
     auto wait_for = [&](Stream* other) {
         if (other && other != stream && other->last) operation->after.push_back(other->last);
@@ -173,7 +190,7 @@ void complete(const OperationPointer& operation) {
         const bool more = choose(4) == 0;
         if (!run_one(needed, more) && !run_one(needed, true)) wait_for_others();
     }
-    join(host_clock, operation->clock);
+    meet(*operation);
 }
 
 void complete_all() {
@@ -184,6 +201,8 @@ void complete_all() {
         if (!run_one(std::vector<char>(streams.size(), 1), true)) wait_for_others();
     }
     join(host_clock, counts);
+    for (const Stream* stream : streams)
+        if (stream) host_time = std::max(host_time, stream->end);
 }
 
 void progress(const OperationPointer& operation) {
@@ -263,7 +282,7 @@ CUresult cuStreamQuery(CUstream handle) {
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
     if (!stream->queue.empty()) progress(stream->queue.back());
     if (!stream->queue.empty()) return CUDA_ERROR_NOT_READY;
-    if (stream->last) join(host_clock, stream->last->clock);
+    if (stream->last) meet(*stream->last);
     return status();
 }
 
@@ -328,7 +347,7 @@ CUresult cuEventQuery(CUevent event) {
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
     if (event->recorded && !event->recorded->done) progress(event->recorded);
     if (event->recorded && !event->recorded->done) return CUDA_ERROR_NOT_READY;
-    if (event->recorded) join(host_clock, event->recorded->clock);
+    if (event->recorded) meet(*event->recorded);
     return status();
 }
 
@@ -345,7 +364,8 @@ CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {
     if (!start || !end || !start->recorded || !end->recorded) return CUDA_ERROR_INVALID_HANDLE;
     if ((start->flags | end->flags) & CU_EVENT_DISABLE_TIMING) return CUDA_ERROR_INVALID_HANDLE;
     if (!start->recorded->done || !end->recorded->done) return CUDA_ERROR_NOT_READY;
-    *milliseconds = float((end->recorded->finished - start->recorded->finished) * 1e3);
+    const double from = double(start->recorded->end), to = double(end->recorded->end);
+    *milliseconds = float((to - from) * 1e-6);
     return status();
 }
 

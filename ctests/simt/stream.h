@@ -28,7 +28,8 @@ struct Operation {
     bool host_function = false;                     // runs without the lock
     bool frees = false;                             // is done although the context is broken
     bool started = false, done = false;
-    double finished = 0;                            // seconds
+    uint64_t begin = 0;                             // no earlier than this, in nanoseconds
+    uint64_t end = 0;                               // of the time that events tell
 };
 using OperationPointer = std::shared_ptr<Operation>;
 
@@ -40,6 +41,8 @@ struct Stream {
     std::deque<OperationPointer> queue;
     // The last enqueued, done or not: the next one comes after what it came after.
     OperationPointer last;
+    // When the last that ran ended.
+    uint64_t end = 0;
 };
 
 struct Event {

@@ -274,7 +274,7 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
     __syncthreads();
     if constexpr (kUpdates) {
         if (threadIdx.x < kClasses && threadIdx.x < columns) {
-            view.squares[column + threadIdx.x] = sum_of_parts<kClasses>(parts);
+            view.center_squares[column + threadIdx.x] = sum_of_parts<kClasses>(parts);
         }
         __syncthreads();
     }

@@ -143,7 +143,7 @@ void run(const Case& c, uint64_t seed) {
     view.centers = device.upload(w);
     view.momentum = device.upload(m);
     view.second_moment = device.upload(v);
-    view.squares = device.upload(std::vector<float>(view.sample_capacity, NAN));
+    view.center_squares = device.upload(std::vector<float>(view.sample_capacity, NAN));
     const size_t gradient_rows = c.mode == Mode::kReplicated ? view.sample_capacity : c.chunk;
 
     const int width = center_width(int(dim));
@@ -222,7 +222,7 @@ void run(const Case& c, uint64_t seed) {
     const auto new_w = device.download(view.centers, w.size());
     const auto new_m = device.download(view.momentum, m.size());
     const auto new_v = device.download(view.second_moment, v.size());
-    const auto squares = device.download(view.squares, view.sample_capacity);
+    const auto squares = device.download(view.center_squares, view.sample_capacity);
     auto same = [](float a, float b) { return memcmp(&a, &b, 4) == 0; };
     Distance moved, momentum, second, sums;
     for (uint32_t row = 0; row < shard_rows; ++row) {

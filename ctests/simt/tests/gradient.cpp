@@ -160,7 +160,7 @@ void test_squares_of_centers() {
         squares.push_back(std::exp(10 * head.uniform()));
         sum += squares.back();
     }
-    head.memory.put(head.view.squares, squares);
+    head.memory.put(head.view.center_squares, squares);
     for (const Launch& launch : kLaunches) {
         head.put_block();
         head.launch({1, launch.block}, "sum_squares", int32_t(1));

@@ -294,7 +294,8 @@ public:
         make(v.gradient_send, size_t(labels) * s.dim);
         make(v.gradient_recv, size_t(s.max_batch) * s.dim);
         make(v.center_gradient, columns * s.dim);
-        make(v.squares, rows > columns ? rows : columns);
+        make(v.squares, rows);
+        make(v.center_squares, columns);
         make(v.centers, size_t(s.shard_rows) * v.master_pitch);
         make(v.momentum, size_t(s.shard_rows) * v.master_pitch);
         make(v.second_moment, size_t(s.shard_rows) * v.master_pitch);

@@ -257,7 +257,8 @@ class RowHead {
         view.gradient_send = memory.make<float>(places * d);
         view.gradient_recv = memory.make<float>(size_t(shape.max_batch) * d);
         view.center_gradient = memory.make<float>(columns * d);
-        view.squares = memory.make<float>(std::max(rows, columns));
+        view.squares = memory.make<float>(rows);
+        view.center_squares = memory.make<float>(columns);
         view.centers = memory.make<float>(centers);
         view.momentum = memory.make<float>(centers);
         view.second_moment = shape.adamw ? memory.make<float>(centers) : nullptr;

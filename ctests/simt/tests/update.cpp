@@ -12,7 +12,7 @@ void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
         training.update(launch);
         const uint64_t now = training.updates();
         const std::vector<float> squares =
-            head.memory.get(head.view.squares, training.squares.size());
+            head.memory.get(head.view.center_squares, training.squares.size());
         for (size_t column = 0; column < squares.size(); ++column) {
             EXPECT(close(squares[column], training.squares[column], 1e-6), what);
         }

@@ -2,15 +2,18 @@
 //!
 //! Everything is enqueued; the host learns what became of it where the caller asks for it (a host loss, a gradient in host memory,
 //! figures, `wait`). What a step really is (rows, classes, its verdict) lives in its [`StepBlock`] on the device, and every kernel
-//! reads it there. Labels and the draw run on a stream of their own, so that a step prepared early is drawn beside the step before;
-//! all else runs on the caller's stream.
+//! reads it there. lanes.rs says which stream runs what.
+
+mod draw;
 
 use std::cell::RefCell;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Priority, Stream};
-use super::products::LARGEST_WIDTH;
+use self::draw::{Draft, LabelSlots};
+use super::driver::{Event, Grid, PinnedBuffer, Place, Stream};
+use super::lanes::{Lane, Lanes};
+use super::products::{Products, LARGEST_WIDTH};
 use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
 use super::view::{fault, HeadView, Ledger, MatrixView, StepBlock};
@@ -18,60 +21,49 @@ use super::Cuda;
 use crate::comm::remote;
 use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
 use crate::matrix::{DType, Matrix};
-use crate::optimizer::Optimizer;
 use crate::options::{Placement, RowUpdate};
-use crate::protocol::{self, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{ensure, error, Error, Result};
+use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{ensure, error, trace, Error, Result};
 
 /// Threads of a CTA of the row-wise kernels.
 const BLOCK: u32 = 256;
-/// Threads of the kernels that one CTA runs alone.
-const ALONE: u32 = 1024;
-/// Dynamic shared memory: of a sum or a scan over a CTA's warps and a flag; of the sort's digits, by CTA and by warp; of the draw's bins.
+/// Dynamic shared memory of a sum or a scan over a CTA's warps, and a flag.
 const PARTS: u32 = 272;
-const BINS: u32 = 1024;
-const WARP_BINS: u32 = BINS * (BLOCK / 32);
-const HISTOGRAM: u32 = 8192;
-/// Copies of labels under way before the host waits for the oldest.
-const LABEL_SLOTS: usize = 4;
 
-/// Launches a kernel on the caller's stream (main) or the draw's (side); an error is kept until one can be returned.
+/// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned.
 macro_rules! run {
-    ($head:expr, main, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {
-        run!($head, $head.cuda.stream, $kernel $([$shared])?, $grid, $block, $arguments)
-    };
-    ($head:expr, side, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {
-        run!($head, $head.side, $kernel $([$shared])?, $grid, $block, $arguments)
-    };
-    ($head:expr, $stream:expr, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {{
+    ($head:expr, $lane:ident, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {{
         let grid = Grid { $(shared: $shared,)? ..Grid::of($grid, $block) };
+        let arguments = $arguments;
         // SAFETY: the head's own arrays, as large as its view says, and what the callers of its phases answer for.
-        let launched = unsafe { $head.cuda.kernels.$kernel.launch(&$stream, grid, $arguments) };
-        $head.keep(launched);
+        $head.traced(Lane::$lane, stringify!($kernel), |cuda, stream| unsafe {
+            cuda.kernels.$kernel.launch(stream, grid, arguments)
+        });
     }};
 }
+use run;
+
+/// Multiprocessors that GEMM2 and GEMM3 leave to the collectives beside them.
+const SPARED_BY_WEIGHTED: u32 = 4;
+const SPARED_BY_CENTERS: u32 = 8;
 
 pub(super) struct CudaHead {
     cuda: Arc<Cuda>,
     spec: HeadSpec,
     sizes: Sizes,
-    /// The views are the current step's and the next one's, as `current` says.
+    lanes: Lanes,
+    /// The views, and with them the drafts, are the current step's and the next one's, as `current` says.
     arrays: Arrays,
-    /// By view: this rank's labels on the device.
-    labels_in: [DeviceBuffer<i64>; 2],
+    drafts: [Draft; 2],
     current: usize,
     /// The next step has its labels.
     drafted: bool,
-    side: Stream,
-    /// By view: its draw is done; nothing enqueued uses its draft any more.
-    drawn: [Event; 2],
-    released: [Event; 2],
-    /// By view: this rank's rows, its labels where the host has them, and what it came to A with.
-    batches: [usize; 2],
-    labels: [Option<Vec<i64>>; 2],
-    own_failure: [Option<Error>; 2],
-    label_slots: Vec<(PinnedBuffer<i64>, Event)>,
-    next_slot: usize,
+    /// A step has begun and has not been updated: what it gathered is needed.
+    under_way: bool,
+    /// The chunk whose P @ W^ is left to run beside the all-reduce.
+    put_off: Option<u32>,
+    exchanging: Option<(Lane, Option<Event>, trace::Scope, &'static str)>,
+    label_slots: LabelSlots,
     staging: RefCell<Staging>,
     verdict: PinnedBuffer<StepBlock>,
     /// What the last step that was waited for turned out to be.
@@ -92,27 +84,19 @@ impl CudaHead {
         );
         let sizes = Sizes::new(&spec, cuda.gpu()?, 0)?;
         let arrays = sizes.allocate(&cuda.stream)?;
-        let events = || -> Result<[Event; 2]> { Ok([Event::new(&cuda.context)?, Event::new(&cuda.context)?]) };
         let max_batch = spec.options.max_batch as usize;
-        let mut label_slots = Vec::new();
-        for _ in 0..LABEL_SLOTS {
-            label_slots.push((PinnedBuffer::zeroed(&cuda.context, max_batch, "labels on their way")?, Event::new(&cuda.context)?));
-        }
-        let room = || DeviceBuffer::zeroed(&cuda.stream, max_batch, "labels");
+        let draft = || Draft::new(&cuda.context, &cuda.stream, max_batch);
         let mut head = CudaHead {
-            labels_in: [room()?, room()?],
-            side: Stream::new(&cuda.context, Priority::Least)?,
-            drawn: events()?,
-            released: events()?,
+            drafts: [draft()?, draft()?],
+            lanes: Lanes::new(&cuda.context, &cuda.stream, spec.ranks)?,
             verdict: PinnedBuffer::zeroed(&cuda.context, 1, "the verdict")?,
             staging: RefCell::new(Staging::new()),
-            label_slots,
-            next_slot: 0,
+            label_slots: LabelSlots::new(&cuda.context, max_batch)?,
             current: 0,
             drafted: false,
-            batches: [0; 2],
-            labels: [None, None],
-            own_failure: [None, None],
+            under_way: false,
+            put_off: None,
+            exchanging: None,
             block: StepBlock::zeroed(),
             at_labels: false,
             failure: None,
@@ -123,9 +107,9 @@ impl CudaHead {
             cuda,
         };
         let std = head.spec.options.init_std;
-        run!(head, main, start_values, head.cuda.grid(8), BLOCK, (head.arrays.views[0], std));
+        run!(head, Main, start_values, head.cuda.grid(8), BLOCK, (head.arrays.views[0], std));
         head.settled()?;
-        // The side stream reads what was cleared on the main one.
+        // The other lanes read what was cleared on this one.
         head.cuda.stream.synchronize()?;
         log::info!(
             "rank {} of {}: {} class centres of dimension {} from {} on {}, {} MiB, chunks of {} columns of {}",
@@ -156,7 +140,7 @@ impl CudaHead {
 
     /// Whether GEMM3 updates the rows by itself; otherwise it writes their gradient, and another kernel updates them.
     fn fused(&self) -> bool {
-        self.sharded() && !self.dense() && matches!(self.spec.options.optimizer, Optimizer::Sgd(_))
+        self.sharded() && !self.dense()
     }
 
     fn view(&self) -> HeadView {
@@ -186,45 +170,121 @@ impl CudaHead {
         (0..self.sizes.sample_capacity as u32).step_by(self.sizes.chunk_capacity as usize)
     }
 
-    /// W^ and P of a chunk.
-    fn numerators(&mut self, first: u32) {
-        let view = self.view();
-        run!(self, main, gather_centers, self.cuda.grid(8), BLOCK, (view, first));
-        let launched = self.cuda.products.numerators(&self.cuda.stream, view, first);
+    /// Runs what enqueues on a lane, as a span of the trace; an error is kept until one can be returned.
+    fn traced(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Cuda, &Stream) -> Result<()>) {
+        let begun = self.lanes.begin(lane);
+        let launched = launch(&self.cuda, self.lanes.of(lane));
+        self.lanes.end(lane, begun, self.scope(lane), name);
         self.keep(launched);
+    }
+
+    fn product(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Products, &Stream) -> Result<()>) {
+        self.traced(lane, name, |cuda, stream| launch(&cuda.products, stream));
+    }
+
+    /// Whose spans a lane's are.
+    fn scope(&self, lane: Lane) -> trace::Scope {
+        let draft = if lane == Lane::Draw { self.next() } else { self.current };
+        trace::Scope { rank: self.spec.rank, ranks: self.spec.ranks, step: self.drafts[draft].step }
+    }
+
+    fn join(&mut self, later: Lane, earlier: Lane) {
+        let joined = self.lanes.join(later, earlier);
+        self.keep(joined);
+    }
+
+    /// W^ of a chunk of a step.
+    fn gather(&mut self, lane: Lane, step: usize, first: u32) {
+        let view = self.arrays.views[step];
+        let grid = Grid::of(self.cuda.grid(8), BLOCK);
+        // SAFETY: the head's own arrays, as large as its view says.
+        self.traced(lane, "gather_centers", |cuda, stream| unsafe {
+            cuda.kernels.gather_centers.launch(stream, grid, (view, first))
+        });
+    }
+
+    /// Gathers the next step's first chunk early, if it is drawn and nothing needs the one before.
+    fn gather_ahead(&mut self) {
+        let next = self.next();
+        if self.under_way || !self.drafted || self.drafts[next].gathered || self.failure.is_some() {
+            return;
+        }
+        let waited = self.lanes.of(Lane::Centers).wait(&self.drafts[next].drawn);
+        self.keep(waited);
+        self.gather(Lane::Centers, next, 0);
+        self.drafts[next].gathered = true;
+    }
+
+    /// W^ and P of a chunk of the current step.
+    fn numerators(&mut self, lane: Lane, first: u32) {
+        let view = self.view();
+        if !(first == 0 && std::mem::take(&mut self.drafts[self.current].gathered)) {
+            self.gather(lane, self.current, first);
+        }
+        self.product(lane, "multiply_numerators", |products, stream| products.numerators(stream, view, first));
+    }
+
+    /// P @ W^ of a chunk.
+    fn weighted(&mut self, first: u32) {
+        let (view, spared) = (self.view(), self.spared(SPARED_BY_WEIGHTED));
+        self.product(Lane::Main, "multiply_weighted", |products, stream| products.weighted(stream, view, first, spared));
     }
 
     /// dW of a chunk: into the rows, or into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
-        let launched = self.cuda.products.centers(&self.cuda.stream, self.view(), first, loss_weight, fuse);
-        self.keep(launched);
+        let (view, spared) = (self.view(), self.spared(SPARED_BY_CENTERS));
+        self.product(Lane::Centers, "multiply_centers", |products, stream| {
+            products.centers(stream, view, first, loss_weight, fuse, spared)
+        });
+    }
+
+    /// Nothing runs beside the products of a rank that is alone.
+    fn spared(&self, multiprocessors: u32) -> u32 {
+        if self.spec.ranks == 1 {
+            0
+        } else {
+            multiprocessors
+        }
     }
 
     fn finish_update(&mut self) {
         let view = self.view();
-        run!(self, main, sum_squares[PARTS], 1, BLOCK, (view, 1i32));
+        run!(self, Centers, sum_squares[PARTS], 1, BLOCK, (view, 1i32));
         if self.dense() {
-            run!(self, main, advance_history, self.cuda.grid(1), BLOCK, (view,));
+            run!(self, Centers, advance_history, self.cuda.grid(1), BLOCK, (view,));
         }
-        run!(self, main, end_update, 1, 32, (view,));
+        run!(self, Centers, end_update, 1, 32, (view,));
         self.updates += 1;
         let half = self.sizes.history_capacity / 2;
         if self.dense() && self.updates.is_multiple_of(half) {
             // No row's gap outgrows the ring: what this leaves is at most half as old.
             let before = self.updates - half / 2;
-            run!(self, main, catch_up_rows, self.cuda.grid(8), BLOCK, (view, before));
+            run!(self, Centers, catch_up_rows, self.cuda.grid(8), BLOCK, (view, before));
+        }
+        self.under_way = false;
+        self.gather_ahead();
+    }
+
+    /// Hands out what `from` has made; `received` says who goes on with the result.
+    fn exchange<T>(&mut self, name: &'static str, from: Lane, buffers: (*mut T, *mut T), count: usize, dtype: DType) -> Exchange {
+        let lane = self.lanes.exchange(from);
+        self.join(lane, from);
+        self.exchanging = Some((lane, self.lanes.begin(lane), self.scope(from), name));
+        Exchange {
+            send: buffers.0.cast_const().cast(),
+            recv: buffers.1.cast(),
+            count,
+            dtype,
+            stream: self.lanes.of(lane).raw(),
+            memory: Some(self.cuda.clone()),
         }
     }
 
-    fn exchange<T>(&self, send: *mut T, recv: *mut T, count: usize, dtype: DType, side: bool) -> Exchange {
-        let stream = if side { &self.side } else { &self.cuda.stream };
-        Exchange {
-            send: send.cast_const().cast(),
-            recv: recv.cast(),
-            count,
-            dtype,
-            stream: stream.raw(),
-            memory: Some(self.cuda.clone()),
+    /// What `by` runs from here on comes after the last exchange.
+    fn received(&mut self, by: Lane) {
+        if let Some((lane, begun, scope, name)) = self.exchanging.take() {
+            self.lanes.end(lane, begun, scope, name);
+            self.join(by, lane);
         }
     }
 
@@ -252,169 +312,64 @@ impl CudaHead {
         // SAFETY: a block on the device; the verdict lives as long as the head and is read after the wait.
         unsafe { self.cuda.stream.download(self.verdict.as_raw().cast(), block.cast(), size_of::<StepBlock>()) }?;
         self.cuda.stream.synchronize()?;
+        self.lanes.settle();
         self.block = self.verdict[0];
         Ok(())
-    }
-
-    /// Makes room for a caller's sample beyond every draw.
-    fn grow(&mut self, classes: usize) -> Result<()> {
-        if classes as u64 <= self.sizes.sample_most {
-            return Ok(());
-        }
-        self.side.synchronize()?;
-        self.cuda.stream.synchronize()?;
-        let sizes = Sizes::new(&self.spec, self.cuda.gpu()?, classes as u64)?;
-        sizes.grow(&mut self.arrays, &self.cuda.stream)?;
-        self.sizes = sizes;
-        // The draw goes on on the other stream.
-        self.cuda.stream.synchronize()
-    }
-
-    fn upload_labels(&mut self, draft: usize, labels: &Labels) -> Result<*mut i64> {
-        let target = self.labels_in[draft].as_mut_ptr();
-        if labels.count == 0 {
-            return Ok(target);
-        }
-        let bytes = labels.count * size_of::<i64>();
-        if self.cuda.context.place("labels", labels.data.cast())? == Place::Device {
-            // In the order of the caller's stream, who may overwrite them there as soon as this returns.
-            self.cuda.stream.wait(&self.drawn[draft])?;
-            // SAFETY: the caller gave as many labels; the head's own have room for the largest batch.
-            unsafe { self.cuda.stream.copy(target.cast(), labels.data.cast(), bytes) }?;
-            self.released[draft].record(&self.cuda.stream)?;
-            self.side.wait(&self.released[draft])?;
-            return Ok(target);
-        }
-        // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
-        let given = unsafe { labels.as_slice() };
-        let (slot, free) = &mut self.label_slots[self.next_slot];
-        if !free.is_over()? {
-            free.synchronize()?;
-        }
-        slot[..given.len()].copy_from_slice(given);
-        // SAFETY: the slot is not written again before the event.
-        unsafe { self.side.upload(target.cast(), slot.as_raw().cast(), bytes) }?;
-        free.record(&self.side)?;
-        self.next_slot = (self.next_slot + 1) % LABEL_SLOTS;
-        self.labels[draft] = Some(given.to_vec());
-        Ok(target)
-    }
-
-    /// The draw: labels sorted, positives found, negatives drawn, targets placed.
-    fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
-        let draft = self.next();
-        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes.label_capacity as usize);
-        let list = match chosen {
-            Some(ids) => {
-                self.grow((ids.len() + label_capacity).min(self.spec.shard.rows as usize))?;
-                let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
-                Some((self.staging.borrow_mut().classes(&self.side, &classes)?.cast(), classes.len() as u32))
-            }
-            None => None,
-        };
-        let view = self.arrays.views[draft];
-        let grid = self.cuda.grid(4);
-        run!(self, side, spread_labels, grid, BLOCK, (view,));
-        for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
-            let from = pass as u32 % 2;
-            run!(self, side, sort_labels_count[BINS], grid, BLOCK, (view, shift, from));
-            run!(self, side, sort_labels_scan[PARTS], 1, ALONE, (view,));
-            run!(self, side, sort_labels_scatter[WARP_BINS], grid, BLOCK, (view, shift, from));
-        }
-        run!(self, side, find_positives_count[PARTS], grid, BLOCK, (view,));
-        run!(self, side, find_positives_scan[PARTS], 1, ALONE, (view,));
-        run!(self, side, find_positives_scatter[PARTS], grid, BLOCK, (view,));
-        if chosen.is_none() && view.whole != 0 {
-            run!(self, side, list_whole, grid, BLOCK, (view,));
-        } else {
-            run!(self, side, mark_positives, grid, BLOCK, (view,));
-            if let Some((classes, count)) = list {
-                run!(self, side, mark_chosen, grid, BLOCK, (view, classes, count));
-            } else {
-                for level in 0..3u32 {
-                    run!(self, side, key_histogram[HISTOGRAM], grid, BLOCK, (view, level));
-                    run!(self, side, pick_threshold[PARTS], 1, ALONE, (view, level));
-                }
-                run!(self, side, mark_below, grid, BLOCK, (view,));
-                run!(self, side, mark_ties_scan[PARTS], 1, ALONE, (view,));
-                run!(self, side, mark_ties, grid, BLOCK, (view,));
-            }
-            run!(self, side, list_sample_count[PARTS], grid, BLOCK, (view,));
-            run!(self, side, list_sample_scan[PARTS], 1, ALONE, (view,));
-            run!(self, side, list_sample_scatter[PARTS], grid, BLOCK, (view,));
-        }
-        run!(self, side, place_targets, grid, BLOCK, (view,));
-        self.drawn[draft].record(&self.side)
     }
 }
 
 impl HeadDevice for CudaHead {
     fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
-        let draft = self.next();
-        (self.drafted, self.batches[draft], self.own_failure[draft], self.labels[draft]) = (true, 0, None, None);
-        let released = self.side.wait(&self.released[draft]);
-        self.keep(released);
-        let uploaded = labels.and_then(|labels| Ok((self.upload_labels(draft, &labels)?, labels.count)));
-        let (source, batch, status) = match uploaded {
-            Ok((source, count)) => {
-                self.batches[draft] = count;
-                (source, count as u64, 0i32)
-            }
-            Err(error) => {
-                let status = error.status as i32;
-                self.own_failure[draft] = Some(error);
-                (std::ptr::null_mut(), 0u64, status)
-            }
-        };
-        let view = self.arrays.views[draft];
-        let (samples, updates) = (step.samples, step.updates);
-        run!(self, side, pack_labels, self.cuda.grid(1), BLOCK, (view, samples, updates, status, batch, source.cast()));
-        let count = HEADER + self.spec.options.max_batch as usize;
-        self.exchange(view.labels_send, view.labels_recv, count, DType::I64, true)
+        self.draft_labels(step, labels)
     }
 
     fn judge_labels(&mut self) -> Result<()> {
+        self.received(Lane::Draw);
         let view = self.arrays.views[self.next()];
-        run!(self, side, judge_labels[PARTS], 1, ALONE, (view,));
+        run!(self, Draw, judge_labels[PARTS], 1, draw::ALONE, (view,));
         self.settled()
     }
 
     fn sample(&mut self, _step: u64, chosen: Option<&[i64]>) -> Result<()> {
         self.draw(chosen)?;
+        self.gather_ahead();
         self.settled()?;
-        self.own_failure[self.next()].clone().map_or(Ok(()), Err)
+        self.drafts[self.next()].own_failure.clone().map_or(Ok(()), Err)
     }
 
     fn sample_ids(&self) -> Result<Vec<i64>> {
-        // In the order of whoever wrote the block last.
-        let (view, stream) = match self.drafted {
-            true => (self.arrays.views[self.next()], &self.side),
-            false => (self.view(), &self.cuda.stream),
+        // After whoever writes the block last.
+        self.lanes.join(Lane::Centers, Lane::Main)?;
+        let (view, lane) = match self.drafted {
+            true => (self.arrays.views[self.next()], Lane::Draw),
+            false => (self.view(), Lane::Centers),
         };
+        let stream = self.lanes.of(lane);
         let block: StepBlock = staging::fetch(stream, view.block, 1)?[0];
         let classes: Vec<u32> = staging::fetch(stream, view.sample, block.classes as usize)?;
         Ok(classes.into_iter().map(|class| self.spec.shard.first as i64 + i64::from(class)).collect())
     }
 
     fn next_labels(&self) -> (usize, Option<&[i64]>) {
-        let draft = self.next();
-        let count = self.batches[draft];
-        let known = self.labels[draft].as_deref().map(|labels| &labels[..count]);
-        (count, if count == 0 { Some(&[]) } else { known })
+        let Draft { batch, labels, .. } = &self.drafts[self.next()];
+        (*batch, if *batch == 0 { Some(&[]) } else { labels.as_deref() })
     }
 
     fn begin(&mut self) -> Result<()> {
+        // The step before writes the rows that this one reads, and reads the arrays that it writes.
+        self.join(Lane::Main, Lane::Centers);
         if self.drafted {
-            self.released[self.current].record(&self.cuda.stream)?;
+            self.drafts[self.current].released.record(&self.cuda.stream)?;
             self.current = self.next();
             self.drafted = false;
         }
-        self.cuda.stream.wait(&self.drawn[self.current])?;
+        self.under_way = true;
+        self.cuda.stream.wait(&self.drafts[self.current].drawn)?;
         self.settled()
     }
 
     fn batch(&self) -> usize {
-        self.batches[self.current]
+        self.drafts[self.current].batch
     }
 
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
@@ -427,10 +382,10 @@ impl HeadDevice for CudaHead {
         };
         let source = source.unwrap_or_else(MatrixView::zeroed);
         let (view, batch) = (self.view(), source.rows);
-        run!(self, main, pack_embeddings, self.cuda.grid(4), BLOCK, (view, source, batch));
+        run!(self, Main, pack_embeddings, self.cuda.grid(4), BLOCK, (view, source, batch));
         let dtype = self.sizes.gather_dtype;
         let count = self.spec.options.max_batch as usize * self.dim();
-        self.exchange(view.embeddings_send, view.embeddings_recv, count, dtype, false)
+        self.exchange("all_gather embeddings", Lane::Main, (view.embeddings_send, view.embeddings_recv), count, dtype)
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
@@ -438,38 +393,46 @@ impl HeadDevice for CudaHead {
             true => MatrixView::zeroed(),
             false => self.staging.borrow_mut().upload(&self.cuda.stream, "embeddings", embeddings)?,
         };
+        self.received(Lane::Main);
         let view = self.view();
-        run!(self, main, normalize_embeddings, self.cuda.grid(4), BLOCK, (view, source));
-        run!(self, main, judge_embeddings, 1, 32, (view,));
-        run!(self, main, find_targets, self.cuda.grid(4), BLOCK, (view, source));
+        run!(self, Main, normalize_embeddings, self.cuda.grid(4), BLOCK, (view, source));
+        run!(self, Main, judge_embeddings, 1, 32, (view,));
+        run!(self, Main, find_targets, self.cuda.grid(4), BLOCK, (view, source));
         for first in self.chunks() {
-            self.numerators(first);
-            let launched = self.cuda.products.weighted(&self.cuda.stream, view, first);
-            self.keep(launched);
+            if let Some(before) = self.put_off.replace(first) {
+                self.weighted(before);
+            }
+            self.numerators(Lane::Main, first);
         }
-        run!(self, main, reduce_rows, self.cuda.grid(4), BLOCK, (view,));
+        run!(self, Main, reduce_rows, self.cuda.grid(4), BLOCK, (view,));
         self.settled()
     }
 
     fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
         let view = self.view();
-        run!(self, main, pack_sums[PARTS], 1, BLOCK, (view, status));
-        match self.sharded() {
+        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status));
+        let exchange = match self.sharded() {
             true => {
                 let count = 2 * self.sizes.label_capacity as usize + TOTALS;
-                self.exchange(view.sums, view.sums, count, DType::F32, false)
+                self.exchange("all_reduce sums", Lane::Main, (view.sums, view.sums), count, DType::F32)
             }
             false => {
                 let count = REPLICATED_TOTALS + REPLICATED_SLOT * self.spec.ranks as usize;
-                self.exchange(view.replicated_sums, view.replicated_sums, count, DType::F64, false)
+                self.exchange("all_reduce sums", Lane::Main, (view.replicated_sums, view.replicated_sums), count, DType::F64)
             }
+        };
+        // Enqueued before the all-reduce, which a communicator may make the host wait for; they run side by side.
+        if let Some(last) = self.put_off.take() {
+            self.weighted(last);
         }
+        exchange
     }
 
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {
+        self.received(Lane::Main);
         let (view, target) = (self.view(), loss.unwrap_or(std::ptr::null_mut()));
-        run!(self, main, judge_sums[PARTS], 1, BLOCK, (view, target.cast()));
+        run!(self, Main, judge_sums[PARTS], 1, BLOCK, (view, target.cast()));
         self.settled()?;
         self.at_labels = false;
         if loss.is_some() {
@@ -491,9 +454,8 @@ impl HeadDevice for CudaHead {
 
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
-        self.side.synchronize()?;
-        let ledger_at = self.view().ledger;
-        let ledger: Ledger = staging::fetch(&self.cuda.stream, ledger_at, 1)?[0];
+        self.lanes.synchronize()?;
+        let ledger: Ledger = staging::fetch(&self.cuda.stream, self.view().ledger, 1)?[0];
         if ledger.failed == 0 {
             return Ok(());
         }
@@ -512,20 +474,23 @@ impl HeadDevice for CudaHead {
 
     fn backward(&mut self) -> Exchange {
         let view = self.view();
-        run!(self, main, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
-        run!(self, main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));
+        run!(self, Main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));
         let count = self.spec.options.max_batch as usize * self.dim();
-        self.exchange(view.gradient_send, view.gradient_recv, count, DType::F32, false)
+        let buffers = (view.gradient_send, view.gradient_recv);
+        let exchange = self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32);
+        run!(self, Main, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
+        exchange
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
+        self.received(Lane::Main);
         let view = self.view();
         let target = match gradient {
             Some(matrix) => self.staging.borrow_mut().target(&self.cuda.stream, "grad_embeddings", matrix)?,
             None => MatrixView::zeroed(),
         };
-        run!(self, main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, target));
-        run!(self, main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
+        run!(self, Main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, target));
+        run!(self, Main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
         self.settled()?;
         match gradient {
             Some(matrix) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
@@ -535,16 +500,17 @@ impl HeadDevice for CudaHead {
 
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         beside()?;
+        self.join(Lane::Centers, Lane::Main);
         let (view, fused) = (self.view(), self.fused());
-        run!(self, main, begin_update, 1, 32, (view, learning_rate));
+        run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
         for first in self.chunks() {
             if !self.sizes.keeps_probabilities() {
-                self.numerators(first);
+                self.numerators(Lane::Centers, first);
             }
             self.centers(first, loss_weight, i32::from(fused));
             if !fused {
                 let count = self.sizes.chunk_capacity as u32;
-                run!(self, main, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
+                run!(self, Centers, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
             }
         }
         self.finish_update();
@@ -553,31 +519,35 @@ impl HeadDevice for CudaHead {
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
         let (view, dim) = (self.view(), self.dim());
+        self.join(Lane::Centers, Lane::Main);
         // Ranks add up as many rows as a sample can have; those beyond this one are zeros.
         let bytes = size_of::<f32>() * self.sizes.sample_capacity as usize * dim;
         // SAFETY: the head's own array, of this size.
-        let cleared = unsafe { self.cuda.stream.fill(view.center_gradient.cast(), 0, bytes) };
+        let cleared = unsafe { self.lanes.of(Lane::Centers).fill(view.center_gradient.cast(), 0, bytes) };
         self.keep(cleared);
         for first in self.chunks() {
             if !self.sizes.keeps_probabilities() {
-                self.numerators(first);
+                self.numerators(Lane::Centers, first);
             }
             self.centers(first, loss_weight, 0);
         }
         let count = self.sizes.sample_most as usize * dim;
-        self.exchange(view.center_gradient, view.center_gradient, count, DType::F32, false)
+        let buffers = (view.center_gradient, view.center_gradient);
+        self.exchange("all_reduce center gradient", Lane::Centers, buffers, count, DType::F32)
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
+        self.received(Lane::Centers);
         let (view, first, count) = (self.view(), 0u32, self.sizes.sample_capacity as u32);
-        run!(self, main, begin_update, 1, 32, (view, learning_rate));
-        run!(self, main, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
+        run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
+        run!(self, Centers, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
         self.finish_update();
         self.settled()
     }
 
     fn figures(&mut self) -> Result<StepFigures> {
         self.settled()?;
+        self.join(Lane::Main, Lane::Centers);
         self.read_block()?;
         let (view, block) = (self.view(), self.block);
         let rows = block.rows as usize;
@@ -599,6 +569,7 @@ impl HeadDevice for CudaHead {
 
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
+        self.lanes.join(Lane::Main, Lane::Centers)?;
         // A piece at a time: a whole shard has no room beside itself.
         let piece = self.rows_a_piece();
         for start in (0..rows.rows).step_by(piece) {
@@ -619,13 +590,16 @@ impl HeadDevice for CudaHead {
             let class = self.spec.shard.first + first + row as u64;
             return Err(error!(InvalidArgument, "row {row} (class {class}) holds a NaN or an infinity"));
         }
+        self.join(Lane::Main, Lane::Centers);
         let piece = self.rows_a_piece();
         for start in (0..rows.rows).step_by(piece) {
             let part = part_of(rows, start, piece);
             let source = self.staging.borrow_mut().upload(&self.cuda.stream, "rows", &part)?;
             let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
-            run!(self, main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
+            run!(self, Main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
         }
+        let next = self.next();
+        self.drafts[next].gathered = false;
         self.settled()?;
         self.cuda.stream.synchronize()
     }
@@ -668,8 +642,7 @@ impl Drop for CudaHead {
         if self.cuda.process != std::process::id() {
             return;
         }
-        let done = self.side.synchronize().and(self.cuda.stream.synchronize());
-        if let Err(error) = done {
+        if let Err(error) = self.lanes.synchronize() {
             log::warn!("rank {}: a head was freed with work that failed: {error}", self.spec.rank);
         }
     }

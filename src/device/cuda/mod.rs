@@ -7,6 +7,7 @@ mod driver;
 mod head;
 pub(crate) mod images;
 mod kernels;
+mod lanes;
 mod memory;
 mod nearest;
 mod products;

@@ -37,9 +37,10 @@ const WIDTHS: [Width; 4] = [
 /// The largest embedding_dim that a row of accumulators holds.
 pub(super) const LARGEST_WIDTH: u32 = 1024;
 
-/// A kernel, and the blocks that fill the GPU.
+/// A kernel, and the blocks that fill a multiprocessor.
 struct Product<A> {
     kernel: Kernel<A>,
+    multiprocessors: u32,
     grid: Grid,
 }
 
@@ -47,13 +48,16 @@ impl<A: Arguments> Product<A> {
     fn load(module: &Arc<Module>, name: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
         let kernel = module.kernel::<A>(name)?;
         kernel.allow_shared(shared)?;
-        let blocks = multiprocessors * kernel.blocks_per_multiprocessor(THREADS, shared)?.max(1);
-        Ok(Product { kernel, grid: Grid { blocks, threads: THREADS, shared } })
+        let blocks = kernel.blocks_per_multiprocessor(THREADS, shared)?.max(1);
+        Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads: THREADS, shared } })
     }
 
-    fn launch(&self, stream: &Stream, arguments: A) -> Result<()> {
+    /// On all multiprocessors but `spared`, and on an eighth of a small GPU's at most less.
+    fn launch(&self, stream: &Stream, arguments: A, spared: u32) -> Result<()> {
+        let used = self.multiprocessors - spared.min(self.multiprocessors / 8);
+        let grid = Grid { blocks: used * self.grid.blocks, ..self.grid };
         // SAFETY: the arrays of a head, as large as its view says.
-        unsafe { self.kernel.launch(stream, self.grid, arguments) }
+        unsafe { self.kernel.launch(stream, grid, arguments) }
     }
 }
 
@@ -104,18 +108,18 @@ impl Products {
 
     /// GEMM1: P of the chunk that begins at column `first`, and its row sums.
     pub fn numerators(&self, stream: &Stream, view: HeadView, first: u32) -> Result<()> {
-        self.of(&view).numerators.launch(stream, (view, first))
+        self.of(&view).numerators.launch(stream, (view, first), 0)
     }
 
-    /// GEMM2: P @ W^ of the chunk.
-    pub fn weighted(&self, stream: &Stream, view: HeadView, first: u32) -> Result<()> {
-        self.of(&view).weighted.launch(stream, (view, first))
+    /// GEMM2: P @ W^ of the chunk, beside what runs on the multiprocessors that it spares.
+    pub fn weighted(&self, stream: &Stream, view: HeadView, first: u32, spared: u32) -> Result<()> {
+        self.of(&view).weighted.launch(stream, (view, first), spared)
     }
 
     /// GEMM3: dW of the chunk; `fuse` 1 updates the rows, 0 writes their gradient.
-    pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32) -> Result<()> {
+    pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32, spared: u32) -> Result<()> {
         let narrowest = WIDTHS.iter().position(|width| view.dim <= width.most).unwrap_or(WIDTHS.len() - 1);
-        self.of(&view).centers[narrowest].launch(stream, (view, first, loss_weight, fuse))
+        self.of(&view).centers[narrowest].launch(stream, (view, first, loss_weight, fuse), spared)
     }
 }
 

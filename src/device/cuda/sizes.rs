@@ -197,7 +197,7 @@ impl Sizes {
         let dense = options.row_update == RowUpdate::Dense;
         let center_gradient = match () {
             () if !sharded => times(&[sample, dim]),
-            () if adamw || dense => times(&[chunk, dim]),
+            () if dense => times(&[chunk, dim]),
             // The product's epilogue updates the rows in place.
             () => 0,
         };
@@ -269,7 +269,8 @@ impl Sizes {
         array!(Activation, 1, gradient_send: f32, only(sharded, times(&[ranks, max_batch, dim])));
         array!(Activation, 1, gradient_recv: f32, times(&[max_batch, dim]));
         array!(Activation, 1, center_gradient: f32, center_gradient);
-        array!(Activation, 1, squares: f32, rows.max(sample));
+        array!(Activation, 1, squares: f32, rows);
+        array!(Activation, 1, center_squares: f32, sample);
         array!(Weight, 1, centers: f32, master);
         array!(State, 1, momentum: f32, master);
         array!(State, 1, second_moment: f32, only(adamw, master));

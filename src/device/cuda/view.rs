@@ -200,6 +200,7 @@ structures! {
         gradient_recv: *mut f32,
         center_gradient: *mut f32,
         squares: *mut f32,
+        center_squares: *mut f32,
         centers: *mut f32,
         momentum: *mut f32,
         second_moment: *mut f32,
@@ -246,7 +247,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<Gap>() == 32);
     assert!(std::mem::size_of::<OptimizerView>() == 56);
-    assert!(std::mem::size_of::<HeadView>() == 640);
+    assert!(std::mem::size_of::<HeadView>() == 648);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

@@ -139,7 +139,7 @@ impl Drop for Stream {
     }
 }
 
-/// A moment in a stream, without a time.
+/// A moment in a stream; only one made by `timed` has a time.
 pub(crate) struct Event {
     raw: CUevent,
     context: Arc<Context>,
@@ -150,14 +150,30 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
+    /// Without a time, which would cost each record a write and each wait its wake-up.
     pub fn new(context: &Arc<Context>) -> Result<Event> {
+        Event::with(context, CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    pub fn timed(context: &Arc<Context>) -> Result<Event> {
+        Event::with(context, CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with(context: &Arc<Context>, flags: CUevent_flags) -> Result<Event> {
         let _current = context.enter()?;
         let mut raw = std::ptr::null_mut();
-        // A timestamp would cost each record a write and each wait its wake-up.
-        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: an output that outlives the call.
-        unsafe { call!(context.ordinal(), cuEventCreate(&mut raw, flags)) }?;
+        unsafe { call!(context.ordinal(), cuEventCreate(&mut raw, flags as u32)) }?;
         Ok(Event { raw, context: context.clone() })
+    }
+
+    /// Microseconds from an earlier event to this one; both are timed and over.
+    pub fn since(&self, earlier: &Event) -> Result<f64> {
+        let _current = self.context.enter()?;
+        let mut milliseconds = 0.0f32;
+        // SAFETY: an output that outlives the call, living events.
+        unsafe { call!(self.context.ordinal(), cuEventElapsedTime_v2(&mut milliseconds, earlier.raw, self.raw)) }?;
+        Ok(f64::from(milliseconds) * 1e3)
     }
 
     /// Makes it the moment after everything enqueued on `stream` so far.
