@@ -91,6 +91,10 @@ pub struct Head {
     /// Updates asked for: the same on all ranks that made the same calls.
     updates: u64,
     loss_weight: f64,
+    /// Where the last loss was: in the device's memory.
+    late: bool,
+    /// Why the step under way has come to nothing on this rank, whose peers do not know it yet and go on with it.
+    own_failure: Option<Error>,
     seconds: Seconds,
     poisoned: Option<Error>,
     /// After `rows`, whose last spans come when they go.
@@ -129,6 +133,8 @@ impl Head {
             step: 0,
             updates: 0,
             loss_weight: 1.0,
+            late: false,
+            own_failure: None,
             seconds: Seconds::default(),
             poisoned: None,
             _trace: trace::Writer,
@@ -199,7 +205,6 @@ impl Head {
     /// Phases 1 to 4; see `pfc_head_forward`.
     pub fn forward(&mut self, input: Result<StepInput>, loss: LossTarget) -> Result<f64> {
         self.usable()?;
-        self.phase = Phase::Idle;
         let input = self.begin_step(input)?;
         let outcome = self.run_forward(input, loss);
         self.survive(outcome)
@@ -210,7 +215,11 @@ impl Head {
         self.usable()?;
         self.expect(Phase::Forwarded, "pfc_head_backward", "pfc_head_forward")?;
         let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
-        let gradient = gradient.and_then(|gradient| self.check_rows("grad_embeddings", gradient));
+        let gradient = gradient.and_then(|gradient| {
+            self.check_shape("grad_embeddings", &gradient, self.rows.batch())?;
+            self.rows.check_memory("grad_embeddings", &gradient)?;
+            Ok(gradient)
+        });
         self.loss_weight = loss_weight;
         let (start, scope) = (Instant::now(), self.scope());
         let exchange = scope.host("backward", || self.rows.backward());
@@ -219,13 +228,17 @@ impl Head {
             Placement::Replicated => Ok(()),
         };
         self.survive(reduced)?;
+        if let Some(error) = &self.own_failure {
+            self.phase = Phase::Backwarded;
+            return Err(error.clone());
+        }
         // The other ranks have their gradient either way. Without a weight there is nothing to update by: the step is abandoned.
         self.phase = Phase::Idle;
         factors?;
         let factor = loss_weight * loss_scale * self.options.gradient_scale;
         let finished = scope.host("finish gradient", || self.rows.finish_gradient(factor, gradient.as_ref().ok()));
-        self.survive(finished)?;
         self.phase = Phase::Backwarded;
+        self.survive(finished)?;
         self.seconds.backward = start.elapsed().as_secs_f64();
         gradient.map(|_| ())
     }
@@ -236,39 +249,48 @@ impl Head {
         self.expect(Phase::Backwarded, "pfc_head_update", "pfc_head_backward")?;
         self.check_factor("learning_rate", learning_rate)?;
         let outcome = self.run_update(learning_rate, &mut || Ok(()));
-        self.survive_update(outcome)
+        self.survive_update(outcome)?;
+        self.own_failure.take().map_or(Ok(()), Err)
     }
 
     /// Forward, backward and update in one; see `pfc_head_step`.
     pub fn step(&mut self, input: Result<(StepInput, Matrix)>, learning_rate: f64, loss: LossTarget) -> Result<f64> {
         self.usable()?;
-        self.phase = Phase::Idle;
         let (mut gradient, checked) = (None, self.check_factor("learning_rate", learning_rate));
         let input = input.and_then(|(input, matrix)| {
             checked?;
             self.check_shape("grad_embeddings", &matrix, input.embeddings.rows)?;
+            self.rows.check_memory("grad_embeddings", &matrix)?;
             gradient = Some(matrix);
             Ok(input)
         });
         let input = self.begin_step(input)?;
         let outcome = self.run_forward(input, loss);
-        let loss = self.survive(outcome)?;
+        let loss = self.survive(outcome);
+        if self.phase == Phase::Idle {
+            return loss;
+        }
         self.loss_weight = 1.0;
+        if self.own_failure.is_some() {
+            gradient = None;
+        }
         let outcome = self.finish_step(learning_rate, gradient.as_ref());
         self.survive_update(outcome)?;
-        Ok(loss)
+        self.own_failure.take().map_or(loss, Err)
     }
 
     /// The verdict of everything enqueued: on a device that waits by itself, that of the head.
     pub fn wait(&mut self) -> Result<()> {
         self.usable()?;
         let verdict = self.rows.wait();
-        self.survive(verdict)
+        self.survive_judged(verdict)
     }
 
-    /// Where a loss pointer of the caller's lies.
+    /// Where a loss pointer of the caller's lies. None at all is taken to be where the last one was: it fails the step on this rank,
+    /// and the other ranks are then where they would be with this one's.
     pub fn loss_target(&self, loss: *mut f64) -> LossTarget {
-        match self.rows.holds(loss.cast_const().cast()) {
+        let late = if loss.is_null() { self.late } else { self.rows.holds(loss.cast_const().cast()) };
+        match late {
             true => LossTarget::Device(loss),
             false => LossTarget::Host,
         }
@@ -327,7 +349,7 @@ impl Head {
             if error.status == Status::Mismatch {
                 self.poison(&error);
             }
-            return Err(error);
+            return self.survive(Err(error));
         }
         self.seconds.gather = start.elapsed().as_secs_f64();
         let start = Instant::now();
@@ -336,13 +358,18 @@ impl Head {
         self.samples += 1;
         self.seconds.sample = start.elapsed().as_secs_f64();
         self.prepared = Some(sampled.clone());
-        sampled
+        self.survive(sampled)
     }
 
     /// Makes the next step the current one: prepared before, or now from the labels that came with the embeddings.
     ///
     /// Returns what this rank takes into B: its input, or its failure if the ranks are past A.
     fn begin_step(&mut self, input: Result<StepInput>) -> Result<Result<StepInput>> {
+        (self.phase, self.own_failure) = (Phase::Idle, None);
+        let input = input.and_then(|input| {
+            self.rows.check_memory("embeddings", &input.embeddings)?;
+            Ok(input)
+        });
         let input = match self.prepared.is_some() {
             true => input.and_then(|input| self.check_prepared(input)),
             false => {
@@ -354,7 +381,7 @@ impl Head {
                 });
                 // What fails in A fails on every rank; what fails after it is told in C.
                 if let Err(error) = self.gather_labels(labels) {
-                    if self.prepared.is_none() {
+                    if self.prepared.is_none() || self.poisoned.is_some() {
                         return Err(error);
                     }
                 }
@@ -419,15 +446,14 @@ impl Head {
         });
         if self.rows.failed_at_labels() {
             self.samples -= 1;
-            if let Err(error) = judged.as_ref().map_err(Clone::clone) {
-                // Ranks that have not made the same calls never come together again.
-                if error.status == Status::Mismatch {
-                    self.poison(&error);
-                }
-            }
+        }
+        self.late = matches!(target, LossTarget::Device(_));
+        if let (true, Err(error)) = (self.late, &outcome) {
+            self.phase = Phase::Forwarded;
+            self.own_failure = Some(error.clone());
         }
         outcome?;
-        let loss = judged?;
+        let loss = self.survive_judged(judged)?;
         self.seconds.reduce = start.elapsed().as_secs_f64();
         self.phase = Phase::Forwarded;
         Ok(loss)
@@ -506,6 +532,15 @@ impl Head {
         outcome
     }
 
+    /// As `survive` for a verdict on what the ranks have told each other.
+    fn survive_judged<T>(&mut self, verdict: Result<T>) -> Result<T> {
+        if let (Err(error), true) = (&verdict, self.rows.parted()) {
+            // Ranks that have not made the same calls never come together again.
+            self.poison(error);
+        }
+        self.survive(verdict)
+    }
+
     /// As `survive` for an update, after whose failure the ranks' rows are not what one step makes of them.
     fn survive_update<T>(&mut self, outcome: Result<T>) -> Result<T> {
         if let Err(error) = &outcome {
@@ -527,11 +562,6 @@ impl Head {
             }
         );
         Ok(())
-    }
-
-    fn check_rows(&self, name: &str, matrix: Matrix) -> Result<Matrix> {
-        self.check_shape(name, &matrix, self.rows.batch())?;
-        Ok(matrix)
     }
 
     fn check_shape(&self, name: &str, matrix: &Matrix, rows: usize) -> Result<()> {

@@ -4,16 +4,12 @@
 
 mod common;
 
-use std::ffi::{c_char, c_void, CStr};
-
 use common::ffi::{options, outcome, to_c, Comm, Device, Head, Outcome};
+use common::gpu::{gpu, Remote};
 use common::numbers::Random;
 use common::ranks::on_ranks;
 use common::simt;
-use partialfc::capi::device::pfc_device_cuda;
 use partialfc::capi::head as c_head;
-use partialfc::capi::types::pfc_matrix;
-use partialfc::matrix::DType;
 use partialfc::Status;
 
 const ROWS: usize = 6;
@@ -30,75 +26,6 @@ const WAITS: [&str; 7] = [
     "cuMemAlloc_v2",
     "cuMemFree_v2",
 ];
-
-fn driver_function(name: &CStr) -> *mut c_void {
-    // SAFETY: a name that ends; the driver is loaded for everyone to see.
-    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr().cast::<c_char>()) };
-    assert!(!found.is_null(), "{name:?}");
-    found
-}
-
-/// Memory on the GPU, of `values` to begin with.
-struct Remote {
-    address: u64,
-    bytes: usize,
-}
-
-impl Remote {
-    fn of<T: Copy>(values: &[T]) -> Remote {
-        let bytes = std::mem::size_of_val(values);
-        let mut address = 0u64;
-        // SAFETY: the driver's functions, of these types; the device's context is current on this thread.
-        unsafe {
-            let alloc: unsafe extern "C" fn(*mut u64, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemAlloc_v2"));
-            let copy: unsafe extern "C" fn(u64, *const c_void, usize) -> i32 =
-                std::mem::transmute(driver_function(c"cuMemcpyHtoD_v2"));
-            assert_eq!((alloc(&mut address, bytes), copy(address, values.as_ptr().cast(), bytes)), (0, 0));
-        }
-        Remote { address, bytes }
-    }
-
-    fn read<T: Copy + Default>(&self) -> Vec<T> {
-        let mut values = vec![T::default(); self.bytes / std::mem::size_of::<T>()];
-        // SAFETY: as above; as many bytes.
-        unsafe {
-            let copy: unsafe extern "C" fn(*mut c_void, u64, usize) -> i32 =
-                std::mem::transmute(driver_function(c"cuMemcpyDtoH_v2"));
-            assert_eq!(copy(values.as_mut_ptr().cast(), self.address, self.bytes), 0);
-        }
-        values
-    }
-
-    fn matrix(&self) -> pfc_matrix {
-        let data = self.address as *mut c_void;
-        pfc_matrix { data, dtype: DType::F32 as i32, reserved: 0, rows: ROWS as u64, cols: DIM as u64, row_stride: DIM as u64 }
-    }
-}
-
-impl Drop for Remote {
-    fn drop(&mut self) {
-        // SAFETY: made by `of`; every test waits for its steps first.
-        unsafe {
-            let free: unsafe extern "C" fn(u64) -> i32 = std::mem::transmute(driver_function(c"cuMemFree_v2"));
-            free(self.address);
-        }
-    }
-}
-
-fn gpu() -> Device {
-    let mut raw = std::ptr::null_mut();
-    // SAFETY: an output that outlives the call; the default stream. The primary context is made current for this thread.
-    unsafe {
-        let init: unsafe extern "C" fn(u32) -> i32 = std::mem::transmute(driver_function(c"cuInit"));
-        let retain: unsafe extern "C" fn(*mut *mut c_void, i32) -> i32 =
-            std::mem::transmute(driver_function(c"cuDevicePrimaryCtxRetain"));
-        let set: unsafe extern "C" fn(*mut c_void) -> i32 = std::mem::transmute(driver_function(c"cuCtxSetCurrent"));
-        let mut context = std::ptr::null_mut();
-        assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
-        outcome(pfc_device_cuda(0, std::ptr::null_mut(), &mut raw)).expect("GPU 0");
-    }
-    Device(raw)
-}
 
 /// A step's arrays on the GPU.
 struct Step {
@@ -124,7 +51,7 @@ impl Step {
     }
 
     fn run(&self, head: &Head) -> Outcome<()> {
-        let (embeddings, gradient) = (self.embeddings.matrix(), self.gradient.matrix());
+        let (embeddings, gradient) = (self.embeddings.matrix(DIM), self.gradient.matrix(DIM));
         // SAFETY: a live handle; arrays on the GPU of the sizes that the head takes.
         unsafe {
             let (labels, loss) = (self.labels.address as *const i64, self.loss.address as *mut f64);
@@ -159,7 +86,7 @@ fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
     for (number, step) in steps.iter().enumerate() {
         let (late_loss, late_gradient) = (step.loss.read::<f64>()[0], step.gradient.read::<f32>());
         let mut loss = 0.0;
-        let (embeddings, gradient) = (step.embeddings.matrix(), step.gradient.matrix());
+        let (embeddings, gradient) = (step.embeddings.matrix(DIM), step.gradient.matrix(DIM));
         // SAFETY: as in `run`; the loss is the host's.
         unsafe {
             let labels = step.labels.address as *const i64;

@@ -25,7 +25,7 @@ namespace {
 std::vector<Stream*> streams;  // by slot; null: free
 std::vector<uint32_t> counts;  // of a slot's operations, over all streams that had it
 std::vector<uint32_t> host_clock;
-uint64_t host_time;  // when what the host last synchronised with had ended
+thread_local uint64_t host_time;  // when what this thread last synchronised with had ended
 uint32_t next_id = 1;
 Stream* legacy;
 thread_local Stream* own;

@@ -8,6 +8,16 @@
 //! updated; the other ranks get the same status, or REMOTE. pfc_head_backward and _update have no message for a rank's own mistake: it
 //! is that rank's alone, and ranks that then differ in their steps get MISMATCH in the next one. After that, after COMM, TIMEOUT,
 //! ABORTED, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator aborted: free both.
+//!
+//! On a CUDA device work is enqueued on its stream. pfc_head_prepare does not wait for the other ranks' labels: LABEL, MISMATCH and
+//! REMOTE come from the forward that follows. What is wrong with a rank's own arguments it hears at once, and the others with that
+//! forward, which it has to call as they do.
+//!
+//! All ranks keep the loss of a step on the host, or all in the device's memory. With a loss in the device's memory no call waits, and
+//! a failed step is known to nobody until pfc_head_wait tells it, once and with the step's number, on all ranks: its gradients are
+//! zeros, its loss is NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong hears so from
+//! pfc_head_forward, too; but its peers go on with the step, and it has to make the calls that they make: pfc_head_backward and
+//! pfc_head_update then take part in what the others wait for, write nothing and give that error again.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -229,7 +239,7 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 }
 
 /// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
-/// used up once a step's labels were good, whatever becomes of that step.
+/// used up once a step's labels were good (CUDA: once they were given), whatever becomes of that step.
 ///
 /// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied
 /// @param count ids
@@ -249,8 +259,10 @@ pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i6
 ///
 /// @param embeddings batch x embedding_dim, f32, f16 or bf16; not normalised
 /// @param labels one for each row; NULL: those of pfc_head_prepare
-/// @param loss written: the mean over the valid rows of all ranks, the same on every rank
-/// @return LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable
+/// @param loss written: the mean over the valid rows of all ranks, the same on every rank; CUDA: in host memory, or in the device's,
+///   and then nothing is waited for
+/// @return LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable; with a loss in the device's memory they come
+///   from pfc_head_wait
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_forward(
     head: *mut pfc_head,
@@ -278,6 +290,7 @@ pub unsafe extern "C" fn pfc_head_forward(
 /// @param loss_scale multiplies grad_embeddings only, as AMP has it
 /// @param grad_embeddings written: batch x embedding_dim, times loss_weight * loss_scale * gradient_scale, rounded to its dtype. A
 ///   wrong one is an error on this rank alone, after its part in the exchange: pfc_head_update may follow. A wrong factor abandons the step.
+/// @return with a loss in the device's memory, on a rank whose own forward failed: that failure, after its part in the exchange
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_backward(
     head: *mut pfc_head,
@@ -292,6 +305,8 @@ pub unsafe extern "C" fn pfc_head_backward(
 }
 
 /// Phase 5 for the class centres: updates the sampled rows. After pfc_head_backward. Collective when replicated.
+///
+/// With a loss in the device's memory, on a rank whose own forward failed: gives that failure, after its part in the exchange.
 ///
 /// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be made again
 #[no_mangle]
@@ -325,6 +340,10 @@ pub unsafe extern "C" fn pfc_head_step(
 }
 
 /// The verdict of everything enqueued. On the CPU device every call has given its own: returns OK, POISONED or FORKED.
+///
+/// CUDA: waits for the device. The failure of the first step with a loss in the device's memory that came to nothing since the last
+/// call, with the step's number, counted from 0 as samples are drawn, and how many came after it; the same status on all ranks, but
+/// where it was one rank's own: then that one, and REMOTE on the others. Told once.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_wait(head: *mut pfc_head) -> pfc_status {
     with_head(head, |head| head.wait())

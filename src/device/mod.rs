@@ -226,6 +226,14 @@ pub trait HeadDevice: Send {
     fn failed_at_labels(&self) -> bool {
         false
     }
+    /// Whether the failure that `judge_sums` or `wait` gave is that the ranks are at different steps.
+    fn parted(&self) -> bool {
+        false
+    }
+    /// Whether the device can use a matrix of the caller's where it lies; the error names it.
+    fn check_memory(&self, _name: &str, _matrix: &Matrix) -> Result<()> {
+        Ok(())
+    }
     /// The verdict of everything enqueued.
     fn wait(&mut self) -> Result<()> {
         Ok(())

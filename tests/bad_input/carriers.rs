@@ -162,7 +162,7 @@ fn fail_in_step(options: &HeadOptions, at: i64, hangs: bool, timeout_ms: u64) ->
     let (comms, carriers) = group(3, hangs);
     let carriers = addresses(&carriers);
     on_comms(comms, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+        let mut head = Head::new(&Device::under_test(1), &place.comm, options);
         place.comm.barrier().expect("all are there");
         place.comm.set_timeout(timeout_ms);
         // SAFETY: the communicator, which the head holds, keeps the carrier alive.
@@ -234,7 +234,7 @@ fn a_failing_function_during_creation_gives_no_head() {
             // SAFETY: the communicator keeps the carrier alive.
             unsafe { &*(carriers[1] as *const Carrier) }.until_fault.store(0, Ordering::SeqCst);
         }
-        let refused = Head::with(&Device::cpu(1), &place.comm, &options(10, 4, 8)).map(|_| ());
+        let refused = Head::with(&Device::under_test(1), &place.comm, &options(10, 4, 8)).map(|_| ());
         match place.rank {
             1 => assert_refused("rank 1", refused, Status::Comm, &["4242"]),
             _ => {

@@ -11,7 +11,7 @@ use partialfc::capi::types::pfc_matrix;
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{head_options, options, outcome, Comm, Device, Head, Rows};
+use crate::common::ffi::{head_options, on_cuda, options, outcome, Comm, Device, Head, Rows};
 use crate::common::ranks::on_ranks;
 
 #[track_caller]
@@ -21,7 +21,7 @@ fn refused(what: &str, status: i32, words: &[&str]) {
 
 #[test]
 fn null_is_refused_by_name_where_a_call_is_local() {
-    let device = Device::cpu(1);
+    let device = Device::under_test(1);
     let comm = Comm::solo();
     let mut head = Head::new(&device, &comm, &options(10, 4, 8));
     let mut rows = Rows::output(1, 4);
@@ -95,7 +95,7 @@ fn null_is_refused_by_name_where_a_call_is_local() {
 fn on_one_rank(name: &str, words: &[&str], call: impl Fn(&mut Head, &mut Rows, &mut Rows, bool) -> i32 + Sync) {
     on_ranks(3, |place| {
         place.comm.set_timeout(3000);
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         let (mut embeddings, mut grad) = (Rows::f32(&[1.0; 8], 4), Rows::output(2, 4));
         let outcome = outcome(call(&mut head, &mut embeddings, &mut grad, place.rank == 1));
         let what = format!("{name} on rank {}", place.rank);
@@ -114,8 +114,15 @@ fn null_on_one_rank_of_a_collective_call_is_heard_on_all() {
     let mut cosines = [0f32; 2];
     let (ids, cosines) = (ids.as_mut_ptr() as usize, cosines.as_mut_ptr() as usize);
     // SAFETY: what is not NULL is a live handle or memory that outlives the call; ids and cosines are not written on a failure.
-    on_one_rank("prepare without labels", &["labels", "2"], |head, _, _, bad| unsafe {
-        c_head::pfc_head_prepare(head.raw, if bad { null() } else { labels.as_ptr() }, 2)
+    on_one_rank("prepare without labels", &["labels", "2"], |head, rows, _, bad| unsafe {
+        let prepared = c_head::pfc_head_prepare(head.raw, if bad { null() } else { labels.as_ptr() }, 2);
+        // On a GPU the others hear of it with the forward that follows.
+        let view = rows.view();
+        if on_cuda() {
+            c_head::pfc_head_forward(head.raw, &view, null(), &mut 0.0)
+        } else {
+            prepared
+        }
     });
     on_one_rank("forward without embeddings", &["embeddings"], |head, rows, _, bad| unsafe {
         let view = rows.view();
@@ -159,7 +166,7 @@ fn null_on_one_rank_of_a_collective_call_is_heard_on_all() {
 fn metrics_without_a_struct_on_one_rank_do_not_leave_the_others_waiting() {
     on_ranks(3, |place| {
         place.comm.set_timeout(3000);
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             // SAFETY: a live head; NULL is what is tested.
             let status = unsafe { c_head::pfc_head_metrics(head.raw, null_mut()) };
@@ -176,7 +183,7 @@ fn metrics_without_a_struct_on_one_rank_do_not_leave_the_others_waiting() {
 fn creation_without_a_device_or_options_on_one_rank_is_heard_on_all() {
     for missing in ["device", "pfc_head_options", "out"] {
         on_ranks(2, |place| {
-            let device = Device::cpu(1);
+            let device = Device::under_test(1);
             let options = head_options(10, 4, 8);
             let mut raw = null_mut();
             let bad = |name: &str| place.rank == 1 && missing == name;
@@ -213,7 +220,7 @@ fn matrices_that_cannot_be_are_refused_by_field() {
         ("data", |m| m.data = (m.data as usize + 1) as *mut std::ffi::c_void),
         ("rows", |m| m.rows = 1 << 62),
     ];
-    let device = Device::cpu(1);
+    let device = Device::under_test(1);
     let comm = Comm::solo();
     let mut head = Head::new(&device, &comm, &options(10, 4, 8));
     let before = head.centers();

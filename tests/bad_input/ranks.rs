@@ -32,7 +32,7 @@ fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
 #[test]
 fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
     on_ranks(3, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         place.comm.set_timeout(300);
         let mut rows = Rows::f32(&[1.0; 4], 4);
         let what = format!("rank {}", place.rank);
@@ -60,7 +60,7 @@ fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
 #[test]
 fn ranks_at_different_calls_are_told_apart() {
     on_ranks(2, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         place.comm.set_timeout(3000);
         let failure = match place.rank {
             0 => head.forward(&mut Rows::f32(&[1.0; 4], 4), Some(&[1])).expect_err("the other asks for metrics"),
@@ -75,7 +75,7 @@ fn ranks_at_different_calls_are_told_apart() {
 #[test]
 fn ranks_at_different_steps_are_told_apart() {
     on_ranks(2, |place| {
-        let device = Device::cpu(1);
+        let device = Device::under_test(1);
         let (mut a, mut b) =
             (Head::new(&device, &place.comm, &options(10, 4, 8)), Head::new(&device, &place.comm, &options(10, 4, 8)));
         let mut rows = Rows::f32(&[1.0; 4], 4);
@@ -91,7 +91,7 @@ fn ranks_at_different_steps_are_told_apart() {
 #[test]
 fn an_abort_wakes_a_waiting_rank() {
     on_ranks(2, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             std::thread::sleep(Duration::from_millis(100));
             place.comm.abort();
@@ -105,7 +105,7 @@ fn an_abort_wakes_a_waiting_rank() {
 #[test]
 fn heads_on_one_communicator_end_together() {
     on_ranks(2, |place| {
-        let device = Device::cpu(1);
+        let device = Device::under_test(1);
         let (mut a, mut b) =
             (Head::new(&device, &place.comm, &options(10, 4, 8)), Head::new(&device, &place.comm, &options(10, 4, 8)));
         place.comm.barrier().expect("both are there");
@@ -121,7 +121,7 @@ fn heads_on_one_communicator_end_together() {
 #[test]
 fn a_head_in_use_is_refused_to_a_second_thread() {
     let heads = on_ranks(2, |place| {
-        let head = Head::new(&Device::cpu(1), &place.comm, &options(10, 4, 8));
+        let head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             return head;
         }
@@ -163,7 +163,7 @@ fn a_head_in_use_is_refused_to_a_second_thread() {
 
 #[test]
 fn a_child_process_is_refused() {
-    let device = Device::cpu(2);
+    let device = Device::under_test(2);
     let comm = Comm::solo();
     let mut head = Head::new(&device, &comm, &options(10, 4, 8));
     let mut rows = Rows::f32(&[1.0; 4], 4);

@@ -12,7 +12,7 @@ use crate::common::training::ADAMW;
 #[test]
 fn rows_outside_the_shard_are_refused() {
     on_ranks(2, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(11, 3, 4));
         let (first, count) = head.shard();
         let before = head.centers();
         let rank = format!("rank {}", place.rank);
@@ -36,7 +36,7 @@ fn rows_outside_the_shard_are_refused() {
 fn values_that_are_not_finite_are_not_written() {
     on_ranks(1, |place| {
         let options = HeadOptions { optimizer: ADAMW, ..options(11, 3, 4) };
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
         let before = head.centers();
         for bad in [f32::NAN, f32::INFINITY] {
             let values = [1.0, 2.0, 3.0, 4.0, bad, 6.0];
@@ -58,7 +58,7 @@ fn values_that_are_not_finite_are_not_written() {
 #[test]
 fn state_that_the_optimizer_does_not_have_is_refused() {
     on_ranks(1, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(11, 3, 4));
         let refused = head.read_state(PFC_STATE_SECOND_MOMENT, 0, 11);
         assert_refused("SGD has no second moment", refused, Status::InvalidArgument, &["second"]);
         assert_refused("tensor 3", head.read_state(3, 0, 11), Status::InvalidArgument, &["tensor", "3"]);
@@ -69,7 +69,7 @@ fn state_that_the_optimizer_does_not_have_is_refused() {
 #[test]
 fn top_k_refuses_a_k_that_cannot_be() {
     on_ranks(2, |place| {
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options(11, 3, 4));
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(11, 3, 4));
         let mut query = Rows::f32(&[1.0, 2.0, 3.0], 3);
         for k in [0, 12] {
             let odd = if place.rank == 1 { k } else { 2 };
@@ -90,7 +90,7 @@ fn top_k_refuses_a_k_that_cannot_be() {
 fn large_finite_embeddings_are_used_or_refused_but_not_lost() {
     on_ranks(1, |place| {
         let options = options(5, 3, 2);
-        let device = Device::cpu(1);
+        let device = Device::under_test(1);
         let mut head = Head::new(&device, &place.comm, &options);
         head.write_centers(0, &[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]).expect("rows");
         let direction = [0.6f32, 0.0, -0.8];
@@ -109,7 +109,7 @@ fn large_finite_embeddings_are_used_or_refused_but_not_lost() {
 fn an_embedding_too_large_to_travel_in_f16_is_named_on_all_ranks() {
     on_ranks(2, |place| {
         let options = HeadOptions { gather_dtype: Some(DType::F16), ..options(5, 3, 2) };
-        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
         let mut rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
         if place.rank == 1 {
             rows[4] = 70_000.0;

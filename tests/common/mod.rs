@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod ffi;
+pub mod gpu;
 pub mod numbers;
 pub mod ranks;
 pub mod simt;

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use partialfc::options::{HeadOptions, Placement};
 
-use crate::common::ffi::{options, outcome, Device, Head};
+use crate::common::ffi::{options, outcome, Device, Head, Rows};
 use crate::common::numbers::Random;
 use crate::common::ranks::on_ranks;
-use crate::common::training::Batch;
+use crate::common::training::{assert_same_bits, Batch, Trace};
 
 const STEPS: usize = 400;
 
@@ -205,5 +205,46 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
             let drawn = head.sample_ids().expect("ids").len();
             assert_eq!(drawn, if placement == Placement::Sharded { 5 } else { 10 }, "{placement:?} rank {}", place.rank);
         });
+    }
+}
+
+/// A given sample may be larger than any draw: room for it must not come from the step under way.
+#[test]
+fn a_given_sample_beyond_every_draw_may_be_prepared_ahead() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        let options = HeadOptions { sample_rate: 0.1, placement, ..options(600, 3, 5) };
+        let run = |ahead: bool| {
+            on_ranks(2, |place| {
+                let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+                let (first, count) = head.shard();
+                let given: Vec<i64> = (first..first + count).step_by(2).map(|id| id as i64).collect();
+                let batches: Vec<Batch> = (0..4).map(|step| Batch::draw(&options, place.rank, step, 4)).collect();
+                let mut trace = Trace::default();
+                for (step, batch) in batches.iter().enumerate() {
+                    let prepare = |head: &mut Head, step: usize| {
+                        // The third step has a sample of its own; the others' are drawn.
+                        if step == 2 {
+                            head.set_sample(&given).expect("a sample");
+                        }
+                        head.prepare(&batches[step].labels).expect("prepare");
+                    };
+                    if !ahead || step == 0 {
+                        prepare(&mut head, step);
+                    }
+                    let loss = head.forward(&mut batch.rows(head.dim), None).expect("forward");
+                    let sample = head.sample_ids().expect("the sample");
+                    if ahead && step + 1 < batches.len() {
+                        prepare(&mut head, step + 1);
+                    }
+                    let mut grad = Rows::output(4, head.dim);
+                    head.backward(1.0, 1.0, &mut grad).expect("backward");
+                    head.update(0.1).expect("update");
+                    trace.saw_step(loss, &grad, sample);
+                }
+                trace.saw_rows(&mut head, &options);
+                trace
+            })
+        };
+        assert_same_bits(&format!("{placement:?}"), &run(true), &run(false));
     }
 }

@@ -11,7 +11,7 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use self::draw::{Draft, LabelSlots};
-use super::driver::{Event, Grid, PinnedBuffer, Place, Stream};
+use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
 use super::lanes::{Lane, Lanes};
 use super::products::{Products, LARGEST_WIDTH};
 use super::sizes::{Arrays, Sizes};
@@ -50,10 +50,13 @@ const SPARED_BY_CENTERS: u32 = 8;
 pub(super) struct CudaHead {
     cuda: Arc<Cuda>,
     spec: HeadSpec,
-    sizes: Sizes,
+    /// By view: they differ from when a caller's sample outgrows them until the step before it is over.
+    sizes: [Sizes; 2],
     lanes: Lanes,
     /// The views, and with them the drafts, are the current step's and the next one's, as `current` says.
     arrays: Arrays,
+    /// What the step under way has and the next one has outgrown; and the view that its successors take.
+    outgrown: Option<(HeadView, Vec<DeviceBuffer<u8>>)>,
     drafts: [Draft; 2],
     current: usize,
     /// The next step has its labels.
@@ -63,12 +66,17 @@ pub(super) struct CudaHead {
     /// The chunk whose P @ W^ is left to run beside the all-reduce.
     put_off: Option<u32>,
     exchanging: Option<(Lane, Option<Event>, trace::Scope, &'static str)>,
+    /// The first failure of this rank's own since `wait`, and its step: told where it came up, but the device has counted it.
+    told: Option<(u64, Error)>,
     label_slots: LabelSlots,
     staging: RefCell<Staging>,
     verdict: PinnedBuffer<StepBlock>,
     /// What the last step that was waited for turned out to be.
     block: StepBlock,
     at_labels: bool,
+    parted: bool,
+    /// Why the embeddings could not be brought to the device.
+    unpacked: Option<Error>,
     /// A launch or copy that failed where no error can be returned.
     failure: Option<Error>,
     updates: u64,
@@ -97,12 +105,16 @@ impl CudaHead {
             under_way: false,
             put_off: None,
             exchanging: None,
+            told: None,
+            outgrown: None,
+            unpacked: None,
+            parted: false,
             block: StepBlock::zeroed(),
             at_labels: false,
             failure: None,
             updates: 0,
             arrays,
-            sizes,
+            sizes: [sizes.clone(), sizes],
             spec,
             cuda,
         };
@@ -119,9 +131,9 @@ impl CudaHead {
             head.spec.options.embedding_dim,
             head.spec.shard.first,
             head.cuda.info.to_string_lossy(),
-            head.sizes.memory().total() >> 20,
-            head.sizes.chunk_capacity,
-            head.sizes.sample_capacity,
+            head.sizes[0].memory().total() >> 20,
+            head.sizes[0].chunk_capacity,
+            head.sizes[0].sample_capacity,
         );
         Ok(head)
     }
@@ -147,6 +159,10 @@ impl CudaHead {
         self.arrays.views[self.current]
     }
 
+    fn sizes(&self) -> &Sizes {
+        &self.sizes[self.current]
+    }
+
     fn next(&self) -> usize {
         1 - self.current
     }
@@ -167,7 +183,7 @@ impl CudaHead {
     }
 
     fn chunks(&self) -> impl Iterator<Item = u32> {
-        (0..self.sizes.sample_capacity as u32).step_by(self.sizes.chunk_capacity as usize)
+        (0..self.sizes().sample_capacity as u32).step_by(self.sizes().chunk_capacity as usize)
     }
 
     /// Runs what enqueues on a lane, as a span of the trace; an error is kept until one can be returned.
@@ -230,6 +246,14 @@ impl CudaHead {
         self.product(Lane::Main, "multiply_weighted", |products, stream| products.weighted(stream, view, first, spared));
     }
 
+    /// What dW needs of the embeddings.
+    fn begin_centers(&mut self) -> HeadView {
+        self.join(Lane::Centers, Lane::Main);
+        let view = self.view();
+        run!(self, Centers, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
+        view
+    }
+
     /// dW of a chunk: into the rows, or into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
         let (view, spared) = (self.view(), self.spared(SPARED_BY_CENTERS));
@@ -255,7 +279,7 @@ impl CudaHead {
         }
         run!(self, Centers, end_update, 1, 32, (view,));
         self.updates += 1;
-        let half = self.sizes.history_capacity / 2;
+        let half = self.sizes().history_capacity / 2;
         if self.dense() && self.updates.is_multiple_of(half) {
             // No row's gap outgrows the ring: what this leaves is at most half as old.
             let before = self.updates - half / 2;
@@ -362,6 +386,13 @@ impl HeadDevice for CudaHead {
             self.drafts[self.current].released.record(&self.cuda.stream)?;
             self.current = self.next();
             self.drafted = false;
+            if let Some((view, outgrown)) = self.outgrown.take() {
+                let before = self.next();
+                self.arrays.views[before] = view;
+                self.sizes[before] = self.sizes().clone();
+                // Waits for the step before, which is the last one to use them.
+                drop(outgrown);
+            }
         }
         self.under_way = true;
         self.cuda.stream.wait(&self.drafts[self.current].drawn)?;
@@ -375,20 +406,24 @@ impl HeadDevice for CudaHead {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
         let source = match embeddings {
             Some(matrix) => {
+                // No room for them is this rank's own failure, not the device's: `forward` tells it.
                 let staged = self.staging.borrow_mut().upload(&self.cuda.stream, "embeddings", matrix);
-                self.keep(staged)
+                staged.map_err(|error| self.unpacked = Some(error)).ok()
             }
             None => None,
         };
         let source = source.unwrap_or_else(MatrixView::zeroed);
         let (view, batch) = (self.view(), source.rows);
         run!(self, Main, pack_embeddings, self.cuda.grid(4), BLOCK, (view, source, batch));
-        let dtype = self.sizes.gather_dtype;
+        let dtype = self.sizes().gather_dtype;
         let count = self.spec.options.max_batch as usize * self.dim();
         self.exchange("all_gather embeddings", Lane::Main, (view.embeddings_send, view.embeddings_recv), count, dtype)
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+        if let Some(error) = self.unpacked.take() {
+            return Err(error);
+        }
         let source = match self.sharded() {
             true => MatrixView::zeroed(),
             false => self.staging.borrow_mut().upload(&self.cuda.stream, "embeddings", embeddings)?,
@@ -410,11 +445,14 @@ impl HeadDevice for CudaHead {
 
     fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
+        if let Err(error) = outcome {
+            self.told.get_or_insert((self.drafts[self.current].step, error.clone()));
+        }
         let view = self.view();
         run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status));
         let exchange = match self.sharded() {
             true => {
-                let count = 2 * self.sizes.label_capacity as usize + TOTALS;
+                let count = 2 * self.sizes().label_capacity as usize + TOTALS;
                 self.exchange("all_reduce sums", Lane::Main, (view.sums, view.sums), count, DType::F32)
             }
             false => {
@@ -434,15 +472,17 @@ impl HeadDevice for CudaHead {
         let (view, target) = (self.view(), loss.unwrap_or(std::ptr::null_mut()));
         run!(self, Main, judge_sums[PARTS], 1, BLOCK, (view, target.cast()));
         self.settled()?;
-        self.at_labels = false;
+        (self.at_labels, self.parted) = (false, false);
         if loss.is_some() {
             return Ok(f64::NAN);
         }
         self.read_block()?;
         if self.block.status != 0 {
             self.at_labels = matches!(self.block.fault, fault::REMOTE | fault::PARTED | fault::LABEL);
+            self.parted = self.block.fault == fault::PARTED;
             // Told here and now, not once more by `wait`.
             self.forgive()?;
+            self.told = None;
             self.fault(&self.block)?;
         }
         Ok(self.block.loss)
@@ -452,20 +492,35 @@ impl HeadDevice for CudaHead {
         self.at_labels
     }
 
+    fn parted(&self) -> bool {
+        self.parted
+    }
+
+    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
+        staging::on_device(&self.cuda.context, name, matrix).map(|_| ())
+    }
+
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
+        self.parted = false;
         self.lanes.synchronize()?;
         let ledger: Ledger = staging::fetch(&self.cuda.stream, self.view().ledger, 1)?[0];
         if ledger.failed == 0 {
             return Ok(());
         }
         self.forgive()?;
-        let first = ledger.first_failure;
+        let (first, told) = (ledger.first_failure, self.told.take());
+        self.parted = first.fault == fault::PARTED;
+        let verdict = match told {
+            // This rank knows more of its own failure than it told the others.
+            Some((number, error)) if number == first.samples => Err(error),
+            _ => self.fault(&first),
+        };
         let others = match ledger.failed {
             1 => String::new(),
             more => format!(", and {} steps after it", more - 1),
         };
-        self.fault(&first).map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
+        verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
     }
 
     fn holds(&self, pointer: *const u8) -> bool {
@@ -477,39 +532,38 @@ impl HeadDevice for CudaHead {
         run!(self, Main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));
         let count = self.spec.options.max_batch as usize * self.dim();
         let buffers = (view.gradient_send, view.gradient_recv);
-        let exchange = self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32);
-        run!(self, Main, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
-        exchange
+        self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32)
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
         self.received(Lane::Main);
         let view = self.view();
         let target = match gradient {
-            Some(matrix) => self.staging.borrow_mut().target(&self.cuda.stream, "grad_embeddings", matrix)?,
-            None => MatrixView::zeroed(),
+            Some(matrix) => self.staging.borrow_mut().target(&self.cuda.stream, "grad_embeddings", matrix),
+            None => Ok(MatrixView::zeroed()),
         };
-        run!(self, Main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, target));
+        // Where there is no room to bring it home from, its norm is known all the same.
+        let written = target.as_ref().map_or(MatrixView::zeroed(), |&view| view);
+        run!(self, Main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, written));
         run!(self, Main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
         self.settled()?;
-        match gradient {
-            Some(matrix) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
-            None => Ok(()),
+        match (gradient, target?) {
+            (Some(matrix), target) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
+            (None, _) => Ok(()),
         }
     }
 
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         beside()?;
-        self.join(Lane::Centers, Lane::Main);
-        let (view, fused) = (self.view(), self.fused());
+        let (view, fused) = (self.begin_centers(), self.fused());
         run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
         for first in self.chunks() {
-            if !self.sizes.keeps_probabilities() {
+            if !self.sizes().keeps_probabilities() {
                 self.numerators(Lane::Centers, first);
             }
             self.centers(first, loss_weight, i32::from(fused));
             if !fused {
-                let count = self.sizes.chunk_capacity as u32;
+                let count = self.sizes().chunk_capacity as u32;
                 run!(self, Centers, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
             }
         }
@@ -518,27 +572,27 @@ impl HeadDevice for CudaHead {
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
-        let (view, dim) = (self.view(), self.dim());
-        self.join(Lane::Centers, Lane::Main);
+        let (view, dim) = (self.begin_centers(), self.dim());
         // Ranks add up as many rows as a sample can have; those beyond this one are zeros.
-        let bytes = size_of::<f32>() * self.sizes.sample_capacity as usize * dim;
+        let bytes = size_of::<f32>() * self.sizes().sample_capacity as usize * dim;
         // SAFETY: the head's own array, of this size.
         let cleared = unsafe { self.lanes.of(Lane::Centers).fill(view.center_gradient.cast(), 0, bytes) };
         self.keep(cleared);
         for first in self.chunks() {
-            if !self.sizes.keeps_probabilities() {
+            if !self.sizes().keeps_probabilities() {
                 self.numerators(Lane::Centers, first);
             }
             self.centers(first, loss_weight, 0);
         }
-        let count = self.sizes.sample_most as usize * dim;
+        // Of ranks that have no room for as many one has said so, and they do not agree on the sum.
+        let count = self.drafts[self.current].most.min(self.sizes().sample_most) as usize * dim;
         let buffers = (view.center_gradient, view.center_gradient);
         self.exchange("all_reduce center gradient", Lane::Centers, buffers, count, DType::F32)
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
         self.received(Lane::Centers);
-        let (view, first, count) = (self.view(), 0u32, self.sizes.sample_capacity as u32);
+        let (view, first, count) = (self.view(), 0u32, self.sizes().sample_capacity as u32);
         run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
         run!(self, Centers, update_rows, self.cuda.grid(4), BLOCK, (view, first, count));
         self.finish_update();

@@ -361,29 +361,32 @@ impl Sizes {
     }
 
     /// Makes those arrays anew that are of other sizes than the ones there are, zeroed in the order of `stream`. W and the state keep
-    /// theirs, and so does what labels are sorted in.
+    /// theirs, and so does what labels are sorted in. The views stay as they are: gives the ones with the new arrays, and the arrays
+    /// that were replaced, which the old views still show.
     ///
-    /// Errors: OUT_OF_MEMORY, naming the array; the arrays before it are then of the new sizes, those after it of the old ones.
-    pub fn grow(&self, arrays: &mut Arrays, stream: &Stream) -> Result<()> {
-        let sizes = self.view();
-        let mut views = [sizes; 2];
-        let mut buffers = arrays.buffers.iter_mut();
+    /// Errors: OUT_OF_MEMORY, naming the array; nothing is changed then.
+    pub fn grow(&self, arrays: &mut Arrays, stream: &Stream) -> Result<([HeadView; 2], Vec<DeviceBuffer<u8>>)> {
+        let mut views = [self.view(); 2];
+        let (mut number, mut replaced) = (0, Vec::new());
         for array in self.arrays() {
             let mut data = std::ptr::null_mut();
             for (copy, view) in views.iter_mut().enumerate() {
                 if copy < array.copies {
-                    let Some(buffer) = buffers.next() else { break };
-                    if buffer.len() as u64 != array.bytes {
-                        *buffer = DeviceBuffer::zeroed(stream, 0, array.name)?;
-                        *buffer = DeviceBuffer::zeroed(stream, usize::try_from(array.bytes).unwrap_or(usize::MAX), array.name)?;
+                    let there = &arrays.buffers[number];
+                    data = there.as_mut_ptr();
+                    if there.len() as u64 != array.bytes {
+                        let bytes = usize::try_from(array.bytes).unwrap_or(usize::MAX);
+                        let buffer = DeviceBuffer::zeroed(stream, bytes, array.name)?;
+                        data = buffer.as_mut_ptr();
+                        replaced.push((number, buffer));
                     }
-                    data = buffer.as_mut_ptr();
+                    number += 1;
                 }
                 (array.place)(view, data);
             }
         }
-        arrays.views = views;
-        Ok(())
+        let outgrown = replaced.into_iter().map(|(number, buffer)| std::mem::replace(&mut arrays.buffers[number], buffer));
+        Ok((views, outgrown.collect()))
     }
 }
 

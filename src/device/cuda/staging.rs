@@ -77,7 +77,7 @@ impl Staging {
     }
 }
 
-fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {
+pub(super) fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {
     Ok(matrix.rows > 0 && context.place(name, matrix.data.cast())? == Place::Device)
 }
 

@@ -7,7 +7,7 @@ use super::super::driver::{Context, DeviceBuffer, Event, Grid, PinnedBuffer, Pla
 use super::super::lanes::Lane;
 use super::super::sizes::Sizes;
 use super::{run, CudaHead, BLOCK, PARTS};
-use crate::device::{Exchange, Labels};
+use crate::device::{sample_capacity, Exchange, Labels};
 use crate::matrix::DType;
 use crate::protocol::{Step, HEADER};
 use crate::{Error, Result};
@@ -28,7 +28,9 @@ pub(super) struct Draft {
     /// It is drawn; nothing enqueued uses it any more.
     pub drawn: Event,
     pub released: Event,
+    /// The number of its sample, and how many classes that has at most: the same on all ranks.
     pub step: u64,
+    pub most: u64,
     /// This rank's rows, its labels where the host has them, and what it came to A with.
     pub batch: usize,
     pub labels: Option<Vec<i64>>,
@@ -44,6 +46,7 @@ impl Draft {
             drawn: Event::new(context)?,
             released: Event::new(context)?,
             step: 0,
+            most: 0,
             batch: 0,
             labels: None,
             own_failure: None,
@@ -134,16 +137,23 @@ impl CudaHead {
         Ok(target)
     }
 
-    /// Makes room for a caller's sample beyond every draw.
+    /// Makes room for a caller's sample beyond every draw. The step under way keeps what it has until it is over.
     fn grow(&mut self, classes: usize) -> Result<()> {
-        if classes as u64 <= self.sizes.sample_most {
+        let next = self.next();
+        if classes as u64 <= self.sizes[next].sample_most {
             return Ok(());
         }
         self.lanes.synchronize()?;
-        let sizes = Sizes::new(&self.spec, self.cuda.gpu()?, classes as u64)?;
-        sizes.grow(&mut self.arrays, &self.cuda.stream)?;
-        self.sizes = sizes;
-        self.drafts.iter_mut().for_each(|draft| draft.gathered = false);
+        let (held, mut gpu) = (self.sizes[next].memory(), self.cuda.gpu()?);
+        // Sizes are chosen as for a head that is not there yet.
+        gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
+        let sizes = Sizes::new(&self.spec, gpu, classes as u64)?;
+        let (views, outgrown) = sizes.grow(&mut self.arrays, &self.cuda.stream)?;
+        self.sizes[next] = sizes;
+        self.arrays.views[next] = views[next];
+        let mut before = self.outgrown.take().map_or_else(Vec::new, |(_, before)| before);
+        before.extend(outgrown);
+        self.outgrown = Some((views[self.current], before));
         // The other lanes go on with what is cleared on this one.
         self.cuda.stream.synchronize()
     }
@@ -151,10 +161,13 @@ impl CudaHead {
     /// The draw: labels sorted, positives found, negatives drawn, targets placed.
     pub(super) fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
         let draft = self.next();
-        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes.label_capacity as usize);
+        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes[draft].label_capacity as usize);
+        self.drafts[draft].most = sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard);
         let list = match chosen {
             Some(ids) => {
-                self.grow((ids.len() + label_capacity).min(self.spec.shard.rows as usize))?;
+                let most = (ids.len() + label_capacity).min(self.spec.shard.rows as usize);
+                self.drafts[draft].most = self.drafts[draft].most.max(most as u64);
+                self.grow(most)?;
                 let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
                 Some((self.staging.borrow_mut().classes(self.lanes.of(Lane::Draw), &classes)?.cast(), classes.len() as u32))
             }

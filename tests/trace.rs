@@ -1,0 +1,158 @@
+//! What the trace says of steps: the phases on the host, what runs beside what on a GPU, and the file.
+
+mod common;
+
+use std::ffi::c_void;
+use std::process::Command;
+
+use common::ffi::{options, outcome, Device, Head, Rows};
+use common::gpu::{driver_function, gpu};
+use common::ranks::on_ranks;
+use common::simt;
+use common::training::{learning_rate, Batch};
+use partialfc::capi::device::pfc_device_cuda;
+use partialfc::options::{HeadOptions, Placement};
+use partialfc::trace::{self, Span};
+
+const BATCH: usize = 40;
+
+fn small() -> HeadOptions {
+    HeadOptions { sample_rate: 0.5, ..options(600, 24, BATCH as u64) }
+}
+
+/// Two ranks, two steps in three calls each, the second prepared in the middle of the first, and a third in one call.
+fn train(options: &HeadOptions, device: impl Fn() -> Device + Sync) {
+    on_ranks(2, |place| {
+        let mut head = Head::new(&device(), &place.comm, options);
+        let batch = |step| Batch::draw(options, place.rank, step, BATCH);
+        let mut grad = Rows::output(BATCH, head.dim);
+        for step in 0..2 {
+            let labels = if step == 0 { Some(batch(0).labels) } else { None };
+            head.forward(&mut batch(step).rows(head.dim), labels.as_deref()).expect("forward");
+            if step == 0 {
+                head.prepare(&batch(1).labels).expect("prepare");
+            }
+            head.backward(1.0, 1.0, &mut grad).expect("backward");
+            head.update(learning_rate(step)).expect("update");
+        }
+        head.step(&mut batch(2).rows(head.dim), &batch(2).labels, 0.1, &mut grad).expect("step");
+    });
+}
+
+fn end(span: &Span) -> f64 {
+    span.start_us + span.duration_us
+}
+
+fn intersect(a: &Span, b: &Span) -> bool {
+    a.start_us < end(b) && b.start_us < end(a)
+}
+
+/// A rank's span of a step; the first of several.
+fn find<'a>(spans: &'a [Span], rank: u32, step: u64, track: &str, name: &str) -> &'a Span {
+    let mut found: Vec<&Span> = spans
+        .iter()
+        .filter(|span| (span.rank, span.step, span.track.as_str(), span.name.as_str()) == (rank, step, track, name))
+        .collect();
+    found.sort_by(|a, b| a.start_us.total_cmp(&b.start_us));
+    found.first().unwrap_or_else(|| panic!("no {name} of step {step} on the {track} of rank {rank}"))
+}
+
+/// Traces what runs in its turn: the trace and the emulator are the process's.
+fn traced(run: impl FnOnce()) -> Vec<Span> {
+    let _turn = simt::turn(3);
+    trace::start();
+    trace::take();
+    run();
+    trace::take()
+}
+
+#[test]
+fn the_host_s_phases_follow_each_other() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        let spans = traced(|| train(&HeadOptions { placement, ..small() }, || Device::cpu(1)));
+        let phases: &[&str] = match placement {
+            Placement::Sharded => {
+                &["all_gather labels", "sample", "all_gather embeddings", "forward", "all_reduce sums", "loss", "backward"]
+            }
+            Placement::Replicated => {
+                &["all_gather labels", "sample", "forward", "all_reduce sums", "loss", "backward", "center gradient", "update"]
+            }
+        };
+        for (rank, step) in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)] {
+            let ends = phases.iter().map(|phase| find(&spans, rank, step, "host", phase));
+            let ends: Vec<(f64, f64)> = ends.map(|span| (span.start_us, end(span))).collect();
+            assert!(ends.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{phases:?} of step {step} on rank {rank}: {ends:?}");
+        }
+        assert!(spans.iter().all(|span| span.ranks == 2 && span.duration_us >= 0.0));
+    }
+}
+
+/// The emulator's clock is that of a GPU with room for everything: what overlaps there is what nothing orders. On a GPU it would be
+/// a matter of timing.
+#[test]
+fn collectives_and_the_next_draw_run_beside_the_products() {
+    let spans = traced(|| {
+        train(&small(), || {
+            let (_default, mut stream, mut raw) = (gpu(), std::ptr::null_mut(), std::ptr::null_mut());
+            // SAFETY: the driver's functions, of these types; outputs that outlive the calls. The stream goes with the process.
+            unsafe {
+                let create: unsafe extern "C" fn(*mut *mut c_void, u32) -> i32 =
+                    std::mem::transmute(driver_function(c"cuStreamCreate"));
+                assert_eq!(create(&mut stream, 1), 0);
+                outcome(pfc_device_cuda(0, stream, &mut raw)).expect("GPU 0");
+            }
+            Device(raw)
+        })
+    });
+    if simt::turn(3).is_emulator() {
+        for rank in 0..2 {
+            let on = |step, track: &str, name: &str| find(&spans, rank, step, track, name).clone();
+            let all =
+                |step, track| spans.iter().filter(move |span| (span.rank, span.step, span.track.as_str()) == (rank, step, track));
+            for step in 0..3 {
+                let (reduce, weighted) =
+                    (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "multiply_weighted"));
+                assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
+            }
+            // One call: the embeddings' gradient is exchanged beside what makes the class centres'.
+            let scatter = on(2, "exchange stream", "reduce_scatter gradient");
+            assert!(all(2, "centers stream").any(|span| intersect(&scatter, span)), "{scatter:?}");
+            // Prepared in the middle of step 0: drawn beside its update, gathered before its own embeddings are.
+            assert!(all(1, "draw stream").any(|draw| all(0, "centers stream").any(|update| intersect(draw, update))));
+            let gathers = |track| all(1, track).filter(|span| span.name == "gather_centers").count();
+            assert_eq!((gathers("centers stream"), gathers("main stream")), (1, 0));
+        }
+    }
+}
+
+/// In a process of its own, which reads PFC_TRACE when its first head is made.
+#[test]
+fn the_file_holds_the_spans_of_all_heads() {
+    if std::env::var_os("PFC_TRACE").is_some() {
+        train(&small(), || Device::cpu(1));
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("pfc-trace-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = folder.join("trace.json");
+    let program = std::env::current_exe().expect("this program's path");
+    let child = Command::new(program)
+        .args(["--exact", "the_file_holds_the_spans_of_all_heads"])
+        .env("PFC_TRACE", &file)
+        .output()
+        .expect("this program");
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    let text = std::fs::read_to_string(&file).expect("the trace");
+    std::fs::remove_dir_all(&folder).expect("the folder goes");
+    assert!(text.starts_with("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n") && text.ends_with("\n]}\n"));
+    for rank in 0..2 {
+        let steps = (0..3).filter(|step| {
+            text.lines().any(|line| {
+                line.contains("\"name\":\"forward\"")
+                    && line.contains(&format!("\"pid\":{rank},"))
+                    && line.contains(&format!("\"step\":{step}}}"))
+            })
+        });
+        assert_eq!(steps.count(), 3, "rank {rank}: {text}");
+    }
+}
