@@ -8,7 +8,7 @@
 //!   the file that `gpu/torch_step.py` wrote. Without it, whatever has operations has no share.
 //! - `PyTorch` is a plain PyTorch step, or one product of the same shape by cuBLAS, from the same file.
 //! - Embeddings, labels, gradients and losses are in the GPU's memory, as a trainer has them: nothing waits inside a step. Embeddings
-//!   and labels are random, of four sets in turn. The caches need no rotation beyond that: a step of the smallest shape touches 160 MB
+//!   and labels are random, of four sets in turn. The caches need no rotation beyond that: a step of the smallest shape touches 140 MB
 //!   of rows, operands and P, and each kernel finds in them what the step before it left.
 //! - `step, prepared` is forward to the end of the update, with the draw and the gathering of the rows done before; `step` has them in
 //!   it; `step in a row` is one of many steps, each prepared beside the one before.
