@@ -137,6 +137,11 @@ void meet_barrier(const char* name, int id, unsigned needed) {
     barrier.warps |= 1u << w;
     barrier.waiting[w] |= 1u << current % 32;
     if (++barrier.arrived < needed) return wait(name, id);
+    // Whole warps arrive: the instruction counts 32 threads for each that comes.
+    for (uint32_t left = barrier.warps; left; left &= left - 1)
+        if (barrier.waiting[__builtin_ctz(left)] != 0xffffffffu)
+            fault(format("divergence: barrier %d of %u threads is met by a part of warp %d", id,
+                         needed, __builtin_ctz(left)));
     const Barrier met = barrier;
     barrier = Barrier{};
     join_warps(met.warps);

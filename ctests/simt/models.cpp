@@ -2,7 +2,13 @@
 // atomics.
 //
 // Fragment layouts are those of the PTX ISA's m16n8k16 and ldmatrix figures; kernels/ptx/mma.h and
-// ldmatrix.h repeat them. The sums of mma.sync are in float32, k ascending.
+// ldmatrix.h repeat them.
+//
+// The ISA leaves the rounding of mma.sync open. Here the 16 products and the sum before are added
+// as if exactly, and what float32 does not hold of that is cut off, as the tensor cores do (Fasi et
+// al. 2021, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330): a long sum is drawn to
+// 0, which rounding to nearest would hide.
+#include <math.h>
 #include <string.h>
 
 #include "access.h"
@@ -22,12 +28,12 @@ template <Shuffle kKind>
 void model_shuffle(void* const* lanes) {
     for (uint32_t l = 0; l < 32; ++l) {
         ShuffleLane& mine = *static_cast<ShuffleLane*>(lanes[l]);
-        uint32_t from = 0;
-        if (kKind == Shuffle::kXor) from = l ^ mine.amount;
-        else if (kKind == Shuffle::kIndex) from = mine.amount % 32;
-        else from = l - mine.amount;
-        // Outside of the warp a thread gets its own value.
-        if (from > 31) from = l;
+        // The instruction takes the amount's lowest five bits.
+        const uint32_t amount = mine.amount % 32;
+        uint32_t from = amount;
+        if (kKind == Shuffle::kXor) from = l ^ amount;
+        // Below the warp a thread gets its own value.
+        if (kKind == Shuffle::kUp) from = amount > l ? l : l - amount;
         mine.result = static_cast<ShuffleLane*>(lanes[from])->value;
     }
 }
@@ -90,9 +96,18 @@ inline float widen(uint32_t pair, uint32_t high) {
     return sign ? -scaled : scaled;
 }
 
+// To float32, toward 0.
+inline float cut(double v) {
+    const float nearest = float(v);
+    if (!(fabs(double(nearest)) > fabs(v)) || isinf(nearest)) return nearest;
+    uint32_t bits;
+    memcpy(&bits, &nearest, 4);
+    return as_float(bits - 1);
+}
+
 template <bool kHalf>
 void model_mma(void* const* lanes) {
-    alignas(32) float a[16][16], b[16][8], d[16][8];
+    alignas(32) double a[16][16], b[16][8], d[16][8];
     for (uint32_t l = 0; l < 32; ++l) {
         const MmaLane& lane = *static_cast<MmaLane*>(lanes[l]);
         const uint32_t g = l / 4, t = l % 4 * 2;
@@ -107,7 +122,7 @@ void model_mma(void* const* lanes) {
             d[g + 8][t + i] = lane.d[2 + i];
         }
     }
-    typedef float Four __attribute__((vector_size(16)));
+    typedef double Four __attribute__((vector_size(32)));
     for (uint32_t m = 0; m < 16; ++m) {
         Four low = *reinterpret_cast<Four*>(&d[m][0]), high = *reinterpret_cast<Four*>(&d[m][4]);
         for (uint32_t k = 0; k < 16; ++k) {
@@ -120,10 +135,10 @@ void model_mma(void* const* lanes) {
     for (uint32_t l = 0; l < 32; ++l) {
         float* r = static_cast<MmaLane*>(lanes[l])->d;
         const uint32_t g = l / 4, t = l % 4 * 2;
-        r[0] = d[g][t];
-        r[1] = d[g][t + 1];
-        r[2] = d[g + 8][t];
-        r[3] = d[g + 8][t + 1];
+        r[0] = cut(d[g][t]);
+        r[1] = cut(d[g][t + 1]);
+        r[2] = cut(d[g + 8][t]);
+        r[3] = cut(d[g + 8][t + 1]);
     }
 }
 
@@ -187,6 +202,8 @@ void copy_async_16(void* shared, const void* global, bool valid) {
     if (!is_shared(uintptr_t(shared)))
         fault("copy_async_16 to " + describe(uintptr_t(shared)) + ", not to shared memory");
     if (valid && is_shared(uintptr_t(global))) fault("copy_async_16 from shared memory");
+    if (uintptr_t(global) % 16 != 0)
+        fault("misaligned: copy_async_16 from " + describe(uintptr_t(global)));
     if (valid) check_access(uintptr_t(global), 16, Access::kRead, true, HERE);
     check_memory(uintptr_t(shared), 16, Access::kWrite, true, HERE);
     Thread& thread = *current_thread();

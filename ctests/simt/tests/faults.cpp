@@ -112,6 +112,8 @@ void check_copies() {
             start("copy_ahead", 1, 64, 1024, what, (const uint32_t*)in.device(), out.device());
         });
     expect_kernel("copy_over", "race", 1, 64, 1024, (const uint32_t*)in.device(), out.device());
+    expect_kernel("copy_of_nothing", "misaligned: copy_async_16", 1, 32, 512,
+                  (const uint32_t*)in.device(), out.device());
     expect_kernel("matrix_of_global", "not of shared memory", 1, 32, 512,
         (const uint32_t*)in.device(),
                   out.device());
@@ -126,6 +128,7 @@ void check_waits() {
     expect_kernel("lanes_part", "divergence: a warp's threads meet at", 1, 32, 0, out.device());
     expect_kernel("barrier_in_branch", "deadlock", 1, 64, 0);
     expect_kernel("barrier_counts", "barrier 1 is met by", 1, 96, 0);
+    expect_kernel("barrier_of_halves", "is met by a part of warp", 1, 64, 0);
 }
 
 void check_launches() {

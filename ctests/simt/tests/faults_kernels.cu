@@ -140,6 +140,12 @@ PFC_KERNEL(barrier_counts, (int32_t right)) {
     ptx::named_barrier(1, threadIdx.x < 32 && !right ? 64 : int(blockDim.x));
 }
 
+// Half of warp 0 and half of warp 1 are 32 threads, but two warps.
+PFC_KERNEL(barrier_of_halves, (int32_t right)) {
+    if (right || threadIdx.x % 32 < 16) ptx::named_barrier(1, right ? 64 : 32);
+    else ptx::named_barrier(2, 32);
+}
+
 // what: 0 right, 1 read before the wait, 2 no barrier after the wait, 3 another thread never waits,
 // 4 a wait that leaves the group under way, 5 the place is written while the copy is under way
 PFC_KERNEL(copy_ahead, (int32_t what, const uint32_t* in, uint32_t* out)) {
@@ -175,6 +181,16 @@ PFC_KERNEL(copy_over, (int32_t right, const uint32_t* in, uint32_t* out)) {
         if (right) __syncthreads();
     }
     out[t] = sum;
+}
+
+// An address that is not read has to be aligned all the same.
+PFC_KERNEL(copy_of_nothing, (int32_t right, const uint32_t* in, uint32_t* out)) {
+    PFC_DYNAMIC_SHARED(memory);
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory);
+    ptx::copy_async_16(words + 4 * threadIdx.x, in + (right ? 4 : 1), false);
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<0>();
+    out[threadIdx.x] = words[4 * threadIdx.x];
 }
 
 PFC_KERNEL(matrix_of_global, (int32_t right, const uint32_t* in, uint32_t* out)) {
