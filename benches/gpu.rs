@@ -56,8 +56,9 @@ Time of a head's step on GPU 0, whole and by kernel, as a share of what the GPU 
 const SETS: usize = 4;
 /// Steps before any is timed.
 const WARM: usize = 3;
-/// Classes of a chunk where P is not kept: as src/device/cuda/sizes.rs has it.
+/// Classes of a chunk where P is not kept, and rows and columns of a tile: as src/device/cuda/sizes.rs has them.
 const CHUNK: usize = 8448;
+const TILE: usize = 128;
 
 struct Run {
     shapes: Vec<Shape>,
@@ -120,7 +121,7 @@ fn parse(arguments: &[String]) -> Result<Run, String> {
         match argument.as_str() {
             "--tiny" => (run.shapes, run.steps, run.copied) = (vec![shape([64, 256, 64])], 2, 1 << 20),
             "--rate" => run.rate = number()?,
-            "--steps" => steps = Some(number()? as usize),
+            "--steps" => steps = Some(number()?.ceil() as usize),
             "--copies" => run.only_copies = true,
             "--floors" => run.floors = Some(Rates { flops: 1e12 * number()?, bytes: 1e9 * number()? }),
             "--torch" => {
@@ -185,11 +186,14 @@ fn on_gpu(run: &Run) -> Result<(), String> {
     let mut measured = Vec::new();
     for &shape in &run.shapes {
         let kept = bench.steps(shape, 0);
-        // Less than keeping P takes, and enough for whole chunks.
-        let chunk = CHUNK.min(up(shape.sample) - 128);
-        let a_column = 2 * up(shape.batch) + 4 * shape.dim.next_multiple_of(64);
-        let twice = bench.steps(shape, kept.memory - (up(shape.sample) - chunk) * a_column);
-        measured.extend([kept, twice]);
+        let (columns, memory) = (shape.sample.next_multiple_of(TILE), kept.memory);
+        measured.push(kept);
+        if columns > TILE {
+            // Less than keeping P takes, and enough for whole chunks.
+            let chunk = CHUNK.min(columns - TILE);
+            let a_column = 2 * shape.batch.next_multiple_of(TILE) + 4 * shape.dim.next_multiple_of(64);
+            measured.push(bench.steps(shape, memory - (columns - chunk) * a_column));
+        }
     }
     // From here on every head's kernels stand between events, which whole steps are not to pay for.
     trace::start();
@@ -197,11 +201,6 @@ fn on_gpu(run: &Run) -> Result<(), String> {
         bench.report(steps, &bench.kernels(steps));
     }
     Ok(())
-}
-
-/// Up to whole tiles.
-fn up(count: usize) -> usize {
-    count.next_multiple_of(128)
 }
 
 /// Bytes a second, read and written, of large copies within the GPU's memory.
