@@ -22,6 +22,9 @@ mod nvcc;
 
 const FOLDER: &str = "kernels";
 
+/// The release from which every driver that runs the images reads them compressed, too: a fifth of their size.
+const COMPRESSING: (u32, u32) = (13, 0);
+
 /// An architecture that images are made for, as kernels/nvcc.conf writes it: "80", "90a", "ptx80".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Arch {
@@ -63,12 +66,11 @@ impl Arch {
         Ok(list)
     }
 
-    fn nvcc_options(self) -> [String; 2] {
+    /// Of one image of this architecture alone, and of what ptxas is to tell of it (kernels/gates reads that).
+    fn nvcc_options(self) -> [String; 3] {
         let number = format!("{}{}{}", self.major, self.minor, if self.exact { "a" } else { "" });
-        match self.ptx {
-            true => [format!("-arch=compute_{number}"), "-ptx".to_owned()],
-            false => [format!("-arch=sm_{number}"), "-cubin".to_owned()],
-        }
+        let code = if self.ptx { "compute" } else { "sm" };
+        [format!("-gencode=arch=compute_{number},code={code}_{number}"), "-fatbin".to_owned(), "-Xptxas=-v".to_owned()]
     }
 }
 
@@ -163,16 +165,19 @@ impl Job<'_> {
     }
 
     fn image(&self) -> String {
-        self.file(if self.arch.ptx { "ptx" } else { "cubin" })
+        self.file("fatbin")
     }
 
-    /// Compiles, unless the image that lies there is of the same text, options and compiler.
+    /// Compiles, unless the image that lies there is of the same text, options and compiler. What the compiler says is kept beside it.
     fn run(&self, nvcc: &Nvcc, settings: &Settings, folder: &Path) -> Result<(), String> {
         let start = Instant::now();
-        let (image, key_file) = (folder.join(self.image()), folder.join(self.file("key")));
+        let (image, log, key_file) = (folder.join(self.image()), folder.join(self.file("log")), folder.join(self.file("key")));
         let mut arguments = settings.options.clone();
         arguments.extend(self.source.options.iter().cloned());
         arguments.extend(self.arch.nvcc_options());
+        if nvcc.release >= COMPRESSING {
+            arguments.push("--compress-mode=size".to_owned());
+        }
         arguments.extend(nvcc.includes.iter().map(|path| format!("-I{}", path.display())));
         arguments.push(format!("-I{FOLDER}"));
 
@@ -196,17 +201,12 @@ impl Job<'_> {
         if !output.status.success() {
             return Err(failed(&String::from_utf8_lossy(&output.stderr).trim()));
         }
-        let mut bytes = fs::read(&fresh).map_err(|e| failed(&e))?;
-        if self.arch.ptx {
-            // The driver takes PTX as a C string.
-            bytes.push(0);
-        }
         let write = |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|e| failed(&format!("{}: {e}", path.display())));
-        // The key last: it vouches for the image.
+        // The key last: it vouches for the image and the log.
         let _ = fs::remove_file(&key_file);
-        write(&image, &bytes)?;
+        fs::rename(&fresh, &image).map_err(|e| failed(&format!("{}: {e}", image.display())))?;
+        write(&log, &[output.stdout, output.stderr].concat())?;
         write(&key_file, key.as_bytes())?;
-        let _ = fs::remove_file(&fresh);
         println!("compiled {} for {} in {:.1} s", self.source.path.display(), self.arch, start.elapsed().as_secs_f64());
         Ok(())
     }

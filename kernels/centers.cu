@@ -18,6 +18,7 @@ PFC_DEVICE float* tensor_of(const HeadView& view, int32_t tensor) {
 
 }  // namespace
 
+// gate: gather_centers registers <= 72
 PFC_KERNEL(gather_centers, (const PFC_GRID_CONSTANT HeadView view, uint32_t first)) {
     if (view.block->status != kOk || first >= view.block->classes) {
         return;
@@ -68,6 +69,7 @@ PFC_KERNEL(gather_centers, (const PFC_GRID_CONSTANT HeadView view, uint32_t firs
 }
 
 // Rows first .. of W (tensor 0), m (1) or v (2) as they are now.
+// gate: read_rows registers <= 72
 PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadView view, int32_t tensor, uint32_t first,
                        MatrixView out)) {
     const uint32_t lane = threadIdx.x % 32;
@@ -97,6 +99,7 @@ PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadView view, int32_t tensor, ui
 }
 
 // Overwrites rows of one tensor; the other tensors of a dense row are brought to now first.
+// gate: write_rows registers <= 88
 PFC_KERNEL(write_rows,
            (const PFC_GRID_CONSTANT HeadView view, int32_t tensor, uint32_t first, MatrixView in)) {
     const uint32_t lane = threadIdx.x % 32;
@@ -122,6 +125,7 @@ PFC_KERNEL(write_rows,
 
 // Brings the dense rows last touched before update `before` to now, so that the ring of gaps may
 // forget what they missed.
+// gate: catch_up_rows registers <= 80
 PFC_KERNEL(catch_up_rows, (const PFC_GRID_CONSTANT HeadView view, uint64_t before)) {
     if (!view.optimizer.dense) {
         return;

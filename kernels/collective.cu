@@ -38,6 +38,7 @@ PFC_DEVICE void reduce(const RankPointers& sources, const RankPointers& destinat
 
 }  // namespace
 
+// gate: reduce_ranks registers <= 64
 PFC_KERNEL(reduce_ranks, (const PFC_GRID_CONSTANT RankPointers sources,
                           const PFC_GRID_CONSTANT RankPointers destinations, uint64_t first,
                           uint64_t count, int32_t dtype, int32_t op, uint32_t ranks)) {

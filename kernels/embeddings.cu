@@ -7,7 +7,7 @@
 // results of the step. Floor: B * d elements read twice (the second time from the cache), B * pitch
 // written in float32 and as operands; 17 MB at 4096 rows of 512 in half precision. Agrees with
 // CpuHead::embed (src/device/cpu/step.rs) and src/margin.rs angle.
-#include "margin.h"
+#include "angle.h"
 #include "ptx/atomic.h"
 #include "replay.h"
 
@@ -36,6 +36,7 @@ PFC_DEVICE bool ignored(const HeadView& view, uint32_t global_row) {
 
 // embeddings_send = `batch` rows of the source in gather_dtype, then zeros. Does not ask for the
 // status: the other ranks wait for these rows whatever becomes of the step.
+// gate: pack_embeddings registers <= 24
 PFC_KERNEL(pack_embeddings,
            (const PFC_GRID_CONSTANT HeadView view, MatrixView source, uint64_t batch)) {
     for (uint32_t row = rows::first_row(); row < view.max_batch; row += rows::row_stride()) {
@@ -50,6 +51,7 @@ PFC_KERNEL(pack_embeddings,
     }
 }
 
+// gate: normalize_embeddings registers <= 48
 PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadView view, MatrixView source)) {
     if (view.block->status != kOk) {
         return;
@@ -103,6 +105,7 @@ PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadView view, MatrixV
 }
 
 // The verdict on the rows: sharded, the same on all ranks, as all have all rows.
+// gate: judge_embeddings registers <= 16
 PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
     StepBlock& block = *view.block;
     if (blockIdx.x != 0 || threadIdx.x != 0 || block.status != kOk || block.bad_row == kNone) {
@@ -116,9 +119,9 @@ PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
     block.row = view.sharded ? place % view.max_batch : place;
 }
 
-// 2 atan2(|E^ - W^|, |E^ + W^|) of each row whose class centre is in this rank's sample: unlike
-// acos of the inner product it keeps its digits for rows that nearly agree. Reads the rows as they
-// came, not E^, which is rounded.
+// The angle of each row whose class centre is in this rank's sample, and the margin on it. Reads the
+// rows as they came, not E^, which is rounded.
+// gate: find_targets registers <= 88
 PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadView view, MatrixView source)) {
     if (view.block->status != kOk) {
         return;
@@ -133,34 +136,12 @@ PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadView view, MatrixView sour
         const RawRow raw = raw_row(view, source, row);
         const uint32_t center = view.sample[target];
         const replay::Missed missed = replay::missed(view, center);
-        double e_squares = 0.0, w_squares = 0.0;
-        // The lanes go round together, as a dense row's replay asks for it.
-        for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
-            const uint32_t column = base + rows::kGroup * lane;
-            const ptx::Float4 w = replay::center(view, missed, center, column);
-            e_squares = rows::add_squares(
-                e_squares, rows::read_typed(raw.data, raw.start, raw.dtype, column, view.dim));
-            w_squares = rows::add_squares(w_squares, w);
-        }
-        const double e_inverse = rows::inverse_norm(rows::sum_of_warp(e_squares));
-        const double w_inverse = rows::inverse_norm(rows::sum_of_warp(w_squares));
-        double angle = margin::kHalfPi;
-        if (e_inverse != 0.0 && w_inverse != 0.0) {
-            double minus = 0.0, plus = 0.0;
-            for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
-                const uint32_t column = base + rows::kGroup * lane;
-                const ptx::Float4 w = replay::center(view, missed, center, column);
-                const ptx::Float4 e =
-                    rows::read_typed(raw.data, raw.start, raw.dtype, column, view.dim);
-                const float es[4] = {e.x, e.y, e.z, e.w}, ws[4] = {w.x, w.y, w.z, w.w};
-                for (int i = 0; i < 4; ++i) {
-                    const double a = double(es[i]) * e_inverse, b = double(ws[i]) * w_inverse;
-                    minus += (a - b) * (a - b);
-                    plus += (a + b) * (a + b);
-                }
-            }
-            angle = 2.0 * atan2(sqrt(rows::sum_of_warp(minus)), sqrt(rows::sum_of_warp(plus)));
-        }
+        const double angle = angle::between(
+            view.dim,
+            [&](uint32_t column) {
+                return rows::read_typed(raw.data, raw.start, raw.dtype, column, view.dim);
+            },
+            [&](uint32_t column) { return replay::center(view, missed, center, column); });
         if (lane == 0) {
             const margin::Target found = margin::target(view.margin, angle);
             view.target_logits[row] = float(found.logit);

@@ -72,19 +72,23 @@ PFC_DEVICE void multiply_weighted(const HeadView& view, uint32_t first, unsigned
         for (int i = 0; i < Product::kRowTiles; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+                auto* const cells = reinterpret_cast<epilogue::Two*>(
+                    out + uint64_t(16 * i + 8 * h) * pitch);
+                // All of a row's reads before its writes, behind which the compiler would leave them.
+                epilogue::Two before[Product::kColumnTiles] = {};
+                if (first != 0) {
+#pragma unroll
+                    for (int j = 0; j < Product::kColumnTiles; ++j) {
+                        if (place + 8 * j < pitch) {
+                            before[j] = cells[4 * j];
+                        }
+                    }
+                }
 #pragma unroll
                 for (int j = 0; j < Product::kColumnTiles; ++j) {
                     if (place + 8 * j < pitch) {
-                        auto* const cells = reinterpret_cast<epilogue::Two*>(
-                            out + uint64_t(16 * i + 8 * h) * pitch + 8 * j);
-                        epilogue::Two value = {product.sum[i][j][2 * h],
-                                               product.sum[i][j][2 * h + 1]};
-                        if (first != 0) {
-                            const epilogue::Two before = *cells;
-                            value.x += before.x;
-                            value.y += before.y;
-                        }
-                        *cells = value;
+                        cells[4 * j] = {product.sum[i][j][2 * h] + before[j].x,
+                                        product.sum[i][j][2 * h + 1] + before[j].y};
                     }
                 }
             }

@@ -41,6 +41,7 @@ PFC_DEVICE ptx::Float4 subtract_along(const ptx::Float4& g, float along, const p
 
 // Sharded: gradient_send, a row for each place, zeros where no row came from. Replicated:
 // gradient_recv. A failed step sends zeros.
+// gate: embedding_gradient registers <= 120
 PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadView view)) {
     const bool failed = view.block->status != kOk;
     const uint32_t lane = threadIdx.x % 32;
@@ -93,6 +94,7 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadView view)) {
 
 // This rank's own rows from gradient_recv to the caller's matrix, which may be null: then for the
 // squares alone. A failed step gives zeros.
+// gate: finish_gradient registers <= 56
 PFC_KERNEL(finish_gradient,
            (const PFC_GRID_CONSTANT HeadView view, double factor, MatrixView out)) {
     const StepBlock& block = *view.block;
@@ -133,8 +135,11 @@ PFC_KERNEL(finish_gradient,
     }
 }
 
-// block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns). One CTA.
-PFC_KERNEL(sum_squares, (const PFC_GRID_CONSTANT HeadView view, int32_t which)) {
+// block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns). One CTA, of
+// up to 1024 threads: a sample's squares are many for the loads that fewer have under way.
+// gate: sum_squares registers <= 32
+PFC_KERNEL_OF(sum_squares, 1024, 1,
+              (const PFC_GRID_CONSTANT HeadView view, int32_t which)) {
     PFC_DYNAMIC_SHARED(dynamic);
     StepBlock& block = *view.block;
     if (blockIdx.x != 0 || block.status != kOk) {

@@ -10,8 +10,8 @@
 // All is integer work on G rows; nothing depends on the grid. Floor: about 32 G bytes of labels and
 // 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch.
 //
-// Launch, on one stream, in this order (blocks of 256 threads unless said, any multiple of 32 up to
-// 1024 will do; grids of any size; the last column is dynamic shared memory in bytes):
+// Launch, on one stream, in this order (blocks of 256 threads unless said, or any smaller multiple
+// of 32; grids of any size; the last column is dynamic shared memory in bytes):
 //
 //   pack_labels                 any grid       0       then the all-gather into labels_recv
 //   judge_labels                1 CTA of 1024  256
@@ -59,6 +59,7 @@ PFC_DEVICE uint32_t sort_tiles(const StepBlock& block) {
 // labels_send = {status, samples, updates, batch, labels .., 0 ..}; a rank that fails has no
 // labels. `updates` are those the host has asked for: the ledger's may still be on their way, and
 // ranks are to differ only where their callers did.
+// gate: pack_labels registers <= 24
 PFC_KERNEL(pack_labels, (const PFC_GRID_CONSTANT HeadView view, uint64_t samples,
                          uint64_t updates, int32_t status, uint64_t batch,
                          const int64_t* __restrict__ labels)) {
@@ -110,6 +111,7 @@ PFC_DEVICE void clear_block(StepBlock& block) {
 
 // What every rank concludes from the gathered blocks of A: src/protocol.rs judge_labels. A rank's
 // own failure is in its own block: the host knows its message and does not need the verdict's.
+// gate: judge_labels registers <= 32
 PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     const int64_t* const first = block_of(view, 0);
@@ -182,6 +184,7 @@ PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
 
 // Label, origin and class of each global row. A warp takes 256 slots of one rank and adds up the
 // batches of the ranks before it.
+// gate: spread_labels registers <= 56
 PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0) return;
     constexpr uint32_t kEach = 256;
@@ -215,6 +218,7 @@ PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadView view)) {
 
 // How many keys of each tile have each digit: counters [digit][tile], so that their running sum is
 // where in the output the keys of a tile with a digit begin.
+// gate: sort_labels_count registers <= 40
 PFC_KERNEL(sort_labels_count,
            (const PFC_GRID_CONSTANT HeadView view, uint32_t shift, uint32_t from)) {
     PFC_DYNAMIC_SHARED(shared);
@@ -238,6 +242,7 @@ PFC_KERNEL(sort_labels_count,
     }
 }
 
+// gate: sort_labels_scan registers <= 32
 PFC_KERNEL_OF(sort_labels_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) return;
@@ -247,6 +252,7 @@ PFC_KERNEL_OF(sort_labels_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)
 // Moves a tile's keys to where they belong. A warp has consecutive keys of the tile, in rounds of
 // 32; keys of equal digits keep their order: by warp (running sums over the warps' counts), by
 // round (the warp's own counter), by lane (a ballot of peers).
+// gate: sort_labels_scatter registers <= 56
 PFC_KERNEL(sort_labels_scatter,
            (const PFC_GRID_CONSTANT HeadView view, uint32_t shift, uint32_t from)) {
     PFC_DYNAMIC_SHARED(shared);
@@ -312,6 +318,7 @@ PFC_DEVICE bool begins_run(const uint32_t* keys, uint32_t i) {
     return keys[i] != kNone && (i == 0 || keys[i - 1] != keys[i]);
 }
 
+// gate: find_positives_count registers <= 24
 PFC_KERNEL(find_positives_count, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) return;
@@ -327,6 +334,7 @@ PFC_KERNEL(find_positives_count, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
+// gate: find_positives_scan registers <= 32
 PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) return;
@@ -349,6 +357,7 @@ PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView vi
     view.positive_starts[positives] = low;
 }
 
+// gate: find_positives_scatter registers <= 32
 PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) return;

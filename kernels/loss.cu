@@ -215,6 +215,7 @@ PFC_DEVICE void judge_replicated(const HeadView& view) {
 
 // row_sums and best_negatives from the tiles of columns. Four lanes share a row, each taking every
 // fourth tile, and 8 rows go side by side: whole sectors, and an order that no grid changes.
+// gate: reduce_rows registers <= 64
 PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != kOk) {
         return;
@@ -247,6 +248,7 @@ PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
 }
 
 // This rank's part of C, whatever became of the step: the other ranks wait for it.
+// gate: pack_sums registers <= 56
 PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
@@ -261,6 +263,7 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status
 
 // The verdict on the reduced sums and the loss; `loss` may be null. The last word on a step's
 // forward: a step that failed anywhere is counted here.
+// gate: judge_sums registers <= 56
 PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadView view, double* loss)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
@@ -298,6 +301,7 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadView view, double* loss)) {
 }
 
 // E' as GEMM3's operand; rows to the end of the last tile are zero.
+// gate: scale_embeddings registers <= 40
 PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != kOk) {
         return;

@@ -13,8 +13,8 @@
 // half a byte a class, 4 bytes a sampled one.
 //
 // Launch, after labels.cu's find_positives, on the same stream (blocks of 256 threads unless said,
-// any multiple of 32 up to 1024 will do; grids of any size; the last column is dynamic shared
-// memory in bytes):
+// or any smaller multiple of 32; grids of any size; the last column is dynamic shared memory in
+// bytes):
 //
 //   whole shard:        list_whole             any grid       0
 //                       place_targets          any grid       0
@@ -66,6 +66,7 @@ PFC_DEVICE uint32_t warp_of_grid() { return blockIdx.x * (blockDim.x / 32) + ptx
 PFC_DEVICE uint32_t warps_of_grid() { return gridDim.x * (blockDim.x / 32); }
 
 // The bits of positives, and how many negatives are to be drawn.
+// gate: mark_positives registers <= 24
 PFC_KERNEL(mark_positives, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0) return;
     const uint32_t positives = view.block->positives;
@@ -83,6 +84,7 @@ PFC_KERNEL(mark_positives, (const PFC_GRID_CONSTANT HeadView view)) {
 
 // The bits of a caller's classes, counted from the shard's first; the host has checked that they
 // lie in the shard.
+// gate: mark_chosen registers <= 16
 PFC_KERNEL(mark_chosen, (const PFC_GRID_CONSTANT HeadView view,
                          const uint32_t* __restrict__ classes, uint32_t count)) {
     if (view.block->status != 0) return;
@@ -110,6 +112,7 @@ PFC_DEVICE void count_key(uint32_t* bins, uint32_t level, uint32_t found, uint32
     if (is_free && same) ptx::atomic_add(&bins[bin], 1u);
 }
 
+// gate: key_histogram registers <= 72
 PFC_KERNEL(key_histogram, (const PFC_GRID_CONSTANT HeadView view, uint32_t level)) {
     PFC_DYNAMIC_SHARED(shared);
     uint32_t* const bins = (uint32_t*)shared;
@@ -139,6 +142,7 @@ PFC_KERNEL(key_histogram, (const PFC_GRID_CONSTANT HeadView view, uint32_t level
 // The bin that holds the wanted-th key: its digits join the threshold, the keys below it leave
 // `wanted`. Clears the histogram, also after a failure. After level 2 the threshold is whole, and
 // what is left of `wanted` are ties.
+// gate: pick_threshold registers <= 32
 PFC_KERNEL_OF(pick_threshold, 1024, 1, (const PFC_GRID_CONSTANT HeadView view, uint32_t level)) {
     PFC_DYNAMIC_SHARED(shared);
     const bool idle = view.block->status != 0 || view.block->wanted == 0;
@@ -181,6 +185,7 @@ PFC_DEVICE void set_bits(const HeadView& view, uint32_t first_word, uint32_t bit
 }
 
 // Draws the negatives below the threshold, and counts by run those that have the very threshold.
+// gate: mark_below registers <= 48
 PFC_KERNEL(mark_below, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0 || view.block->ties == 0) return;
     const uint32_t threshold = view.block->threshold;
@@ -204,6 +209,7 @@ PFC_KERNEL(mark_below, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
+// gate: mark_ties_scan registers <= 32
 PFC_KERNEL_OF(mark_ties_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0 || view.block->ties == 0) return;
@@ -212,6 +218,7 @@ PFC_KERNEL_OF(mark_ties_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) 
 
 // Draws the first of the negatives that have the very threshold. There is at least one; few runs
 // have any, and only they go on.
+// gate: mark_ties registers <= 48
 PFC_KERNEL(mark_ties, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0 || view.block->ties == 0) return;
     const uint32_t threshold = view.block->threshold, wanted = view.block->ties;
@@ -257,6 +264,7 @@ PFC_DEVICE double digest_of(const HeadView& view, uint32_t classes, uint64_t has
     return (double)(int64_t)(mix((classes == view.shard_rows ? 0u : hash) ^ classes) >> 16);
 }
 
+// gate: list_sample_count registers <= 40
 PFC_KERNEL(list_sample_count, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) return;
@@ -282,6 +290,7 @@ PFC_KERNEL(list_sample_count, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
+// gate: list_sample_scan registers <= 40
 PFC_KERNEL_OF(list_sample_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     if (view.block->status != 0) {
@@ -310,6 +319,7 @@ PFC_DEVICE void clear_positive_of(const HeadView& view, uint32_t classes) {
 
 // Writes the classes and clears their bits. A thread has a word; a warp writes its words' classes
 // one word at a time, side by side.
+// gate: list_sample_scatter registers <= 48
 PFC_KERNEL(list_sample_scatter, (const PFC_GRID_CONSTANT HeadView view)) {
     PFC_DYNAMIC_SHARED(shared);
     const bool failed = view.block->status != 0;
@@ -339,6 +349,7 @@ PFC_KERNEL(list_sample_scatter, (const PFC_GRID_CONSTANT HeadView view)) {
 }
 
 // The sample that is the shard.
+// gate: list_whole registers <= 24
 PFC_KERNEL(list_whole, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0) return;
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -365,6 +376,7 @@ PFC_DEVICE uint32_t column_of(const uint32_t* sample, uint32_t classes, uint32_t
 
 // The column of each positive, and of each global row whose class is in the shard. A thread takes a
 // row, however many rows its class has; rows of one class bisect alike, in the same cache lines.
+// gate: place_targets registers <= 24
 PFC_KERNEL(place_targets, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != 0) return;
     const uint32_t positives = view.block->positives, rows = view.block->positive_rows,

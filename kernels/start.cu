@@ -77,6 +77,7 @@ PFC_DEVICE void normal_pair(uint32_t radius, uint32_t angle, float std, float& f
 
 }  // namespace
 
+// gate: start_values registers <= 40
 PFC_KERNEL(start_values, (const PFC_GRID_CONSTANT HeadView view, double std)) {
     for (uint32_t row = rows::first_row(); row < view.shard_rows; row += rows::row_stride()) {
         const uint64_t number = view.first_class + row;

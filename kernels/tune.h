@@ -18,7 +18,7 @@ enum class Gemm {
 
 struct GemmTile {
     int m, n, k;           // rows and columns of the product that a CTA owns; depth of a stage
-    int stages;            // of the cp.async pipeline
+    int stages;            // of the cp.async pipeline, 2 to 4
     int warps_m, warps_n;  // how the CTA's 8 warps cut m x n
     int blocks;            // CTAs an SM that the registers must allow
 
@@ -27,7 +27,6 @@ struct GemmTile {
     constexpr int warp_n() const { return n / warps_n; }
     constexpr int stage_bytes() const { return 2 * k * (m + n); }
     constexpr int pipeline_bytes() const { return stages * stage_bytes(); }
-    constexpr int registers() const { return blocks == 2 ? 128 : 255; }
 };
 
 // GEMM3's widths: the narrowest that d fits into is the host's choice. Beyond the last, a head is
@@ -43,7 +42,8 @@ constexpr int center_width(int dim) {
     return 0;
 }
 
-// `width` and `deep` are GEMM3's. `deep` is for devices that give a CTA 163 KiB of shared memory.
+// `width` and `deep` are GEMM3's. `deep` is for devices that give a CTA 163 KiB of shared memory; it
+// changes nothing but the stages, which the host tells the kernel.
 constexpr GemmTile gemm_tile(Gemm gemm, int width = 0, bool deep = false) {
     switch (gemm) {
         case Gemm::kNumerators:
@@ -97,3 +97,30 @@ static_assert(gemm_shared_bytes(Gemm::kCenters, 512) == 74496, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 512, true) == 148224, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 1024) == 67968, "");
 static_assert(gemm_shared_bytes(Gemm::kCenters, 1024, true) == 135552, "");
+static_assert(gemm_tile(Gemm::kCenters, 128).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 256).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 512).stages == 2, "");
+static_assert(gemm_tile(Gemm::kCenters, 512, true).stages == 4, "");
+static_assert(gemm_tile(Gemm::kCenters, 1024).stages == 2, "");
+static_assert(gemm_tile(Gemm::kCenters, 1024, true).stages == 4, "");
+
+// What the entries may take, see kernels/gates. Of two CTAs an SM each may have half of its registers
+// and of the 100 KiB that the small devices have, 1 KiB less, which the system takes.
+//
+// gate: multiply_numerators_half registers <= 128 shared gemm_shared_bytes(Gemm::kNumerators) <= 50176 HMMA 32
+// gate: multiply_weighted_half registers <= 128 shared gemm_shared_bytes(Gemm::kWeighted) <= 50176 HMMA 32
+// gate: multiply_centers_half_128 registers <= 128 shared gemm_shared_bytes(Gemm::kCenters, 128) <= 50176 HMMA 16
+// gate: multiply_centers_half_256 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 256) <= 101376 HMMA 64
+// gate: multiply_centers_half_512 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 512) <= 101376 HMMA 64
+// gate: multiply_centers_half_512 on 80,90a,100 shared gemm_shared_bytes(Gemm::kCenters, 512, true) <= 166912
+// gate: multiply_centers_half_1024 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 1024) <= 101376 HMMA 32
+// gate: multiply_centers_half_1024 on 80,90a,100 shared gemm_shared_bytes(Gemm::kCenters, 1024, true) <= 166912
+//
+// gate: multiply_numerators_f32 registers <= 128 shared gemm_shared_bytes(Gemm::kNumerators) <= 50176 HMMA 32
+// gate: multiply_weighted_f32 registers <= 128 shared gemm_shared_bytes(Gemm::kWeighted) <= 50176 HMMA 32
+// gate: multiply_centers_f32_128 registers <= 128 shared gemm_shared_bytes(Gemm::kCenters, 128) <= 50176 HMMA 16
+// gate: multiply_centers_f32_256 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 256) <= 101376 HMMA 64
+// gate: multiply_centers_f32_512 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 512) <= 101376 HMMA 64
+// gate: multiply_centers_f32_512 on 80,90a,100 shared gemm_shared_bytes(Gemm::kCenters, 512, true) <= 166912
+// gate: multiply_centers_f32_1024 registers <= 255 shared gemm_shared_bytes(Gemm::kCenters, 1024) <= 101376 HMMA 32
+// gate: multiply_centers_f32_1024 on 80,90a,100 shared gemm_shared_bytes(Gemm::kCenters, 1024, true) <= 166912

@@ -7,6 +7,7 @@
 #include "replay.h"
 
 // The coefficients of update number updates + 1.
+// gate: begin_update registers <= 32
 PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadView view, double learning_rate)) {
     if (blockIdx.x != 0 || threadIdx.x != 0 || view.block->status != kOk) {
         return;
@@ -32,6 +33,7 @@ PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadView view, double learning
 }
 
 // Columns first .. first + count of the sample, their gradients in center_gradient from its start.
+// gate: update_rows registers <= 96
 PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, uint32_t count)) {
     if (view.block->status != kOk || first >= view.block->classes) {
         return;
@@ -87,6 +89,7 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, 
 // A missed update of SGD is (w, m) -> (w - lr * m', m') with m' = momentum * m + weight_decay * w:
 // one matrix for all elements of all rows, multiplied onto each slot's product. Kept less the
 // identity in its first entry, whose distance from 1 is what counts.
+// gate: advance_history registers <= 32
 PFC_KERNEL(advance_history, (const PFC_GRID_CONSTANT HeadView view)) {
     if (view.block->status != kOk || !view.optimizer.dense) {
         return;
@@ -124,6 +127,7 @@ PFC_KERNEL(advance_history, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
+// gate: end_update registers <= 8
 PFC_KERNEL(end_update, (const PFC_GRID_CONSTANT HeadView view)) {
     if (blockIdx.x == 0 && threadIdx.x == 0 && view.block->status == kOk) {
         view.ledger->updates += 1;

@@ -217,7 +217,7 @@ impl Head {
         let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
         let gradient = gradient.and_then(|gradient| {
             self.check_shape("grad_embeddings", &gradient, self.rows.batch())?;
-            self.rows.check_memory("grad_embeddings", &gradient)?;
+            self.check_memory("grad_embeddings", &gradient)?;
             Ok(gradient)
         });
         self.loss_weight = loss_weight;
@@ -260,7 +260,7 @@ impl Head {
         let input = input.and_then(|(input, matrix)| {
             checked?;
             self.check_shape("grad_embeddings", &matrix, input.embeddings.rows)?;
-            self.rows.check_memory("grad_embeddings", &matrix)?;
+            self.check_memory("grad_embeddings", &matrix)?;
             gradient = Some(matrix);
             Ok(input)
         });
@@ -286,13 +286,19 @@ impl Head {
         self.survive_judged(verdict)
     }
 
-    /// Where a loss pointer of the caller's lies. None at all is taken to be where the last one was: it fails the step on this rank,
-    /// and the other ranks are then where they would be with this one's.
-    pub fn loss_target(&self, loss: *mut f64) -> LossTarget {
-        let late = if loss.is_null() { self.late } else { self.rows.holds(loss.cast_const().cast()) };
-        match late {
-            true => LossTarget::Device(loss),
-            false => LossTarget::Host,
+    /// Where a loss pointer of the caller's lies, and what is wrong with it. With one that nothing can be left at the step fails on this
+    /// rank; the other ranks' loss is then taken to be where the last one was.
+    pub fn loss_target(&self, loss: *mut f64) -> (LossTarget, Result<()>) {
+        let rank = self.rank();
+        let place = match loss.is_null() {
+            true => Err(error!(InvalidArgument, "loss is NULL on rank {rank}")),
+            false => self.rows.holds("loss", loss.cast_const().cast()),
+        };
+        match place {
+            Ok(true) => (LossTarget::Device(loss), Ok(())),
+            Ok(false) => (LossTarget::Host, Ok(())),
+            Err(error) if self.late => (LossTarget::Device(std::ptr::null_mut()), Err(error)),
+            Err(error) => (LossTarget::Host, Err(error)),
         }
     }
 
@@ -367,7 +373,7 @@ impl Head {
     fn begin_step(&mut self, input: Result<StepInput>) -> Result<Result<StepInput>> {
         (self.phase, self.own_failure) = (Phase::Idle, None);
         let input = input.and_then(|input| {
-            self.rows.check_memory("embeddings", &input.embeddings)?;
+            self.check_memory("embeddings", &input.embeddings)?;
             Ok(input)
         });
         let input = match self.prepared.is_some() {
@@ -404,7 +410,10 @@ impl Head {
             "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
             self.rank()
         );
-        let given = input.labels.filter(|labels| !self.rows.holds(labels.data.cast()));
+        let given = match input.labels {
+            Some(labels) if labels.count > 0 && !self.rows.holds("labels", labels.data.cast())? => Some(labels),
+            _ => None,
+        };
         if let (Some(labels), Some(known)) = (given, known) {
             // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
             let labels = unsafe { labels.as_slice() };
@@ -573,6 +582,14 @@ impl Head {
             self.rank()
         );
         Ok(())
+    }
+
+    /// Whether the device can use a matrix where it lies.
+    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
+        match matrix.rows {
+            0 => Ok(()),
+            _ => self.rows.holds(name, matrix.data).map(|_| ()),
+        }
     }
 
     fn check_factor(&self, name: &str, value: f64) -> Result<()> {

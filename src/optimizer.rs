@@ -74,36 +74,37 @@ impl Optimizer {
 #[derive(Clone, Copy, Debug)]
 pub struct StepRule {
     simd: Simd,
-    step: Step,
+    pub(crate) step: Step,
 }
 
+/// The coefficients, rounded.
 #[derive(Clone, Copy, Debug)]
-enum Step {
+pub(crate) enum Step {
     Sgd(SgdStep),
     Adamw(AdamwStep),
 }
 
 #[derive(Clone, Copy, Debug)]
-struct SgdStep {
-    momentum: f32,
-    weight_decay: f32,
-    learning_rate: f32,
+pub(crate) struct SgdStep {
+    pub momentum: f32,
+    pub weight_decay: f32,
+    pub learning_rate: f32,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct AdamwStep {
-    beta1: f32,
-    beta2: f32,
+pub(crate) struct AdamwStep {
+    pub beta1: f32,
+    pub beta2: f32,
     /// 1 - beta1 and 1 - beta2, rounded once.
-    rest1: f32,
-    rest2: f32,
+    pub rest1: f32,
+    pub rest2: f32,
     /// Learning rate * weight decay.
-    decay: f32,
+    pub decay: f32,
     /// Learning rate / (1 - beta1^t).
-    rate: f32,
+    pub rate: f32,
     /// 1 / sqrt(1 - beta2^t).
-    root: f32,
-    epsilon: f32,
+    pub root: f32,
+    pub epsilon: f32,
 }
 
 impl StepRule {

@@ -54,7 +54,7 @@ impl Step {
         let (embeddings, gradient) = (self.embeddings.matrix(DIM), self.gradient.matrix(DIM));
         // SAFETY: a live handle; arrays on the GPU of the sizes that the head takes.
         unsafe {
-            let (labels, loss) = (self.labels.address as *const i64, self.loss.address as *mut f64);
+            let (labels, loss) = (self.labels.pointer::<i64>().cast_const(), self.loss.pointer::<f64>());
             outcome(c_head::pfc_head_forward(head.raw, &embeddings, labels, loss))?;
             outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient))?;
             outcome(c_head::pfc_head_update(head.raw, 0.1))
@@ -89,7 +89,7 @@ fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
         let (embeddings, gradient) = (step.embeddings.matrix(DIM), step.gradient.matrix(DIM));
         // SAFETY: as in `run`; the loss is the host's.
         unsafe {
-            let labels = step.labels.address as *const i64;
+            let labels = step.labels.pointer::<i64>().cast_const();
             outcome(c_head::pfc_head_forward(now.raw, &embeddings, labels, &mut loss)).expect("forward");
             outcome(c_head::pfc_head_backward(now.raw, 1.0, 1.0, &gradient)).expect("backward");
             outcome(c_head::pfc_head_update(now.raw, 0.1)).expect("update");

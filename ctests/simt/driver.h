@@ -21,8 +21,14 @@ void wake_others();
 
 // Counts a call; false where the driver was not initialised.
 bool count_call(const char* name);
+// What a test has a call or a launch give instead of doing anything; 0: nothing.
+CUresult planned_failure(const char* name);
 bool has_context();
-CUcontext primary_context();
+// The thread's, or null.
+CUcontext current_context();
+CUdevice device_of(CUcontext context);
+// Frees the device memory that was allocated in a context.
+void release_all_of(CUcontext context);
 
 int shared_limit();
 int multiprocessors();
@@ -34,6 +40,7 @@ const struct Kernel* find_kernel(const char* name);
 // An entry's first line; the second form is for entries that need a current context.
 #define PFC_ENTRY                                                                  \
     simt::Lock lock;                                                               \
+    if (const CUresult planned = simt::planned_failure(__func__)) return planned;  \
     if (!simt::count_call(__func__)) return CUDA_ERROR_NOT_INITIALIZED
 #define PFC_CONTEXT_ENTRY                                                          \
     PFC_ENTRY;                                                                     \

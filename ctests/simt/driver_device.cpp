@@ -1,9 +1,11 @@
-// The driver API's device, contexts, errors and call counts. There is one device and one context,
-// which host threads have current or not.
+// The driver API's devices, contexts, errors and call counts. There is one device unless a test
+// asks for more: they are alike, and their memory and their clock are one. Each has a primary
+// context; others may be made. Host threads have one of them current, or none.
 #include <pthread.h>
 #include <string.h>
 
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,7 @@
 namespace simt {
 
 struct Context {
+    CUdevice device = 0;
     unsigned retained = 0;
 };
 
@@ -24,9 +27,18 @@ pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
 thread_local unsigned depth;
 
+constexpr int kMostDevices = 8;
+
 thread_local std::vector<CUcontext> stack;
-Context primary;
+Context primary[kMostDevices];
+std::set<CUcontext> made;  // by cuCtxCreate
+int devices = 1;
+int version = 13000;
 bool initialised;
+// A failure to come: of which call, and in how many.
+std::string failing;
+uint64_t until_failure;
+CUresult failure;
 int capability_major = 8, capability_minor = 0;
 
 // A function's static: kernels register and tests count before this file's own variables are made.
@@ -70,8 +82,22 @@ bool count_call(const char* name) {
     return initialised;
 }
 
-bool has_context() { return !stack.empty() && stack.back(); }
-CUcontext primary_context() { return &primary; }
+CUresult planned_failure(const char* name) {
+    if (until_failure == 0 || failing != name || --until_failure > 0) return CUDA_SUCCESS;
+    return failure;
+}
+
+CUcontext current_context() { return stack.empty() ? nullptr : stack.back(); }
+bool has_context() { return current_context(); }
+CUdevice device_of(CUcontext context) { return context ? context->device : 0; }
+
+bool exists(CUdevice device) { return device >= 0 && device < devices; }
+
+bool is_context(CUcontext context) {
+    for (int i = 0; i < devices; ++i)
+        if (context == &primary[i]) return true;
+    return made.count(context) > 0;
+}
 
 int shared_limit() {
     if (capability_major == 8)
@@ -87,6 +113,24 @@ int multiprocessors() { return current_seed() / 2 % 2 ? 7 : 3; }
 using namespace simt;
 
 extern "C" {
+
+void simt_devices(int count) {
+    Lock lock;
+    devices = count < 1 ? 1 : count > kMostDevices ? kMostDevices : count;
+    for (int i = 0; i < kMostDevices; ++i) primary[i].device = i;
+}
+
+void simt_driver_version(int told) {
+    Lock lock;
+    version = told;
+}
+
+void simt_fail(const char* name, uint64_t nth, int result) {
+    Lock lock;
+    failing = name;
+    until_failure = nth;
+    failure = result;
+}
 
 void simt_profile(int major, int minor) {
     Lock lock;
@@ -107,29 +151,29 @@ CUresult cuInit(unsigned flags) {
     return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-CUresult cuDriverGetVersion(int* version) {
+CUresult cuDriverGetVersion(int* told) {
     Lock lock;
     count_call(__func__);
-    *version = 13000;
+    *told = version;
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
     PFC_ENTRY;
-    if (ordinal != 0) return CUDA_ERROR_INVALID_DEVICE;
-    *device = 0;
+    if (!exists(ordinal)) return CUDA_ERROR_INVALID_DEVICE;
+    *device = ordinal;
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetCount(int* count) {
     PFC_ENTRY;
-    *count = 1;
+    *count = devices;
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
     if (size < 1) return CUDA_ERROR_INVALID_VALUE;
     strncpy(name, "SIMT emulator", size_t(size));
     name[size - 1] = 0;
@@ -138,7 +182,7 @@ CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
 
 CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
     switch (attribute) {
         case 1: case 2: case 3: *value = 1024; break;       // threads of a block; x; y
         case 4: *value = 64; break;                          // z
@@ -170,14 +214,14 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
 
 CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
     *bytes = memory_total();
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
     memcpy(uuid->bytes, "SIMT emulator  ", 16);
     return CUDA_SUCCESS;
 }
@@ -186,29 +230,29 @@ CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) { return cuDeviceGetU
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
-    ++primary.retained;
-    *context = &primary;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
+    ++primary[device].retained;
+    *context = &primary[device];
     return CUDA_SUCCESS;
 }
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     PFC_ENTRY;
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
-    if (primary.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
-    --primary.retained;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
+    if (primary[device].retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    --primary[device].retained;
     return CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetCurrent(CUcontext* context) {
     PFC_ENTRY;
-    *context = stack.empty() ? nullptr : stack.back();
+    *context = current_context();
     return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) {
     PFC_ENTRY;
-    if (context && context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    if (context && !is_context(context)) return CUDA_ERROR_INVALID_CONTEXT;
     if (!stack.empty()) stack.pop_back();
     if (context) stack.push_back(context);
     return CUDA_SUCCESS;
@@ -216,7 +260,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
 
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
     PFC_ENTRY;
-    if (context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!is_context(context)) return CUDA_ERROR_INVALID_CONTEXT;
     stack.push_back(context);
     return CUDA_SUCCESS;
 }
@@ -229,15 +273,33 @@ CUresult cuCtxPopCurrent_v2(CUcontext* context) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuCtxCreate_v4(CUcontext* context, void*, unsigned, CUdevice device) {
+    PFC_ENTRY;
+    if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
+    *context = new Context{device, 0};
+    made.insert(*context);
+    stack.push_back(*context);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxDestroy_v2(CUcontext context) {
+    PFC_ENTRY;
+    if (made.erase(context) == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    release_all_of(context);
+    if (current_context() == context) stack.pop_back();
+    delete context;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetDevice(CUdevice* device) {
     PFC_CONTEXT_ENTRY;
-    *device = 0;
+    *device = current_context()->device;
     return CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetApiVersion(CUcontext context, unsigned* version) {
     PFC_ENTRY;
-    if (context && context != &primary) return CUDA_ERROR_INVALID_CONTEXT;
+    if (context && !is_context(context)) return CUDA_ERROR_INVALID_CONTEXT;
     *version = 13000;
     return CUDA_SUCCESS;
 }

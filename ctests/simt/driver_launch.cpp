@@ -15,10 +15,12 @@ namespace simt {
 
 struct Function {
     const Kernel* kernel;
+    CUcontext context;
     int max_shared;
 };
 
 struct Module {
+    CUcontext context;
     std::map<std::string, Function> functions;
 };
 
@@ -59,7 +61,11 @@ CUresult launch(CUfunction function, unsigned grid, unsigned block, unsigned sha
     Stream* stream = find_stream(handle);
     if (!function || !stream) return CUDA_ERROR_INVALID_HANDLE;
     if (extra) return CUDA_ERROR_NOT_SUPPORTED;
+    // A stream and a function of two contexts.
+    if (stream->context && stream->context != function->context) return CUDA_ERROR_INVALID_HANDLE;
     const Kernel& kernel = *function->kernel;
+    const CUresult planned = planned_failure(kernel.name);
+    if (planned && planned != CUDA_ERROR_LAUNCH_FAILED) return planned;
     if (grid == 0 || block == 0 || block > 1024) return CUDA_ERROR_INVALID_VALUE;
     if (block > kernel.max_threads) return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
     if (shared > unsigned(function->max_shared)) return CUDA_ERROR_INVALID_VALUE;
@@ -81,7 +87,8 @@ CUresult launch(CUfunction function, unsigned grid, unsigned block, unsigned sha
         if (is_device(word)) operation->mentions.push_back(word);
     }
     Operation* self = operation.get();
-    operation->run = [made, self]() mutable {
+    operation->run = [made, self, planned]() mutable {
+        if (planned) return finding(format("%s fails, as planned", made.kernel->name));
         made.operation = self->id;
         run_launch(made);
     };
@@ -96,7 +103,7 @@ extern "C" {
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     PFC_CONTEXT_ENTRY;
     if (!image) return CUDA_ERROR_INVALID_IMAGE;
-    *module = new Module;
+    *module = new Module{current_context(), {}};
     return CUDA_SUCCESS;
 }
 
@@ -117,7 +124,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
     if (!module) return CUDA_ERROR_INVALID_HANDLE;
     const Kernel* kernel = find_kernel(name);
     if (!kernel) return CUDA_ERROR_NOT_FOUND;
-    *function = &module->functions.insert({name, Function{kernel, kDefaultShared}}).first->second;
+    *function = &module->functions.insert({name, Function{kernel, module->context, kDefaultShared}}).first->second;
     return CUDA_SUCCESS;
 }
 

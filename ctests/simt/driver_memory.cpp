@@ -5,6 +5,8 @@
 // call returns.
 #include <string.h>
 
+#include <map>
+
 #include "driver.h"
 #include "findings.h"
 #include "memory.h"
@@ -76,11 +78,23 @@ CUresult fill_device(CUdeviceptr at, T value, size_t count, Stream* stream, bool
     return wait ? status() : CUDA_SUCCESS;
 }
 
+// The context in which memory was allocated, by its address.
+std::map<uintptr_t, CUcontext>& owners() {
+    static std::map<uintptr_t, CUcontext> all;
+    return all;
+}
+
+CUcontext owner_of(const Allocation* device, CUdeviceptr at) {
+    const auto found = owners().find(device ? device->base : at);
+    return found == owners().end() ? nullptr : found->second;
+}
+
 CUresult allocate_device(CUdeviceptr* at, size_t size) {
     if (!at || size == 0) return CUDA_ERROR_INVALID_VALUE;
     const uintptr_t made = allocate(size);
     if (made == 0) return CUDA_ERROR_OUT_OF_MEMORY;
     *at = made;
+    owners()[made] = current_context();
     return CUDA_SUCCESS;
 }
 
@@ -101,11 +115,13 @@ CUresult pointer_attribute(void* data, int attribute, CUdeviceptr at) {
     const bool pinned = is_pinned(reinterpret_cast<void*>(at));
     if (!device && !pinned) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
-        case kContext: *static_cast<CUcontext*>(data) = primary_context(); break;
+        case kContext: *static_cast<CUcontext*>(data) = owner_of(device, at); break;
         case kMemoryType: *static_cast<unsigned*>(data) = device ? 2 : 1; break;
         case kDevicePointer: *static_cast<CUdeviceptr*>(data) = at; break;
         case kIsManaged: *static_cast<unsigned*>(data) = 0; break;
-        case kDeviceOrdinal: *static_cast<int*>(data) = 0; break;
+        case kDeviceOrdinal:
+            *static_cast<int*>(data) = device_of(owner_of(device, at));
+            break;
         case kRangeStart:
             if (!device) return CUDA_ERROR_INVALID_VALUE;
             *static_cast<CUdeviceptr*>(data) = device->base;
@@ -125,6 +141,11 @@ size_t attribute_size(int attribute) {
 }
 
 }  // namespace
+
+void simt::release_all_of(CUcontext context) {
+    for (const auto& [at, owner] : owners())
+        if (owner == context) release(at);
+}
 
 extern "C" {
 
@@ -175,6 +196,7 @@ CUresult cuMemHostAlloc(void** at, size_t size, unsigned) {
     PFC_CONTEXT_ENTRY;
     if (!at || size == 0) return CUDA_ERROR_INVALID_VALUE;
     *at = pin(size);
+    owners()[uintptr_t(*at)] = current_context();
     return *at ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
 

@@ -26,6 +26,15 @@ void simt_memory(uint64_t bytes);
 // The device's compute capability: 8.0 unless told; decides how much shared memory a block may
 // have.
 void simt_profile(int major, int minor);
+// How many such devices there are, 8 at most; 1 unless told. They share their memory's limit.
+void simt_devices(int count);
+// What cuDriverGetVersion tells: 13000 unless told.
+void simt_driver_version(int version);
+// The `nth` call from now (1: the next) of a driver function, by its exported name, or launch of a
+// kernel gives `result` and does nothing. A kernel with 719 is launched and fails when it runs, as
+// a fault in its code would: a finding, and the context is broken. Other calls that fail so are not
+// counted. `nth` 0: no call fails.
+void simt_fail(const char* driver_function_or_kernel, uint64_t nth, int result);
 
 #ifdef __cplusplus
 }

@@ -248,6 +248,7 @@ CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priori
     PFC_CONTEXT_ENTRY;
     if (flags > CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
     *stream = new_stream(flags, std::max(-5, std::min(0, priority)));
+    (*stream)->context = current_context();
     return CUDA_SUCCESS;
 }
 
@@ -255,6 +256,7 @@ CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
     PFC_CONTEXT_ENTRY;
     if (flags > CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
     *stream = new_stream(flags, 0);
+    (*stream)->context = current_context();
     return CUDA_SUCCESS;
 }
 
@@ -299,8 +301,9 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
 
 CUresult cuStreamGetCtx(CUstream handle, CUcontext* context) {
     PFC_CONTEXT_ENTRY;
-    if (!find_stream(handle)) return CUDA_ERROR_INVALID_HANDLE;
-    *context = primary_context();
+    const Stream* stream = find_stream(handle);
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    *context = stream->context ? stream->context : current_context();
     return CUDA_SUCCESS;
 }
 

@@ -38,6 +38,7 @@ struct Stream {
     int priority = 0;
     unsigned flags = 0;
     bool destroyed = false;
+    CUcontext context = nullptr;  // null: a default stream, which every context has
     std::deque<OperationPointer> queue;
     // The last enqueued, done or not: the next one comes after what it came after.
     OperationPointer last;

@@ -9,9 +9,13 @@
 // memory. W is read twice, for the dot and for the update; the second time it is in the cache.
 // Dense rows lag behind in memory: their direction u is taken from the operands of this chunk (W^
 // of the rows caught up), which the gather has left in center_operand.
+//
+// Nothing runs beside this on an SM that one CTA fills, so that it must not wait for one value after
+// the other: rows come through the pipeline's memory, see epilogue/window.h.
 #pragma once
 
 #include "epilogue/planes.h"
+#include "epilogue/window.h"
 #include "ptx/arithmetic.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
@@ -35,35 +39,17 @@ struct Finishing {
 // What the epilogue knows of a tile's classes, in shared memory.
 template <int kClasses>
 struct Classes {
-    uint32_t rows[kClasses];       // of the shard
+    uint32_t rows[kClasses];       // of the shard; of a dense head the rows of center_operand
     float inverse_norms[kClasses];
     uint32_t positives[kClasses];  // or kNone
 };
 
-PFC_DEVICE float center_operand_at(const HeadView& view, uint64_t at) {
-    if (!view.split_operands) {
-        return ptx::from_half(view.center_operand[at]);
-    }
-    const uint16_t* const planes = view.center_operand;
-    return ptx::from_bfloat(planes[at]) + (ptx::from_bfloat(planes[at + view.plane_centers]) +
-                                           ptx::from_bfloat(planes[at + 2 * view.plane_centers]));
-}
-
-// Two neighbours of a row of d values whose pitch is even: `more`: the second one is within d.
-PFC_DEVICE Two load_two(const float* from, bool more) {
-    if (more) {
-        return *reinterpret_cast<const Two*>(from);
-    }
-    return {*from, 0.0f};
-}
-
-PFC_DEVICE void store_two(float* to, Two value, bool more) {
-    if (more) {
-        *reinterpret_cast<Two*>(to) = value;
-    } else {
-        *to = value.x;
-    }
-}
+// A tile of classes: its first column in the sample, how many columns exist from there on, and its
+// place in center_gradient.
+struct Tile {
+    uint32_t column, columns, slot;
+    float weight;
+};
 
 PFC_DEVICE void apply_sgd(const Rule& rule, float& w, float& m, float g) {
     m = ptx::add(ptx::multiply(rule.momentum, m), ptx::add(g, ptx::multiply(rule.weight_decay, w)));
@@ -81,8 +67,8 @@ PFC_DEVICE void apply_adamw(const Rule& rule, float& w, float& m, float& v, floa
 // dW^ += coef E^ over the targets of each class.
 template <class Product, int kClasses>
 PFC_DEVICE void add_targets(const HeadView& view, Product& product,
-                            const Classes<kClasses>& classes, uint32_t rows,
-                            uint32_t first_computed) {
+                            const Classes<kClasses>& classes) {
+    const uint32_t rows = view.block->rows, first_computed = view.block->first_computed;
     const uint32_t lane = ptx::lane();
     const uint32_t place = Product::warp_column() + 2 * (lane % 4);
 #pragma unroll
@@ -137,65 +123,117 @@ PFC_DEVICE float sum_of_parts(const float* parts) {
     return sum;
 }
 
-// `column` is the tile's first, of `columns` that exist; `slot` its place in center_gradient and
-// `operand` in center_operand. `scratch` is the pipeline's memory, free on entry and on return.
-template <Finish kFinish, class Product, int kClasses>
+// `scratch` is the pipeline's memory, free on entry and on return.
+template <Finish kFinish, int kPlanes, class Product, int kClasses>
 PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
                                const Classes<kClasses>& classes, unsigned char* scratch,
-                               uint32_t column, uint32_t columns, uint32_t slot, uint32_t operand,
-                               float weight) {
+                               const Tile& tile) {
     constexpr bool kDense = kFinish == Finish::kDenseGradient;
     constexpr bool kUpdates = kFinish == Finish::kSgd || kFinish == Finish::kAdamw;
-    // Columns whose operands are under way at a time; more of them would spill.
-    constexpr int kGroup = Product::kN <= 128 || Product::kN == 1024 ? 2 : 4;
+    // A unit: some of the columns of 8 of the warp's rows.
+    constexpr int kTiles = Product::kColumnTiles < 4 ? Product::kColumnTiles : 4;
+    constexpr int kUnitsOfRow = Product::kColumnTiles / kTiles;
+    constexpr int kUnits = 2 * Product::kRowTiles * kUnitsOfRow;
     static_assert(Product::kWarpM == kClasses && Product::kWarpsN == 8, "whole rows");
+    using Floats = Window<float, kTiles>;
+    using Operands = Window<uint16_t, kTiles>;
+    constexpr uint32_t kDirection = kDense ? kPlanes * Operands::kBytes : Floats::kBytes;
+    constexpr uint32_t kState = kFinish == Finish::kAdamw  ? 2 * Floats::kBytes
+                                : kFinish == Finish::kSgd ? Floats::kBytes
+                                                          : 0;
+    constexpr uint32_t kParts = 4 * (8 * kClasses + kClasses);
+    constexpr uint32_t kOwn = (Product::kPipelineBytes - kParts) / 8 / 128 * 128;  // a warp's
+    using Directions = Ring<kUnits, (kOwn / kDirection < 4 ? kOwn / kDirection : 4)>;
+    constexpr uint32_t kSlot = kDirection + kState;
+    using Rows = Ring<kUnits, (kOwn / kSlot < 4 ? kOwn / kSlot : 4)>;
+
     float* const parts = reinterpret_cast<float*>(scratch);  // [8][kClasses]
     float* const along = parts + 8 * kClasses;               // [kClasses]
+    unsigned char* const own = scratch + (kParts + 127) / 128 * 128 + ptx::warp() * kOwn;
+    static_assert((kParts + 127) / 128 * 128 + 8 * kOwn <= Product::kPipelineBytes, "");
     const uint32_t lane = ptx::lane();
     const uint32_t dim = view.dim;
-    const uint32_t place = Product::warp_column() + 2 * (lane % 4);
 
-    // Two values of what the gradient must be orthogonal to: W, or its direction.
-    auto direction = [&](uint32_t index, uint32_t at, bool more) -> Two {
+    auto first_of = [](int unit) -> uint32_t { return unit / kUnitsOfRow * 8; };  // class
+    auto tile_of = [](int unit) -> int { return unit % kUnitsOfRow * kTiles; };
+    // The unit's part of rows `pitch` values apart, of which `end` count.
+    auto load = [&](auto kind, int unit, unsigned char* window, const auto* tensor, uint32_t pitch,
+                    uint32_t end) {
+        const uint32_t begin = Product::warp_column() + 8 * tile_of(unit);
+        const auto* const none = decltype(tensor)(nullptr);
+        decltype(kind)::load(window, begin < end ? end - begin : 0, [&](uint32_t row) {
+            const uint32_t index = first_of(unit) + row;
+            return index < tile.columns ? tensor + uint64_t(classes.rows[index]) * pitch + begin
+                                        : none;
+        });
+    };
+    auto load_direction = [&](int unit, unsigned char* window) {
         if constexpr (kDense) {
-            const uint64_t from = uint64_t(operand + index) * view.depth_pitch + at;
-            return {center_operand_at(view, from), center_operand_at(view, from + 1)};
+#pragma unroll
+            for (int plane = 0; plane < kPlanes; ++plane) {
+                load(Operands(), unit, window + plane * Operands::kBytes,
+                     view.center_operand + plane * view.plane_centers, view.depth_pitch,
+                     view.depth_pitch);
+            }
         } else {
-            const uint64_t row = classes.rows[index];
-            return load_two(view.centers + row * view.master_pitch + at, more);
+            load(Floats(), unit, window, view.centers, view.master_pitch, dim);
         }
     };
-
+    // What the gradient must be orthogonal to: W, or its direction.
+    auto direction = [&](const unsigned char* window, int j) -> Two {
+        if constexpr (!kDense) {
+            return *reinterpret_cast<const Two*>(Floats::mine(window, j));
+        } else if constexpr (kPlanes == 1) {
+            const uint32_t two = *reinterpret_cast<const uint32_t*>(Operands::mine(window, j));
+            return {ptx::from_half(uint16_t(two)), ptx::from_half(uint16_t(two >> 16))};
+        } else {
+            Two sum = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < Product::kRowTiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const uint32_t index = lane / 4 + 16 * i + 8 * h;
-            const bool exists = index < columns;
-            float dot = 0.0f;
-#pragma unroll
-            for (int group = 0; group < Product::kColumnTiles; group += kGroup) {
-                Two w[kGroup];
-#pragma unroll
-                for (int j = 0; j < kGroup; ++j) {
-                    const uint32_t at = place + 8 * (group + j);
-                    w[j] = exists && at < dim ? direction(index, at, at + 1 < dim)
-                                              : Two{0.0f, 0.0f};
-                }
-#pragma unroll
-                for (int j = 0; j < kGroup; ++j) {
-                    dot += product.sum[i][group + j][2 * h] * w[j].x;
-                    dot += product.sum[i][group + j][2 * h + 1] * w[j].y;
-                }
+            for (int plane = 2; plane >= 0; --plane) {
+                const uint32_t two = *reinterpret_cast<const uint32_t*>(
+                    Operands::mine(window + plane * Operands::kBytes, j));
+                sum.x += ptx::from_bfloat(uint16_t(two));
+                sum.y += ptx::from_bfloat(uint16_t(two >> 16));
             }
-            share_part<kClasses>(parts, index, dot);
+            return sum;
         }
-    }
+    };
+    auto load_rows = [&](int unit, int slot) {
+        unsigned char* const window = own + slot * kSlot;
+        load_direction(unit, window);
+        if constexpr (kUpdates) {
+            load(Floats(), unit, window + kDirection, view.momentum, view.master_pitch, dim);
+        }
+        if constexpr (kFinish == Finish::kAdamw) {
+            load(Floats(), unit, window + kDirection + Floats::kBytes, view.second_moment,
+                 view.master_pitch, dim);
+        }
+    };
+    auto load_directions = [&](int unit, int slot) {
+        load_direction(unit, own + slot * kDirection);
+    };
+
+    Directions::begin(load_directions);
+    float dot = 0.0f;
+    Directions::run(load_directions, [&](int unit, int slot) {
+        const int row = unit / kUnitsOfRow, i = row / 2, h = row % 2, first = tile_of(unit);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            const Two w = direction(own + slot * kDirection, j);
+            dot += product.sum[i][first + j][2 * h] * w.x;
+            dot += product.sum[i][first + j][2 * h + 1] * w.y;
+        }
+        if (first + kTiles == Product::kColumnTiles) {
+            share_part<kClasses>(parts, first_of(unit) + lane / 4, dot);
+            dot = 0.0f;
+        }
+    });
+    Rows::begin(load_rows);
     __syncthreads();
     if (threadIdx.x < kClasses) {
         const float inverse = classes.inverse_norms[threadIdx.x];
-        const float dot = sum_of_parts<kClasses>(parts);
-        along[threadIdx.x] = kDense ? dot : dot * inverse * inverse;
+        const float sum = sum_of_parts<kClasses>(parts);
+        along[threadIdx.x] = kDense ? sum : sum * inverse * inverse;
     }
     __syncthreads();
 
@@ -203,78 +241,68 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
     if constexpr (kUpdates) {
         rule = *view.rule;
     }
+    float squares = 0.0f;
+    Rows::run(load_rows, [&](int unit, int slot) {
+        const int row = unit / kUnitsOfRow, i = row / 2, h = row % 2, first = tile_of(unit);
+        const unsigned char* const window = own + slot * kSlot;
+        const uint32_t index = first_of(unit) + lane / 4;
+        const uint32_t place = Product::warp_column() + 8 * first + 2 * (lane % 4);
+        const float subtract = along[index];
+        const float factor = classes.inverse_norms[index] * tile.weight;
+        const bool exists = index < tile.columns;
+        const uint64_t master = uint64_t(classes.rows[index]) * view.master_pitch + place;
 #pragma unroll
-    for (int i = 0; i < Product::kRowTiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const uint32_t index = lane / 4 + 16 * i + 8 * h;
-            const bool exists = index < columns;
-            const float subtract = along[index];
-            const float factor = classes.inverse_norms[index] * weight;
-            const uint64_t master = uint64_t(classes.rows[index]) * view.master_pitch;
-            float squares = 0.0f;
-#pragma unroll
-            for (int group = 0; group < Product::kColumnTiles; group += kGroup) {
-                Two w[kGroup], m[kGroup], v[kGroup];
-#pragma unroll
-                for (int j = 0; j < kGroup; ++j) {
-                    const uint32_t at = place + 8 * (group + j);
-                    const bool more = at + 1 < dim;
-                    if (exists && at < dim) {
-                        w[j] = direction(index, at, more);
-                        if constexpr (kUpdates) {
-                            m[j] = load_two(view.momentum + master + at, more);
-                        }
-                        if constexpr (kFinish == Finish::kAdamw) {
-                            v[j] = load_two(view.second_moment + master + at, more);
-                        }
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < kGroup; ++j) {
-                    const uint32_t at = place + 8 * (group + j);
-                    const bool more = at + 1 < dim;
-                    if (!exists || at >= dim) {
-                        continue;
-                    }
-                    const float* const cells = &product.sum[i][group + j][2 * h];
-                    const Two g = {(cells[0] - subtract * w[j].x) * factor,
-                                   more ? (cells[1] - subtract * w[j].y) * factor : 0.0f};
-                    squares += g.x * g.x + g.y * g.y;
-                    if constexpr (kUpdates) {
-                        if constexpr (kFinish == Finish::kSgd) {
-                            apply_sgd(rule, w[j].x, m[j].x, g.x);
-                            apply_sgd(rule, w[j].y, m[j].y, g.y);
-                        } else {
-                            apply_adamw(rule, w[j].x, m[j].x, v[j].x, g.x);
-                            apply_adamw(rule, w[j].y, m[j].y, v[j].y, g.y);
-                            store_two(view.second_moment + master + at, v[j], more);
-                        }
-                        store_two(view.momentum + master + at, m[j], more);
-                        store_two(view.centers + master + at, w[j], more);
-                    } else {
-                        // Rows of d floats, at no even address where d is odd.
-                        float* const to = view.center_gradient + uint64_t(slot + index) * dim + at;
-                        if (dim % 2 == 0) {
-                            *reinterpret_cast<Two*>(to) = g;
-                        } else {
-                            to[0] = g.x;
-                            if (more) {
-                                to[1] = g.y;
-                            }
-                        }
-                    }
-                }
+        for (int j = 0; j < kTiles; ++j) {
+            if (!exists || place + 8 * j >= dim) {
+                continue;
             }
+            const float* const cells = &product.sum[i][first + j][2 * h];
+            Two w = direction(window, j);
+            const Two g = {(cells[0] - subtract * w.x) * factor,
+                           (cells[1] - subtract * w.y) * factor};
+            squares += g.x * g.x + g.y * g.y;
             if constexpr (kUpdates) {
-                share_part<kClasses>(parts, index, squares);
+                // A row's padding is zero, and stays so.
+                const unsigned char* const state = window + kDirection;
+                Two m = *reinterpret_cast<const Two*>(Floats::mine(state, j));
+                if constexpr (kFinish == Finish::kSgd) {
+                    apply_sgd(rule, w.x, m.x, g.x);
+                    apply_sgd(rule, w.y, m.y, g.y);
+                } else {
+                    Two v =
+                        *reinterpret_cast<const Two*>(Floats::mine(state + Floats::kBytes, j));
+                    apply_adamw(rule, w.x, m.x, v.x, g.x);
+                    apply_adamw(rule, w.y, m.y, v.y, g.y);
+                    *reinterpret_cast<Two*>(view.second_moment + master + 8 * j) = v;
+                }
+                *reinterpret_cast<Two*>(view.momentum + master + 8 * j) = m;
+                *reinterpret_cast<Two*>(view.centers + master + 8 * j) = w;
+            } else {
+                // Rows of d floats, at no even address where d is odd.
+                const uint32_t at = place + 8 * j;
+                float* const to =
+                    view.center_gradient + uint64_t(tile.slot + index) * dim + at;
+                if (dim % 2 == 0) {
+                    *reinterpret_cast<Two*>(to) = g;
+                } else {
+                    to[0] = g.x;
+                    if (at + 1 < dim) {
+                        to[1] = g.y;
+                    }
+                }
             }
         }
-    }
+        if constexpr (kUpdates) {
+            if (first + kTiles == Product::kColumnTiles) {
+                share_part<kClasses>(parts, index, squares);
+                squares = 0.0f;
+            }
+        }
+    });
     __syncthreads();
     if constexpr (kUpdates) {
-        if (threadIdx.x < kClasses && threadIdx.x < columns) {
-            view.center_squares[column + threadIdx.x] = sum_of_parts<kClasses>(parts);
+        if (threadIdx.x < kClasses && threadIdx.x < tile.columns) {
+            view.center_squares[tile.column + threadIdx.x] = sum_of_parts<kClasses>(parts);
         }
         __syncthreads();
     }

@@ -1,10 +1,11 @@
 // The words that a kernel source needs to be CUDA under nvcc and plain C++ under g++ (the emulator
 // of ctests/simt).
 //
-//   PFC_KERNEL(name, (parameters)) { body }
-//       an entry: extern "C" __global__; under g++ also registered with the emulator
 //   PFC_KERNEL_OF(name, threads, blocks, (parameters)) { body }
-//       the same with launch bounds: threads a block, blocks an SM
+//       an entry: extern "C" __global__, for blocks of up to `threads`, of which the registers let
+//       `blocks` fit an SM; under g++ also registered with the emulator, which refuses larger ones
+//   PFC_KERNEL(name, (parameters)) { body }
+//       the same for the blocks of most kernels: any multiple of 32 up to 256 threads
 //   PFC_DEVICE
 //       a function of kernels: always inlined
 //   PFC_DYNAMIC_SHARED(name)
@@ -21,7 +22,6 @@
 #ifdef __CUDACC__
 
 #define PFC_DEVICE __device__ __forceinline__
-#define PFC_KERNEL(name, parameters) extern "C" __global__ void name parameters
 #define PFC_KERNEL_OF(name, threads, blocks, parameters) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 #define PFC_GRID_CONSTANT __grid_constant__
@@ -36,8 +36,9 @@
     void name parameters;                                                          \
     static const simt::Registration registration_of_##name(#name, &name, threads); \
     void name parameters
-#define PFC_KERNEL(name, parameters) PFC_KERNEL_OF(name, 1024, 1, parameters)
 #define PFC_GRID_CONSTANT
 #define PFC_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
 
 #endif
+
+#define PFC_KERNEL(name, parameters) PFC_KERNEL_OF(name, 256, 1, parameters)

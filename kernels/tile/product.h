@@ -51,7 +51,6 @@ struct Product {
     static constexpr int kWarpM = kTile.warp_m(), kWarpN = kTile.warp_n();
     static constexpr int kRowTiles = kWarpM / 16;    // of 16 rows, a warp
     static constexpr int kColumnTiles = kWarpN / 8;  // of 8 columns, a warp
-    static constexpr int kStages = kTile.stages;
     static constexpr int kStageBytes = kTile.stage_bytes();
     static constexpr int kPipelineBytes = kTile.pipeline_bytes();
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kK % 16 == 0, "whole products");
@@ -90,7 +89,10 @@ struct Product {
         }
     }
 
-    PFC_DEVICE void multiply_stage(const unsigned char* stage) {
+    // `meanwhile` runs while the first operands are on their way from shared memory: what it computes
+    // takes the time that they do.
+    template <class Meanwhile>
+    PFC_DEVICE void multiply_stage(const unsigned char* stage, const Meanwhile& meanwhile) {
         const unsigned char* left = stage;
         const unsigned char* right = stage + LeftLayout::kBytes;
         const uint32_t lane = ptx::lane();
@@ -109,6 +111,9 @@ struct Product {
                     const uint32_t at = LeftLayout::at(low + 8 * high, row / kPiece + middle);
                     ptx::ldmatrix_x4_transposed(a[i], left + at + k * LeftLayout::kRowBytes);
                 }
+            }
+            if (k == 0) {
+                meanwhile();
             }
 #pragma unroll
             for (int j = 0; j < kColumnTiles; j += 2) {
@@ -136,10 +141,22 @@ struct Product {
         }
     }
 
-    // The whole sum; `depth` is a multiple of kK (operands are zero up to it), or 0. Ends with
-    // all copies landed and all threads done with `pipeline`, which the epilogue may use.
+    // All copies but those of the newest `stages` - 2 groups have landed.
+    static PFC_DEVICE void wait(uint32_t stages) {
+        if (stages == 2) {
+            ptx::copy_async_wait<0>();
+        } else if (stages == 3) {
+            ptx::copy_async_wait<1>();
+        } else {
+            ptx::copy_async_wait<2>();
+        }
+    }
+
+    // The whole sum; `depth` is a multiple of kK (operands are zero up to it), or 0. `stages`, 2 to
+    // 4, are what `pipeline` has room for. Ends with all copies landed and all threads done with
+    // `pipeline`, which the epilogue may use.
     PFC_DEVICE void run(unsigned char* pipeline, const Operand& left, const Operand& right,
-                        uint32_t depth) {
+                        uint32_t depth, uint32_t stages = kTile.stages) {
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -153,7 +170,7 @@ struct Product {
         const uint32_t steps = depth / kK * Pair::kCount;
         uint32_t load_pair = 0, load_k = 0, load_step = 0;
         unsigned char* load_stage = pipeline;
-        unsigned char* const end = pipeline + kPipelineBytes;
+        unsigned char* const end = pipeline + stages * kStageBytes;
         // A group is committed even where nothing is left to load: the wait counts groups.
         auto load_next = [&]() {
             if (load_step < steps) {
@@ -171,8 +188,8 @@ struct Product {
             load_step += 1;
             ptx::copy_async_commit();
         };
-#pragma unroll
-        for (int stage = 0; stage < kStages - 1; ++stage) {
+#pragma unroll 1
+        for (uint32_t stage = 1; stage < stages; ++stage) {
             load_next();
         }
         const unsigned char* stage = pipeline;
@@ -180,10 +197,9 @@ struct Product {
         for (uint32_t step = 0; step < steps; ++step) {
             // One barrier a step: after it this stage is there for all, and the one before it,
             // which the next load overwrites, is read no more.
-            ptx::copy_async_wait<kStages - 2>();
+            wait(stages);
             __syncthreads();
-            load_next();
-            multiply_stage(stage);
+            multiply_stage(stage, load_next);
             stage += kStageBytes;
             if (stage == end) {
                 stage = pipeline;

@@ -271,11 +271,11 @@ pub unsafe extern "C" fn pfc_head_forward(
     loss: *mut f64,
 ) -> pfc_status {
     with_head(head, |head| {
+        let (target, usable) = head.loss_target(loss);
         let input = (|| {
-            ensure!(!loss.is_null(), InvalidArgument, "loss is NULL on rank {}", head.rank());
+            usable?;
             step_input(head, embeddings, labels)
         })();
-        let target = head.loss_target(loss);
         let value = head.forward(input, target)?;
         if let LossTarget::Host = target {
             *loss = value;
@@ -325,12 +325,12 @@ pub unsafe extern "C" fn pfc_head_step(
     loss: *mut f64,
 ) -> pfc_status {
     with_head(head, |head| {
+        let (target, usable) = head.loss_target(loss);
         let input = (|| {
-            ensure!(!loss.is_null(), InvalidArgument, "loss is NULL on rank {}", head.rank());
+            usable?;
             let gradient = matrix("grad_embeddings", grad_embeddings, head.embedding_dim())?;
             Ok((step_input(head, embeddings, labels)?, gradient))
         })();
-        let target = head.loss_target(loss);
         let value = head.step(input, learning_rate, target)?;
         if let LossTarget::Host = target {
             *loss = value;

@@ -1,6 +1,16 @@
 //! The head's kernels by themselves: stateless, on a device, over the caller's memory.
 //!
 //! E is B x d, W is S x d, both raw; E^ and W^ are their rows divided by their norms (a norm below 1e-12 gives a row of zeros).
+//! Arithmetic is in float32.
+//!
+//! MEMORY. On a CPU device all memory is the host's. On a CUDA device each matrix and each array is in the GPU's memory or in the
+//! host's, by itself; the workspace is in the GPU's, at a multiple of 16 bytes (on a CPU: of 8), else INVALID_ARGUMENT. What is in
+//! the host's memory is copied to room that the device keeps, and back.
+//!
+//! WAITING. On a CUDA device the work is enqueued on the device's stream, and memory of the GPU's is borrowed until the stream has
+//! done it. A call waits for the stream in three cases: it writes to the host's memory; it checks what is in an array (targets,
+//! positives, ids, and pfc_fused_backward the row sums and target logits) and that is in the GPU's memory; it returns a count.
+//! Arrays that it only checks are best in the host's memory.
 
 use std::ffi::c_void;
 
@@ -261,6 +271,8 @@ pub unsafe extern "C" fn pfc_fused_backward(
 }
 
 /// Bytes of workspace that pfc_fused_forward and pfc_fused_backward need for B x d and S x d.
+///
+/// They do not grow with B x S. On a CUDA device d is at most 1024, else UNSUPPORTED.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_fused_workspace(
     device: *const pfc_device,
@@ -282,7 +294,7 @@ pub unsafe extern "C" fn pfc_fused_workspace(
 /// @param seed as pfc_head_options.seed
 /// @param step samples drawn before
 /// @param first first class of the shard
-/// @param rows classes of the shard, at most 2^40
+/// @param rows classes of the shard, at most 2^40; on a CUDA device 2^32 - 8192
 /// @param positives class ids of the shard, ascending, without repeats
 /// @param positive_count ids; if more than sample_size, the sample is the positives
 /// @param sample_size classes wanted, at most rows

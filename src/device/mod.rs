@@ -4,6 +4,7 @@
 //! workspace: `head.rs` calls its phases in the order of a step and carries its [`Exchange`]s through the communicator between them.
 //! Neither knows of ranks beyond their number.
 
+mod checks;
 mod cpu;
 mod cuda;
 
@@ -19,7 +20,7 @@ use crate::optimizer::Optimizer;
 use crate::options::HeadOptions;
 pub use crate::protocol::Step;
 use crate::shard::Shard;
-use crate::Result;
+use crate::{Error, Result};
 
 pub use cpu::Memory;
 pub(crate) use cpu::{keep_best, memory_needed, sample_capacity};
@@ -129,29 +130,32 @@ pub struct Exchange {
     pub memory: Option<Arc<dyn StreamMemory>>,
     /// Orders the accesses to `memory`; without meaning for the host's.
     pub stream: *mut c_void,
+    /// Why `send` is not what it should be: the other ranks must not get it.
+    pub failure: Option<Error>,
 }
 
 impl Exchange {
-    fn place(&self) -> Place<'_> {
-        match &self.memory {
-            Some(memory) => Place::Device { memory: &**memory, stream: self.stream },
-            None => Place::Host,
+    fn place(&self) -> Result<Place<'_>> {
+        match (&self.failure, &self.memory) {
+            (Some(failure), _) => Err(failure.clone()),
+            (None, Some(memory)) => Ok(Place::Device { memory: &**memory, stream: self.stream }),
+            (None, None) => Ok(Place::Host),
         }
     }
 
     pub(crate) fn all_gather(&self, comm: &Communicator) -> Result<()> {
         // SAFETY: a head device hands out exchanges over buffers of its own, large enough for the ranks it was made for.
-        unsafe { comm.all_gather_raw(self.send, self.recv, self.count * self.dtype.size(), self.place()) }
+        unsafe { comm.all_gather_raw(self.send, self.recv, self.count * self.dtype.size(), self.place()?) }
     }
 
     pub(crate) fn all_reduce(&self, comm: &Communicator, op: ReduceOp) -> Result<()> {
         // SAFETY: as above.
-        unsafe { comm.all_reduce_raw(self.send, self.recv, self.count, self.dtype, op, self.place()) }
+        unsafe { comm.all_reduce_raw(self.send, self.recv, self.count, self.dtype, op, self.place()?) }
     }
 
     pub(crate) fn reduce_scatter(&self, comm: &Communicator) -> Result<()> {
         // SAFETY: as above.
-        unsafe { comm.reduce_scatter_raw(self.send, self.recv, self.count, self.dtype, ReduceOp::Sum, self.place()) }
+        unsafe { comm.reduce_scatter_raw(self.send, self.recv, self.count, self.dtype, ReduceOp::Sum, self.place()?) }
     }
 }
 
@@ -230,17 +234,13 @@ pub trait HeadDevice: Send {
     fn parted(&self) -> bool {
         false
     }
-    /// Whether the device can use a matrix of the caller's where it lies; the error names it.
-    fn check_memory(&self, _name: &str, _matrix: &Matrix) -> Result<()> {
-        Ok(())
-    }
     /// The verdict of everything enqueued.
     fn wait(&mut self) -> Result<()> {
         Ok(())
     }
-    /// Whether a caller's memory is the device's own, which the host does not read.
-    fn holds(&self, _pointer: *const u8) -> bool {
-        false
+    /// Whether a caller's memory is the device's own, which the host does not read. The error names the argument.
+    fn holds(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
+        Ok(false)
     }
     /// Phase 5: the gradient of the normalised embeddings; sharded: this rank's part of all ranks' rows, for D.
     fn backward(&mut self) -> Exchange;

@@ -88,9 +88,8 @@ impl Head {
         let own = queries.and_then(|queries| {
             let limit = self.options.num_classes;
             ensure!((1..=limit).contains(&k), InvalidArgument, "k is {k} on rank {rank}; it is 1 to num_classes, {limit}");
-            let readable = queries.rows == 0 || !self.rows.holds(queries.data);
             ensure!(
-                readable,
+                queries.rows == 0 || !self.rows.holds("embeddings", queries.data)?,
                 InvalidArgument,
                 "embeddings lies in the device's memory on rank {rank}; pfc_head_top_k reads the host's"
             );

@@ -7,74 +7,110 @@ use partialfc::capi::types::pfc_matrix;
 use partialfc::matrix::DType;
 
 use super::ffi::{outcome, Device};
+use super::simt;
+
+/// `driver!(c"cuName", unsafe extern "C" fn(..) -> i32)`: a function of the driver's, to be called as such.
+#[macro_export]
+macro_rules! driver {
+    ($name:literal, $type:ty) => {
+        std::mem::transmute::<*mut std::ffi::c_void, $type>($crate::common::gpu::driver_function($name))
+    };
+}
 
 pub fn driver_function(name: &CStr) -> *mut c_void {
+    simt::ready();
     // SAFETY: a name that ends; the driver is loaded for everyone to see.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr().cast::<c_char>()) };
     assert!(!found.is_null(), "{name:?}");
     found
 }
 
-/// Memory on the GPU, of `values` to begin with.
-pub struct Remote {
-    pub address: u64,
-    bytes: usize,
-}
-
-impl Remote {
-    pub fn of<T: Copy>(values: &[T]) -> Remote {
-        let bytes = std::mem::size_of_val(values);
-        let mut address = 0u64;
-        // SAFETY: the driver's functions, of these types; the device's context is current on this thread.
-        unsafe {
-            let alloc: unsafe extern "C" fn(*mut u64, usize) -> i32 = std::mem::transmute(driver_function(c"cuMemAlloc_v2"));
-            let copy: unsafe extern "C" fn(u64, *const c_void, usize) -> i32 =
-                std::mem::transmute(driver_function(c"cuMemcpyHtoD_v2"));
-            assert_eq!((alloc(&mut address, bytes), copy(address, values.as_ptr().cast(), bytes)), (0, 0));
-        }
-        Remote { address, bytes }
-    }
-
-    pub fn read<T: Copy + Default>(&self) -> Vec<T> {
-        let mut values = vec![T::default(); self.bytes / std::mem::size_of::<T>()];
-        // SAFETY: as above; as many bytes.
-        unsafe {
-            let copy: unsafe extern "C" fn(*mut c_void, u64, usize) -> i32 =
-                std::mem::transmute(driver_function(c"cuMemcpyDtoH_v2"));
-            assert_eq!(copy(values.as_mut_ptr().cast(), self.address, self.bytes), 0);
-        }
-        values
-    }
-
-    /// Of float32 values, so many a row.
-    pub fn matrix(&self, cols: usize) -> pfc_matrix {
-        let (rows, cols) = ((self.bytes / 4 / cols) as u64, cols as u64);
-        pfc_matrix { data: self.address as *mut c_void, dtype: DType::F32 as i32, reserved: 0, rows, cols, row_stride: cols }
-    }
-}
-
-impl Drop for Remote {
-    fn drop(&mut self) {
-        // SAFETY: made by `of`; every test waits for its steps first.
-        unsafe {
-            let free: unsafe extern "C" fn(u64) -> i32 = std::mem::transmute(driver_function(c"cuMemFree_v2"));
-            free(self.address);
-        }
+/// Makes the primary context of GPU 0 this thread's current one.
+pub fn enter() {
+    // SAFETY: the driver's functions, of these types; an output that outlives the call.
+    unsafe {
+        let init = driver!(c"cuInit", unsafe extern "C" fn(u32) -> i32);
+        let retain = driver!(c"cuDevicePrimaryCtxRetain", unsafe extern "C" fn(*mut *mut c_void, i32) -> i32);
+        let set = driver!(c"cuCtxSetCurrent", unsafe extern "C" fn(*mut c_void) -> i32);
+        let mut context = std::ptr::null_mut();
+        assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
     }
 }
 
 /// GPU 0 with the default stream, its primary context current on this thread.
 pub fn gpu() -> Device {
+    enter();
     let mut raw = std::ptr::null_mut();
-    // SAFETY: an output that outlives the call; the default stream. The primary context is made current for this thread.
-    unsafe {
-        let init: unsafe extern "C" fn(u32) -> i32 = std::mem::transmute(driver_function(c"cuInit"));
-        let retain: unsafe extern "C" fn(*mut *mut c_void, i32) -> i32 =
-            std::mem::transmute(driver_function(c"cuDevicePrimaryCtxRetain"));
-        let set: unsafe extern "C" fn(*mut c_void) -> i32 = std::mem::transmute(driver_function(c"cuCtxSetCurrent"));
-        let mut context = std::ptr::null_mut();
-        assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
-        outcome(pfc_device_cuda(0, std::ptr::null_mut(), &mut raw)).expect("GPU 0");
-    }
+    // SAFETY: an output that outlives the call; the default stream.
+    outcome(unsafe { pfc_device_cuda(0, std::ptr::null_mut(), &mut raw) }).expect("GPU 0");
     Device(raw)
+}
+
+/// Memory on GPU 0, whose primary context is current: freed with it. Whoever drops it waits for its uses first.
+pub struct Remote {
+    pub address: u64,
+    pub bytes: usize,
+}
+
+impl Remote {
+    /// A copy of these values.
+    pub fn of<T: Copy>(values: &[T]) -> Remote {
+        // SAFETY: the bytes of the values.
+        unsafe { Remote::copy(values.as_ptr().cast(), std::mem::size_of_val(values)) }
+    }
+
+    /// A copy of host memory.
+    ///
+    /// # Safety
+    /// `bytes` bytes may be read at `from`.
+    pub unsafe fn copy(from: *const c_void, bytes: usize) -> Remote {
+        let alloc = driver!(c"cuMemAlloc_v2", unsafe extern "C" fn(*mut u64, usize) -> i32);
+        let copy = driver!(c"cuMemcpyHtoD_v2", unsafe extern "C" fn(u64, *const c_void, usize) -> i32);
+        let mut address = 0u64;
+        assert_eq!((alloc(&mut address, bytes), copy(address, from, bytes)), (0, 0));
+        Remote { address, bytes }
+    }
+
+    pub fn read<T: Copy + Default>(&self) -> Vec<T> {
+        let mut values = vec![T::default(); self.bytes / std::mem::size_of::<T>()];
+        // SAFETY: as many bytes.
+        unsafe { self.copy_to(values.as_mut_ptr().cast()) };
+        values
+    }
+
+    /// # Safety
+    /// As many bytes may be written at `to`.
+    pub unsafe fn copy_to(&self, to: *mut c_void) {
+        let copy = driver!(c"cuMemcpyDtoH_v2", unsafe extern "C" fn(*mut c_void, u64, usize) -> i32);
+        assert_eq!(copy(to, self.address, self.bytes), 0);
+    }
+
+    pub fn pointer<T>(&self) -> *mut T {
+        self.address as *mut T
+    }
+
+    /// Of float32 values, so many a row.
+    pub fn matrix(&self, cols: usize) -> pfc_matrix {
+        let (rows, cols) = ((self.bytes / 4 / cols) as u64, cols as u64);
+        pfc_matrix { data: self.pointer(), dtype: DType::F32 as i32, reserved: 0, rows, cols, row_stride: cols }
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // SAFETY: made by `copy`.
+        unsafe {
+            let free = driver!(c"cuMemFree_v2", unsafe extern "C" fn(u64) -> i32);
+            free(self.address);
+        }
+    }
+}
+
+/// Bytes of the GPU's memory that are free; the thread has a context.
+pub fn free_memory() -> usize {
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: outputs that outlive the call.
+    let status = unsafe { driver!(c"cuMemGetInfo_v2", unsafe extern "C" fn(*mut usize, *mut usize) -> i32)(&mut free, &mut total) };
+    assert_eq!(status, 0);
+    free
 }

@@ -22,6 +22,9 @@ struct Simt {
     count: unsafe extern "C" fn(*const c_char) -> u64,
     memory: unsafe extern "C" fn(u64),
     profile: unsafe extern "C" fn(i32, i32),
+    devices: unsafe extern "C" fn(i32),
+    driver_version: unsafe extern "C" fn(i32),
+    fail: unsafe extern "C" fn(*const c_char, u64, i32),
 }
 
 /// A turn at the driver. Turns do not overlap within a process: the emulator's seed, findings and counts are the process's.
@@ -90,6 +93,32 @@ impl Turn {
             unsafe { (simt.profile)(major, minor) };
         }
     }
+
+    /// How many devices there are from now on, 8 at most.
+    pub fn devices(&self, count: i32) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.devices)(count) };
+        }
+    }
+
+    /// What cuDriverGetVersion tells from now on.
+    pub fn driver_version(&self, version: i32) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.driver_version)(version) };
+        }
+    }
+
+    /// Lets the `nth` call from now (1: the next; 0: none) of a driver function or launch of a kernel give `result`; a kernel with 719
+    /// fails when it runs.
+    pub fn fail(&self, name: &str, nth: u64, result: i32) {
+        let name = CString::new(name).expect("a name without zeros");
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.fail)(name.as_ptr(), nth, result) };
+        }
+    }
 }
 
 fn findings_of(simt: &Simt) -> String {
@@ -106,6 +135,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         let findings = self.findings();
         self.forgive();
+        self.fail("", 0, 0);
         // A second panic would hide the first.
         if !std::thread::panicking() {
             assert!(findings.is_empty(), "the emulator's findings:\n{findings}");
@@ -154,6 +184,15 @@ fn load() -> Option<&'static Simt> {
                         profile: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, i32)>(required(
                             handle,
                             "simt_profile",
+                        )),
+                        devices: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(required(handle, "simt_devices")),
+                        driver_version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(required(
+                            handle,
+                            "simt_driver_version",
+                        )),
+                        fail: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char, u64, i32)>(required(
+                            handle,
+                            "simt_fail",
                         )),
                     })
                 }

@@ -3,7 +3,7 @@
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc::reference::{self, RankInput, Step};
 
-use crate::common::ffi::{options, pfc_metrics, Device, Head, Rows};
+use crate::common::ffi::{options, pfc_metrics, Comm, Device, Head, Rows};
 use crate::common::numbers::{assert_close, norm, widen, Random};
 use crate::common::ranks::on_ranks;
 use crate::common::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
@@ -176,6 +176,33 @@ fn top_k_finds_the_nearest_class_centres() {
                 }
             });
         }
+    }
+}
+
+#[test]
+fn top_k_of_many_classes_is_theirs_and_the_same_every_time() {
+    const CLASSES: usize = 9000;
+    const DIM: usize = 3;
+    let mut random = Random(10);
+    let mut centers = random.normals(CLASSES * DIM, 1.0);
+    // Nearest of all to the first query: equal rows far apart.
+    for at in [8999, 17, 4100] {
+        centers[at * DIM..(at + 1) * DIM].copy_from_slice(&[3.0, 4.0, 0.0]);
+    }
+    let mut query = random.normals(130 * DIM, 2.0);
+    query[..DIM].copy_from_slice(&[0.3, 0.4, 0.0]);
+    let mut head = Head::new(&Device::under_test(2), &Comm::solo(), &options(CLASSES as u64, DIM as u32, 2));
+    head.write_centers(0, &centers).expect("rows");
+    for (rows, k) in [(130, 1), (2, 100), (3, 128), (2, 129), (1, CLASSES)] {
+        let mut query = Rows::f32(&query[..rows * DIM], DIM);
+        let (ids, found) = head.top_k(&mut query, k as u64).expect("top k");
+        for (row, query) in query.values_f32().chunks_exact(DIM).enumerate() {
+            let range = row * k..(row + 1) * k;
+            check_nearest(&format!("row {row} k {k}"), &ids[range.clone()], &found[range], &cosines(query, &centers));
+        }
+        assert_eq!(ids[..k.min(3)], [17, 4100, 8999][..k.min(3)], "equal class centres come by id");
+        let again = head.top_k(&mut query, k as u64).expect("top k");
+        assert_eq!(again, (ids, found), "k {k}");
     }
 }
 

@@ -11,7 +11,7 @@ use partialfc::reference::{self, RankInput, Step};
 
 use crate::common::ffi::{options, outcome, Device, Rows};
 use crate::common::numbers::{norm, Random};
-use crate::{assert_refused, margin, Workspace};
+use crate::{assert_refused, device, lend, margin, Workspace};
 
 /// What one rank's forward gives.
 struct Forward {
@@ -35,19 +35,10 @@ fn forward(device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets:
     let mut workspace = workspace(device, batch, e.cols, w.rows);
     let (at, bytes) = (workspace.pointer(), workspace.bytes);
     // SAFETY: a live device, memory of the sizes that the function names.
-    outcome(unsafe {
-        pfc_fused_forward(
-            device.0,
-            m,
-            &e.view(),
-            &w.view(),
-            targets.as_ptr(),
-            out.row_sums.as_mut_ptr(),
-            out.target_logits.as_mut_ptr(),
-            &out.weighted.view(),
-            at,
-            bytes,
-        )
+    lend(|l| unsafe {
+        let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut out.weighted));
+        let (sums, logits) = (l.array(&mut out.row_sums), l.array(&mut out.target_logits));
+        outcome(pfc_fused_forward(device.0, m, &e, &w, l.list(targets), sums, logits, &p, at, bytes))
     })
     .expect("forward");
     workspace.check();
@@ -70,22 +61,11 @@ fn backward(
     let mut workspace = workspace(device, batch, e.cols, w.rows);
     let (at, bytes) = (workspace.pointer(), workspace.bytes);
     // SAFETY: a live device, memory of the sizes that the function names.
-    outcome(unsafe {
-        pfc_fused_backward(
-            device.0,
-            m,
-            &e.view(),
-            &w.view(),
-            targets.as_ptr(),
-            row_sums.as_ptr(),
-            target_logits.as_ptr(),
-            &of_rank.weighted.view(),
-            loss_weight,
-            &grad_e.view(),
-            &grad_w.view(),
-            at,
-            bytes,
-        )
+    lend(|l| unsafe {
+        let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut of_rank.weighted));
+        let (t, n, z) = (l.list(targets), l.list(row_sums), l.list(target_logits));
+        let (ge, gw) = (l.matrix(&mut grad_e), l.matrix(&mut grad_w));
+        outcome(pfc_fused_backward(device.0, m, &e, &w, t, n, z, &p, loss_weight, &ge, &gw, at, bytes))
     })
     .expect("backward");
     workspace.check();
@@ -116,77 +96,84 @@ fn check(what: &str, found: &[f64], truth: &[f64], gross: &[f64], dim: usize, sc
     }
 }
 
+/// The loss and the gradients that the shards' parts add up to, against the reference.
+fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), given: Margin, shards: usize) {
+    let mut options = HeadOptions { placement: Placement::Sharded, ..options(classes as u64, dim as u32, batch as u64) };
+    options.margin = given;
+    let Margin { scale, m1, m2, m3, interclass_filter, gradient, .. } = given;
+    let m = pfc_margin { scale, m1, m2, m3, interclass_filter, margin_gradient: gradient as i32, ..margin() };
+    let random = &mut Random((batch + classes) as u64);
+    let (dtype, w_dtype) = if batch == 33 { (DType::Bf16, DType::F16) } else { (DType::F32, DType::F32) };
+    let mut e = Rows::new(&normals(random, batch * dim), dim, dtype, 1);
+    let w_values = Rows::new(&normals(random, classes * dim), dim, w_dtype, 0).values();
+    let labels = random.labels(batch, classes);
+    let step = judge(&options, shards, &e.values(), &w_values, &labels);
+    let seen = &step.conditioning;
+    if seen.filter_distance < 1e-5 || seen.least_log_n < 1e-30f64.ln() {
+        return;
+    }
+    let what = format!("{batch} x {classes} x {dim}, {:?}, {shards} shards", options.margin);
+    // Shard by shard: its rows of W, and the row's own class where it is there.
+    let ranges: Vec<_> = (0..shards).map(|rank| options.shard(shards as u32, rank as u32)).collect();
+    let mut parts: Vec<(Rows, Vec<i64>)> = ranges
+        .iter()
+        .map(|shard| {
+            let (first, rows) = (shard.first as usize, shard.rows as usize);
+            let w = Rows::new(&w_values[first * dim..(first + rows) * dim], dim, w_dtype, 2);
+            let targets = labels.iter().map(|&y| if shard.contains(y) { y - first as i64 } else { -1 }).collect();
+            (w, targets)
+        })
+        .collect();
+    let mut forwards: Vec<Forward> = parts.iter_mut().map(|(w, targets)| forward(device, &m, &mut e, w, targets)).collect();
+    let sum =
+        |pick: fn(&Forward) -> &[f32]| -> Vec<f32> { (0..batch).map(|i| forwards.iter().map(|f| pick(f)[i]).sum()).collect() };
+    let (row_sums, target_logits) = (sum(|f| &f.row_sums), sum(|f| &f.target_logits));
+    for ((_, targets), forward) in parts.iter().zip(&forwards) {
+        let elsewhere = targets.iter().zip(&forward.target_logits).filter(|(&target, _)| target < 0);
+        elsewhere.for_each(|(_, &logit)| assert_eq!(logit, 0.0, "{what}: a target logit without a target"));
+    }
+    let offset = (scale - 64.0).max(0.0);
+    let losses = row_sums.iter().zip(&target_logits).map(|(&n, &z)| {
+        let excess = f64::from(n).ln() + offset - f64::from(z);
+        excess.max(0.0) + (-excess.abs()).exp().ln_1p()
+    });
+    let loss = losses.sum::<f64>() / batch as f64;
+    assert!((loss - step.loss).abs() <= 5e-5 * (scale / 64.0).max(1.0) * step.loss, "{what}: loss {loss}, expected {}", step.loss);
+    let mut grad_e = vec![0.0; batch * dim];
+    for (rank, ((w, targets), own)) in parts.iter_mut().zip(&mut forwards).enumerate() {
+        let weight = 1.0 / batch as f64;
+        let sums = (row_sums.as_slice(), target_logits.as_slice());
+        let (part, grad_w) = backward(device, &m, (&mut e, w), targets, sums, own, weight);
+        grad_e.iter_mut().zip(part).for_each(|(to, x)| *to += x);
+        let what = format!("{what}: dW of shard {rank}");
+        check(&what, &grad_w, &step.grad_centers[rank], &seen.gross_centers[rank], dim, scale);
+    }
+    check(&format!("{what}: dE"), &grad_e, &step.grad_embeddings[0], &seen.gross_embeddings[0], dim, scale);
+}
+
 #[test]
 fn shards_together_give_the_loss_and_the_gradients() {
-    let device = Device::cpu(2);
-    let mut random = Random(5);
-    let shapes = [(1, 2, 1), (4, 9, 6), (33, 70, 17), (20, 700, 40), (150, 41, 64)];
+    let device = device(2);
+    let shapes = [(1, 2, 1), (4, 9, 6), (33, 70, 17), (20, 700, 40), (150, 41, 64), (5, 30, 300)];
     let margins =
         [(64.0, 1.0, 0.5, 0.0, 0.0), (100.0, 1.0, 0.0, 0.35, 0.0), (1.0, 1.2, 0.3, 0.1, 0.0), (32.0, 1.0, 0.5, 0.0, 0.15)];
-    for (batch, classes, dim) in shapes {
+    for shape in shapes {
         for (scale, m1, m2, m3, interclass_filter) in margins {
             for shards in 1..=2 {
                 for gradient in [MarginGradient::Exact, MarginGradient::StraightThrough] {
-                    let mut options =
-                        HeadOptions { placement: Placement::Sharded, ..options(classes as u64, dim as u32, batch as u64) };
-                    options.margin = Margin { scale, m1, m2, m3, interclass_filter, gradient, guard: false };
-                    let m = pfc_margin { scale, m1, m2, m3, interclass_filter, margin_gradient: gradient as i32, ..margin() };
-                    let dtype = if batch == 33 { DType::Bf16 } else { DType::F32 };
-                    let mut e = Rows::new(&normals(&mut random, batch * dim), dim, dtype, 1);
-                    let w_values = Rows::new(&normals(&mut random, classes * dim), dim, DType::F32, 0).values();
-                    let labels = random.labels(batch, classes);
-                    let step = judge(&options, shards, &e.values(), &w_values, &labels);
-                    let seen = &step.conditioning;
-                    if seen.filter_distance < 1e-5 || seen.least_log_n < 1e-30f64.ln() {
-                        continue;
-                    }
-                    let what = format!("{batch} x {classes} x {dim}, {:?}, {shards} shards", options.margin);
-                    // Shard by shard: its rows of W, and the row's own class where it is there.
-                    let ranges: Vec<_> = (0..shards).map(|rank| options.shard(shards as u32, rank as u32)).collect();
-                    let mut parts: Vec<(Rows, Vec<i64>)> = ranges
-                        .iter()
-                        .map(|shard| {
-                            let (first, rows) = (shard.first as usize, shard.rows as usize);
-                            let w = Rows::new(&w_values[first * dim..(first + rows) * dim], dim, DType::F32, 2);
-                            let targets = labels.iter().map(|&y| if shard.contains(y) { y - first as i64 } else { -1 }).collect();
-                            (w, targets)
-                        })
-                        .collect();
-                    let mut forwards: Vec<Forward> =
-                        parts.iter_mut().map(|(w, targets)| forward(&device, &m, &mut e, w, targets)).collect();
-                    let sum = |pick: fn(&Forward) -> &[f32]| -> Vec<f32> {
-                        (0..batch).map(|i| forwards.iter().map(|f| pick(f)[i]).sum()).collect()
-                    };
-                    let (row_sums, target_logits) = (sum(|f| &f.row_sums), sum(|f| &f.target_logits));
-                    for ((_, targets), forward) in parts.iter().zip(&forwards) {
-                        let elsewhere = targets.iter().zip(&forward.target_logits).filter(|(&target, _)| target < 0);
-                        elsewhere.for_each(|(_, &logit)| assert_eq!(logit, 0.0, "{what}: a target logit without a target"));
-                    }
-                    let offset = (scale - 64.0).max(0.0);
-                    let losses = row_sums.iter().zip(&target_logits).map(|(&n, &z)| {
-                        let excess = f64::from(n).ln() + offset - f64::from(z);
-                        excess.max(0.0) + (-excess.abs()).exp().ln_1p()
-                    });
-                    let loss = losses.sum::<f64>() / batch as f64;
-                    assert!(
-                        (loss - step.loss).abs() <= 5e-5 * (scale / 64.0).max(1.0) * step.loss,
-                        "{what}: loss {loss}, expected {}",
-                        step.loss
-                    );
-                    let mut grad_e = vec![0.0; batch * dim];
-                    for (rank, ((w, targets), own)) in parts.iter_mut().zip(&mut forwards).enumerate() {
-                        let weight = 1.0 / batch as f64;
-                        let sums = (row_sums.as_slice(), target_logits.as_slice());
-                        let (part, grad_w) = backward(&device, &m, (&mut e, w), targets, sums, own, weight);
-                        grad_e.iter_mut().zip(part).for_each(|(to, x)| *to += x);
-                        let what = format!("{what}: dW of shard {rank}");
-                        check(&what, &grad_w, &step.grad_centers[rank], &seen.gross_centers[rank], dim, scale);
-                    }
-                    check(&format!("{what}: dE"), &grad_e, &step.grad_embeddings[0], &seen.gross_embeddings[0], dim, scale);
+                    let margin = Margin { scale, m1, m2, m3, interclass_filter, gradient, guard: false };
+                    check_shards(&device, shape, margin, shards);
                 }
             }
         }
     }
+}
+
+#[test]
+fn more_columns_than_are_computed_at_a_time() {
+    let margin =
+        Margin { scale: 64.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: false };
+    check_shards(&device(2), (3, 9000, 5), margin, 1);
 }
 
 fn normals(random: &mut Random, count: usize) -> Vec<f64> {
@@ -195,7 +182,7 @@ fn normals(random: &mut Random, count: usize) -> Vec<f64> {
 
 #[test]
 fn a_row_whose_sample_is_only_its_target_gets_no_gradient() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     let (mut e, mut w) = (Rows::f32(&[1.0, 2.0, 3.0, -1.0, 0.5, 0.0], 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
     let mut out = forward(&device, &m, &mut e, &mut w, &[0, 0]);
@@ -207,8 +194,48 @@ fn a_row_whose_sample_is_only_its_target_gets_no_gradient() {
 }
 
 #[test]
+fn sums_that_leave_float32_are_refused_and_nothing_is_written() {
+    let device = device(1);
+    let m = margin();
+    let (mut e, mut w) = (Rows::f32(&[1.0, 2.0, 3.0, -1.0, 0.5, 0.0], 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
+    let (mut p, mut ge, mut gw) = (Rows::output(2, 3), Rows::output(2, 3), Rows::output(1, 3));
+    let mut workspace = workspace(&device, 2, 3, 1);
+    let (at, bytes) = (workspace.pointer(), workspace.bytes);
+    for bad in [f32::NAN, f32::INFINITY, -1.0] {
+        let (targets, sums, logits) = ([0i64, -1], [1.0, bad], [3f32; 2]);
+        // SAFETY: a live device, memory of the sizes that the function names.
+        let refused = lend(|l| unsafe {
+            let (e, w, p) = (l.matrix(&mut e), l.matrix(&mut w), l.matrix(&mut p));
+            let (t, n, z) = (l.list(&targets), l.list(&sums), l.list(&logits));
+            let (ge, gw) = (l.matrix(&mut ge), l.matrix(&mut gw));
+            outcome(pfc_fused_backward(device.0, &m, &e, &w, t, n, z, &p, 1.0, &ge, &gw, at, bytes))
+        });
+        let failure = refused.expect_err("a sum that is none");
+        assert_eq!(failure.status, partialfc::Status::NotFinite as i32, "{failure:?}");
+        assert!(failure.message.contains("row_sums[1]"), "{failure:?}");
+    }
+    assert_eq!((ge.values(), gw.values()), (vec![-123.0; 6], vec![-123.0; 3]));
+}
+
+#[test]
+fn a_row_that_is_not_finite_spoils_no_other_rows_sum() {
+    let device = device(1);
+    let m = margin();
+    let mut random = Random(9);
+    let (mut values, mut w) = (normals(&mut random, 5 * 3), Rows::f32(&random.normals(4 * 3, 1.0), 3));
+    let sound = forward(&device, &m, &mut Rows::new(&values, 3, DType::F32, 0), &mut w, &[0, 1, -1, 3, 2]);
+    values[7] = f64::NAN;
+    let spoilt = forward(&device, &m, &mut Rows::new(&values, 3, DType::F32, 0), &mut w, &[0, 1, -1, 3, 2]);
+    for row in [0, 1, 3, 4] {
+        assert_eq!((spoilt.row_sums[row], spoilt.target_logits[row]), (sound.row_sums[row], sound.target_logits[row]));
+        assert_eq!(spoilt.weighted.values()[3 * row..][..3], sound.weighted.values()[3 * row..][..3]);
+    }
+    assert!(spoilt.row_sums[2].is_nan() && spoilt.weighted.values()[6..9].iter().all(|x| x.is_nan()));
+}
+
+#[test]
 fn nothing_in_gives_nothing_out() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     // No rows: the class centres get zeros.
     let (mut none, mut w) = (Rows::output(0, 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
@@ -227,7 +254,7 @@ fn nothing_in_gives_nothing_out() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     let (mut e, mut w, mut p) = (Rows::output(2, 3), Rows::output(4, 3), Rows::output(2, 3));
     let (e, w, p) = (e.view(), w.view(), p.view());

@@ -8,8 +8,13 @@ mod normalize;
 mod sample;
 mod update;
 
-use common::ffi::{outcome, Outcome};
-use partialfc::capi::types::{pfc_margin, pfc_margin_init_sized};
+use std::cell::Cell;
+use std::ffi::c_void;
+
+use common::ffi::{on_cuda, outcome, Device, Outcome, Rows};
+use common::gpu::{self, Remote};
+use common::numbers::Random;
+use partialfc::capi::types::{pfc_margin, pfc_margin_init_sized, pfc_matrix};
 
 /// A margin with defaults, before a test sets fields.
 fn margin() -> pfc_margin {
@@ -21,9 +26,11 @@ fn margin() -> pfc_margin {
     }
 }
 
-/// A caller's workspace of exactly as many bytes as asked for, with marks behind it that no kernel may touch.
+/// A caller's workspace of exactly as many bytes as asked for, with marks behind it that no kernel may touch: a CUDA device's in its
+/// own memory.
 struct Workspace {
     words: Vec<u64>,
+    remote: Option<Remote>,
     bytes: u64,
 }
 
@@ -34,17 +41,83 @@ impl Workspace {
     fn asked(ask: impl FnOnce(*mut u64) -> i32) -> Workspace {
         let mut bytes = u64::MAX;
         outcome(ask(&mut bytes)).expect("a size");
-        Workspace { words: vec![MARK; bytes.div_ceil(8) as usize + 8], bytes }
+        let words = vec![MARK; bytes.div_ceil(8) as usize + 8];
+        let remote = on_cuda().then(|| Remote::of(&words));
+        Workspace { words, remote, bytes }
     }
 
-    fn pointer(&mut self) -> *mut std::ffi::c_void {
-        self.words.as_mut_ptr().cast()
+    fn pointer(&mut self) -> *mut c_void {
+        self.remote.as_ref().map_or(self.words.as_mut_ptr().cast(), Remote::pointer)
     }
 
     fn check(&self) {
-        let used = self.bytes.div_ceil(8) as usize;
-        assert!(self.words[used..].iter().all(|&word| word == MARK), "written behind the workspace of {} bytes", self.bytes);
+        let words = self.remote.as_ref().map_or_else(|| self.words.clone(), Remote::read);
+        let behind = (self.bytes % 8) as u32 * 8;
+        let used = (self.bytes / 8) as usize;
+        assert!(
+            words[used] >> behind == MARK >> behind && words[used + 1..].iter().all(|&word| word == MARK),
+            "written behind the workspace of {} bytes",
+            self.bytes
+        );
     }
+}
+
+/// What a call gets of the caller's memory. On a CUDA device each argument lies now in its memory, now in the host's.
+struct Loan {
+    placed: Random,
+    /// What may have been written, and where it belongs.
+    remote: Vec<(Remote, Option<*mut c_void>)>,
+}
+
+/// Makes a call with arguments that are lent to it; then they are back in their owners' memory.
+fn lend<R>(call: impl FnOnce(&mut Loan) -> R) -> R {
+    thread_local! { static LOANS: Cell<u64> = const { Cell::new(0) } }
+    let number = LOANS.replace(LOANS.get() + 1);
+    let mut loan = Loan { placed: Random(number), remote: Vec::new() };
+    let result = call(&mut loan);
+    for (remote, home) in &loan.remote {
+        if let Some(home) = *home {
+            // SAFETY: the owner's memory, of this size; `call` has borrowed it until now.
+            unsafe { remote.copy_to(home) };
+        }
+    }
+    result
+}
+
+impl Loan {
+    fn place(&mut self, at: *mut c_void, bytes: usize, home: bool) -> *mut c_void {
+        // One in four stays on the host.
+        if !on_cuda() || bytes == 0 || self.placed.below(4) == 0 {
+            return at;
+        }
+        // SAFETY: the owner's memory, of this size.
+        let remote = unsafe { Remote::copy(at, bytes) };
+        let pointer = remote.pointer();
+        self.remote.push((remote, home.then_some(at)));
+        pointer
+    }
+
+    fn matrix(&mut self, rows: &mut Rows) -> pfc_matrix {
+        let mut view = rows.view();
+        view.data = self.place(view.data, rows.rows * rows.stride * rows.dtype().size(), true);
+        view
+    }
+
+    fn array<T>(&mut self, values: &mut [T]) -> *mut T {
+        self.place(values.as_mut_ptr().cast(), std::mem::size_of_val(values), true).cast()
+    }
+
+    /// An array that is only read.
+    fn list<T>(&mut self, values: &[T]) -> *const T {
+        self.place(values.as_ptr().cast_mut().cast(), std::mem::size_of_val(values), false).cast_const().cast()
+    }
+}
+
+fn device(threads: u32) -> Device {
+    if on_cuda() {
+        gpu::enter();
+    }
+    Device::under_test(threads)
 }
 
 #[track_caller]

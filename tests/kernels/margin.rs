@@ -6,9 +6,9 @@ use partialfc::capi::kernels::{pfc_margin_backward, pfc_margin_forward, pfc_part
 use partialfc::capi::types::pfc_margin;
 use partialfc::matrix::DType;
 
-use crate::common::ffi::{outcome, Device, Rows};
+use crate::common::ffi::{outcome, Rows};
 use crate::common::numbers::Random;
-use crate::{assert_refused, margin};
+use crate::{assert_refused, device, lend, margin};
 
 /// exp(-87): numerators below it may be 0.
 const LOST: f64 = 1.65e-38;
@@ -51,7 +51,7 @@ fn truth(m: &pfc_margin, cosine: f64) -> (f64, f64) {
 
 #[test]
 fn target_logits_and_their_derivatives() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let mut random = Random(1);
     for m in margins() {
         // Away from the guard's edge, where the value jumps.
@@ -62,11 +62,11 @@ fn target_logits_and_their_derivatives() {
         let n = cosines.len();
         let (mut logits, mut back) = (vec![-9f32; n + 1], vec![-9f32; n + 1]);
         // SAFETY: a live device and n numbers at each pointer.
-        unsafe {
-            outcome(pfc_margin_forward(device.0, &m, cosines.as_ptr(), n as u64, logits.as_mut_ptr())).expect("forward");
-            outcome(pfc_margin_backward(device.0, &m, cosines.as_ptr(), grads.as_ptr(), n as u64, back.as_mut_ptr()))
-                .expect("backward");
-        }
+        lend(|l| unsafe {
+            let from = l.list(&cosines);
+            outcome(pfc_margin_forward(device.0, &m, from, n as u64, l.array(&mut logits))).expect("forward");
+            outcome(pfc_margin_backward(device.0, &m, from, l.list(&grads), n as u64, l.array(&mut back))).expect("backward");
+        });
         assert_eq!((logits[n], back[n]), (-9.0, -9.0), "written beyond the count");
         for i in 0..n {
             let what = format!("{} cosine {}", describe(&m), cosines[i]);
@@ -79,31 +79,30 @@ fn target_logits_and_their_derivatives() {
         }
         // In place, and none at all.
         let mut in_place = grads.clone();
-        let at = in_place.as_mut_ptr();
         // SAFETY: as above; the function says that grad_cosines may be grad_logits.
-        unsafe {
-            outcome(pfc_margin_backward(device.0, &m, cosines.as_ptr(), at, n as u64, at)).expect("in place");
+        lend(|l| unsafe {
+            let at = l.array(&mut in_place);
+            outcome(pfc_margin_backward(device.0, &m, l.list(&cosines), at, n as u64, at)).expect("in place");
             outcome(pfc_margin_forward(device.0, &m, null(), 0, null_mut())).expect("nothing to do");
             outcome(pfc_margin_backward(device.0, &m, null(), null(), 0, null_mut())).expect("nothing to do");
-        }
+        });
         assert_eq!(in_place, back[..n], "{}", describe(&m));
     }
 }
 
 #[test]
 fn cosines_a_little_beyond_one_are_one() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
-    let mut logits = [0f32; 4];
+    let (cosines, mut logits) = ([1.0000001f32, 1.0, -1.0, -1.0000001], [0f32; 4]);
     // SAFETY: a live device and four numbers at each pointer.
-    outcome(unsafe { pfc_margin_forward(device.0, &m, [1.0000001f32, 1.0, -1.0, -1.0000001].as_ptr(), 4, logits.as_mut_ptr()) })
-        .expect("forward");
+    lend(|l| unsafe { outcome(pfc_margin_forward(device.0, &m, l.list(&cosines), 4, l.array(&mut logits))) }).expect("forward");
     assert_eq!((logits[0], logits[3]), (logits[1], logits[2]), "rounded cosines are clamped");
 }
 
 #[test]
 fn numerators_and_their_sums() {
-    let device = Device::cpu(2);
+    let device = device(2);
     let mut random = Random(2);
     for (batch, classes) in [(1, 1), (5, 3), (0, 4), (17, 100), (3, 2000), (300, 33)] {
         for (scale, filter) in [(64.0, 0.0), (1e-3, 0.0), (128.0, 0.0), (64.0, 0.3), (100.0, 0.5), (30.0, 0.02)] {
@@ -121,8 +120,11 @@ fn numerators_and_their_sums() {
             let mut cosines = Rows::new(&drawn, classes, DType::F32, 3);
             let mut sums = vec![-9f32; batch + 1];
             // SAFETY: a live device, a matrix that owns its memory, a target and a sum for each row.
-            outcome(unsafe { pfc_partial_softmax(device.0, &m, &cosines.view(), targets.as_ptr(), sums.as_mut_ptr()) })
-                .expect("softmax");
+            lend(|l| unsafe {
+                let values = l.matrix(&mut cosines);
+                outcome(pfc_partial_softmax(device.0, &m, &values, l.list(&targets), l.array(&mut sums)))
+            })
+            .expect("softmax");
             assert_eq!(sums[batch], -9.0, "written beyond the batch");
             let found = cosines.values();
             for i in 0..batch {
@@ -147,7 +149,7 @@ fn numerators_and_their_sums() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let m = margin();
     let numbers = [0.5f32; 2];
     let mut out = [-9f32; 2];

@@ -5,9 +5,9 @@ use std::ptr::{null, null_mut};
 use partialfc::capi::kernels::{pfc_normalize_gemm, pfc_normalize_gemm_workspace, pfc_normalize_rows};
 use partialfc::matrix::DType;
 
-use crate::common::ffi::{outcome, Device, Rows};
+use crate::common::ffi::{outcome, Rows};
 use crate::common::numbers::{norm, Random};
-use crate::{assert_refused, Workspace};
+use crate::{assert_refused, device, lend, Workspace};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -39,17 +39,20 @@ fn unit(row: &[f64]) -> (Vec<f64>, f64) {
 
 #[test]
 fn rows_are_divided_by_their_norms() {
-    let device = Device::cpu(2);
+    let device = device(2);
     let mut random = Random(1);
-    for (count, dim) in [(0, 3), (1, 1), (7, 5), (13, 64), (40, 129), (600, 17)] {
+    for (count, dim) in [(0, 3), (1, 1), (7, 5), (40, 129), (13, 64), (600, 17)] {
         for from in DTYPES {
             for to in DTYPES {
                 let mut input = Rows::new(&rows(&mut random, count, dim), dim, from, dim % 3);
                 let mut output = Rows::new(&vec![-9.0; count * dim], dim, to, 2);
                 let mut inverse = vec![-9f32; count];
                 // SAFETY: a live device, matrices that own their memory, an inverse norm for each row.
-                outcome(unsafe { pfc_normalize_rows(device.0, &input.view(), &output.view(), inverse.as_mut_ptr()) })
-                    .expect("rows");
+                lend(|l| unsafe {
+                    let (from, to) = (l.matrix(&mut input), l.matrix(&mut output));
+                    outcome(pfc_normalize_rows(device.0, &from, &to, l.array(&mut inverse)))
+                })
+                .expect("rows");
                 let what = format!("{count} x {dim} {from:?} to {to:?}");
                 let (values, found) = (input.values(), output.values());
                 for (i, row) in values.chunks_exact(dim).enumerate() {
@@ -68,28 +71,30 @@ fn rows_are_divided_by_their_norms() {
 
 #[test]
 fn rows_may_be_normalised_in_place_and_without_norms() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let values = rows(&mut Random(2), 9, 7);
     let mut separate = Rows::output(9, 7);
     let mut in_place = Rows::new(&values, 7, DType::F32, 0);
-    let view = in_place.view();
+    let mut input = in_place.clone();
     // SAFETY: a live device, matrices that own their memory; the function says that normalized may be rows.
-    unsafe {
-        outcome(pfc_normalize_rows(device.0, &Rows::new(&values, 7, DType::F32, 0).view(), &separate.view(), null_mut()))
-            .expect("rows");
+    lend(|l| unsafe {
+        let (from, to) = (l.matrix(&mut input), l.matrix(&mut separate));
+        outcome(pfc_normalize_rows(device.0, &from, &to, null_mut())).expect("rows");
+        let view = l.matrix(&mut in_place);
         outcome(pfc_normalize_rows(device.0, &view, &view, null_mut())).expect("rows");
-    }
+    });
     assert_eq!(in_place.values(), separate.values());
 }
 
 #[test]
 fn large_and_small_rows_keep_their_direction() {
-    let device = Device::cpu(1);
+    let device = device(1);
     for size in [1e-11f64, 1e-10, 1e15, 1e18, 1e20, 1e30] {
         let mut input = Rows::new(&[0.6 * size, 0.0, -0.8 * size], 3, DType::F32, 0);
         let mut output = Rows::output(1, 3);
         // SAFETY: a live device, matrices that own their memory.
-        outcome(unsafe { pfc_normalize_rows(device.0, &input.view(), &output.view(), null_mut()) }).expect("rows");
+        lend(|l| unsafe { outcome(pfc_normalize_rows(device.0, &l.matrix(&mut input), &l.matrix(&mut output), null_mut())) })
+            .expect("rows");
         let off = norm(&output.values().iter().zip([0.6, 0.0, -0.8]).map(|(f, e)| f - e).collect::<Vec<_>>());
         assert!(off < 1e-6, "size {size:e}: {:?}", output.values());
     }
@@ -97,9 +102,10 @@ fn large_and_small_rows_keep_their_direction() {
 
 #[test]
 fn cosines_are_those_of_all_pairs() {
-    let device = Device::cpu(2);
+    let device = device(2);
     let mut random = Random(3);
-    for (batch, classes, dim) in [(1, 1, 1), (3, 5, 7), (0, 4, 3), (33, 70, 65), (7, 1500, 16), (130, 9, 257)] {
+    let shapes = [(1, 1, 1), (0, 4, 3), (33, 70, 65), (130, 139, 7), (3, 5, 7), (7, 1500, 16), (130, 9, 257), (2, 9000, 5)];
+    for (batch, classes, dim) in shapes {
         for dtype in DTYPES {
             let mut e = Rows::new(&rows(&mut random, batch, dim), dim, dtype, 1);
             let mut w = Rows::new(&rows(&mut random, classes, dim), dim, DType::F32, 3);
@@ -110,7 +116,11 @@ fn cosines_are_those_of_all_pairs() {
             });
             let (at, bytes) = (workspace.pointer(), workspace.bytes);
             // SAFETY: a live device, matrices that own their memory, a workspace of the size asked for.
-            outcome(unsafe { pfc_normalize_gemm(device.0, &e.view(), &w.view(), &cosines.view(), at, bytes) }).expect("cosines");
+            lend(|l| unsafe {
+                let (e, w, out) = (l.matrix(&mut e), l.matrix(&mut w), l.matrix(&mut cosines));
+                outcome(pfc_normalize_gemm(device.0, &e, &w, &out, at, bytes))
+            })
+            .expect("cosines");
             workspace.check();
             let (e, w, found) = (e.values(), w.values(), cosines.values());
             for i in 0..batch {
@@ -135,7 +145,7 @@ fn cosines_are_those_of_all_pairs() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let (mut e, mut w, mut cosines) = (Rows::output(2, 3), Rows::output(4, 3), Rows::output(2, 4));
     let (e, w, cosines) = (e.view(), w.view(), cosines.view());
     let mut workspace = Workspace::asked(|bytes| unsafe {

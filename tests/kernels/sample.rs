@@ -4,9 +4,9 @@ use std::ptr::{null, null_mut};
 
 use partialfc::capi::kernels::pfc_sample_classes;
 
-use crate::assert_refused;
 use crate::common::ffi::{outcome, Device, Outcome};
 use crate::common::numbers::Random;
+use crate::{assert_refused, device, lend};
 
 /// Philox4x32-10, from the paper.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
@@ -59,19 +59,11 @@ fn draw(device: &Device, ask: &Ask) -> Outcome<Vec<i64>> {
     let mut ids = vec![-5i64; capacity + 1];
     let mut count = u64::MAX;
     // SAFETY: a live device, ids of the capacity that the function names.
-    outcome(unsafe {
-        pfc_sample_classes(
-            device.0,
-            ask.seed,
-            ask.step,
-            ask.first,
-            ask.rows,
-            ask.positives.as_ptr(),
-            ask.positives.len() as u64,
-            ask.size,
-            ids.as_mut_ptr(),
-            &mut count,
-        )
+    lend(|l| unsafe {
+        let (positives, number) = (l.list(ask.positives), ask.positives.len() as u64);
+        let to = l.array(&mut ids);
+        let Ask { seed, step, first, rows, size, .. } = *ask;
+        outcome(pfc_sample_classes(device.0, seed, step, first, rows, positives, number, size, to, &mut count))
     })?;
     assert_eq!(ids[capacity], -5, "written beyond the capacity");
     ids.truncate(count as usize);
@@ -80,20 +72,21 @@ fn draw(device: &Device, ask: &Ask) -> Outcome<Vec<i64>> {
 
 #[test]
 fn the_draw_is_the_positives_and_the_smallest_keys() {
-    let devices = [Device::cpu(1), Device::cpu(3)];
+    let devices = [device(1), device(3)];
     let mut random = Random(4);
-    for (first, rows) in [
+    let shards = [
         (0u64, 1u64),
-        (0, 64),
         (3, 61),
+        (1 << 33, 5000),
+        (65_535, 3),
+        (0, 64),
         (1, 2),
         (1000, 999),
-        (65_535, 3),
         (7, 65_536),
         (0, 65_537),
         (123, 200_001),
-        (1 << 33, 5000),
-    ] {
+    ];
+    for (first, rows) in shards {
         for size in [0, 1, rows / 10, rows / 2, rows.saturating_sub(1), rows] {
             for positive_count in [0usize, 1, 20] {
                 let mut positives: Vec<i64> = (0..positive_count).map(|_| (first + random.bits() % rows) as i64).collect();
@@ -118,12 +111,12 @@ fn the_draw_is_the_positives_and_the_smallest_keys() {
 fn positives_that_outnumber_the_sample_are_the_sample() {
     let positives = [2, 3, 5, 8, 13];
     let ask = Ask { seed: 1, step: 2, first: 0, rows: 20, positives: &positives, size: 3 };
-    assert_eq!(draw(&Device::cpu(1), &ask).expect("a draw"), positives);
+    assert_eq!(draw(&device(1), &ask).expect("a draw"), positives);
 }
 
 #[test]
 fn what_cannot_be_drawn_is_refused() {
-    let device = Device::cpu(1);
+    let device = device(1);
     let ask = |positives: &[i64], size| draw(&device, &Ask { seed: 1, step: 2, first: 10, rows: 20, positives, size }).map(|_| ());
     assert_refused("not ascending", ask(&[12, 11], 5), &["positives[1]", "11"]);
     assert_refused("repeated", ask(&[12, 12], 5), &["positives[1]", "12"]);

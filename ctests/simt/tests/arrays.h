@@ -22,7 +22,7 @@ struct Launch {
     unsigned grid, block;  // of a kernel that takes any grid
     unsigned one;          // threads of a kernel of one CTA
 };
-const Launch kLaunches[] = {{3, 256, 1024}, {1, 32, 32}, {12, 96, 224}, {2, 1024, 512}};
+const Launch kLaunches[] = {{3, 256, 1024}, {1, 32, 32}, {12, 96, 224}, {2, 160, 512}};
 
 // Device memory, given back at the end.
 class Memory {

@@ -156,6 +156,9 @@ void check_launches() {
         simt_profile(8, 0);
         CHECK(try_launch("of_64_threads", 1, 96, 0, nullptr, out.device()) ==
               CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES);
+        // PFC_KERNEL's own bound.
+        CHECK(try_launch("add_one", 1, 288, 0, nullptr, out.device()) ==
+              CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES);
         CHECK(cuLaunchKernel(f, 1, 2, 1, 64, 1, 1, 0, nullptr, arguments, nullptr) ==
               CUDA_ERROR_INVALID_VALUE);
     });

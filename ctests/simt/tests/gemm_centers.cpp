@@ -83,7 +83,7 @@ void run(const Case& c, uint64_t seed) {
         sample[column] = 2 * column + 1;
     }
     auto master_rows = [&](float scale, bool square) {
-        std::vector<float> all(size_t(shard_rows) * master, NAN);
+        std::vector<float> all(size_t(shard_rows) * master, 0.0f);
         for (uint32_t row = 0; row < shard_rows; ++row) {
             for (uint32_t k = 0; k < dim; ++k) {
                 const float value = scale * random.normal();
@@ -148,8 +148,8 @@ void run(const Case& c, uint64_t seed) {
 
     const int width = center_width(int(dim));
     char entry[64];
-    snprintf(entry, sizeof entry, "multiply_centers_%s_%d%s", c.split ? "f32" : "half", width,
-             c.deep ? "_deep" : "");
+    snprintf(entry, sizeof entry, "multiply_centers_%s_%d", c.split ? "f32" : "half", width);
+    const GemmTile tile = gemm_tile(Gemm::kCenters, width, c.deep);
     std::vector<double> truth(size_t(c.classes) * dim);  // dW
     Distance gradient;
     for (uint32_t first = 0; first < c.classes; first += c.chunk) {
@@ -173,9 +173,9 @@ void run(const Case& c, uint64_t seed) {
             view.center_gradient =
                 device.upload(std::vector<float>(gradient_rows * dim + 8, NAN));
         }
-        device.launch(entry, c.grid, gemm_tile(Gemm::kCenters, width, c.deep).threads(),
+        device.launch(entry, c.grid, tile.threads(),
                       gemm_shared_bytes(Gemm::kCenters, width, c.deep), view, first, kLossWeight,
-                      int32_t(fuse));
+                      int32_t(fuse), uint32_t(tile.stages));
         const auto found = device.download(view.center_gradient, gradient_rows * dim + 8);
         for (uint32_t column = first; column < first + count; ++column) {
             double* const g = &truth[size_t(column) * dim];

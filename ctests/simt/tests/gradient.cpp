@@ -163,7 +163,7 @@ void test_squares_of_centers() {
     head.memory.put(head.view.center_squares, squares);
     for (const Launch& launch : kLaunches) {
         head.put_block();
-        head.launch({1, launch.block}, "sum_squares", int32_t(1));
+        head.launch({1, 4 * launch.block}, "sum_squares", int32_t(1));
         EXPECT(close(head.get_block().grad_centers, sum, 1e-13), "squares of centres");
     }
 }

@@ -66,7 +66,7 @@ class DeviceMemory {
 struct Launch {
     unsigned grid, block;
 };
-const Launch kLaunches[] = {{3, 256}, {1, 32}, {12, 96}, {4, 1024}};
+const Launch kLaunches[] = {{3, 256}, {1, 32}, {12, 96}, {4, 224}};
 constexpr unsigned kSharedBytes = 512;  // of the kernels of one CTA
 
 struct Shape {

@@ -4,15 +4,15 @@ use super::fused::{self, gemm_into, pitch, ForwardOutput, Pass, Shape, Targets, 
 use super::step::CpuHead;
 use super::vector::{self, Softmax};
 use super::Cpu;
+use crate::device::checks::{checked_shape, checked_sums, checked_targets, checked_weight, must_be_f32, whole_and_factor};
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
-use crate::matrix::{DType, Matrix};
+use crate::matrix::Matrix;
 use crate::memory::Parts;
 use crate::optimizer::{Optimizer, StepRule};
-use crate::options::{Precision, LARGEST_DIM};
+use crate::options::Precision;
 use crate::sample::{self, Draw};
-use crate::shard::Shard;
-use crate::{ensure, error, Result};
+use crate::{ensure, Result};
 
 /// Rows that one task of a row-wise kernel takes.
 const ROWS: usize = 64;
@@ -32,14 +32,7 @@ struct Carve<'a>(&'a mut [f32]);
 
 impl<'a> Carve<'a> {
     fn new(workspace: Workspace, needed: u64) -> Result<Carve<'a>> {
-        let data = workspace.data as usize;
-        ensure!(
-            workspace.bytes as u64 >= needed,
-            InvalidArgument,
-            "workspace_bytes is {}, the kernel needs {needed}: ask its _workspace function",
-            workspace.bytes
-        );
-        ensure!(data.is_multiple_of(8), InvalidArgument, "workspace is at {data:#x}, not aligned to 8 bytes");
+        workspace.check(needed, 8)?;
         if needed == 0 {
             return Ok(Carve(&mut []));
         }
@@ -128,12 +121,8 @@ impl Cpu {
 
 /// Sizes that 32-bit row and column numbers hold.
 fn shape(batch: u64, dim: u64, classes: u64) -> Result<Shape> {
-    let small = |name: &str, value: u64| {
-        ensure!(value <= u32::MAX.into(), InvalidArgument, "{name} is {value}; it is at most {}", u32::MAX);
-        Ok(value as usize)
-    };
-    ensure!(dim <= LARGEST_DIM.into(), InvalidArgument, "dim is {dim}; it is at most {LARGEST_DIM}");
-    Ok(Shape { rows: small("batch", batch)?, dim: dim as usize, classes: small("classes", classes)? })
+    checked_shape(batch, dim, classes)?;
+    Ok(Shape { rows: batch as usize, dim: dim as usize, classes: classes as usize })
 }
 
 /// Divides a row by its norm; returns what it was multiplied by.
@@ -143,40 +132,14 @@ fn normalize(row: &mut [f32]) -> f32 {
     inverse
 }
 
-/// scale / L; 0 for a row without negatives.
-fn factor_of(margin: &Margin, sum: f64, whole: f64) -> f32 {
-    match sum > 0.0 {
-        true => (margin.scale / whole) as f32,
-        false => 0.0,
-    }
-}
-
 fn angle_of(e: &[f32], w: &[f32]) -> f64 {
     let inverse = |row: &[f32]| fused::inverse_norm(vector::sum_of_squares(row));
     margin::angle(e, inverse(e), w, inverse(w))
 }
 
-/// A caller's targets, each a row of centers or -1.
-fn checked_targets(targets: &[i64], classes: usize) -> Result<()> {
-    match targets.iter().position(|column| !(-1..classes as i64).contains(column)) {
-        None => Ok(()),
-        Some(row) => Err(error!(
-            InvalidArgument,
-            "targets[{row}] is {}; it is a column of the sample, 0 to {}, or -1",
-            targets[row],
-            classes as i64 - 1
-        )),
-    }
-}
-
 fn target_pairs(targets: &[i64]) -> Targets {
     let pairs = targets.iter().enumerate().filter(|(_, &column)| column >= 0);
     Targets::new(pairs.map(|(row, &column)| (column as u32, row as u32)).collect())
-}
-
-fn must_be_f32(name: &str, matrix: &Matrix) -> Result<()> {
-    ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype is {}; it is f32", matrix.dtype.name());
-    Ok(())
 }
 
 /// A caller's array of `count` values.
@@ -397,7 +360,7 @@ impl Device for Cpu {
         let FusedBackward { margin, embeddings, centers, weighted, grad_embeddings, grad_centers, .. } = *arguments;
         must_be_f32("weighted", weighted)?;
         let weight = arguments.loss_weight;
-        ensure!(weight.is_finite(), InvalidArgument, "loss_weight is {weight}; it is finite");
+        checked_weight(weight)?;
         let shape = shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
         // SAFETY: the caller's arrays, a value for each row.
         let (targets, row_sums, logits) = unsafe {
@@ -410,15 +373,7 @@ impl Device for Cpu {
         checked_targets(targets, shape.classes)?;
         let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
         let totals = carve.take_f64(shape.chunks());
-        for row in 0..shape.rows {
-            let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
-            let factor = factor_of(margin, sum, sum + (logit - margin.offset()).exp());
-            ensure!(
-                sum >= 0.0 && sum.is_finite() && factor.is_finite(),
-                NotFinite,
-                "row_sums[{row}] is {sum:e} and target_logits[{row}] {logit:e}: float32 has no gradient for them"
-            );
-        }
+        checked_sums(margin, row_sums, logits)?;
         let embedded = Embedded::new(embeddings, &shape, &mut carve);
         let scaled = carve.take(shape.rows * shape.row_pitch());
         let coefficients = carve.take(shape.rows);
@@ -427,8 +382,7 @@ impl Device for Cpu {
         for row in 0..shape.rows {
             let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
             let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
-            let whole = sum + (logit - margin.offset()).exp();
-            let factor = factor_of(margin, sum, whole);
+            let (whole, factor) = whole_and_factor(margin, sum, logit);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
             // SAFETY: the caller's matrices have these rows.
             unsafe {
@@ -471,36 +425,13 @@ impl Device for Cpu {
     }
 
     fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64> {
-        let shard = Shard { first: draw.first, rows: draw.rows };
-        ensure!(
-            draw.first.checked_add(draw.rows).is_some_and(|end| end <= i64::MAX as u64),
-            InvalidArgument,
-            "first is {} with {} rows: ids beyond INT64_MAX",
-            draw.first,
-            draw.rows
-        );
-        ensure!(draw.rows <= 1 << 40, InvalidArgument, "rows is {}; it is at most 2^40", draw.rows);
-        ensure!(draw.sample_size <= draw.rows, InvalidArgument, "sample_size is {}, of {} rows", draw.sample_size, draw.rows);
+        draw.check()?;
         // SAFETY: the caller's array.
         let positives = unsafe { array(draw.positives, draw.positive_count) };
-        for (i, &id) in positives.iter().enumerate() {
-            ensure!(
-                shard.contains(id),
-                InvalidArgument,
-                "positives[{i}] is {id}, not in {} to {}",
-                shard.first,
-                shard.end() as i64 - 1
-            );
-            ensure!(
-                i == 0 || positives[i - 1] < id,
-                InvalidArgument,
-                "positives[{i}] is {id} after {}: ids ascend",
-                positives[i - 1]
-            );
-        }
+        draw.check_positives(positives)?;
         let mut drawn = Vec::new();
         let parallel = |tasks: usize, body: &(dyn Fn(usize) + Sync)| self.pool.run(tasks, &|task, _| body(task));
-        let request = Draw { seed: draw.seed, step: draw.step, shard, positives, size: draw.sample_size as usize };
+        let request = Draw { seed: draw.seed, step: draw.step, shard: draw.shard(), positives, size: draw.sample_size as usize };
         sample::draw(&request, &parallel, &mut drawn)?;
         // SAFETY: the caller's array holds max(positive_count, sample_size) ids.
         unsafe { array_mut(ids, drawn.len()) }.copy_from_slice(&drawn);
@@ -516,28 +447,11 @@ impl Device for Cpu {
         learning_rate: f64,
         update: u64,
     ) -> Result<()> {
-        must_be_f32("centers", state.centers)?;
-        must_be_f32("momentum", state.momentum)?;
+        state.check(optimizer, learning_rate, update)?;
         let second = optimizer.state_tensors() > 1;
-        match (second, state.second_moment) {
-            (true, None) => return Err(error!(InvalidArgument, "second_moment is NULL, which AdamW needs")),
-            (_, Some(matrix)) => must_be_f32("second_moment", matrix)?,
-            (false, None) => {}
-        }
-        ensure!(
-            learning_rate.is_finite() && learning_rate >= 0.0,
-            InvalidArgument,
-            "learning_rate is {learning_rate}; it is finite and not below 0"
-        );
-        ensure!(update > 0, InvalidArgument, "update is 0; the first is 1");
         // SAFETY: the caller's array, an id for each gradient.
         let ids = unsafe { array(ids, gradients.rows) };
-        let rows = state.centers.rows;
-        let mut seen = vec![false; rows];
-        for (i, &id) in ids.iter().enumerate() {
-            ensure!((0..rows as i64).contains(&id), InvalidArgument, "ids[{i}] is {id}; centers has {rows} rows");
-            ensure!(!std::mem::replace(&mut seen[id as usize], true), InvalidArgument, "ids[{i}] repeats {id}");
-        }
+        state.check_ids(ids)?;
         let rule = StepRule::new(optimizer, learning_rate, update);
         self.pool.run(ids.len().div_ceil(ROWS), &|task, _| {
             let mut gradient = vec![0.0; state.centers.cols];

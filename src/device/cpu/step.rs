@@ -290,6 +290,7 @@ impl HeadDevice for CpuHead {
             count: self.labels_send.len(),
             dtype: DType::I64,
             memory: None,
+            failure: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -371,6 +372,7 @@ impl HeadDevice for CpuHead {
             count: padded * dim,
             dtype: self.gather_dtype,
             memory: None,
+            failure: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -451,6 +453,7 @@ impl HeadDevice for CpuHead {
             count: padded * dim,
             dtype: DType::F32,
             memory: None,
+            failure: None,
             stream: std::ptr::null_mut(),
         }
     }
@@ -491,6 +494,7 @@ impl HeadDevice for CpuHead {
             count: self.step.shape.classes * self.step.shape.dim,
             dtype: DType::F32,
             memory: None,
+            failure: None,
             stream: std::ptr::null_mut(),
         }
     }

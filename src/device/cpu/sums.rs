@@ -51,7 +51,15 @@ impl CpuHead {
             Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
         }
         let data = self.sums.as_mut_ptr().cast::<u8>();
-        Exchange { send: data, recv: data, count: 2 * rows + TOTALS, dtype: DType::F32, memory: None, stream: std::ptr::null_mut() }
+        Exchange {
+            send: data,
+            recv: data,
+            count: 2 * rows + TOTALS,
+            dtype: DType::F32,
+            memory: None,
+            failure: None,
+            stream: std::ptr::null_mut(),
+        }
     }
 
     /// This rank's loss, valid rows and target cosines, and in its slot how it fared.
@@ -82,6 +90,7 @@ impl CpuHead {
             count: self.replicated_sums.len(),
             dtype: DType::F64,
             memory: None,
+            failure: None,
             stream: std::ptr::null_mut(),
         }
     }

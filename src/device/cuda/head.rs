@@ -10,9 +10,10 @@ use std::cell::RefCell;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use self::draw::{Draft, LabelSlots};
+use self::draw::{Draft, LabelSlots, ALONE};
 use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
 use super::lanes::{Lane, Lanes};
+use super::nearest::Rows;
 use super::products::{Products, LARGEST_WIDTH};
 use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
@@ -30,7 +31,8 @@ const BLOCK: u32 = 256;
 /// Dynamic shared memory of a sum or a scan over a CTA's warps, and a flag.
 const PARTS: u32 = 272;
 
-/// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned.
+/// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned. After one nothing is launched any
+/// more: kernels count on what those before them have left.
 macro_rules! run {
     ($head:expr, $lane:ident, $kernel:ident $([$shared:expr])?, $grid:expr, $block:expr, $arguments:expr) => {{
         let grid = Grid { $(shared: $shared,)? ..Grid::of($grid, $block) };
@@ -186,12 +188,14 @@ impl CudaHead {
         (0..self.sizes().sample_capacity as u32).step_by(self.sizes().chunk_capacity as usize)
     }
 
-    /// Runs what enqueues on a lane, as a span of the trace; an error is kept until one can be returned.
+    /// As `run!` for anything that enqueues on a lane.
     fn traced(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Cuda, &Stream) -> Result<()>) {
-        let begun = self.lanes.begin(lane);
-        let launched = launch(&self.cuda, self.lanes.of(lane));
-        self.lanes.end(lane, begun, self.scope(lane), name);
-        self.keep(launched);
+        if self.failure.is_none() {
+            let begun = self.lanes.begin(lane);
+            let launched = launch(&self.cuda, self.lanes.of(lane));
+            self.lanes.end(lane, begun, self.scope(lane), name);
+            self.keep(launched);
+        }
     }
 
     fn product(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Products, &Stream) -> Result<()>) {
@@ -273,7 +277,7 @@ impl CudaHead {
 
     fn finish_update(&mut self) {
         let view = self.view();
-        run!(self, Centers, sum_squares[PARTS], 1, BLOCK, (view, 1i32));
+        run!(self, Centers, sum_squares[PARTS], 1, ALONE, (view, 1i32));
         if self.dense() {
             run!(self, Centers, advance_history, self.cuda.grid(1), BLOCK, (view,));
         }
@@ -301,6 +305,7 @@ impl CudaHead {
             dtype,
             stream: self.lanes.of(lane).raw(),
             memory: Some(self.cuda.clone()),
+            failure: self.failure.clone(),
         }
     }
 
@@ -350,12 +355,16 @@ impl HeadDevice for CudaHead {
     fn judge_labels(&mut self) -> Result<()> {
         self.received(Lane::Draw);
         let view = self.arrays.views[self.next()];
-        run!(self, Draw, judge_labels[PARTS], 1, draw::ALONE, (view,));
+        run!(self, Draw, judge_labels[PARTS], 1, ALONE, (view,));
         self.settled()
     }
 
     fn sample(&mut self, _step: u64, chosen: Option<&[i64]>) -> Result<()> {
-        self.draw(chosen)?;
+        let drawn = self.draw(chosen);
+        // Also where that failed: the step reads the verdict on the labels.
+        let recorded = self.drafts[self.next()].drawn.record(self.lanes.of(Lane::Draw));
+        self.keep(recorded);
+        drawn?;
         self.gather_ahead();
         self.settled()?;
         self.drafts[self.next()].own_failure.clone().map_or(Ok(()), Err)
@@ -383,7 +392,8 @@ impl HeadDevice for CudaHead {
         // The step before writes the rows that this one reads, and reads the arrays that it writes.
         self.join(Lane::Main, Lane::Centers);
         if self.drafted {
-            self.drafts[self.current].released.record(&self.cuda.stream)?;
+            let released = self.drafts[self.current].released.record(&self.cuda.stream);
+            self.keep(released);
             self.current = self.next();
             self.drafted = false;
             if let Some((view, outgrown)) = self.outgrown.take() {
@@ -395,7 +405,8 @@ impl HeadDevice for CudaHead {
             }
         }
         self.under_way = true;
-        self.cuda.stream.wait(&self.drafts[self.current].drawn)?;
+        let drawn = self.cuda.stream.wait(&self.drafts[self.current].drawn);
+        self.keep(drawn);
         self.settled()
     }
 
@@ -496,10 +507,6 @@ impl HeadDevice for CudaHead {
         self.parted
     }
 
-    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
-        staging::on_device(&self.cuda.context, name, matrix).map(|_| ())
-    }
-
     fn wait(&mut self) -> Result<()> {
         self.settled()?;
         self.parted = false;
@@ -523,8 +530,8 @@ impl HeadDevice for CudaHead {
         verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
     }
 
-    fn holds(&self, pointer: *const u8) -> bool {
-        matches!(self.cuda.context.place("loss", pointer.cast()), Ok(Place::Device))
+    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+        Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
     }
 
     fn backward(&mut self) -> Exchange {
@@ -545,7 +552,7 @@ impl HeadDevice for CudaHead {
         // Where there is no room to bring it home from, its norm is known all the same.
         let written = target.as_ref().map_or(MatrixView::zeroed(), |&view| view);
         run!(self, Main, finish_gradient, self.cuda.grid(4), BLOCK, (view, factor, written));
-        run!(self, Main, sum_squares[PARTS], 1, BLOCK, (view, 0i32));
+        run!(self, Main, sum_squares[PARTS], 1, ALONE, (view, 0i32));
         self.settled()?;
         match (gradient, target?) {
             (Some(matrix), target) => self.staging.borrow().download(&self.cuda.stream, &target, matrix),
@@ -659,11 +666,12 @@ impl HeadDevice for CudaHead {
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let (dim, rows) = (self.dim(), self.spec.shard.rows as usize);
-        super::nearest::nearest(dim, rows, self.spec.shard.first, queries, k, &|first, out| {
+        let dim = self.dim();
+        let read = |first: usize, out: &mut [f32]| {
             let count = out.len() / dim;
             self.read_rows(StateTensor::Centers, first as u64, &Matrix::of_f32(out, count, dim))
-        })
+        };
+        Rows { cuda: &self.cuda, view: self.view(), read: &read }.nearest(queries, k)
     }
 }
 

@@ -55,7 +55,7 @@ pub const ARCHITECTURES: &str = env!("PFC_CUDA_IMAGES");
 pub struct Image {
     /// Name of the kernel source, without .cu.
     pub stem: Cow<'static, str>,
-    /// A cubin, or PTX with its terminating zero.
+    /// A fatbin of one architecture's code; from PFC_KERNEL_IMAGES a cubin or a fatbin.
     pub bytes: Cow<'static, [u8]>,
 }
 
@@ -284,10 +284,7 @@ mod tests {
     fn embedded_images_are_whole() {
         for image in EMBEDDED {
             assert!(STEMS.iter().any(|stem| stem.name == image.stem));
-            match image.arch.ptx {
-                true => assert_eq!(image.bytes.last(), Some(&0), "{}", image.stem),
-                false => assert!(image.bytes.starts_with(b"\x7fELF"), "{}", image.stem),
-            }
+            assert!(image.bytes.starts_with(&[0x50, 0xed, 0x55, 0xba]), "{}", image.stem);
         }
         assert_eq!(EMBEDDED.is_empty(), ARCHITECTURES == "none");
     }

@@ -1,4 +1,4 @@
-//! The kernels of a head, with the arguments that each takes after the head's view.
+//! The kernels that are no products, with the arguments that each takes after the head's view.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::{Context, Kernel, Module};
 use super::images::Images;
 use super::memory::RankPointers;
-use super::view::{HeadView, MatrixView};
+use super::view::{HeadView, MatrixView, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
@@ -89,5 +89,26 @@ kernels! {
         update_rows(u32, u32);
         advance_history();
         end_update();
+    }
+    "stateless" {
+        normalize_matrix(MatrixView, MatrixView, Address);
+        unit_operands(MatrixView, u64, u32, i32);
+        margin_forward(Address, u64, Address);
+        margin_backward(Address, Address, u64, Address);
+        partial_softmax(MatrixView, Address, Address);
+        update_given_rows(MatrixView, MatrixView, MatrixView, Address, MatrixView, Rule);
+        write_ids(Address);
+    }
+    "fused" {
+        find_given_targets(MatrixView, MatrixView);
+        add_row_sums(u32, i32, Address);
+        write_weighted(MatrixView);
+        weigh_rows(Address, Address);
+        finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
+        write_center_rows(u64, u32, MatrixView);
+    }
+    "nearest" {
+        keep_nearest(MatrixView, u32, u32, u32, Address);
+        merge_nearest(u64, u32, u32, Address, Address, Address);
     }
 }

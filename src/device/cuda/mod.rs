@@ -1,13 +1,15 @@
-//! The CUDA backend: a GPU, its kernels, and heads on it.
+//! The CUDA backend: a GPU, its kernels, heads on it, and the kernels by themselves.
 //!
 //! Work is enqueued on the caller's stream, in the caller's context. The driver is looked for when a device is made; without one
 //! everything else in the library works.
 
 mod driver;
+mod fused;
 mod head;
 pub(crate) mod images;
 mod kernels;
 mod lanes;
+mod lent;
 mod memory;
 mod nearest;
 mod products;
@@ -16,22 +18,24 @@ mod products;
 mod simt;
 mod sizes;
 mod staging;
+mod stateless;
 mod view;
 
 use std::ffi::{c_void, CStr, CString};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use self::driver::{Context, Stream};
 use self::head::CudaHead;
 use self::images::Images;
 use self::kernels::Kernels;
+use self::lent::Room;
 use self::products::Products;
 use self::sizes::Gpu;
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
-use crate::{error, Error, Result};
+use crate::{error, Result};
 
 /// How the emulator of ctests/simt calls its GPU.
 const EMULATOR: &str = "SIMT emulator";
@@ -43,6 +47,8 @@ pub(super) struct Cuda {
     stream: Stream,
     kernels: Kernels,
     products: Products,
+    /// For the kernels by themselves.
+    room: Mutex<Room>,
     multiprocessors: u32,
     info: CString,
     process: u32,
@@ -64,6 +70,7 @@ impl Cuda {
             kernels: Kernels::load(&context, &images)?,
             products: Products::load(&context, &images, multiprocessors)?,
             stream: Stream::borrowed(&context, stream),
+            room: Mutex::default(),
             multiprocessors,
             info: CString::new(text).map_err(|_| error!(Device, "the GPU's name holds a zero"))?,
             process: std::process::id(),
@@ -84,12 +91,6 @@ impl Cuda {
 /// A GPU as callers hold it.
 pub(super) struct CudaDevice(pub(super) Arc<Cuda>);
 
-impl CudaDevice {
-    fn stateless(&self, kernel: &str) -> Error {
-        error!(Unsupported, "{kernel} by itself is not on the CUDA device in this version; heads are, and the CPU device has it")
-    }
-}
-
 impl Device for CudaDevice {
     fn info(&self) -> &CStr {
         &self.0.info
@@ -103,47 +104,62 @@ impl Device for CudaDevice {
         Ok(Box::new(CudaHead::new(self.0.clone(), spec)?))
     }
 
-    fn normalize_rows(&self, _: &Matrix, _: &Matrix, _: *mut f32) -> Result<()> {
-        Err(self.stateless("pfc_normalize_rows"))
+    fn normalize_rows(&self, rows: &Matrix, normalized: &Matrix, inverse_norms: *mut f32) -> Result<()> {
+        self.0.normalize_rows(rows, normalized, inverse_norms)
     }
 
-    fn normalize_gemm(&self, _: &Matrix, _: &Matrix, _: &Matrix, _: Workspace) -> Result<()> {
-        Err(self.stateless("pfc_normalize_gemm"))
+    fn normalize_gemm(&self, embeddings: &Matrix, centers: &Matrix, cosines: &Matrix, workspace: Workspace) -> Result<()> {
+        self.0.normalize_gemm(embeddings, centers, cosines, workspace)
     }
 
-    fn normalize_gemm_workspace(&self, _: u64, _: u64, _: u64) -> Result<u64> {
-        Err(self.stateless("pfc_normalize_gemm"))
+    fn normalize_gemm_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64> {
+        self.0.normalize_gemm_workspace(batch, dim, classes)
     }
 
-    fn margin_forward(&self, _: &Margin, _: *const f32, _: usize, _: *mut f32) -> Result<()> {
-        Err(self.stateless("pfc_margin_forward"))
+    fn margin_forward(&self, margin: &Margin, cosines: *const f32, count: usize, logits: *mut f32) -> Result<()> {
+        self.0.margin_forward(margin, cosines, count, logits)
     }
 
-    fn margin_backward(&self, _: &Margin, _: *const f32, _: *const f32, _: usize, _: *mut f32) -> Result<()> {
-        Err(self.stateless("pfc_margin_backward"))
+    fn margin_backward(
+        &self,
+        margin: &Margin,
+        cosines: *const f32,
+        grad_logits: *const f32,
+        count: usize,
+        grad_cosines: *mut f32,
+    ) -> Result<()> {
+        self.0.margin_backward(margin, cosines, grad_logits, count, grad_cosines)
     }
 
-    fn partial_softmax(&self, _: &Margin, _: &Matrix, _: *const i64, _: *mut f32) -> Result<()> {
-        Err(self.stateless("pfc_partial_softmax"))
+    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, row_sums: *mut f32) -> Result<()> {
+        self.0.partial_softmax(margin, cosines, targets, row_sums)
     }
 
-    fn fused_forward(&self, _: &FusedForward<'_>) -> Result<()> {
-        Err(self.stateless("pfc_fused_forward"))
+    fn fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()> {
+        self.0.fused_forward(arguments)
     }
 
-    fn fused_backward(&self, _: &FusedBackward<'_>) -> Result<()> {
-        Err(self.stateless("pfc_fused_backward"))
+    fn fused_backward(&self, arguments: &FusedBackward<'_>) -> Result<()> {
+        self.0.fused_backward(arguments)
     }
 
-    fn fused_workspace(&self, _: u64, _: u64, _: u64) -> Result<u64> {
-        Err(self.stateless("pfc_fused_forward"))
+    fn fused_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64> {
+        self.0.fused_workspace(batch, dim, classes)
     }
 
-    fn sample_classes(&self, _: &SampleDraw, _: *mut i64) -> Result<u64> {
-        Err(self.stateless("pfc_sample_classes"))
+    fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64> {
+        self.0.sample_classes(draw, ids)
     }
 
-    fn update_rows(&self, _: &Optimizer, _: &RowState<'_>, _: *const i64, _: &Matrix, _: f64, _: u64) -> Result<()> {
-        Err(self.stateless("pfc_update_rows"))
+    fn update_rows(
+        &self,
+        optimizer: &Optimizer,
+        state: &RowState<'_>,
+        ids: *const i64,
+        gradients: &Matrix,
+        learning_rate: f64,
+        update: u64,
+    ) -> Result<()> {
+        self.0.update_rows(optimizer, state, ids, gradients, learning_rate, update)
     }
 }

@@ -1,10 +1,10 @@
-//! The three GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
+//! The GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
 
 use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::view::HeadView;
+use super::view::{HeadView, MatrixView};
 use crate::Result;
 
 /// Threads of a block of each of them.
@@ -12,27 +12,35 @@ const THREADS: u32 = 256;
 /// Dynamic shared memory of GEMM1 and GEMM2.
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
+/// Of the cosines: the pipeline of GEMM1 alone.
+const UNITS_SHARED: u32 = 49_152;
 
-/// An entry of GEMM3: its name's ending and its shared memory.
+/// The stages of GEMM3's pipeline and the dynamic shared memory that they take.
 #[derive(Clone, Copy)]
-struct Shape {
-    name: &'static str,
+struct Pipeline {
+    stages: u32,
     shared: u32,
 }
 
 /// GEMM3 by the widest row it takes, with a deeper pipeline for GPUs that have room for it.
 struct Width {
     most: u32,
-    shape: Shape,
-    deep: Option<Shape>,
+    pipeline: Pipeline,
+    deep: Option<Pipeline>,
 }
 
 const WIDTHS: [Width; 4] = [
-    Width { most: 128, shape: Shape { name: "128", shared: 49_920 }, deep: None },
-    Width { most: 256, shape: Shape { name: "256", shared: 99_840 }, deep: None },
-    Width { most: 512, shape: Shape { name: "512", shared: 74_496 }, deep: Some(Shape { name: "512_deep", shared: 148_224 }) },
-    Width { most: 1024, shape: Shape { name: "1024", shared: 67_968 }, deep: Some(Shape { name: "1024_deep", shared: 135_552 }) },
+    Width { most: 128, pipeline: Pipeline { stages: 4, shared: 49_920 }, deep: None },
+    Width { most: 256, pipeline: Pipeline { stages: 4, shared: 99_840 }, deep: None },
+    Width { most: 512, pipeline: Pipeline { stages: 2, shared: 74_496 }, deep: Some(Pipeline { stages: 4, shared: 148_224 }) },
+    Width { most: 1024, pipeline: Pipeline { stages: 2, shared: 67_968 }, deep: Some(Pipeline { stages: 4, shared: 135_552 }) },
 ];
+
+impl Width {
+    fn pipeline(&self, largest_shared: u32) -> Pipeline {
+        self.deep.filter(|deep| deep.shared <= largest_shared).unwrap_or(self.pipeline)
+    }
+}
 
 /// The largest embedding_dim that a row of accumulators holds.
 pub(super) const LARGEST_WIDTH: u32 = 1024;
@@ -52,7 +60,7 @@ impl<A: Arguments> Product<A> {
         Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads: THREADS, shared } })
     }
 
-    /// On all multiprocessors but `spared`, and on an eighth of a small GPU's at most less.
+    /// On all multiprocessors but `spared`; a small GPU spares an eighth of its own at most.
     fn launch(&self, stream: &Stream, arguments: A, spared: u32) -> Result<()> {
         let used = self.multiprocessors - spared.min(self.multiprocessors / 8);
         let grid = Grid { blocks: used * self.grid.blocks, ..self.grid };
@@ -61,41 +69,43 @@ impl<A: Arguments> Product<A> {
     }
 }
 
-/// One precision's: the view, the chunk's first column; GEMM3: the loss weight and whether to update the rows.
+/// The view, the chunk's first column, the loss weight, whether to update the rows, and the stages.
+type CentersArguments = (HeadView, u32, f64, i32, u32);
+
+/// One precision's; GEMM1 and GEMM2 take the view and the chunk's first column.
 struct Precision {
     numerators: Product<(HeadView, u32)>,
     weighted: Product<(HeadView, u32)>,
-    /// In the order of `WIDTHS`.
-    centers: Vec<Product<(HeadView, u32, f64, i32)>>,
+    /// In the order of `WIDTHS`, with the stages.
+    centers: Vec<(Product<CentersArguments>, u32)>,
 }
 
 pub(super) struct Products {
     half: Precision,
     f32: Precision,
+    units: Product<(HeadView, u32, u32, u64, MatrixView)>,
 }
 
 impl Products {
     pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Products> {
         let module = |source: &str| Module::load(context, source, images.of(source)?);
-        let modules = (module("gemm_numerators")?, module("gemm_weighted")?, module("gemm_centers")?);
+        let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted")?);
         let largest = context.largest_shared()?;
         let precision = |suffix: &str| -> Result<Precision> {
+            let entry = |gemm: &str| format!("multiply_{gemm}_{suffix}");
+            let centers = module(&format!("gemm_centers_{suffix}"))?;
             let centers = WIDTHS.iter().map(|width| {
-                let Shape { name, shared } = width.deep.filter(|deep| deep.shared <= largest).unwrap_or(width.shape);
-                Product::load(&modules.2, &format!("multiply_centers_{suffix}_{name}"), shared, multiprocessors)
+                let (Pipeline { stages, shared }, name) = (width.pipeline(largest), entry("centers"));
+                Ok((Product::load(&centers, &format!("{name}_{}", width.most), shared, multiprocessors)?, stages))
             });
             Ok(Precision {
-                numerators: Product::load(
-                    &modules.0,
-                    &format!("multiply_numerators_{suffix}"),
-                    NUMERATORS_SHARED,
-                    multiprocessors,
-                )?,
-                weighted: Product::load(&modules.1, &format!("multiply_weighted_{suffix}"), WEIGHTED_SHARED, multiprocessors)?,
+                numerators: Product::load(&numerators, &entry("numerators"), NUMERATORS_SHARED, multiprocessors)?,
+                weighted: Product::load(&weighted, &entry("weighted"), WEIGHTED_SHARED, multiprocessors)?,
                 centers: centers.collect::<Result<_>>()?,
             })
         };
-        Ok(Products { half: precision("half")?, f32: precision("f32")? })
+        let units = Product::load(&module("gemm_cosines")?, "multiply_units", UNITS_SHARED, multiprocessors)?;
+        Ok(Products { half: precision("half")?, f32: precision("f32")?, units })
     }
 
     fn of(&self, view: &HeadView) -> &Precision {
@@ -111,6 +121,11 @@ impl Products {
         self.of(&view).numerators.launch(stream, (view, first), 0)
     }
 
+    /// Cosines of the first `count` rows of E^ with the `columns` of the chunk, to the matrix from column `first` on.
+    pub fn units(&self, stream: &Stream, view: HeadView, count: u32, columns: u32, first: u64, cosines: MatrixView) -> Result<()> {
+        self.units.launch(stream, (view, count, columns, first, cosines), 0)
+    }
+
     /// GEMM2: P @ W^ of the chunk, beside what runs on the multiprocessors that it spares.
     pub fn weighted(&self, stream: &Stream, view: HeadView, first: u32, spared: u32) -> Result<()> {
         self.of(&view).weighted.launch(stream, (view, first), spared)
@@ -119,7 +134,8 @@ impl Products {
     /// GEMM3: dW of the chunk; `fuse` 1 updates the rows, 0 writes their gradient.
     pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32, spared: u32) -> Result<()> {
         let narrowest = WIDTHS.iter().position(|width| view.dim <= width.most).unwrap_or(WIDTHS.len() - 1);
-        self.of(&view).centers[narrowest].launch(stream, (view, first, loss_weight, fuse), spared)
+        let (product, stages) = &self.of(&view).centers[narrowest];
+        product.launch(stream, (view, first, loss_weight, fuse, *stages), spared)
     }
 }
 
@@ -128,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shared_memory_is_what_the_kernels_say() {
+    fn launches_are_what_the_kernels_say() {
         let header = include_str!("../../../kernels/tune.h");
         let says = |gemm: &str, bytes: u32| {
             let line = format!("gemm_shared_bytes(Gemm::{gemm}) == {bytes}");
@@ -136,10 +152,16 @@ mod tests {
         };
         says("kNumerators", NUMERATORS_SHARED);
         says("kWeighted", WEIGHTED_SHARED);
-        for Width { most, shape, deep } in WIDTHS {
-            says(&format!("kCenters, {most}"), shape.shared);
+        let stages = |width: &str, stages: u32| {
+            let line = format!("gemm_tile(Gemm::kCenters, {width}).stages == {stages}");
+            assert!(header.contains(&line), "tune.h does not say {line}");
+        };
+        for Width { most, pipeline, deep } in WIDTHS {
+            says(&format!("kCenters, {most}"), pipeline.shared);
+            stages(&most.to_string(), pipeline.stages);
             if let Some(deep) = deep {
                 says(&format!("kCenters, {most}, true"), deep.shared);
+                stages(&format!("{most}, true"), deep.stages);
             }
         }
     }

@@ -164,10 +164,7 @@ impl Sizes {
 
     fn set_chunk(&mut self, chunk: u64, gpu: Gpu) {
         self.chunk_capacity = chunk;
-        // As many parts of the columns as fill the GPU with blocks, each a tile of P @ W^ over its part.
-        let tiles = (self.row_capacity / TILE_ROWS) * self.depth_pitch.div_ceil(WEIGHTED_TILE);
-        let slots = WEIGHTED_BLOCKS * u64::from(gpu.multiprocessors);
-        self.splits = (slots / tiles).clamp(1, chunk / TILE_COLUMNS);
+        self.splits = weighted_splits(self.row_capacity, self.depth_pitch, chunk, gpu.multiprocessors);
     }
 
     pub fn column_tiles(&self) -> u64 {
@@ -388,6 +385,13 @@ impl Sizes {
         let outgrown = replaced.into_iter().map(|(number, buffer)| std::mem::replace(&mut arrays.buffers[number], buffer));
         Ok((views, outgrown.collect()))
     }
+}
+
+/// As many parts of a chunk's columns as fill the GPU with blocks, each a tile of P @ W^ over its part.
+pub(super) fn weighted_splits(row_capacity: u64, depth_pitch: u64, chunk: u64, multiprocessors: u32) -> u64 {
+    let tiles = (row_capacity / TILE_ROWS) * depth_pitch.div_ceil(WEIGHTED_TILE);
+    let slots = WEIGHTED_BLOCKS * u64::from(multiprocessors);
+    (slots / tiles).clamp(1, chunk / TILE_COLUMNS)
 }
 
 /// A head's arrays, and where they are.

@@ -77,11 +77,12 @@ impl Staging {
     }
 }
 
-pub(super) fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {
+fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {
     Ok(matrix.rows > 0 && context.place(name, matrix.data.cast())? == Place::Device)
 }
 
-fn grown<'a, T: Plain>(
+/// The buffer of a slot, of `length` at least: made anew, and zero, where it was shorter.
+pub(super) fn grown<'a, T: Plain>(
     slot: &'a mut Option<DeviceBuffer<T>>,
     stream: &Stream,
     length: usize,

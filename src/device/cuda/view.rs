@@ -3,11 +3,10 @@
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::Matrix;
 use crate::memory::Plain;
-use crate::optimizer::{replayed_updates, Optimizer};
+use crate::optimizer::{replayed_updates, AdamwStep, Optimizer, SgdStep, Step, StepRule};
 use crate::options::RowUpdate;
 
 /// No column, no class, no positive.
-#[cfg(test)]
 pub(crate) const NONE: u32 = u32::MAX;
 /// Rows of operands are zero up to a multiple of it.
 pub(crate) const TILE_ROWS: u64 = 128;
@@ -307,6 +306,19 @@ impl OptimizerView {
                 dense,
                 ..OptimizerView::zeroed()
             },
+        }
+    }
+}
+
+impl From<&StepRule> for Rule {
+    fn from(rule: &StepRule) -> Rule {
+        match rule.step {
+            Step::Sgd(SgdStep { momentum, weight_decay, learning_rate }) => {
+                Rule { momentum, weight_decay, learning_rate, ..Rule::zeroed() }
+            }
+            Step::Adamw(AdamwStep { beta1, beta2, rest1, rest2, decay, rate, root, epsilon }) => {
+                Rule { beta1, beta2, rest1, rest2, decay, rate, root, epsilon, ..Rule::zeroed() }
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult};
 
-use super::{call, driver, failure, report};
+use super::{call, check, describe, driver, failure, report};
 use crate::{ensure, Result};
 
 /// The context that a caller works in. Never destroyed: it is not ours.
@@ -72,7 +72,14 @@ impl Context {
         if !is_default {
             // The driver may refuse to answer a thread that has no context at all.
             let current = context.enter()?;
-            call!(ordinal, cuStreamGetCtx(stream.cast(), &mut raw))?;
+            let known = sys::cuStreamGetCtx(stream.cast(), &mut raw);
+            ensure!(
+                !matches!(known, CUresult::CUDA_ERROR_INVALID_HANDLE | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED),
+                InvalidArgument,
+                "stream is {stream:p}, which is no stream of the CUDA driver's: {}",
+                describe(known)
+            );
+            check(known, "cuStreamGetCtx", ordinal)?;
             drop(current);
             if raw != context.raw {
                 context = Context { raw, device, ordinal, retained: false };

@@ -205,6 +205,6 @@ impl CudaHead {
             run!(self, Draw, list_sample_scatter[PARTS], grid, BLOCK, (view,));
         }
         run!(self, Draw, place_targets, grid, BLOCK, (view,));
-        self.drafts[draft].drawn.record(self.lanes.of(Lane::Draw))
+        Ok(())
     }
 }

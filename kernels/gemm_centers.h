@@ -14,23 +14,30 @@
 //
 // Launch: tune.h gemm_tile(kCenters, width, deep): 256 threads, any number of CTAs; each takes
 // every gridDim.x-th run of kTile.m classes. The host picks the narrowest of _128, _256, _512,
-// _1024 that d fits, and of the two of _512 and _1024 the _deep one where a CTA may have its shared
-// memory.
+// _1024 that d fits, and `stages` by the shared memory that a CTA may have.
+//
+// A file for each precision includes this one and names the entries: they take long to compile.
+#pragma once
+
 #include "epilogue/centers.h"
 #include "tile/product.h"
 #include "view.h"
 
 namespace {
 
-template <int kWidth, bool kDeep>
+template <int kWidth>
 struct Shape {
-    static constexpr GemmTile kTile = gemm_tile(Gemm::kCenters, kWidth, kDeep);
+    static constexpr GemmTile kTile = gemm_tile(Gemm::kCenters, kWidth);
 };
 
 // Asks the second-level cache for the rows that the epilogue will want, while the product runs.
+// A dense head's epilogue reads the operands of the chunk instead, which were made just before.
 template <int kClasses>
 PFC_DEVICE void prefetch_rows(const HeadView& view, const epilogue::Classes<kClasses>& classes,
-                              uint32_t columns, bool state) {
+                              uint32_t columns, bool update) {
+    if (view.optimizer.dense) {
+        return;
+    }
     constexpr uint32_t kLine = 32;  // floats
     const uint32_t lines = (view.dim + kLine - 1) / kLine;
     const uint32_t count = columns < kClasses ? columns : kClasses;
@@ -39,44 +46,48 @@ PFC_DEVICE void prefetch_rows(const HeadView& view, const epilogue::Classes<kCla
         const uint64_t from = uint64_t(classes.rows[index]) * view.master_pitch;
         for (uint32_t line = ptx::lane(); line < lines; line += 32) {
             ptx::prefetch_l2(view.centers + from + line * kLine);
-            if (state) {
+            if (update) {
                 ptx::prefetch_l2(view.momentum + from + line * kLine);
+            }
+            if (update && view.optimizer.adamw) {
+                ptx::prefetch_l2(view.second_moment + from + line * kLine);
             }
         }
     }
 }
 
-template <int kWidth, bool kDeep, int kPlanes>
+template <int kWidth, int kPlanes>
 PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double loss_weight,
-                                 int32_t fuse, unsigned char* shared) {
-    using ThisShape = Shape<kWidth, kDeep>;
-    using Product = tile::Product<ThisShape, tile::Type::kBfloat, tile::Depth::kAcross,
+                                 int32_t fuse, uint32_t stages, unsigned char* shared) {
+    using Product = tile::Product<Shape<kWidth>, tile::Type::kBfloat, tile::Depth::kAcross,
                                   tile::Depth::kAcross, kPlanes>;
     using epilogue::Finish;
     constexpr uint32_t kClasses = Product::kM, kDepth = Product::kK;
     static_assert(Product::kN == kWidth && kTileColumns % kClasses == 0, "");
     using Classes = epilogue::Classes<kClasses>;
-    static_assert(sizeof(Classes) == 4 * kCenterWords * kClasses, "");
-    Classes& classes = *reinterpret_cast<Classes*>(shared + Product::kPipelineBytes);
+    static_assert(sizeof(Classes) == 4 * kCenterWords * kClasses && sizeof(Classes) % 128 == 0, "");
+    Classes& classes = *reinterpret_cast<Classes*>(shared);
+    unsigned char* const pipeline = shared + sizeof(Classes);
 
     const StepBlock& block = *view.block;
     if (block.status != kOk || block.classes <= first) {
         return;
     }
-    const uint32_t rows = block.rows, first_computed = block.first_computed;
     const uint32_t left = block.classes - first;
     const uint32_t columns = left < view.chunk_capacity ? left : view.chunk_capacity;
     const float weight =
         block.valid_rows == 0 ? 0.0f : float(loss_weight / double(block.valid_rows));
     // Both operands are zero beyond the batch, up to the next multiple of kTileRows.
-    const uint32_t depth = (rows + kDepth - 1) / kDepth * kDepth;
+    const uint32_t depth = (block.rows + kDepth - 1) / kDepth * kDepth;
 #pragma unroll 1
     for (uint32_t local = blockIdx.x * kClasses; local < columns; local += gridDim.x * kClasses) {
         const uint32_t column = first + local;
         if (threadIdx.x < kClasses) {
             const bool exists = local + threadIdx.x < columns;
             const uint32_t at = column + threadIdx.x;
-            classes.rows[threadIdx.x] = exists ? view.sample[at] : 0;
+            const uint32_t operand = local + threadIdx.x;
+            classes.rows[threadIdx.x] =
+                !exists ? 0 : view.optimizer.dense ? operand : view.sample[at];
             classes.inverse_norms[threadIdx.x] = exists ? view.center_inverse_norms[at] : 0.0f;
             classes.positives[threadIdx.x] = exists ? view.positive_of[at] : kNone;
         }
@@ -88,13 +99,14 @@ PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double lo
         const tile::Operand scaled = {view.scaled_operand, view.plane_rows, view.depth_pitch,
                                       view.depth_pitch / tile::kPiece};
         Product product;
-        product.run(shared, numerators, scaled, depth);
+        product.run(pipeline, numerators, scaled, depth, stages);
 
-        epilogue::add_targets(view, product, classes, rows, first_computed);
-        const uint32_t slot = view.sharded ? local : column;
+        epilogue::add_targets(view, product, classes);
+        const epilogue::Tile tile = {column, columns - local, view.sharded ? local : column,
+                                     weight};
         auto finish = [&](auto kind) {
-            epilogue::finish_centers<decltype(kind)::kValue>(
-                view, product, classes, shared, column, columns - local, slot, local, weight);
+            epilogue::finish_centers<decltype(kind)::kValue, kPlanes>(view, product, classes,
+                                                                      pipeline, tile);
         };
         if (fuse == 0) {
             if (view.optimizer.dense) {
@@ -112,25 +124,10 @@ PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double lo
 
 }  // namespace
 
-#define CENTERS(name, width, deep, planes)                                                 \
-    PFC_KERNEL_OF(name, (Shape<width, deep>::kTile.threads()),                             \
-                  (Shape<width, deep>::kTile.blocks),                                      \
-                  (const PFC_GRID_CONSTANT HeadView view, uint32_t first,                  \
-                   double loss_weight, int32_t fuse)) {                                    \
-        PFC_DYNAMIC_SHARED(shared);                                                        \
-        multiply_centers<width, deep, planes>(view, first, loss_weight, fuse, shared);     \
+#define CENTERS(name, width, planes)                                                         \
+    PFC_KERNEL_OF(name, Shape<width>::kTile.threads(), Shape<width>::kTile.blocks,           \
+                  (const PFC_GRID_CONSTANT HeadView view, uint32_t first,                    \
+                   double loss_weight, int32_t fuse, uint32_t stages)) {                     \
+        PFC_DYNAMIC_SHARED(shared);                                                          \
+        multiply_centers<width, planes>(view, first, loss_weight, fuse, stages, shared);     \
     }
-
-CENTERS(multiply_centers_half_128, 128, false, 1)
-CENTERS(multiply_centers_half_256, 256, false, 1)
-CENTERS(multiply_centers_half_512, 512, false, 1)
-CENTERS(multiply_centers_half_1024, 1024, false, 1)
-CENTERS(multiply_centers_half_512_deep, 512, true, 1)
-CENTERS(multiply_centers_half_1024_deep, 1024, true, 1)
-
-CENTERS(multiply_centers_f32_128, 128, false, 3)
-CENTERS(multiply_centers_f32_256, 256, false, 3)
-CENTERS(multiply_centers_f32_512, 512, false, 3)
-CENTERS(multiply_centers_f32_1024, 1024, false, 3)
-CENTERS(multiply_centers_f32_512_deep, 512, true, 3)
-CENTERS(multiply_centers_f32_1024_deep, 1024, true, 3)
