@@ -2,7 +2,8 @@
 // target angles, row sums, gradients in the caller's types.
 //
 //     zt_i = scale * psi(angle(E_i, W_y)),  N_i = sum of the chunks' partial sums
-//     factor_i = scale / L_i,  coefficient_i = -scale * (N_i / L_i) * psi'_i,  L_i = N_i + exp(zt_i - c)
+//     L_i = N_i + exp(zt_i - c),  factor_i = scale / L_i
+//     coefficient_i = -scale * (N_i / L_i) * psi'_i
 //     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y;  dE_i by the backward of normalize
 //
 // Floor: B d elements of E, of P @ W^ and of dE, S d of dW, each once or twice. Agrees with
@@ -42,8 +43,8 @@ PFC_KERNEL_OF(find_given_targets, 256, 2,
     }
 }
 
-// Adds the chunk's row sums to `totals`, tile by tile, and rounds what there is by then to row_sums.
-// partial_sums begins at the chunk's first tile; `tiles` may be 0.
+// Adds the chunk's row sums to `totals`, tile by tile, and rounds what there is by then to
+// row_sums. partial_sums begins at the chunk's first tile; `tiles` may be 0.
 // gate: add_row_sums registers <= 64
 PFC_KERNEL_OF(add_row_sums, 256, 4,
               (const PFC_GRID_CONSTANT HeadView view, uint32_t tiles, int32_t is_first,

@@ -2,8 +2,8 @@
 //
 // For pfc_normalize_gemm and for top_k, which want the products themselves: the first half of
 // gemm_numerators.cu, with float32 operands (three planes of bf16) alone.
-// Floor: 12 B S d flop; bytes: both operands once, 4 B S of cosines. Agrees with Cpu::normalize_gemm
-// (src/device/cpu/kernels.rs).
+// Floor: 12 B S d flop; bytes: both operands once, 4 B S of cosines. Agrees with
+// Cpu::normalize_gemm (src/device/cpu/kernels.rs).
 //
 // Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs; each takes every
 // gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share W^.
@@ -18,7 +18,8 @@ struct Shape {
 
 }  // namespace
 
-// unit_operand has `count` rows and center_operand `columns`, both zero to the end of the last tile.
+// unit_operand has `count` rows, center_operand `columns`; both are zero to the end of the last
+// tile.
 // gate: multiply_units registers <= 128 shared 49152 <= 49152 HMMA 32
 PFC_KERNEL_OF(multiply_units, Shape::kTile.threads(), Shape::kTile.blocks,
               (const PFC_GRID_CONSTANT HeadView view, uint32_t count, uint32_t columns,

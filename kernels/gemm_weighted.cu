@@ -6,7 +6,7 @@
 // add theirs. The depth is the chunk's columns: split s takes a fixed share of chunk_capacity,
 // whatever the sample is, and embedding_gradient adds the splits in order, so that no atomics are
 // needed and the bits do not depend on the grid. The first chunk overwrites (with zeros where a
-// split has no column), later ones add.
+// split has no column), later ones add, and so do a split's columns beyond weighted_chain (tune.h).
 // Floor: 2 B S d flop (f32: 6 times that); bytes: P and W^ once, splits B d floats.
 // Agrees with src/device/cpu/fused.rs `forward` (weighted).
 //
@@ -21,6 +21,40 @@ namespace {
 struct Shape {
     static constexpr GemmTile kTile = gemm_tile(Gemm::kWeighted);
 };
+
+template <int kPlanes>
+constexpr uint32_t kChain = weighted_chain(kPlanes);
+
+// To a thread's cells of the parts, or onto them.
+template <class Product>
+PFC_DEVICE void store(const Product& product, float* out, uint32_t place, uint32_t pitch,
+                      bool onto) {
+#pragma unroll
+    for (int i = 0; i < Product::kRowTiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            auto* const cells =
+                reinterpret_cast<epilogue::Two*>(out + uint64_t(16 * i + 8 * h) * pitch);
+            // All of a row's reads before its writes, behind which the compiler would leave them.
+            epilogue::Two before[Product::kColumnTiles] = {};
+            if (onto) {
+#pragma unroll
+                for (int j = 0; j < Product::kColumnTiles; ++j) {
+                    if (place + 8 * j < pitch) {
+                        before[j] = cells[4 * j];
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < Product::kColumnTiles; ++j) {
+                if (place + 8 * j < pitch) {
+                    cells[4 * j] = {product.sum[i][j][2 * h] + before[j].x,
+                                    product.sum[i][j][2 * h + 1] + before[j].y};
+                }
+            }
+        }
+    }
+}
 
 template <int kPlanes>
 PFC_DEVICE void multiply_weighted(const HeadView& view, uint32_t first, unsigned char* shared) {
@@ -54,45 +88,25 @@ PFC_DEVICE void multiply_weighted(const HeadView& view, uint32_t first, unsigned
         if (depth == 0 && first != 0) {
             continue;
         }
-        const tile::Operand numerators = {
-            view.numerators + uint64_t(row) * view.chunk_capacity + begin, view.plane_numerators,
-            view.chunk_capacity, 0};
-        const tile::Operand centers = {view.center_wide + begin * pitch + column,
-                                       view.plane_centers, pitch,
-                                       (pitch - column) / tile::kPiece};
-        Product product;
-        product.run(shared, numerators, centers, depth);
-
         const uint32_t lane = ptx::lane();
         const uint32_t at = row + Product::warp_row() + lane / 4;
         const uint32_t place = column + Product::warp_column() + 2 * (lane % 4);
         float* const out =
             view.weighted + (uint64_t(split) * view.row_capacity + at) * pitch + place;
-#pragma unroll
-        for (int i = 0; i < Product::kRowTiles; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                auto* const cells = reinterpret_cast<epilogue::Two*>(
-                    out + uint64_t(16 * i + 8 * h) * pitch);
-                // All of a row's reads before its writes, behind which the compiler would leave them.
-                epilogue::Two before[Product::kColumnTiles] = {};
-                if (first != 0) {
-#pragma unroll
-                    for (int j = 0; j < Product::kColumnTiles; ++j) {
-                        if (place + 8 * j < pitch) {
-                            before[j] = cells[4 * j];
-                        }
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < Product::kColumnTiles; ++j) {
-                    if (place + 8 * j < pitch) {
-                        cells[4 * j] = {product.sum[i][j][2 * h] + before[j].x,
-                                        product.sum[i][j][2 * h + 1] + before[j].y};
-                    }
-                }
-            }
-        }
+        uint32_t done = 0;
+        do {
+            const uint32_t chain = depth - done < kChain<kPlanes> ? depth - done : kChain<kPlanes>;
+            const tile::Operand numerators = {
+                view.numerators + uint64_t(row) * view.chunk_capacity + begin + done,
+                view.plane_numerators, view.chunk_capacity, 0};
+            const tile::Operand centers = {view.center_wide + (begin + done) * pitch + column,
+                                           view.plane_centers, pitch,
+                                           (pitch - column) / tile::kPiece};
+            Product product;
+            product.run(shared, numerators, centers, chain);
+            store<Product>(product, out, place, pitch, first != 0 || done != 0);
+            done += chain;
+        } while (done < depth);
     }
 }
 

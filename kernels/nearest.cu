@@ -1,10 +1,10 @@
-// The class centres nearest to each query: the k largest cosines of a row, chunk after chunk, nearest
-// first, equal cosines by ascending class.
+// The class centres nearest to each query: the k largest cosines of a row, chunk after chunk,
+// nearest first, equal cosines by ascending class.
 //
 //     key = (cosine in an order of unsigned integers) << 32 | (2^32 - 1 - class)
 //
-// No two keys are equal, so that the k largest are the same whoever finds them in whatever order: the
-// result depends on the cosines alone. A warp keeps the kLongest largest keys of its columns in
+// No two keys are equal, so that the k largest are the same whoever finds them in whatever order:
+// the result depends on the cosines alone. A warp keeps the kLongest largest keys of its columns in
 // registers, in descending order over the lanes, and shifts a larger one in; of n keys in any order
 // about k ln(n / k) are, the rest cost one comparison. A row's columns are divided among `parts`
 // warps, whose lists are merged at the end.
@@ -59,7 +59,8 @@ struct List {
 #pragma unroll
         for (uint32_t r = kWords; r-- > 0;) {
             uint64_t before = ptx::shuffle_up(entries[r], 1);
-            const uint64_t last = r > 0 ? ptx::shuffle(entries[r > 0 ? r - 1 : 0], 31) : ~uint64_t(0);
+            const uint64_t last =
+                r > 0 ? ptx::shuffle(entries[r > 0 ? r - 1 : 0], 31) : ~uint64_t(0);
             before = ptx::lane() == 0 ? last : before;
             entries[r] = entries[r] > key ? entries[r] : before > key ? key : before;
         }
@@ -82,8 +83,8 @@ struct List {
 
 }  // namespace
 
-// Offers the cosines of `columns` classes from class `first` on to the lists, [rows][parts][kLongest],
-// which begin empty where first is 0. k is 1 to kLongest.
+// Offers the cosines of a chunk's classes, from class `first` on, to the lists, [rows][parts]
+// [kLongest], which begin empty where first is 0. k is 1 to kLongest.
 // gate: keep_nearest registers <= 64
 PFC_KERNEL_OF(keep_nearest, 256, 4,
               (const PFC_GRID_CONSTANT HeadView view, MatrixView cosines, uint32_t first,

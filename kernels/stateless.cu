@@ -1,5 +1,6 @@
-// Row-wise kernels over a caller's memory, without a head: pfc_normalize_rows, the margin by itself,
-// the softmax's numerators, an optimizer's update of given rows, and the operands of the products.
+// Row-wise kernels over a caller's memory, without a head: pfc_normalize_rows, the margin by
+// itself, the softmax's numerators, an optimizer's update of given rows, and the operands of the
+// products.
 //
 //     E^_i = E_i / |E_i|,  z = scale * psi(acos cos),  p = exp(scale cos - c),  (w, m, v) by a rule
 //
@@ -58,9 +59,9 @@ PFC_KERNEL_OF(normalize_matrix, 256, 4,
     }
 }
 
-// Rows first .. first + count of `source`, divided by their norms, as a side of the products: 0, E^:
-// unit_operand, inverse_norms and, where there are any, units; 1, W^: center_operand at the chunk's
-// place and, where there are any, center_inverse_norms at the row's own.
+// Rows first .. first + count of `source`, divided by their norms, as a side of the products: 0,
+// E^: unit_operand, inverse_norms and units; 1, W^: center_operand at the chunk's place and
+// center_inverse_norms at the row's own. But for the operands, what has no array is left out.
 // gate: unit_operands registers <= 64
 PFC_KERNEL_OF(unit_operands, 256, 4,
               (const PFC_GRID_CONSTANT HeadView view, MatrixView source, uint64_t first,
@@ -121,8 +122,8 @@ PFC_KERNEL_OF(margin_backward, 256, 4,
     }
 }
 
-// Cosines to numerators in place, a CTA a row; columns: the row's own class, or kNone. 32 numbers of
-// 8 bytes of dynamic shared memory.
+// Cosines to numerators in place, a CTA a row; columns: the row's own class, or kNone. 32 numbers
+// of 8 bytes of dynamic shared memory.
 // gate: partial_softmax registers <= 64 shared 256 <= 256
 PFC_KERNEL_OF(partial_softmax, 256, 4,
               (const PFC_GRID_CONSTANT HeadView view, MatrixView cosines, const uint32_t* columns,
@@ -167,7 +168,8 @@ PFC_KERNEL_OF(update_given_rows, 256, 4,
         const uint64_t place = places[i];
         float* const w = reinterpret_cast<float*>(centers.data) + place * centers.stride;
         float* const m = reinterpret_cast<float*>(momentum.data) + place * momentum.stride;
-        float* const v = reinterpret_cast<float*>(second_moment.data) + place * second_moment.stride;
+        float* const v =
+            reinterpret_cast<float*>(second_moment.data) + place * second_moment.stride;
         for (uint64_t column = threadIdx.x % 32; column < gradients.columns; column += 32) {
             const float g =
                 rows::read_element(gradients.data, i * gradients.stride + column, gradients.dtype);

@@ -1,5 +1,5 @@
-// kernels/stateless.cu, fused.cu and gemm_cosines.cu where tests in Rust, which call them through the
-// C interface, do not see: operands' pads and planes, edges of tiles, factors, sums over chunks.
+// kernels/stateless.cu, fused.cu and gemm_cosines.cu where tests in Rust, which call them through
+// the C interface, do not see: operands' pads and planes, edges of tiles, factors, sums of chunks.
 #include <algorithm>
 
 #include "arrays.h"

@@ -4,12 +4,12 @@
 
 use super::lent::{check_workspace, Cut, Lent};
 use super::products::LARGEST_WIDTH;
+use super::sizes::weighted_splits;
 use super::stateless::{columns_of, Shape};
 use super::view::{HeadView, MarginView, StepBlock, NONE, TILE_COLUMNS};
 use super::Cuda;
 use crate::device::checks::{checked_sums, checked_targets, checked_weight, must_be_f32};
 use crate::device::{FusedBackward, FusedForward};
-use crate::margin::Margin;
 use crate::{ensure, Result};
 
 /// The arrays of both calls, cut off a workspace.
@@ -58,10 +58,10 @@ impl Cuda {
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)
     }
 
-    fn fused_arrays(&self, shape: &Shape, margin: Option<&Margin>, start: *mut u8) -> Arrays {
+    fn fused_arrays(&self, shape: &Shape, start: *mut u8) -> Arrays {
         let mut cut = Cut::new(start);
         let (rows, pitch, chunk) = (shape.row_capacity, shape.depth_pitch, shape.chunk);
-        let splits = super::sizes::weighted_splits(rows, pitch, chunk, self.multiprocessors);
+        let splits = weighted_splits(rows, pitch, chunk, self.multiprocessors);
         let lists: *mut u32 = cut.take(5 * shape.rows + 1);
         let list = |number: u64| lists.wrapping_add((number * shape.rows) as usize);
         let units = cut.take(rows * pitch);
@@ -90,9 +90,6 @@ impl Cuda {
             sharded: 1,
             ..shape.view()
         };
-        if let Some(margin) = margin {
-            view.margin = MarginView::from(margin);
-        }
         // The direction of a class centre comes from its operand, as a dense head's does: the caller's rows are of any type.
         view.optimizer.dense = 1;
         // Forward and backward share the rest.
@@ -112,7 +109,7 @@ impl Cuda {
 
     pub(super) fn fused_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64> {
         let shape = self.fused_shape(batch, dim, classes)?;
-        Ok(self.fused_arrays(&shape, None, std::ptr::null_mut()).bytes)
+        Ok(self.fused_arrays(&shape, std::ptr::null_mut()).bytes)
     }
 
     /// P of a chunk, from the rows of W that begin it.
@@ -131,8 +128,9 @@ impl Cuda {
         let FusedForward { margin, embeddings, centers, weighted, .. } = *arguments;
         must_be_f32("weighted", weighted)?;
         let shape = self.fused_shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
-        let Arrays { mut view, totals, bytes } = self.fused_arrays(&shape, Some(margin), arguments.workspace.data);
+        let Arrays { mut view, totals, bytes } = self.fused_arrays(&shape, arguments.workspace.data);
         check_workspace(&self.stream, arguments.workspace, bytes)?;
+        view.margin = MarginView::from(margin);
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let targets = lent.on_host("targets", arguments.targets, embeddings.rows)?;
@@ -165,8 +163,9 @@ impl Cuda {
         must_be_f32("weighted", weighted)?;
         checked_weight(loss_weight)?;
         let shape = self.fused_shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
-        let Arrays { view, bytes, .. } = self.fused_arrays(&shape, Some(margin), arguments.workspace.data);
+        let Arrays { mut view, bytes, .. } = self.fused_arrays(&shape, arguments.workspace.data);
         check_workspace(&self.stream, arguments.workspace, bytes)?;
+        view.margin = MarginView::from(margin);
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let batch = embeddings.rows;

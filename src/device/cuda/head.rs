@@ -666,11 +666,7 @@ impl HeadDevice for CudaHead {
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let dim = self.dim();
-        let read = |first: usize, out: &mut [f32]| {
-            let count = out.len() / dim;
-            self.read_rows(StateTensor::Centers, first as u64, &Matrix::of_f32(out, count, dim))
-        };
+        let read = |first: usize, rows: &Matrix| self.read_rows(StateTensor::Centers, first as u64, rows);
         Rows { cuda: &self.cuda, view: self.view(), read: &read }.nearest(queries, k)
     }
 }

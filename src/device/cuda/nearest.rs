@@ -10,7 +10,7 @@ use super::view::{HeadView, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
 use crate::device::cpu::{gemm, inverse_norm, keep_best, offer};
 use crate::device::Nearest;
-use crate::matrix::DType;
+use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Plain};
 use crate::Result;
 
@@ -27,10 +27,10 @@ const PIECE: usize = 4096;
 /// Where a head's rows are, and what numbers they have.
 pub(super) struct Rows<'a> {
     pub cuda: &'a Cuda,
-    /// The head's.
+    /// The head's: what numbers and sizes it has.
     pub view: HeadView,
-    /// Gives raw rows to the host from the one named on, as many as fit.
-    pub read: &'a dyn Fn(usize, &mut [f32]) -> Result<()>,
+    /// Reads rows from the one named on, as they are now, into a matrix of the host's or the GPU's.
+    pub read: &'a dyn Fn(usize, &Matrix) -> Result<()>,
 }
 
 impl Rows<'_> {
@@ -76,22 +76,15 @@ impl Rows<'_> {
             depth_pitch: pitch,
             ..HeadView::zeroed()
         };
-        let whole = |data: *mut f32, rows: u64, columns: u64| MatrixView {
-            data: data.cast(),
-            rows,
-            columns,
-            stride: columns,
-            dtype: DType::F32 as i32,
-            reserved: 0,
-        };
         cuda.put(raw.as_mut_ptr(), queries)?;
-        cuda.unit_rows(&view, whole(raw.as_mut_ptr(), count as u64, dim.into()), count as u32)?;
+        let given = MatrixView::from(&whole(raw.as_mut_ptr(), count, dim as usize));
+        cuda.unit_rows(&view, given, count as u32)?;
         for first in (0..shard_rows).step_by(COLUMNS as usize) {
             let here = COLUMNS.min(shard_rows - first);
-            let piece = whole(centers.as_mut_ptr(), here.into(), dim.into());
-            let some = whole(products.as_mut_ptr(), count as u64, here.into());
-            cuda.run(&cuda.kernels.read_rows, (self.view, 0, first, piece))?;
-            cuda.unit_centers(&view, piece, 0, here)?;
+            let piece = whole(centers.as_mut_ptr(), here as usize, dim as usize);
+            let some = MatrixView::from(&whole(products.as_mut_ptr(), count, here as usize));
+            (self.read)(first as usize, &piece)?;
+            cuda.unit_centers(&view, MatrixView::from(&piece), 0, here)?;
             cuda.products.units(stream, view, count as u32, here, 0, some)?;
             cuda.run(&cuda.kernels.keep_nearest, (view, some, first, k, parts, lists.as_mut_ptr().cast()))?;
         }
@@ -113,7 +106,7 @@ impl Rows<'_> {
         for first in (0..rows).step_by(PIECE) {
             let piece = PIECE.min(rows - first);
             let centers = &mut centers[..piece * dim];
-            (self.read)(first, centers)?;
+            (self.read)(first, &Matrix::of_f32(centers, piece, dim))?;
             centers.chunks_exact_mut(dim).for_each(normalize);
             gemm(count, piece, dim, (&mut cosines, piece), (&units, dim, 1), (centers, 1, dim), false);
             for (query, best) in best.iter_mut().enumerate() {
@@ -130,6 +123,10 @@ impl Rows<'_> {
         }
         Ok(found)
     }
+}
+
+fn whole(data: *mut f32, rows: usize, cols: usize) -> Matrix {
+    Matrix { data: data.cast(), dtype: DType::F32, rows, cols, row_stride: cols }
 }
 
 fn buffer<T: Plain>(cuda: &Cuda, count: u64, what: &str) -> Result<DeviceBuffer<T>> {
