@@ -5,7 +5,7 @@ mod common;
 use common::ffi::{on_cuda, Device, Head, Rows, LEAST};
 use common::numbers::{assert_close, widen};
 use common::ranks::on_ranks;
-use common::vectors::{Vectors, NAMES};
+use common::vectors::{Vectors, FOLDER, NAMES};
 use partialfc::options::{HeadOptions, Precision};
 
 /// Design section 8: relative L2 of loss, gradients and state in float32.
@@ -94,8 +94,7 @@ macro_rules! vectors {
         #[test]
         fn every_file_has_its_test() {
             assert_eq!([$(stringify!($name)),*], NAMES);
-            let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
-            let files = std::fs::read_dir(&folder).expect("tests/vectors").filter_map(|entry| entry.ok());
+            let files = std::fs::read_dir(FOLDER).expect(FOLDER).filter_map(|entry| entry.ok());
             let mut names: Vec<String> = files
                 .filter_map(|file| file.file_name().to_string_lossy().strip_suffix(".safetensors").map(str::to_owned))
                 .collect();

@@ -235,10 +235,9 @@ fn build() -> PathBuf {
     let lock = File::create(folder.join("lock")).expect("a lock for the emulator");
     // SAFETY: an open file; the lock goes with it.
     assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("ctests/simt");
+    // Cargo starts test programs in the package's folder.
     let made = Command::new("make")
-        .args(["-s", "-C"])
-        .arg(&sources)
+        .args(["-s", "-C", "ctests/simt"])
         .arg(format!("OUT={}", folder.display()))
         .arg("library")
         // Cargo's jobserver is not make's to share here.

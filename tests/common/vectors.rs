@@ -1,7 +1,7 @@
 //! The conformance vectors beside tests/vectors/README.md.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
@@ -18,6 +18,10 @@ pub const NAMES: [&str; 8] = [
     "cosface_four_ranks_tenth",
     "sphereface_one_rank",
 ];
+
+/// Beneath the working folder, which cargo makes the package's: no path is compiled in, so that test programs run where they were not
+/// built.
+pub const FOLDER: &str = "tests/vectors";
 
 /// One file: a training run and what the reference implementation made of it.
 pub struct Vectors {
@@ -38,7 +42,7 @@ pub struct RankStep {
 
 impl Vectors {
     pub fn load(name: &'static str) -> Vectors {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors").join(format!("{name}.safetensors"));
+        let path = PathBuf::from(format!("{FOLDER}/{name}.safetensors"));
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let (_, metadata) = SafeTensors::read_metadata(&bytes).expect("a safetensors header");
         let settings = metadata.metadata().clone().expect("settings in the metadata");
