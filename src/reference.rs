@@ -14,6 +14,8 @@
 use std::f64::consts::PI;
 use std::ops::Range;
 
+use half::{bf16, f16};
+
 use crate::margin::{Margin, MarginGradient};
 use crate::optimizer::Optimizer;
 use crate::options::{HeadOptions, Placement, RowUpdate};
@@ -24,10 +26,20 @@ const SMALLEST_NORM: f64 = 1e-12;
 /// Bounds psi' where theta is 0 or pi.
 const SMALLEST_SIN: f64 = 1e-4;
 
+/// What the three products of a step multiply. The targets are apart from them and always exact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operands {
+    Exact,
+    /// As precision half has them: E^ and W^ in f16 for the cosines; exp(z - c), E^ * scale / L and W^ in bf16 for the gradients. The
+    /// direction that a dense row's gradient is made orthogonal to is W^ in f16, too.
+    Half,
+}
+
 /// A head over all ranks: W and its optimizer state, C x d, and how often they were updated.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub options: HeadOptions,
+    pub operands: Operands,
     pub ranks: usize,
     pub centers: Vec<f64>,
     /// SGD's m or AdamW's first moment.
@@ -82,6 +94,10 @@ pub struct Conditioning {
     /// As grad_embeddings and grad_centers, one number for each row: the sum of the magnitudes of the terms that make the gradient.
     pub gross_embeddings: Vec<Vec<f64>>,
     pub gross_centers: Vec<Vec<f64>>,
+    /// Likewise what a gradient changes by where each operand so near the middle of two bf16 numbers that float32 may round it either
+    /// way is rounded the other way.
+    pub tied_embeddings: Vec<Vec<f64>>,
+    pub tied_centers: Vec<Vec<f64>>,
 }
 
 impl Default for Conditioning {
@@ -94,6 +110,8 @@ impl Default for Conditioning {
             underflow: 0.0,
             gross_embeddings: Vec::new(),
             gross_centers: Vec::new(),
+            tied_embeddings: Vec::new(),
+            tied_centers: Vec::new(),
         }
     }
 }
@@ -128,6 +146,8 @@ pub fn target(margin: &Margin, theta: f64) -> Target {
 /// A row divided by its norm, or zeros.
 struct Unit {
     direction: Vec<f64>,
+    /// The same as a float32 head has it: what operands are rounded from.
+    single: Vec<f32>,
     /// 0 for a row without direction.
     inverse_norm: f64,
 }
@@ -136,7 +156,24 @@ impl Unit {
     fn of(row: &[f64]) -> Unit {
         let norm = dot(row, row).sqrt();
         let inverse_norm = if norm < SMALLEST_NORM { 0.0 } else { 1.0 / norm };
-        Unit { direction: row.iter().map(|x| x * inverse_norm).collect(), inverse_norm }
+        let single = row.iter().map(|&x| x as f32 * inverse_norm as f32).collect();
+        Unit { direction: row.iter().map(|x| x * inverse_norm).collect(), single, inverse_norm }
+    }
+
+    /// As an operand of the cosines.
+    fn narrow(&self, operands: Operands) -> Vec<f64> {
+        match operands {
+            Operands::Exact => self.direction.clone(),
+            Operands::Half => self.single.iter().map(|&x| f16::from_f32(x).to_f64()).collect(),
+        }
+    }
+
+    /// As an operand of the gradients.
+    fn wide(&self, operands: Operands) -> Vec<f64> {
+        match operands {
+            Operands::Exact => self.direction.clone(),
+            Operands::Half => self.single.iter().map(|&x| bf16::from_f32(x).to_f64()).collect(),
+        }
     }
 
     /// The angle to another, from their difference and sum: acos loses half its digits near 0 and pi.
@@ -153,8 +190,12 @@ impl Unit {
 
     /// From the gradient of the direction to the gradient of the row.
     fn backward(&self, gradient: &[f64]) -> Vec<f64> {
-        let along = dot(gradient, &self.direction);
-        gradient.iter().zip(&self.direction).map(|(g, u)| (g - along * u) * self.inverse_norm).collect()
+        self.backward_along(&self.direction, gradient)
+    }
+
+    fn backward_along(&self, direction: &[f64], gradient: &[f64]) -> Vec<f64> {
+        let along = dot(gradient, direction);
+        gradient.iter().zip(direction).map(|(g, u)| (g - along * u) * self.inverse_norm).collect()
     }
 }
 
@@ -162,9 +203,12 @@ impl Unit {
 struct Column {
     class: i64,
     unit: Unit,
-    /// Gradient of the direction, and the magnitudes of its terms.
+    narrow: Vec<f64>,
+    wide: Vec<f64>,
+    /// Gradient of the direction, the magnitudes of its terms, and what ties may change it by.
     gradient: Vec<f64>,
     gross: f64,
+    tied: f64,
 }
 
 impl Head {
@@ -172,7 +216,7 @@ impl Head {
     pub fn new(options: HeadOptions, ranks: usize, centers: Vec<f64>) -> Head {
         assert_eq!(centers.len(), options.num_classes as usize * options.embedding_dim as usize, "W is C x d");
         let zeros = vec![0.0; centers.len()];
-        Head { options, ranks, momentum: zeros.clone(), second_moment: zeros, centers, updates: 0 }
+        Head { options, operands: Operands::Exact, ranks, momentum: zeros.clone(), second_moment: zeros, centers, updates: 0 }
     }
 
     /// The classes a rank owns: contiguous, the first C mod N ranks own one more.
@@ -199,17 +243,19 @@ impl Head {
         for input in inputs {
             let batch = input.labels.len();
             let mut grad = vec![0.0; batch * d];
-            let mut gross = vec![0.0; batch];
+            let (mut gross, mut tied) = (vec![0.0; batch], vec![0.0; batch]);
             let mut cosines = vec![0.0; batch];
             for (i, &label) in input.labels.iter().enumerate().filter(|(_, label)| valid(label)) {
                 let unit = Unit::of(&input.embeddings[i * d..][..d]);
                 let row = self.row(&unit, label, weight, &mut columns, &mut step);
                 grad[i * d..][..d].copy_from_slice(&unit.backward(&row.gradient));
                 gross[i] = row.gross * unit.inverse_norm;
+                tied[i] = row.tied * unit.inverse_norm;
                 cosines[i] = row.target_cosine;
             }
             step.grad_embeddings.push(grad);
             step.conditioning.gross_embeddings.push(gross);
+            step.conditioning.tied_embeddings.push(tied);
             step.target_cosines.push(cosines);
         }
 
@@ -219,7 +265,8 @@ impl Head {
             if self.options.placement == Placement::Sharded {
                 rest = &rest[own.len()..];
             }
-            step.grad_centers.push(own.iter().flat_map(|column| column.unit.backward(&column.gradient)).collect());
+            step.grad_centers.push(own.iter().flat_map(|column| self.backward(column)).collect());
+            step.conditioning.tied_centers.push(own.iter().map(|column| column.tied * column.unit.inverse_norm).collect());
             step.conditioning.gross_centers.push(own.iter().map(|column| column.gross * column.unit.inverse_norm).collect());
         }
         Ok(step)
@@ -235,12 +282,13 @@ impl Head {
         let mut target_at = None;
         let mut best_negative = f64::NEG_INFINITY;
         let mut logits = vec![None; columns.len()];
+        let narrow = unit.narrow(self.operands);
         for (j, column) in columns.iter().enumerate() {
-            let cosine = dot(&unit.direction, &column.unit.direction);
             if column.class == label {
-                target_at = Some((j, cosine));
+                target_at = Some((j, dot(&unit.direction, &column.unit.direction)));
                 continue;
             }
+            let cosine = dot(&narrow, &column.narrow);
             best_negative = best_negative.max(cosine);
             let filtered = filter > 0.0 && cosine > filter;
             if filter > 0.0 {
@@ -270,16 +318,28 @@ impl Head {
         }
 
         // Gradients of the directions.
-        let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, target_cosine };
+        let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, tied: 0.0, target_cosine };
+        let rounded = (self.operands == Operands::Half).then(|| RoundedRow::new(unit, margin, log_n, scale * psi));
         for (column, logit) in columns.iter_mut().zip(&logits) {
-            let (factor, magnitude) = match *logit {
-                Some((_, true)) => continue,
-                Some((logit, false)) => {
+            let (factor, magnitude) = match (*logit, &rounded) {
+                (Some((_, true)), _) => continue,
+                (Some((logit, false)), None) => {
                     let p = missing * (logit - log_n).exp();
                     (p, p)
                 }
+                (Some((logit, false)), Some(rounded)) => {
+                    let (numerator, tie) = rounded.numerator(logit);
+                    add(&mut row.gradient, weight * rounded.factor * numerator, &column.wide);
+                    add(&mut column.gradient, weight * numerator, &rounded.scaled);
+                    let magnitude = weight * rounded.factor * numerator;
+                    row.gross += magnitude;
+                    column.gross += magnitude;
+                    row.tied += weight * rounded.factor * tie;
+                    column.tied += weight * (rounded.factor * tie + rounded.tied * numerator);
+                    continue;
+                }
                 // A slope of 0 is a rounded one, too.
-                None => (-missing * slope, missing * slope.abs().max(1.0)),
+                (None, _) => (-missing * slope, missing * slope.abs().max(1.0)),
             };
             add(&mut row.gradient, weight * scale * factor, &column.unit.direction);
             add(&mut column.gradient, weight * scale * factor, &unit.direction);
@@ -330,17 +390,24 @@ impl Head {
         }
     }
 
+    /// The gradient of a class centre.
+    fn backward(&self, column: &Column) -> Vec<f64> {
+        match (self.operands, self.options.row_update) {
+            (Operands::Half, RowUpdate::Dense) => column.unit.backward_along(&column.narrow, &column.gradient),
+            _ => column.unit.backward(&column.gradient),
+        }
+    }
+
     /// The classes that take part: each rank's sample, or the common one.
     fn columns(&self, inputs: &[RankInput]) -> Vec<Column> {
         let d = self.options.embedding_dim as usize;
         let samples = if self.options.placement == Placement::Sharded { inputs } else { &inputs[..1] };
         let classes = samples.iter().flat_map(|input| input.sample);
         classes
-            .map(|&class| Column {
-                class,
-                unit: Unit::of(&self.centers[class as usize * d..][..d]),
-                gradient: vec![0.0; d],
-                gross: 0.0,
+            .map(|&class| {
+                let unit = Unit::of(&self.centers[class as usize * d..][..d]);
+                let (narrow, wide) = (unit.narrow(self.operands), unit.wide(self.operands));
+                Column { class, unit, narrow, wide, gradient: vec![0.0; d], gross: 0.0, tied: 0.0 }
             })
             .collect()
     }
@@ -392,7 +459,47 @@ impl Head {
 struct Row {
     gradient: Vec<f64>,
     gross: f64,
+    tied: f64,
     target_cosine: f64,
+}
+
+/// A row's operands of the gradients where they are rounded.
+struct RoundedRow {
+    /// scale / L.
+    factor: f64,
+    /// E^ times that, and what its ties change it by.
+    scaled: Vec<f64>,
+    tied: f64,
+    offset: f64,
+    /// Relative error of float32's exp(z - c).
+    unsure: f64,
+}
+
+impl RoundedRow {
+    fn new(unit: &Unit, margin: &Margin, log_n: f64, target_logit: f64) -> RoundedRow {
+        let offset = (margin.scale - 64.0).max(0.0);
+        let unsure = 2e-6 + 2e-7 * margin.scale;
+        let factor = f64::from((margin.scale / ((log_n - offset).exp() + (target_logit - offset).exp())) as f32);
+        let (mut scaled, mut squares) = (Vec::new(), 0.0);
+        for &x in &unit.single {
+            let (value, tie) = round_bf16(f64::from(factor as f32 * x), unsure);
+            scaled.push(value);
+            squares += tie * tie;
+        }
+        RoundedRow { factor, scaled, tied: squares.sqrt(), offset, unsure }
+    }
+
+    /// exp(z - c), and what a tie changes it by.
+    fn numerator(&self, logit: f64) -> (f64, f64) {
+        round_bf16((logit - self.offset).exp(), self.unsure)
+    }
+}
+
+/// The bf16 number next to `x`; how far the next best is, if an error of `unsure` * x may make that the next one, else 0.
+fn round_bf16(x: f64, unsure: f64) -> (f64, f64) {
+    let nearest = |x: f64| bf16::from_f32(x as f32).to_f64();
+    let (low, high) = (nearest(x * (1.0 - unsure)), nearest(x * (1.0 + unsure)));
+    (nearest(x), (high - low).abs())
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

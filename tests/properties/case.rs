@@ -226,7 +226,7 @@ pub fn large_cases() -> impl Strategy<Value = Case> {
     cases_of(300..=3000usize, prop_oneof![3 => 1..=40usize, 1 => 100..=600usize], 0..=90usize)
 }
 
-fn cases_of(
+pub fn cases_of(
     classes: impl Strategy<Value = usize>,
     dim: impl Strategy<Value = usize>,
     batch: impl Strategy<Value = usize>,

@@ -1,0 +1,210 @@
+//! Precision half: the operands of the three products are rounded, and nothing else is.
+//!
+//! Held to a float64 head that rounds the same operands, whatever is drawn: there a fault shows that rounding would hide. And to the
+//! exact one, which says what the precision is worth. On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
+//!
+//! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test cuda_half` draws others than the ordinary run.
+
+#[path = "properties/case.rs"]
+#[allow(dead_code)]
+mod case;
+mod common;
+
+use case::{cases, cases_of, Calls, Case, Input};
+use common::ffi::{Failure, Head, Rows};
+use common::gpu::gpu;
+use common::numbers::{distance, norm, widen};
+use common::ranks::{on_ranks, Rank};
+use common::simt;
+use partialfc::matrix::DType;
+use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::reference::{self, Operands, RankInput};
+use partialfc::Status;
+use proptest::prelude::prop_oneof;
+use proptest::strategy::Strategy;
+use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
+
+/// Relative L2 of loss and gradients against a head that rounds the same operands.
+const SAME_OPERANDS: f64 = 3e-4;
+/// Against the exact head from this dimension on: below it a few rounded elements are all there is.
+const EXACT: f64 = 4e-3;
+const EXACT_FROM: usize = 64;
+
+/// One step from class centres of the case's, on one rank.
+struct Found {
+    loss: f64,
+    sample: Vec<i64>,
+    grad_embeddings: Vec<f64>,
+    grad_centers: Vec<f64>,
+}
+
+/// What can be compared to the last bit that float32 has: one step, whose gradients come as they are.
+fn plain(case: Case) -> Case {
+    Case { steps: 1, grads: DType::F32, padding: 0, weight_decay: 0.0, loss_scale: 1.0, gradient_scale: 1.0, ..case }
+}
+
+fn options(case: &Case) -> HeadOptions {
+    HeadOptions { precision: Precision::Half, ..case.options() }
+}
+
+fn run(case: &Case, place: &Rank, start: &[f32]) -> Result<Found, (Failure, Vec<i64>)> {
+    let device = gpu();
+    let mut head = Head::new(&device, &place.comm, &options(case));
+    let (first, count) = head.shard();
+    let shard = first as usize * case.dim..(first + count) as usize * case.dim;
+    head.write_centers(first, &start[shard]).expect("start values");
+    let Input { mut embeddings, labels, sample } = case.inputs(0, start).swap_remove(place.rank);
+    let mut grad = Rows::output(labels.len(), case.dim);
+    if case.given_sample {
+        head.set_sample(&sample).expect("a sample");
+    }
+    let loss = if case.calls == Calls::Step {
+        head.step(&mut embeddings, &labels, 0.1, &mut grad)
+    } else {
+        head.forward(&mut embeddings, Some(&labels))
+    };
+    let sample = head.sample_ids().expect("the sample");
+    let loss = loss.map_err(|failure| (failure, sample.clone()))?;
+    if case.calls != Calls::Step {
+        head.backward(case.loss_weight, 1.0, &mut grad).expect("backward");
+        head.update(0.1).expect("update");
+    }
+    // The state was zero and nothing decays: what it is now is the gradient.
+    let share = if case.adamw { 1.0 - case.momentum } else { 1.0 };
+    let (momentum, dim) = (head.momentum(), case.dim);
+    let rows = sample.iter().flat_map(|&class| &momentum[(class as usize - first as usize) * dim..][..dim]);
+    let grad_centers = rows.map(|&m| f64::from(m) / share / case.loss_weight).collect();
+    let grad_embeddings = grad.values().iter().map(|g| g / case.loss_weight).collect();
+    Ok(Found { loss, sample, grad_embeddings, grad_centers })
+}
+
+/// A reference's step as one list of numbers for each result, and what each may be off by beside its own size: terms that cancel, that
+/// underflow, and roundings that float32 may make otherwise.
+struct Judge {
+    loss: f64,
+    tensors: [Vec<f64>; 2],
+    spare: [f64; 2],
+    filter_distance: f64,
+    guard_distance: f64,
+    least_log_n: f64,
+}
+
+fn judge(case: &Case, operands: Operands, inputs: &[RankInput], start: &[f32]) -> Judge {
+    let mut head = reference::Head::new(case.options(), case.ranks(), widen(start));
+    head.operands = operands;
+    let step = head.forward(inputs).expect("inputs that a head takes");
+    // The ranks of a replicated head have the same sum of theirs.
+    let ranks = if case.placement == Placement::Replicated { 1 } else { case.ranks() };
+    let seen = &step.conditioning;
+    let spare = |gross: &[Vec<f64>], tied: &[Vec<f64>], rows: usize| {
+        let steepness = case.scale.max(1.0) * case.m1.max(1.0);
+        4e-7 * steepness * norm(&gross.concat()) + norm(&tied.concat()) + (1e-30 + 20.0 * seen.underflow) * (rows as f64).sqrt()
+    };
+    Judge {
+        loss: step.loss,
+        spare: [
+            spare(&seen.gross_embeddings, &seen.tied_embeddings, inputs.iter().map(|input| input.labels.len()).sum()),
+            spare(&seen.gross_centers[..ranks], &seen.tied_centers[..ranks], inputs.iter().map(|input| input.sample.len()).sum()),
+        ],
+        tensors: [step.grad_embeddings.concat(), step.grad_centers[..ranks].concat()],
+        filter_distance: seen.filter_distance,
+        guard_distance: seen.guard_distance,
+        least_log_n: seen.least_log_n,
+    }
+}
+
+/// Whether the numbers were compared, or why they are wrong.
+fn check(case: &Case) -> Result<bool, String> {
+    let start = case.centers();
+    let runs = on_ranks(case.ranks(), |place| run(case, place, &start));
+    let samples: Vec<&[i64]> =
+        runs.iter().map(|run| run.as_ref().map_or_else(|(_, ids)| &ids[..], |found| &found.sample)).collect();
+    let inputs = case.inputs(0, &start);
+    let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| case.travelled(&input.embeddings)).collect();
+    let rank_inputs: Vec<RankInput> = (0..case.ranks())
+        .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
+        .collect();
+    let [rounded, exact] = [Operands::Half, Operands::Exact].map(|operands| judge(case, operands, &rank_inputs, &start));
+    let mut found = Vec::new();
+    for run in runs {
+        match run {
+            Ok(run) => found.push(run),
+            // Sums below what float32 has, where the reference has them as well.
+            Err((failure, _)) if failure.status == Status::NotFinite as i32 && rounded.least_log_n < 1e-36f64.ln() => {
+                return Ok(false)
+            }
+            Err((failure, _)) => return Err(format!("{failure:?}")),
+        }
+    }
+    if rounded.filter_distance < 1e-5 || rounded.guard_distance < 1e-5 || rounded.least_log_n < 1e-30f64.ln() {
+        return Ok(false);
+    }
+    let ranks = if case.placement == Placement::Replicated { 1 } else { case.ranks() };
+    let tensors = [
+        found.iter().flat_map(|run| run.grad_embeddings.iter().copied()).collect::<Vec<f64>>(),
+        found[..ranks].iter().flat_map(|run| run.grad_centers.iter().copied()).collect(),
+    ];
+    let loss = found[0].loss;
+    let hold = |what: &str, off: f64, allowed: f64| match off <= allowed {
+        true => Ok(()),
+        false => Err(format!("{what} is off by {off:e}, allowed {allowed:e}")),
+    };
+    let steeper = (case.scale / 64.0).max(1.0);
+    hold("the loss", (loss - rounded.loss).abs(), SAME_OPERANDS * steeper * rounded.loss + 1e-30)?;
+    for (at, what) in ["dE", "dW"].into_iter().enumerate() {
+        let (tensor, truth) = (&tensors[at], &rounded.tensors[at]);
+        hold(what, distance(tensor, truth), SAME_OPERANDS * steeper * norm(truth) + rounded.spare[at])?;
+    }
+    if exact.filter_distance < 1e-3 {
+        return Ok(true);
+    }
+    let worth = |what: &str, off_by_rounding: f64, size: f64| {
+        // A dense row's gradient is made orthogonal to a rounded direction: what that leaves of it along the row may outweigh the rest.
+        let bounded = case.dim >= EXACT_FROM && !(what.starts_with("dW") && case.rows == RowUpdate::Dense);
+        match bounded {
+            true => EXACT * steeper * size,
+            false => 2.0 * off_by_rounding + SAME_OPERANDS * steeper * size,
+        }
+    };
+    let loss_rounding = (rounded.loss - exact.loss).abs();
+    hold("the loss, from the exact one,", (loss - exact.loss).abs(), worth("the loss", loss_rounding, exact.loss) + 1e-30)?;
+    for (at, what) in ["dE, from the exact one,", "dW, from the exact one,"].into_iter().enumerate() {
+        let (tensor, truth) = (&tensors[at], &exact.tensors[at]);
+        let allowed = worth(what, distance(&rounded.tensors[at], truth), norm(truth)) + rounded.spare[at] + exact.spare[at];
+        hold(what, distance(tensor, truth), allowed)?;
+    }
+    Ok(true)
+}
+
+fn agree(cases: impl Strategy<Value = Case>, count: u32) {
+    let _turn = simt::turn(2);
+    let mut config = Config { failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = count;
+    }
+    if matches!(config.rng_seed, RngSeed::Random) {
+        config.rng_seed = RngSeed::Fixed(20_221_005);
+    }
+    let (drawn, compared) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
+    let outcome = TestRunner::new(config).run(&cases.prop_map(plain), |case| {
+        drawn.set(drawn.get() + 1);
+        compared.set(compared.get() + u32::from(check(&case).map_err(TestCaseError::fail)?));
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => assert!(2 * compared.get() >= drawn.get(), "{} of {} cases were compared", compared.get(), drawn.get()),
+        Err(TestError::Fail(reason, case)) => panic!("{reason}\nreproducer: {case:?}"),
+        Err(TestError::Abort(reason)) => panic!("gave up: {reason}"),
+    }
+}
+
+#[test]
+fn half_operands_are_rounded_and_nothing_else_is() {
+    agree(cases(), 60);
+}
+
+#[test]
+fn half_precision_of_wide_rows_is_worth_what_it_says() {
+    let wide = prop_oneof![2 => EXACT_FROM..=300usize, 1 => 300..=1024usize];
+    agree(cases_of(20..=200usize, wide, 1..=20usize), 12);
+}
