@@ -4,9 +4,10 @@
 //     zt_i = scale * psi(angle(E_i, W_y)),  N_i = sum of the chunks' partial sums
 //     L_i = N_i + exp(zt_i - c),  factor_i = scale / L_i
 //     coefficient_i = -scale * (N_i / L_i) * psi'_i
-//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y;  dE_i by the backward of normalize
+//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y
+//     dE_i of dE^_i and dW_j of the third product's dW^_j by the backward of normalize
 //
-// Floor: B d elements of E, of P @ W^ and of dE, S d of dW, each once or twice. Agrees with
+// Floor: B d elements of E, of P @ W^ and of dE, S d of W, dW^ and dW, each once or twice. Agrees with
 // Cpu::fused_forward and fused_backward (src/device/cpu/kernels.rs).
 #include "angle.h"
 
@@ -136,25 +137,34 @@ PFC_KERNEL_OF(finish_given_rows, 256, 4,
         for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
             const ptx::Float4 g = unit_gradient(column);
             const ptx::Float4 u = rows::read_group(unit, column, view.depth_pitch);
-            const ptx::Float4 made = {(g.x - along * u.x) * length, (g.y - along * u.y) * length,
-                                      (g.z - along * u.z) * length, (g.w - along * u.w) * length};
             rows::write_typed(gradient.data, row * gradient.stride, gradient.dtype, column,
-                              view.dim, made);
+                              view.dim, rows::subtract_along(g, along, u, length));
         }
     }
 }
 
-// dW of a chunk from center_gradient to rows first .. of the caller's matrix.
+// dW of a chunk, from its dW^ in center_gradient, to rows first .. of the caller's matrix.
 // gate: write_center_rows registers <= 64
 PFC_KERNEL_OF(write_center_rows, 256, 4,
               (const PFC_GRID_CONSTANT HeadView view, uint64_t first, uint32_t count,
-               MatrixView gradient)) {
+               MatrixView centers, MatrixView gradient)) {
+    const uint32_t lane = threadIdx.x % 32;
     for (uint32_t slot = rows::first_row(); slot < count; slot += rows::row_stride()) {
-        const float* const from = view.center_gradient + uint64_t(slot) * view.dim;
-        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < view.dim;
-             column += rows::kSpan) {
-            rows::write_typed(gradient.data, (first + slot) * gradient.stride, gradient.dtype,
-                              column, view.dim, rows::read_floats(from, column, view.dim));
+        const uint64_t row = first + slot;
+        const float* const unit_gradient = view.center_gradient + uint64_t(slot) * view.dim;
+        double dot = 0.0;
+        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, view.dim),
+                                     group_of(centers, row, column));
+        }
+        const float inverse = view.center_inverse_norms[row];
+        const float along = float(rows::sum_of_warp(dot) * double(inverse)) * inverse;
+        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+            const ptx::Float4 made =
+                rows::subtract_along(rows::read_floats(unit_gradient, column, view.dim), along,
+                                     group_of(centers, row, column), inverse);
+            rows::write_typed(gradient.data, row * gradient.stride, gradient.dtype, column,
+                              view.dim, made);
         }
     }
 }

@@ -2,13 +2,15 @@
 // rows' update: whole rows stay in registers, so that dW never exists in memory.
 //
 //   dW^[j, k] = sum over i of p[i, j] E'[i, k],  E'[i] = scale E^[i] / L_i
-//   then epilogue/centers.h: targets, backward of the normalisation, SGD or AdamW (or dW is stored)
+//   then epilogue/centers.h: targets, backward of the normalisation, SGD or AdamW (or dW^ is stored)
 //
 // `fuse` 1: lazy rows are updated in place by *rule and center_squares[column] holds the gradient's
-// sum of squares. `fuse` 0: dW goes to center_gradient[column - first] (sharded; a chunk's buffer) or
-// [column] (replicated: ranks add the whole). Dense rows take fuse 0.
-// Fused: the target's gradient, row dot, normalise backward, loss weight, optimizer.
-// Floor: 2 B S d flop (f32: 6 times that); bytes: P and E' once, W and its state read and written.
+// sum of squares. `fuse` 0: dW^, times the loss weight, goes to center_gradient[column - first]
+// (sharded; a chunk's buffer) or [column] (replicated: ranks add the whole), and who reads it there
+// does the backward of the normalisation. Dense rows take fuse 0.
+// Fused: the target's gradient, loss weight; fuse 1: row dot, normalise backward, optimizer.
+// Floor: 2 B S d flop (f32: 6 times that); bytes: P and E' once; fuse 1: W and its state read and
+// written; fuse 0: 4 S d of dW^.
 // Agrees with src/device/cpu/fused.rs `update`, src/device/cpu/vector.rs `normalize_backward` and
 // src/optimizer.rs `StepRule`.
 //
@@ -31,13 +33,9 @@ struct Shape {
 };
 
 // Asks the second-level cache for the rows that the epilogue will want, while the product runs.
-// A dense head's epilogue reads the operands of the chunk instead, which were made just before.
 template <int kClasses>
 PFC_DEVICE void prefetch_rows(const HeadView& view, const epilogue::Classes<kClasses>& classes,
-                              uint32_t columns, bool update) {
-    if (view.optimizer.dense) {
-        return;
-    }
+                              uint32_t columns) {
     constexpr uint32_t kLine = 32;  // floats
     const uint32_t lines = (view.dim + kLine - 1) / kLine;
     const uint32_t count = columns < kClasses ? columns : kClasses;
@@ -46,10 +44,8 @@ PFC_DEVICE void prefetch_rows(const HeadView& view, const epilogue::Classes<kCla
         const uint64_t from = uint64_t(classes.rows[index]) * view.master_pitch;
         for (uint32_t line = ptx::lane(); line < lines; line += 32) {
             ptx::prefetch_l2(view.centers + from + line * kLine);
-            if (update) {
-                ptx::prefetch_l2(view.momentum + from + line * kLine);
-            }
-            if (update && view.optimizer.adamw) {
+            ptx::prefetch_l2(view.momentum + from + line * kLine);
+            if (view.optimizer.adamw) {
                 ptx::prefetch_l2(view.second_moment + from + line * kLine);
             }
         }
@@ -61,7 +57,6 @@ PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double lo
                                  int32_t fuse, uint32_t stages, unsigned char* shared) {
     using Product = tile::Product<Shape<kWidth>, tile::Type::kBfloat, tile::Depth::kAcross,
                                   tile::Depth::kAcross, kPlanes>;
-    using epilogue::Finish;
     constexpr uint32_t kClasses = Product::kM, kDepth = Product::kK;
     static_assert(Product::kN == kWidth && kTileColumns % kClasses == 0, "");
     using Classes = epilogue::Classes<kClasses>;
@@ -85,14 +80,14 @@ PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double lo
         if (threadIdx.x < kClasses) {
             const bool exists = local + threadIdx.x < columns;
             const uint32_t at = column + threadIdx.x;
-            const uint32_t operand = local + threadIdx.x;
-            classes.rows[threadIdx.x] =
-                !exists ? 0 : view.optimizer.dense ? operand : view.sample[at];
+            classes.rows[threadIdx.x] = exists ? view.sample[at] : 0;
             classes.inverse_norms[threadIdx.x] = exists ? view.center_inverse_norms[at] : 0.0f;
             classes.positives[threadIdx.x] = exists ? view.positive_of[at] : kNone;
         }
         __syncthreads();
-        prefetch_rows(view, classes, columns - local, fuse != 0);
+        if (fuse != 0) {
+            prefetch_rows(view, classes, columns - local);
+        }
 
         const tile::Operand numerators = {view.numerators + local, view.plane_numerators,
                                           view.chunk_capacity, kClasses / tile::kPiece};
@@ -104,21 +99,14 @@ PFC_DEVICE void multiply_centers(const HeadView& view, uint32_t first, double lo
         epilogue::add_targets(view, product, classes);
         const epilogue::Tile tile = {column, columns - local, view.sharded ? local : column,
                                      weight};
-        auto finish = [&](auto kind) {
-            epilogue::finish_centers<decltype(kind)::kValue, kPlanes>(view, product, classes,
-                                                                      pipeline, tile);
-        };
         if (fuse == 0) {
-            if (view.optimizer.dense) {
-                finish(epilogue::Finishing<Finish::kDenseGradient>());
-            } else {
-                finish(epilogue::Finishing<Finish::kGradient>());
-            }
+            epilogue::store_gradients(view, product, tile);
         } else if (view.optimizer.adamw) {
-            finish(epilogue::Finishing<Finish::kAdamw>());
+            epilogue::update_centers<true>(view, product, classes, pipeline, tile);
         } else {
-            finish(epilogue::Finishing<Finish::kSgd>());
+            epilogue::update_centers<false>(view, product, classes, pipeline, tile);
         }
+        __syncthreads();  // the next tile's classes and stages take the place of this one's
     }
 }
 

@@ -31,12 +31,6 @@ PFC_DEVICE uint32_t row_of(const HeadView& view, uint32_t place) {
     return low < count && origins[low] == place ? low : kNone;
 }
 
-PFC_DEVICE ptx::Float4 subtract_along(const ptx::Float4& g, float along, const ptx::Float4& unit,
-                                      float factor) {
-    return ptx::Float4{(g.x - along * unit.x) * factor, (g.y - along * unit.y) * factor,
-                       (g.z - along * unit.z) * factor, (g.w - along * unit.w) * factor};
-}
-
 }  // namespace
 
 // Sharded: gradient_send, a row for each place, zeros where no row came from. Replicated:
@@ -121,7 +115,7 @@ PFC_KERNEL(finish_gradient,
                 const ptx::Float4 unit =
                     rows::read_group(view.units + unit_start, column, view.depth_pitch);
                 const ptx::Float4 g = rows::read_floats(from, column, view.dim);
-                made = subtract_along(g, float(along), unit, length);
+                made = rows::subtract_along(g, float(along), unit, length);
             }
             squares = rows::add_squares(squares, made);
             if (out.data != nullptr) {

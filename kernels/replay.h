@@ -145,12 +145,13 @@ PFC_DEVICE ptx::Float4 center(const HeadView& view, const Missed& missed, uint32
     return w;
 }
 
-// Brings a row to now in memory. Its `last` is the caller's to write.
-PFC_DEVICE void catch_up_row(const HeadView& view, const Missed& missed, uint32_t row) {
+// Brings columns `column` .. of a row to now in memory, and gives those of the class centre. The
+// row's `last` is the caller's to write.
+PFC_DEVICE ptx::Float4 catch_up_group(const HeadView& view, const Missed& missed, uint32_t row,
+                                      uint32_t column) {
     const uint64_t start = uint64_t(row) * view.master_pitch;
-    for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
-        const uint32_t column = base + rows::kGroup * (threadIdx.x % 32);
-        ptx::Float4 w = rows::read_group(view.centers + start, column, view.master_pitch);
+    ptx::Float4 w = rows::read_group(view.centers + start, column, view.master_pitch);
+    if (missed.gap != 0) {
         ptx::Float4 m = rows::read_group(view.momentum + start, column, view.master_pitch);
         ptx::Float4 v = rows::zeros();
         if (view.optimizer.adamw) {
@@ -162,6 +163,14 @@ PFC_DEVICE void catch_up_row(const HeadView& view, const Missed& missed, uint32_
         if (view.optimizer.adamw) {
             rows::write_group(view.second_moment + start, column, view.master_pitch, v);
         }
+    }
+    return w;
+}
+
+// The same of a whole row.
+PFC_DEVICE void catch_up_row(const HeadView& view, const Missed& missed, uint32_t row) {
+    for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
+        catch_up_group(view, missed, row, base + rows::kGroup * (threadIdx.x % 32));
     }
 }
 

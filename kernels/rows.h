@@ -139,6 +139,14 @@ PFC_DEVICE double add_products(double sum, const ptx::Float4& a, const ptx::Floa
     return sum + double(a.w) * double(b.w);
 }
 
+// What the backward of normalize makes of a gradient g of the unit row: factor * (g - along * row).
+// src/device/cpu/vector.rs normalize_backward.
+PFC_DEVICE ptx::Float4 subtract_along(const ptx::Float4& g, float along, const ptx::Float4& row,
+                                      float factor) {
+    return ptx::Float4{(g.x - along * row.x) * factor, (g.y - along * row.y) * factor,
+                       (g.z - along * row.z) * factor, (g.w - along * row.w) * factor};
+}
+
 // factor * group, each product rounded.
 PFC_DEVICE ptx::Float4 scaled(float factor, const ptx::Float4& group) {
     return ptx::Float4{factor * group.x, factor * group.y, factor * group.z, factor * group.w};

@@ -1,9 +1,13 @@
 // The optimizer's update of the sampled rows, and what dense rows that are not sampled miss by it.
 //
+//     dW = (dW^ - (dW^ . u) u) / |W| with u = W / |W|, the row as it is after the latest update
+//     (W, m, v) by the rule of rule.h
+//
 // Order within a step: begin_update, update_rows for each chunk of columns (or the fused update of
 // the third product), then advance_history, then end_update. Semantics: src/optimizer.rs,
-// src/optimizer/replay.rs, Table::rows and count_update. Floor of update_rows: 4 d bytes of
-// gradient and 16 d (SGD) or 24 d (AdamW) of rows and state a column.
+// src/optimizer/replay.rs, Table::rows and count_update, vector.rs normalize_backward. Floor of
+// update_rows: 4 d bytes of gradient and 16 d (SGD) or 24 d (AdamW) of rows and state a column; the
+// second pass over a row finds it in the cache.
 #include "replay.h"
 
 // The coefficients of update number updates + 1.
@@ -32,7 +36,8 @@ PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadView view, double learning
     *view.rule = made;
 }
 
-// Columns first .. first + count of the sample, their gradients in center_gradient from its start.
+// Columns first .. first + count of the sample, their dW^ in center_gradient from its start. A row
+// without direction has gradient 0.
 // gate: update_rows registers <= 96
 PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, uint32_t count)) {
     if (view.block->status != kOk || first >= view.block->classes) {
@@ -44,19 +49,27 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, 
     for (uint32_t slot = rows::first_row(); slot < count; slot += rows::row_stride()) {
         const uint32_t row = view.sample[first + slot];
         const uint64_t start = uint64_t(row) * view.master_pitch;
-        const float* gradient = view.center_gradient + uint64_t(slot) * view.dim;
+        const float* unit_gradient = view.center_gradient + uint64_t(slot) * view.dim;
         const replay::Missed missed = replay::missed(view, row);
+        double dot = 0.0;
+        for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
+            const uint32_t column = base + rows::kGroup * lane;
+            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, view.dim),
+                                     replay::catch_up_group(view, missed, row, column));
+        }
+        const float inverse = view.center_inverse_norms[first + slot];
+        const float along = float(rows::sum_of_warp(dot) * double(inverse)) * inverse;
         double squares = 0.0;
         for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
-            const ptx::Float4 g = rows::read_floats(gradient, column, view.dim);
             ptx::Float4 w = rows::read_group(view.centers + start, column, view.master_pitch);
             ptx::Float4 m = rows::read_group(view.momentum + start, column, view.master_pitch);
             ptx::Float4 v = rows::zeros();
             if (view.optimizer.adamw) {
                 v = rows::read_group(view.second_moment + start, column, view.master_pitch);
             }
-            replay::catch_up(view, missed, w, m, v);
+            const ptx::Float4 g = rows::subtract_along(
+                rows::read_floats(unit_gradient, column, view.dim), along, w, inverse);
             if (view.optimizer.adamw) {
                 rule::adamw(step, w.x, m.x, v.x, g.x);
                 rule::adamw(step, w.y, m.y, v.y, g.y);

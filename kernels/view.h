@@ -175,7 +175,7 @@ struct HeadView {
     // D: [ranks][max_batch][d] and [max_batch][d]
     float* gradient_send;
     float* gradient_recv;
-    float* center_gradient;       // [sample_capacity][d]: dW of a replicated head; of a dense one a chunk [chunk_capacity][d]
+    float* center_gradient;       // [sample_capacity][d]: dW^ of a replicated head; of a dense one a chunk [chunk_capacity][d]
     float* squares;               // [row_capacity] sums of squares of own rows' gradients
     float* center_squares;        // [sample_capacity] of the sampled class centres' gradients
     // The rows of the shard: [shard_rows][master_pitch]

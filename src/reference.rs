@@ -30,8 +30,7 @@ const SMALLEST_SIN: f64 = 1e-4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operands {
     Exact,
-    /// As precision half has them: E^ and W^ in f16 for the cosines; exp(z - c), E^ * scale / L and W^ in bf16 for the gradients. The
-    /// direction that a dense row's gradient is made orthogonal to is W^ in f16, too.
+    /// As precision half has them: E^ and W^ in f16 for the cosines; exp(z - c), E^ * scale / L and W^ in bf16 for the gradients.
     Half,
 }
 
@@ -190,12 +189,8 @@ impl Unit {
 
     /// From the gradient of the direction to the gradient of the row.
     fn backward(&self, gradient: &[f64]) -> Vec<f64> {
-        self.backward_along(&self.direction, gradient)
-    }
-
-    fn backward_along(&self, direction: &[f64], gradient: &[f64]) -> Vec<f64> {
-        let along = dot(gradient, direction);
-        gradient.iter().zip(direction).map(|(g, u)| (g - along * u) * self.inverse_norm).collect()
+        let along = dot(gradient, &self.direction);
+        gradient.iter().zip(&self.direction).map(|(g, u)| (g - along * u) * self.inverse_norm).collect()
     }
 }
 
@@ -265,7 +260,7 @@ impl Head {
             if self.options.placement == Placement::Sharded {
                 rest = &rest[own.len()..];
             }
-            step.grad_centers.push(own.iter().flat_map(|column| self.backward(column)).collect());
+            step.grad_centers.push(own.iter().flat_map(|column| column.unit.backward(&column.gradient)).collect());
             step.conditioning.tied_centers.push(own.iter().map(|column| column.tied * column.unit.inverse_norm).collect());
             step.conditioning.gross_centers.push(own.iter().map(|column| column.gross * column.unit.inverse_norm).collect());
         }
@@ -387,14 +382,6 @@ impl Head {
                 let (m_hat, v_hat) = (*m / (1.0 - adamw.beta1.powf(t)), *v / (1.0 - adamw.beta2.powf(t)));
                 *w -= lr * m_hat / (v_hat.sqrt() + adamw.epsilon);
             }
-        }
-    }
-
-    /// The gradient of a class centre.
-    fn backward(&self, column: &Column) -> Vec<f64> {
-        match (self.operands, self.options.row_update) {
-            (Operands::Half, RowUpdate::Dense) => column.unit.backward_along(&column.narrow, &column.gradient),
-            _ => column.unit.backward(&column.gradient),
         }
     }
 

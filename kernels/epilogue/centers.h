@@ -1,14 +1,15 @@
 // What becomes of the gradients dW^ of a tile of classes, whole rows of it in a CTA's accumulators:
-// the targets' part, the backward of the normalisation, and the row's update (or the gradient).
+// the targets' part, then the backward of the normalisation and the row's update; or dW^ is stored.
 //
 //   dW^[j] += coef_i E^[i] for the rows i of the batch whose target is class j, in row order
 //   u = W[j] / |W[j]|;  dW[j] = (dW^[j] - (dW^[j] . u) u) / |W[j]| * loss weight / valid rows
-//   SGD, AdamW: src/optimizer.rs `StepRule`, each operation rounded by itself as there
+//   SGD, AdamW: rule.h
 //
 // Rows' dot products are added by quad shuffle, then over the eight warps in order, through shared
 // memory. W is read twice, for the dot and for the update; the second time it is in the cache.
-// Dense rows lag behind in memory: their direction u is taken from the operands of this chunk (W^
-// of the rows caught up), which the gather has left in center_operand.
+// Stored is dW^ * loss weight / valid rows: who reads it knows the row, which is not in memory here
+// where dense rows lag behind, and which other ranks add to before the normalisation where the head
+// is replicated.
 //
 // Nothing runs beside this on an SM that one CTA fills, so that it must not wait for one value after
 // the other: rows come through the pipeline's memory, see epilogue/window.h.
@@ -19,27 +20,15 @@
 #include "ptx/arithmetic.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
+#include "rule.h"
 #include "view.h"
 
 namespace epilogue {
 
-enum class Finish {
-    kGradient,       // dW to center_gradient
-    kDenseGradient,  // the same, with u from center_operand
-    kSgd,            // the rows and their state, in place
-    kAdamw,
-};
-
-// A Finish as a type, for a generic lambda.
-template <Finish kFinish>
-struct Finishing {
-    static constexpr Finish kValue = kFinish;
-};
-
 // What the epilogue knows of a tile's classes, in shared memory.
 template <int kClasses>
 struct Classes {
-    uint32_t rows[kClasses];       // of the shard; of a dense head the rows of center_operand
+    uint32_t rows[kClasses];       // of the shard
     float inverse_norms[kClasses];
     uint32_t positives[kClasses];  // or kNone
 };
@@ -50,19 +39,6 @@ struct Tile {
     uint32_t column, columns, slot;
     float weight;
 };
-
-PFC_DEVICE void apply_sgd(const Rule& rule, float& w, float& m, float g) {
-    m = ptx::add(ptx::multiply(rule.momentum, m), ptx::add(g, ptx::multiply(rule.weight_decay, w)));
-    w = ptx::subtract(w, ptx::multiply(rule.learning_rate, m));
-}
-
-PFC_DEVICE void apply_adamw(const Rule& rule, float& w, float& m, float& v, float g) {
-    m = ptx::add(ptx::multiply(rule.beta1, m), ptx::multiply(rule.rest1, g));
-    v = ptx::add(ptx::multiply(rule.beta2, v), ptx::multiply(rule.rest2, ptx::multiply(g, g)));
-    const float below = ptx::add(ptx::multiply(ptx::square_root(v), rule.root), rule.epsilon);
-    const float moved = ptx::divide(ptx::multiply(rule.rate, m), below);
-    w = ptx::subtract(w, ptx::add(ptx::multiply(rule.decay, w), moved));
-}
 
 // dW^ += coef E^ over the targets of each class.
 template <class Product, int kClasses>
@@ -123,28 +99,59 @@ PFC_DEVICE float sum_of_parts(const float* parts) {
     return sum;
 }
 
-// `scratch` is the pipeline's memory, free on entry and on return.
-template <Finish kFinish, int kPlanes, class Product, int kClasses>
-PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
+// dW^ * loss weight / valid rows to center_gradient.
+template <class Product>
+PFC_DEVICE void store_gradients(const HeadView& view, const Product& product, const Tile& tile) {
+    const uint32_t lane = ptx::lane(), dim = view.dim;
+    const uint32_t place = Product::warp_column() + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < Product::kRowTiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t index = lane / 4 + 16 * i + 8 * h;
+            if (index >= tile.columns) {
+                continue;
+            }
+            float* const row = view.center_gradient + uint64_t(tile.slot + index) * dim + place;
+#pragma unroll
+            for (int j = 0; j < Product::kColumnTiles; ++j) {
+                if (place + 8 * j >= dim) {
+                    continue;
+                }
+                const float* const cells = &product.sum[i][j][2 * h];
+                const Two g = {cells[0] * tile.weight, cells[1] * tile.weight};
+                float* const to = row + 8 * j;
+                // Rows of d floats, at no even address where d is odd.
+                if (dim % 2 == 0) {
+                    *reinterpret_cast<Two*>(to) = g;
+                } else {
+                    to[0] = g.x;
+                    if (place + 8 * j + 1 < dim) {
+                        to[1] = g.y;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The rows and their state by *rule, in place, and center_squares. `scratch` is the pipeline's
+// memory, free on entry and, after a barrier, on return.
+template <bool kAdamw, class Product, int kClasses>
+PFC_DEVICE void update_centers(const HeadView& view, const Product& product,
                                const Classes<kClasses>& classes, unsigned char* scratch,
                                const Tile& tile) {
-    constexpr bool kDense = kFinish == Finish::kDenseGradient;
-    constexpr bool kUpdates = kFinish == Finish::kSgd || kFinish == Finish::kAdamw;
     // A unit: some of the columns of 8 of the warp's rows.
     constexpr int kTiles = Product::kColumnTiles < 4 ? Product::kColumnTiles : 4;
     constexpr int kUnitsOfRow = Product::kColumnTiles / kTiles;
     constexpr int kUnits = 2 * Product::kRowTiles * kUnitsOfRow;
     static_assert(Product::kWarpM == kClasses && Product::kWarpsN == 8, "whole rows");
-    using Floats = Window<float, kTiles>;
-    using Operands = Window<uint16_t, kTiles>;
-    constexpr uint32_t kDirection = kDense ? kPlanes * Operands::kBytes : Floats::kBytes;
-    constexpr uint32_t kState = kFinish == Finish::kAdamw  ? 2 * Floats::kBytes
-                                : kFinish == Finish::kSgd ? Floats::kBytes
-                                                          : 0;
+    using Part = Window<kTiles>;
+    constexpr uint32_t kWindow = Part::kBytes;
     constexpr uint32_t kParts = 4 * (8 * kClasses + kClasses);
     constexpr uint32_t kOwn = (Product::kPipelineBytes - kParts) / 8 / 128 * 128;  // a warp's
-    using Directions = Ring<kUnits, (kOwn / kDirection < 4 ? kOwn / kDirection : 4)>;
-    constexpr uint32_t kSlot = kDirection + kState;
+    using Centers = Ring<kUnits, (kOwn / kWindow < 4 ? kOwn / kWindow : 4)>;
+    constexpr uint32_t kSlot = (kAdamw ? 3 : 2) * kWindow;
     using Rows = Ring<kUnits, (kOwn / kSlot < 4 ? kOwn / kSlot : 4)>;
 
     float* const parts = reinterpret_cast<float*>(scratch);  // [8][kClasses]
@@ -156,70 +163,33 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
 
     auto first_of = [](int unit) -> uint32_t { return unit / kUnitsOfRow * 8; };  // class
     auto tile_of = [](int unit) -> int { return unit % kUnitsOfRow * kTiles; };
-    // The unit's part of rows `pitch` values apart, of which `end` count.
-    auto load = [&](auto kind, int unit, unsigned char* window, const auto* tensor, uint32_t pitch,
-                    uint32_t end) {
+    // The unit's part of a tensor's rows.
+    auto load = [&](int unit, unsigned char* window, const float* tensor) {
         const uint32_t begin = Product::warp_column() + 8 * tile_of(unit);
-        const auto* const none = decltype(tensor)(nullptr);
-        decltype(kind)::load(window, begin < end ? end - begin : 0, [&](uint32_t row) {
+        Part::load(window, begin < dim ? dim - begin : 0, [&](uint32_t row) -> const float* {
             const uint32_t index = first_of(unit) + row;
-            return index < tile.columns ? tensor + uint64_t(classes.rows[index]) * pitch + begin
-                                        : none;
+            return index < tile.columns
+                       ? tensor + uint64_t(classes.rows[index]) * view.master_pitch + begin
+                       : nullptr;
         });
     };
-    auto load_direction = [&](int unit, unsigned char* window) {
-        if constexpr (kDense) {
-#pragma unroll
-            for (int plane = 0; plane < kPlanes; ++plane) {
-                load(Operands(), unit, window + plane * Operands::kBytes,
-                     view.center_operand + plane * view.plane_centers, view.depth_pitch,
-                     view.depth_pitch);
-            }
-        } else {
-            load(Floats(), unit, window, view.centers, view.master_pitch, dim);
-        }
-    };
-    // What the gradient must be orthogonal to: W, or its direction.
-    auto direction = [&](const unsigned char* window, int j) -> Two {
-        if constexpr (!kDense) {
-            return *reinterpret_cast<const Two*>(Floats::mine(window, j));
-        } else if constexpr (kPlanes == 1) {
-            const uint32_t two = *reinterpret_cast<const uint32_t*>(Operands::mine(window, j));
-            return {ptx::from_half(uint16_t(two)), ptx::from_half(uint16_t(two >> 16))};
-        } else {
-            Two sum = {0.0f, 0.0f};
-#pragma unroll
-            for (int plane = 2; plane >= 0; --plane) {
-                const uint32_t two = *reinterpret_cast<const uint32_t*>(
-                    Operands::mine(window + plane * Operands::kBytes, j));
-                sum.x += ptx::from_bfloat(uint16_t(two));
-                sum.y += ptx::from_bfloat(uint16_t(two >> 16));
-            }
-            return sum;
-        }
-    };
+    auto load_centers = [&](int unit, int slot) { load(unit, own + slot * kWindow, view.centers); };
     auto load_rows = [&](int unit, int slot) {
         unsigned char* const window = own + slot * kSlot;
-        load_direction(unit, window);
-        if constexpr (kUpdates) {
-            load(Floats(), unit, window + kDirection, view.momentum, view.master_pitch, dim);
+        load(unit, window, view.centers);
+        load(unit, window + kWindow, view.momentum);
+        if constexpr (kAdamw) {
+            load(unit, window + 2 * kWindow, view.second_moment);
         }
-        if constexpr (kFinish == Finish::kAdamw) {
-            load(Floats(), unit, window + kDirection + Floats::kBytes, view.second_moment,
-                 view.master_pitch, dim);
-        }
-    };
-    auto load_directions = [&](int unit, int slot) {
-        load_direction(unit, own + slot * kDirection);
     };
 
-    Directions::begin(load_directions);
+    Centers::begin(load_centers);
     float dot = 0.0f;
-    Directions::run(load_directions, [&](int unit, int slot) {
+    Centers::run(load_centers, [&](int unit, int slot) {
         const int row = unit / kUnitsOfRow, i = row / 2, h = row % 2, first = tile_of(unit);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-            const Two w = direction(own + slot * kDirection, j);
+            const Two w = Part::mine(own + slot * kWindow, j);
             dot += product.sum[i][first + j][2 * h] * w.x;
             dot += product.sum[i][first + j][2 * h + 1] * w.y;
         }
@@ -232,15 +202,11 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
     __syncthreads();
     if (threadIdx.x < kClasses) {
         const float inverse = classes.inverse_norms[threadIdx.x];
-        const float sum = sum_of_parts<kClasses>(parts);
-        along[threadIdx.x] = kDense ? sum : sum * inverse * inverse;
+        along[threadIdx.x] = sum_of_parts<kClasses>(parts) * inverse * inverse;
     }
     __syncthreads();
 
-    Rule rule;
-    if constexpr (kUpdates) {
-        rule = *view.rule;
-    }
+    const Rule step = *view.rule;
     float squares = 0.0f;
     Rows::run(load_rows, [&](int unit, int slot) {
         const int row = unit / kUnitsOfRow, i = row / 2, h = row % 2, first = tile_of(unit);
@@ -257,54 +223,31 @@ PFC_DEVICE void finish_centers(const HeadView& view, Product& product,
                 continue;
             }
             const float* const cells = &product.sum[i][first + j][2 * h];
-            Two w = direction(window, j);
+            Two w = Part::mine(window, j), m = Part::mine(window + kWindow, j);
             const Two g = {(cells[0] - subtract * w.x) * factor,
                            (cells[1] - subtract * w.y) * factor};
             squares += g.x * g.x + g.y * g.y;
-            if constexpr (kUpdates) {
-                // A row's padding is zero, and stays so.
-                const unsigned char* const state = window + kDirection;
-                Two m = *reinterpret_cast<const Two*>(Floats::mine(state, j));
-                if constexpr (kFinish == Finish::kSgd) {
-                    apply_sgd(rule, w.x, m.x, g.x);
-                    apply_sgd(rule, w.y, m.y, g.y);
-                } else {
-                    Two v =
-                        *reinterpret_cast<const Two*>(Floats::mine(state + Floats::kBytes, j));
-                    apply_adamw(rule, w.x, m.x, v.x, g.x);
-                    apply_adamw(rule, w.y, m.y, v.y, g.y);
-                    *reinterpret_cast<Two*>(view.second_moment + master + 8 * j) = v;
-                }
-                *reinterpret_cast<Two*>(view.momentum + master + 8 * j) = m;
-                *reinterpret_cast<Two*>(view.centers + master + 8 * j) = w;
+            // A row's padding is zero, and stays so.
+            if constexpr (kAdamw) {
+                Two v = Part::mine(window + 2 * kWindow, j);
+                rule::adamw(step, w.x, m.x, v.x, g.x);
+                rule::adamw(step, w.y, m.y, v.y, g.y);
+                *reinterpret_cast<Two*>(view.second_moment + master + 8 * j) = v;
             } else {
-                // Rows of d floats, at no even address where d is odd.
-                const uint32_t at = place + 8 * j;
-                float* const to =
-                    view.center_gradient + uint64_t(tile.slot + index) * dim + at;
-                if (dim % 2 == 0) {
-                    *reinterpret_cast<Two*>(to) = g;
-                } else {
-                    to[0] = g.x;
-                    if (at + 1 < dim) {
-                        to[1] = g.y;
-                    }
-                }
+                rule::sgd(step, w.x, m.x, g.x);
+                rule::sgd(step, w.y, m.y, g.y);
             }
+            *reinterpret_cast<Two*>(view.momentum + master + 8 * j) = m;
+            *reinterpret_cast<Two*>(view.centers + master + 8 * j) = w;
         }
-        if constexpr (kUpdates) {
-            if (first + kTiles == Product::kColumnTiles) {
-                share_part<kClasses>(parts, index, squares);
-                squares = 0.0f;
-            }
+        if (first + kTiles == Product::kColumnTiles) {
+            share_part<kClasses>(parts, index, squares);
+            squares = 0.0f;
         }
     });
     __syncthreads();
-    if constexpr (kUpdates) {
-        if (threadIdx.x < kClasses && threadIdx.x < tile.columns) {
-            view.center_squares[tile.column + threadIdx.x] = sum_of_parts<kClasses>(parts);
-        }
-        __syncthreads();
+    if (threadIdx.x < kClasses && threadIdx.x < tile.columns) {
+        view.center_squares[tile.column + threadIdx.x] = sum_of_parts<kClasses>(parts);
     }
 }
 

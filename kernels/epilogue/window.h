@@ -1,7 +1,7 @@
 // What an epilogue wants of rows in memory, brought to shared memory by cp.async while values that
 // came before are at work: many are under way at a time, and no register waits for them.
 //
-// A window is a warp's own: 8 rows of kTiles tiles of 8 columns, which are 8 rows of that many
+// A window is a warp's own: 8 rows of kTiles tiles of 8 floats, which are 8 rows of that many
 // accumulators of mma.sync. Whole lines are copied, 16 bytes a lane. Lane l then wants columns
 // 2 (l % 4) and the next of row l / 4; tiles are turned by the row, so that the lanes of a quarter of
 // the bytes do not meet in a bank.
@@ -13,10 +13,10 @@
 
 namespace epilogue {
 
-template <class Value, int kTiles>
+template <int kTiles>
 struct Window {
-    static constexpr uint32_t kRows = 8, kEach = 16 / sizeof(Value);
-    static constexpr uint32_t kTileBytes = 8 * sizeof(Value), kTilePieces = kTileBytes / 16;
+    static constexpr uint32_t kRows = 8, kEach = 16 / sizeof(float);
+    static constexpr uint32_t kTileBytes = 8 * sizeof(float), kTilePieces = kTileBytes / 16;
     static constexpr uint32_t kRowBytes = kTiles * kTileBytes, kRowPieces = kRowBytes / 16;
     static constexpr uint32_t kPieces = kRows * kRowPieces, kBytes = 16 * kPieces;
     static_assert(128 % kRowBytes == 0, "rows that a turn spreads");
@@ -35,7 +35,7 @@ struct Window {
             if (kPieces % 32 == 0 || piece < kPieces) {
                 const uint32_t row = piece / kRowPieces, of_row = piece % kRowPieces;
                 const uint32_t column = of_row * kEach;
-                const Value* const from = row_of(row);
+                const float* const from = row_of(row);
                 ptx::copy_async_16(window + at(row, of_row / kTilePieces) +
                                        of_row % kTilePieces * 16,
                                    from + column, from != nullptr && column < columns);
@@ -44,9 +44,9 @@ struct Window {
     }
 
     // This lane's two values of tile `tile`.
-    static PFC_DEVICE const Value* mine(const unsigned char* window, uint32_t tile) {
+    static PFC_DEVICE Two mine(const unsigned char* window, uint32_t tile) {
         const uint32_t lane = ptx::lane();
-        return reinterpret_cast<const Value*>(window + at(lane / 4, tile)) + 2 * (lane % 4);
+        return reinterpret_cast<const Two*>(window + at(lane / 4, tile))[lane % 4];
     }
 };
 

@@ -1,5 +1,6 @@
 // Updates of dense or lazy rows for tests: the kernels beside an optimizer in double precision that
-// steps every row at every update.
+// steps every row at every update. Gradients are those of the rows as the kernels have them, so that
+// what rows are off by does not grow by way of their gradients.
 #pragma once
 
 #include "rows.h"
@@ -23,13 +24,13 @@ class Training {
 
     // One update of a new sample, in chunks; `fail` leaves everything alone.
     void update(const Launch& launch, bool fail = false) {
-        const uint32_t d = head.shape.dim, rows = head.shape.shard_rows;
-        std::vector<uint32_t> all(rows);
-        for (uint32_t i = 0; i < rows; ++i) {
+        const uint32_t d = head.shape.dim, shard_rows = head.shape.shard_rows;
+        std::vector<uint32_t> all(shard_rows);
+        for (uint32_t i = 0; i < shard_rows; ++i) {
             all[i] = i;
         }
         // The last rows are drawn at first alone: they fall behind as far as rows can.
-        const uint32_t drawn = updates_ < 2 ? rows : rows - rows / 4;
+        const uint32_t drawn = updates_ < 2 ? shard_rows : shard_rows - shard_rows / 4;
         std::shuffle(all.begin(), all.begin() + drawn, head.random);
         head.sample.assign(all.begin(), all.begin() + head.block.classes);
         std::sort(head.sample.begin(), head.sample.end());
@@ -39,20 +40,42 @@ class Training {
         const double lr = rate(updates_ + 1);
         head.launch(launch, "begin_update", lr);
         squares.clear();
+        unprojected.clear();
+        const std::vector<double> now = rows(0, launch);
         std::vector<double> gradients(w.size(), 0.0);
+        std::vector<float> inverse_norms;
         for (uint32_t first = 0; first < head.block.classes; first += head.shape.chunk) {
             const uint32_t count = std::min(head.shape.chunk, head.block.classes - first);
             std::vector<float> chunk(size_t(count) * d);
             for (uint32_t slot = 0; slot < count; ++slot) {
-                double sum = 0;
+                const size_t row = size_t(head.sample[first + slot]) * d;
+                double norm = 0, along = 0, whole = 0, sum = 0;
                 for (uint32_t i = 0; i < d; ++i) {
-                    const float g = 0.3f * head.uniform();
-                    chunk[size_t(slot) * d + i] = g;
-                    gradients[size_t(head.sample[first + slot]) * d + i] = g;
-                    sum += double(g) * g;
+                    norm += now[row + i] * now[row + i];
+                }
+                norm = std::sqrt(norm);
+                // At d = 1 a right norm would leave roundings of the gradient, and nothing to test.
+                const double one = d == 1 ? 0.5 : 1.0;
+                inverse_norms.push_back(norm < 1e-12 ? 0.0f : float(one / norm));
+                const double inverse = inverse_norms.back();
+                // Much of it along the row, as that of a class is whose embeddings are all near.
+                const float pull = head.uniform();
+                for (uint32_t i = 0; i < d; ++i) {
+                    const double u = now[row + i] * inverse;
+                    const double g = norm * (0.3 * head.uniform() + pull * u);
+                    chunk[size_t(slot) * d + i] = norm < 1e-12 ? head.uniform() : float(g);
+                    along += chunk[size_t(slot) * d + i] * u;
+                }
+                for (uint32_t i = 0; i < d; ++i) {
+                    const double u = now[row + i] * inverse, g = chunk[size_t(slot) * d + i];
+                    gradients[row + i] = (g - along * u) * inverse;
+                    sum += gradients[row + i] * gradients[row + i];
+                    whole += g * inverse * g * inverse;
                 }
                 squares.push_back(sum);
+                unprojected.push_back(whole);
             }
+            head.memory.put(head.view.center_inverse_norms, inverse_norms);
             head.memory.put(head.view.center_gradient, chunk);
             head.launch(launch, "update_rows", first, head.shape.chunk);
         }
@@ -67,18 +90,27 @@ class Training {
 
     uint64_t updates() const { return updates_; }
 
-    // All rows of a tensor as the kernels have them, against the truth.
-    void check(int32_t tensor, const std::string& what, const Launch& launch) {
-        const uint32_t d = head.shape.dim, rows = head.shape.shard_rows;
+    // All rows of a tensor as the kernels have them.
+    std::vector<double> rows(int32_t tensor, const Launch& launch) {
+        const uint32_t d = head.shape.dim;
         const MatrixView out = head.matrix(std::vector<float>(w.size(), NAN), d + 2, kF32);
         head.launch(launch, "read_rows", tensor, 0u, out);
-        const size_t bytes = size_t(rows) * (d + 2) * 4;
+        const size_t bytes = size_t(head.shape.shard_rows) * (d + 2) * 4;
         const std::vector<uint8_t> read = head.memory.get(out.data, bytes);
+        std::vector<double> values;
+        for (size_t i = 0; i < w.size(); ++i) {
+            values.push_back(element(read, i / d * (d + 2) + i % d, kF32));
+        }
+        return values;
+    }
+
+    // The same against the truth.
+    void check(int32_t tensor, const std::string& what, const Launch& launch) {
+        const std::vector<double> read = rows(tensor, launch);
         const std::vector<double>& truth = tensor == 0 ? w : tensor == 1 ? m : v;
         double worst = 0, largest = 0;
         for (size_t i = 0; i < truth.size(); ++i) {
-            const double value = element(read, i / d * (d + 2) + i % d, kF32);
-            const double error = std::fabs(value - truth[i]);
+            const double error = std::fabs(read[i] - truth[i]);
             worst = error <= worst ? worst : error;  // a NaN is the worst
             largest = std::max(largest, std::fabs(truth[i]));
         }
@@ -86,7 +118,8 @@ class Training {
                                                     ": off by " + std::to_string(worst / largest));
     }
 
-    std::vector<double> squares;  // of the gradients of the latest sample
+    // Sums of squares of dW of the latest sample, and of dW^ / |W|.
+    std::vector<double> squares, unprojected;
 
   private:
     uint64_t updates_ = 0;

@@ -1,11 +1,12 @@
-// GEMM3 with its epilogue against float64 loops over the same rounded operands: the gradient of
-// lazy, dense, sharded and replicated heads, and the fused updates.
+// GEMM3 with its epilogue against float64 loops over the same rounded operands: dW^ of a chunk and
+// of a replicated head's whole sample, and the fused updates.
 #include "gemm_case.h"
 
 namespace {
 
-enum class Mode { kGradient, kDense, kReplicated, kSgd, kAdamw };
-const char* const kModeNames[] = {"gradient", "dense", "replicated", "sgd", "adamw"};
+enum class Mode { kChunk, kReplicated, kSgd, kAdamw };
+const char* const kModeNames[] = {"chunk", "replicated", "sgd", "adamw"};
+constexpr int kModes = 4;
 
 struct Case {
     uint32_t rows, classes, dim, chunk;
@@ -27,7 +28,6 @@ void run(const Case& c, uint64_t seed) {
     HeadView view = view_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
     view.split_operands = c.split;
     view.sharded = c.mode != Mode::kReplicated;
-    view.optimizer.dense = c.mode == Mode::kDense;
     view.optimizer.adamw = c.mode == Mode::kAdamw;
     const bool fuse = c.mode == Mode::kSgd || c.mode == Mode::kAdamw;
     const Kind kind = c.split ? Kind::kPlanes : Kind::kBfloat;
@@ -94,17 +94,13 @@ void run(const Case& c, uint64_t seed) {
     };
     const std::vector<float> w = master_rows(0.5f, false), m = master_rows(0.1f, false);
     const std::vector<float> v = master_rows(0.3f, true);
-    std::vector<float> inverse(view.sample_capacity, NAN), directions(size_t(c.classes) * dim);
+    std::vector<float> inverse(view.sample_capacity, NAN);
     for (uint32_t column = 0; column < c.classes; ++column) {
         double squares = 0;
         for (uint32_t k = 0; k < dim; ++k) {
             squares += pow(w[size_t(sample[column]) * master + k], 2);
         }
         inverse[column] = float(1 / sqrt(squares));
-        for (uint32_t k = 0; k < dim; ++k) {
-            directions[size_t(column) * dim + k] =
-                w[size_t(sample[column]) * master + k] * inverse[column];
-        }
     }
 
     Rule rule;
@@ -150,7 +146,7 @@ void run(const Case& c, uint64_t seed) {
     char entry[64];
     snprintf(entry, sizeof entry, "multiply_centers_%s_%d", c.split ? "f32" : "half", width);
     const GemmTile tile = gemm_tile(Gemm::kCenters, width, c.deep);
-    std::vector<double> truth(size_t(c.classes) * dim);  // dW
+    std::vector<double> truth(size_t(c.classes) * dim);  // dW^, or dW
     Distance gradient;
     for (uint32_t first = 0; first < c.classes; first += c.chunk) {
         const uint32_t count = c.classes - first < c.chunk ? c.classes - first : c.chunk;
@@ -163,12 +159,6 @@ void run(const Case& c, uint64_t seed) {
                            column_end);
         view.numerators = device.upload(left.bits);
         view.plane_numerators = left.plane;
-        const std::vector<float> part(directions.begin() + size_t(first) * dim,
-                                      directions.begin() + size_t(first + count) * dim);
-        const Operand unit(c.split ? Kind::kPlanes : Kind::kHalf, part, count, dim, c.chunk, pitch,
-                           column_end, pitch);
-        view.center_operand = device.upload(unit.bits);
-        view.plane_centers = unit.plane;
         if (first == 0 || c.mode != Mode::kReplicated) {
             view.center_gradient =
                 device.upload(std::vector<float>(gradient_rows * dim + 8, NAN));
@@ -190,23 +180,18 @@ void run(const Case& c, uint64_t seed) {
                     g[k] += double(coefficients[row]) * units[size_t(row) * dim + k];
                 }
             }
-            double along = 0, size = 0;
+            const size_t slot = c.mode == Mode::kReplicated ? column : column - first;
+            double along = 0;
             std::vector<double> u(dim);
             for (uint32_t k = 0; k < dim; ++k) {
-                u[k] = c.mode == Mode::kDense
-                           ? unit.at(column - first, k)
-                           : double(w[size_t(sample[column]) * master + k]) * inverse[column];
+                u[k] = double(w[size_t(sample[column]) * master + k]) * inverse[column];
                 along += g[k] * u[k];
-                size += g[k] * g[k];
             }
-            // At d = 1 nothing is left of a gradient: what is compared is relative to dW^.
-            size = size > 0 ? sqrt(size) * inverse[column] * weight : 1;
-            const size_t slot = c.mode == Mode::kReplicated ? column : column - first;
             for (uint32_t k = 0; k < dim; ++k) {
-                g[k] = (g[k] - along * u[k]) * inverse[column] * weight;
-                if (!fuse) {
-                    gradient.add(found[slot * dim + k] / size, g[k] / size);
-                    gradient.size += dim == 1;
+                if (fuse) {
+                    g[k] = (g[k] - along * u[k]) * inverse[column] * weight;
+                } else {
+                    gradient.add(found[slot * dim + k], g[k] * weight);
                 }
             }
         }
@@ -217,7 +202,7 @@ void run(const Case& c, uint64_t seed) {
             }
         }
     }
-    gradient.check(1e-5, "dW");
+    gradient.check(1e-5, "dW^");
 
     const auto new_w = device.download(view.centers, w.size());
     const auto new_m = device.download(view.momentum, m.size());
@@ -281,11 +266,11 @@ int main() {
         for (int j = 0; j < 5; ++j) {
             const uint32_t chunk = j % 2 ? 128 : 512;
             run({rows[i], classes[j], dims[(i + j) % 5], chunk, (2 * i + j) % 3 == 0,
-                 Mode((i + 3 * j) % 5), false, uint32_t(1 + (i + j) % 4)},
+                 Mode((i + 3 * j) % kModes), false, uint32_t(1 + (i + j) % 4)},
                 ++seed);
         }
     }
-    for (int mode = 0; mode < 5; ++mode) {
+    for (int mode = 0; mode < kModes; ++mode) {
         run({40, 130, 512, 256, mode == 1, Mode(mode), mode % 2 == 1, 3}, 100 + mode);
         run({20, 70, 600, 128, mode == 2, Mode(mode), mode % 2 == 0, 2}, 110 + mode);
     }

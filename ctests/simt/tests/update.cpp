@@ -1,5 +1,5 @@
-// kernels/update.cu, and replay.h under it, against an optimizer in double precision that steps
-// every row at every update.
+// kernels/update.cu, and replay.h under it, against the backward of normalize and an optimizer in
+// double precision that steps every row at every update.
 #include "dense.h"
 
 namespace {
@@ -7,6 +7,12 @@ namespace {
 void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
     const std::string what = shape.text() + " history " + std::to_string(shape.history);
     RowHead head(shape, shape.dim + 3);
+    // A row without direction: it gets no gradient, and there is nothing to decay.
+    const size_t zero = 7;
+    for (uint32_t i = 0; i < shape.dim; ++i) {
+        head.w[zero * head.view.master_pitch + i] = 0.0f;
+    }
+    head.memory.put(head.view.centers, head.w);
     Training training(head);
     for (uint32_t i = 0; i < updates; ++i) {
         training.update(launch);
@@ -14,7 +20,8 @@ void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
         const std::vector<float> squares =
             head.memory.get(head.view.center_squares, training.squares.size());
         for (size_t column = 0; column < squares.size(); ++column) {
-            EXPECT(close(squares[column], training.squares[column], 1e-6), what);
+            const double spare = 1e-6 * training.unprojected[column];
+            EXPECT(close(squares[column], training.squares[column], 1e-6, spare), what);
         }
         if (i == updates / 2) {
             training.update(launch, true);
@@ -31,6 +38,12 @@ void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
         }
     }
     EXPECT(head.get_ledger().updates == updates, what);
+    for (int32_t tensor = 0; tensor < (shape.adamw ? 3 : 2); ++tensor) {
+        const std::vector<double> rows = training.rows(tensor, launch);
+        for (uint32_t i = 0; i < shape.dim; ++i) {
+            EXPECT(rows[zero * shape.dim + i] == 0, what + " row of zeros");
+        }
+    }
 }
 
 // A row that is behind by the whole ring, and no more.

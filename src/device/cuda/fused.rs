@@ -54,7 +54,7 @@ impl Cuda {
             Unsupported,
             "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_WIDTH}"
         );
-        // Operands, numerators and dW.
+        // Operands, numerators and dW^.
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)
     }
 
@@ -64,7 +64,6 @@ impl Cuda {
         let splits = weighted_splits(rows, pitch, chunk, self.multiprocessors);
         let lists: *mut u32 = cut.take(5 * shape.rows + 1);
         let list = |number: u64| lists.wrapping_add((number * shape.rows) as usize);
-        let units = cut.take(rows * pitch);
         let operand = cut.take(3 * chunk * pitch);
         let mut view = HeadView {
             block: cut.take(1),
@@ -73,7 +72,7 @@ impl Cuda {
             sort_rows: [list(2), std::ptr::null_mut()],
             positive_classes: list(3),
             positive_starts: list(4),
-            units,
+            units: cut.take(rows * pitch),
             unit_operand: cut.take(3 * rows * pitch),
             inverse_norms: cut.take(rows),
             derivatives: cut.take(rows),
@@ -84,14 +83,10 @@ impl Cuda {
             center_wide: operand,
             center_inverse_norms: cut.take(shape.classes),
             numerators: cut.take(3 * rows * chunk),
-            // The third product asks the cache for rows of a head's; there are none, and no pitch leads to them.
-            centers: units,
             splits: splits as u32,
             sharded: 1,
             ..shape.view()
         };
-        // The direction of a class centre comes from its operand, as a dense head's does: the caller's rows are of any type.
-        view.optimizer.dense = 1;
         // Forward and backward share the rest.
         let begin = cut.bytes;
         view.weighted = cut.take(splits * rows * pitch);
@@ -196,7 +191,7 @@ impl Cuda {
             self.unit_centers(&view, w, first, count)?;
             self.chunk_numerators(&view, first)?;
             self.products.centers(&self.stream, view, first, loss_weight, 0, 0)?;
-            self.run(&self.kernels.write_center_rows, (view, u64::from(first), count, grad_w))?;
+            self.run(&self.kernels.write_center_rows, (view, u64::from(first), count, w, grad_w))?;
         }
         self.run(&self.kernels.finish_given_rows, (view, w, product, loss_weight, grad_e))?;
         lent.finish()

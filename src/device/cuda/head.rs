@@ -258,7 +258,7 @@ impl CudaHead {
         view
     }
 
-    /// dW of a chunk: into the rows, or into `center_gradient`.
+    /// dW of a chunk into the rows, or dW^ into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
         let (view, spared) = (self.view(), self.spared(SPARED_BY_CENTERS));
         self.product(Lane::Centers, "multiply_centers", |products, stream| {

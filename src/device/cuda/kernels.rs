@@ -105,7 +105,7 @@ kernels! {
         write_weighted(MatrixView);
         weigh_rows(Address, Address);
         finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
-        write_center_rows(u64, u32, MatrixView);
+        write_center_rows(u64, u32, MatrixView, MatrixView);
     }
     "nearest" {
         keep_nearest(MatrixView, u32, u32, u32, Address);

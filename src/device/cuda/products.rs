@@ -131,7 +131,7 @@ impl Products {
         self.of(&view).weighted.launch(stream, (view, first), spared)
     }
 
-    /// GEMM3: dW of the chunk; `fuse` 1 updates the rows, 0 writes their gradient.
+    /// GEMM3: `fuse` 1 updates the rows of the chunk by their dW, 0 writes dW^, the gradient of their directions.
     pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32, spared: u32) -> Result<()> {
         let narrowest = WIDTHS.iter().position(|width| view.dim <= width.most).unwrap_or(WIDTHS.len() - 1);
         let (product, stages) = &self.of(&view).centers[narrowest];
