@@ -158,11 +158,9 @@ fn check(case: &Case) -> Result<bool, String> {
     if exact.filter_distance < 1e-3 {
         return Ok(true);
     }
-    let worth = |off_by_rounding: f64, size: f64| {
-        match case.dim >= EXACT_FROM {
-            true => EXACT * steeper * size,
-            false => 2.0 * off_by_rounding + SAME_OPERANDS * steeper * size,
-        }
+    let worth = |off_by_rounding: f64, size: f64| match case.dim >= EXACT_FROM {
+        true => EXACT * steeper * size,
+        false => 2.0 * off_by_rounding + SAME_OPERANDS * steeper * size,
     };
     let loss_rounding = (rounded.loss - exact.loss).abs();
     hold("the loss, from the exact one,", (loss - exact.loss).abs(), worth(loss_rounding, exact.loss) + 1e-30)?;
