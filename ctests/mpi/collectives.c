@@ -144,7 +144,7 @@ static void refusals(void) {
   pfc_comm *comm = NULL;
   pfc_status status = pfc_comm_mpi(MPI_COMM_NULL, &comm);
   if (status != PFC_ERROR_INVALID_ARGUMENT) fail("MPI_COMM_NULL", pfc_status_name(status));
-  if (strcmp(pfc_mpi_last_error(), "comm is MPI_COMM_NULL") != 0) fail("text", pfc_mpi_last_error());
+  if (strstr(pfc_mpi_last_error(), "MPI_COMM_NULL") == NULL) fail("text", pfc_mpi_last_error());
   /* What the library itself refuses, with the library's text. */
   status = pfc_comm_mpi(MPI_COMM_WORLD, NULL);
   if (status != PFC_ERROR_INVALID_ARGUMENT) fail("out NULL", pfc_status_name(status));

@@ -26,8 +26,8 @@ static const char *bytes_text(double bytes) {
   return text;
 }
 
-/* A number: published, planned, and its formula, which must give what is planned or, for memory that
- * is kept in whole blocks (AT_LEAST), no more. */
+/* A number: published, planned, and its formula, which must give what is planned or, for memory
+ * that is kept in whole blocks (AT_LEAST), no more. */
 enum { EXACTLY, AT_LEAST };
 
 static void row(int column, const char *published, uint64_t planned, int how, uint64_t formula,
@@ -108,8 +108,8 @@ int main(int argc, char **argv) {
   row(2, "250 MB", plans[2].probability_bytes, AT_LEAST, 4 * rows * sample, "4 B s, in blocks");
 
   heading("What a rank hands to collectives in a step.");
-  heading("All-gather: labels and where the rank is; embeddings. The table's 384 KB are three times\n"
-          "a rank's embeddings, 4 b d; it does not say why three.");
+  heading("All-gather: labels and where the rank is; embeddings. The table's 384 KB are three\n"
+          "times a rank's embeddings, 4 b d; it does not say why three.");
   labels = 8 * (batch + 4);
   embeddings = 4 * batch * dim;
   row(0, "-", plans[0].labels_bytes + plans[0].embeddings_bytes, EXACTLY, labels, "8 (b + 4)");
@@ -125,12 +125,12 @@ int main(int argc, char **argv) {
     row(column, "32 KB", plans[column].sums_bytes, EXACTLY, 4 * (2 * rows + 4), "4 (2 B + 4)");
   }
 
-  heading("Gradients: an all-reduce of the class centres' for data parallel, else a reduce-scatter\n"
-          "of the embeddings'. The table has 2 |W| for data parallel, what a ring moves; ours is\n"
-          "what is handed over, once. Else it has logits and their gradients of a sample, 2 x 4 B s\n"
-          "(488 MB, in MiB), and for model parallel 2 x 4 B d more. Ours is smaller because the\n"
-          "method needs less: logits and their gradients stay on the rank that has the classes,\n"
-          "and what ranks owe each other is the embeddings' gradient.");
+  heading("Gradients: an all-reduce of the class centres' for data parallel, else a\n"
+          "reduce-scatter of the embeddings'. The table has 2 |W| for data parallel, what a ring\n"
+          "moves; ours is what is handed over, once. Else it has logits and their gradients of a\n"
+          "sample, 2 x 4 B s (488 MB, in MiB), and for model parallel 2 x 4 B d more. Ours is\n"
+          "smaller because the method needs less: logits and their gradients stay on the rank that\n"
+          "has the classes, and what ranks owe each other is the embeddings' gradient.");
   row(0, "38 GB", plans[0].grad_centers_bytes, EXACTLY, 4 * classes * dim, "4 C d");
   row(1, "505 MB", plans[1].grad_embeddings_bytes, EXACTLY, 4 * rows * dim, "4 B d");
   row(2, "488 MB", plans[2].grad_embeddings_bytes, EXACTLY, 4 * rows * dim, "4 B d");

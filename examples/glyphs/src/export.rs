@@ -59,7 +59,8 @@ mod tests {
         write(&mut bytes, &Dataset::new(albums, None).unwrap()).unwrap();
         let (header, rest) = bytes.split_at(40);
         assert_eq!(&header[..8], MAGIC);
-        let words = |bytes: &[u8]| -> Vec<u64> { bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect() };
+        let words =
+            |bytes: &[u8]| -> Vec<u64> { bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect() };
         assert_eq!(words(&header[8..]), [2, PIXELS as u64, 8, 1]);
         let (labels, pixels) = rest.split_at(72);
         assert_eq!(words(labels), [0, 1, 0, 1, 0, 1, 0, 1, 1]);
