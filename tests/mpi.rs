@@ -78,11 +78,18 @@ impl Mpi {
         command
     }
 
-    /// Options that keep the launcher from ending the others when a rank dies.
-    fn lets_ranks_die(&self) -> &'static [&'static str] {
+    /// A launcher that does not end the others when a rank dies.
+    fn careless_launcher(&self, ranks: usize) -> Command {
         match self.name {
-            "openmpi" => &["--mca", "orte_enable_recovery", "1", "--mca", "orte_abort_on_non_zero_status", "0"],
-            _ => &["-disable-auto-cleanup"],
+            "openmpi" => {
+                self.launcher(ranks, &["--mca", "orte_enable_recovery", "1", "--mca", "orte_abort_on_non_zero_status", "0"])
+            }
+            // It still kills its ranks' process groups when one of them hangs up: they go into groups of their own.
+            _ => {
+                let mut command = self.launcher(ranks, &["-disable-auto-cleanup"]);
+                command.args(["setsid", "--wait"]);
+                command
+            }
         }
     }
 }
@@ -377,7 +384,7 @@ fn one_fault(mpi: &Mpi, program: &Path, fault: Fault) -> [Option<String>; 3] {
     let folder = scratch(mpi.name).join(format!("{}-{}", fault.kind, fault.operation));
     fresh(&folder);
     let read = |rank: usize, kind: &str| fs::read_to_string(folder.join(format!("{rank}.{kind}"))).ok();
-    let mut launcher = mpi.launcher(3, mpi.lets_ranks_die());
+    let mut launcher = mpi.careless_launcher(3);
     launcher.arg(program).args([fault.kind, &fault.operation.to_string(), &PATIENCE_MS.to_string()]).arg(&folder);
     let mut run = Run::start(&mut launcher, folder.join("log"));
     if fault.kind == "stop" {

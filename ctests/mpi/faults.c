@@ -13,7 +13,9 @@
  *   length gathers another number of bytes than the others
  *
  * Each rank writes its process id to FOLDER/<rank>.pid and, unless it is gone, what became of its
- * training to FOLDER/<rank>.end. The launcher must not end the others when one dies.
+ * training to FOLDER/<rank>.end. The launcher must not end the others when one dies: Open MPI's
+ * with --mca orte_enable_recovery 1, MPICH's with -disable-auto-cleanup and setsid --wait before
+ * the program, since it still kills its ranks' process groups when one of them hangs up.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <signal.h>
