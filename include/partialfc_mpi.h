@@ -622,10 +622,6 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
   pfc_status status = pfc_mpi_ready_(comm, &level);
   MPI_Comm duplicate;
   if (status != PFC_OK) return status;
-  if (ops == NULL) {
-    snprintf(text, PFC_MPI_TEXT_, "ops is NULL");
-    return PFC_ERROR_INVALID_ARGUMENT;
-  }
   code = MPI_Comm_dup(comm, &duplicate);
   if (code != MPI_SUCCESS) {
     (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Comm_dup", code);
@@ -637,7 +633,7 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
   if (self != NULL) {
     self->comm = duplicate;
     self->level = level;
-    ready = MPI_Comm_rank(duplicate, &self->rank) == MPI_SUCCESS &&
+    ready = ops != NULL && MPI_Comm_rank(duplicate, &self->rank) == MPI_SUCCESS &&
             MPI_Comm_size(duplicate, &self->size) == MPI_SUCCESS && pfc_mpi_allocate_(self);
   }
   // All ranks have a communicator, or none has: nobody waits for one that is not there.
@@ -648,8 +644,11 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
     (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Allreduce", code);
     status = PFC_ERROR_COMM;
   } else if (ready) {
-    snprintf(text, PFC_MPI_TEXT_, "another rank has no memory for its messages");
+    snprintf(text, PFC_MPI_TEXT_, "another rank could not make its end");
     status = PFC_ERROR_REMOTE;
+  } else if (ops == NULL) {
+    snprintf(text, PFC_MPI_TEXT_, "ops is NULL");
+    status = PFC_ERROR_INVALID_ARGUMENT;
   } else {
     snprintf(text, PFC_MPI_TEXT_, "no memory for messages, %u bytes each way",
              (unsigned)PFC_MPI_STAGE);
@@ -691,10 +690,11 @@ static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, u
   if (status != PFC_OK) return status;
   memset(message, 0, sizeof message);
   code = MPI_Comm_rank(comm, &rank);
+  if (rank == 0 && made == PFC_OK && id == NULL) told = PFC_ERROR_INVALID_ARGUMENT;
   if (code == MPI_SUCCESS) {
     if (rank == 0) {
       memcpy(message, &told, 4);
-      if (made == PFC_OK) memcpy(message + 4, id, 128);
+      if (told == PFC_OK) memcpy(message + 4, id, 128);
     }
     code = MPI_Bcast(message, sizeof message, MPI_BYTE, 0, comm);
   }
@@ -702,6 +702,10 @@ static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, u
   if (code != MPI_SUCCESS) {
     (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "the NCCL id could not be shared", code);
     return PFC_ERROR_COMM;
+  }
+  if (id == NULL && (rank != 0 || made == PFC_OK)) {
+    snprintf(text, PFC_MPI_TEXT_, "id is NULL on rank %d", rank);
+    return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (rank == 0) return made;
   memcpy(&told, message, 4);

@@ -222,6 +222,22 @@ fn collectives_touch_no_foreign_memory() {
     }
 }
 
+/// The program that holds the collectives to their rules would notice: here with a copy of the header in which a NaN loses.
+#[test]
+fn a_wrong_reduction_is_noticed() {
+    let rule = "to[i] > from[i] || to[i] != to[i]";
+    let header = fs::read_to_string(root().join("include/partialfc_mpi.h")).expect("include/partialfc_mpi.h");
+    assert_eq!(header.matches(rule).count(), 2, "the rule for f32 and for f64");
+    let folder = scratch("wrong");
+    fs::write(folder.join("partialfc_mpi.h"), header.replace(rule, "to[i] > from[i]")).expect("the wrong header");
+    for mpi in mpis() {
+        let first = format!("-I{}", folder.display());
+        let program = mpi.build("wrong", "ctests/mpi/collectives.c", &[&first]);
+        let (success, printed) = Run::start(mpi.launcher(2, &[]).arg(&program), program.with_extension("log")).finish();
+        assert!(!success && printed.contains("wrong result"), "{printed}");
+    }
+}
+
 /// Bits as on threads, traffic as planned: the program compares them.
 #[test]
 fn placements() {

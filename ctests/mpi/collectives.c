@@ -142,6 +142,7 @@ static void all_operations(pfc_comm *comm) {
 
 static void refusals(void) {
   pfc_comm *comm = NULL;
+  pfc_comm_ops ops;
   pfc_status status = pfc_comm_mpi(MPI_COMM_NULL, &comm);
   if (status != PFC_ERROR_INVALID_ARGUMENT) fail("MPI_COMM_NULL", pfc_status_name(status));
   if (strstr(pfc_mpi_last_error(), "MPI_COMM_NULL") == NULL) fail("text", pfc_mpi_last_error());
@@ -149,6 +150,11 @@ static void refusals(void) {
   status = pfc_comm_mpi(MPI_COMM_WORLD, NULL);
   if (status != PFC_ERROR_INVALID_ARGUMENT) fail("out NULL", pfc_status_name(status));
   if (strstr(pfc_mpi_last_error(), "out") == NULL) fail("text", pfc_mpi_last_error());
+  /* A mistake of one rank: all hear of it, and none has a communicator. */
+  status = pfc_mpi_ops(MPI_COMM_WORLD, rank == 0 ? NULL : &ops);
+  if (status != (rank == 0 ? PFC_ERROR_INVALID_ARGUMENT : PFC_ERROR_REMOTE)) {
+    fail("ops NULL on rank 0", pfc_status_name(status));
+  }
 }
 
 static void ids(void) {
@@ -168,6 +174,11 @@ static void ids(void) {
   }
   if (rank != 0 && strstr(pfc_mpi_last_error(), "PFC_ERROR_UNSUPPORTED") == NULL) {
     fail("text", pfc_mpi_last_error());
+  }
+  /* A mistake of one rank reaches all, too: nobody waits. */
+  status = pfc_mpi_share_nccl_id(MPI_COMM_WORLD, PFC_OK, rank == 0 ? NULL : id);
+  if (status != (rank == 0 ? PFC_ERROR_INVALID_ARGUMENT : PFC_ERROR_REMOTE)) {
+    fail("pfc_mpi_share_nccl_id of NULL", pfc_status_name(status));
   }
   if (id[1] != 4) fail("pfc_mpi_share_nccl_id without an id", "the id was written");
 }
