@@ -3,26 +3,25 @@
 //!
 //! `PFC_REQUIRE_TOOLS=1` makes a missing pkg-config, cmake or make a failure; without it what needs them is left out.
 
+#[path = "common/programs.rs"]
+mod programs;
+
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::process::Command;
 
 use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
 use partialfc::capi::head::{pfc_load_options, pfc_metrics, pfc_save_options};
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::{pfc_head_options, pfc_margin, pfc_matrix, pfc_optimizer};
+use programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};
 
 /// What the static library needs, as packaging/partialfc.pc.in tells users.
 const NATIVE_LIBRARIES: [&str; 7] = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-lc"];
-const C: [&str; 7] = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror", "-O1"];
 const CPP: [&str; 6] = ["-std=c++17", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1"];
-/// A program that runs longer is taken to hang.
-const LONGEST: Duration = Duration::from_secs(300);
 
 #[test]
 fn train_in_c() {
@@ -49,6 +48,34 @@ fn train_over_a_communicator_of_the_callers_own() {
 fn a_step_made_of_kernels() {
     for program in build("kernels", &["kernels.c"]) {
         run(&program, &[]);
+    }
+}
+
+/// The published figures stand as they are; ours follow the options, by the formulas that are printed.
+#[test]
+fn the_published_table_beside_ours() {
+    for program in build("plan", &["../examples/plan/plan.c"]) {
+        let published = ["19.07 GB", "298 MB", "156 GB", "2.44 GB", "250 MB", "384 KB", "32 KB", "38 GB", "505 MB", "488 MB"];
+        for (ranks, batch, dim, classes) in [(64u64, 64u64, 512u64, 10_000_000u64), (8, 16, 100, 999_999)] {
+            let options = [("--ranks", ranks), ("--batch", batch), ("--dim", dim), ("--classes", classes)];
+            let text =
+                output(Command::new(&program).args(options.iter().flat_map(|(name, value)| [name.to_string(), value.to_string()])));
+            published.iter().for_each(|figure| assert!(text.contains(figure), "{figure}: {text}"));
+            let (rows, shard) = (ranks * batch, classes.div_ceil(ranks));
+            let (labels, embeddings, sums) = (8 * (batch + 4), 4 * batch * dim, 4 * (2 * rows + 4));
+            for ours in [
+                format!("{} = 4 C d", 4 * classes * dim),
+                format!("{} = 4 c d", 4 * shard * dim),
+                format!("{} = 8 (b + 4) + 4 b d", labels + embeddings),
+                format!("{sums} = 4 (2 B + 4)"),
+                format!("{} = 4 B d", 4 * rows * dim),
+                format!("{} = 8 (b + 4) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
+            ] {
+                assert!(text.contains(&ours), "{ours}: {text}");
+            }
+        }
+        let refused = Command::new(&program).args(["--ranks", "many"]).output().expect("the program runs");
+        assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--ranks is 'many'"));
     }
 }
 
@@ -283,8 +310,13 @@ fn programs_that_use_the_installed_library() {
     // Staged, as packagers do it: the same files, and none but below DESTDIR.
     let staged = directory.join("staged");
     make(&["PREFIX=/usr".to_owned(), format!("DESTDIR={}", staged.display()), "LIBDIR=/usr/lib/here".to_owned()]);
-    for file in ["include/partialfc.h", "lib/here/libpartialfc.so.0", "lib/here/libpartialfc.a", "lib/here/pkgconfig/partialfc.pc"]
-    {
+    for file in [
+        "include/partialfc.h",
+        "include/partialfc_mpi.h",
+        "lib/here/libpartialfc.so.0",
+        "lib/here/libpartialfc.a",
+        "lib/here/pkgconfig/partialfc.pc",
+    ] {
         assert!(staged.join("usr").join(file).exists(), "{file} was not installed");
     }
     let config = fs::read_to_string(staged.join("usr/lib/here/cmake/partialfc/partialfcConfig.cmake")).expect("the CMake package");
@@ -324,10 +356,6 @@ fn programs_that_use_the_installed_library() {
     }
 }
 
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
 fn header() -> String {
     fs::read_to_string(root().join("include/partialfc.h")).expect("include/partialfc.h")
 }
@@ -347,42 +375,6 @@ fn declared_functions() -> Vec<(String, bool)> {
     functions
 }
 
-struct Libraries {
-    shared: PathBuf,
-    archive: PathBuf,
-    /// Holds the links that the linker and the loader look for.
-    links: PathBuf,
-}
-
-/// The libraries that cargo built along with this test.
-fn libraries() -> &'static Libraries {
-    static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
-    LIBRARIES.get_or_init(|| {
-        let links = scratch("links");
-        let libraries = Libraries { shared: newest("so"), archive: newest("a"), links: links.clone() };
-        fresh(&links);
-        for link in ["libpartialfc.so", "libpartialfc.so.0"] {
-            symlink(&libraries.shared, links.join(link)).expect("a link");
-        }
-        libraries
-    })
-}
-
-/// Cargo leaves them beside this test's binary or one folder up, with or without a hash in the name: the newest is this build's.
-fn newest(extension: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("this test has a path");
-    let beside = test.parent().expect("a folder");
-    let above = beside.parent().expect("a folder");
-    [beside, above]
-        .into_iter()
-        .flat_map(|folder| fs::read_dir(folder).expect("the folder can be read"))
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.extension() == Some(OsStr::new(extension)))
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libpartialfc")))
-        .max_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).expect("a time of writing"))
-        .unwrap_or_else(|| panic!("cargo left no libpartialfc*.{extension} in {} or above", beside.display()))
-}
-
 /// Compiles a program twice: against the shared library and against the static one.
 fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
     let directory = scratch(name);
@@ -400,78 +392,4 @@ fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
         output(command.args(["-lm", "-lpthread", "-o"]).arg(&program));
         program
     })
-}
-
-fn compile(compiler: &str) -> Command {
-    assert!(on_path(compiler), "there is no {compiler} on PATH: on Debian, apt-get install g++");
-    let mut command = Command::new(compiler);
-    command.arg("-I").arg(root().join("include"));
-    command
-}
-
-fn link_shared(command: &mut Command) {
-    let links = &libraries().links;
-    command.arg("-L").arg(links).arg("-lpartialfc").arg(format!("-Wl,-rpath,{}", links.display()));
-}
-
-/// A folder of this test binary's own.
-fn scratch(name: &str) -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c_programs").join(name);
-    fs::create_dir_all(&directory).expect("a folder under target/tmp");
-    directory
-}
-
-fn fresh(directory: &Path) {
-    if directory.exists() {
-        fs::remove_dir_all(directory).expect("the folder can be removed");
-    }
-    fs::create_dir_all(directory).expect("the folder can be made");
-}
-
-/// Whether a tool is there that a contributor may lack; under PFC_REQUIRE_TOOLS it must be.
-fn tool(name: &str) -> bool {
-    let found = on_path(name);
-    if !found {
-        assert!(std::env::var_os("PFC_REQUIRE_TOOLS").is_none(), "there is no {name} on PATH: on Debian, apt-get install {name}");
-        eprintln!("no {name} on PATH: what needs it is left out");
-    }
-    found
-}
-
-fn on_path(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
-}
-
-/// Runs a command that must succeed; its standard output.
-fn output(command: &mut Command) -> String {
-    let result = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let (stdout, stderr) = (String::from_utf8_lossy(&result.stdout), String::from_utf8_lossy(&result.stderr));
-    assert!(result.status.success(), "{command:?}: {}\n{stdout}{stderr}", result.status);
-    stdout.into_owned()
-}
-
-/// Runs a program that must succeed within the time; what it printed.
-fn run(program: &Path, arguments: &[&Path]) -> String {
-    let mut command = Command::new(program);
-    let log = program.with_extension("log");
-    let file = fs::File::create(&log).expect("the log can be written");
-    command.args(arguments).stdin(Stdio::null()).stderr(file.try_clone().expect("the log twice")).stdout(file);
-    let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let started = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("the program's status") {
-            break Some(status);
-        }
-        if started.elapsed() > LONGEST {
-            child.kill().expect("the program can be stopped");
-            child.wait().expect("the program's status");
-            break None;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    let printed = String::from_utf8_lossy(&fs::read(&log).expect("the log")).into_owned();
-    let status = status.unwrap_or_else(|| panic!("{command:?} did not end within {LONGEST:?}\n{printed}"));
-    assert!(status.success(), "{command:?}: {status}\n{printed}");
-    printed
 }

@@ -182,7 +182,12 @@ impl Custom {
         };
         if expired {
             let limit = call.timeout.as_millis();
-            return Err(error!(Timeout, "{} did not finish within {limit} ms (this is rank {rank})", call.label()));
+            // Only the functions know whom they waited for.
+            let text = match outcome {
+                Err(Failure::Code(_, code)) => table.error_text(code),
+                _ => String::new(),
+            };
+            return Err(error!(Timeout, "{} did not finish within {limit} ms{text} (this is rank {rank})", call.label()));
         }
         match (outcome, ended) {
             (Ok(()), _) => Ok(()),

@@ -5,6 +5,7 @@ mod backbone;
 mod block;
 mod dataset;
 mod evaluate;
+mod export;
 mod fonts;
 mod head;
 mod plots;
@@ -81,6 +82,9 @@ struct Options {
     /// Folder for results.json and the pictures
     #[arg(long, default_value = "out/glyphs", value_name = "FOLDER")]
     out: PathBuf,
+    /// Write the images for other trainers to this file, and train nothing; see examples/mpi_trainer
+    #[arg(long, value_name = "FILE")]
+    export: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -166,6 +170,11 @@ fn run(options: &Options) -> Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build_global()?;
 
     let data = load(options)?;
+    if let Some(path) = &options.export {
+        export::export(path, &data).with_context(|| format!("could not write {}", path.display()))?;
+        println!("Wrote {}", path.display());
+        return Ok(());
+    }
     std::fs::create_dir_all(&options.out).with_context(|| format!("could not make the folder {}", options.out.display()))?;
     let mut runs = Vec::new();
     for rate in options.rates() {

@@ -1,0 +1,720 @@
+// partialfc over MPI: a communicator made of the caller's MPI_Comm, for C99 and C++11 and later.
+//
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//
+//   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &level);
+//   if (pfc_comm_mpi(MPI_COMM_WORLD, &comm) != PFC_OK) puts(pfc_mpi_last_error());
+//   ... pfc_head_create(device, comm, &options, &head) ...
+//   pfc_comm_free(comm);
+//   MPI_Finalize();
+//
+// The program compiles this header with its own MPI (mpicc); libpartialfc links with none, so that
+// one build of it serves all. What is here fills a pfc_comm_ops with functions that take host
+// memory; what a GPU exchanges the library copies to host memory and back.
+//
+// HOW. All operations are messages from rank to rank (MPI_Isend, MPI_Irecv), each rank to each
+// other one, which suits tens of ranks. MPI's own collectives are left aside for four reasons:
+// - Sums are taken in the ranks' order, so that the bits are those of pfc_comm_threads, with every
+//   MPI, and the maximum of a NaN and a number is the NaN.
+// - A wait is a loop around MPI_Testsome that looks whether the library's deadline has passed or
+//   pfc_comm_abort was called. An error's text names the ranks that it waited for.
+// - A rank that fails says so to the others in its last messages: they fail at once. Every message
+//   carries its operation and its length, and ranks in different operations are told apart.
+// - After a failure MPI may still read and write what was under way. All messages lie in memory of
+//   this header's, PFC_MPI_STAGE bytes each way, which is then kept; the caller's is copied. Larger
+//   buffers travel in pieces of at most 1 MiB, so that no count comes near 2^31.
+//
+// THREADS. MPI is called by the thread that is inside a pfc_ call alone, and by pfc_comm_abort if
+// that is called on MPI's main thread or under MPI_THREAD_MULTIPLE: MPI_THREAD_FUNNELED is enough,
+// with all pfc_ calls on the communicator from MPI's main thread. From other threads
+// pfc_comm_abort stops a running operation; with none running the other ranks hear of it when the
+// communicator is freed.
+//
+// AFTER A FAILURE (COMM, TIMEOUT, ABORTED) the duplicate of the MPI_Comm is not freed, since that
+// is collective. If a rank is gone MPI_Finalize may wait for it: end with MPI_Abort.
+//
+// Do not compile with -ffast-math: it takes NaN for a number. The ranks have one byte order.
+
+#ifndef PARTIALFC_MPI_H
+#define PARTIALFC_MPI_H
+
+// MPI's C++ bindings, which were removed from the standard, do not compile without warnings.
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1
+#endif
+#ifndef MPICH_SKIP_MPICXX
+#define MPICH_SKIP_MPICXX 1
+#endif
+
+#include <limits.h>
+#include <mpi.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "partialfc.h"
+
+// Bytes of memory for messages each way, of which each rank gets an equal part. It is touched as
+// messages need it. May be defined before this header is included, the same on all ranks.
+#ifndef PFC_MPI_STAGE
+#define PFC_MPI_STAGE (32u << 20)
+#endif
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// What a program calls.
+
+// Makes a communicator of an MPI communicator's ranks. Collective over comm; not bounded by a
+// timeout.
+//
+// The MPI communicator is duplicated and stays the caller's. Free the result with pfc_comm_free
+// before MPI_Finalize.
+//
+// @param comm an intracommunicator
+// @param out the communicator
+// @return INVALID_ARGUMENT if MPI is not initialised, or initialised for a thread that is not this
+//   one; COMM if MPI fails; REMOTE if another rank could not make its end; the text is that of
+//   pfc_mpi_last_error
+static inline pfc_status pfc_comm_mpi(MPI_Comm comm, pfc_comm **out);
+
+// Fills the table of pfc_comm_mpi without making a communicator of it, for programs that want to
+// wrap its functions. Collective, as pfc_comm_mpi.
+//
+// @param ops written; its ctx is given back by ops->free(ops->ctx), which the communicator made of
+//   it calls, or else the caller
+static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops);
+
+// Hands the id of an NCCL communicator from rank 0 to all ranks. Collective over comm; not bounded
+// by a timeout.
+//
+//   status = rank == 0 ? pfc_nccl_unique_id(id) : PFC_OK;
+//   if ((status = pfc_mpi_share_nccl_id(MPI_COMM_WORLD, status, id)) == PFC_OK)
+//     status = pfc_comm_nccl(id, rank, size, device, &comm);
+//
+// Ends with a barrier: a rank that goes on into NCCL makes no progress in MPI, on which others may
+// still depend for their copy.
+//
+// @param made rank 0: what came of making the id; elsewhere ignored
+// @param id 128 bytes, read on rank 0 and written elsewhere, if made is OK
+// @return made on rank 0, and REMOTE elsewhere if that is an error; COMM if MPI fails
+static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, uint8_t id[128]);
+
+// The text of the last failure of the three functions above in this source file; for a failure of
+// the library's that of pfc_last_error.
+static inline const char *pfc_mpi_last_error(void);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// How it is done. Names that end in _ are this header's own.
+
+// What the functions return beside MPI's own error codes, which are positive.
+enum {
+  PFC_MPI_ENDED_ = -1,   // The deadline has passed, or somebody called abort.
+  PFC_MPI_REMOTE_ = -2,  // Another rank has ended the communicator.
+  PFC_MPI_PARTED_ = -3   // Another rank is in another operation, or sends another length.
+};
+
+// What a message belongs to, the lowest bits of its tag.
+enum {
+  PFC_MPI_ALL_GATHER_ = 1,
+  PFC_MPI_ALL_REDUCE_ = 2,
+  PFC_MPI_REDUCE_SCATTER_ = 3,
+  PFC_MPI_BROADCAST_ = 4,
+  PFC_MPI_BARRIER_ = 5,
+  PFC_MPI_FAREWELL_ = 6  // A failed rank's last message: a text.
+};
+
+// The longest text of a failure, with its terminating zero.
+enum { PFC_MPI_TEXT_ = 256 };
+
+// A rank's end.
+struct pfc_mpi_ {
+  MPI_Comm comm;  // A duplicate: messages meet no others.
+  int rank, size, level;
+  // Bytes from one rank's part of the staging memory to the next, and the most a message has.
+  size_t room, piece;
+  unsigned char *out, *in;
+  // Bytes that each rank is sent and sends in an exchange; -1: no message.
+  int *sent, *received;
+  // Receives by rank, sends by rank, farewells by rank.
+  MPI_Request *requests;
+  MPI_Status *statuses;
+  int *indices;
+  int kind, tag;
+  unsigned sequence;
+  // Set by abort from any thread; the farewells are sent once.
+  int ended, told, running;
+  char text[PFC_MPI_TEXT_];
+  char farewell[PFC_MPI_TEXT_];
+};
+
+static inline char *pfc_mpi_text_(void) {
+  static char text[2 * PFC_MPI_TEXT_];
+  return text;
+}
+
+static inline const char *pfc_mpi_last_error(void) {
+  return pfc_mpi_text_()[0] != 0 ? pfc_mpi_text_() : pfc_last_error();
+}
+
+static inline const char *pfc_mpi_kind_name_(int kind) {
+  static const char *const names[] = {"?",         "all_gather", "all_reduce", "reduce_scatter",
+                                      "broadcast", "barrier",    "?",          "?"};
+  return names[kind & 7];
+}
+
+// Writes "what: MPI's text of the code" and gives the code.
+static inline int32_t pfc_mpi_explain_(char *text, size_t size, const char *what, int code) {
+  char reason[MPI_MAX_ERROR_STRING + 1];
+  int length = 0;
+  if (MPI_Error_string(code, reason, &length) != MPI_SUCCESS) length = 0;
+  reason[length] = 0;
+  snprintf(text, size, "%s: %.180s", what, reason);
+  return code;
+}
+
+// The ranks that a stopped exchange waits for: those whose message has not come or, if all have,
+// those that have not taken theirs.
+static inline void pfc_mpi_name_the_late_(struct pfc_mpi_ *self) {
+  int half, r, length, late = 0;
+  length = snprintf(self->text, sizeof self->text, "%s waits for rank",
+                    pfc_mpi_kind_name_(self->kind));
+  for (half = 0; half < 2 && late == 0; half++) {
+    for (r = 0; r < self->size && length < (int)sizeof self->text - 24; r++) {
+      if (self->requests[half * self->size + r] == MPI_REQUEST_NULL) continue;
+      length += snprintf(self->text + length, sizeof self->text - (size_t)length, "%s %d",
+                         late++ > 0 ? "," : "", r);
+    }
+    if (r < self->size) snprintf(self->text + length, sizeof self->text - (size_t)length, ", ..");
+  }
+  if (late == 0) {
+    snprintf(self->text, sizeof self->text, "rank %d has ended the communicator", self->rank);
+  }
+}
+
+// Sends the text of the failure to all other ranks, once, and if this thread may call MPI.
+static inline void pfc_mpi_tell_(struct pfc_mpi_ *self, int inside) {
+  int r, flag = 0;
+  if (!inside) {
+    if (MPI_Finalized(&flag) != MPI_SUCCESS || flag) return;
+    if (self->level != MPI_THREAD_MULTIPLE) {
+      if (self->level == MPI_THREAD_SERIALIZED) return;
+      if (MPI_Is_thread_main(&flag) != MPI_SUCCESS || !flag) return;
+    }
+  }
+  if (__atomic_exchange_n(&self->told, 1, __ATOMIC_SEQ_CST)) return;
+  if (self->text[0] != 0) {
+    snprintf(self->farewell, sizeof self->farewell, "%.200s", self->text);
+  } else {
+    snprintf(self->farewell, sizeof self->farewell, "it was aborted there");
+  }
+  for (r = 0; r < self->size; r++) {
+    if (r == self->rank) continue;
+    // A rank that cannot be told finds out by itself.
+    (void)MPI_Isend(self->farewell, PFC_MPI_TEXT_, MPI_BYTE, r, PFC_MPI_FAREWELL_, self->comm,
+                    &self->requests[2 * self->size + r]);
+  }
+}
+
+// Leaves a failed exchange. What cannot be recalled stays under way in the staging memory.
+static inline int32_t pfc_mpi_leave_(struct pfc_mpi_ *self, int32_t code) {
+  int r, done;
+  for (r = 0; r < self->size; r++) {
+    if (self->requests[r] == MPI_REQUEST_NULL) continue;
+    if (MPI_Cancel(&self->requests[r]) != MPI_SUCCESS) continue;
+    (void)MPI_Test(&self->requests[r], &done, MPI_STATUS_IGNORE);
+  }
+  __atomic_store_n(&self->ended, 1, __ATOMIC_SEQ_CST);
+  pfc_mpi_tell_(self, 1);
+  return code;
+}
+
+static inline int32_t pfc_mpi_failed_(struct pfc_mpi_ *self, const char *function, int r,
+                                      int code) {
+  char what[64];
+  snprintf(what, sizeof what, "%s of rank %d", function, r);
+  return pfc_mpi_leave_(self, pfc_mpi_explain_(self->text, sizeof self->text, what, code));
+}
+
+// Looks at a message that has come from rank r: is it the one that this exchange is about?
+static inline int32_t pfc_mpi_judge_(struct pfc_mpi_ *self, int r, const MPI_Status *status) {
+  const unsigned char *words = self->in + (size_t)r * self->room;
+  const char *mine = pfc_mpi_kind_name_(self->kind);
+  const int kind = status->MPI_TAG & 7;
+  int bytes = -1;
+  if (MPI_Get_count(status, MPI_BYTE, &bytes) != MPI_SUCCESS) bytes = -1;
+  if (kind == PFC_MPI_FAREWELL_) {
+    snprintf(self->text, sizeof self->text, "rank %d has ended the communicator: %.180s", r,
+             bytes == PFC_MPI_TEXT_ ? (const char *)words : "?");
+    __atomic_store_n(&self->told, 1, __ATOMIC_SEQ_CST);  // It has told all.
+    return pfc_mpi_leave_(self, PFC_MPI_REMOTE_);
+  }
+  if (status->MPI_TAG == self->tag && bytes == self->received[r]) return 0;
+  if (kind != self->kind) {
+    snprintf(self->text, sizeof self->text, "rank %d is in %s, rank %d in %s", r,
+             pfc_mpi_kind_name_(kind), self->rank, mine);
+  } else if (status->MPI_TAG != self->tag) {
+    snprintf(self->text, sizeof self->text, "ranks %d and %d are not in the same %s", r, self->rank,
+             mine);
+  } else {
+    snprintf(self->text, sizeof self->text,
+             "rank %d sends %d bytes to this %s, rank %d waits for %d", r, bytes, mine, self->rank,
+             self->received[r]);
+  }
+  return pfc_mpi_leave_(self, PFC_MPI_PARTED_);
+}
+
+// Sends self->sent[r] bytes to every rank r, from the r-th part of the staging memory or (same)
+// from the first, and receives self->received[r] bytes from every rank into its part.
+static inline int32_t pfc_mpi_exchange_(struct pfc_mpi_ *self, int same) {
+  const int n = self->size;
+  int k, r, code, done, left = 0, idle = 0;
+  for (k = 1; k < n; k++) {
+    r = (self->rank + n - k) % n;
+    if (self->received[r] < 0) continue;
+    // Room for any message, so that a farewell or a wrong length comes whole.
+    code = MPI_Irecv(self->in + (size_t)r * self->room, (int)self->room, MPI_BYTE, r, MPI_ANY_TAG,
+                     self->comm, &self->requests[r]);
+    if (code != MPI_SUCCESS) return pfc_mpi_failed_(self, "MPI_Irecv", r, code);
+    left++;
+  }
+  for (k = 1; k < n; k++) {
+    r = (self->rank + k) % n;
+    if (self->sent[r] < 0) continue;
+    code = MPI_Isend(self->out + (same ? 0 : (size_t)r * self->room), self->sent[r], MPI_BYTE, r,
+                     self->tag, self->comm, &self->requests[n + r]);
+    if (code != MPI_SUCCESS) return pfc_mpi_failed_(self, "MPI_Isend", r, code);
+    left++;
+  }
+  while (left > 0) {
+    if (__atomic_load_n(&self->ended, __ATOMIC_SEQ_CST)) {
+      pfc_mpi_name_the_late_(self);
+      return pfc_mpi_leave_(self, PFC_MPI_ENDED_);
+    }
+    done = 0;
+    code = MPI_Testsome(2 * n, self->requests, &done, self->indices, self->statuses);
+    if (code != MPI_SUCCESS) {
+      int class_of = MPI_SUCCESS;
+      (void)MPI_Error_class(code, &class_of);
+      if (class_of != MPI_ERR_IN_STATUS) return pfc_mpi_failed_(self, "MPI_Testsome", -1, code);
+      for (k = 0; k < done; k++) {
+        const int error = self->statuses[k].MPI_ERROR;
+        if (error == MPI_SUCCESS || error == MPI_ERR_PENDING) continue;
+        r = self->indices[k];
+        return pfc_mpi_failed_(self, r < n ? "the message" : "the message to and taking", r % n,
+                               error);
+      }
+    }
+    for (k = 0; k < done; k++) {
+      if (self->indices[k] >= n) continue;
+      code = pfc_mpi_judge_(self, self->indices[k], &self->statuses[k]);
+      if (code != 0) return code;
+    }
+    if (done > 0) {
+      left -= done;
+      idle = 0;
+    } else if (idle++ < 1000) {
+      sched_yield();  // There may be more ranks than cores.
+    } else {
+      poll(NULL, 0, 1);
+    }
+  }
+  return 0;
+}
+
+// Begins an operation.
+static inline int32_t pfc_mpi_begin_(struct pfc_mpi_ *self, int kind) {
+  int r;
+  __atomic_store_n(&self->running, 1, __ATOMIC_SEQ_CST);
+  self->kind = kind;
+  self->tag = (int)(++self->sequence & 0xfff) << 3 | kind;  // At most 32767, which all MPI have.
+  for (r = 0; r < self->size; r++) self->sent[r] = self->received[r] = 0;
+  if (!__atomic_load_n(&self->ended, __ATOMIC_SEQ_CST)) return 0;
+  snprintf(self->text, sizeof self->text, "rank %d has ended the communicator", self->rank);
+  return pfc_mpi_leave_(self, PFC_MPI_ENDED_);
+}
+
+static inline int32_t pfc_mpi_end_(struct pfc_mpi_ *self, int32_t code) {
+  __atomic_store_n(&self->running, 0, __ATOMIC_SEQ_CST);
+  return code;
+}
+
+static inline void pfc_mpi_copy_(void *to, const void *from, size_t bytes) {
+  if (bytes > 0 && to != from) memcpy(to, from, bytes);
+}
+
+static inline size_t pfc_mpi_least_(uint64_t a, size_t b) { return a < b ? (size_t)a : b; }
+
+static inline int32_t pfc_mpi_all_gather_(void *ctx, const void *send, void *recv, uint64_t bytes,
+                                          void *stream) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  uint64_t at = 0;
+  int32_t code = pfc_mpi_begin_(self, PFC_MPI_ALL_GATHER_);
+  int r;
+  (void)stream;
+  for (; code == 0 && at < bytes; at += self->piece) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+    for (r = 0; r < self->size; r++) self->sent[r] = self->received[r] = (int)part;
+    memcpy(self->out, (const char *)send + at, part);
+    if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
+    for (r = 0; r < self->size; r++) {
+      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->room;
+      char *to = (char *)recv + (uint64_t)r * bytes + at;
+      if (r != self->rank || to != (const char *)send + at) memcpy(to, from, part);
+    }
+  }
+  return pfc_mpi_end_(self, code);
+}
+
+// Integers wrap: their sums are those of the unsigned types.
+#define PFC_MPI_COMBINE_(type, better)                                       \
+  do {                                                                       \
+    type *to = (type *)sum;                                                  \
+    const type *from = (const type *)part;                                   \
+    for (i = 0; i < count; i++) to[i] = (better) ? to[i] : from[i];          \
+  } while (0)
+#define PFC_MPI_SUM_(type)                                                   \
+  do {                                                                       \
+    type *to = (type *)sum;                                                  \
+    const type *from = (const type *)part;                                   \
+    for (i = 0; i < count; i++) to[i] = (type)(to[i] + from[i]);             \
+  } while (0)
+
+// Combines a part into a sum; the caller takes the ranks in their order.
+static inline void pfc_mpi_combine_(void *sum, const void *part, size_t count, int32_t dtype,
+                                    int32_t op) {
+  size_t i;
+  if (op == PFC_SUM) {
+    switch (dtype) {
+      case PFC_F32: PFC_MPI_SUM_(float); break;
+      case PFC_F64: PFC_MPI_SUM_(double); break;
+      case PFC_I32: PFC_MPI_SUM_(uint32_t); break;
+      default: PFC_MPI_SUM_(uint64_t); break;
+    }
+  } else {
+    switch (dtype) {  // A NaN wins.
+      case PFC_F32: PFC_MPI_COMBINE_(float, to[i] > from[i] || to[i] != to[i]); break;
+      case PFC_F64: PFC_MPI_COMBINE_(double, to[i] > from[i] || to[i] != to[i]); break;
+      case PFC_I32: PFC_MPI_COMBINE_(int32_t, to[i] > from[i]); break;
+      default: PFC_MPI_COMBINE_(int64_t, to[i] > from[i]); break;
+    }
+  }
+}
+#undef PFC_MPI_COMBINE_
+#undef PFC_MPI_SUM_
+
+// Combines what all ranks have sent, and this rank's own count elements, into `to`, which may be
+// `own`.
+static inline void pfc_mpi_combine_all_(struct pfc_mpi_ *self, void *to, const void *own,
+                                        size_t count, int32_t dtype, int32_t op) {
+  const size_t bytes = count * (dtype == PFC_F64 || dtype == PFC_I64 ? 8 : 4);
+  // The sum grows in the staging memory: `own` is needed in its turn.
+  unsigned char *sum = self->in + (size_t)self->size * self->room;
+  int r;
+  for (r = 0; r < self->size; r++) {
+    const void *part = r == self->rank ? own : self->in + (size_t)r * self->room;
+    if (r == 0) pfc_mpi_copy_(sum, part, bytes);
+    else pfc_mpi_combine_(sum, part, count, dtype, op);
+  }
+  pfc_mpi_copy_(to, sum, bytes);
+}
+
+static inline int32_t pfc_mpi_reduce_scatter_(void *ctx, const void *send, void *recv,
+                                              uint64_t count, int32_t dtype, int32_t op,
+                                              void *stream) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  const size_t size = dtype == PFC_F64 || dtype == PFC_I64 ? 8 : 4;
+  const uint64_t bytes = count * size;
+  uint64_t at = 0;
+  int32_t code = pfc_mpi_begin_(self, PFC_MPI_REDUCE_SCATTER_);
+  int r;
+  (void)stream;
+  for (; code == 0 && at < bytes; at += self->piece) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+    for (r = 0; r < self->size; r++) {
+      self->sent[r] = self->received[r] = (int)part;
+      if (r == self->rank) continue;
+      memcpy(self->out + (size_t)r * self->room, (const char *)send + (uint64_t)r * bytes + at,
+             part);
+    }
+    if ((code = pfc_mpi_exchange_(self, 0)) != 0) break;
+    pfc_mpi_combine_all_(self, (char *)recv + at,
+                         (const char *)send + (uint64_t)self->rank * bytes + at, part / size, dtype,
+                         op);
+  }
+  return pfc_mpi_end_(self, code);
+}
+
+// Each rank combines a share of the elements and sends it to all. Where messages are so small that
+// their number counts, all ranks combine all: the same sums, in one exchange instead of two.
+static inline int32_t pfc_mpi_all_reduce_(void *ctx, const void *send, void *recv, uint64_t count,
+                                          int32_t dtype, int32_t op, void *stream) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  const size_t size = dtype == PFC_F64 || dtype == PFC_I64 ? 8 : 4;
+  const uint64_t bytes = count * size;
+  const size_t few = self->piece < 16384 ? self->piece : 16384;
+  uint64_t at = 0;
+  int32_t code = pfc_mpi_begin_(self, PFC_MPI_ALL_REDUCE_);
+  int r;
+  (void)stream;
+  if (code == 0 && bytes > 0 && bytes <= few) {
+    for (r = 0; r < self->size; r++) self->sent[r] = self->received[r] = (int)bytes;
+    memcpy(self->out, send, (size_t)bytes);
+    if ((code = pfc_mpi_exchange_(self, 1)) == 0) {
+      pfc_mpi_combine_all_(self, recv, self->out, (size_t)count, dtype, op);
+    }
+    return pfc_mpi_end_(self, code);
+  }
+  while (code == 0 && at < bytes) {
+    const size_t whole = pfc_mpi_least_(bytes - at, self->piece * (size_t)self->size);
+    const size_t elements = whole / size;
+    const size_t share = (elements + (size_t)self->size - 1) / (size_t)self->size;
+    const size_t own = pfc_mpi_least_((uint64_t)self->rank * share, elements);
+    const size_t mine = pfc_mpi_least_(elements - own, share);
+    for (r = 0; r < self->size; r++) {
+      const size_t first = pfc_mpi_least_((uint64_t)r * share, elements);
+      const size_t part = size * pfc_mpi_least_(elements - first, share);
+      self->sent[r] = (int)part;
+      self->received[r] = (int)(mine * size);
+      if (r == self->rank) continue;
+      pfc_mpi_copy_(self->out + (size_t)r * self->room, (const char *)send + at + first * size,
+                    part);
+    }
+    if ((code = pfc_mpi_exchange_(self, 0)) != 0) break;
+    pfc_mpi_combine_all_(self, self->out, (const char *)send + at + own * size, mine, dtype, op);
+    for (r = 0; r < self->size; r++) {
+      self->received[r] = self->sent[r];
+      self->sent[r] = (int)(mine * size);
+    }
+    if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
+    for (r = 0; r < self->size; r++) {
+      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->room;
+      const size_t first = pfc_mpi_least_((uint64_t)r * share, elements);
+      pfc_mpi_copy_((char *)recv + at + first * size, from,
+                    size * pfc_mpi_least_(elements - first, share));
+    }
+    at += whole;
+  }
+  return pfc_mpi_end_(self, code);
+}
+
+static inline int32_t pfc_mpi_broadcast_(void *ctx, void *buffer, uint64_t bytes, uint32_t root,
+                                         void *stream) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  const int is_root = (int)root == self->rank;
+  uint64_t at = 0;
+  int32_t code = pfc_mpi_begin_(self, PFC_MPI_BROADCAST_);
+  int r;
+  (void)stream;
+  for (; code == 0 && at < bytes; at += self->piece) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+    for (r = 0; r < self->size; r++) {
+      self->sent[r] = is_root ? (int)part : -1;
+      self->received[r] = r == (int)root ? (int)part : -1;
+    }
+    if (is_root) memcpy(self->out, (const char *)buffer + at, part);
+    if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
+    if (!is_root) memcpy((char *)buffer + at, self->in + (size_t)root * self->room, part);
+  }
+  return pfc_mpi_end_(self, code);
+}
+
+static inline int32_t pfc_mpi_barrier_(void *ctx) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  int32_t code = pfc_mpi_begin_(self, PFC_MPI_BARRIER_);
+  if (code == 0) code = pfc_mpi_exchange_(self, 1);  // Empty messages.
+  return pfc_mpi_end_(self, code);
+}
+
+static inline void pfc_mpi_abort_(void *ctx) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  __atomic_store_n(&self->ended, 1, __ATOMIC_SEQ_CST);
+  // A running operation sees it and tells the others itself, with what it waited for.
+  if (!__atomic_load_n(&self->running, __ATOMIC_SEQ_CST)) pfc_mpi_tell_(self, 0);
+}
+
+static inline void pfc_mpi_error_string_(void *ctx, int32_t code, char *buffer, uint64_t size) {
+  (void)code;
+  snprintf(buffer, (size_t)size, "%s", ((struct pfc_mpi_ *)ctx)->text);
+}
+
+static inline void pfc_mpi_free_(void *ctx) {
+  struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
+  const int ended = __atomic_load_n(&self->ended, __ATOMIC_SEQ_CST);
+  int i, finalized = 1, under_way = 0;
+  if (MPI_Finalized(&finalized) != MPI_SUCCESS) finalized = 1;
+  if (ended && !finalized) pfc_mpi_tell_(self, 1);
+  for (i = 0; i < 3 * self->size && self->requests != NULL; i++) {
+    int done = 0;
+    if (self->requests[i] == MPI_REQUEST_NULL) continue;
+    if (!finalized) (void)MPI_Test(&self->requests[i], &done, MPI_STATUS_IGNORE);
+    under_way |= !done;
+  }
+  if (!ended && !finalized) (void)MPI_Comm_free(&self->comm);
+  if (under_way) return;  // MPI may yet touch the memory: it is the process's for good.
+  free(self->out);
+  free(self->in);
+  free(self->sent);
+  free(self->received);
+  free(self->requests);
+  free(self->statuses);
+  free(self->indices);
+  free(self);
+}
+
+// Allocates what an end needs beside the duplicate; 0 if there is not enough memory.
+static inline int pfc_mpi_allocate_(struct pfc_mpi_ *self) {
+  const size_t n = (size_t)self->size;
+  size_t piece = PFC_MPI_STAGE / n / 64 * 64, i;
+  if (piece < 1024) piece = 1024;
+  if (piece > 1u << 20) piece = 1u << 20;
+  self->piece = self->room = piece;
+  self->out = (unsigned char *)malloc(n * self->room);
+  self->in = (unsigned char *)malloc((n + 1) * self->room);  // One more for sums.
+  self->sent = (int *)calloc(n, sizeof *self->sent);
+  self->received = (int *)calloc(n, sizeof *self->received);
+  self->requests = (MPI_Request *)malloc(3 * n * sizeof *self->requests);
+  self->statuses = (MPI_Status *)calloc(2 * n, sizeof *self->statuses);
+  self->indices = (int *)calloc(2 * n, sizeof *self->indices);
+  for (i = 0; i < 3 * n && self->requests != NULL; i++) self->requests[i] = MPI_REQUEST_NULL;
+  return self->out != NULL && self->in != NULL && self->sent != NULL && self->received != NULL &&
+         self->requests != NULL && self->statuses != NULL && self->indices != NULL;
+}
+
+// Whether this thread may make and use a communicator.
+static inline pfc_status pfc_mpi_ready_(MPI_Comm comm, int *level) {
+  char *text = pfc_mpi_text_();
+  int flag = 0;
+  text[0] = 0;
+  if (MPI_Initialized(&flag) != MPI_SUCCESS || !flag) {
+    snprintf(text, PFC_MPI_TEXT_, "MPI is not initialised: call MPI_Init_thread before");
+    return PFC_ERROR_INVALID_ARGUMENT;
+  }
+  if (MPI_Finalized(&flag) != MPI_SUCCESS || flag) {
+    snprintf(text, PFC_MPI_TEXT_, "MPI is finalised");
+    return PFC_ERROR_INVALID_ARGUMENT;
+  }
+  if (comm == MPI_COMM_NULL) {
+    snprintf(text, PFC_MPI_TEXT_, "comm is MPI_COMM_NULL");
+    return PFC_ERROR_INVALID_ARGUMENT;
+  }
+  if (MPI_Query_thread(level) != MPI_SUCCESS) *level = MPI_THREAD_SINGLE;
+  if (*level == MPI_THREAD_SINGLE || *level == MPI_THREAD_FUNNELED) {
+    if (MPI_Is_thread_main(&flag) == MPI_SUCCESS && !flag) {
+      snprintf(text, PFC_MPI_TEXT_,
+               "this is not MPI's main thread, and MPI was initialised for that one alone "
+               "(MPI_THREAD_SINGLE or MPI_THREAD_FUNNELED)");
+      return PFC_ERROR_INVALID_ARGUMENT;
+    }
+  }
+  if (MPI_Comm_test_inter(comm, &flag) != MPI_SUCCESS || flag) {
+    snprintf(text, PFC_MPI_TEXT_, "comm is an intercommunicator");
+    return PFC_ERROR_INVALID_ARGUMENT;
+  }
+  return PFC_OK;
+}
+
+static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
+  struct pfc_mpi_ *self;
+  char *text = pfc_mpi_text_();
+  int level = 0, code, ready, all_ready = 0;
+  pfc_status status = pfc_mpi_ready_(comm, &level);
+  MPI_Comm duplicate;
+  if (status != PFC_OK) return status;
+  code = MPI_Comm_dup(comm, &duplicate);
+  if (code != MPI_SUCCESS) {
+    (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Comm_dup", code);
+    return PFC_ERROR_COMM;
+  }
+  (void)MPI_Comm_set_errhandler(duplicate, MPI_ERRORS_RETURN);
+  self = (struct pfc_mpi_ *)calloc(1, sizeof *self);
+  ready = self != NULL;
+  if (self != NULL) {
+    self->comm = duplicate;
+    self->level = level;
+    ready = ops != NULL && MPI_Comm_rank(duplicate, &self->rank) == MPI_SUCCESS &&
+            MPI_Comm_size(duplicate, &self->size) == MPI_SUCCESS && pfc_mpi_allocate_(self);
+  }
+  // All ranks have a communicator, or none has: nobody waits for one that is not there.
+  code = MPI_Allreduce(&ready, &all_ready, 1, MPI_INT, MPI_MIN, duplicate);
+  if (code == MPI_SUCCESS && all_ready) {
+    status = pfc_comm_ops_init(ops);
+  } else if (code != MPI_SUCCESS) {
+    (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Allreduce", code);
+    status = PFC_ERROR_COMM;
+  } else if (ready) {
+    snprintf(text, PFC_MPI_TEXT_, "another rank could not make its end");
+    status = PFC_ERROR_REMOTE;
+  } else if (ops == NULL) {
+    snprintf(text, PFC_MPI_TEXT_, "ops is NULL");
+    status = PFC_ERROR_INVALID_ARGUMENT;
+  } else {
+    snprintf(text, PFC_MPI_TEXT_, "no memory for messages, %u bytes each way",
+             (unsigned)PFC_MPI_STAGE);
+    status = PFC_ERROR_OUT_OF_MEMORY;
+  }
+  if (status != PFC_OK) {
+    if (self != NULL) pfc_mpi_free_(self);
+    else (void)MPI_Comm_free(&duplicate);
+    return status;
+  }
+  ops->ctx = self;
+  ops->rank = (uint32_t)self->rank;
+  ops->size = (uint32_t)self->size;
+  ops->flags = PFC_COMM_HOST_MEMORY;
+  ops->all_gather = pfc_mpi_all_gather_;
+  ops->all_reduce = pfc_mpi_all_reduce_;
+  ops->reduce_scatter = pfc_mpi_reduce_scatter_;
+  ops->broadcast = pfc_mpi_broadcast_;
+  ops->barrier = pfc_mpi_barrier_;
+  ops->abort = pfc_mpi_abort_;
+  ops->error_string = pfc_mpi_error_string_;
+  ops->free = pfc_mpi_free_;
+  return PFC_OK;
+}
+
+static inline pfc_status pfc_comm_mpi(MPI_Comm comm, pfc_comm **out) {
+  pfc_comm_ops ops;
+  pfc_status status = pfc_mpi_ops(comm, &ops);
+  if (status == PFC_OK && (status = pfc_comm_custom(&ops, out)) != PFC_OK) ops.free(ops.ctx);
+  return status;
+}
+
+static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, uint8_t id[128]) {
+  unsigned char message[132];
+  char *text = pfc_mpi_text_();
+  int level = 0, rank = 0, code;
+  int32_t told = made;
+  pfc_status status = pfc_mpi_ready_(comm, &level);
+  if (status != PFC_OK) return status;
+  memset(message, 0, sizeof message);
+  code = MPI_Comm_rank(comm, &rank);
+  if (rank == 0 && made == PFC_OK && id == NULL) told = PFC_ERROR_INVALID_ARGUMENT;
+  if (code == MPI_SUCCESS) {
+    if (rank == 0) {
+      memcpy(message, &told, 4);
+      if (told == PFC_OK) memcpy(message + 4, id, 128);
+    }
+    code = MPI_Bcast(message, sizeof message, MPI_BYTE, 0, comm);
+  }
+  if (code == MPI_SUCCESS) code = MPI_Barrier(comm);
+  if (code != MPI_SUCCESS) {
+    (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "the NCCL id could not be shared", code);
+    return PFC_ERROR_COMM;
+  }
+  if (id == NULL && (rank != 0 || made == PFC_OK)) {
+    snprintf(text, PFC_MPI_TEXT_, "id is NULL on rank %d", rank);
+    return PFC_ERROR_INVALID_ARGUMENT;
+  }
+  if (rank == 0) return made;
+  memcpy(&told, message, 4);
+  if (told != PFC_OK) {
+    snprintf(text, PFC_MPI_TEXT_, "rank 0 could not make the NCCL id: %s", pfc_status_name(told));
+    return PFC_ERROR_REMOTE;
+  }
+  memcpy(id, message + 4, 128);
+  return PFC_OK;
+}
+
+#endif  // PARTIALFC_MPI_H
