@@ -36,6 +36,7 @@ const MOST_SPANS: usize = 4 << 20;
 struct Collector {
     on: AtomicBool,
     file: Option<PathBuf>,
+    process: u32,
     origin: Instant,
     spans: Mutex<Vec<Span>>,
 }
@@ -44,7 +45,13 @@ fn collector() -> &'static Collector {
     static COLLECTOR: OnceLock<Collector> = OnceLock::new();
     COLLECTOR.get_or_init(|| {
         let file = std::env::var_os("PFC_TRACE").filter(|file| !file.is_empty()).map(PathBuf::from);
-        Collector { on: AtomicBool::new(file.is_some()), file, origin: Instant::now(), spans: Mutex::default() }
+        Collector {
+            on: AtomicBool::new(file.is_some()),
+            file,
+            process: std::process::id(),
+            origin: Instant::now(),
+            spans: Mutex::default(),
+        }
     })
 }
 
@@ -95,9 +102,14 @@ impl Scope {
 
 fn add(span: Span) {
     let mut spans = spans();
-    if spans.len() < MOST_SPANS {
-        spans.push(span);
-    } else if spans.len() == MOST_SPANS {
+    if spans.len() == MOST_SPANS {
+        return;
+    }
+    spans.push(span);
+    let full = spans.len() == MOST_SPANS;
+    // The log's callback may be the caller's.
+    drop(spans);
+    if full {
         log::warn!("the trace is full at {MOST_SPANS} spans: no more are taken");
     }
 }
@@ -113,7 +125,8 @@ impl Drop for Writer {
 
 /// Writes what was collected to the file that PFC_TRACE names, if it names one.
 fn write() {
-    let Some(file) = &collector().file else { return };
+    // A forked child's spans are its parent's.
+    let Some(file) = collector().file.as_ref().filter(|_| collector().process == std::process::id()) else { return };
     let spans = spans();
     let file = file_of(file, &spans);
     if let Err(error) = std::fs::write(&file, text(&spans)) {

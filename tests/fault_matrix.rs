@@ -6,7 +6,7 @@
 mod common;
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::carrier::{group, Fault};
 use common::ffi::{options, Device, Failure, Head, Rows};
@@ -20,8 +20,6 @@ const ROWS: usize = 4;
 const STEPS: usize = 2;
 /// Ranks that nobody tells of a silent one wait so long.
 const TIMEOUT_MS: u64 = 300;
-/// Nothing here takes so long unless it hangs.
-const HANGING: Duration = Duration::from_secs(30);
 
 fn placements() -> [HeadOptions; 2] {
     let sharded = HeadOptions { sample_rate: 0.5, ..options(20, 5, ROWS as u64) };
@@ -46,7 +44,7 @@ fn live(options: &HeadOptions, rank: usize, comm: &common::ffi::Comm) -> Result<
     Ok([bits(&losses), bits(&cosines), bits(&head.centers())].concat())
 }
 
-/// What each rank's life came to with a fault planted on one of them, and how many operations that one ran.
+/// What each rank's life came to with a fault planted on one of them.
 fn with_fault(options: &HeadOptions, planted: Option<(usize, i64, Fault)>, timeout_ms: u64) -> Vec<Result<Vec<u32>, Failure>> {
     let (comms, carriers) = group(RANKS as u32);
     if let Some((rank, at, fault)) = planted {
@@ -55,13 +53,10 @@ fn with_fault(options: &HeadOptions, planted: Option<(usize, i64, Fault)>, timeo
             carriers.iter().for_each(|carrier| carrier.silence());
         }
     }
-    let started = Instant::now();
-    let found = on_comms(comms, |place| {
+    on_comms(comms, |place| {
         place.comm.set_timeout(timeout_ms);
         live(options, place.rank, &place.comm)
-    });
-    assert!(started.elapsed() < HANGING, "{:?} {planted:?}: {:?}", options.placement, started.elapsed());
-    found
+    })
 }
 
 /// Operations of a life.
