@@ -157,7 +157,8 @@ typedef struct pfc_head_options {
   uint64_t struct_size;
   // C, classes over all ranks; at least the number of ranks when sharded. (default: 0, must be set)
   uint64_t num_classes;
-  // d, elements of an embedding. (default: 0, must be set)
+  // d, elements of an embedding; on a CUDA device 1024 at most, else UNSUPPORTED. (default: 0, must
+  // be set)
   uint32_t embedding_dim;
   // PFC_PLACEMENT_*. (default: sharded)
   int32_t placement;

@@ -103,6 +103,25 @@ fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
 }
 
 #[test]
+fn a_step_that_fails_with_its_loss_on_the_host_hides_none_before_it() {
+    let _turn = simt::turn(3);
+    let (device, comm) = (gpu(), Comm::solo());
+    let mut head = head(&device, &comm);
+    let bad = Step::draw(0, 0, true);
+    bad.run(&head).expect("nothing is known yet");
+    let mut loss = 0.0;
+    let embeddings = bad.embeddings.matrix(DIM);
+    // SAFETY: as in `run`; the loss is the host's.
+    let told =
+        unsafe { outcome(c_head::pfc_head_forward(head.raw, &embeddings, bad.labels.pointer::<i64>().cast_const(), &mut loss)) };
+    assert_eq!(told.expect_err("the same labels").status, Status::Label as i32);
+    let late = head.wait().expect_err("the step before");
+    assert_eq!(late.status, Status::Label as i32);
+    assert!(late.message.contains("step 0: ") && !late.message.contains("steps after it"), "{late:?}");
+    head.wait().expect("told once");
+}
+
+#[test]
 fn a_bad_label_comes_late_on_every_rank_and_changes_nothing() {
     let _turn = simt::turn(2);
     let told = on_ranks(2, |place| {

@@ -91,7 +91,7 @@ pub struct pfc_head_options {
     pub struct_size: u64,
     /// C, classes over all ranks; at least the number of ranks when sharded. (default: 0, must be set)
     pub num_classes: u64,
-    /// d, elements of an embedding. (default: 0, must be set)
+    /// d, elements of an embedding; on a CUDA device 1024 at most, else UNSUPPORTED. (default: 0, must be set)
     pub embedding_dim: u32,
     /// PFC_PLACEMENT_*. (default: sharded)
     pub placement: i32,

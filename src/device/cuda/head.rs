@@ -190,10 +190,16 @@ impl CudaHead {
 
     /// As `run!` for anything that enqueues on a lane.
     fn traced(&mut self, lane: Lane, name: &'static str, launch: impl FnOnce(&Cuda, &Stream) -> Result<()>) {
+        let draft = if lane == Lane::Draw { self.next() } else { self.current };
+        self.traced_for(draft, lane, name, launch);
+    }
+
+    /// What it runs is a span of this draft's step.
+    fn traced_for(&mut self, draft: usize, lane: Lane, name: &'static str, launch: impl FnOnce(&Cuda, &Stream) -> Result<()>) {
         if self.failure.is_none() {
             let begun = self.lanes.begin(lane);
             let launched = launch(&self.cuda, self.lanes.of(lane));
-            self.lanes.end(lane, begun, self.scope(lane), name);
+            self.lanes.end(lane, begun, self.scope(draft), name);
             self.keep(launched);
         }
     }
@@ -202,9 +208,8 @@ impl CudaHead {
         self.traced(lane, name, |cuda, stream| launch(&cuda.products, stream));
     }
 
-    /// Whose spans a lane's are.
-    fn scope(&self, lane: Lane) -> trace::Scope {
-        let draft = if lane == Lane::Draw { self.next() } else { self.current };
+    /// Whose spans a draft's are.
+    fn scope(&self, draft: usize) -> trace::Scope {
         trace::Scope { rank: self.spec.rank, ranks: self.spec.ranks, step: self.drafts[draft].step }
     }
 
@@ -218,7 +223,7 @@ impl CudaHead {
         let view = self.arrays.views[step];
         let grid = Grid::of(self.cuda.grid(8), BLOCK);
         // SAFETY: the head's own arrays, as large as its view says.
-        self.traced(lane, "gather_centers", |cuda, stream| unsafe {
+        self.traced_for(step, lane, "gather_centers", |cuda, stream| unsafe {
             cuda.kernels.gather_centers.launch(stream, grid, (view, first))
         });
     }
@@ -296,8 +301,10 @@ impl CudaHead {
     /// Hands out what `from` has made; `received` says who goes on with the result.
     fn exchange<T>(&mut self, name: &'static str, from: Lane, buffers: (*mut T, *mut T), count: usize, dtype: DType) -> Exchange {
         let lane = self.lanes.exchange(from);
+        self.end_exchange();
         self.join(lane, from);
-        self.exchanging = Some((lane, self.lanes.begin(lane), self.scope(from), name));
+        let draft = if from == Lane::Draw { self.next() } else { self.current };
+        self.exchanging = Some((lane, self.lanes.begin(lane), self.scope(draft), name));
         Exchange {
             send: buffers.0.cast_const().cast(),
             recv: buffers.1.cast(),
@@ -311,10 +318,16 @@ impl CudaHead {
 
     /// What `by` runs from here on comes after the last exchange.
     fn received(&mut self, by: Lane) {
-        if let Some((lane, begun, scope, name)) = self.exchanging.take() {
-            self.lanes.end(lane, begun, scope, name);
+        if let Some(lane) = self.end_exchange() {
             self.join(by, lane);
         }
+    }
+
+    /// A failed step leaves one open that nobody goes on from.
+    fn end_exchange(&mut self) -> Option<Lane> {
+        let (lane, begun, scope, name) = self.exchanging.take()?;
+        self.lanes.end(lane, begun, scope, name);
+        Some(lane)
     }
 
     /// What a block says went wrong.
@@ -405,6 +418,7 @@ impl HeadDevice for CudaHead {
             }
         }
         self.under_way = true;
+        self.lanes.settle();
         let drawn = self.cuda.stream.wait(&self.drafts[self.current].drawn);
         self.keep(drawn);
         self.settled()
@@ -492,8 +506,7 @@ impl HeadDevice for CudaHead {
             self.at_labels = matches!(self.block.fault, fault::REMOTE | fault::PARTED | fault::LABEL);
             self.parted = self.block.fault == fault::PARTED;
             // Told here and now, not once more by `wait`.
-            self.forgive()?;
-            self.told = None;
+            self.forgive_last()?;
             self.fault(&self.block)?;
         }
         Ok(self.block.loss)
@@ -539,7 +552,12 @@ impl HeadDevice for CudaHead {
         run!(self, Main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));
         let count = self.spec.options.max_batch as usize * self.dim();
         let buffers = (view.gradient_send, view.gradient_recv);
-        self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32)
+        let exchange = self.exchange("reduce_scatter gradient", Lane::Main, buffers, count, DType::F32);
+        if !self.sharded() {
+            // Nobody runs it.
+            self.exchanging = None;
+        }
+        exchange
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
@@ -561,7 +579,6 @@ impl HeadDevice for CudaHead {
     }
 
     fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        beside()?;
         let (view, fused) = (self.begin_centers(), self.fused());
         run!(self, Centers, begin_update, 1, 32, (view, learning_rate));
         for first in self.chunks() {
@@ -575,6 +592,8 @@ impl HeadDevice for CudaHead {
             }
         }
         self.finish_update();
+        // Enqueued before the exchange, which a communicator may make the host wait for; they run side by side.
+        beside()?;
         self.settled()
     }
 
@@ -652,6 +671,8 @@ impl HeadDevice for CudaHead {
             return Err(error!(InvalidArgument, "row {row} (class {class}) holds a NaN or an infinity"));
         }
         self.join(Lane::Main, Lane::Centers);
+        let next = self.next();
+        self.drafts[next].gathered = false;
         let piece = self.rows_a_piece();
         for start in (0..rows.rows).step_by(piece) {
             let part = part_of(rows, start, piece);
@@ -659,8 +680,6 @@ impl HeadDevice for CudaHead {
             let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
             run!(self, Main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
         }
-        let next = self.next();
-        self.drafts[next].gathered = false;
         self.settled()?;
         self.cuda.stream.synchronize()
     }
@@ -677,6 +696,22 @@ impl CudaHead {
         let failed = self.view().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));
         // SAFETY: the head's own ledger.
         unsafe { self.cuda.stream.fill(failed.cast(), 0, size_of::<u64>()) }
+    }
+
+    /// Counts the step that just failed no more; those before it, with their losses on the device, are still to be told.
+    fn forgive_last(&mut self) -> Result<()> {
+        let step = self.drafts[self.current].step;
+        if self.told.as_ref().is_some_and(|(told, _)| *told == step) {
+            self.told = None;
+        }
+        let ledger: Ledger = staging::fetch(&self.cuda.stream, self.view().ledger, 1)?[0];
+        if ledger.failed <= 1 {
+            return self.forgive();
+        }
+        let (failed, left) = (std::mem::offset_of!(Ledger, failed), ledger.failed - 1);
+        let target = self.view().ledger.cast::<u8>().wrapping_add(failed);
+        // SAFETY: the head's own ledger; the driver has copied pageable memory away when it returns.
+        unsafe { self.cuda.stream.upload(target.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }
     }
 
     fn check_state(&self, tensor: StateTensor) -> Result<()> {
