@@ -11,6 +11,7 @@ use std::ptr::null_mut;
 
 use common::ffi::{options, outcome, status_name, Comm, Device, Failure, Head, Outcome, Rows};
 use common::gpu::{free_memory, gpu, Remote};
+use common::numbers::{assert_close, widen};
 use common::ranks::on_ranks;
 use common::simt::{self, Turn};
 use partialfc::capi::device::pfc_device_cuda;
@@ -367,13 +368,13 @@ fn a_step_for_which_there_is_no_memory_is_told_and_the_head_works_on() {
         head.update(0.1).expect("update");
         let (after, drawn) = (head.centers(), head.sample_ids().expect("ids"));
         assert_eq!(drawn.len(), CLASSES as usize / 2 + 2, "the sample with two positives that it lacks");
-        // As in a head that was never refused anything, and on both placements, of one rank, alike.
+        // As in a head that was never refused anything, and on both placements, of one rank, but for roundings.
         let mut easy = Head::new(&device, &Comm::solo(), &options);
         forward(&mut easy).expect("forward");
         easy.backward(1.0, 1.0, &mut gradient).expect("backward");
         easy.update(0.1).expect("update");
         assert_eq!(easy.centers(), after, "{placement:?}");
-        assert_eq!(*expected.get_or_insert(after.clone()), after);
+        assert_close("both placements", &widen(&after), &widen(expected.get_or_insert(after.clone())), 1e-6);
     }
 }
 
