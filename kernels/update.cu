@@ -38,7 +38,7 @@ PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadView view, double learning
 
 // Columns first .. first + count of the sample, their dW^ in center_gradient from its start. A row
 // without direction has gradient 0.
-// gate: update_rows registers <= 96
+// gate: update_rows registers <= 104
 PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadView view, uint32_t first, uint32_t count)) {
     if (view.block->status != kOk || first >= view.block->classes) {
         return;
