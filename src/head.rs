@@ -311,21 +311,22 @@ impl Head {
             "pfc_head_sample_ids on rank {}: no sample has been drawn; call pfc_head_prepare or pfc_head_forward first",
             self.rank()
         );
-        self.rows.sample_ids()
+        self.heard(self.rows.sample_ids())
     }
 
     /// Reads rows of the shard into a host matrix.
     pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.usable()?;
         let first = self.row_range(first, rows)?;
-        self.rows.read_rows(tensor, first, rows)
+        self.heard(self.rows.read_rows(tensor, first, rows))
     }
 
     /// Overwrites rows of the shard; abandons a step between forward and update.
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.usable()?;
         let first = self.row_range(first, rows)?;
-        self.rows.write_rows(tensor, first, rows)?;
+        let written = self.rows.write_rows(tensor, first, rows);
+        self.heard(written)?;
         self.phase = Phase::Idle;
         Ok(())
     }
@@ -522,8 +523,19 @@ impl Head {
         }
     }
 
+    /// The outcome of a call that may have waited for exchanges on the device's streams: if one of them did not come about, that is
+    /// what there is to tell, and anything else comes of it.
+    fn heard<T>(&self, outcome: Result<T>) -> Result<T> {
+        let ended = self.comm.failure().is_some();
+        match (outcome, self.comm.check()) {
+            (outcome, Err(cause)) if !ended || outcome.is_ok() => Err(cause),
+            (outcome, _) => outcome,
+        }
+    }
+
     /// Passes an outcome on; one that leaves the ranks at different places, or rows half written, poisons the head.
     fn survive<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome = self.heard(outcome);
         if let Err(error) = &outcome {
             let harmless = matches!(
                 error.status,
@@ -543,6 +555,7 @@ impl Head {
 
     /// As `survive` for a verdict on what the ranks have told each other.
     fn survive_judged<T>(&mut self, verdict: Result<T>) -> Result<T> {
+        let verdict = self.heard(verdict);
         if let (Err(error), true) = (&verdict, self.rows.parted()) {
             // Ranks that have not made the same calls never come together again.
             self.poison(error);
@@ -552,6 +565,7 @@ impl Head {
 
     /// As `survive` for an update, after whose failure the ranks' rows are not what one step makes of them.
     fn survive_update<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome = self.heard(outcome);
         if let Err(error) = &outcome {
             self.poison(error);
         }

@@ -1,21 +1,21 @@
 //! A rank of a group that the caller's functions carry: MPI, a framework's own collectives, a test's.
 //!
 //! A function runs on the thread that called the library (MPI_THREAD_FUNNELED is enough) and only itself knows how to stop
-//! waiting. So a watchdog thread, made with the first operation and asleep in between, calls the table's `abort` once a deadline
-//! has passed; the function must then return. Without `abort` nothing can stop it: the watchdog says so in the log.
+//! waiting. So the watchdog calls the table's `abort` once a deadline has passed; the function must then return, and what functions
+//! have left on streams must end. Without `abort` nothing can stop it: the watchdog says so in the log.
 //!
 //! A device's memory goes to functions that take it; otherwise, and where an optional function is missing, it goes through a host
 //! buffer, which makes the host wait for the stream.
 
 use std::ffi::{c_char, c_void, CStr};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
-use std::time::Instant;
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{Call, Operation, Place, ReduceOp, Transport};
+use super::watchdog::{aborted, Ran, Stop, Watchdog};
+use super::{Call, Place, ReduceOp, Transport};
 use crate::device::StreamMemory;
 use crate::matrix::DType;
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, Error, Result};
 
 pub type AllGatherFn = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void, u64, *mut c_void) -> i32;
 pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void, u64, i32, i32, *mut c_void) -> i32;
@@ -51,6 +51,8 @@ pub struct CustomOps {
 
 pub struct Custom {
     table: Arc<Table>,
+    /// Goes before the table's `free`.
+    watchdog: ManuallyDrop<Watchdog>,
     all_gather: AllGatherFn,
     all_reduce: ReduceFn,
     /// What a device's memory goes through; kept, since most operations come again in the next step.
@@ -98,31 +100,15 @@ impl Staging<'_> {
     }
 }
 
-/// What the operations and the watchdog share.
+/// The caller's functions, as the watchdog knows them too.
 struct Table {
     ops: CustomOps,
-    watch: Mutex<Watch>,
-    changed: Condvar,
 }
 
 // SAFETY: the caller promises that `abort` and `error_string` may be called from any thread, and the others from whichever thread
 // is inside the library, one at a time; `ctx` is theirs alone.
 unsafe impl Send for Table {}
 unsafe impl Sync for Table {}
-
-#[derive(Default)]
-struct Watch {
-    /// The operation that runs, and when it must have returned.
-    running: Option<(Instant, Operation, u64)>,
-    /// How long the watchdog sleeps; `None`: until it is woken.
-    asleep_until: Option<Instant>,
-    /// The running operation's deadline has passed and `abort` was called for it.
-    expired: bool,
-    /// Why the table's `abort` was called. It is called once.
-    ended: Option<Error>,
-    quit: bool,
-    thread: Option<JoinHandle<()>>,
-}
 
 /// Why an operation did not come about.
 enum Failure {
@@ -158,15 +144,16 @@ impl Custom {
             |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
         let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
         let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
-        let table = Table { ops, watch: Mutex::default(), changed: Condvar::new() };
-        Ok(Custom { table: Arc::new(table), all_gather, all_reduce, stage: Mutex::default() })
+        let table = Arc::new(Table { ops });
+        let watchdog = ManuallyDrop::new(Watchdog::new(table.clone()));
+        Ok(Custom { table, watchdog, all_gather, all_reduce, stage: Mutex::default() })
     }
 
     /// Runs the caller's functions under the watchdog and makes a status of their codes.
     fn operate(&self, call: &Call<'_>, body: impl FnOnce() -> Outcome) -> Result<()> {
         let table = &*self.table;
         let rank = table.ops.rank;
-        self.start(call)?;
+        self.watchdog.start(call)?;
         let outcome = match table.ops.async_error {
             // SAFETY: the caller's function with the caller's pointer.
             Some(ask) => match unsafe { ask(table.ops.ctx) } {
@@ -175,11 +162,7 @@ impl Custom {
             },
             None => body(),
         };
-        let (expired, ended) = {
-            let mut watch = table.lock();
-            watch.running = None;
-            (watch.expired, watch.ended.clone())
-        };
+        let Ran { expired, ended } = self.watchdog.finish();
         if expired {
             let limit = call.timeout.as_millis();
             // Only the functions know whom they waited for.
@@ -190,7 +173,7 @@ impl Custom {
             return Err(error!(Timeout, "{} did not finish within {limit} ms{text} (this is rank {rank})", call.label()));
         }
         match (outcome, ended) {
-            (Ok(()), _) => Ok(()),
+            (Ok(()), _) => self.follow(call),
             (Err(Failure::Ours(error)), _) => Err(error.during(&call.label())),
             (Err(Failure::Code(..)), Some(cause)) => Err(aborted(call, &cause, rank)),
             (Err(Failure::Code(function, code)), None) => {
@@ -200,24 +183,15 @@ impl Custom {
         }
     }
 
-    /// Sets the watchdog on an operation, unless the communicator has ended.
-    fn start(&self, call: &Call<'_>) -> Result<()> {
-        let table = &self.table;
-        let mut watch = table.lock();
-        if let Some(cause) = &watch.ended {
-            return Err(aborted(call, cause, table.ops.rank));
+    /// Has what a function left on a stream watched, since it returned without waiting.
+    fn follow(&self, call: &Call<'_>) -> Result<()> {
+        match call.place {
+            Place::Device { memory, stream } if self.table.ops.flags & STREAM_ORDERED != 0 => {
+                let over = memory.record(stream).map_err(|error| error.during(&call.label()))?;
+                self.watchdog.follow(call, over)
+            }
+            _ => Ok(()),
         }
-        if watch.thread.is_none() {
-            let shared = table.clone();
-            let thread = std::thread::Builder::new().name("pfc-watchdog".to_owned()).spawn(move || shared.keep_watch());
-            watch.thread = Some(thread.map_err(|e| error!(OutOfMemory, "{}: no watchdog thread: {e}", call.label()))?);
-        }
-        watch.running = Some((call.deadline, call.operation, call.sequence));
-        watch.expired = false;
-        if watch.asleep_until.is_none_or(|until| until > call.deadline) {
-            table.changed.notify_one();
-        }
-        Ok(())
     }
 
     /// How the buffers of a call reach the functions; `slot`: whether the table has the one for it. What replaces a missing one
@@ -299,69 +273,27 @@ impl Custom {
     }
 }
 
-impl Table {
-    fn lock(&self) -> MutexGuard<'_, Watch> {
-        self.watch.lock().unwrap_or_else(|e| e.into_inner())
+impl Stop for Table {
+    fn rank(&self) -> u32 {
+        self.ops.rank
     }
 
-    /// The watchdog's life.
-    fn keep_watch(&self) {
-        let mut watch = self.lock();
-        while !watch.quit {
-            let now = Instant::now();
-            match watch.running {
-                Some((deadline, operation, sequence)) if deadline <= now => {
-                    let (name, rank) = (operation.name(), self.ops.rank);
-                    watch.running = None;
-                    // Under the lock that saw it running: the verdict is this operation's, not the next one's.
-                    watch.expired = self.ops.abort.is_some() && watch.ended.is_none();
-                    if watch.expired {
-                        watch.ended = Some(error!(Timeout, "{name} #{sequence} ran beyond its deadline on rank {rank}"));
-                        drop(watch);
-                        self.call_abort();
-                    } else {
-                        drop(watch);
-                        log::error!(
-                            "{name} #{sequence} runs beyond its deadline on rank {rank}; {}",
-                            match self.ops.abort {
-                                Some(_) => "its abort has been called before",
-                                None => "without ops.abort nothing can stop it",
-                            }
-                        );
-                    }
-                    watch = self.lock();
-                }
-                // A later operation with a later deadline lets it sleep on: it looks again when it wakes.
-                Some((deadline, ..)) => {
-                    watch.asleep_until = Some(deadline);
-                    let left = deadline.saturating_duration_since(now);
-                    watch = self.changed.wait_timeout(watch, left).unwrap_or_else(|e| e.into_inner()).0;
-                }
-                None => {
-                    watch.asleep_until = None;
-                    watch = self.changed.wait(watch).unwrap_or_else(|e| e.into_inner());
-                }
-            }
-        }
-    }
-
-    /// Calls the caller's `abort`, the first time.
-    fn end(&self, cause: &Error) {
-        let mut watch = self.lock();
-        if watch.ended.is_none() {
-            watch.ended = Some(cause.clone());
-            drop(watch);
-            self.call_abort();
-        }
-    }
-
-    fn call_abort(&self) {
+    fn stop(&self) {
         if let Some(abort) = self.ops.abort {
             // SAFETY: the caller's function, which may be called from any thread, with the caller's pointer.
             unsafe { abort(self.ops.ctx) }
         }
     }
 
+    fn helpless(&self) -> Option<&'static str> {
+        match self.ops.abort {
+            Some(_) => None,
+            None => Some("without ops.abort nothing can stop it"),
+        }
+    }
+}
+
+impl Table {
     /// " (text)" of a code, or nothing.
     fn error_text(&self, code: i32) -> String {
         let Some(error_string) = self.ops.error_string else { return String::new() };
@@ -478,23 +410,19 @@ impl Transport for Custom {
         })
     }
 
+    fn check(&self) -> Result<()> {
+        self.watchdog.check()
+    }
+
     fn abort(&self, cause: &Error) {
-        self.table.end(cause);
+        self.watchdog.end(cause);
     }
 }
 
 impl Drop for Custom {
     fn drop(&mut self) {
-        let thread = {
-            let mut watch = self.table.lock();
-            watch.quit = true;
-            self.table.changed.notify_one();
-            watch.thread.take()
-        };
-        // The watchdog may be inside the caller's `abort`: `free` comes after.
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
+        // SAFETY: dropped here alone, and not used again.
+        unsafe { ManuallyDrop::drop(&mut self.watchdog) };
         if let Some(free) = self.table.ops.free {
             // SAFETY: the caller's function with the caller's pointer, the last call with it.
             unsafe { free(self.table.ops.ctx) }
@@ -507,14 +435,6 @@ fn code(function: &'static str, returned: i32) -> Outcome {
         0 => Ok(()),
         code => Err(Failure::Code(function, code)),
     }
-}
-
-fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
-    let text = match cause.status {
-        Status::Aborted => cause.message.clone(),
-        _ => cause.to_string(),
-    };
-    error!(Aborted, "{}: the communicator was aborted: {text} (this is rank {rank})", call.label())
 }
 
 /// Zeroed memory, aligned for every element type.

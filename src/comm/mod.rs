@@ -1,6 +1,6 @@
 //! Communicators: the collectives a head needs, over whatever carries them.
 //!
-//! [`Transport`] is what a carrier fills in (self, threads, a caller's table of functions; later NCCL). [`Communicator`] is
+//! [`Transport`] is what a carrier fills in (self, threads, a caller's table of functions, NCCL). [`Communicator`] is
 //! what the head and the C interface speak to: it checks sizes, counts traffic, numbers the operations, bounds every wait by
 //! the timeout and remembers a failure, so that after an abort no operation is started again.
 
@@ -10,6 +10,7 @@ mod handshake;
 mod rows;
 mod single;
 mod threads;
+mod watchdog;
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
@@ -167,7 +168,11 @@ pub trait Transport: Send + Sync {
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()>;
     fn barrier(&self, call: &Call<'_>) -> Result<()>;
-    /// Makes running and later operations fail on every rank that can be told.
+    /// What has become known of operations that were left on a stream: they failed, or did not end in time.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+    /// Makes running and later operations fail on every rank that can be told. What was left on streams ends, undone.
     fn abort(&self, cause: &Error);
 }
 
@@ -275,6 +280,16 @@ impl Communicator {
     /// Ends the communicator if this rank cannot take part in an operation that the other ranks are about to wait in.
     pub fn or_abort<T>(&self, outcome: Result<T>) -> Result<T> {
         outcome.inspect_err(|cause| self.abort(cause))
+    }
+
+    /// Asked after a wait for a stream that operations were left on: an error, if one of them did not come about or the communicator
+    /// has ended otherwise, and what was waited for is not what it should be.
+    pub fn check(&self) -> Result<()> {
+        self.own_process()?;
+        match self.failure() {
+            Some(cause) => Err(cause),
+            None => self.or_abort(self.transport.check()),
+        }
     }
 
     /// The failure that ended this communicator, if one did.
@@ -429,6 +444,7 @@ impl Communicator {
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
         }
+        self.or_abort(self.transport.check())?;
         *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let call = Call { operation, sequence: *sequence, place, deadline: far(timeout), timeout };

@@ -65,9 +65,14 @@ impl Labels {
     }
 }
 
-/// A moment on a stream, which other streams can wait for: whatever the backend that recorded it makes of it. Any thread may
-/// drop it.
-pub type Event = Arc<dyn Any + Send + Sync>;
+/// A moment on a stream, which other streams can wait for: whatever the backend that recorded it makes of it. Any thread may ask
+/// and drop it.
+pub trait Moment: Any + Send + Sync {
+    /// Whether the stream has come to it.
+    fn is_over(&self) -> Result<bool>;
+}
+
+pub type Event = Arc<dyn Moment>;
 
 /// The most ranks' buffers that [`StreamMemory::reduce`] takes.
 pub const MOST_REDUCED: usize = 16;
@@ -111,6 +116,21 @@ pub trait StreamMemory: Send + Sync {
     unsafe fn to_device(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()>;
     /// Returns when all that is on `stream` has run.
     fn synchronise(&self, stream: *mut c_void) -> Result<()>;
+}
+
+/// A device with streams, for a carrier that works on it by itself.
+pub trait StreamDevice: StreamMemory {
+    /// Runs `body` with the device as the thread's current one, as libraries beside this one find it.
+    fn within(&self, body: &mut dyn FnMut()) -> Result<()>;
+    /// A stream and memory for what does not come from a head.
+    fn scratch(&self) -> Result<Box<dyn Scratch>>;
+}
+
+/// A stream of its own, and memory on it that grows.
+pub trait Scratch: Send {
+    fn stream(&self) -> *mut c_void;
+    /// At least so many bytes, not 0; what was in them is lost.
+    fn room(&mut self, bytes: usize) -> Result<*mut u8>;
 }
 
 impl fmt::Debug for dyn StreamMemory + '_ {
@@ -320,6 +340,10 @@ pub trait Device: Send + Sync {
     fn info(&self) -> &CStr;
     /// The process that made it: a forked child has its memory but not its threads.
     fn process(&self) -> u32;
+    /// What a carrier that works on the device by itself needs of it; `None`: the device has no streams.
+    fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
+        None
+    }
     /// Makes the rows (start values) and the workspace of a head.
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>>;
 

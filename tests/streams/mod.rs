@@ -1,6 +1,7 @@
 //! A device that is not there, for what waits on streams and events: its memory is the host's, and its streams are queues that
 //! run late, in a seeded order that respects only events. A wait that somebody forgot shows as wrong numbers.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use partialfc::comm::ReduceOp;
-use partialfc::device::{Event, StreamMemory, MOST_REDUCED};
+use partialfc::device::{self, Event, StreamMemory, MOST_REDUCED};
 use partialfc::matrix::DType;
 use partialfc::{Error, Result, Status};
 
@@ -55,16 +56,25 @@ pub enum Order {
     Any,
 }
 
+/// An event: whether its stream has come to it.
+struct Moment(AtomicBool);
+
+impl device::Moment for Moment {
+    fn is_over(&self) -> Result<bool> {
+        Ok(self.0.load(Ordering::SeqCst))
+    }
+}
+
 enum Task {
     Work(Box<dyn FnOnce() + Send>),
-    Record(Arc<AtomicBool>),
-    Wait(Arc<AtomicBool>),
+    Record(Arc<Moment>),
+    Wait(Arc<Moment>),
 }
 
 struct State {
     streams: Vec<VecDeque<Task>>,
     random: Random,
-    events: Vec<Weak<AtomicBool>>,
+    events: Vec<Weak<Moment>>,
     memory: Vec<Range<usize>>,
 }
 
@@ -153,7 +163,7 @@ impl World {
     /// Runs the first task of a stream that can run.
     fn run_one(&self, state: &mut State, awaited: Option<usize>) {
         let can_run = |queue: &VecDeque<Task>| match queue.front() {
-            Some(Task::Wait(event)) => event.load(Ordering::SeqCst),
+            Some(Task::Wait(event)) => event.0.load(Ordering::SeqCst),
             front => front.is_some(),
         };
         let mut able: Vec<usize> = (0..state.streams.len()).filter(|&i| can_run(&state.streams[i])).collect();
@@ -174,7 +184,7 @@ impl World {
                 work();
                 self.ran.fetch_add(1, Ordering::SeqCst);
             }
-            Some(Task::Record(event)) => event.store(true, Ordering::SeqCst),
+            Some(Task::Record(event)) => event.0.store(true, Ordering::SeqCst),
             _ => (),
         }
     }
@@ -262,7 +272,7 @@ impl StreamMemory for FakeMemory {
     }
 
     fn record(&self, stream: *mut c_void) -> Result<Event> {
-        let event = Arc::new(AtomicBool::new(false));
+        let event = Arc::new(Moment(AtomicBool::new(false)));
         if self.enter(Method::Record)? {
             self.world.lock().events.push(Arc::downgrade(&event));
             self.world.push(stream, Task::Record(event.clone()));
@@ -272,7 +282,8 @@ impl StreamMemory for FakeMemory {
 
     fn wait(&self, stream: *mut c_void, event: &Event) -> Result<()> {
         if self.enter(Method::Wait)? {
-            let event = event.clone().downcast::<AtomicBool>().expect("an event of this kind of memory");
+            let event: Arc<dyn Any + Send + Sync> = event.clone();
+            let event = event.downcast::<Moment>().expect("an event of this kind of memory");
             self.world.push(stream, Task::Wait(event));
         }
         Ok(())

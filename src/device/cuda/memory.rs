@@ -1,12 +1,13 @@
 //! What a communicator does with a GPU's memory: copies, sums and events on its streams.
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::driver::{Event, Grid, Stream};
+use super::driver::{DeviceBuffer, Event, Grid, Priority, Stream};
 use super::Cuda;
 use crate::comm::ReduceOp;
-use crate::device::{self, StreamMemory, MOST_REDUCED};
+use crate::device::{self, Moment, Scratch, StreamDevice, StreamMemory, MOST_REDUCED};
 use crate::matrix::DType;
 use crate::{error, Result};
 
@@ -33,6 +34,12 @@ impl Cuda {
     }
 }
 
+impl Moment for Event {
+    fn is_over(&self) -> Result<bool> {
+        Event::is_over(self)
+    }
+}
+
 // SAFETY of all methods: the trait's callers answer for the pointers and the stream.
 impl StreamMemory for Cuda {
     fn kind(&self) -> &'static str {
@@ -46,7 +53,8 @@ impl StreamMemory for Cuda {
     }
 
     fn wait(&self, stream: *mut c_void, event: &device::Event) -> Result<()> {
-        let event = event.downcast_ref::<Event>().ok_or_else(|| error!(Device, "an event of another kind of memory"))?;
+        let event =
+            (&**event as &dyn Any).downcast_ref::<Event>().ok_or_else(|| error!(Device, "an event of another kind of memory"))?;
         unsafe { self.borrowed(stream) }.wait(event)
     }
 
@@ -85,5 +93,37 @@ impl StreamMemory for Cuda {
 
     fn synchronise(&self, stream: *mut c_void) -> Result<()> {
         unsafe { self.borrowed(stream) }.synchronize()
+    }
+}
+
+impl StreamDevice for Cuda {
+    fn within(&self, body: &mut dyn FnMut()) -> Result<()> {
+        let _current = self.context.enter()?;
+        body();
+        Ok(())
+    }
+
+    fn scratch(&self) -> Result<Box<dyn Scratch>> {
+        Ok(Box::new(CudaScratch { stream: Stream::new(&self.context, Priority::Greatest)?, buffer: None }))
+    }
+}
+
+struct CudaScratch {
+    stream: Stream,
+    buffer: Option<DeviceBuffer<u8>>,
+}
+
+impl Scratch for CudaScratch {
+    fn stream(&self) -> *mut c_void {
+        self.stream.raw()
+    }
+
+    fn room(&mut self, bytes: usize) -> Result<*mut u8> {
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
+            // The old one first: two need not fit.
+            self.buffer = None;
+            self.buffer = Some(DeviceBuffer::zeroed(&self.stream, bytes.next_power_of_two(), "a communicator's buffer")?);
+        }
+        Ok(self.buffer.as_ref().map_or(std::ptr::null_mut(), DeviceBuffer::as_mut_ptr))
     }
 }

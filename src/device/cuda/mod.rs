@@ -31,7 +31,7 @@ use self::kernels::Kernels;
 use self::lent::Room;
 use self::products::Products;
 use self::sizes::Gpu;
-use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, StreamDevice, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
@@ -98,6 +98,10 @@ impl Device for CudaDevice {
 
     fn process(&self) -> u32 {
         self.0.process
+    }
+
+    fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
+        Some(self.0.clone())
     }
 
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>> {
