@@ -388,8 +388,10 @@ typedef struct pfc_comm pfc_comm;
 // library copies it to host memory, waits, calls the function, and copies back. With it the
 // function gets device pointers and the device's stream: all that is on the stream has run when
 // it is called, and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED,
-// it enqueues its work on the stream, after what is there, and returns without waiting. Where
-// reduce_scatter or broadcast is NULL, their replacements go through host memory.
+// it enqueues its work on the stream, after what is there, and returns without waiting. Work that
+// is still on the stream when pfc_comm_set_timeout has passed has abort called, which must make
+// the stream go on; the next pfc_ call that waits for it gives TIMEOUT. Where reduce_scatter or
+// broadcast is NULL, their replacements go through host memory.
 typedef struct pfc_comm_ops {
   // sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
   uint64_t struct_size;
@@ -471,21 +473,37 @@ pfc_status pfc_comm_threads(uint32_t n, pfc_comm **comms);
 // @param out the communicator; free with pfc_comm_free. On failure ops->free is not called.
 pfc_status pfc_comm_custom(const pfc_comm_ops *ops, pfc_comm **out);
 
-// Makes this rank's end of an NCCL communicator. Collective.
+// Makes this rank's end of a communicator that NCCL carries, of one GPU for each rank.
+// Collective; returns when all ranks have come, or with TIMEOUT after 10 minutes.
 //
-// @param id from pfc_nccl_unique_id of one rank, broadcast by the trainer
+// NCCL 2.18 or later is loaded at run time: what PFC_NCCL_LIB in the environment names, else a
+// libnccl.so.2 that the process has loaded already, else what the loader finds under that name.
+// What heads exchange stays on the GPU and on its streams: no call waits for it. A watchdog does,
+// and ends the communicator when NCCL reports an error or an operation has been on its stream
+// longer than pfc_comm_set_timeout; the streams then go on, and the next pfc_ call gives the
+// status. NCCL does not tell which rank is missing. Other ranks hear of a lost one when NCCL
+// does, or after their own timeout.
+//
+// The functions of pfc_comm_ take host memory here too, and wait. Two ranks cannot share a GPU
+// unless NCCL is 2.30 or later and NCCL_MULTI_RANK_GPU_ENABLE is 1.
+//
+// @param id 128 bytes from pfc_nccl_unique_id of one rank, brought to all by the trainer
 // @param rank this rank, 0 to size - 1
 // @param size number of ranks
-// @param device the CUDA device this rank computes on
+// @param device the CUDA device that this rank computes on; the communicator keeps it alive
 // @param out the communicator; free with pfc_comm_free
-// @return UNSUPPORTED in this version
+// @return UNSUPPORTED without NCCL (the text names what was looked for); INVALID_ARGUMENT for
+//   wrong arguments, which the other ranks do not hear of: they wait; TIMEOUT; COMM, with NCCL's
+//   own text
 pfc_status pfc_comm_nccl(const uint8_t *id, uint32_t rank, uint32_t size, const pfc_device *device,
                          pfc_comm **out);
 
-// Makes the id that all ranks of an NCCL communicator share; call on one rank.
+// Makes the id that all ranks of an NCCL communicator share; call it on one rank, and bring it to
+// the others by what the trainer has (MPI: pfc_mpi_share_nccl_id). Each communicator takes a new
+// one.
 //
 // @param id 128 bytes, written
-// @return UNSUPPORTED in this version
+// @return UNSUPPORTED without NCCL; COMM where NCCL finds no network to be reached by
 pfc_status pfc_nccl_unique_id(uint8_t *id);
 
 // This rank, 0 to size - 1; UINT32_MAX if comm is NULL.

@@ -7,6 +7,8 @@
 mod check;
 mod custom;
 mod handshake;
+mod nccl;
+mod number;
 mod rows;
 mod single;
 mod threads;
@@ -21,9 +23,10 @@ use std::time::{Duration, Instant};
 use check::Signature;
 pub use custom::CustomOps;
 pub use handshake::{agree, exchange, remote, Field};
+pub use nccl::{unique_id, ID_BYTES};
 pub use rows::{all_reduce_rows, SampledRows};
 
-use crate::device::StreamMemory;
+use crate::device::{Device, StreamMemory};
 use crate::matrix::DType;
 use crate::{ensure, error, Error, Result};
 
@@ -233,6 +236,16 @@ impl Communicator {
     /// A rank of a group that the caller's functions carry.
     pub fn custom(ops: CustomOps) -> Result<Arc<Communicator>> {
         Ok(Communicator::new(Box::new(custom::Custom::new(ops)?)))
+    }
+
+    /// A rank of a group that NCCL joins, on a GPU. Collective; waits at most `timeout` for the other ranks.
+    ///
+    /// Errors: UNSUPPORTED without NCCL; INVALID_ARGUMENT for a device without streams; TIMEOUT; COMM.
+    pub fn nccl(id: &[u8; ID_BYTES], rank: u32, size: u32, device: &dyn Device, timeout: Duration) -> Result<Arc<Communicator>> {
+        let streams = device
+            .streams()
+            .ok_or_else(|| error!(InvalidArgument, "device is {:?} on rank {rank}; NCCL joins CUDA devices", device.info()))?;
+        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, streams, timeout)?)))
     }
 
     pub fn kind(&self) -> &'static str {

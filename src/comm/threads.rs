@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::number::Number;
 use super::{Call, Operation, Place, ReduceOp, Transport};
 use crate::device::{Event, StreamMemory, MOST_REDUCED};
 use crate::matrix::DType;
@@ -598,39 +599,6 @@ fn absent(arrived: &[bool]) -> String {
         None => "no rank".to_owned(),
     }
 }
-
-/// Numbers that a reduction combines.
-trait Number: Copy + Default {
-    fn sum(self, other: Self) -> Self;
-    fn largest(self, other: Self) -> Self;
-}
-
-macro_rules! floats {
-    ($($t:ty),*) => { $(impl Number for $t {
-        fn sum(self, other: $t) -> $t {
-            self + other
-        }
-
-        /// A NaN wins: what is broken on one rank must not pass for a number.
-        fn largest(self, other: $t) -> $t {
-            if self > other || self.is_nan() { self } else { other }
-        }
-    })* };
-}
-floats!(f32, f64);
-
-macro_rules! integers {
-    ($($t:ty),*) => { $(impl Number for $t {
-        fn sum(self, other: $t) -> $t {
-            self.wrapping_add(other)
-        }
-
-        fn largest(self, other: $t) -> $t {
-            self.max(other)
-        }
-    })* };
-}
-integers!(i32, i64);
 
 #[cfg(test)]
 mod tests {

@@ -120,11 +120,15 @@ pub trait StreamMemory: Send + Sync {
 
 /// A device with streams, for a carrier that works on it by itself.
 pub trait StreamDevice: StreamMemory {
-    /// Runs `body` with the device as the thread's current one, as libraries beside this one find it.
-    fn within(&self, body: &mut dyn FnMut()) -> Result<()>;
+    /// Makes it the thread's current device, as libraries beside this one find it, until the guard goes.
+    fn enter(&self) -> Result<Box<dyn Entered + '_>>;
     /// A stream and memory for what does not come from a head.
     fn scratch(&self) -> Result<Box<dyn Scratch>>;
 }
+
+/// While it lives a device is the thread's current one.
+#[must_use]
+pub trait Entered {}
 
 /// A stream of its own, and memory on it that grows.
 pub trait Scratch: Send {

@@ -1,6 +1,5 @@
 //! Options that no head can have, and those that this version does not.
 
-use partialfc::capi::comm::{pfc_comm_nccl, pfc_nccl_unique_id};
 use partialfc::capi::device::pfc_device_cuda;
 use partialfc::capi::head::{pfc_head_create, pfc_head_load, pfc_head_save};
 use partialfc::capi::types::pfc_head_options;
@@ -113,13 +112,6 @@ fn what_is_not_in_this_version_is_unsupported() {
             assert_refused("a CUDA device", refused, Status::Unsupported, &["CUDA"]);
             assert!(cuda.is_null());
         }
-        let mut id = [7u8; 128];
-        assert_refused("an NCCL id", outcome(pfc_nccl_unique_id(id.as_mut_ptr())), Status::Unsupported, &["NCCL"]);
-        assert_eq!(id, [7; 128], "an output is written on success only");
-        let mut nccl = std::ptr::null_mut();
-        let refused = outcome(pfc_comm_nccl(id.as_ptr(), 0, 1, device.0, &mut nccl));
-        assert_refused("an NCCL communicator", refused, Status::Unsupported, &["NCCL"]);
-        assert!(nccl.is_null());
         let head = Head::create(&device, &comm, &head_options(10, 4, 8)).expect("a head");
         let refused = outcome(pfc_head_save(head.raw, c"/nowhere".as_ptr(), std::ptr::null()));
         assert_refused("a checkpoint", refused, Status::Unsupported, &["pfc_head_save"]);

@@ -4,10 +4,10 @@ use std::any::Any;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::driver::{DeviceBuffer, Event, Grid, Priority, Stream};
+use super::driver::{Current, DeviceBuffer, Event, Grid, Priority, Stream};
 use super::Cuda;
 use crate::comm::ReduceOp;
-use crate::device::{self, Moment, Scratch, StreamDevice, StreamMemory, MOST_REDUCED};
+use crate::device::{self, Entered, Moment, Scratch, StreamDevice, StreamMemory, MOST_REDUCED};
 use crate::matrix::DType;
 use crate::{error, Result};
 
@@ -96,11 +96,11 @@ impl StreamMemory for Cuda {
     }
 }
 
+impl Entered for Current<'_> {}
+
 impl StreamDevice for Cuda {
-    fn within(&self, body: &mut dyn FnMut()) -> Result<()> {
-        let _current = self.context.enter()?;
-        body();
-        Ok(())
+    fn enter(&self) -> Result<Box<dyn Entered + '_>> {
+        Ok(Box::new(self.context.enter()?))
     }
 
     fn scratch(&self) -> Result<Box<dyn Scratch>> {

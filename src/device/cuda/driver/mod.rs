@@ -18,7 +18,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use crate::{ensure, error, Error, Result};
 
-pub(crate) use context::{Context, Place};
+pub(crate) use context::{Context, Current, Place};
 pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
 pub(crate) use stream::{Event, Priority, Stream};
