@@ -120,7 +120,7 @@ impl Nccl {
         );
         let named = |error: Error| match self.watchdog.check() {
             Err(cause) => aborted(call, &cause, *rank),
-            Ok(()) => error.during(&call.label()),
+            Ok(()) => on_rank(error.during(&call.label()), *rank),
         };
         self.group.issue(function, call, launch).map_err(named)?;
         let over = memory.record(stream).map_err(named)?;
@@ -266,10 +266,7 @@ impl Stop for Group {
     fn async_error(&self) -> Result<()> {
         match self.state() {
             Ok(ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress) => Ok(()),
-            Ok(result) => {
-                let error = self.library.failure("ncclCommGetAsyncError", result, std::ptr::null_mut());
-                Err(Error { message: format!("{} on rank {}", error.message, self.rank), ..error })
-            }
+            Ok(result) => Err(on_rank(self.library.failure("ncclCommGetAsyncError", result, std::ptr::null_mut()), self.rank)),
             // It was aborted meanwhile, which whoever did it tells.
             Err(error) if error.status == Status::Aborted => Ok(()),
             Err(error) => Err(error),
@@ -284,6 +281,10 @@ impl Drop for Group {
             self.stop();
         }
     }
+}
+
+fn on_rank(error: Error, rank: u32) -> Error {
+    Error { message: format!("{} on rank {rank}", error.message), ..error }
 }
 
 fn data_type(dtype: DType) -> ncclDataType_t {

@@ -104,13 +104,15 @@ impl StreamDevice for Cuda {
     }
 
     fn scratch(&self) -> Result<Box<dyn Scratch>> {
-        Ok(Box::new(CudaScratch { stream: Stream::new(&self.context, Priority::Greatest)?, buffer: None }))
+        Ok(Box::new(CudaScratch { stream: Stream::new(&self.context, Priority::Greatest)?, buffers: Vec::new() }))
     }
 }
 
 struct CudaScratch {
     stream: Stream,
-    buffer: Option<DeviceBuffer<u8>>,
+    /// The last is the largest. Freeing one waits for all that is under way in the context, and that may be another rank's wait for
+    /// this one: those outgrown stay, together no larger than the last.
+    buffers: Vec<DeviceBuffer<u8>>,
 }
 
 impl Scratch for CudaScratch {
@@ -119,11 +121,10 @@ impl Scratch for CudaScratch {
     }
 
     fn room(&mut self, bytes: usize) -> Result<*mut u8> {
-        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
-            // The old one first: two need not fit.
-            self.buffer = None;
-            self.buffer = Some(DeviceBuffer::zeroed(&self.stream, bytes.next_power_of_two(), "a communicator's buffer")?);
+        if self.buffers.last().is_none_or(|buffer| buffer.len() < bytes) {
+            let bytes = bytes.next_power_of_two();
+            self.buffers.push(DeviceBuffer::zeroed(&self.stream, bytes, "a communicator's buffer")?);
         }
-        Ok(self.buffer.as_ref().map_or(std::ptr::null_mut(), DeviceBuffer::as_mut_ptr))
+        Ok(self.buffers.last().map_or(std::ptr::null_mut(), DeviceBuffer::as_mut_ptr))
     }
 }
