@@ -2,16 +2,22 @@
 
 mod common;
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::ffi::{outcome, Comm, Failure, Outcome};
 use common::gpu::gpu;
-use common::nccl::{self, Fault, REMOTE_ERROR, SYSTEM_ERROR};
+use common::nccl::{self, Fault};
 use common::ranks::{on_comms, Rank};
+use common::simt;
 use partialfc::capi::comm as c_comm;
 use partialfc::comm::{unique_id, Communicator};
 use partialfc::matrix::DType;
 use partialfc::Status;
+
+/// As nccl.h has them.
+const SYSTEM_ERROR: i32 = 2;
+const REMOTE_ERROR: i32 = 6;
 
 /// Longer than any wait of these tests, unless something hangs.
 const LONG: Duration = Duration::from_secs(60);
@@ -72,20 +78,12 @@ fn all_operations(place: &Rank, count: usize) {
     comm.barrier().expect("barrier");
 }
 
-fn ranks(turn: &nccl::Turn) -> std::ops::RangeInclusive<usize> {
-    // Several ranks on one GPU are new to NCCL; see benches/gpu.md.
-    match (turn.standin(), std::env::var("PFC_TEST_NCCL_RANKS")) {
-        (Some(_), _) => 1..=4,
-        (None, Ok(most)) => 1..=most.parse().expect("PFC_TEST_NCCL_RANKS is a number"),
-        (None, Err(_)) => 1..=1,
-    }
-}
-
 #[test]
 fn every_operation_of_host_memory() {
     for seed in 0..4 {
-        let turn = nccl::turn(seed);
-        for size in ranks(&turn) {
+        let turn = simt::turn(seed);
+        let _standin = nccl::emulated(&turn);
+        for size in 1..=nccl::most_ranks(&turn) {
             on_comms(nccl::group(size), |place| {
                 // The watchdog's thread and this one's calls need the context.
                 let _device = gpu();
@@ -97,16 +95,17 @@ fn every_operation_of_host_memory() {
 
 #[test]
 fn what_nccl_does_not_take_at_once_is_waited_for() {
-    let turn = nccl::turn(5);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(5);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     standin.in_progress(3);
     on_comms(nccl::group(3), |place| all_operations(place, 100));
 }
 
 #[test]
 fn a_nan_is_the_largest() {
-    let turn = nccl::turn(6);
-    let size = *ranks(&turn).end();
+    let turn = simt::turn(6);
+    let _standin = nccl::emulated(&turn);
+    let size = nccl::most_ranks(&turn);
     let found = on_comms(nccl::group(size), |place| {
         let mut values = [1.0, place.rank as f32, -2.0];
         if place.rank == 0 {
@@ -136,8 +135,8 @@ fn reduce_to_the_end(place: &Rank) -> Failure {
 
 #[test]
 fn a_code_is_told_with_nccl_s_text() {
-    let turn = nccl::turn(7);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(7);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     standin.plan(1, 2, Fault::Enqueue(SYSTEM_ERROR));
     let outcomes = on_comms(nccl::group(2), |place| {
         place.comm.set_timeout(300);
@@ -151,10 +150,10 @@ fn a_code_is_told_with_nccl_s_text() {
 
 #[test]
 fn what_never_ends_on_the_stream_is_a_timeout() {
-    let turn = nccl::turn(8);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(8);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     for planted in 0..2 {
-        standin.plan(planted, 1, Fault::Hang);
+        standin.plan(planted as i32, 1, Fault::Hang);
         let begin = Instant::now();
         let failures = on_comms(nccl::group(2), |place| {
             place.comm.set_timeout(200);
@@ -171,10 +170,10 @@ fn what_never_ends_on_the_stream_is_a_timeout() {
 
 #[test]
 fn an_error_behind_the_scenes_ends_the_wait() {
-    let turn = nccl::turn(9);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(9);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     standin.plan(0, 1, Fault::Async(REMOTE_ERROR));
-    standin.tell();
+    standin.tell(true);
     let begin = Instant::now();
     let failures = on_comms(nccl::group(2), reduce_to_the_end);
     for (rank, failure) in failures.iter().enumerate() {
@@ -186,8 +185,8 @@ fn an_error_behind_the_scenes_ends_the_wait() {
 
 #[test]
 fn an_abort_from_another_thread_ends_the_wait() {
-    let turn = nccl::turn(10);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(10);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     let comms = nccl::group(2);
     let failure = std::thread::scope(|scope| {
         let waiting = scope.spawn(|| reduce(&comms[0], &mut values(0, 9), c_comm::PFC_SUM));
@@ -202,8 +201,8 @@ fn an_abort_from_another_thread_ends_the_wait() {
 
 #[test]
 fn ranks_that_do_not_come_are_a_timeout() {
-    let turn = nccl::turn(11);
-    let Some(standin) = turn.standin() else { return };
+    let turn = simt::turn(11);
+    let Some(standin) = nccl::emulated(&turn) else { return };
     let id = unique_id().expect("an id");
     let join = |timeout| {
         let (device, _context) = (partialfc_device(), gpu());
@@ -228,8 +227,30 @@ fn partialfc_device() -> std::sync::Arc<dyn partialfc::device::Device> {
 }
 
 #[test]
+fn an_old_library_is_unsupported() {
+    // In a process of its own: the version is asked once.
+    const OLD: &str = "PFC_TEST_OLD_NCCL";
+    let turn = simt::turn(13);
+    let Some(standin) = nccl::emulated(&turn) else { return };
+    if std::env::var_os(OLD).is_some() {
+        standin.version(21701);
+        let error = unique_id().expect_err("an old library");
+        assert_eq!(error.status, Status::Unsupported);
+        assert!(error.message.contains("is NCCL 2.17.1; 2.18.0 or later is needed"), "{error}");
+        return;
+    }
+    let child = Command::new(std::env::current_exe().expect("this program's path"))
+        .args(["--exact", "an_old_library_is_unsupported"])
+        .env(OLD, "1")
+        .output()
+        .expect("this program");
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+}
+
+#[test]
 fn wrong_arguments_are_named() {
-    let _turn = nccl::turn(12);
+    let turn = simt::turn(12);
+    let _standin = nccl::emulated(&turn);
     let device = partialfc_device();
     let refused = |rank, size, device: &dyn partialfc::device::Device| {
         Communicator::nccl(&[7; 128], rank, size, device, LONG).err().expect("a wrong argument").to_string()

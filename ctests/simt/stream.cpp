@@ -146,8 +146,10 @@ void find_needed(std::vector<const Operation*> left, std::vector<char>& needed) 
             ++seen[slot];
             for (const auto& other : before->after)
                 if (!other->done) left.push_back(other.get());
-            if (before->word == Word::kWait && !is_satisfied(*before))
-                add_writers(*before, left);
+            if (before->word != Word::kWait || is_satisfied(*before)) continue;
+            add_writers(*before, left);
+            // What is behind it comes no nearer by anything else.
+            seen[slot] = queue.size();
         }
     }
 }

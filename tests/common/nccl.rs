@@ -1,197 +1,253 @@
-//! The stand-in for NCCL of `ctests/nccl`, built here and named by `PFC_NCCL_LIB`, and groups of ranks that it joins.
+//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything asks
+//! for NCCL.
 //!
-//! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. With `PFC_TEST_DRIVER=real` the tests take
-//! the machine's own NCCL.
+//! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it from
+//! [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
 
-use std::ffi::{c_char, c_void, CString};
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::process::Command;
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
+use std::cell::Cell;
+use std::ffi::{c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use partialfc::capi::comm as c_comm;
 
-use super::ffi::{outcome, Comm, Outcome};
+use super::ffi::{outcome, Comm};
 use super::gpu::gpu;
 use super::simt;
 
-/// What a rank's operation comes to; see ctests/nccl/standin.h.
+/// The stand-in's own functions; see ctests/nccl/standin.h.
+struct Functions {
+    library: PathBuf,
+    reset: unsafe extern "C" fn(),
+    plan: unsafe extern "C" fn(c_int, c_int, c_int, c_int),
+    findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    operations: unsafe extern "C" fn(c_int) -> u64,
+    live: unsafe extern "C" fn() -> c_int,
+    slot: unsafe extern "C" fn(u64),
+    version: unsafe extern "C" fn(c_int),
+    in_progress: unsafe extern "C" fn(c_int),
+    tell: unsafe extern "C" fn(c_int),
+    quiet: unsafe extern "C" fn(c_int),
+}
+
+/// What goes wrong with an operation, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The call gives this code.
+    /// The call gives this result and enqueues nothing.
     Enqueue(i32),
-    /// The communicator fails with this code once the stream is there.
+    /// When the stream comes to it, `ncclCommGetAsyncError` gives this result from then on, and the operation never completes.
     Async(i32),
-    /// It never ends by itself.
+    /// It never completes until the communicator is aborted.
     Hang,
-    /// It ends so many milliseconds later.
+    /// It completes so many milliseconds later.
     Delay(i32),
-    /// This element of what comes is another.
+    /// All bits of this element of what arrives are inverted.
     Wrong(i32),
-    /// Half of what should come comes.
+    /// The second half of the bytes does not arrive.
     Short,
 }
 
-pub const SYSTEM_ERROR: i32 = 2;
-pub const REMOTE_ERROR: i32 = 6;
-
-/// The stand-in's own functions.
-pub struct StandIn {
-    version: unsafe extern "C" fn(i32),
-    reset: unsafe extern "C" fn(),
-    plan: unsafe extern "C" fn(i32, i32, i32, i32),
-    in_progress: unsafe extern "C" fn(i32),
-    tell: unsafe extern "C" fn(i32),
-    live: unsafe extern "C" fn() -> i32,
-    operations: unsafe extern "C" fn(i32) -> u64,
-    findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
-}
-
-// SAFETY of all methods: as standin.h declares the functions.
-impl StandIn {
-    pub fn version(&self, version: i32) {
-        unsafe { (self.version)(version) };
-    }
-
-    pub fn plan(&self, rank: usize, operation: i64, fault: Fault) {
-        let (kind, value) = match fault {
-            Fault::Enqueue(code) => (1, code),
-            Fault::Async(code) => (2, code),
-            Fault::Hang => (3, 0),
-            Fault::Delay(milliseconds) => (4, milliseconds),
-            Fault::Wrong(element) => (5, element),
-            Fault::Short => (6, 0),
-        };
-        unsafe { (self.plan)(rank as i32, operation as i32, kind, value) };
-    }
-
-    /// Operations are in progress for so many questions after them.
-    pub fn in_progress(&self, polls: i32) {
-        unsafe { (self.in_progress)(polls) };
-    }
-
-    /// A rank that has gone is an error of its peers'.
-    pub fn tell(&self) {
-        unsafe { (self.tell)(1) };
-    }
-
-    pub fn operations(&self, rank: usize) -> u64 {
-        unsafe { (self.operations)(rank as i32) }
-    }
-
-    fn findings(&self) -> String {
-        unsafe {
-            let mut text = vec![0u8; (self.findings)(std::ptr::null_mut(), 0) + 1];
-            let length = (self.findings)(text.as_mut_ptr().cast(), text.len());
-            text.truncate(length.min(text.len() - 1));
-            String::from_utf8_lossy(&text).into_owned()
+impl Fault {
+    /// As standin.h numbers and names it, and its value.
+    fn parts(self) -> (c_int, &'static str, c_int) {
+        match self {
+            Fault::Enqueue(result) => (1, "enqueue", result),
+            Fault::Async(result) => (2, "async", result),
+            Fault::Hang => (3, "hang", 0),
+            Fault::Delay(milliseconds) => (4, "delay", milliseconds),
+            Fault::Wrong(element) => (5, "wrong", element),
+            Fault::Short => (6, "short", 0),
         }
     }
-}
 
-/// A turn at the driver and at NCCL: no plans at its beginning; no findings and no communicators left at its end.
-pub struct Turn {
-    standin: Option<&'static StandIn>,
-    pub driver: simt::Turn,
-}
-
-pub fn turn(seed: u64) -> Turn {
-    let driver = simt::turn(seed);
-    let turn = Turn { standin: if driver.is_emulator() { Some(load()) } else { None }, driver };
-    if let Some(standin) = turn.standin {
-        unsafe { (standin.reset)() };
-    }
-    turn
-}
-
-impl Turn {
-    /// None: this is NCCL itself.
-    pub fn standin(&self) -> Option<&'static StandIn> {
-        self.standin
+    /// The same as part of `PFC_STANDIN_PLAN`, for a process that is started.
+    pub fn planned(self, rank: i32, operation: i32) -> String {
+        let (_, name, value) = self.parts();
+        format!("{rank}:{operation}:{name}:{value}")
     }
 }
 
-impl Drop for Turn {
-    fn drop(&mut self) {
-        if let (Some(standin), false) = (self.standin, std::thread::panicking()) {
-            assert_eq!(standin.findings(), "", "the stand-in's findings");
-            assert_eq!(unsafe { (standin.live)() }, 0, "communicators are left");
-        }
+/// The stand-in, for as long as a turn at the driver: its plans, findings and counts are the process's.
+///
+/// At its end there must be no finding but those that were taken, and no communicator.
+pub struct Standin<'turn> {
+    functions: &'static Functions,
+    taken: Cell<usize>,
+    _turn: &'turn simt::Turn,
+}
+
+/// Loads the stand-in, once in a process; nothing is planned.
+pub fn standin(turn: &simt::Turn) -> Standin<'_> {
+    let standin = Standin { functions: load(), taken: Cell::new(0), _turn: turn };
+    standin.reset();
+    standin
+}
+
+/// The stand-in, where the driver is the emulator: a real one has NCCL itself.
+pub fn emulated(turn: &simt::Turn) -> Option<Standin<'_>> {
+    turn.is_emulator().then(|| standin(turn))
+}
+
+/// Ranks that can share GPU 0. NCCL itself takes one; from 2.30 on more, which `PFC_TEST_NCCL_RANKS` then says.
+pub fn most_ranks(turn: &simt::Turn) -> usize {
+    match std::env::var("PFC_TEST_NCCL_RANKS") {
+        _ if turn.is_emulator() => 4,
+        Ok(most) => most.parse().expect("PFC_TEST_NCCL_RANKS is a number"),
+        Err(_) => 1,
     }
 }
 
-fn load() -> &'static StandIn {
-    static LOADED: OnceLock<StandIn> = OnceLock::new();
-    LOADED.get_or_init(|| {
-        let library = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(build, PathBuf::from);
-        // The library under test looks there first.
-        std::env::set_var("PFC_NCCL_LIB", &library);
-        let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
-        // SAFETY: the stand-in has no initialisers that do anything; its functions are of the types that standin.h declares.
-        unsafe {
-            let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-            assert!(!handle.is_null(), "{}", library.display());
-            let find = |name: &str| {
-                let symbol = CString::new(name).expect("a name without zeros");
-                let found = libc::dlsym(handle, symbol.as_ptr());
-                assert!(!found.is_null(), "the stand-in lacks {name}");
-                found
-            };
-            StandIn {
-                version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(find("standin_version")),
-                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find("standin_reset")),
-                plan: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, i32, i32, i32)>(find("standin_plan")),
-                in_progress: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(find("standin_in_progress")),
-                tell: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(find("standin_tell")),
-                live: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> i32>(find("standin_live")),
-                operations: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32) -> u64>(find("standin_operations")),
-                findings: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(find(
-                    "standin_findings",
-                )),
-            }
-        }
-    })
-}
-
-/// Builds the stand-in beside the emulator. Programs that run at once take turns.
-fn build() -> PathBuf {
-    let program = std::env::current_exe().expect("this program's path");
-    let folder = program.ancestors().nth(2).expect("a folder of cargo's").join("nccl");
-    std::fs::create_dir_all(&folder).expect("a folder for the stand-in");
-    let lock = File::create(folder.join("lock")).expect("a lock for the stand-in");
-    // SAFETY: an open file; the lock goes with it.
-    assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
-    let made = Command::new("make")
-        .args(["-s", "-C", "ctests/nccl"])
-        .arg(format!("OUT={}", folder.display()))
-        .arg("library")
-        // Cargo's jobserver is not make's to share here.
-        .env_remove("MAKEFLAGS")
-        .env_remove("MFLAGS")
-        .output()
-        .expect("make");
-    assert!(made.status.success(), "the stand-in does not build:\n{}", String::from_utf8_lossy(&made.stderr));
-    folder.join("libnccl.so.2")
-}
-
-/// A group of ranks on one GPU, each with a device of its own.
+/// A group of ranks on one GPU.
 pub fn group(ranks: usize) -> Vec<Comm> {
-    try_group(ranks).into_iter().map(|joined| joined.expect("a communicator")).collect()
-}
-
-/// What came of joining, for each rank.
-pub fn try_group(ranks: usize) -> Vec<Outcome<Comm>> {
     let mut id = [0u8; 128];
     // SAFETY: 128 bytes.
     outcome(unsafe { c_comm::pfc_nccl_unique_id(id.as_mut_ptr()) }).expect("an id");
     let join = |rank: usize| {
         let (device, mut raw) = (gpu(), std::ptr::null_mut());
         // SAFETY: 128 bytes, a living device, an output that outlives the call.
-        outcome(unsafe { c_comm::pfc_comm_nccl(id.as_ptr(), rank as u32, ranks as u32, device.0, &mut raw) }).map(|()| Comm(raw))
+        let joined = unsafe { c_comm::pfc_comm_nccl(id.as_ptr(), rank as u32, ranks as u32, device.0, &mut raw) };
+        outcome(joined).map(|()| Comm(raw)).expect("a communicator")
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..ranks).map(|rank| scope.spawn(move || join(rank))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
+}
+
+/// Where it is, built where it was not.
+pub fn library() -> &'static Path {
+    &load().library
+}
+
+/// Loads it without a turn, for what needs no more than that it is there.
+pub fn ready() {
+    load();
+}
+
+impl Standin<'_> {
+    /// Forgets plans, findings and counts, and sets all that is set below to what it is unless told.
+    pub fn reset(&self) {
+        self.taken.set(0);
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.reset)() };
+    }
+
+    /// Plans a fault for a rank's `operation`-th collective (-1: its initialisation). It happens once, to the first communicator that
+    /// comes to it; a rank below 0: to whichever rank does.
+    pub fn plan(&self, rank: i32, operation: i32, fault: Fault) {
+        let (kind, _, value) = fault.parts();
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.plan)(rank, operation, kind, value) };
+    }
+
+    /// Lets every collective of a communicator that does not block be in progress for so many questions.
+    pub fn in_progress(&self, polls: i32) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.in_progress)(polls) };
+    }
+
+    /// Whether the peers of a rank that is lost are told.
+    pub fn tell(&self, tell: bool) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.tell)(c_int::from(tell)) };
+    }
+
+    /// Bytes of a rank's data under way at once.
+    pub fn slot(&self, bytes: u64) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.slot)(bytes) };
+    }
+
+    /// What `ncclGetVersion` tells.
+    pub fn version(&self, version: i32) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.version)(version) };
+    }
+
+    /// Whether findings are kept from stderr.
+    pub fn quiet(&self, quiet: bool) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.quiet)(c_int::from(quiet)) };
+    }
+
+    /// Communicators of this process that were neither destroyed nor aborted.
+    pub fn live(&self) -> i32 {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.live)() }
+    }
+
+    /// Collectives that a rank has enqueued.
+    pub fn operations(&self, rank: i32) -> u64 {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.operations)(rank) }
+    }
+
+    /// What was found and not taken so far.
+    pub fn findings(&self) -> String {
+        self.all_findings().split_off(self.taken.get())
+    }
+
+    /// The same, for a test that provoked it: it is then no failure.
+    pub fn take_findings(&self) -> String {
+        let all = self.all_findings();
+        all[self.taken.replace(all.len())..].to_owned()
+    }
+
+    fn all_findings(&self) -> String {
+        // SAFETY: as standin.h declares it: at most as many bytes are written as there are. Another thread's finding may come between
+        // the two calls: the text is then cut at the buffer's end.
+        let mut text = vec![0u8; unsafe { (self.functions.findings)(std::ptr::null_mut(), 0) } + 1];
+        // SAFETY: the same.
+        let length = unsafe { (self.functions.findings)(text.as_mut_ptr().cast(), text.len()) };
+        text.truncate(length.min(text.len() - 1));
+        String::from_utf8(text).expect("findings are plain text")
+    }
+}
+
+impl Drop for Standin<'_> {
+    fn drop(&mut self) {
+        let (findings, live) = (self.findings(), self.live());
+        self.reset();
+        // A second panic would hide the first.
+        if !std::thread::panicking() {
+            assert!(findings.is_empty(), "the findings of the stand-in for NCCL:\n{findings}");
+            assert_eq!(live, 0, "communicators that were neither destroyed nor aborted");
+        }
+    }
+}
+
+fn load() -> &'static Functions {
+    static LOADED: OnceLock<Functions> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        // It takes the driver that is there.
+        simt::ready();
+        let library = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
+        let handle = simt::open(&library).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
+        let find = |name: &str| {
+            let found = simt::symbol(handle, name);
+            assert!(!found.is_null(), "the stand-in for NCCL lacks {name}");
+            found
+        };
+        // SAFETY: the functions are of these types, which standin.h declares.
+        unsafe {
+            Functions {
+                library,
+                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find("standin_reset")),
+                plan: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int, c_int, c_int, c_int)>(find("standin_plan")),
+                findings: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(find(
+                    "standin_findings",
+                )),
+                operations: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int) -> u64>(find("standin_operations")),
+                live: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(find("standin_live")),
+                slot: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(find("standin_slot")),
+                version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_version")),
+                in_progress: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_in_progress")),
+                tell: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_tell")),
+                quiet: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_quiet")),
+            }
+        }
     })
 }
