@@ -2,15 +2,13 @@
 
 mod common;
 
-use std::ffi::c_void;
 use std::process::Command;
 
-use common::ffi::{options, outcome, Device, Head, Rows};
-use common::gpu::{driver_function, gpu};
+use common::ffi::{options, Device, Head, Rows};
+use common::gpu::gpu_apart;
 use common::ranks::on_ranks;
 use common::simt;
 use common::training::{learning_rate, Batch};
-use partialfc::capi::device::pfc_device_cuda;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::trace::{self, Span};
 
@@ -91,19 +89,7 @@ fn the_host_s_phases_follow_each_other() {
 /// a matter of timing.
 #[test]
 fn collectives_and_the_next_draw_run_beside_the_products() {
-    let spans = traced(|| {
-        train(&small(), || {
-            let (_default, mut stream, mut raw) = (gpu(), std::ptr::null_mut(), std::ptr::null_mut());
-            // SAFETY: the driver's functions, of these types; outputs that outlive the calls. The stream goes with the process.
-            unsafe {
-                let create: unsafe extern "C" fn(*mut *mut c_void, u32) -> i32 =
-                    std::mem::transmute(driver_function(c"cuStreamCreate"));
-                assert_eq!(create(&mut stream, 1), 0);
-                outcome(pfc_device_cuda(0, stream, &mut raw)).expect("GPU 0");
-            }
-            Device(raw)
-        })
-    });
+    let spans = traced(|| train(&small(), gpu_apart));
     if simt::turn(3).is_emulator() {
         for rank in 0..2 {
             let on = |step, track: &str, name: &str| find(&spans, rank, step, track, name).clone();

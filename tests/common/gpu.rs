@@ -46,6 +46,20 @@ pub fn gpu() -> Device {
     Device(raw)
 }
 
+/// GPU 0 with a stream of this device's own, which goes with the process.
+pub fn gpu_apart() -> Device {
+    enter();
+    let (mut stream, mut raw) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the driver's function, of this type; outputs that outlive the calls.
+    unsafe {
+        let create = driver!(c"cuStreamCreate", unsafe extern "C" fn(*mut *mut c_void, u32) -> i32);
+        const NON_BLOCKING: u32 = 1;
+        assert_eq!(create(&mut stream, NON_BLOCKING), 0);
+        outcome(pfc_device_cuda(0, stream, &mut raw)).expect("GPU 0");
+    }
+    Device(raw)
+}
+
 /// Memory on GPU 0, whose primary context is current: freed with it. Whoever drops it waits for its uses first.
 pub struct Remote {
     pub address: u64,
