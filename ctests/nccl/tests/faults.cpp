@@ -277,7 +277,8 @@ void check_misuse() {
             CHECK(ncclCommGetAsyncError(gone, &state) == ncclInvalidArgument);
             CHECK(ncclCommAbort(gone) == ncclInvalidArgument);
         });
-        expect("after its end", aborts ? "ncclAllReduce on rank 0's communicator after ncclCommAbort"
+        expect("after its end", aborts
+            ? "ncclAllReduce on rank 0's communicator after ncclCommAbort"
             : "ncclCommGetAsyncError on rank 0's communicator after ncclCommDestroy");
     }
     run_threads(1, 1, [](Rank& r) {
