@@ -63,22 +63,18 @@ fn train(place: &Rank, options: &HeadOptions) -> Trace {
 
 #[test]
 fn every_placement_has_the_bits_that_threads_give() {
-    for seed in 0..2 {
-        let turn = simt::turn(seed);
-        let _standin = nccl::emulated(&turn);
-        for base in placements() {
-            for (precision, optimizer, row_update) in [
-                (Precision::F32, base.optimizer, RowUpdate::Lazy),
-                (Precision::Half, ADAMW, RowUpdate::Lazy),
-                (Precision::F32, base.optimizer, RowUpdate::Dense),
-            ] {
-                let options = HeadOptions { precision, optimizer, row_update, ..base.clone() };
-                // Three ranks on the emulator, for whose sums the order counts.
-                let size = nccl::most_ranks(&turn).min(3);
-                let carried = on_comms(nccl::group(size), |place| train(place, &options));
-                let expected = on_comms(Comm::threads(size as u32), |place| train(place, &options));
-                assert_same_bits(&format!("{options:?}"), &carried, &expected);
-            }
+    let turn = simt::turn(1);
+    let _standin = nccl::emulated(&turn);
+    // Three ranks on the emulator, for whose sums the order counts.
+    let size = nccl::most_ranks(&turn).min(3);
+    for base in placements() {
+        for (precision, optimizer, row_update) in
+            [(Precision::F32, base.optimizer, RowUpdate::Dense), (Precision::Half, ADAMW, RowUpdate::Lazy)]
+        {
+            let options = HeadOptions { precision, optimizer, row_update, ..base.clone() };
+            let carried = on_comms(nccl::group(size), |place| train(place, &options));
+            let expected = on_comms(Comm::threads(size as u32), |place| train(place, &options));
+            assert_same_bits(&format!("{options:?}"), &carried, &expected);
         }
     }
 }
@@ -230,8 +226,10 @@ fn every_operation_may_go_wrong_on_every_rank() {
                 standin.tell(!matches!(fault, Fault::Hang));
                 standin.plan(rank as i32, operation as i32, fault);
                 let begin = Instant::now();
-                let found = lives(options, if fault == Fault::Hang { TIMEOUT_MS } else { 5_000 });
-                assert!(begin.elapsed().as_secs() < 15, "{what}: {:?}", begin.elapsed());
+                // Of wrong bytes a rank may make that it is done, and leave the others.
+                let waits = matches!(fault, Fault::Hang | Fault::Short | Fault::Wrong(_));
+                let found = lives(options, if waits { TIMEOUT_MS } else { 20_000 });
+                assert!(begin.elapsed().as_secs() < 60, "{what}: {:?}", begin.elapsed());
                 judge(&what, fault, rank, &found, &sound);
             }
         }

@@ -119,8 +119,12 @@ impl Nccl {
             memory.kind()
         );
         let named = |error: Error| match self.watchdog.check() {
-            Err(cause) => aborted(call, &cause, *rank),
-            Ok(()) => on_rank(error.during(&call.label()), *rank),
+            // Another thread has aborted it meanwhile: the watchdog's, whose news this is, or a caller's.
+            Err(cause) if error.status == Status::Aborted => match cause.status {
+                Status::Aborted => aborted(call, &cause, *rank),
+                _ => cause,
+            },
+            _ => on_rank(error.during(&call.label()), *rank),
         };
         self.group.issue(function, call, launch).map_err(named)?;
         let over = memory.record(stream).map_err(named)?;
