@@ -695,6 +695,9 @@ pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batc
 // added. Not collective. They are used up once a step's labels were good (CUDA: once they were
 // given), whatever becomes of that step.
 //
+// CUDA: more ids than any draw has take memory and wait: the step's pfc_head_prepare or _forward
+// for the device, and a replicated head's pfc_head_update for the ranks' forwards.
+//
 // @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks,
 //   checked in forward); copied
 // @param count ids

@@ -108,7 +108,8 @@ PFC_DEVICE void pack_sharded(const HeadView& view, int32_t own_status, const Sha
     }
 }
 
-PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, const Shared& shared) {
+PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, uint64_t room,
+                                const Shared& shared) {
     const StepBlock& block = *view.block;
     double loss = 0.0, cosines = 0.0, status = double(own_status), row = 0.0;
     if (own_status != kOk) {
@@ -132,6 +133,7 @@ PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, const 
         double* slot = view.replicated_sums + kTotals + kSlot * view.rank;
         slot[0] = status;
         slot[1] = row;
+        slot[3] = double(room);
         if (status == double(kOk)) {
             view.replicated_sums[0] = loss;
             view.replicated_sums[1] = double(block.own_valid_rows);
@@ -247,9 +249,10 @@ PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
-// This rank's part of C, whatever became of the step: the other ranks wait for it.
+// This rank's part of C, whatever became of the step: the other ranks wait for it. `room`: classes
+// that a replicated head's dW has rows for, which the hosts compare where it may be more than usual.
 // gate: pack_sums registers <= 56
-PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status)) {
+PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status, uint64_t room)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
         return;
@@ -257,7 +260,7 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status
     if (view.sharded) {
         pack_sharded(view, own_status, shared_of(dynamic));
     } else {
-        pack_replicated(view, own_status, shared_of(dynamic));
+        pack_replicated(view, own_status, room, shared_of(dynamic));
     }
 }
 

@@ -449,6 +449,52 @@ fn a_rank_whose_step_finds_no_memory_fails_the_step_on_all() {
     }
 }
 
+/// A sample beyond every draw for which one rank has no room: its own failure, which its peers hear of.
+#[test]
+fn a_rank_that_has_no_room_for_a_large_sample_fails_the_step_on_all() {
+    let turn = simt::turn(13);
+    if !turn.is_emulator() {
+        return;
+    }
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for late in [false, true] {
+            let told = on_ranks(3, |place| {
+                let mut head = Head::new(&gpu(), &place.comm, &HeadOptions { placement, sample_rate: 0.0, ..small() });
+                let (rows, gradient) = (Remote::of(&embeddings().values_f32()), Remote::of(&[0f32; ROWS * DIM]));
+                let (loss, mut host) = (Remote::of(&[0f64]), 0.0);
+                let loss = if late { loss.address as *mut f64 } else { &mut host };
+                let (first, count) = head.shard();
+                let ids: Vec<i64> = (first as i64..(first + count) as i64).step_by(2).collect();
+                place.comm.barrier().expect("all are there");
+                if place.rank == 0 {
+                    // Who asks first, and is refused, the threads decide.
+                    turn.fail("cuMemAlloc_v2", 1, OUT_OF_MEMORY);
+                }
+                place.comm.barrier().expect("all are there");
+                let mut failure = None;
+                for round in 0..2 {
+                    head.set_sample(&ids).expect("a sample by itself");
+                    let forward = forward(&head, &rows, &LABELS, loss);
+                    if forward.is_ok() || late {
+                        // SAFETY: a live head; an array of the size that it takes, until after the wait.
+                        unsafe {
+                            let backward = outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient.matrix(DIM)));
+                            assert_eq!(backward, forward, "round {round}");
+                        }
+                        assert_eq!(head.update(0.1), forward, "round {round}");
+                    }
+                    let waited = head.wait();
+                    let verdict = if late { waited } else { forward.and(waited) };
+                    assert_eq!(verdict.is_err(), round == 0, "{placement:?}, round {round}: {verdict:?}");
+                    failure = failure.or(verdict.err());
+                }
+                failure.expect("the first round's")
+            });
+            assert_one_of_all(&told, Status::OutOfMemory, &["bytes", "are free"]);
+        }
+    }
+}
+
 /// Kernels of every part of a step, and driver functions that it calls.
 const KERNELS: [&str; 12] = [
     "pack_labels",

@@ -241,6 +241,9 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 /// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
 /// used up once a step's labels were good (CUDA: once they were given), whatever becomes of that step.
 ///
+/// CUDA: more ids than any draw has take memory and wait: the step's pfc_head_prepare or _forward for the device, and a replicated
+/// head's pfc_head_update for the ranks' forwards.
+///
 /// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied
 /// @param count ids
 #[no_mangle]

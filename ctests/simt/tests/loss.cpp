@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr uint64_t kRoom = (uint64_t(1) << 32) + 77;
+
 // The ranks' finite outcomes of a step, as judge_sums leaves them for the kernels after it.
 struct Finished {
     std::vector<double> factors, coefficients;
@@ -112,7 +114,7 @@ void test_sharded(const Launch& launch, bool only_target) {
     head.view.margin.offset = 2.5;
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), kRoom);
     const uint32_t capacity = head.view.label_capacity, rows = head.block.rows;
     std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
     double cosines = 0;
@@ -169,7 +171,7 @@ void test_sharded_failures() {
     double* const loss = loss_cell(head);
     const uint32_t capacity = head.view.label_capacity;
     // This rank fails: nothing but the error travels.
-    head.launch({1, 128}, "pack_sums", int32_t(5));
+    head.launch({1, 128}, "pack_sums", int32_t(5), kRoom);
     std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
     for (uint32_t i = 0; i < sums.size(); ++i) {
         EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
@@ -197,7 +199,7 @@ void test_sharded_failures() {
         wrong.put(head);
         head.put_block();
         head.put_ledger();
-        head.launch({1, 96}, "pack_sums", int32_t(kOk));
+        head.launch({1, 96}, "pack_sums", int32_t(kOk), kRoom);
         judge(head, {1, 96}, loss);
         const uint32_t place = head.origins[row];
         expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.view.max_batch),
@@ -209,7 +211,7 @@ void test_sharded_failures() {
     head.block.row = 4;
     head.block.rows = 0;
     head.put_block();
-    head.launch({1, 32}, "pack_sums", int32_t(kOk));
+    head.launch({1, 32}, "pack_sums", int32_t(kOk), kRoom);
     sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
     EXPECT(sums == std::vector<float>(sums.size(), 0.0f), "zeros");
     judge(head, {1, 32}, loss);
@@ -227,7 +229,7 @@ void test_replicated(const Launch& launch) {
     head.put_block();
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), kRoom);
     const size_t count = kTotals + kSlot * head.view.ranks;
     std::vector<double> sums = head.memory.get(head.view.replicated_sums, count);
     const Finished truth = forward.finish(head);
@@ -239,7 +241,8 @@ void test_replicated(const Launch& launch) {
     EXPECT(sums[1] == double(head.block.own_valid_rows), "valid");
     EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == 0, "cosines");
     for (size_t i = kTotals; i < count; ++i) {
-        EXPECT(sums[i] == (i == kTotals + kSlot + 2 ? 12345 : 0), "slots");
+        const bool sample = i == kTotals + kSlot + 2, room = i == kTotals + kSlot + 3;
+        EXPECT(sums[i] == (sample ? 12345 : room ? double(kRoom) : 0.0), "slots");
     }
     check_rows(head, truth, "replicated");
     // The other ranks' parts.
@@ -283,10 +286,11 @@ void test_replicated(const Launch& launch) {
     own.rank = 1;
     own.row = 6;
     head.memory.put(head.view.block, std::vector<StepBlock>{own});
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), kRoom);
     std::vector<double> mine = head.memory.get(head.view.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
            "own row");
+    EXPECT(mine[kTotals + kSlot + 2] == 0 && mine[kTotals + kSlot + 3] == double(kRoom), "room");
     judged(mine, own);
     expect_failure(head, loss, kNotFinite, kFaultEmbedding, 1, 6, 0, 1, "own row");
     mine[kTotals] = 3;
@@ -301,7 +305,7 @@ void test_replicated(const Launch& launch) {
     wrong.sums[row] = 0;
     wrong.put(head);
     head.put_block();
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), kRoom);
     mine = head.memory.get(head.view.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
     EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");

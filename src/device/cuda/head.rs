@@ -474,7 +474,8 @@ impl HeadDevice for CudaHead {
             self.told.get_or_insert((self.drafts[self.current].step, error.clone()));
         }
         let view = self.view();
-        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status));
+        let room = self.drafts[self.current].most;
+        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, room));
         let exchange = match self.sharded() {
             true => {
                 let count = 2 * self.sizes().label_capacity as usize + TOTALS;
@@ -610,8 +611,8 @@ impl HeadDevice for CudaHead {
             }
             self.centers(first, loss_weight, 0);
         }
-        // Of ranks that have no room for as many one has said so, and they do not agree on the sum.
-        let count = self.drafts[self.current].most.min(self.sizes().sample_most) as usize * dim;
+        let common = self.common_room();
+        let count = self.keep(common).unwrap_or(0) as usize * dim;
         let buffers = (view.center_gradient, view.center_gradient);
         self.exchange("all_reduce center gradient", Lane::Centers, buffers, count, DType::F32)
     }
@@ -691,6 +692,22 @@ impl HeadDevice for CudaHead {
 }
 
 impl CudaHead {
+    /// Classes whose rows of dW the ranks add up: the same on all, whatever samples they were given. Only a rank that was given
+    /// more than any draw has looks at the others' part of the sums, and waits for it.
+    ///
+    /// The least room: where the ranks' samples are one and the same it fits; else the step has come to nothing, and it does not
+    /// matter which rows those are. A rank that does not look has the usual room, and none has less.
+    fn common_room(&self) -> Result<u64> {
+        let (own, usual) = (self.drafts[self.current].most, self.usual_sample());
+        if self.spec.ranks == 1 || own <= usual {
+            return Ok(own);
+        }
+        let count = REPLICATED_TOTALS + REPLICATED_SLOT * self.spec.ranks as usize;
+        let sums: Vec<f64> = staging::fetch(&self.cuda.stream, self.view().replicated_sums, count)?;
+        let rooms = sums[REPLICATED_TOTALS..].chunks_exact(REPLICATED_SLOT).map(|slot| slot[3] as u64);
+        Ok(rooms.fold(own, u64::min).max(usual))
+    }
+
     /// Counts the failed steps from 0 again.
     fn forgive(&self) -> Result<()> {
         let failed = self.view().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));

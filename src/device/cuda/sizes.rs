@@ -543,7 +543,7 @@ mod tests {
         assert_eq!(bytes(&replicated, "second_moment"), 1000 * 68 * 4);
         assert_eq!(bytes(&replicated, "last"), 4000);
         assert_eq!(bytes(&replicated, "sums") + bytes(&replicated, "gradient_send"), 0);
-        assert_eq!(bytes(&replicated, "replicated_sums"), 7 * 8);
+        assert_eq!(bytes(&replicated, "replicated_sums"), 8 * 8);
         let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
         assert_eq!(more.sample_capacity, 384);
     }

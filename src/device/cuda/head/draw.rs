@@ -28,8 +28,9 @@ pub(super) struct Draft {
     /// It is drawn; nothing enqueued uses it any more.
     pub drawn: Event,
     pub released: Event,
-    /// The number of its sample, and how many classes that has at most: the same on all ranks.
+    /// The number of its sample: the same on all ranks.
     pub step: u64,
+    /// How many classes it has at most, and there is room for: the same on all ranks that were given none, or as many.
     pub most: u64,
     /// This rank's rows, its labels where the host has them, and what it came to A with.
     pub batch: usize,
@@ -137,6 +138,11 @@ impl CudaHead {
         Ok(target)
     }
 
+    /// Classes that no drawn sample has more of, on any rank.
+    pub(super) fn usual_sample(&self) -> u64 {
+        sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard)
+    }
+
     /// Makes room for a caller's sample beyond every draw. The step under way keeps what it has until it is over.
     fn grow(&mut self, classes: usize) -> Result<()> {
         let next = self.next();
@@ -162,12 +168,12 @@ impl CudaHead {
     pub(super) fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
         let draft = self.next();
         let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes[draft].label_capacity as usize);
-        self.drafts[draft].most = sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard);
+        self.drafts[draft].most = self.usual_sample();
         let list = match chosen {
             Some(ids) => {
                 let most = (ids.len() + label_capacity).min(self.spec.shard.rows as usize);
-                self.drafts[draft].most = self.drafts[draft].most.max(most as u64);
                 self.grow(most)?;
+                self.drafts[draft].most = self.drafts[draft].most.max(most as u64);
                 let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
                 Some((self.staging.borrow_mut().classes(self.lanes.of(Lane::Draw), &classes)?.cast(), classes.len() as u32))
             }
