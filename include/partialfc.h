@@ -598,7 +598,9 @@ void pfc_comm_free(pfc_comm *comm);
 // NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong
 // hears so from pfc_head_forward, too; but its peers go on with the step, and it has to make the
 // calls that they make: pfc_head_backward and pfc_head_update then take part in what the others
-// wait for, write nothing and give that error again.
+// wait for, write nothing and give that error again. A rank whose loss pointer is what was wrong
+// does as its peers do, too: its pfc_head_forward waits for theirs, to hear where they have their
+// loss.
 
 #define PFC_STATE_MOMENTUM 1       // SGD: m. AdamW: the first moment.
 #define PFC_STATE_SECOND_MOMENT 2  // AdamW: the second moment.

@@ -2,9 +2,11 @@
 //!
 //! A, before any work: {status, samples drawn, updates done, batch, labels[max_batch]}. Replicated heads with sample_rate 1 need no one
 //! else's labels, but a caller's sample and a verdict on all labels do.
-//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
-//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample, room} of each rank, whose
-//! dW has rows for as many classes as `room` says (0: for those of its sample).
+//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, places, errors, classes}.
+//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, places} and {status, row, sample, room} of each
+//! rank, whose dW has rows for as many classes as `room` says (0: for those of its sample).
+//! `places` tells a rank that has no place for its loss where the others have theirs: those in the device's memory add 1, those of
+//! the host -1.
 
 use crate::comm::remote;
 use crate::{error, Error, Result};

@@ -29,6 +29,7 @@ enum Fault {
     NoEmbeddings,
     NoLabels,
     NoLoss,
+    NoLossAfterPrepare,
     TooManyRows,
     WrongType,
     LabelOutOfRange,
@@ -42,10 +43,11 @@ enum Fault {
 }
 
 impl Fault {
-    const ALL: [Fault; 11] = [
+    const ALL: [Fault; 12] = [
         Fault::NoEmbeddings,
         Fault::NoLabels,
         Fault::NoLoss,
+        Fault::NoLossAfterPrepare,
         Fault::TooManyRows,
         Fault::WrongType,
         Fault::LabelOutOfRange,
@@ -57,7 +59,7 @@ impl Fault {
     ];
 
     fn prepares(self) -> bool {
-        matches!(self, Fault::OtherRowsThanPrepared | Fault::OtherLabelsThanPrepared)
+        matches!(self, Fault::NoLossAfterPrepare | Fault::OtherRowsThanPrepared | Fault::OtherLabelsThanPrepared)
     }
 
     /// Whether ranks of this placement and number can have it.
@@ -168,7 +170,7 @@ fn step(head: &Head, place: &Rank, run: Where, number: u64, fault: Option<(Fault
     let late_loss = (run == Where::DeviceLoss).then(|| Remote::of(&[-321f64]));
     let mut loss = -321.0;
     let loss_pointer = match (&late_loss, fault) {
-        (_, Some(Fault::NoLoss)) => std::ptr::null_mut(),
+        (_, Some(Fault::NoLoss | Fault::NoLossAfterPrepare)) => std::ptr::null_mut(),
         (Some(there), _) => there.address as *mut f64,
         (None, _) => &mut loss,
     };
@@ -379,6 +381,30 @@ fn a_rank_that_leaves_a_step_its_peers_go_on_with_is_a_mismatch() {
             // Waits for what uses the arrays.
             drop(head);
         });
+    }
+}
+
+/// The very first step: a rank that has no loss cannot know from an earlier one where its peers have theirs.
+#[test]
+fn a_rank_without_a_loss_in_the_first_step_is_heard_of_whatever_its_peers_have() {
+    let _turn = simt::turn(5);
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for (fault, number) in [(Fault::NoLoss, 1), (Fault::NoLoss, 3), (Fault::NoLossAfterPrepare, 5)] {
+            for (run, failing) in [(Where::DeviceLoss, 0), (Where::DeviceLoss, 2), (Where::HostLoss, 1)] {
+                on_ranks(3, |place| {
+                    let options = HeadOptions { placement, ..options(CLASSES, DIM as u32, ROWS as u64) };
+                    let mut head = Head::new(&gpu(), &place.comm, &options);
+                    let what = format!("{run:?} {placement:?} {fault:?} of rank {failing}, rank {}", place.rank);
+                    let heard = step(&head, place, run, number, Some((fault, failing)));
+                    judge(&what, &heard, run, fault, failing, place.rank);
+                    let heard = step(&head, place, run, number + 1, None);
+                    for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                        call.unwrap_or_else(|e| panic!("{what}, the step after it: {e:?}"));
+                    }
+                    assert_eq!(head.metrics().expect("metrics").updates, 1, "{what}");
+                });
+            }
+        }
     }
 }
 

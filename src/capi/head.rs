@@ -17,7 +17,8 @@
 //! a failed step is known to nobody until pfc_head_wait tells it, once and with the step's number, on all ranks: its gradients are
 //! zeros, its loss is NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong hears so from
 //! pfc_head_forward, too; but its peers go on with the step, and it has to make the calls that they make: pfc_head_backward and
-//! pfc_head_update then take part in what the others wait for, write nothing and give that error again.
+//! pfc_head_update then take part in what the others wait for, write nothing and give that error again. A rank whose loss pointer
+//! is what was wrong does as its peers do, too: its pfc_head_forward waits for theirs, to hear where they have their loss.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};

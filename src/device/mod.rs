@@ -221,8 +221,13 @@ pub trait HeadDevice: Send {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange;
     /// Phases 3 and 4: normalised rows, targets, numerators, row sums, P @ W^. Replicated: of `embeddings`.
     fn forward(&mut self, embeddings: &Matrix) -> Result<()>;
-    /// Phase 4: this rank's part of C, or its failure.
-    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange;
+    /// Phase 4: this rank's part of C, or its failure. `late`: its loss is in the device's memory; `None`: it has no place for one.
+    fn pack_sums(&mut self, outcome: &Result<()>, late: Option<bool>) -> Exchange;
+    /// Phase 4, after C: whether the other ranks' losses are in the device's memory; `None` where no rank has a place for one.
+    /// Waits.
+    fn others_late(&mut self) -> Result<Option<bool>> {
+        Ok(None)
+    }
     /// Phase 4: the loss from the reduced sums, or the same failure on all ranks. With a `loss` of the device's memory nothing is
     /// waited for: the loss goes there, a failure comes from `wait`.
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64>;

@@ -468,14 +468,14 @@ impl HeadDevice for CudaHead {
         self.settled()
     }
 
-    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
+    fn pack_sums(&mut self, outcome: &Result<()>, late: Option<bool>) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
         if let Err(error) = outcome {
             self.told.get_or_insert((self.drafts[self.current].step, error.clone()));
         }
         let view = self.view();
-        let room = self.drafts[self.current].most;
-        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, room));
+        let (place, room) = (late.map_or(0, |late| if late { 1 } else { -1 }), self.drafts[self.current].most);
+        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, place, room));
         let exchange = match self.sharded() {
             true => {
                 let count = 2 * self.sizes().label_capacity as usize + TOTALS;
@@ -491,6 +491,20 @@ impl HeadDevice for CudaHead {
             self.weighted(last);
         }
         exchange
+    }
+
+    fn others_late(&mut self) -> Result<Option<bool>> {
+        self.received(Lane::Main);
+        self.settled()?;
+        let (view, stream) = (self.view(), &self.cuda.stream);
+        let places = match self.sharded() {
+            true => {
+                let totals = view.sums.wrapping_add(2 * self.sizes().label_capacity as usize);
+                f64::from(staging::fetch::<f32>(stream, totals, TOTALS)?[1])
+            }
+            false => staging::fetch::<f64>(stream, view.replicated_sums, REPLICATED_TOTALS)?[3],
+        };
+        Ok(if places == 0.0 { None } else { Some(places > 0.0) })
     }
 
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {

@@ -75,7 +75,7 @@ kernels! {
     }
     "loss" {
         reduce_rows();
-        pack_sums(i32, u64);
+        pack_sums(i32, i32, u64);
         judge_sums(Address);
         scale_embeddings();
     }
