@@ -536,8 +536,8 @@ pfc_status pfc_comm_barrier(pfc_comm *comm);
 // Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows
 // that the ranks have for it. Sums are float32 in a fixed order, rounded once to the type of
 // rows_out. The outputs may be the inputs (the same data, dtype and row_stride), or lie apart
-// from them. In this version all memory is the host's. An error in the arguments leaves the
-// outputs alone and the communicator in use.
+// from them. In this version all memory is the host's: what lies in the CUDA device's is refused.
+// An error in the arguments leaves the outputs alone and the communicator in use.
 //
 // @param comm the ranks
 // @param device where the rows live
@@ -701,7 +701,7 @@ pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batc
 // for the device, and a replicated head's pfc_head_update for the ranks' forwards.
 //
 // @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks,
-//   checked in forward); copied
+//   checked in forward); copied; CUDA: in host memory, or in the device's, and then waited for
 // @param count ids
 pfc_status pfc_head_set_sample(pfc_head *head, const int64_t *ids, uint64_t count);
 
@@ -761,7 +761,8 @@ pfc_status pfc_head_wait(pfc_head *head);
 pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
 
 // The k class centres nearest to each embedding, over all classes of all ranks. Collective; for
-// evaluation; changes nothing.
+// evaluation; changes nothing. The arrays are in host memory or, each by itself, in the CUDA
+// device's.
 //
 // @param embeddings rows x embedding_dim; rows may differ between ranks, may be 0 and need not
 //   keep to max_batch
@@ -774,7 +775,7 @@ pfc_status pfc_head_top_k(pfc_head *head, const pfc_matrix *embeddings, uint64_t
 // The class ids of this rank's last sample, ascending. After pfc_head_prepare or
 // pfc_head_forward.
 //
-// @param ids where to, or NULL to ask for the count
+// @param ids where to, in host memory or the CUDA device's, or NULL to ask for the count
 // @param capacity ids that fit
 // @param count written: ids in the sample
 pfc_status pfc_head_sample_ids(const pfc_head *head, int64_t *ids, uint64_t capacity,

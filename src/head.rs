@@ -19,6 +19,7 @@
 //! A rank that fails still takes part in what its peers have begun, so that all hear of it and none waits.
 
 mod evaluation;
+mod memory;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -183,8 +184,11 @@ impl Head {
     }
 
     /// The ids that the next sample consists of; see `pfc_head_set_sample`.
-    pub fn set_sample(&mut self, ids: &[i64]) -> Result<()> {
+    pub fn set_sample(&mut self, ids: Labels) -> Result<()> {
         self.usable()?;
+        // SAFETY: the caller of the head's entry gave this many.
+        let ids = unsafe { self.take("ids", ids.data, ids.count) };
+        let ids = self.survive(ids)?;
         let (rank, shard) = (self.rank(), self.shard);
         for (i, &id) in ids.iter().enumerate() {
             ensure!(
@@ -200,7 +204,7 @@ impl Head {
                 return Err(error!(InvalidArgument, "ids[{i}] is {id} after {previous} and {fault}, on rank {rank}: ids ascend"));
             }
         }
-        self.chosen = Some(ids.to_vec());
+        self.chosen = Some(ids);
         Ok(())
     }
 

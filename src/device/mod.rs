@@ -247,6 +247,22 @@ pub trait HeadDevice: Send {
     fn holds(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
         Ok(false)
     }
+    /// Copies a caller's bytes to the host from wherever they are, and waits for them. The error names the argument.
+    ///
+    /// # Safety
+    /// There are as many at `from`.
+    unsafe fn read_values(&self, _name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+        std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
+        Ok(())
+    }
+    /// Copies bytes to where a caller wants them, and waits until they are there. The error names the argument.
+    ///
+    /// # Safety
+    /// There is room for as many at `to`.
+    unsafe fn write_values(&self, _name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+        std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        Ok(())
+    }
     /// Phase 5: the gradient of the normalised embeddings; sharded: this rank's part of all ranks' rows, for D.
     fn backward(&mut self) -> Exchange;
     /// Phase 5, after D: the backward of normalize, times `factor`, into the caller's matrix.
@@ -325,6 +341,10 @@ pub trait Device: Send + Sync {
     fn info(&self) -> &CStr;
     /// The process that made it: a forked child has its memory but not its threads.
     fn process(&self) -> u32;
+    /// As [`HeadDevice::holds`].
+    fn holds(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
+        Ok(false)
+    }
     /// Makes the rows (start values) and the workspace of a head.
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>>;
 

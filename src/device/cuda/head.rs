@@ -562,6 +562,14 @@ impl HeadDevice for CudaHead {
         Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
     }
 
+    unsafe fn read_values(&self, name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+        staging::read(&self.cuda.stream, name, from, to)
+    }
+
+    unsafe fn write_values(&self, name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+        staging::write(&self.cuda.stream, name, to, from)
+    }
+
     fn backward(&mut self) -> Exchange {
         let view = self.view();
         run!(self, Main, embedding_gradient, self.cuda.grid(4), BLOCK, (view,));

@@ -115,6 +115,36 @@ pub(super) fn fetch<T: Plain>(stream: &Stream, from: *const T, count: usize) -> 
     Ok(values.into_iter().map(|value| unsafe { value.assume_init() }).collect())
 }
 
+/// Copies a caller's bytes to the host, once `stream` has come so far.
+///
+/// # Safety
+/// There are as many at `from`, in the host's memory or the device's.
+pub(super) unsafe fn read(stream: &Stream, name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+    match stream.context().place(name, from.cast())? {
+        Place::Host => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()),
+        Place::Device => {
+            stream.download(to.as_mut_ptr().cast(), from.cast(), to.len())?;
+            stream.synchronize()?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies bytes to a caller, after all that is on `stream`; they are there when it returns.
+///
+/// # Safety
+/// There is room for as many at `to`, in the host's memory or the device's.
+pub(super) unsafe fn write(stream: &Stream, name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+    match stream.context().place(name, to.cast_const().cast())? {
+        Place::Host => std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()),
+        Place::Device => {
+            stream.upload(to.cast(), from.as_ptr().cast(), from.len())?;
+            stream.synchronize()?;
+        }
+    }
+    Ok(())
+}
+
 /// The first row of a matrix that holds a NaN or an infinity.
 pub(super) fn not_finite(stream: &Stream, name: &str, matrix: &Matrix) -> Result<Option<usize>> {
     let device = on_device(stream.context(), name, matrix)?;
