@@ -795,7 +795,9 @@ pfc_status pfc_head_read_centers(pfc_head *head, uint64_t first, uint64_t count,
 // Overwrites class centres of this rank's shard. Not collective. Between forward and update it
 // abandons the step: call it on all ranks then, or on none.
 //
-// @param centers count x embedding_dim, finite
+// @param centers count x embedding_dim, finite: all are looked at before any is written
+// @return an error leaves the rows and a step under way alone; but DEVICE, after which the head
+//   is POISONED
 pfc_status pfc_head_write_centers(pfc_head *head, uint64_t first, uint64_t count,
                                   const pfc_matrix *centers);
 

@@ -329,7 +329,9 @@ impl Head {
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.usable()?;
         let first = self.row_range(first, rows)?;
-        self.rows.write_rows(tensor, first, rows)?;
+        // What fails before the first row is written leaves a step under way alone, what fails later poisons the head.
+        let written = self.rows.write_rows(tensor, first, rows);
+        self.survive(written)?;
         self.phase = Phase::Idle;
         Ok(())
     }

@@ -475,7 +475,8 @@ pub unsafe extern "C" fn pfc_head_read_centers(
 /// Overwrites class centres of this rank's shard. Not collective. Between forward and update it abandons the step: call it on all ranks
 /// then, or on none.
 ///
-/// @param centers count x embedding_dim, finite
+/// @param centers count x embedding_dim, finite: all are looked at before any is written
+/// @return an error leaves the rows and a step under way alone; but DEVICE, after which the head is POISONED
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_write_centers(
     head: *mut pfc_head,

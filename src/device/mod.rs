@@ -277,7 +277,7 @@ pub trait HeadDevice: Send {
     fn figures(&mut self) -> Result<StepFigures>;
     /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
-    /// Overwrites rows of this rank's shard.
+    /// Overwrites rows of this rank's shard: DEVICE where some are written and some are not, else all or none.
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// For each query its `k` nearest class centres of the shard, k at most its rows.
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest>;

@@ -676,7 +676,7 @@ impl HeadDevice for CudaHead {
         // A piece at a time: a whole shard has no room beside itself.
         let piece = self.rows_a_piece();
         for start in (0..rows.rows).step_by(piece) {
-            let part = part_of(rows, start, piece);
+            let part = staging::part_of(rows, start, piece);
             let target = self.staging.borrow_mut().target(&self.cuda.stream, "rows", &part)?;
             let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
             let grid = Grid::of(self.cuda.grid(4), BLOCK);
@@ -698,8 +698,16 @@ impl HeadDevice for CudaHead {
         self.drafts[next].gathered = false;
         let piece = self.rows_a_piece();
         for start in (0..rows.rows).step_by(piece) {
-            let part = part_of(rows, start, piece);
-            let source = self.staging.borrow_mut().upload(&self.cuda.stream, "rows", &part)?;
+            let part = staging::part_of(rows, start, piece);
+            let uploaded = self.staging.borrow_mut().upload(&self.cuda.stream, "rows", &part);
+            let source = match uploaded {
+                Err(error) if start > 0 => {
+                    // A head with rows half written is not to go on.
+                    let (from, last) = (self.spec.shard.first + first, self.spec.shard.first + first + start as u64 - 1);
+                    return Err(error!(Device, "classes {from} to {last} are written, those after them are not: {error}"));
+                }
+                uploaded => uploaded?,
+            };
             let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
             run!(self, Main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
         }
@@ -762,9 +770,9 @@ impl CudaHead {
         Ok(())
     }
 
-    /// Rows that 16 MiB hold.
+    /// Rows that go at a time.
     fn rows_a_piece(&self) -> usize {
-        ((16 << 20) / (4 * self.dim())).max(1)
+        (staging::PIECE / (4 * self.dim())).max(1)
     }
 }
 
@@ -778,9 +786,4 @@ impl Drop for CudaHead {
             log::warn!("rank {}: a head was freed with work that failed: {error}", self.spec.rank);
         }
     }
-}
-
-fn part_of(rows: &Matrix, start: usize, piece: usize) -> Matrix {
-    let offset = start * rows.row_stride * rows.dtype.size();
-    Matrix { data: rows.data.wrapping_add(offset), rows: piece.min(rows.rows - start), ..*rows }
 }
