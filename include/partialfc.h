@@ -334,7 +334,7 @@ pfc_status pfc_device_cpu(uint32_t threads, pfc_device **out);
 //
 // @param ordinal the GPU, as the CUDA driver numbers it
 // @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default
-//   stream
+//   stream; CU_STREAM_PER_THREAD, which is another one in each thread, is refused
 // @param out the device; free with pfc_device_free
 // @return UNSUPPORTED without a driver, with one older than 580, or in a build without kernels
 //   for this GPU

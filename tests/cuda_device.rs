@@ -29,6 +29,9 @@ const OUT_OF_MEMORY: i32 = 2;
 const INVALID_HANDLE: i32 = 400;
 const OUT_OF_RESOURCES: i32 = 701;
 const LAUNCH_FAILED: i32 = 719;
+/// CU_STREAM_LEGACY and CU_STREAM_PER_THREAD.
+const LEGACY: usize = 1;
+const OF_EACH_THREAD: usize = 2;
 
 fn small() -> HeadOptions {
     HeadOptions { sample_rate: 0.1, ..options(CLASSES, DIM as u32, ROWS as u64) }
@@ -237,6 +240,16 @@ fn a_device_is_in_its_streams_context_whatever_the_threads_own_is() {
     assert_eq!(rows.read::<f32>(), [1.0; ROWS * DIM], "written");
     assert_eq!(head.centers(), centers, "rows have moved");
     assert!(step(&mut head).expect("the head works on") < before);
+}
+
+/// Which stream it is depends on the thread that asks: a head's work would have no order.
+#[test]
+fn the_stream_of_each_thread_is_refused() {
+    let _turn = simt::turn(16);
+    drop(gpu());
+    let refused = device_on(0, OF_EACH_THREAD as *mut c_void).map(|_| ());
+    assert_told("CU_STREAM_PER_THREAD", refused, Status::InvalidArgument, &["stream", "CU_STREAM_PER_THREAD", "thread"]);
+    device_on(0, LEGACY as *mut c_void).expect("the legacy default stream is one and the same for all threads");
 }
 
 #[test]
