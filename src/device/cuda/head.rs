@@ -10,8 +10,9 @@ use std::cell::RefCell;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use self::draw::{Draft, LabelSlots, ALONE};
+use self::draw::{Draft, LabelSlots};
 use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
+use super::kernels::{ALONE, BLOCK, PARTS};
 use super::lanes::{Lane, Lanes};
 use super::nearest::Rows;
 use super::products::{Products, LARGEST_WIDTH};
@@ -25,11 +26,6 @@ use crate::matrix::{DType, Matrix};
 use crate::options::{Placement, RowUpdate};
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, error, trace, Error, Result};
-
-/// Threads of a CTA of the row-wise kernels.
-const BLOCK: u32 = 256;
-/// Dynamic shared memory of a sum or a scan over a CTA's warps, and a flag.
-const PARTS: u32 = 272;
 
 /// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned. After one nothing is launched any
 /// more: kernels count on what those before them have left.

@@ -4,20 +4,18 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use super::super::driver::{Context, DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
+use super::super::kernels::{ALONE, BLOCK, HISTOGRAM, PARTS};
 use super::super::lanes::Lane;
 use super::super::sizes::Sizes;
-use super::{run, CudaHead, BLOCK, PARTS};
+use super::{run, CudaHead};
 use crate::device::{sample_capacity, Exchange, Labels};
 use crate::matrix::DType;
 use crate::protocol::{Step, HEADER};
 use crate::{Error, Result};
 
-/// Threads of the kernels that one CTA runs alone.
-pub(super) const ALONE: u32 = 1024;
-/// Dynamic shared memory of the sort's digits, by CTA and by warp, and of the draw's bins.
-const BINS: u32 = 1024;
-const WARP_BINS: u32 = BINS * (BLOCK / 32);
-const HISTOGRAM: u32 = 8192;
+/// Dynamic shared memory of the sort's digits, by block and by warp.
+const DIGITS: u32 = 1024;
+const WARP_DIGITS: u32 = DIGITS * (BLOCK / 32);
 /// Copies of labels under way before the host waits for the oldest.
 const LABEL_SLOTS: usize = 4;
 
@@ -184,9 +182,9 @@ impl CudaHead {
         run!(self, Draw, spread_labels, grid, BLOCK, (view,));
         for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
             let from = pass as u32 % 2;
-            run!(self, Draw, sort_labels_count[BINS], grid, BLOCK, (view, shift, from));
+            run!(self, Draw, sort_labels_count[DIGITS], grid, BLOCK, (view, shift, from));
             run!(self, Draw, sort_labels_scan[PARTS], 1, ALONE, (view,));
-            run!(self, Draw, sort_labels_scatter[WARP_BINS], grid, BLOCK, (view, shift, from));
+            run!(self, Draw, sort_labels_scatter[WARP_DIGITS], grid, BLOCK, (view, shift, from));
         }
         run!(self, Draw, find_positives_count[PARTS], grid, BLOCK, (view,));
         run!(self, Draw, find_positives_scan[PARTS], 1, ALONE, (view,));
