@@ -334,7 +334,7 @@ pfc_status pfc_device_cpu(uint32_t threads, pfc_device **out);
 //
 // @param ordinal the GPU, as the CUDA driver numbers it
 // @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default
-//   stream
+//   stream; CU_STREAM_PER_THREAD, which is another one in each thread, is refused
 // @param out the device; free with pfc_device_free
 // @return UNSUPPORTED without a driver, with one older than 580, or in a build without kernels
 //   for this GPU
@@ -554,8 +554,8 @@ pfc_status pfc_comm_barrier(pfc_comm *comm);
 // Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows
 // that the ranks have for it. Sums are float32 in a fixed order, rounded once to the type of
 // rows_out. The outputs may be the inputs (the same data, dtype and row_stride), or lie apart
-// from them. In this version all memory is the host's. An error in the arguments leaves the
-// outputs alone and the communicator in use.
+// from them. In this version all memory is the host's: what lies in the CUDA device's is refused.
+// An error in the arguments leaves the outputs alone and the communicator in use.
 //
 // @param comm the ranks
 // @param device where the rows live
@@ -616,7 +616,9 @@ void pfc_comm_free(pfc_comm *comm);
 // NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong
 // hears so from pfc_head_forward, too; but its peers go on with the step, and it has to make the
 // calls that they make: pfc_head_backward and pfc_head_update then take part in what the others
-// wait for, write nothing and give that error again.
+// wait for, write nothing and give that error again. A rank whose loss pointer is what was wrong
+// does as its peers do, too: its pfc_head_forward waits for theirs, to hear where they have their
+// loss.
 
 #define PFC_STATE_MOMENTUM 1       // SGD: m. AdamW: the first moment.
 #define PFC_STATE_SECOND_MOMENT 2  // AdamW: the second moment.
@@ -713,8 +715,11 @@ pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batc
 // added. Not collective. They are used up once a step's labels were good (CUDA: once they were
 // given), whatever becomes of that step.
 //
+// CUDA: more ids than any draw has take memory and wait: the step's pfc_head_prepare or _forward
+// for the device, and a replicated head's pfc_head_update for the ranks' forwards.
+//
 // @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks,
-//   checked in forward); copied
+//   checked in forward); copied; CUDA: in host memory, or in the device's, and then waited for
 // @param count ids
 pfc_status pfc_head_set_sample(pfc_head *head, const int64_t *ids, uint64_t count);
 
@@ -774,7 +779,8 @@ pfc_status pfc_head_wait(pfc_head *head);
 pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
 
 // The k class centres nearest to each embedding, over all classes of all ranks. Collective; for
-// evaluation; changes nothing.
+// evaluation; changes nothing. The arrays are in host memory or, each by itself, in the CUDA
+// device's.
 //
 // @param embeddings rows x embedding_dim; rows may differ between ranks, may be 0 and need not
 //   keep to max_batch
@@ -787,7 +793,7 @@ pfc_status pfc_head_top_k(pfc_head *head, const pfc_matrix *embeddings, uint64_t
 // The class ids of this rank's last sample, ascending. After pfc_head_prepare or
 // pfc_head_forward.
 //
-// @param ids where to, or NULL to ask for the count
+// @param ids where to, in host memory or the CUDA device's, or NULL to ask for the count
 // @param capacity ids that fit
 // @param count written: ids in the sample
 pfc_status pfc_head_sample_ids(const pfc_head *head, int64_t *ids, uint64_t capacity,
@@ -807,7 +813,9 @@ pfc_status pfc_head_read_centers(pfc_head *head, uint64_t first, uint64_t count,
 // Overwrites class centres of this rank's shard. Not collective. Between forward and update it
 // abandons the step: call it on all ranks then, or on none.
 //
-// @param centers count x embedding_dim, finite
+// @param centers count x embedding_dim, finite: all are looked at before any is written
+// @return an error leaves the rows and a step under way alone; but DEVICE, after which the head
+//   is POISONED
 pfc_status pfc_head_write_centers(pfc_head *head, uint64_t first, uint64_t count,
                                   const pfc_matrix *centers);
 

@@ -79,7 +79,8 @@ PFC_DEVICE double sum_cosines(const HeadView& view, const Shared& shared) {
     return rows::sum_of_block(sum, shared.parts);
 }
 
-PFC_DEVICE void pack_sharded(const HeadView& view, int32_t own_status, const Shared& shared) {
+PFC_DEVICE void pack_sharded(const HeadView& view, int32_t own_status, int32_t place,
+                             const Shared& shared) {
     const StepBlock& block = *view.block;
     // A verdict in the block is one that all ranks reach: they wait for this sum, but not its
     // terms.
@@ -89,26 +90,19 @@ PFC_DEVICE void pack_sharded(const HeadView& view, int32_t own_status, const Sha
         view.sums[i] = row ? view.row_sums[i] : 0.0f;
         view.sums[view.label_capacity + i] = row ? view.target_logits[i] : 0.0f;
     }
-    double cosines = 0.0, valid = 0.0;
-    if (counts) {
-        cosines = sum_cosines(view, shared);
-        for (uint32_t i = threadIdx.x; i < block.own_rows; i += blockDim.x) {
-            const uint32_t global = block.first_computed + block.first_own + i;
-            valid += view.labels[global] == view.ignore_label ? 0.0 : 1.0;
-        }
-        valid = rows::sum_of_block(valid, shared.parts);
-    }
+    const double cosines = counts ? sum_cosines(view, shared) : 0.0;
     if (threadIdx.x == 0) {
         float* totals = view.sums + 2 * uint64_t(view.label_capacity);
         totals[0] = float(cosines);
-        totals[1] = float(valid);
+        totals[1] = float(place);
         totals[2] = own_status == kOk ? 0.0f : pack_error(view.rank);
         // Whether a row's sample holds more than its target: two classes are as good as any number.
         totals[3] = counts ? float(rows::least(block.classes, 2)) : 0.0f;
     }
 }
 
-PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, const Shared& shared) {
+PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, int32_t place,
+                                uint64_t room, const Shared& shared) {
     const StepBlock& block = *view.block;
     double loss = 0.0, cosines = 0.0, status = double(own_status), row = 0.0;
     if (own_status != kOk) {
@@ -132,6 +126,8 @@ PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, const 
         double* slot = view.replicated_sums + kTotals + kSlot * view.rank;
         slot[0] = status;
         slot[1] = row;
+        slot[3] = double(room);
+        view.replicated_sums[3] = double(place);
         if (status == double(kOk)) {
             view.replicated_sums[0] = loss;
             view.replicated_sums[1] = double(block.own_valid_rows);
@@ -247,17 +243,20 @@ PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
     }
 }
 
-// This rank's part of C, whatever became of the step: the other ranks wait for it.
+// This rank's part of C, whatever became of the step: the other ranks wait for it. `place`: 1
+// for a loss in the device's memory, -1 for one of the host's, 0 for none. `room`: classes that a
+// replicated head's dW has rows for. Both are for hosts that have to know of the others'.
 // gate: pack_sums registers <= 56
-PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status)) {
+PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status, int32_t place,
+                       uint64_t room)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
         return;
     }
     if (view.sharded) {
-        pack_sharded(view, own_status, shared_of(dynamic));
+        pack_sharded(view, own_status, place, shared_of(dynamic));
     } else {
-        pack_replicated(view, own_status, shared_of(dynamic));
+        pack_replicated(view, own_status, place, room, shared_of(dynamic));
     }
 }
 

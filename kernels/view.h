@@ -17,7 +17,7 @@ constexpr uint32_t kTileRows = 128;      // rows of operands are zero up to a mu
 constexpr uint32_t kTileColumns = 128;   // columns likewise
 constexpr uint32_t kLabelHeader = 4;     // {status, samples, updates, batch} before the labels of a block of A
 constexpr uint32_t kTotals = 4;          // elements of C beside the two of each row
-constexpr uint32_t kSlot = 3;            // elements of a replicated head's sums for each rank, after kTotals
+constexpr uint32_t kSlot = 4;            // elements of a replicated head's sums for each rank, after kTotals
 constexpr float kElsewhere = -2.0f;      // target cosine of a row whose class another rank owns; best negative where there is none
 constexpr float kIgnored = 2.0f;         // target cosine of an ignored row
 

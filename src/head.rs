@@ -19,6 +19,7 @@
 //! A rank that fails still takes part in what its peers have begun, so that all hear of it and none waits.
 
 mod evaluation;
+mod memory;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,6 +55,8 @@ pub enum LossTarget {
     Host,
     /// In the device's memory; the verdict comes from the next call that waits.
     Device(*mut f64),
+    /// Nowhere: the rank fails the step, and goes on with it as its peers do.
+    Nowhere,
 }
 
 /// Seconds a rank spent in each phase of its last step.
@@ -181,8 +184,11 @@ impl Head {
     }
 
     /// The ids that the next sample consists of; see `pfc_head_set_sample`.
-    pub fn set_sample(&mut self, ids: &[i64]) -> Result<()> {
+    pub fn set_sample(&mut self, ids: Labels) -> Result<()> {
         self.usable()?;
+        // SAFETY: the caller of the head's entry gave this many.
+        let ids = unsafe { self.take("ids", ids.data, ids.count) };
+        let ids = self.survive(ids)?;
         let (rank, shard) = (self.rank(), self.shard);
         for (i, &id) in ids.iter().enumerate() {
             ensure!(
@@ -198,7 +204,7 @@ impl Head {
                 return Err(error!(InvalidArgument, "ids[{i}] is {id} after {previous} and {fault}, on rank {rank}: ids ascend"));
             }
         }
-        self.chosen = Some(ids.to_vec());
+        self.chosen = Some(ids);
         Ok(())
     }
 
@@ -286,8 +292,7 @@ impl Head {
         self.survive_judged(verdict)
     }
 
-    /// Where a loss pointer of the caller's lies, and what is wrong with it. With one that nothing can be left at the step fails on this
-    /// rank; the other ranks' loss is then taken to be where the last one was.
+    /// Where a loss pointer of the caller's lies, and what is wrong with it: where nothing can be left the step is to fail.
     pub fn loss_target(&self, loss: *mut f64) -> (LossTarget, Result<()>) {
         let rank = self.rank();
         let place = match loss.is_null() {
@@ -297,8 +302,7 @@ impl Head {
         match place {
             Ok(true) => (LossTarget::Device(loss), Ok(())),
             Ok(false) => (LossTarget::Host, Ok(())),
-            Err(error) if self.late => (LossTarget::Device(std::ptr::null_mut()), Err(error)),
-            Err(error) => (LossTarget::Host, Err(error)),
+            Err(error) => (LossTarget::Nowhere, Err(error)),
         }
     }
 
@@ -325,8 +329,9 @@ impl Head {
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.usable()?;
         let first = self.row_range(first, rows)?;
+        // What fails before the first row is written leaves a step under way alone, what fails later poisons the head.
         let written = self.rows.write_rows(tensor, first, rows);
-        self.heard(written)?;
+        self.survive(written)?;
         self.phase = Phase::Idle;
         Ok(())
     }
@@ -446,18 +451,26 @@ impl Head {
         self.seconds.forward = start.elapsed().as_secs_f64();
         let start = Instant::now();
         // A rank that failed by itself has not judged the embeddings and comes here in any case, so all do.
-        let sums = self.rows.pack_sums(&outcome);
+        let late = match target {
+            LossTarget::Host => Some(false),
+            LossTarget::Device(_) => Some(true),
+            LossTarget::Nowhere => None,
+        };
+        let sums = self.rows.pack_sums(&outcome, late);
         scope.host("all_reduce sums", || sums.all_reduce(&self.comm, ReduceOp::Sum))?;
-        let judged = scope.host("loss", || {
-            self.rows.judge_sums(match target {
-                LossTarget::Host => None,
-                LossTarget::Device(loss) => Some(loss),
-            })
-        });
+        // Without a place for a loss: as the others; if no rank has one, as in the step before.
+        self.late = match late {
+            Some(late) => late,
+            None => self.rows.others_late()?.unwrap_or(self.late),
+        };
+        let loss = match target {
+            LossTarget::Device(loss) => loss,
+            LossTarget::Host | LossTarget::Nowhere => std::ptr::null_mut(),
+        };
+        let judged = scope.host("loss", || self.rows.judge_sums(self.late.then_some(loss)));
         if self.rows.failed_at_labels() {
             self.samples -= 1;
         }
-        self.late = matches!(target, LossTarget::Device(_));
         if let (true, Err(error)) = (self.late, &outcome) {
             self.phase = Phase::Forwarded;
             self.own_failure = Some(error.clone());

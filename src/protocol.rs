@@ -2,8 +2,11 @@
 //!
 //! A, before any work: {status, samples drawn, updates done, batch, labels[max_batch]}. Replicated heads with sample_rate 1 need no one
 //! else's labels, but a caller's sample and a verdict on all labels do.
-//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, valid rows, errors, classes}.
-//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, 0} and {status, row, sample} of each rank.
+//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, places, errors, classes}.
+//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, places} and {status, row, sample, room} of each
+//! rank, whose dW has rows for as many classes as `room` says (0: for those of its sample).
+//! `places` tells a rank that has no place for its loss where the others have theirs: those in the device's memory add 1, those of
+//! the host -1.
 
 use crate::comm::remote;
 use crate::{error, Error, Result};
@@ -22,7 +25,7 @@ pub(crate) const TOTALS: usize = 4;
 /// Elements of a replicated head's sums beside those of each rank.
 pub(crate) const REPLICATED_TOTALS: usize = 4;
 /// Elements of a replicated head's sums for each rank.
-pub(crate) const REPLICATED_SLOT: usize = 3;
+pub(crate) const REPLICATED_SLOT: usize = 4;
 
 /// Elements of one rank's block of A.
 pub(crate) fn label_block(max_batch: u64) -> usize {

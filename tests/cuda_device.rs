@@ -29,6 +29,9 @@ const OUT_OF_MEMORY: i32 = 2;
 const INVALID_HANDLE: i32 = 400;
 const OUT_OF_RESOURCES: i32 = 701;
 const LAUNCH_FAILED: i32 = 719;
+/// CU_STREAM_LEGACY and CU_STREAM_PER_THREAD.
+const LEGACY: usize = 1;
+const OF_EACH_THREAD: usize = 2;
 
 fn small() -> HeadOptions {
     HeadOptions { sample_rate: 0.1, ..options(CLASSES, DIM as u32, ROWS as u64) }
@@ -239,6 +242,16 @@ fn a_device_is_in_its_streams_context_whatever_the_threads_own_is() {
     assert!(step(&mut head).expect("the head works on") < before);
 }
 
+/// Which stream it is depends on the thread that asks: a head's work would have no order.
+#[test]
+fn the_stream_of_each_thread_is_refused() {
+    let _turn = simt::turn(16);
+    drop(gpu());
+    let refused = device_on(0, OF_EACH_THREAD as *mut c_void).map(|_| ());
+    assert_told("CU_STREAM_PER_THREAD", refused, Status::InvalidArgument, &["stream", "CU_STREAM_PER_THREAD", "thread"]);
+    device_on(0, LEGACY as *mut c_void).expect("the legacy default stream is one and the same for all threads");
+}
+
 #[test]
 fn a_stream_that_is_destroyed_is_an_error_and_no_crash() {
     let turn = simt::turn(5);
@@ -447,6 +460,116 @@ fn a_rank_whose_step_finds_no_memory_fails_the_step_on_all() {
             assert_one_of_all(&told, Status::OutOfMemory, &["a matrix", "bytes", "are free"]);
         }
     }
+}
+
+/// A sample beyond every draw for which one rank has no room: its own failure, which its peers hear of.
+#[test]
+fn a_rank_that_has_no_room_for_a_large_sample_fails_the_step_on_all() {
+    let turn = simt::turn(13);
+    if !turn.is_emulator() {
+        return;
+    }
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for late in [false, true] {
+            let told = on_ranks(3, |place| {
+                let mut head = Head::new(&gpu(), &place.comm, &HeadOptions { placement, sample_rate: 0.0, ..small() });
+                let (rows, gradient) = (Remote::of(&embeddings().values_f32()), Remote::of(&[0f32; ROWS * DIM]));
+                let (loss, mut host) = (Remote::of(&[0f64]), 0.0);
+                let loss = if late { loss.address as *mut f64 } else { &mut host };
+                let (first, count) = head.shard();
+                let ids: Vec<i64> = (first as i64..(first + count) as i64).step_by(2).collect();
+                place.comm.barrier().expect("all are there");
+                if place.rank == 0 {
+                    // Who asks first, and is refused, the threads decide.
+                    turn.fail("cuMemAlloc_v2", 1, OUT_OF_MEMORY);
+                }
+                place.comm.barrier().expect("all are there");
+                let mut failure = None;
+                for round in 0..2 {
+                    head.set_sample(&ids).expect("a sample by itself");
+                    let forward = forward(&head, &rows, &LABELS, loss);
+                    if forward.is_ok() || late {
+                        // SAFETY: a live head; an array of the size that it takes, until after the wait.
+                        unsafe {
+                            let backward = outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient.matrix(DIM)));
+                            assert_eq!(backward, forward, "round {round}");
+                        }
+                        assert_eq!(head.update(0.1), forward, "round {round}");
+                    }
+                    let waited = head.wait();
+                    let verdict = if late { waited } else { forward.and(waited) };
+                    assert_eq!(verdict.is_err(), round == 0, "{placement:?}, round {round}: {verdict:?}");
+                    failure = failure.or(verdict.err());
+                }
+                failure.expect("the first round's")
+            });
+            assert_one_of_all(&told, Status::OutOfMemory, &["bytes", "are free"]);
+        }
+    }
+}
+
+/// Rows on the GPU are judged many at a time: whoever asks for the verdict on each waits for each.
+#[test]
+fn rows_on_the_gpu_are_judged_with_few_waits() {
+    let turn = simt::turn(14);
+    let mut head = Head::new(&gpu(), &Comm::solo(), &small());
+    let before = head.centers();
+    let waits = || turn.calls("cuStreamSynchronize").unwrap_or(0);
+    let write = |values: &[f32], stride: usize| {
+        let rows = Remote::of(values);
+        let view = partialfc::capi::types::pfc_matrix { rows: CLASSES, row_stride: stride as u64, ..rows.matrix(DIM) };
+        let so_far = waits();
+        // SAFETY: a live head; a matrix of the size that it says.
+        let written = outcome(unsafe { c_head::pfc_head_write_centers(head.raw, 0, CLASSES, &view) });
+        assert!(waits() - so_far <= 4, "{} waits for {CLASSES} rows", waits() - so_far);
+        written
+    };
+    // What lies between the rows is nobody's.
+    let stride = DIM + 2;
+    let mut values: Vec<f32> =
+        (0..CLASSES as usize * stride).map(|i| if i % stride < DIM { (i as f32 * 0.3).cos() } else { f32::NAN }).collect();
+    values.truncate(values.len() - 2);
+    let mut bad = values.clone();
+    bad[599 * stride + 5] = f32::NAN;
+    let words = ["row 599 (class 599)", "NaN"];
+    assert_told("the last row", write(&bad, stride), Status::InvalidArgument, &words);
+    write(&values, stride).expect("finite rows");
+    let expected: Vec<f32> = values.chunks(stride).flat_map(|row| &row[..DIM]).copied().collect();
+    assert_ne!(before, expected);
+    assert_eq!(head.centers(), expected);
+}
+
+/// Of many rows a part may be written when the GPU fails: no way on from there. What is wrong with the rows is known before.
+#[test]
+fn rows_are_written_whole_or_the_head_says_that_they_are_not() {
+    let turn = simt::turn(15);
+    if !turn.is_emulator() {
+        return;
+    }
+    // A piece of 16 MiB, and a row.
+    let (dim, classes) = (1024usize, 4096 + 1);
+    let options = HeadOptions { sample_rate: 0.0, ..options(classes as u64, dim as u32, 1) };
+    let device = gpu();
+    let mut head = Head::new(&device, &Comm::solo(), &options);
+    let ends = |head: &mut Head| [0, 4096].map(|class| head.read_centers(class, 1).expect("a row"));
+    let before = ends(&mut head);
+    let mut values = vec![0.25f32; classes * dim];
+    values[4096 * dim + 7] = f32::INFINITY;
+    assert_told("the last row", head.write_centers(0, &values), Status::InvalidArgument, &["row 4096 (class 4096)"]);
+    assert_eq!(ends(&mut head), before, "written");
+    values[4096 * dim + 7] = 0.25;
+    let mut one = Rows::f32(&vec![1.0; dim], dim);
+    head.forward(&mut one, Some(&[5])).expect("forward");
+    // The step under way is none the worse for rows that are refused.
+    let mut gradient = Rows::output(1, dim);
+    assert_told("no such rows", head.write_centers(1, &values), Status::InvalidArgument, &["classes 1 to"]);
+    head.backward(1.0, 1.0, &mut gradient).expect("backward");
+    turn.fail("cuMemcpyHtoDAsync_v2", 2, INVALID_HANDLE);
+    let failed = head.write_centers(0, &values);
+    turn.fail("", 0, 0);
+    let words = ["cuMemcpyHtoDAsync", "classes 0 to 4095 are written"];
+    assert_told("the second piece", failed, Status::Device, &words);
+    assert_told("poisoned", head.update(0.1), Status::Poisoned, &["cuMemcpyHtoDAsync"]);
 }
 
 /// Kernels of every part of a step, and driver functions that it calls.

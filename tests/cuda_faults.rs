@@ -29,6 +29,7 @@ enum Fault {
     NoEmbeddings,
     NoLabels,
     NoLoss,
+    NoLossAfterPrepare,
     TooManyRows,
     WrongType,
     LabelOutOfRange,
@@ -42,10 +43,11 @@ enum Fault {
 }
 
 impl Fault {
-    const ALL: [Fault; 11] = [
+    const ALL: [Fault; 12] = [
         Fault::NoEmbeddings,
         Fault::NoLabels,
         Fault::NoLoss,
+        Fault::NoLossAfterPrepare,
         Fault::TooManyRows,
         Fault::WrongType,
         Fault::LabelOutOfRange,
@@ -57,7 +59,7 @@ impl Fault {
     ];
 
     fn prepares(self) -> bool {
-        matches!(self, Fault::OtherRowsThanPrepared | Fault::OtherLabelsThanPrepared)
+        matches!(self, Fault::NoLossAfterPrepare | Fault::OtherRowsThanPrepared | Fault::OtherLabelsThanPrepared)
     }
 
     /// Whether ranks of this placement and number can have it.
@@ -168,7 +170,7 @@ fn step(head: &Head, place: &Rank, run: Where, number: u64, fault: Option<(Fault
     let late_loss = (run == Where::DeviceLoss).then(|| Remote::of(&[-321f64]));
     let mut loss = -321.0;
     let loss_pointer = match (&late_loss, fault) {
-        (_, Some(Fault::NoLoss)) => std::ptr::null_mut(),
+        (_, Some(Fault::NoLoss | Fault::NoLossAfterPrepare)) => std::ptr::null_mut(),
         (Some(there), _) => there.address as *mut f64,
         (None, _) => &mut loss,
     };
@@ -380,4 +382,95 @@ fn a_rank_that_leaves_a_step_its_peers_go_on_with_is_a_mismatch() {
             drop(head);
         });
     }
+}
+
+/// The very first step: a rank that has no loss cannot know from an earlier one where its peers have theirs.
+#[test]
+fn a_rank_without_a_loss_in_the_first_step_is_heard_of_whatever_its_peers_have() {
+    let _turn = simt::turn(5);
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for (fault, number) in [(Fault::NoLoss, 1), (Fault::NoLoss, 3), (Fault::NoLossAfterPrepare, 5)] {
+            for (run, failing) in [(Where::DeviceLoss, 0), (Where::DeviceLoss, 2), (Where::HostLoss, 1)] {
+                on_ranks(3, |place| {
+                    let options = HeadOptions { placement, ..options(CLASSES, DIM as u32, ROWS as u64) };
+                    let mut head = Head::new(&gpu(), &place.comm, &options);
+                    let what = format!("{run:?} {placement:?} {fault:?} of rank {failing}, rank {}", place.rank);
+                    let heard = step(&head, place, run, number, Some((fault, failing)));
+                    judge(&what, &heard, run, fault, failing, place.rank);
+                    let heard = step(&head, place, run, number + 1, None);
+                    for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                        call.unwrap_or_else(|e| panic!("{what}, the step after it: {e:?}"));
+                    }
+                    assert_eq!(head.metrics().expect("metrics").updates, 1, "{what}");
+                });
+            }
+        }
+    }
+}
+
+/// A caller's samples may be larger than any draw; the ranks' dW are of one size all the same, wherever they add them up.
+#[test]
+fn large_samples_that_differ_on_the_ranks_are_a_mismatch_whatever_the_loss() {
+    let _turn = simt::turn(6);
+    const MANY: u64 = 60;
+    let ids = |count: i64| (0..count).collect::<Vec<i64>>();
+    let labels = 3 * ROWS as i64;
+    // None: drawn, 9 at most. Some are as large as that only with the positives.
+    let cases = [
+        [None, Some(ids(40)), None],
+        [Some(ids(40)), Some(ids(30)), Some(ids(40))],
+        [Some(ids(20)), Some(ids(20)), Some(ids(labels - 1))],
+        [Some(vec![2]), Some(ids(MANY as i64)), None],
+    ];
+    for run in [Where::HostLoss, Where::DeviceLoss] {
+        for samples in &cases {
+            on_ranks(3, |place| {
+                let placement = Placement::Replicated;
+                let options = HeadOptions { placement, sample_rate: 0.0, ..options(MANY, DIM as u32, ROWS as u64) };
+                let mut head = Head::new(&gpu(), &place.comm, &options);
+                let before = bits(head.centers());
+                let what = format!("{run:?} {samples:?} rank {}", place.rank);
+                for number in [1, 3] {
+                    if let Some(ids) = &samples[place.rank] {
+                        head.set_sample(ids).expect("a sample by itself");
+                    }
+                    // Nobody's fault in particular: the first rank that differs from rank 0 is named.
+                    let failing = if samples[1] == samples[0] { 2 } else { 1 };
+                    let heard = step(&head, place, run, number, Some((Fault::AnotherSample, failing)));
+                    judge(&what, &heard, run, Fault::AnotherSample, failing, place.rank);
+                    assert!(before == bits(head.centers()), "{what}: rows have moved");
+                }
+                let heard = step(&head, place, run, 4, None);
+                for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                    call.unwrap_or_else(|e| panic!("{what}, the step after it: {e:?}"));
+                }
+                assert_eq!(head.metrics().expect("metrics").updates, 1, "{what}");
+            });
+        }
+    }
+}
+
+#[test]
+fn a_large_sample_gives_the_same_rows_whatever_the_loss() {
+    let _turn = simt::turn(7);
+    const MANY: u64 = 60;
+    let rows = [Where::HostLoss, Where::DeviceLoss].map(|run| {
+        on_ranks(3, |place| {
+            let placement = Placement::Replicated;
+            let options = HeadOptions { placement, sample_rate: 0.0, ..options(MANY, DIM as u32, ROWS as u64) };
+            let mut head = Head::new(&gpu(), &place.comm, &options);
+            for number in 1..7 {
+                if number > 2 {
+                    head.set_sample(&(0..10 * (number as i64 - 1)).collect::<Vec<i64>>()).expect("a sample");
+                }
+                let heard = step(&head, place, run, number, None);
+                for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                    call.unwrap_or_else(|e| panic!("{run:?}: {e:?}"));
+                }
+            }
+            bits(head.centers())
+        })
+    });
+    assert_eq!(rows[0], rows[1]);
+    assert!(rows[0].iter().all(|of_rank| of_rank == &rows[0][0]), "the ranks' rows differ");
 }

@@ -371,7 +371,8 @@ pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
 /// Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows that the ranks have for it. Sums are
 /// float32 in a fixed order, rounded once to the type of rows_out. The outputs may be the inputs (the
 /// same data, dtype and row_stride), or lie apart from them. In this version all memory is the
-/// host's. An error in the arguments leaves the outputs alone and the communicator in use.
+/// host's: what lies in the CUDA device's is refused. An error in the arguments leaves the outputs
+/// alone and the communicator in use.
 ///
 /// @param comm the ranks
 /// @param device where the rows live
@@ -399,10 +400,26 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
 ) -> pfc_status {
     collective(comm, |comm| {
         let mine = (|| {
-            required("device", device)?;
+            let device = &required("device", device)?.device;
             let cols = required("rows", rows)?.cols;
             let (rows, rows_out) = (matrix("rows", rows, cols)?, matrix("rows_out", rows_out, cols)?);
             output("count_out", count_out)?;
+            let arrays: [(&str, *const u8); 5] = [
+                ("ids", ids.cast()),
+                ("rows", rows.data),
+                ("ids_out", ids_out.cast()),
+                ("rows_out", rows_out.data),
+                ("count_out", count_out.cast()),
+            ];
+            for (name, array) in arrays {
+                let held = device.holds(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
+                ensure!(
+                    !held,
+                    InvalidArgument,
+                    "{name} lies in the device's memory on rank {}; it has to be the host's",
+                    comm.rank()
+                );
+            }
             Ok(SampledRows { ids, count: count as usize, rows, ids_out, capacity: capacity as usize, rows_out })
         })();
         *count_out = all_reduce_rows(comm, mine)? as u64;

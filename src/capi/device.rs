@@ -35,7 +35,8 @@ pub unsafe extern "C" fn pfc_device_cpu(threads: u32, out: *mut *mut pfc_device)
 /// makes the loss NaN and the gradients zero, and comes from pfc_head_wait, with the step's number.
 ///
 /// @param ordinal the GPU, as the CUDA driver numbers it
-/// @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default stream
+/// @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default stream;
+///   CU_STREAM_PER_THREAD, which is another one in each thread, is refused
 /// @param out the device; free with pfc_device_free
 /// @return UNSUPPORTED without a driver, with one older than 580, or in a build without kernels for this GPU
 #[no_mangle]

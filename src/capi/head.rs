@@ -17,7 +17,8 @@
 //! a failed step is known to nobody until pfc_head_wait tells it, once and with the step's number, on all ranks: its gradients are
 //! zeros, its loss is NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong hears so from
 //! pfc_head_forward, too; but its peers go on with the step, and it has to make the calls that they make: pfc_head_backward and
-//! pfc_head_update then take part in what the others wait for, write nothing and give that error again.
+//! pfc_head_update then take part in what the others wait for, write nothing and give that error again. A rank whose loss pointer
+//! is what was wrong does as its peers do, too: its pfc_head_forward waits for theirs, to hear where they have their loss.
 
 use std::ffi::c_char;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -241,7 +242,11 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 /// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
 /// used up once a step's labels were good (CUDA: once they were given), whatever becomes of that step.
 ///
-/// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied
+/// CUDA: more ids than any draw has take memory and wait: the step's pfc_head_prepare or _forward for the device, and a replicated
+/// head's pfc_head_update for the ranks' forwards.
+///
+/// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied;
+///   CUDA: in host memory, or in the device's, and then waited for
 /// @param count ids
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
@@ -249,7 +254,7 @@ pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i6
         ensure!(!ids.is_null() || count == 0, InvalidArgument, "ids is NULL with {count} ids on rank {}", head.rank());
         let rows = head.shard().rows;
         ensure!(count <= rows, InvalidArgument, "count is {count} on rank {}, whose shard has {rows} classes", head.rank());
-        head.set_sample(slice(ids, count))
+        head.set_sample(Labels { data: ids, count: count as usize })
     })
 }
 
@@ -358,6 +363,7 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
         // The other ranks are in it already: the exchange comes first.
         let m = head.metrics()?;
         ensure!(!metrics.is_null(), InvalidArgument, "metrics is NULL on rank {}", head.rank());
+        head.on_host("metrics", metrics)?;
         let value = pfc_metrics {
             struct_size: 0,
             updates: m.updates,
@@ -382,6 +388,7 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
 }
 
 /// The k class centres nearest to each embedding, over all classes of all ranks. Collective; for evaluation; changes nothing.
+/// The arrays are in host memory or, each by itself, in the CUDA device's.
 ///
 /// @param embeddings rows x embedding_dim; rows may differ between ranks, may be 0 and need not keep to max_batch
 /// @param k 1 to num_classes, equal on all ranks
@@ -399,25 +406,27 @@ pub unsafe extern "C" fn pfc_head_top_k(
         let queries = matrix("embeddings", embeddings, head.embedding_dim()).and_then(|queries| {
             ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids is NULL on rank {}", head.rank());
             ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines is NULL on rank {}", head.rank());
+            if queries.rows > 0 {
+                head.reaches("ids", ids)?;
+                head.reaches("cosines", cosines)?;
+            }
             Ok(queries)
         });
         let found = head.top_k(queries, k)?;
-        if !found.ids.is_empty() {
-            std::ptr::copy_nonoverlapping(found.ids.as_ptr(), ids, found.ids.len());
-            std::ptr::copy_nonoverlapping(found.cosines.as_ptr(), cosines, found.cosines.len());
-        }
-        Ok(())
+        head.give("ids", ids, &found.ids)?;
+        head.give("cosines", cosines, &found.cosines)
     })
 }
 
 /// The class ids of this rank's last sample, ascending. After pfc_head_prepare or pfc_head_forward.
 ///
-/// @param ids where to, or NULL to ask for the count
+/// @param ids where to, in host memory or the CUDA device's, or NULL to ask for the count
 /// @param capacity ids that fit
 /// @param count written: ids in the sample
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i64, capacity: u64, count: *mut u64) -> pfc_status {
     with_shared_head(head, |head| {
+        head.on_host("count", count)?;
         let count = output("count", count)?;
         let sample = head.sample_ids()?;
         if !ids.is_null() {
@@ -428,7 +437,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
                 sample.len(),
                 head.rank()
             );
-            std::ptr::copy_nonoverlapping(sample.as_ptr(), ids, sample.len());
+            head.give("ids", ids, &sample)?;
         }
         *count = sample.len() as u64;
         Ok(())
@@ -439,6 +448,8 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, count: *mut u64) -> pfc_status {
     with_shared_head(head, |head| {
+        head.on_host("first", first)?;
+        head.on_host("count", count)?;
         let (first, count) = (output("first", first)?, output("count", count)?);
         let shard = head.shard();
         (*first, *count) = (shard.first, shard.rows);
@@ -464,7 +475,8 @@ pub unsafe extern "C" fn pfc_head_read_centers(
 /// Overwrites class centres of this rank's shard. Not collective. Between forward and update it abandons the step: call it on all ranks
 /// then, or on none.
 ///
-/// @param centers count x embedding_dim, finite
+/// @param centers count x embedding_dim, finite: all are looked at before any is written
+/// @return an error leaves the rows and a step under way alone; but DEVICE, after which the head is POISONED
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_write_centers(
     head: *mut pfc_head,
@@ -579,12 +591,4 @@ unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const 
 fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {
     ensure!(!labels.is_null() || batch == 0, InvalidArgument, "labels is NULL with a batch of {batch}");
     Ok(Labels { data: labels, count: batch as usize })
-}
-
-unsafe fn slice<'a, T>(data: *const T, count: u64) -> &'a [T] {
-    if count == 0 {
-        &[]
-    } else {
-        std::slice::from_raw_parts(data, count as usize)
-    }
 }

@@ -245,8 +245,13 @@ pub trait HeadDevice: Send {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange;
     /// Phases 3 and 4: normalised rows, targets, numerators, row sums, P @ W^. Replicated: of `embeddings`.
     fn forward(&mut self, embeddings: &Matrix) -> Result<()>;
-    /// Phase 4: this rank's part of C, or its failure.
-    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange;
+    /// Phase 4: this rank's part of C, or its failure. `late`: its loss is in the device's memory; `None`: it has no place for one.
+    fn pack_sums(&mut self, outcome: &Result<()>, late: Option<bool>) -> Exchange;
+    /// Phase 4, after C: whether the other ranks' losses are in the device's memory; `None` where no rank has a place for one.
+    /// Waits.
+    fn others_late(&mut self) -> Result<Option<bool>> {
+        Ok(None)
+    }
     /// Phase 4: the loss from the reduced sums, or the same failure on all ranks. With a `loss` of the device's memory nothing is
     /// waited for: the loss goes there, a failure comes from `wait`.
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64>;
@@ -266,6 +271,22 @@ pub trait HeadDevice: Send {
     fn holds(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
         Ok(false)
     }
+    /// Copies a caller's bytes to the host from wherever they are, and waits for them. The error names the argument.
+    ///
+    /// # Safety
+    /// There are as many at `from`.
+    unsafe fn read_values(&self, _name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+        std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
+        Ok(())
+    }
+    /// Copies bytes to where a caller wants them, and waits until they are there. The error names the argument.
+    ///
+    /// # Safety
+    /// There is room for as many at `to`.
+    unsafe fn write_values(&self, _name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+        std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        Ok(())
+    }
     /// Phase 5: the gradient of the normalised embeddings; sharded: this rank's part of all ranks' rows, for D.
     fn backward(&mut self) -> Exchange;
     /// Phase 5, after D: the backward of normalize, times `factor`, into the caller's matrix.
@@ -280,7 +301,7 @@ pub trait HeadDevice: Send {
     fn figures(&mut self) -> Result<StepFigures>;
     /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
-    /// Overwrites rows of this rank's shard.
+    /// Overwrites rows of this rank's shard: DEVICE where some are written and some are not, else all or none.
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// For each query its `k` nearest class centres of the shard, k at most its rows.
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest>;
@@ -347,6 +368,10 @@ pub trait Device: Send + Sync {
     /// What a carrier that works on the device by itself needs of it; `None`: the device has no streams.
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
         None
+    }
+    /// As [`HeadDevice::holds`].
+    fn holds(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
+        Ok(false)
     }
     /// Makes the rows (start values) and the workspace of a head.
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>>;

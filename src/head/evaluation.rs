@@ -88,11 +88,6 @@ impl Head {
         let own = queries.and_then(|queries| {
             let limit = self.options.num_classes;
             ensure!((1..=limit).contains(&k), InvalidArgument, "k is {k} on rank {rank}; it is 1 to num_classes, {limit}");
-            ensure!(
-                queries.rows == 0 || !self.rows.holds("embeddings", queries.data)?,
-                InvalidArgument,
-                "embeddings lies in the device's memory on rank {rank}; pfc_head_top_k reads the host's"
-            );
             self.read_queries(&queries)
         });
         let dim = self.options.embedding_dim as usize;
@@ -110,9 +105,11 @@ impl Head {
     /// The caller's rows as f32.
     fn read_queries(&self, queries: &Matrix) -> Result<Vec<f32>> {
         let dim = self.options.embedding_dim as usize;
+        // SAFETY: the caller of the head's entry gave a matrix of this many rows.
+        let (queries, _copy) = unsafe { self.readable("embeddings", queries) }?;
         let mut own = zeros(&[queries.rows, dim], "queries of top_k")?;
         for (row, out) in own.chunks_exact_mut(dim).enumerate() {
-            // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
+            // SAFETY: of this many rows, which the host can read.
             unsafe { queries.read_row(row, out) };
             ensure!(
                 out.iter().all(|x| x.is_finite()),

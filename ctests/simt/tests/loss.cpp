@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr uint64_t kRoom = (uint64_t(1) << 32) + 77;
+
 // The ranks' finite outcomes of a step, as judge_sums leaves them for the kernels after it.
 struct Finished {
     std::vector<double> factors, coefficients;
@@ -112,23 +114,18 @@ void test_sharded(const Launch& launch, bool only_target) {
     head.view.margin.offset = 2.5;
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
     const uint32_t capacity = head.view.label_capacity, rows = head.block.rows;
     std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
     double cosines = 0;
-    uint32_t valid = 0;
     for (uint32_t i = 0; i < capacity; ++i) {
         const bool row = i < rows;
         EXPECT(sums[i] == (row ? forward.sums[i] : 0.0f), "N");
         EXPECT(sums[capacity + i] == (row ? forward.logits[i] : 0.0f), "zt");
         cosines += row && std::fabs(forward.cosines[i]) < 2 ? forward.cosines[i] : 0.0f;
     }
-    for (uint32_t i = 0; i < head.block.own_rows; ++i) {
-        valid += head.ignored(head.block.first_own + i) ? 0 : 1;
-    }
     const float* totals = &sums[2 * capacity];
-    EXPECT(close(totals[0], cosines, 1e-6) && totals[1] == float(valid) && totals[2] == 0,
-           "totals");
+    EXPECT(close(totals[0], cosines, 1e-6) && totals[1] == -1 && totals[2] == 0, "totals");
     EXPECT(totals[3] == (only_target ? 1.0f : 2.0f), "classes");
     EXPECT(totals[3] == 1.0f || !only_target, "classes");
 
@@ -169,7 +166,7 @@ void test_sharded_failures() {
     double* const loss = loss_cell(head);
     const uint32_t capacity = head.view.label_capacity;
     // This rank fails: nothing but the error travels.
-    head.launch({1, 128}, "pack_sums", int32_t(5));
+    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kRoom);
     std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
     for (uint32_t i = 0; i < sums.size(); ++i) {
         EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
@@ -197,7 +194,7 @@ void test_sharded_failures() {
         wrong.put(head);
         head.put_block();
         head.put_ledger();
-        head.launch({1, 96}, "pack_sums", int32_t(kOk));
+        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
         judge(head, {1, 96}, loss);
         const uint32_t place = head.origins[row];
         expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.view.max_batch),
@@ -209,8 +206,10 @@ void test_sharded_failures() {
     head.block.row = 4;
     head.block.rows = 0;
     head.put_block();
-    head.launch({1, 32}, "pack_sums", int32_t(kOk));
+    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kRoom);
     sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    EXPECT(sums[2 * capacity + 1] == 1, "the loss's place, all the same");
+    sums[2 * capacity + 1] = 0;
     EXPECT(sums == std::vector<float>(sums.size(), 0.0f), "zeros");
     judge(head, {1, 32}, loss);
     expect_failure(head, loss, kLabel, kFaultLabel, 0, 4, 0, 2, "label");
@@ -227,7 +226,7 @@ void test_replicated(const Launch& launch) {
     head.put_block();
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
     const size_t count = kTotals + kSlot * head.view.ranks;
     std::vector<double> sums = head.memory.get(head.view.replicated_sums, count);
     const Finished truth = forward.finish(head);
@@ -237,9 +236,10 @@ void test_replicated(const Launch& launch) {
     }
     EXPECT(close(sums[0], truth.loss, 1e-12), "loss");
     EXPECT(sums[1] == double(head.block.own_valid_rows), "valid");
-    EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == 0, "cosines");
+    EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == -1, "cosines");
     for (size_t i = kTotals; i < count; ++i) {
-        EXPECT(sums[i] == (i == kTotals + kSlot + 2 ? 12345 : 0), "slots");
+        const bool sample = i == kTotals + kSlot + 2, room = i == kTotals + kSlot + 3;
+        EXPECT(sums[i] == (sample ? 12345 : room ? double(kRoom) : 0.0), "slots");
     }
     check_rows(head, truth, "replicated");
     // The other ranks' parts.
@@ -283,10 +283,12 @@ void test_replicated(const Launch& launch) {
     own.rank = 1;
     own.row = 6;
     head.memory.put(head.view.block, std::vector<StepBlock>{own});
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
     std::vector<double> mine = head.memory.get(head.view.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
            "own row");
+    EXPECT(mine[3] == -1, "place");
+    EXPECT(mine[kTotals + kSlot + 2] == 0 && mine[kTotals + kSlot + 3] == double(kRoom), "room");
     judged(mine, own);
     expect_failure(head, loss, kNotFinite, kFaultEmbedding, 1, 6, 0, 1, "own row");
     mine[kTotals] = 3;
@@ -301,7 +303,7 @@ void test_replicated(const Launch& launch) {
     wrong.sums[row] = 0;
     wrong.put(head);
     head.put_block();
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk));
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
     mine = head.memory.get(head.view.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
     EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");

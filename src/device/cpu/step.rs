@@ -388,7 +388,7 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
-    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
+    fn pack_sums(&mut self, outcome: &Result<()>, _late: Option<bool>) -> Exchange {
         let rank = self.spec.rank as usize;
         match self.sharded() {
             true => self.pack_sharded_sums(outcome, rank),

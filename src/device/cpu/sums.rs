@@ -39,12 +39,8 @@ impl CpuHead {
                 let step = &self.step;
                 sums[..rows].copy_from_slice(&step.row_sums[..rows]);
                 sums[rows..2 * rows].copy_from_slice(&step.target_logits[..rows]);
-                let own = self.own_rows();
-                let totals = &mut self.sums[2 * rows..2 * rows + TOTALS];
-                let step = &self.step;
+                let totals = &mut sums[2 * rows..];
                 totals[0] = step.target_cosines[..rows].iter().filter(|&&cosine| cosine.abs() < IGNORED).sum();
-                totals[1] =
-                    step.draft.labels[own].iter().filter(|&&label| Some(label) != self.spec.options.ignore_label).count() as f32;
                 // Whether a row's sample holds more than its target: two classes are as good as any number.
                 totals[3] = step.shape.classes.min(2) as f32;
             }
@@ -110,10 +106,9 @@ impl CpuHead {
     pub(super) fn judge_sharded_sums(&mut self) -> Result<f64> {
         let rows = self.step.shape.rows;
         let totals = &self.sums[2 * rows..2 * rows + TOTALS];
-        let (cosines, valid, errors, classes) = (totals[0], totals[1], totals[2], totals[3]);
+        let (cosines, errors, classes) = (totals[0], totals[2], totals[3]);
         protocol::judge_errors(errors, self.spec.rank as usize)?;
         self.step.valid_rows = self.step.draft.valid_rows as u64;
-        debug_assert_eq!(valid as u64, self.step.valid_rows);
         self.step.target_cosine_sum = f64::from(cosines);
         let mut loss = 0.0;
         for row in 0..rows {

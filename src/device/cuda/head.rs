@@ -5,13 +5,16 @@
 //! reads it there. lanes.rs says which stream runs what.
 
 mod draw;
+mod rows;
+mod verdict;
 
 use std::cell::RefCell;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use self::draw::{Draft, LabelSlots, ALONE};
+use self::draw::{Draft, LabelSlots};
 use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
+use super::kernels::{ALONE, BLOCK, PARTS};
 use super::lanes::{Lane, Lanes};
 use super::nearest::Rows;
 use super::products::{Products, LARGEST_WIDTH};
@@ -19,17 +22,11 @@ use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
 use super::view::{fault, HeadView, Ledger, MatrixView, StepBlock};
 use super::Cuda;
-use crate::comm::remote;
 use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
 use crate::matrix::{DType, Matrix};
 use crate::options::{Placement, RowUpdate};
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{ensure, error, trace, Error, Result};
-
-/// Threads of a CTA of the row-wise kernels.
-const BLOCK: u32 = 256;
-/// Dynamic shared memory of a sum or a scan over a CTA's warps, and a flag.
-const PARTS: u32 = 272;
+use crate::{ensure, trace, Error, Result};
 
 /// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned. After one nothing is launched any
 /// more: kernels count on what those before them have left.
@@ -330,25 +327,6 @@ impl CudaHead {
         Some(lane)
     }
 
-    /// What a block says went wrong.
-    fn fault(&self, block: &StepBlock) -> Result<()> {
-        let (rank, row) = (block.rank.max(0) as usize, block.row as usize);
-        Err(match block.fault {
-            fault::NONE => return Ok(()),
-            fault::REMOTE | fault::SUMS => remote(rank, block.value),
-            fault::PARTED => protocol::parted(block.detail, rank),
-            fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
-            fault::EMBEDDING => protocol::bad_embedding(row, rank),
-            fault::SUM => protocol::bad_sum(row, rank),
-            fault::FORWARD => match protocol::judge_errors(block.value as f32, self.spec.rank as usize) {
-                Err(error) => error,
-                Ok(()) => error!(Device, "the device reports a failed forward, and no rank that failed"),
-            },
-            fault::SAMPLES => protocol::samples_differ(rank),
-            other => error!(Device, "the device reports a fault of kind {other}"),
-        })
-    }
-
     fn read_block(&mut self) -> Result<()> {
         let block = self.view().block;
         // SAFETY: a block on the device; the verdict lives as long as the head and is read after the wait.
@@ -384,16 +362,7 @@ impl HeadDevice for CudaHead {
     }
 
     fn sample_ids(&self) -> Result<Vec<i64>> {
-        // After whoever writes the block last.
-        self.lanes.join(Lane::Centers, Lane::Main)?;
-        let (view, lane) = match self.drafted {
-            true => (self.arrays.views[self.next()], Lane::Draw),
-            false => (self.view(), Lane::Centers),
-        };
-        let stream = self.lanes.of(lane);
-        let block: StepBlock = staging::fetch(stream, view.block, 1)?[0];
-        let classes: Vec<u32> = staging::fetch(stream, view.sample, block.classes as usize)?;
-        Ok(classes.into_iter().map(|class| self.spec.shard.first as i64 + i64::from(class)).collect())
+        self.listed_ids()
     }
 
     fn next_labels(&self) -> (usize, Option<&[i64]>) {
@@ -468,13 +437,14 @@ impl HeadDevice for CudaHead {
         self.settled()
     }
 
-    fn pack_sums(&mut self, outcome: &Result<()>) -> Exchange {
+    fn pack_sums(&mut self, outcome: &Result<()>, late: Option<bool>) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
         if let Err(error) = outcome {
             self.told.get_or_insert((self.drafts[self.current].step, error.clone()));
         }
         let view = self.view();
-        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status));
+        let (place, room) = (late.map_or(0, |late| if late { 1 } else { -1 }), self.drafts[self.current].most);
+        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, place, room));
         let exchange = match self.sharded() {
             true => {
                 let count = 2 * self.sizes().label_capacity as usize + TOTALS;
@@ -490,6 +460,20 @@ impl HeadDevice for CudaHead {
             self.weighted(last);
         }
         exchange
+    }
+
+    fn others_late(&mut self) -> Result<Option<bool>> {
+        self.received(Lane::Main);
+        self.settled()?;
+        let (view, stream) = (self.view(), &self.cuda.stream);
+        let places = match self.sharded() {
+            true => {
+                let totals = view.sums.wrapping_add(2 * self.sizes().label_capacity as usize);
+                f64::from(staging::fetch::<f32>(stream, totals, TOTALS)?[1])
+            }
+            false => staging::fetch::<f64>(stream, view.replicated_sums, REPLICATED_TOTALS)?[3],
+        };
+        Ok(if places == 0.0 { None } else { Some(places > 0.0) })
     }
 
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {
@@ -545,6 +529,14 @@ impl HeadDevice for CudaHead {
 
     fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
+    }
+
+    unsafe fn read_values(&self, name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+        staging::read(&self.cuda.stream, name, from, to)
+    }
+
+    unsafe fn write_values(&self, name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+        staging::write(&self.cuda.stream, name, to, from)
     }
 
     fn backward(&mut self) -> Exchange {
@@ -610,8 +602,8 @@ impl HeadDevice for CudaHead {
             }
             self.centers(first, loss_weight, 0);
         }
-        // Of ranks that have no room for as many one has said so, and they do not agree on the sum.
-        let count = self.drafts[self.current].most.min(self.sizes().sample_most) as usize * dim;
+        let common = self.common_room();
+        let count = self.keep(common).unwrap_or(0) as usize * dim;
         let buffers = (view.center_gradient, view.center_gradient);
         self.exchange("all_reduce center gradient", Lane::Centers, buffers, count, DType::F32)
     }
@@ -626,62 +618,15 @@ impl HeadDevice for CudaHead {
     }
 
     fn figures(&mut self) -> Result<StepFigures> {
-        self.settled()?;
-        self.join(Lane::Main, Lane::Centers);
-        self.read_block()?;
-        let (view, block) = (self.view(), self.block);
-        let rows = block.rows as usize;
-        let stream = &self.cuda.stream;
-        let ledger: Ledger = staging::fetch(stream, view.ledger, 1)?[0];
-        Ok(StepFigures {
-            updates: ledger.updates,
-            rows: block.global_rows.into(),
-            valid_rows: block.valid_rows,
-            sample_size: block.classes.into(),
-            loss: block.loss,
-            target_cosines: block.target_cosines,
-            best_negatives: staging::fetch(stream, view.best_negatives, rows)?,
-            own_target_cosines: staging::fetch(stream, view.target_cosines, rows)?,
-            grad_embeddings: block.grad_embeddings,
-            grad_centers: block.grad_centers,
-        })
+        self.step_figures()
     }
 
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.check_state(tensor)?;
-        self.lanes.join(Lane::Main, Lane::Centers)?;
-        // A piece at a time: a whole shard has no room beside itself.
-        let piece = self.rows_a_piece();
-        for start in (0..rows.rows).step_by(piece) {
-            let part = part_of(rows, start, piece);
-            let target = self.staging.borrow_mut().target(&self.cuda.stream, "rows", &part)?;
-            let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
-            let grid = Grid::of(self.cuda.grid(4), BLOCK);
-            // SAFETY: the head's own arrays, and a target of as many rows.
-            unsafe { self.cuda.kernels.read_rows.launch(&self.cuda.stream, grid, (view, tensor, first, target)) }?;
-            self.staging.borrow().download(&self.cuda.stream, &target, &part)?;
-        }
-        Ok(())
+        self.fetch_rows(tensor, first, rows)
     }
 
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.check_state(tensor)?;
-        if let Some(row) = staging::not_finite(&self.cuda.stream, "rows", rows)? {
-            let class = self.spec.shard.first + first + row as u64;
-            return Err(error!(InvalidArgument, "row {row} (class {class}) holds a NaN or an infinity"));
-        }
-        self.join(Lane::Main, Lane::Centers);
-        let next = self.next();
-        self.drafts[next].gathered = false;
-        let piece = self.rows_a_piece();
-        for start in (0..rows.rows).step_by(piece) {
-            let part = part_of(rows, start, piece);
-            let source = self.staging.borrow_mut().upload(&self.cuda.stream, "rows", &part)?;
-            let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
-            run!(self, Main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
-        }
-        self.settled()?;
-        self.cuda.stream.synchronize()
+        self.put_rows(tensor, first, rows)
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
@@ -691,41 +636,20 @@ impl HeadDevice for CudaHead {
 }
 
 impl CudaHead {
-    /// Counts the failed steps from 0 again.
-    fn forgive(&self) -> Result<()> {
-        let failed = self.view().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));
-        // SAFETY: the head's own ledger.
-        unsafe { self.cuda.stream.fill(failed.cast(), 0, size_of::<u64>()) }
-    }
-
-    /// Counts the step that just failed no more; those before it, with their losses on the device, are still to be told.
-    fn forgive_last(&mut self) -> Result<()> {
-        let step = self.drafts[self.current].step;
-        if self.told.as_ref().is_some_and(|(told, _)| *told == step) {
-            self.told = None;
+    /// Classes whose rows of dW the ranks add up: the same on all, whatever samples they were given. Only a rank that was given
+    /// more than any draw has looks at the others' part of the sums, and waits for it.
+    ///
+    /// The least room: where the ranks' samples are one and the same it fits; else the step has come to nothing, and it does not
+    /// matter which rows those are. A rank that does not look has the usual room, and none has less.
+    fn common_room(&self) -> Result<u64> {
+        let (own, usual) = (self.drafts[self.current].most, self.usual_sample());
+        if self.spec.ranks == 1 || own <= usual {
+            return Ok(own);
         }
-        let ledger: Ledger = staging::fetch(&self.cuda.stream, self.view().ledger, 1)?[0];
-        if ledger.failed <= 1 {
-            return self.forgive();
-        }
-        let (failed, left) = (std::mem::offset_of!(Ledger, failed), ledger.failed - 1);
-        let target = self.view().ledger.cast::<u8>().wrapping_add(failed);
-        // SAFETY: the head's own ledger; the driver has copied pageable memory away when it returns.
-        unsafe { self.cuda.stream.upload(target.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }
-    }
-
-    fn check_state(&self, tensor: StateTensor) -> Result<()> {
-        ensure!(
-            tensor != StateTensor::SecondMoment || self.spec.options.optimizer.state_tensors() > 1,
-            InvalidArgument,
-            "tensor is the second moment, which this head's optimizer has not"
-        );
-        Ok(())
-    }
-
-    /// Rows that 16 MiB hold.
-    fn rows_a_piece(&self) -> usize {
-        ((16 << 20) / (4 * self.dim())).max(1)
+        let count = REPLICATED_TOTALS + REPLICATED_SLOT * self.spec.ranks as usize;
+        let sums: Vec<f64> = staging::fetch(&self.cuda.stream, self.view().replicated_sums, count)?;
+        let rooms = sums[REPLICATED_TOTALS..].chunks_exact(REPLICATED_SLOT).map(|slot| slot[3] as u64);
+        Ok(rooms.fold(own, u64::min).max(usual))
     }
 }
 
@@ -739,9 +663,4 @@ impl Drop for CudaHead {
             log::warn!("rank {}: a head was freed with work that failed: {error}", self.spec.rank);
         }
     }
-}
-
-fn part_of(rows: &Matrix, start: usize, piece: usize) -> Matrix {
-    let offset = start * rows.row_stride * rows.dtype.size();
-    Matrix { data: rows.data.wrapping_add(offset), rows: piece.min(rows.rows - start), ..*rows }
 }

@@ -11,6 +11,13 @@ use crate::Result;
 
 type Address = *mut c_void;
 
+/// Threads of a block of the row-wise kernels, and of those that one block runs alone.
+pub(super) const BLOCK: u32 = 256;
+pub(super) const ALONE: u32 = 1024;
+/// Dynamic shared memory: of a sum or a scan over a block's warps, and a flag; of the draw's bins.
+pub(super) const PARTS: u32 = 272;
+pub(super) const HISTOGRAM: u32 = 8192;
+
 macro_rules! kernels {
     ($($source:literal { $($kernel:ident ( $($argument:ty),* );)* })*) => {
         pub(super) struct Kernels {
@@ -75,7 +82,7 @@ kernels! {
     }
     "loss" {
         reduce_rows();
-        pack_sums(i32);
+        pack_sums(i32, i32, u64);
         judge_sums(Address);
         scale_embeddings();
     }

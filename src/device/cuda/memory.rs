@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::driver::{Current, DeviceBuffer, Event, Grid, Priority, Stream};
+use super::kernels::BLOCK;
 use super::Cuda;
 use crate::comm::ReduceOp;
 use crate::device::{self, Entered, Moment, Scratch, StreamDevice, StreamMemory, MOST_REDUCED};
@@ -75,7 +76,7 @@ impl StreamMemory for Cuda {
         let from = RankPointers::new(sources.iter().map(|source| source.cast_mut()));
         let to = RankPointers::new(destinations.iter().copied());
         let arguments = (from, to, first as u64, count as u64, dtype as i32, op as i32, sources.len() as u32);
-        self.kernels.reduce_ranks.launch(&self.borrowed(stream), Grid::of(self.grid(2), 256), arguments)
+        self.kernels.reduce_ranks.launch(&self.borrowed(stream), Grid::of(self.grid(2), BLOCK), arguments)
     }
 
     unsafe fn to_host(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()> {

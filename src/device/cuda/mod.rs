@@ -24,7 +24,7 @@ mod view;
 use std::ffi::{c_void, CStr, CString};
 use std::sync::{Arc, Mutex};
 
-use self::driver::{Context, Stream};
+use self::driver::{Context, Place, Stream};
 use self::head::CudaHead;
 use self::images::Images;
 use self::kernels::Kernels;
@@ -102,6 +102,10 @@ impl Device for CudaDevice {
 
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
         Some(self.0.clone())
+    }
+
+    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+        Ok(self.0.context.place(name, pointer.cast())? == Place::Device)
     }
 
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>> {

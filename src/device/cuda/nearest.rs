@@ -4,8 +4,9 @@
 //! searches itself.
 
 use super::driver::DeviceBuffer;
+use super::kernels::BLOCK;
 use super::staging::fetch;
-use super::stateless::{BLOCK, BLOCKS};
+use super::stateless::BLOCKS;
 use super::view::{HeadView, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
 use crate::device::cpu::{gemm, inverse_norm, keep_best, offer};
@@ -20,7 +21,7 @@ const LONGEST: usize = 128;
 const COLUMNS: u32 = 4096;
 const QUERIES: usize = 2048;
 /// Warps that share a row at most: a longer list of lists costs more to merge than it spares.
-const PARTS: u32 = 32;
+const MOST_PARTS: u32 = 32;
 /// Rows of a piece of the host's.
 const PIECE: usize = 4096;
 
@@ -55,7 +56,7 @@ impl Rows<'_> {
         let rows = (count as u64).next_multiple_of(TILE_ROWS);
         let columns = u64::from(shard_rows.min(COLUMNS)).next_multiple_of(TILE_COLUMNS);
         let warps = cuda.grid(BLOCKS) * (BLOCK / 32);
-        let parts = (warps / count as u32).clamp(1, PARTS);
+        let parts = (warps / count as u32).clamp(1, MOST_PARTS);
 
         let raw = buffer::<f32>(cuda, queries.len() as u64, "queries of top_k")?;
         let centers = buffer::<f32>(cuda, columns * u64::from(dim), "rows of top_k")?;

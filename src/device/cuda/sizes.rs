@@ -11,11 +11,11 @@ use crate::sample::sample_size;
 use crate::{ensure, Result};
 
 /// Operands are zero from d up to a multiple of it: the depth of the products' widest stage.
-const DEPTH: u64 = 64;
+pub(super) const DEPTH: u64 = 64;
 /// Rows of W and of the state begin on 16 bytes.
 const MASTER: u64 = 4;
 /// Columns of a chunk where P is not kept: 69 MB of P at 4096 rows, and 66 tiles, which outnumber the multiprocessors' half.
-const CHUNK: u64 = 8448;
+pub(super) const CHUNK: u64 = 8448;
 /// Columns of a tile of P @ W^, along d.
 const WEIGHTED_TILE: u64 = 128;
 /// Blocks of P @ W^ that a multiprocessor holds.
@@ -23,12 +23,12 @@ const WEIGHTED_BLOCKS: u64 = 2;
 /// Updates that a dense row may be behind before all rows are brought up: 32 bytes each.
 const HISTORY: u64 = 4096;
 /// kernels/sample.cu: bins of the draw's histogram, at the head of the counters.
-const HISTOGRAM: u64 = 2048;
+pub(super) const BINS: u64 = 2048;
 /// kernels/labels.cu: rows of a tile of the sort, and counters it has.
 const SORT_ROWS: u64 = 1024;
 const SORT_COUNTERS: u64 = 256;
 /// kernels/sample.cu: classes for which the draw and the listing may have one counter.
-const COUNTED_CLASSES: u64 = 512;
+pub(super) const COUNTED_CLASSES: u64 = 512;
 
 /// What sizes depend on beside the options.
 #[derive(Clone, Copy, Debug)]
@@ -112,7 +112,7 @@ impl Sizes {
             sample_capacity: most.max(1).next_multiple_of(TILE_COLUMNS),
             chunk_capacity: 0,
             splits: 1,
-            count_capacity: HISTOGRAM + (SORT_COUNTERS * sort_tiles).max(spec.shard.rows.div_ceil(COUNTED_CLASSES)),
+            count_capacity: BINS + (SORT_COUNTERS * sort_tiles).max(spec.shard.rows.div_ceil(COUNTED_CLASSES)),
             history_capacity: if options.row_update == RowUpdate::Dense { HISTORY } else { 0 },
         };
         for (what, count) in [("rows", sizes.row_capacity), ("classes of a sample", sizes.sample_capacity)] {
@@ -543,7 +543,7 @@ mod tests {
         assert_eq!(bytes(&replicated, "second_moment"), 1000 * 68 * 4);
         assert_eq!(bytes(&replicated, "last"), 4000);
         assert_eq!(bytes(&replicated, "sums") + bytes(&replicated, "gradient_send"), 0);
-        assert_eq!(bytes(&replicated, "replicated_sums"), 7 * 8);
+        assert_eq!(bytes(&replicated, "replicated_sums"), 8 * 8);
         let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
         assert_eq!(more.sample_capacity, 384);
     }

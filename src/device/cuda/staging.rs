@@ -6,8 +6,11 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceBuffer, Place, Stream};
 use super::view::MatrixView;
 use crate::matrix::Matrix;
-use crate::memory::Plain;
+use crate::memory::{Buffer, Plain};
 use crate::{error, Result};
+
+/// Bytes that are fetched, or go through the staging memory, at a time where there are many.
+pub(super) const PIECE: usize = 16 << 20;
 
 /// Room on the GPU for one host matrix at a time and one list of classes; it grows to the largest so far.
 pub(super) struct Staging {
@@ -115,25 +118,69 @@ pub(super) fn fetch<T: Plain>(stream: &Stream, from: *const T, count: usize) -> 
     Ok(values.into_iter().map(|value| unsafe { value.assume_init() }).collect())
 }
 
-/// The first row of a matrix that holds a NaN or an infinity.
-pub(super) fn not_finite(stream: &Stream, name: &str, matrix: &Matrix) -> Result<Option<usize>> {
-    let device = on_device(stream.context(), name, matrix)?;
-    let (mut bytes, mut values) = (vec![0u8; matrix.cols * matrix.dtype.size()], vec![0f32; matrix.cols]);
-    for number in 0..matrix.rows {
-        let from = row_of(matrix, number);
-        // SAFETY: a row of the caller's matrix, on the device or on the host; the bytes outlive the wait.
-        unsafe {
-            if device {
-                stream.download(bytes.as_mut_ptr().cast(), from.cast_const().cast(), bytes.len())?;
-                stream.synchronize()?;
-            } else {
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
-            }
-            Matrix { data: bytes.as_mut_ptr(), rows: 1, row_stride: matrix.cols, ..*matrix }.read_row(0, &mut values);
+/// Copies a caller's bytes to the host, once `stream` has come so far.
+///
+/// # Safety
+/// There are as many at `from`, in the host's memory or the device's.
+pub(super) unsafe fn read(stream: &Stream, name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+    match stream.context().place(name, from.cast())? {
+        Place::Host => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()),
+        Place::Device => {
+            stream.download(to.as_mut_ptr().cast(), from.cast(), to.len())?;
+            stream.synchronize()?;
         }
-        if values.iter().any(|value| !value.is_finite()) {
-            return Ok(Some(number));
+    }
+    Ok(())
+}
+
+/// Copies bytes to a caller, after all that is on `stream`; they are there when it returns.
+///
+/// # Safety
+/// There is room for as many at `to`, in the host's memory or the device's.
+pub(super) unsafe fn write(stream: &Stream, name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+    match stream.context().place(name, to.cast_const().cast())? {
+        Place::Host => std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()),
+        Place::Device => {
+            stream.upload(to.cast(), from.as_ptr().cast(), from.len())?;
+            stream.synchronize()?;
+        }
+    }
+    Ok(())
+}
+
+/// The first row of a matrix that holds a NaN or an infinity. One on the device is fetched a piece at a time.
+pub(super) fn not_finite(stream: &Stream, name: &str, matrix: &Matrix) -> Result<Option<usize>> {
+    let row = matrix.row_stride * matrix.dtype.size();
+    let piece = match on_device(stream.context(), name, matrix)? {
+        true => (PIECE / row.max(1)).clamp(1, matrix.rows),
+        false => return Ok(first_not_finite(matrix)),
+    };
+    // What lies after the last row is not the matrix's.
+    let bytes_of = |rows: usize| (rows - 1) * row + matrix.cols * matrix.dtype.size();
+    let mut bytes = Buffer::<u8>::zeroed(bytes_of(piece), name)?;
+    for start in (0..matrix.rows).step_by(piece) {
+        let part = part_of(matrix, start, piece);
+        // SAFETY: the caller's matrix; the bytes outlive the wait.
+        unsafe { stream.download(bytes.as_mut_ptr().cast(), part.data.cast_const().cast(), bytes_of(part.rows)) }?;
+        stream.synchronize()?;
+        if let Some(number) = first_not_finite(&Matrix { data: bytes.as_mut_ptr(), ..part }) {
+            return Ok(Some(start + number));
         }
     }
     Ok(None)
+}
+
+/// As `not_finite`, of a matrix that the host can read.
+fn first_not_finite(matrix: &Matrix) -> Option<usize> {
+    let mut values = vec![0f32; matrix.cols];
+    (0..matrix.rows).find(|&number| {
+        // SAFETY: a row of it.
+        unsafe { matrix.read_row(number, &mut values) };
+        values.iter().any(|value| !value.is_finite())
+    })
+}
+
+/// At most `piece` rows of a matrix.
+pub(super) fn part_of(rows: &Matrix, start: usize, piece: usize) -> Matrix {
+    Matrix { data: row_of(rows, start), rows: piece.min(rows.rows - start), ..*rows }
 }

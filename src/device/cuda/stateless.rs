@@ -7,7 +7,9 @@ use std::mem::{size_of, size_of_val};
 use std::sync::MutexGuard;
 
 use super::driver::{Arguments, Grid, Kernel};
+use super::kernels::{ALONE, BLOCK, HISTOGRAM, PARTS};
 use super::lent::{check_workspace, Cut, Lent, Room};
+use super::sizes::{BINS, CHUNK, COUNTED_CLASSES, DEPTH};
 use super::staging::{fetch, grown};
 use super::view::{HeadView, MarginView, MatrixView, OptimizerView, Rule, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
@@ -19,22 +21,11 @@ use crate::optimizer::{Optimizer, StepRule};
 use crate::options::RowUpdate;
 use crate::{ensure, Result};
 
-/// Threads of a block, and blocks for each multiprocessor.
-pub(super) const BLOCK: u32 = 256;
+/// Blocks for each multiprocessor.
 pub(super) const BLOCKS: u32 = 4;
-/// Threads of the kernels that one block runs alone.
-const ALONE: u32 = 1024;
-/// Dynamic shared memory: of a sum or a scan over a block's warps; of the draw's bins.
-const PARTS: u32 = 256;
-const HISTOGRAM: u32 = 8192;
-/// Operands are zero from d up to a multiple of it.
-const DEPTH: u64 = 64;
-/// Columns of a chunk at most, and bytes that it may take before it is cut down.
-const CHUNK: u64 = 8448;
+/// Bytes that a chunk of columns may take before it is cut down.
 const CHUNK_BYTES: u64 = 256 << 20;
-/// kernels/sample.cu: bins of the histogram, classes that have a counter, and counters of the shortest list.
-const BINS: u64 = 2048;
-const COUNTED_CLASSES: u64 = 512;
+/// kernels/sample.cu: counters of the shortest list.
 const LIST_COUNTERS: u64 = 3;
 /// Columns of a row, and rows of a shard that is drawn from: the kernels' 32-bit numbers, with room for a block's stride.
 const MOST: u64 = u32::MAX as u64 - 8191;

@@ -38,7 +38,7 @@ pub(super) struct Pointer {
     pub context: CUcontext,
 }
 
-/// The numbers that the runtime has for its two default streams; they belong to no context.
+/// The numbers that the driver has for its default streams, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD; they belong to no context.
 const LEGACY_STREAM: usize = 1;
 const THREAD_STREAM: usize = 2;
 
@@ -51,6 +51,12 @@ impl Context {
     /// `stream` is a stream of the driver's, or NULL.
     pub unsafe fn of(ordinal: i32, stream: *mut c_void) -> Result<Arc<Context>> {
         driver()?;
+        // A head's calls come from any thread, and it orders its own streams' work by this one.
+        ensure!(
+            stream as usize != THREAD_STREAM,
+            InvalidArgument,
+            "stream is CU_STREAM_PER_THREAD, another one in each thread that uses it: make one with cuStreamCreate"
+        );
         let mut count = 0;
         call!(ordinal, cuDeviceGetCount(&mut count))?;
         ensure!(
@@ -68,7 +74,7 @@ impl Context {
         } else {
             Context { raw, device, ordinal, retained: false }
         };
-        let is_default = matches!(stream as usize, 0 | LEGACY_STREAM | THREAD_STREAM);
+        let is_default = matches!(stream as usize, 0 | LEGACY_STREAM);
         if !is_default {
             // The driver may refuse to answer a thread that has no context at all.
             let current = context.enter()?;

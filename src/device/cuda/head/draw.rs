@@ -4,20 +4,18 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use super::super::driver::{Context, DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
+use super::super::kernels::{ALONE, BLOCK, HISTOGRAM, PARTS};
 use super::super::lanes::Lane;
 use super::super::sizes::Sizes;
-use super::{run, CudaHead, BLOCK, PARTS};
+use super::{run, CudaHead};
 use crate::device::{sample_capacity, Exchange, Labels};
 use crate::matrix::DType;
 use crate::protocol::{Step, HEADER};
 use crate::{Error, Result};
 
-/// Threads of the kernels that one CTA runs alone.
-pub(super) const ALONE: u32 = 1024;
-/// Dynamic shared memory of the sort's digits, by CTA and by warp, and of the draw's bins.
-const BINS: u32 = 1024;
-const WARP_BINS: u32 = BINS * (BLOCK / 32);
-const HISTOGRAM: u32 = 8192;
+/// Dynamic shared memory of the sort's digits, by block and by warp.
+const DIGITS: u32 = 1024;
+const WARP_DIGITS: u32 = DIGITS * (BLOCK / 32);
 /// Copies of labels under way before the host waits for the oldest.
 const LABEL_SLOTS: usize = 4;
 
@@ -28,8 +26,9 @@ pub(super) struct Draft {
     /// It is drawn; nothing enqueued uses it any more.
     pub drawn: Event,
     pub released: Event,
-    /// The number of its sample, and how many classes that has at most: the same on all ranks.
+    /// The number of its sample: the same on all ranks.
     pub step: u64,
+    /// How many classes it has at most, and there is room for: the same on all ranks that were given none, or as many.
     pub most: u64,
     /// This rank's rows, its labels where the host has them, and what it came to A with.
     pub batch: usize,
@@ -137,6 +136,11 @@ impl CudaHead {
         Ok(target)
     }
 
+    /// Classes that no drawn sample has more of, on any rank.
+    pub(super) fn usual_sample(&self) -> u64 {
+        sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard)
+    }
+
     /// Makes room for a caller's sample beyond every draw. The step under way keeps what it has until it is over.
     fn grow(&mut self, classes: usize) -> Result<()> {
         let next = self.next();
@@ -162,12 +166,12 @@ impl CudaHead {
     pub(super) fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
         let draft = self.next();
         let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes[draft].label_capacity as usize);
-        self.drafts[draft].most = sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard);
+        self.drafts[draft].most = self.usual_sample();
         let list = match chosen {
             Some(ids) => {
                 let most = (ids.len() + label_capacity).min(self.spec.shard.rows as usize);
-                self.drafts[draft].most = self.drafts[draft].most.max(most as u64);
                 self.grow(most)?;
+                self.drafts[draft].most = self.drafts[draft].most.max(most as u64);
                 let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
                 Some((self.staging.borrow_mut().classes(self.lanes.of(Lane::Draw), &classes)?.cast(), classes.len() as u32))
             }
@@ -178,9 +182,9 @@ impl CudaHead {
         run!(self, Draw, spread_labels, grid, BLOCK, (view,));
         for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
             let from = pass as u32 % 2;
-            run!(self, Draw, sort_labels_count[BINS], grid, BLOCK, (view, shift, from));
+            run!(self, Draw, sort_labels_count[DIGITS], grid, BLOCK, (view, shift, from));
             run!(self, Draw, sort_labels_scan[PARTS], 1, ALONE, (view,));
-            run!(self, Draw, sort_labels_scatter[WARP_BINS], grid, BLOCK, (view, shift, from));
+            run!(self, Draw, sort_labels_scatter[WARP_DIGITS], grid, BLOCK, (view, shift, from));
         }
         run!(self, Draw, find_positives_count[PARTS], grid, BLOCK, (view,));
         run!(self, Draw, find_positives_scan[PARTS], 1, ALONE, (view,));
