@@ -609,6 +609,11 @@ void pfc_comm_free(pfc_comm *comm);
 typedef struct pfc_head pfc_head;
 
 // What pfc_head_metrics tells of the last step. Fill with pfc_metrics_init.
+//
+// Seconds are the calling thread's. On a CUDA device they are what it takes to enqueue a phase,
+// not to run it, beside what a communicator waits for; with a loss in host memory seconds_reduce
+// has the wait for all that was enqueued up to the loss. PFC_TRACE tells when the device ran
+// what.
 typedef struct pfc_metrics {
   // sizeof(pfc_metrics), set by pfc_metrics_init.
   uint64_t struct_size;
@@ -783,7 +788,8 @@ pfc_status pfc_head_shard(const pfc_head *head, uint64_t *first, uint64_t *count
 //
 // @param first class id
 // @param count classes
-// @param centers count x embedding_dim, written
+// @param centers count x embedding_dim, written; CUDA: in the device's memory that is only
+//   enqueued, on the stream the device was made with, and nothing is waited for
 pfc_status pfc_head_read_centers(pfc_head *head, uint64_t first, uint64_t count,
                                  const pfc_matrix *centers);
 
