@@ -141,7 +141,7 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 #define PFC_PRECISION_F32 2   // float32-accurate products.
 #define PFC_PRECISION_HALF 3  // 16-bit operands, float32 sums. CUDA only.
 
-// For gather_dtype: the operand type of the device's GEMM (f32 on the CPU).
+// For gather_dtype: f16 where the device computes in half precision, else f32.
 #define PFC_GATHER_AUTO 0
 
 #define PFC_RESIDENCY_DEVICE 1  // W and optimizer state in the device's memory.
@@ -208,8 +208,9 @@ typedef struct pfc_head_options {
   int64_t ignore_label;
   // PFC_PRECISION_*. (default: auto)
   int32_t precision;
-  // The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16; in
-  // f16 an element beyond 65504 is NOT_FINITE. (default: auto)
+  // The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. In
+  // f16 a row travels with its largest element scaled to 1 to 2 by a power of two, which its
+  // gradient does not see: no row is too long or too short. (default: auto)
   int32_t gather_dtype;
   // Storage of W; PFC_F32 is what is supported. (default: f32)
   int32_t weight_dtype;
@@ -628,6 +629,11 @@ void pfc_comm_free(pfc_comm *comm);
 typedef struct pfc_head pfc_head;
 
 // What pfc_head_metrics tells of the last step. Fill with pfc_metrics_init.
+//
+// Seconds are the calling thread's. On a CUDA device they are what it takes to enqueue a phase,
+// not to run it, beside what a communicator waits for; with a loss in host memory seconds_reduce
+// has the wait for all that was enqueued up to the loss. PFC_TRACE tells when the device ran
+// what.
 typedef struct pfc_metrics {
   // sizeof(pfc_metrics), set by pfc_metrics_init.
   uint64_t struct_size;
@@ -806,7 +812,8 @@ pfc_status pfc_head_shard(const pfc_head *head, uint64_t *first, uint64_t *count
 //
 // @param first class id
 // @param count classes
-// @param centers count x embedding_dim, written
+// @param centers count x embedding_dim, written; CUDA: in the device's memory that is only
+//   enqueued, on the stream the device was made with, and nothing is waited for
 pfc_status pfc_head_read_centers(pfc_head *head, uint64_t first, uint64_t count,
                                  const pfc_matrix *centers);
 
@@ -1032,6 +1039,11 @@ static inline pfc_status pfc_plan_report_init(pfc_plan_report *report) {
 }
 
 // Predicts memory and traffic of a head on the CPU device, before there is one. Not collective.
+//
+// Precision auto counts as the CPU's, f32, of which gather_dtype auto is f32. The traffic of a
+// CUDA device, for which precision auto is half and gather_dtype auto then f16, is that of the
+// precision it computes in, PFC_PRECISION_HALF or PFC_PRECISION_F32, for a batch of max_batch: it
+// hands over as much, whatever the batch.
 //
 // @param options the head
 // @param ranks number of ranks

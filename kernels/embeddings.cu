@@ -1,12 +1,20 @@
 // A step's embeddings: packed for the other ranks, judged, normalised, and the angle of each to its
 // class centre.
 //
-//     E^_i = E_i / |E_i|,  zt_i = scale * psi(angle(E_i, W_y)),  psi'_i
+//     sent_i = s_i E_i,  s_i = 2^-floor(log2 max_k |E_ik|) where they travel in f16, else 1
+//     E^_i = sent_i / |sent_i| = E_i / |E_i|
+//     zt_i = scale * psi(angle(E_i, W_y)),  psi'_i
 //
-// Fused: the norm, E^ in float32 and as operands of the products, and the clearing of all per-row
-// results of the step. Floor: B * d elements read twice (the second time from the cache), B * pitch
-// written in float32 and as operands; 17 MB at 4096 rows of 512 in half precision. Agrees with
-// CpuHead::embed (src/device/cpu/step.rs) and src/margin.rs angle.
+// A row in f16 has its largest magnitude in [1, 2), whatever its norm: it neither overflows nor
+// loses its digits, and the receiver needs its direction alone. Its own rank keeps s_i for the
+// backward of normalize (finish_gradient).
+//
+// Fused: packing, the row's largest magnitude with its scaling and rounding; normalising, the norm,
+// E^ in float32 and as operands of the products, and the clearing of all per-row results of the
+// step. Floor: B * d elements read twice (the second time from the cache), B * pitch written in
+// float32 and as operands; 17 MB at 4096 rows of 512 in half precision. Agrees with
+// CpuHead::pack_embeddings and embed (src/device/cpu/step.rs), send_scale
+// (src/device/cpu/vector.rs) and src/margin.rs angle.
 #include "angle.h"
 #include "ptx/atomic.h"
 #include "replay.h"
@@ -32,18 +40,66 @@ PFC_DEVICE bool ignored(const HeadView& view, uint32_t global_row) {
     return view.labels[global_row] == view.ignore_label;
 }
 
+constexpr uint32_t kInfinityBits = 0x7f800000u;  // magnitudes from here on are no numbers
+constexpr uint32_t kShortestBits = 0x2b8cbcccu;  // rows::kShortest in float32
+constexpr uint32_t kOneExponent = 127;           // the exponent field of 1
+
+// The power of two that takes the row's largest magnitude into [1, 2). It and its inverse are
+// normal float32 numbers: a largest magnitude of 2^127 or more comes into [2, 4). 0 for a row
+// without a direction, 1 for one with a NaN or an infinity: that is still there in f16.
+PFC_DEVICE float send_scale(const MatrixView& source, uint64_t start, uint32_t dim) {
+    const uint32_t lane = threadIdx.x % 32;
+    // As integers magnitudes have the order of the numbers, with NaN above them all.
+    uint32_t largest = 0;
+    for (uint32_t column = lane; column < dim; column += 32) {
+        const float value = rows::read_element(source.data, start + column, source.dtype);
+        const uint32_t magnitude = ptx::float_bits(value) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const uint32_t other = ptx::shuffle_xor(largest, mask);
+        largest = other > largest ? other : largest;
+    }
+    if (largest >= kInfinityBits) {
+        return 1.0f;
+    }
+    // A row with a larger element has a larger norm.
+    if (largest <= kShortestBits) {
+        double squares = 0.0;
+        for (uint32_t column = rows::kGroup * lane; column < dim; column += rows::kSpan) {
+            squares = rows::add_squares(
+                squares, rows::read_typed(source.data, start, source.dtype, column, dim));
+        }
+        if (rows::inverse_norm(rows::sum_of_warp(squares)) == 0.0) {
+            return 0.0f;
+        }
+    }
+    const uint32_t exponent = rows::least(largest >> 23, 2 * kOneExponent - 1);
+    return ptx::bits_float((2 * kOneExponent - exponent) << 23);
+}
+
 }  // namespace
 
-// embeddings_send = `batch` rows of the source in gather_dtype, then zeros. Does not ask for the
-// status: the other ranks wait for these rows whatever becomes of the step.
-// gate: pack_embeddings registers <= 24
+// embeddings_send = `batch` rows of the source in gather_dtype, then zeros; send_scales. Does not
+// ask for the status: the other ranks wait for these rows whatever becomes of the step.
+// gate: pack_embeddings registers <= 32
+// gate: pack_embeddings on 100,120 registers <= 56
 PFC_KERNEL(pack_embeddings,
            (const PFC_GRID_CONSTANT HeadView view, MatrixView source, uint64_t batch)) {
+    const uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = rows::first_row(); row < view.max_batch; row += rows::row_stride()) {
-        for (uint32_t column = threadIdx.x % 32; column < view.dim; column += 32) {
+        const uint64_t start = row * source.stride;
+        float scale = 1.0f;
+        if (view.send_scales != nullptr) {
+            scale = row < batch ? send_scale(source, start, view.dim) : 0.0f;
+            if (lane == 0) {
+                view.send_scales[row] = scale;
+            }
+        }
+        for (uint32_t column = lane; column < view.dim; column += 32) {
             float value = 0.0f;
             if (row < batch) {
-                value = rows::read_element(source.data, row * source.stride + column, source.dtype);
+                value = scale * rows::read_element(source.data, start + column, source.dtype);
             }
             rows::write_element(view.embeddings_send, uint64_t(row) * view.dim + column,
                                 view.gather_dtype, value);

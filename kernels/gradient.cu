@@ -1,7 +1,10 @@
 // The gradient of the embeddings: of the unit rows, then back through normalize.
 //
 //     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y
-//     dE_i = (dE^_i - (dE^_i . E^_i) E^_i) / |E_i| * factor / valid rows
+//     dE_i = (dE^_i - (dE^_i . E^_i) E^_i) * s_i / |sent_i| * factor / valid rows
+//
+// where sent_i = s_i E_i is the row as it travelled (embeddings.cu), so that s_i / |sent_i| is
+// 1 / |E_i|.
 //
 // Fused: the sum over the splits of the second product, the target's term, the places of D. Floor:
 // splits * B * pitch floats and B target rows read, ranks * max_batch * d floats written (16 MB at
@@ -107,7 +110,8 @@ PFC_KERNEL(finish_gradient,
                 along = rows::add_products(along, rows::read_floats(from, column, view.dim), unit);
             }
             along = rows::sum_of_warp(along);
-            length = view.inverse_norms[block.first_own + i] * float(weight);
+            const float scale = view.send_scales == nullptr ? 1.0f : view.send_scales[i];
+            length = view.inverse_norms[block.first_own + i] * scale * float(weight);
         }
         for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
             ptx::Float4 made = rows::zeros();

@@ -147,11 +147,12 @@ struct HeadView {
     // B
     uint8_t* embeddings_send;     // [max_batch][d] in gather_dtype
     uint8_t* embeddings_recv;     // [ranks][max_batch][d]
+    float* send_scales;           // [max_batch] what an own row was multiplied by to travel in f16; null: rows travel as they are
     // E^ in float32, and as operands of the products: planes of [row_capacity][depth_pitch] 16-bit values
     float* units;                 // [row_capacity][depth_pitch]
     uint16_t* unit_operand;       // GEMM1's left side: half: 1 plane of fp16; f32: 3 planes of bf16
     uint16_t* scaled_operand;     // E' = scale E^ / L, GEMM3's right side: half: 1 plane of bf16; f32: 3
-    float* inverse_norms;         // [row_capacity] 1 / |E_i|
+    float* inverse_norms;         // [row_capacity] 1 / |E_i|, of the row as it travelled
     float* target_logits;         // [row_capacity] zt; 0 where another rank owns the class
     float* target_cosines;        // [row_capacity] or kElsewhere, kIgnored
     float* derivatives;           // [row_capacity] psi'

@@ -49,7 +49,7 @@ pub struct HeadOptions {
     pub init_std: f64,
     pub ignore_label: Option<i64>,
     pub precision: Precision,
-    /// None: the operand type of the device's GEMM.
+    /// None: f16 where the device computes in half precision, else f32.
     pub gather_dtype: Option<DType>,
     /// Bytes, 0: the library decides. May differ between ranks.
     pub workspace_limit: u64,
@@ -116,6 +116,14 @@ impl HeadOptions {
             );
         }
         Ok(())
+    }
+
+    /// The type embeddings travel in, on a device whose `auto` precision is this one.
+    ///
+    /// Unless it is chosen it is what the products make of them anyhow: f16 where they take 16-bit operands.
+    pub(crate) fn gathered_dtype(&self, auto: Precision) -> DType {
+        let precision = if self.precision == Precision::Auto { auto } else { self.precision };
+        self.gather_dtype.unwrap_or(if precision == Precision::Half { DType::F16 } else { DType::F32 })
     }
 
     /// The range of classes of a rank.

@@ -1,8 +1,7 @@
 //! What a head will need, before there is one: bytes of memory, and bytes a step hands to the communicator.
 
 use crate::device::{memory_needed, sample_capacity, Memory};
-use crate::matrix::DType;
-use crate::options::{HeadOptions, Placement};
+use crate::options::{HeadOptions, Placement, Precision};
 use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, Result};
 
@@ -32,7 +31,9 @@ pub struct Plan {
     pub traffic: StepTraffic,
 }
 
-/// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each.
+/// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each. There `auto` is precision f32, and
+/// embeddings travel in it. Precision half has the traffic of a CUDA device, where they travel in f16, for full batches: such a
+/// device hands over `max_batch` rows, whatever a batch has.
 ///
 /// The class centres' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
 /// that travels.
@@ -42,7 +43,7 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     ensure!(batch <= options.max_batch, InvalidArgument, "batch is {batch}, max_batch is {}", options.max_batch);
     let shard = options.shard(ranks, 0);
     let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));
-    let gathered = options.gather_dtype.unwrap_or(DType::F32).size() as u64;
+    let gathered = options.gathered_dtype(Precision::F32).size() as u64;
     let labels = 8 * label_block(options.max_batch) as u64;
     let traffic = match options.placement {
         Placement::Sharded => StepTraffic {

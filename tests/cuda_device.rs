@@ -363,7 +363,8 @@ fn a_step_for_which_there_is_no_memory_is_told_and_the_head_works_on() {
     let device = gpu();
     let mut expected = None;
     for placement in [Placement::Sharded, Placement::Replicated] {
-        let options = HeadOptions { placement, ..small() };
+        // A sharded head's rows travel as a replicated one has them.
+        let options = HeadOptions { placement, gather_dtype: Some(DType::F32), ..small() };
         let mut head = Head::new(&device, &Comm::solo(), &options);
         let (before, mut gradient) = (head.centers(), Rows::output(ROWS, DIM));
         // Reading has made room for rows, which is too little for a batch in float32 once there is none.

@@ -10,12 +10,13 @@
 mod case;
 mod common;
 
-use case::{cases, cases_of, Calls, Case, Input};
-use common::ffi::{Failure, Head, Rows};
+use case::{cases, cases_of, Calls, Case, Input, Sizes};
+use common::ffi::{self, plan, to_c, traffic_between, Failure, Head, Rows};
 use common::gpu::gpu;
 use common::numbers::{distance, norm, widen};
 use common::ranks::{on_ranks, Rank};
 use common::simt;
+use common::training::Batch;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision};
 use partialfc::reference::{self, Operands, RankInput};
@@ -89,6 +90,13 @@ struct Judge {
     least_log_n: f64,
 }
 
+/// Gradients of the unit rows, whatever the rows' norms: one long row's would hide all others'.
+fn at_unit_norm(gradients: &[f64], embeddings: &[f64], dim: usize) -> Vec<f64> {
+    let norms = embeddings.chunks(dim).map(norm).map(|norm| if norm.is_finite() { norm } else { 0.0 });
+    let each = gradients.len() * dim / embeddings.len().max(1);
+    gradients.chunks(each.max(1)).zip(norms).flat_map(|(row, norm)| row.iter().map(move |g| g * norm)).collect()
+}
+
 fn judge(case: &Case, operands: Operands, inputs: &[RankInput], start: &[f32]) -> Judge {
     let mut head = reference::Head::new(case.options(), case.ranks(), widen(start));
     head.operands = operands;
@@ -96,6 +104,9 @@ fn judge(case: &Case, operands: Operands, inputs: &[RankInput], start: &[f32]) -
     // The ranks of a replicated head have the same sum of theirs.
     let ranks = if case.placement == Placement::Replicated { 1 } else { case.ranks() };
     let seen = &step.conditioning;
+    let of_units = |gradients: &[Vec<f64>]| -> Vec<Vec<f64>> {
+        gradients.iter().zip(inputs).map(|(rank, input)| at_unit_norm(rank, input.embeddings, case.dim)).collect()
+    };
     let spare = |gross: &[Vec<f64>], tied: &[Vec<f64>], rows: usize| {
         let steepness = case.scale.max(1.0) * case.m1.max(1.0);
         4e-7 * steepness * norm(&gross.concat()) + norm(&tied.concat()) + (1e-30 + 20.0 * seen.underflow) * (rows as f64).sqrt()
@@ -103,10 +114,14 @@ fn judge(case: &Case, operands: Operands, inputs: &[RankInput], start: &[f32]) -
     Judge {
         loss: step.loss,
         spare: [
-            spare(&seen.gross_embeddings, &seen.tied_embeddings, inputs.iter().map(|input| input.labels.len()).sum()),
+            spare(
+                &of_units(&seen.gross_embeddings),
+                &of_units(&seen.tied_embeddings),
+                inputs.iter().map(|input| input.labels.len()).sum(),
+            ),
             spare(&seen.gross_centers[..ranks], &seen.tied_centers[..ranks], inputs.iter().map(|input| input.sample.len()).sum()),
         ],
-        tensors: [step.grad_embeddings.concat(), step.grad_centers[..ranks].concat()],
+        tensors: [of_units(&step.grad_embeddings).concat(), step.grad_centers[..ranks].concat()],
         filter_distance: seen.filter_distance,
         guard_distance: seen.guard_distance,
         least_log_n: seen.least_log_n,
@@ -120,11 +135,15 @@ fn check(case: &Case) -> Result<bool, String> {
     let samples: Vec<&[i64]> =
         runs.iter().map(|run| run.as_ref().map_or_else(|(_, ids)| &ids[..], |found| &found.sample)).collect();
     let inputs = case.inputs(0, &start);
-    let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| case.travelled(&input.embeddings)).collect();
-    let rank_inputs: Vec<RankInput> = (0..case.ranks())
-        .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
-        .collect();
-    let [rounded, exact] = [Operands::Half, Operands::Exact].map(|operands| judge(case, operands, &rank_inputs, &start));
+    // Unless a type is asked for they travel in f16; that is a part of what the precision is worth.
+    let [rounded, exact] = [(Operands::Half, Some(DType::F16)), (Operands::Exact, None)].map(|(operands, auto)| {
+        let gather = case.gather.or(auto);
+        let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| case.travelled(&input.embeddings, gather)).collect();
+        let rank_inputs: Vec<RankInput> = (0..case.ranks())
+            .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
+            .collect();
+        judge(case, operands, &rank_inputs, &start)
+    });
     let mut found = Vec::new();
     for run in runs {
         match run {
@@ -141,7 +160,11 @@ fn check(case: &Case) -> Result<bool, String> {
     }
     let ranks = if case.placement == Placement::Replicated { 1 } else { case.ranks() };
     let tensors = [
-        found.iter().flat_map(|run| run.grad_embeddings.iter().copied()).collect::<Vec<f64>>(),
+        found
+            .iter()
+            .zip(&inputs)
+            .flat_map(|(run, input)| at_unit_norm(&run.grad_embeddings, &input.embeddings.values(), case.dim))
+            .collect::<Vec<f64>>(),
         found[..ranks].iter().flat_map(|run| run.grad_centers.iter().copied()).collect(),
     ];
     let loss = found[0].loss;
@@ -199,8 +222,75 @@ fn half_operands_are_rounded_and_nothing_else_is() {
     agree(cases(), 60);
 }
 
+/// Rows travel in f16 unless another type is asked for, whatever their norm.
+#[test]
+fn rows_of_any_size_travel_in_half_precision() {
+    let types = [DType::F32, DType::F16, DType::Bf16];
+    let sharded = cases_of(2..=60usize, 1..=100usize, 1..=20usize).prop_map(move |case| Case {
+        placement: Placement::Sharded,
+        sizes: Sizes::Any,
+        embeddings: types[(case.seed / 3 % 3) as usize],
+        gather: [None, None, Some(DType::F16)][(case.seed % 3) as usize],
+        ignored: case.ignored.min(0.5),
+        ..case
+    });
+    agree(sharded, 30);
+}
+
 #[test]
 fn half_precision_of_wide_rows_is_worth_what_it_says() {
     let wide = prop_oneof![2 => EXACT_FROM..=300usize, 1 => 300..=1024usize];
     agree(cases_of(20..=200usize, wide, 1..=20usize), 12);
+}
+
+/// What a communicator counts of a step is what the plan says: of the precision, as the plan does not know the device.
+#[test]
+fn full_batches_hand_over_the_bytes_that_the_plan_names() {
+    let _turn = simt::turn(3);
+    for precision in [Precision::Half, Precision::F32, Precision::Auto] {
+        for gather_dtype in [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16)] {
+            let options = HeadOptions { precision, gather_dtype, ..ffi::options(101, 7, 6) };
+            let mut planned = to_c(&options);
+            if precision == Precision::Auto {
+                planned.precision = Precision::Half as i32;
+            }
+            let report = plan(&planned, 2, 6).expect("a plan");
+            let bytes = gather_dtype.map_or(if precision == Precision::F32 { 4 } else { 2 }, DType::size) as u64;
+            assert_eq!(report.embeddings_bytes, 6 * 7 * bytes, "{precision:?} {gather_dtype:?}");
+            on_ranks(2, |place| {
+                let mut head = Head::create(&gpu(), &place.comm, &to_c(&options)).expect("a head");
+                let batch = Batch::draw(&options, place.rank, 0, 6);
+                let before = place.comm.traffic();
+                head.step(&mut batch.rows(7), &batch.labels, 0.1, &mut Rows::output(6, 7)).expect("a step");
+                let counted = traffic_between(&before, &place.comm.traffic());
+                let named = [report.labels_bytes + report.embeddings_bytes, report.sums_bytes, report.grad_embeddings_bytes, 0];
+                assert_eq!(counted, named, "{precision:?} {gather_dtype:?}, rank {}", place.rank);
+            });
+        }
+    }
+}
+
+/// A row that is no number is one for all ranks, whatever it was scaled by to travel.
+#[test]
+fn a_row_that_is_no_number_is_named_on_all_ranks() {
+    let _turn = simt::turn(4);
+    let options = HeadOptions { precision: Precision::Half, ..ffi::options(11, 3, 2) };
+    on_ranks(2, |place| {
+        let mut head = Head::new(&gpu(), &place.comm, &options);
+        for (bad, beside) in [(f32::NAN, 1e-30), (f32::INFINITY, 1e30), (f32::NEG_INFINITY, 1.0)] {
+            let mut rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
+            if place.rank == 1 {
+                rows[3..].copy_from_slice(&[beside, bad, -beside]);
+            }
+            let failure = head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2])).expect_err("no number");
+            assert_eq!(failure.status, Status::NotFinite as i32, "{failure:?}");
+            assert!(failure.message.contains("row 1") && failure.message.contains("rank 1"), "{failure:?}");
+        }
+        // The largest numbers there are, and rows without a direction: those have no gradient at all.
+        let mut grad = Rows::output(2, 3);
+        head.forward(&mut Rows::f32(&[f32::MAX, 0.0, -f32::MAX, 1e-13, -1e-13, 0.0], 3), Some(&[1, 2])).expect("numbers");
+        head.backward(1.0, 1.0, &mut grad).expect("backward");
+        assert!(grad.values().iter().all(|g| g.is_finite()), "{grad:?}");
+        assert_eq!(grad.values()[3..], [0.0; 3]);
+    });
 }

@@ -9,6 +9,9 @@ namespace ptx {
 
 #ifdef __CUDACC__
 
+PFC_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
+PFC_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
 PFC_DEVICE uint16_t to_half(float v) {
     uint16_t r;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
@@ -27,7 +30,7 @@ PFC_DEVICE uint16_t to_bfloat(float v) {
     return r;
 }
 
-PFC_DEVICE float from_bfloat(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
+PFC_DEVICE float from_bfloat(uint16_t v) { return bits_float(uint32_t(v) << 16); }
 
 // `low` in bits 0 to 15.
 PFC_DEVICE uint32_t pack_half(float low, float high) {

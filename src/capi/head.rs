@@ -48,6 +48,10 @@ pub struct pfc_head {
 }
 
 /// What pfc_head_metrics tells of the last step. Fill with pfc_metrics_init.
+///
+/// Seconds are the calling thread's. On a CUDA device they are what it takes to enqueue a phase, not to run it, beside what a
+/// communicator waits for; with a loss in host memory seconds_reduce has the wait for all that was enqueued up to the loss.
+/// PFC_TRACE tells when the device ran what.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_metrics {
@@ -461,7 +465,8 @@ pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, 
 ///
 /// @param first class id
 /// @param count classes
-/// @param centers count x embedding_dim, written
+/// @param centers count x embedding_dim, written; CUDA: in the device's memory that is only enqueued, on the stream the device
+///   was made with, and nothing is waited for
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_read_centers(
     head: *mut pfc_head,

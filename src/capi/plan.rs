@@ -67,6 +67,10 @@ pub unsafe extern "C" fn pfc_plan_report_init_sized(report: *mut pfc_plan_report
 
 /// Predicts memory and traffic of a head on the CPU device, before there is one. Not collective.
 ///
+/// Precision auto counts as the CPU's, f32, of which gather_dtype auto is f32. The traffic of a CUDA device, for which precision
+/// auto is half and gather_dtype auto then f16, is that of the precision it computes in, PFC_PRECISION_HALF or PFC_PRECISION_F32,
+/// for a batch of max_batch: it hands over as much, whatever the batch.
+///
 /// @param options the head
 /// @param ranks number of ranks
 /// @param batch rows on each rank

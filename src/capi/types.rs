@@ -55,7 +55,7 @@ pub const PFC_PRECISION_F32: i32 = 2;
 /// 16-bit operands, float32 sums. CUDA only.
 pub const PFC_PRECISION_HALF: i32 = 3;
 
-/// For gather_dtype: the operand type of the device's GEMM (f32 on the CPU).
+/// For gather_dtype: f16 where the device computes in half precision, else f32.
 pub const PFC_GATHER_AUTO: i32 = 0;
 
 /// W and optimizer state in the device's memory.
@@ -137,8 +137,9 @@ pub struct pfc_head_options {
     pub ignore_label: i64,
     /// PFC_PRECISION_*. (default: auto)
     pub precision: i32,
-    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16; in f16 an element beyond 65504 is
-    /// NOT_FINITE. (default: auto)
+    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. In f16 a row travels with its
+    /// largest element scaled to 1 to 2 by a power of two, which its gradient does not see: no row is too long or too short.
+    /// (default: auto)
     pub gather_dtype: i32,
     /// Storage of W; PFC_F32 is what is supported. (default: f32)
     pub weight_dtype: i32,

@@ -106,17 +106,45 @@ fn large_finite_embeddings_are_used_or_refused_but_not_lost() {
 }
 
 #[test]
-fn an_embedding_too_large_to_travel_in_f16_is_named_on_all_ranks() {
+fn an_embedding_that_is_no_number_is_named_on_all_ranks_in_whatever_type_it_travels() {
+    for gather_dtype in [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16)] {
+        on_ranks(2, |place| {
+            let options = HeadOptions { gather_dtype, ..options(5, 3, 2) };
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+            let good = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                // Beside elements of any size: a scale of the row's hides it no more than it makes others one.
+                for beside in [1e-30, 1.0, 1e30] {
+                    let mut rows = good;
+                    if place.rank == 1 {
+                        rows[3..].copy_from_slice(&[beside, bad, -beside]);
+                    }
+                    let refused = head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2]));
+                    let what = format!("rank {}, {bad} beside {beside:e} in {gather_dtype:?}", place.rank);
+                    assert_refused(&what, refused, Status::NotFinite, &["row 1", "rank 1"]);
+                }
+            }
+            head.forward(&mut Rows::f32(&good, 3), Some(&[1, 2])).expect("numbers");
+        });
+    }
+}
+
+#[test]
+fn finite_embeddings_of_any_size_travel_in_f16() {
     on_ranks(2, |place| {
         let options = HeadOptions { gather_dtype: Some(DType::F16), ..options(5, 3, 2) };
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
-        let mut rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
-        if place.rank == 1 {
-            rows[4] = 70_000.0;
+        let good = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0f32];
+        let expected = head.forward(&mut Rows::f32(&good, 3), Some(&[1, 2])).expect("forward");
+        // Powers of two: not a bit of the direction changes.
+        for exponent in [-39, -24, -1, 14, 100, 125] {
+            let rows = good.map(|x| x * 2f32.powi(exponent));
+            let loss = head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2])).expect("forward");
+            assert_eq!(loss, expected, "2^{exponent}");
         }
-        let refused = head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2]));
-        assert_refused(&format!("rank {}", place.rank), refused, Status::NotFinite, &["row 1", "rank 1"]);
-        rows[4] = 60_000.0;
-        head.forward(&mut Rows::f32(&rows, 3), Some(&[1, 2])).expect("f16 holds it");
+        let long = [f32::MAX, 0.0, -f32::MAX, f32::MAX, f32::MIN_POSITIVE, 1.0];
+        let loss = head.forward(&mut Rows::f32(&long, 3), Some(&[1, 2])).expect("the longest rows there are");
+        let short = [1.0, 0.0, -1.0, 1.0, 0.0, 0.0];
+        assert_eq!(loss, head.forward(&mut Rows::f32(&short, 3), Some(&[1, 2])).expect("forward"));
     });
 }

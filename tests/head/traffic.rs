@@ -1,6 +1,7 @@
 //! A plan's traffic is what a communicator counts.
 
-use partialfc::options::{HeadOptions, Placement, RowUpdate};
+use partialfc::matrix::DType;
+use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 
 use crate::common::ffi::{options, plan, to_c, traffic_between, Device, Head, Rows};
 use crate::common::ranks::on_ranks;
@@ -12,7 +13,8 @@ fn a_step_hands_over_the_bytes_that_the_plan_names() {
         for sample_rate in [1.0, 0.5] {
             for (classes, dim, max_batch, batch) in [(101, 7, 6, 6), (64, 16, 9, 4), (33, 3, 1, 0)] {
                 for ranks in 1..=3 {
-                    let options = HeadOptions { placement, sample_rate, ..options(classes, dim, max_batch) };
+                    let gather_dtype = [None, Some(DType::F16), Some(DType::Bf16)][ranks as usize - 1];
+                    let options = HeadOptions { placement, sample_rate, gather_dtype, ..options(classes, dim, max_batch) };
                     let report = plan(&to_c(&options), ranks, batch).expect("a plan");
                     let what =
                         format!("{placement:?} rate {sample_rate} {classes} x {dim}, {batch} of {max_batch} rows, {ranks} ranks");
@@ -68,6 +70,21 @@ fn what_moves_between_ranks_is_what_the_design_says() {
     let sharded = plan(&to_c(&options(1_000_000, 512, 128)), 8, 128).expect("a plan");
     assert_eq!(sharded.grad_embeddings_bytes, 8 * 128 * 512 * 4);
     assert_eq!(sharded.embeddings_bytes, 128 * 512 * 4);
+    // In the type they travel in: as asked for, else by precision, of which auto is f32 on the device that is planned for.
+    for (precision, gather_dtype, bytes) in [
+        (Precision::Auto, None, 4),
+        (Precision::F32, None, 4),
+        (Precision::Half, None, 2),
+        (Precision::Half, Some(DType::F32), 4),
+        (Precision::Auto, Some(DType::F16), 2),
+        (Precision::F32, Some(DType::Bf16), 2),
+    ] {
+        let options = HeadOptions { precision, gather_dtype, ..options(1_000_000, 512, 128) };
+        let report = plan(&to_c(&options), 8, 128).expect("a plan");
+        assert_eq!(report.embeddings_bytes, 128 * 512 * bytes, "{precision:?} {gather_dtype:?}");
+        let saved = sharded.activation_bytes - report.activation_bytes;
+        assert_eq!(saved, (8 + 1) * 128 * 512 * (4 - bytes), "{precision:?} {gather_dtype:?}: as sent and as gathered");
+    }
     assert_eq!(sharded.grad_centers_bytes, 0);
     assert!(sharded.labels_bytes >= 128 * 8 && sharded.labels_bytes < 128 * 8 + 256, "{}", sharded.labels_bytes);
     assert!(sharded.sums_bytes < 16 * 8 * 128, "{}", sharded.sums_bytes);

@@ -17,6 +17,14 @@ pub enum Labels {
     Few,
 }
 
+/// How long the rows of the embeddings are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sizes {
+    Near1,
+    /// As far from 1 as their type lets them.
+    Any,
+}
+
 /// How a step is asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Calls {
@@ -59,6 +67,7 @@ pub struct Case {
     /// Share of rows that carry ignore_label.
     pub ignored: f64,
     pub embeddings: DType,
+    pub sizes: Sizes,
     pub gather: Option<DType>,
     pub grads: DType,
     pub padding: usize,
@@ -121,9 +130,11 @@ impl Case {
         }
     }
 
-    /// The embeddings as the arithmetic sees them: those of a sharded head have travelled in `gather_dtype`.
-    pub fn travelled(&self, embeddings: &Rows) -> Vec<f64> {
-        match (self.placement, self.gather) {
+    /// The embeddings as the arithmetic sees them: those of a sharded head have travelled in this type, None being f32. In f16 each
+    /// row is rounded as if its largest magnitude were between 1 and 2, and one without a direction is zero.
+    pub fn travelled(&self, embeddings: &Rows, gather: Option<DType>) -> Vec<f64> {
+        match (self.placement, gather) {
+            (Placement::Sharded, Some(DType::F16)) => embeddings.values().chunks(self.dim).flat_map(in_f16).collect(),
             (Placement::Sharded, Some(dtype)) => Rows::new(&embeddings.values(), self.dim, dtype, 0).values(),
             _ => embeddings.values(),
         }
@@ -150,6 +161,7 @@ impl Case {
     /// By rank: the rows of a step. Near rows lean on the start values of W, which later steps have left a little.
     pub fn inputs(&self, step: usize, centers: &[f32]) -> Vec<Input> {
         let mut random = Random(self.seed ^ (step as u64 + 1).wrapping_mul(0x5851_f42d_4c95_7f2d));
+        let mut sizes = random.clone();
         let few: Vec<i64> = random.labels(3, self.classes);
         let common: Vec<i64> = self.subset(0..self.classes, &mut random);
         (0..self.ranks())
@@ -163,7 +175,8 @@ impl Case {
                         (_, Labels::Few) => few[random.below(3)],
                     })
                     .collect();
-                let embeddings: Vec<f64> = labels.iter().flat_map(|&label| self.embedding(label, centers, &mut random)).collect();
+                let row = |label| self.sized(self.embedding(label, centers, &mut random), &mut sizes);
+                let embeddings: Vec<f64> = labels.iter().copied().flat_map(row).collect();
                 let sample = match self.placement {
                     Placement::Sharded => self.subset(self.shard(rank), &mut random),
                     Placement::Replicated => common.clone(),
@@ -181,6 +194,16 @@ impl Case {
 
     fn subset(&self, classes: std::ops::Range<usize>, random: &mut Random) -> Vec<i64> {
         classes.filter(|_| random.unit() < self.rate).map(|class| class as i64).collect()
+    }
+
+    fn sized(&self, row: Vec<f64>, random: &mut Random) -> Vec<f64> {
+        let factors = match (self.sizes, self.embeddings) {
+            (Sizes::Near1, _) => [1.0; 5],
+            (Sizes::Any, DType::F16) => [1e-5, 1e-3, 1.0, 30.0, 500.0],
+            (Sizes::Any, _) => [1e-10, 1e-5, 1.0, 1e5, 1e30],
+        };
+        let factor = factors[random.below(5)];
+        row.iter().map(|x| x * factor).collect()
     }
 
     fn embedding(&self, label: i64, centers: &[f32], random: &mut Random) -> Vec<f64> {
@@ -212,6 +235,19 @@ impl Case {
             _ => noise.iter().map(|n| size * n).collect(),
         }
     }
+}
+
+fn in_f16(row: &[f64]) -> Vec<f64> {
+    let largest = row.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+    if !row.iter().all(|x| x.is_finite()) {
+        return row.to_vec();
+    }
+    if norm(row) < 1e-12 {
+        return vec![0.0; row.len()];
+    }
+    let scale = 2f64.powi(-(largest.log2().floor() as i32));
+    let scaled: Vec<f64> = row.iter().map(|x| x * scale).collect();
+    Rows::new(&scaled, row.len(), DType::F16, 0).values().iter().map(|x| x / scale).collect()
 }
 
 /// Cases, drawn freely: small ones, of which there can be many.
@@ -307,6 +343,8 @@ pub fn cases_of(
             ignore_label,
             ignored,
             embeddings,
+            // A number of its own would have all cases drawn anew.
+            sizes: if seed % 4 == 0 { Sizes::Any } else { Sizes::Near1 },
             gather,
             grads,
             padding,

@@ -8,7 +8,7 @@ mod case;
 mod common;
 
 use budget::{floor, Budget};
-use case::{cases, large_cases, Calls, Case, Input};
+use case::{cases, large_cases, Calls, Case, Input, Sizes};
 use common::ffi::{Device, Failure, Head, Rows};
 use common::numbers::{distance, norm};
 use common::ranks::{on_ranks, Rank};
@@ -162,7 +162,8 @@ fn judge_step(case: &Case, head: &reference::Head, inputs: &[Input], runs: &[Ran
         let expected = expected_sample_size(case, head, rank, &inputs[rank].sample, &positives(case, head, inputs, rank));
         ensure(sample.len() == expected, || format!("rank {rank} sampled {} classes, expected {expected}", sample.len()))?;
     }
-    let embeddings: Vec<Vec<f64>> = inputs.iter().map(|input| case.travelled(&input.embeddings)).collect();
+    let embeddings: Vec<Vec<f64>> =
+        inputs.iter().map(|input| case.travelled(&input.embeddings, head.options.gather_dtype)).collect();
     let rank_inputs: Vec<RankInput> = (0..case.ranks())
         .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
         .collect();
@@ -339,6 +340,7 @@ fn plain() -> Case {
         ignore_label: None,
         ignored: 0.0,
         embeddings: DType::F32,
+        sizes: Sizes::Near1,
         gather: None,
         grads: DType::F32,
         padding: 0,
@@ -375,18 +377,36 @@ fn known_cases() {
     }
 }
 
+/// Rows travel in f16 whatever their norm.
+#[test]
+fn rows_of_any_size_travel_in_f16() {
+    for embeddings in [DType::F32, DType::F16, DType::Bf16] {
+        for (seed, dim) in [(2, 1), (3, 9), (4, 70)] {
+            for placement in [Placement::Sharded, Placement::Replicated] {
+                let gather = Some(DType::F16);
+                let case = Case { seed, dim, placement, embeddings, sizes: Sizes::Any, gather, batches: vec![20, 7], ..plain() };
+                if let Err(reason) = check(&case, case.options()) {
+                    panic!("{reason}\n{case:?}");
+                }
+            }
+        }
+    }
+}
+
 /// The comparison can fail: a head that differs from the reference in one small thing is caught.
 #[test]
 fn planted_faults_are_caught() {
-    let case = Case { adamw: false, rows: partialfc::options::RowUpdate::Dense, momentum: 0.8, ..plain() };
+    let gather = Some(DType::F16);
+    let case = Case { adamw: false, rows: partialfc::options::RowUpdate::Dense, momentum: 0.8, gather, ..plain() };
     check(&case, case.options()).expect("the case itself is sound");
     type Plant = fn(&mut HeadOptions);
-    let faults: [(&str, Plant); 6] = [
+    let faults: [(&str, Plant); 7] = [
         ("margin", |o| o.margin.m2 += 1e-4),
         ("scale", |o| o.margin.scale *= 1.0003),
         ("gradient", |o| o.margin.gradient = partialfc::margin::MarginGradient::StraightThrough),
         ("weight decay", |o| sgd(o).weight_decay *= 1.01),
         ("momentum", |o| sgd(o).momentum *= 1.001),
+        ("the type rows travel in", |o| o.gather_dtype = None),
         ("rows", |o| o.row_update = partialfc::options::RowUpdate::Lazy),
     ];
     for (name, plant) in faults {

@@ -5,6 +5,42 @@ namespace {
 
 const uint32_t kDims[] = {1, 3, 65, 130};
 
+// Rows of all norms there are, some without a direction, some with a NaN or an infinity.
+std::vector<float> draw_to_send(RowHead& head, uint32_t batch, int32_t dtype) {
+    const int exponents[] = {0, -126, 127, -60, -40, -35, -17, 16, 100, 126};
+    const uint32_t dim = head.shape.dim;
+    std::vector<float> values(size_t(batch) * dim);
+    for (uint32_t row = 0; row < batch; ++row) {
+        const float size = std::ldexp(1.0f, exponents[row % 10]);
+        for (uint32_t i = 0; i < dim; ++i) {
+            float& value = values[size_t(row) * dim + i];
+            value = row % 10 == 7 && i == 0 ? size : size * head.uniform();
+            value = row % 13 == 5 ? 0.0f : rounded(value, dtype);
+        }
+        if (row % 13 == 8) {
+            values[size_t(row) * dim + row % dim] = row % 2 ? NAN : -INFINITY;
+        }
+    }
+    return values;
+}
+
+// What a row is multiplied by to travel, in long double arithmetic.
+float scale_of(const float* row, uint32_t dim) {
+    long double largest = 0, squares = 0;
+    for (uint32_t i = 0; i < dim; ++i) {
+        if (!std::isfinite(row[i])) {
+            return 1;
+        }
+        largest = std::max<long double>(largest, std::fabs(row[i]));
+        squares += (long double)row[i] * row[i];
+    }
+    int exponent = 0;
+    std::frexp(largest, &exponent);  // largest is in [0.5, 1) times 2^exponent
+    return squares < 1e-24L ? 0.0f : std::ldexp(1.0f, -std::min(exponent - 1, 126));
+}
+
+bool same(float a, float b) { return a == b || (a != a && b != b); }
+
 void test_packing() {
     for (uint32_t dim : kDims) {
         for (int32_t from : {kF32, kF16, kBf16}) {
@@ -14,10 +50,7 @@ void test_packing() {
                 shape.gather = to;
                 RowHead head(shape);
                 const uint32_t batch = head.block.own_rows;
-                std::vector<float> values(size_t(batch) * dim);
-                for (float& value : values) {
-                    value = rounded(head.uniform(), from);
-                }
+                const std::vector<float> values = draw_to_send(head, batch, from);
                 head.block.status = kLabel;  // packs all the same
                 head.put_block();
                 const MatrixView source = head.matrix(values, dim + 3, from);
@@ -27,10 +60,29 @@ void test_packing() {
                     head.memory.get(head.view.embeddings_send, count * size_of(to));
                 bool right = true;
                 for (size_t i = 0; i < count; ++i) {
-                    const float truth = i < values.size() ? rounded(values[i], to) : 0.0f;
-                    right = right && element(sent, i, to) == truth;
+                    const bool held = i < values.size();
+                    const float* const row = held ? &values[i / dim * dim] : nullptr;
+                    const float scale = held && to == kF16 ? scale_of(row, dim) : 1.0f;
+                    const float truth = held ? rounded(scale * values[i], to) : 0.0f;
+                    right = right && same(element(sent, i, to), truth);
                 }
-                EXPECT(right, shape.text());
+                EXPECT(right, shape.text() + " from " + std::to_string(from));
+                if (to != kF16) {
+                    continue;
+                }
+                const std::vector<float> scales = head.memory.get(head.view.send_scales, batch);
+                for (uint32_t row = 0; row < batch; ++row) {
+                    float largest = 0;
+                    for (uint32_t i = 0; i < dim; ++i) {
+                        const float value = element(sent, size_t(row) * dim + i, to);
+                        largest = !std::isfinite(value) ? NAN : std::max(largest, std::fabs(value));
+                    }
+                    right = right && scales[row] == scale_of(&values[size_t(row) * dim], dim);
+                    // 2 by rounding up, more where the inverse of the scale would be denormal.
+                    right = right && (!(largest > 0) || (largest >= 1 && largest <= 4));
+                    right = right && (largest <= 2 || largest != largest || row % 10 == 2);
+                }
+                EXPECT(right, shape.text() + " scales from " + std::to_string(from));
             }
         }
     }
@@ -228,9 +280,7 @@ int main() {
                 shape.sharded = kind % 2;
                 shape.split = kind / 2;
                 test_a_batch(shape, margins[turn % 6], dtype, false, kLaunches[turn % 4]);
-                if (dtype == kF32) {
-                    test_a_batch(shape, margins[0], dtype, true, kLaunches[turn % 4]);
-                }
+                test_a_batch(shape, margins[0], dtype, true, kLaunches[turn % 4]);
             }
         }
     }

@@ -6,7 +6,7 @@ namespace {
 
 // What the forward and the verdict left for the gradient.
 struct Setting {
-    std::vector<float> weighted, units, factors, coefficients, norms, inverse;
+    std::vector<float> weighted, units, factors, coefficients, norms, inverse, scales;
 
     explicit Setting(RowHead& head) {
         const uint32_t d = head.shape.dim, pitch = head.view.depth_pitch;
@@ -33,6 +33,12 @@ struct Setting {
         }
         for (uint32_t i = 0; i < head.block.classes; ++i) {
             inverse.push_back(2 + head.uniform());
+        }
+        for (uint32_t i = 0; i < head.block.own_rows; ++i) {
+            scales.push_back(std::ldexp(1.0f, int(head.random() % 5) - 2));
+        }
+        if (head.view.send_scales != nullptr) {
+            head.memory.put(head.view.send_scales, scales);
         }
         head.memory.put(head.view.weighted, weighted);
         head.memory.put(head.view.units, units);
@@ -125,7 +131,8 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
         }
         bool right = true;
         for (uint32_t i = 0; i < d; ++i) {
-            const double length = setting.norms[head.block.first_own + row] * factor / 37;
+            const double scale = head.view.send_scales ? setting.scales[row] : 1;
+            const double length = setting.norms[head.block.first_own + row] * scale * factor / 37;
             const double g = gradient[size_t(row) * d + i];
             const double truth = failed ? 0 : (g - along * unit[i]) * length;
             const double value = element(bytes, size_t(row) * (d + 1) + i, dtype);
@@ -230,6 +237,7 @@ int main() {
             Shape shape;
             shape.dim = dim;
             shape.sharded = kind % 2;
+            shape.gather = kind < 4 ? kF16 : kF32;  // a replicated head's rows do not travel
             shape.dense = kind / 2 > 0;
             shape.adamw = kind / 2 > 1;
             test_embedding_gradient(shape, false, kLaunches[turn % 4]);

@@ -270,6 +270,7 @@ public:
         make(v.selected, (s.shard_rows + 31) / 32);
         make(v.embeddings_send, size_t(s.max_batch) * s.dim * element);
         make(v.embeddings_recv, size_t(labels) * s.dim * element);
+        if (!s.replicated && s.gather == kF16) make(v.send_scales, s.max_batch);
         make(v.units, rows * v.depth_pitch);
         make(v.unit_operand, planes * v.plane_rows);
         make(v.scaled_operand, planes * v.plane_rows);

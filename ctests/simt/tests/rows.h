@@ -238,6 +238,8 @@ class RowHead {
         view.columns = memory.make<uint32_t>(places);
         view.embeddings_send = memory.make<uint8_t>(size_t(shape.max_batch) * d * 4);
         view.embeddings_recv = memory.make<uint8_t>(places * d * 4);
+        const bool scaled = shape.sharded && shape.gather == kF16;
+        view.send_scales = scaled ? memory.make<float>(shape.max_batch) : nullptr;
         view.units = memory.make<float>(rows * pitch);
         view.unit_operand = memory.make<uint16_t>(3 * rows * pitch);
         view.scaled_operand = memory.make<uint16_t>(3 * rows * pitch);

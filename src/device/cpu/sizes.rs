@@ -1,7 +1,7 @@
 //! How much memory a head takes on the CPU: one computation for the allocation and for the plan.
 
 use super::fused::{pitch, Shape};
-use crate::options::{HeadOptions, Placement, RowUpdate};
+use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
 use crate::sample::sample_size;
 use crate::shard::Shard;
 use crate::{ensure, Result};
@@ -76,13 +76,15 @@ impl Sizes {
         let sharded = options.placement == Placement::Sharded;
         let max_batch = options.max_batch as usize;
         let embeddings = 2 * rows * pitch(dim) + dim * pitch(rows);
-        // B's blocks (at most four bytes an element) and D's, or the replicated gradient.
-        let exchanges = if sharded { 2 * (max_batch + ranks * max_batch) * dim } else { max_batch * dim + classes * dim };
+        let block = (max_batch + ranks * max_batch) * dim;
+        // D's blocks, or the replicated gradient; and B's.
+        let exchanges = if sharded { block } else { max_batch * dim + classes * dim };
+        let embedded = if sharded { block * options.gathered_dtype(Precision::F32).size() } else { 0 };
         let elements = embeddings + exchanges + self.weighted + self.scratch + self.slice_rows + classes + ROW_FIGURES * rows;
         // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
         let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
         let labels = 4 * ranks * max_batch + max_batch;
-        4 * elements as u64 + 8 * (self.slice_rows + ids + labels) as u64
+        (4 * elements + embedded) as u64 + 8 * (self.slice_rows + ids + labels) as u64
     }
 
     /// The probabilities' elements.

@@ -12,7 +12,7 @@ use crate::margin;
 use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Buffer, Parts};
 use crate::optimizer::Replay;
-use crate::options::Placement;
+use crate::options::{Placement, Precision};
 use crate::protocol::{self, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::table::Table;
 use crate::{error, Error, Result};
@@ -43,6 +43,8 @@ pub(super) struct CpuHead {
 
     pub(super) embeddings_send: Buffer<u8>,
     pub(super) embeddings_recv: Buffer<u8>,
+    /// What each own row was multiplied by to travel in f16; empty where rows travel as they are.
+    pub(super) send_scales: Vec<f32>,
     pub(super) sums: Vec<f32>,
     pub(super) replicated_sums: Vec<f64>,
     pub(super) gradient_send: Buffer<f32>,
@@ -69,7 +71,7 @@ pub(super) struct Step {
     pub(super) shape: Shape,
     /// The first row, in the order of the batch, whose embedding is not finite.
     pub(super) bad_row: Option<usize>,
-    /// 1 / |E_i|.
+    /// 1 / |E_i|, of the row as it travelled.
     pub(super) inverse_norms: Vec<f32>,
     /// 1 / |W_j| of the sample.
     pub(super) center_inverse_norms: Vec<f32>,
@@ -101,7 +103,7 @@ impl CpuHead {
         let Shape { rows, dim, classes } = sizes.capacity;
         let sharded = options.placement == Placement::Sharded;
         let (ranks, max_batch) = (spec.ranks as usize, options.max_batch as usize);
-        let gather_dtype = options.gather_dtype.unwrap_or(DType::F32);
+        let gather_dtype = options.gathered_dtype(Precision::F32);
         let label_block = protocol::label_block(options.max_batch);
         let exchanged = |elements: usize| if sharded { elements } else { 0 };
         let table = Table::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
@@ -118,6 +120,7 @@ impl CpuHead {
             table,
             embeddings_send: Buffer::zeroed(exchanged(max_batch * dim * gather_dtype.size()), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(exchanged(ranks * max_batch * dim * gather_dtype.size()), "gathered embeddings")?,
+            send_scales: zeros(&[if gather_dtype == DType::F16 { exchanged(max_batch) } else { 0 }], "scales of rows to gather")?,
             sums: zeros(&[exchanged(2 * rows + TOTALS)], "row sums")?,
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
@@ -363,6 +366,10 @@ impl HeadDevice for CpuHead {
                     Some(matrix) if i < rows => matrix.read_row(i, &mut row),
                     _ => row.fill(0.0),
                 }
+                if let Some(scale) = self.send_scales.get_mut(i) {
+                    *scale = vector::send_scale(&row);
+                    vector::scale(&mut row, *scale);
+                }
                 block.write_row(i, &row);
             }
         }
@@ -466,7 +473,9 @@ impl HeadDevice for CpuHead {
         for (i, row) in own.enumerate() {
             let out = &mut self.gradient_recv[i * dim..(i + 1) * dim];
             let unit = &self.embeddings[row * pitch..row * pitch + dim];
-            squares += vector::normalize_backward(out, unit, 1.0, self.step.inverse_norms[row] * weight);
+            // The row's own, of which the one that travelled is a multiple.
+            let inverse_norm = self.step.inverse_norms[row] * self.send_scales.get(i).unwrap_or(&1.0);
+            squares += vector::normalize_backward(out, unit, 1.0, inverse_norm * weight);
             if let Some(matrix) = gradient {
                 // SAFETY: the caller's matrix holds this rank's batch.
                 unsafe { matrix.write_row(i, out) };

@@ -2,8 +2,12 @@
 //!
 //! Sums run in an order fixed by the row's length alone: 32 running sums, folded from the first lane to the last.
 
+use super::fused::inverse_norm;
 use crate::margin::Margin;
 use crate::simd::{clones, Simd};
+
+/// Largest exponent field of a magnitude whose power of two has a normal inverse.
+const LARGEST_EXPONENT: u32 = 253;
 
 /// Running sums of a row; a whole number of vectors on every instruction set.
 const LANES: usize = 32;
@@ -294,6 +298,23 @@ fn scale_body(row: &mut [f32], factor: f32) {
     }
 }
 
+/// What a row is multiplied by to travel in f16: the power of two that takes its largest magnitude into [1, 2).
+///
+/// It and its inverse are normal numbers: a largest magnitude of 2^127 or more comes into [2, 4). 0 for a row without a direction,
+/// 1 for one with a NaN or an infinity, which is still there in f16. kernels/embeddings.cu send_scale.
+pub fn send_scale(row: &[f32]) -> f32 {
+    // As integers magnitudes have the order of the numbers, with NaN above them all.
+    let largest = row.iter().fold(0, |largest, value| value.abs().to_bits().max(largest));
+    if largest >= f32::INFINITY.to_bits() {
+        return 1.0;
+    }
+    if inverse_norm(sum_of_squares(row)) == 0.0 {
+        return 0.0;
+    }
+    let exponent = (largest >> 23).min(LARGEST_EXPONENT);
+    f32::from_bits((254 - exponent) << 23)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,6 +436,29 @@ mod tests {
         let mut row = vec![1.0f32; 4096];
         row[0] = 67_108_864.0;
         assert_eq!(sum_of_squares(&row), 4_503_599_627_370_496.0 + 4095.0);
+    }
+
+    #[test]
+    fn a_row_is_scaled_to_travel_by_a_power_of_two() {
+        for exponent in -39..=127 {
+            for mantissa in [1.0, 1.5, 2.0 - f32::EPSILON] {
+                let largest = mantissa * 2f32.powi(exponent);
+                for row in [[largest, -largest / 3.0, 0.0, 1e-45], [-largest / 7.0, 0.0, -largest, 1e-30_f32.min(largest)]] {
+                    let scale = send_scale(&row);
+                    assert!(scale.is_normal() && scale.recip().is_normal() && scale.to_bits() << 9 == 0, "{row:?}: {scale:e}");
+                    let sent = largest * scale;
+                    assert!(exponent == 127 && (2.0..4.0).contains(&sent) || (1.0..2.0).contains(&sent), "{row:?}: {sent}");
+                    assert_eq!(sent * scale.recip(), largest);
+                }
+            }
+        }
+        assert_eq!(send_scale(&[f32::MAX, f32::MIN_POSITIVE]), 2f32.powi(-126));
+        // No direction: all of it below 1e-12, not each of its elements.
+        assert_eq!([send_scale(&[]), send_scale(&[0.0, -0.0]), send_scale(&[1e-45]), send_scale(&[9e-13])], [0.0; 4]);
+        assert_eq!(send_scale(&[9e-13; 4]), 2f32.powi(41));
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!([send_scale(&[1e30, bad, 0.0]), send_scale(&[bad])], [1.0; 2]);
+        }
     }
 
     #[test]

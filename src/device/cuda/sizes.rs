@@ -101,7 +101,7 @@ impl Sizes {
         let sort_tiles = label_capacity.div_ceil(SORT_ROWS);
         let mut sizes = Sizes {
             spec: spec.clone(),
-            gather_dtype: options.gather_dtype.unwrap_or(DType::F32),
+            gather_dtype: options.gathered_dtype(Precision::Half),
             split_operands,
             label_capacity,
             row_capacity: rows.next_multiple_of(TILE_ROWS),
@@ -233,6 +233,7 @@ impl Sizes {
         array!(Activation, 1, selected: u32, shard_rows.div_ceil(32));
         array!(Activation, 1, embeddings_send: u8, only(sharded, times(&[max_batch, dim, gathered])));
         array!(Activation, 1, embeddings_recv: u8, only(sharded, times(&[ranks, max_batch, dim, gathered])));
+        array!(Activation, 1, send_scales: f32, only(sharded && self.gather_dtype == DType::F16, max_batch));
         array!(Activation, 1, units: f32, times(&[rows, pitch]));
         array!(Activation, 1, unit_operand: u16, times(&[planes, rows, pitch]));
         array!(Activation, 1, scaled_operand: u16, times(&[planes, rows, pitch]));
@@ -519,8 +520,9 @@ mod tests {
     #[test]
     fn arrays_follow_the_options() {
         let sharded = Sizes::new(&spec(1000, 10, |_| ()), H200, 0).expect("sizes");
-        assert_eq!((sharded.gather_dtype, sharded.row_capacity, sharded.sample_capacity), (DType::F32, 128, 1024));
-        assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 4);
+        assert_eq!((sharded.gather_dtype, sharded.row_capacity, sharded.sample_capacity), (DType::F16, 128, 1024));
+        assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 2);
+        assert_eq!(bytes(&sharded, "send_scales"), 10 * 4);
         assert_eq!(bytes(&sharded, "sums"), 4 * (20 + 4));
         for name in ["replicated_sums", "center_gradient", "second_moment", "last", "gaps"] {
             assert_eq!(bytes(&sharded, name), 0, "{name}");
@@ -542,8 +544,24 @@ mod tests {
         assert_eq!(bytes(&replicated, "center_gradient"), 128 * 65 * 4);
         assert_eq!(bytes(&replicated, "second_moment"), 1000 * 68 * 4);
         assert_eq!(bytes(&replicated, "last"), 4000);
-        assert_eq!(bytes(&replicated, "sums") + bytes(&replicated, "gradient_send"), 0);
+        for name in ["sums", "gradient_send", "embeddings_recv", "send_scales"] {
+            assert_eq!(bytes(&replicated, name), 0, "{name}");
+        }
         assert_eq!(bytes(&replicated, "replicated_sums"), 8 * 8);
+        // What travels: as asked for, else as the products take it. Rows are scaled for f16 alone.
+        for (precision, gather, dtype) in [
+            (Precision::Auto, None, DType::F16),
+            (Precision::Half, None, DType::F16),
+            (Precision::F32, None, DType::F32),
+            (Precision::F32, Some(DType::F16), DType::F16),
+            (Precision::Half, Some(DType::F32), DType::F32),
+            (Precision::Auto, Some(DType::Bf16), DType::Bf16),
+        ] {
+            let spec = spec(1000, 10, |options| (options.precision, options.gather_dtype) = (precision, gather));
+            let sizes = Sizes::new(&spec, H200, 0).expect("sizes");
+            assert_eq!(sizes.gather_dtype, dtype, "{precision:?} {gather:?}");
+            assert_eq!(bytes(&sizes, "send_scales"), if dtype == DType::F16 { 40 } else { 0 }, "{precision:?} {gather:?}");
+        }
         let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
         assert_eq!(more.sample_capacity, 384);
     }
@@ -605,7 +623,7 @@ mod tests {
         assert_eq!((view.first_class, view.num_classes, view.shard_rows), (334, 1001, 334));
         assert_eq!((view.sample_size, view.sample_capacity, view.column_tiles, view.whole), (167, 256, 2, 0));
         assert_eq!((view.plane_rows, view.plane_centers, view.plane_numerators), (128 * 512, 256 * 512, 128 * 256));
-        assert_eq!((view.ignore_label, view.sharded, view.split_operands, view.gather_dtype), (i64::MIN, 1, 0, 1));
+        assert_eq!((view.ignore_label, view.sharded, view.split_operands, view.gather_dtype), (i64::MIN, 1, 0, 2));
     }
 
     #[test]

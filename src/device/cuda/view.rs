@@ -175,6 +175,7 @@ structures! {
         selected: *mut u32,
         embeddings_send: *mut u8,
         embeddings_recv: *mut u8,
+        send_scales: *mut f32,
         units: *mut f32,
         unit_operand: *mut u16,
         scaled_operand: *mut u16,
@@ -246,7 +247,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<Gap>() == 32);
     assert!(std::mem::size_of::<OptimizerView>() == 56);
-    assert!(std::mem::size_of::<HeadView>() == 648);
+    assert!(std::mem::size_of::<HeadView>() == 656);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.
