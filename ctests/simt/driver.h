@@ -15,8 +15,9 @@ struct Lock {
 // Gives the lock up around a host function, however deep it is held, and takes it again.
 unsigned unlock_all();
 void lock_again(unsigned depth);
-// Sleeps until another thread has finished a host function.
-void wait_for_others();
+// Sleeps until another thread has enqueued or run something, or for so many microseconds; 0: for as
+// long as it takes.
+void wait_for_others(unsigned microseconds);
 void wake_others();
 
 // Counts a call; false where the driver was not initialised.

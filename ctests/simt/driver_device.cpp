@@ -3,6 +3,7 @@
 // context; others may be made. Host threads have one of them current, or none.
 #include <pthread.h>
 #include <string.h>
+#include <time.h>
 
 #include <map>
 #include <set>
@@ -69,9 +70,18 @@ void lock_again(unsigned held) {
     depth = held;
 }
 
-void wait_for_others() {
+void wait_for_others(unsigned microseconds) {
     const unsigned held = depth;
-    pthread_cond_wait(&condition, &mutex);
+    if (microseconds == 0) {
+        pthread_cond_wait(&condition, &mutex);
+    } else {
+        timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += long(microseconds) * 1000;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&condition, &mutex, &until);
+    }
     depth = held;
 }
 
@@ -203,6 +213,8 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
         case 76: *value = capability_minor; break;
         case 81: *value = shared_limit() + (1 << 10); break;
         case 95: *value = 1; break;                          // cooperative launch
+        // Host memory that is registered, under its own address; waits for 64-bit words, also NOR.
+        case 99: case 91: case 122: case 123: *value = 1; break;
         // Shared memory of a block, with the attribute.
         case 97: *value = shared_limit(); break;
         case 106: *value = 32; break;                        // blocks of an SM
@@ -326,6 +338,8 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
         PFC_NAME(CUDA_ERROR_NOT_FOUND)
         PFC_NAME(CUDA_ERROR_NOT_READY)
         PFC_NAME(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES)
+        PFC_NAME(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED)
+        PFC_NAME(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)
         PFC_NAME(CUDA_ERROR_LAUNCH_FAILED)
         PFC_NAME(CUDA_ERROR_NOT_SUPPORTED)
 #undef PFC_NAME

@@ -11,6 +11,7 @@
 #include "findings.h"
 #include "memory.h"
 #include "stream.h"
+#include "values.h"
 
 using namespace simt;
 
@@ -107,6 +108,11 @@ void check_free(const char* function, const Allocation& allocation,
                    allocation.size, (unsigned long long)allocation.base));
 }
 
+void release_with_words(const Allocation& allocation) {
+    forget_words(allocation.base, allocation.base + allocation.size);
+    release(allocation.base);
+}
+
 enum { kContext = 1, kMemoryType = 2, kDevicePointer = 3, kIsManaged = 8, kDeviceOrdinal = 9,
        kRangeStart = 11, kRangeSize = 12 };
 
@@ -160,7 +166,7 @@ CUresult cuMemFree_v2(CUdeviceptr at) {
     const Allocation* found = find_allocation(at);
     if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
     check_free(__func__, *found, nullptr);
-    release(at);
+    release_with_words(*found);
     return CUDA_SUCCESS;
 }
 
@@ -178,10 +184,15 @@ CUresult cuMemFreeAsync(CUdeviceptr at, CUstream handle) {
     const Allocation* found = find_allocation(at);
     if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
     auto operation = std::make_shared<Operation>();
-    operation->run = [=] { release(at); };
+    const Operation* self = operation.get();
+    const Allocation allocation = *found;
+    operation->run = [=] {
+        if (self->uncertain) check_free("cuMemFreeAsync", allocation, self);
+        release_with_words(allocation);
+    };
     operation->frees = true;
     enqueue(stream, operation);
-    check_free(__func__, *found, operation.get());
+    if (!operation->uncertain) check_free(__func__, allocation, self);
     return CUDA_SUCCESS;
 }
 
@@ -207,7 +218,35 @@ CUresult cuMemFreeHost(void* at) {
     const size_t size = pinned_size(at);
     if (size == 0) return CUDA_ERROR_INVALID_VALUE;
     check_free(__func__, {uintptr_t(at), size}, nullptr);
+    forget_words(uintptr_t(at), uintptr_t(at) + size);
     unpin(at);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostRegister_v2(void* at, size_t size, unsigned flags) {
+    PFC_CONTEXT_ENTRY;
+    if (!at || size == 0 || flags > 15) return CUDA_ERROR_INVALID_VALUE;
+    if (!register_host(at, size)) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+    owners()[uintptr_t(at)] = current_context();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostUnregister(void* at) {
+    PFC_CONTEXT_ENTRY;
+    const size_t size = registered_size(at);
+    if (size == 0) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
+    check_free(__func__, {uintptr_t(at), size}, nullptr);
+    forget_words(uintptr_t(at), uintptr_t(at) + size);
+    unregister_host(at);
+    owners().erase(uintptr_t(at));
+    return CUDA_SUCCESS;
+}
+
+// Unified addresses: the device knows the memory under the host's address.
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* at, unsigned flags) {
+    PFC_CONTEXT_ENTRY;
+    if (!device || flags != 0 || !is_pinned(at)) return CUDA_ERROR_INVALID_VALUE;
+    *device = uintptr_t(at);
     return CUDA_SUCCESS;
 }
 

@@ -23,7 +23,11 @@ namespace {
 constexpr size_t kRange = size_t(16) << 30, kGranule = 512;
 
 std::map<uintptr_t, Allocation> live;
-std::map<uintptr_t, size_t> pinned;
+struct Pinned {
+    size_t size;
+    bool registered;  // the caller's
+};
+std::map<uintptr_t, Pinned> pinned;
 // The allocation at each granule, so that a look-up is one load.
 const Allocation** at_granule;
 uintptr_t cursor;
@@ -50,6 +54,13 @@ void map_range() {
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 size_t granule(uintptr_t at) { return (at - device_range.begin) / kGranule; }
+
+const std::pair<const uintptr_t, Pinned>* find_pinned(uintptr_t at) {
+    auto next = pinned.upper_bound(at);
+    if (next == pinned.begin()) return nullptr;
+    --next;
+    return at - next->first < next->second.size ? &*next : nullptr;
+}
 
 // Where `size` bytes are free, from the cursor on; 0: nowhere.
 uintptr_t find_place(size_t size) {
@@ -153,7 +164,7 @@ void* pin(size_t size) {
     void* at = nullptr;
     if (posix_memalign(&at, 4096, size) != 0) return nullptr;
     memset(at, 0xff, size);
-    pinned[reinterpret_cast<uintptr_t>(at)] = size;
+    pinned[reinterpret_cast<uintptr_t>(at)] = {size, false};
     return at;
 }
 
@@ -164,15 +175,31 @@ void unpin(void* at) {
 
 size_t pinned_size(void* at) {
     auto found = pinned.find(reinterpret_cast<uintptr_t>(at));
-    return found == pinned.end() ? 0 : found->second;
+    return found == pinned.end() || found->second.registered ? 0 : found->second.size;
 }
 
 bool is_pinned(const void* at) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
-    auto next = pinned.upper_bound(address);
-    if (next == pinned.begin()) return false;
-    --next;
-    return address - next->first < next->second;
+    return find_pinned(reinterpret_cast<uintptr_t>(at));
+}
+
+bool register_host(void* at, size_t size) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(at);
+    const auto next = pinned.lower_bound(begin);
+    if (find_pinned(begin) || (next != pinned.end() && next->first - begin < size)) return false;
+    pinned[begin] = {size, true};
+    return true;
+}
+
+size_t registered_size(void* at) {
+    auto found = pinned.find(reinterpret_cast<uintptr_t>(at));
+    return found == pinned.end() || !found->second.registered ? 0 : found->second.size;
+}
+
+void unregister_host(void* at) { pinned.erase(reinterpret_cast<uintptr_t>(at)); }
+
+bool is_registered(uintptr_t at) {
+    const auto* found = find_pinned(at);
+    return found && found->second.registered;
 }
 
 std::string describe(uintptr_t at) {

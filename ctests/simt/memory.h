@@ -41,6 +41,13 @@ void unpin(void* at);
 // Of the pinned allocation that begins at `at`; 0: there is none.
 size_t pinned_size(void* at);
 bool is_pinned(const void* at);
+// The caller's own memory, pinned as long as it is registered. False: some of it is pinned already.
+bool register_host(void* at, size_t size);
+// The size of what was registered at `at`; 0: nothing was.
+size_t registered_size(void* at);
+void unregister_host(void* at);
+// Whether `at` is in registered memory, which another process may have too.
+bool is_registered(uintptr_t at);
 
 // Whether all of [at, at + size) is in one allocation.
 bool is_allocated(uintptr_t at, size_t size);

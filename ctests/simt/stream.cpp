@@ -1,6 +1,6 @@
-// The queues. An operation waits for its predecessor in the stream and for the events that the
-// stream was told to wait for, and for nothing else: which of several ready ones runs is the seed's
-// choice.
+// The queues. An operation waits for its predecessor in the stream, for the events and for the
+// words in memory that the stream was told to wait for, and for nothing else: which of several
+// ready ones runs is the seed's choice.
 //
 // The host has a clock too: it comes after what it synchronised with, and whatever it enqueues
 // comes after that. One clock for all host threads: how they order each other is not seen here.
@@ -18,6 +18,7 @@
 #include "driver.h"
 #include "findings.h"
 #include "shadow.h"
+#include "values.h"
 
 namespace simt {
 namespace {
@@ -68,16 +69,37 @@ constexpr uint64_t kCopied = 16;
 
 bool is_ready(const Stream* stream) {
     if (!stream || stream->queue.empty() || stream->queue.front()->started) return false;
-    for (const auto& other : stream->queue.front()->after)
+    const Operation& operation = *stream->queue.front();
+    for (const auto& other : operation.after)
         if (!other->done) return false;
-    return true;
+    // In a broken context nothing is written any more.
+    return operation.word != Word::kWait || broken() || is_satisfied(operation);
+}
+
+// Sleeps until there may be something to run. What a stream waits for may be written by another
+// process, or by the host, and nobody tells: so it is looked at again after a short while.
+void rest(unsigned& turns) {
+    bool polls = false;
+    for (const Stream* stream : streams)
+        polls = polls || (stream && !stream->queue.empty()
+            && stream->queue.front()->word == Word::kWait);
+    wait_for_others(polls ? std::min(1000u, 50u << std::min(turns++, 5u)) : 0);
 }
 
 void run_head(Stream* stream) {
     OperationPointer operation = stream->queue.front();
     operation->started = true;
     uint64_t begin = std::max(operation->begin, stream->end);
-    for (const auto& other : operation->after) begin = std::max(begin, other->end);
+    if (stream->ran) join(operation->clock, stream->ran->clock);
+    for (const auto& other : operation->after) {
+        begin = std::max(begin, other->end);
+        join(operation->clock, other->clock);
+    }
+    if (operation->word == Word::kWait)
+        if (const Written* by = written_for(*operation)) {
+            begin = std::max(begin, by->end);
+            join(operation->clock, by->clock);
+        }
     const uint64_t accesses = access_count;
     const bool works = bool(operation->run);
     accessor.operations = operation->clock.data();
@@ -98,7 +120,9 @@ void run_head(Stream* stream) {
     for (const Range& r : operation->ranges) time += (r.end - r.begin) / kCopied;
     operation->end = begin + time;
     stream->end = operation->end;
+    if (operation->word == Word::kWrite) note_written(operation);
     operation->done = true;
+    stream->ran = operation;
     operation->run = nullptr;
     operation->after.clear();
     stream->queue.pop_front();
@@ -107,8 +131,7 @@ void run_head(Stream* stream) {
 }
 
 // Marks the streams with something to run before `operation` is done.
-void find_needed(const Operation* operation, std::vector<char>& needed) {
-    std::vector<const Operation*> left{operation};
+void find_needed(std::vector<const Operation*> left, std::vector<char>& needed) {
     std::vector<size_t> seen(streams.size(), 0);  // how many of a stream's queue were looked at
     while (!left.empty()) {
         const Operation* o = left.back();
@@ -123,6 +146,10 @@ void find_needed(const Operation* operation, std::vector<char>& needed) {
             ++seen[slot];
             for (const auto& other : before->after)
                 if (!other->done) left.push_back(other.get());
+            if (before->word != Word::kWait || is_satisfied(*before)) continue;
+            add_writers(*before, left);
+            // What is behind it comes no nearer by anything else.
+            seen[slot] = queue.size();
         }
     }
 }
@@ -174,31 +201,40 @@ OperationPointer enqueue(Stream* stream, OperationPointer operation) {
     } else if (!(stream->flags & CU_STREAM_NON_BLOCKING)) {
         wait_for(legacy);
     }
-    for (const auto& other : operation->after) join(operation->clock, other->clock);
+    operation->uncertain = operation->word == Word::kWait
+        || (stream->last && !stream->last->done && stream->last->uncertain);
+    for (const auto& other : operation->after) {
+        join(operation->clock, other->clock);
+        if (!other->done && other->uncertain) operation->uncertain = true;
+    }
     if (operation->clock.size() < streams.size()) operation->clock.resize(streams.size());
     operation->clock[stream->slot] = ++counts[stream->slot];
     name_operation(operation->id, stream->slot, counts[stream->slot]);
     stream->queue.push_back(operation);
     stream->last = operation;
+    // A thread that waits may need it.
+    wake_others();
     return operation;
 }
 
 void complete(const OperationPointer& operation) {
-    while (!operation->done) {
+    for (unsigned turns = 0; !operation->done;) {
         std::vector<char> needed(streams.size(), 0);
-        find_needed(operation.get(), needed);
+        find_needed({operation.get()}, needed);
         const bool more = choose(4) == 0;
-        if (!run_one(needed, more) && !run_one(needed, true)) wait_for_others();
+        if (run_one(needed, more) || run_one(needed, true)) turns = 0;
+        else rest(turns);
     }
     meet(*operation);
 }
 
 void complete_all() {
-    for (;;) {
+    for (unsigned turns = 0;;) {
         bool left = false;
         for (Stream* stream : streams) left = left || (stream && !stream->queue.empty());
         if (!left) break;
-        if (!run_one(std::vector<char>(streams.size(), 1), true)) wait_for_others();
+        if (run_one(std::vector<char>(streams.size(), 1), true)) turns = 0;
+        else rest(turns);
     }
     join(host_clock, counts);
     for (const Stream* stream : streams)
@@ -207,8 +243,16 @@ void complete_all() {
 
 void progress(const OperationPointer& operation) {
     std::vector<char> needed(streams.size(), 0);
-    find_needed(operation.get(), needed);
+    find_needed({operation.get()}, needed);
     run_one(needed, true);
+}
+
+bool progress_all(const std::vector<OperationPointer>& operations) {
+    std::vector<char> needed(streams.size(), 0);
+    std::vector<const Operation*> left;
+    for (const auto& operation : operations) left.push_back(operation.get());
+    find_needed(std::move(left), needed);
+    return run_one(needed, false);
 }
 
 bool is_pending(uintptr_t begin, uintptr_t end, const Operation* freeing) {

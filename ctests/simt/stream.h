@@ -17,17 +17,28 @@ struct Range {
     uintptr_t begin, end;
 };
 
+// What an operation has to do with a word in memory; see values.cpp.
+enum class Word { kNone, kWait, kWrite };
+
 struct Operation {
     uint32_t id = 0;
     Stream* stream = nullptr;
     std::function<void()> run;
     std::vector<std::shared_ptr<Operation>> after;  // of other streams
-    std::vector<uint32_t> clock;                    // what it comes after: a count for each stream
+    // What it comes after: a count for each stream. Complete when it runs: a wait for a word comes
+    // after whoever wrote it.
+    std::vector<uint32_t> clock;
     std::vector<uint64_t> mentions;                 // words that may be device addresses
     std::vector<Range> ranges;                      // device memory that it copies or fills
     bool host_function = false;                     // runs without the lock
     bool frees = false;                             // is done although the context is broken
     bool started = false, done = false;
+    Word word = Word::kNone;
+    uintptr_t word_at = 0;
+    uint64_t word_value = 0, word_before = 0;
+    unsigned word_flags = 0, word_bytes = 8;
+    // What it comes after is not all known before the waits in front of it are over.
+    bool uncertain = false;
     uint64_t begin = 0;                             // no earlier than this, in nanoseconds
     uint64_t end = 0;                               // of the time that events tell
 };
@@ -42,6 +53,8 @@ struct Stream {
     std::deque<OperationPointer> queue;
     // The last enqueued, done or not: the next one comes after what it came after.
     OperationPointer last;
+    // The last that ran.
+    OperationPointer ran;
     // When the last that ran ended.
     uint64_t end = 0;
 };
@@ -60,6 +73,8 @@ void complete(const OperationPointer& operation);
 void complete_all();
 // Runs one operation that can run: `operation`'s turn comes if this is called again and again.
 void progress(const OperationPointer& operation);
+// The same for several; false where none of what they need can run.
+bool progress_all(const std::vector<OperationPointer>& operations);
 
 // Whether some operation that has not run mentions memory in [begin, end), other than those before
 // which `freeing` comes (null: the host frees).
