@@ -6,6 +6,7 @@
 pub mod carrier;
 pub mod ffi;
 pub mod gpu;
+pub mod nccl;
 pub mod numbers;
 pub mod ranks;
 pub mod simt;

@@ -165,7 +165,7 @@ fn load() -> Option<&'static Simt> {
                 None
             }
             Ok("simt") | Err(std::env::VarError::NotPresent) => {
-                let library = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(build, PathBuf::from);
+                let library = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("simt", "libcuda.so"), PathBuf::from);
                 let handle = open(&library).unwrap_or_else(|error| panic!("the emulator: {error}"));
                 // SAFETY: the functions are of these types, which simt.h declares.
                 unsafe {
@@ -203,7 +203,7 @@ fn load() -> Option<&'static Simt> {
 }
 
 /// Once loaded by its path, the emulator is what every later look for `libcuda.so` finds: it has that name inside.
-fn open(library: &Path) -> Result<*mut c_void, String> {
+pub fn open(library: &Path) -> Result<*mut c_void, String> {
     let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
     // SAFETY: a driver's initialisers may run; the error's text is read before the next call.
     unsafe {
@@ -215,7 +215,7 @@ fn open(library: &Path) -> Result<*mut c_void, String> {
     }
 }
 
-fn symbol(handle: *mut c_void, name: &str) -> *mut c_void {
+pub fn symbol(handle: *mut c_void, name: &str) -> *mut c_void {
     let name = CString::new(name).expect("a name without zeros");
     // SAFETY: a handle from dlopen.
     unsafe { libc::dlsym(handle, name.as_ptr()) }
@@ -227,17 +227,18 @@ fn required(handle: *mut c_void, name: &str) -> *mut c_void {
     found
 }
 
-/// Builds the emulator beside this program's own folder, as far as it is out of date. Programs that run at once take turns.
-fn build() -> PathBuf {
+/// Builds the library of a folder of `ctests` beside this program's own folder, as far as it is out of date. Programs that run at once
+/// take turns.
+pub fn build(name: &str, library: &str) -> PathBuf {
     let program = std::env::current_exe().expect("this program's path");
-    let folder = program.ancestors().nth(2).expect("a folder of cargo's").join("simt");
-    std::fs::create_dir_all(&folder).expect("a folder for the emulator");
-    let lock = File::create(folder.join("lock")).expect("a lock for the emulator");
+    let folder = program.ancestors().nth(2).expect("a folder of cargo's").join(name);
+    std::fs::create_dir_all(&folder).expect("a folder for what is built");
+    let lock = File::create(folder.join("lock")).expect("a lock for what is built");
     // SAFETY: an open file; the lock goes with it.
     assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
     // Cargo starts test programs in the package's folder.
     let made = Command::new("make")
-        .args(["-s", "-C", "ctests/simt"])
+        .args(["-s", "-C", &format!("ctests/{name}")])
         .arg(format!("OUT={}", folder.display()))
         .arg("library")
         // Cargo's jobserver is not make's to share here.
@@ -245,6 +246,6 @@ fn build() -> PathBuf {
         .env_remove("MFLAGS")
         .output()
         .expect("make");
-    assert!(made.status.success(), "the emulator does not build:\n{}", String::from_utf8_lossy(&made.stderr));
-    folder.join("libcuda.so")
+    assert!(made.status.success(), "{library} does not build:\n{}", String::from_utf8_lossy(&made.stderr));
+    folder.join(library)
 }

@@ -1,0 +1,218 @@
+//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything asks
+//! for NCCL.
+//!
+//! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it from
+//! [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
+
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
+use std::cell::Cell;
+use std::ffi::{c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use super::simt;
+
+/// The stand-in's own functions; see ctests/nccl/standin.h.
+struct Functions {
+    library: PathBuf,
+    reset: unsafe extern "C" fn(),
+    plan: unsafe extern "C" fn(c_int, c_int, c_int, c_int),
+    findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    operations: unsafe extern "C" fn(c_int) -> u64,
+    live: unsafe extern "C" fn() -> c_int,
+    slot: unsafe extern "C" fn(u64),
+    version: unsafe extern "C" fn(c_int),
+    in_progress: unsafe extern "C" fn(c_int),
+    tell: unsafe extern "C" fn(c_int),
+    quiet: unsafe extern "C" fn(c_int),
+}
+
+/// What goes wrong with an operation, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The call gives this result and enqueues nothing.
+    Enqueue(i32),
+    /// When the stream comes to it, `ncclCommGetAsyncError` gives this result from then on, and the operation never completes.
+    Async(i32),
+    /// It never completes until the communicator is aborted.
+    Hang,
+    /// It completes so many milliseconds later.
+    Delay(i32),
+    /// All bits of this element of what arrives are inverted.
+    Wrong(i32),
+    /// The second half of the bytes does not arrive.
+    Short,
+}
+
+impl Fault {
+    /// As standin.h numbers and names it, and its value.
+    fn parts(self) -> (c_int, &'static str, c_int) {
+        match self {
+            Fault::Enqueue(result) => (1, "enqueue", result),
+            Fault::Async(result) => (2, "async", result),
+            Fault::Hang => (3, "hang", 0),
+            Fault::Delay(milliseconds) => (4, "delay", milliseconds),
+            Fault::Wrong(element) => (5, "wrong", element),
+            Fault::Short => (6, "short", 0),
+        }
+    }
+
+    /// The same as part of `PFC_STANDIN_PLAN`, for a process that is started.
+    pub fn planned(self, rank: i32, operation: i32) -> String {
+        let (_, name, value) = self.parts();
+        format!("{rank}:{operation}:{name}:{value}")
+    }
+}
+
+/// The stand-in, for as long as a turn at the driver: its plans, findings and counts are the process's.
+///
+/// At its end there must be no finding but those that were taken, and no communicator.
+pub struct Standin<'turn> {
+    functions: &'static Functions,
+    taken: Cell<usize>,
+    _turn: &'turn simt::Turn,
+}
+
+/// Loads the stand-in, once in a process; nothing is planned.
+pub fn standin(turn: &simt::Turn) -> Standin<'_> {
+    let standin = Standin { functions: load(), taken: Cell::new(0), _turn: turn };
+    standin.reset();
+    standin
+}
+
+/// Where it is, built where it was not.
+pub fn library() -> &'static Path {
+    &load().library
+}
+
+/// Loads it without a turn, for what needs no more than that it is there.
+pub fn ready() {
+    load();
+}
+
+impl Standin<'_> {
+    /// Forgets plans, findings and counts, and sets all that is set below to what it is unless told.
+    pub fn reset(&self) {
+        self.taken.set(0);
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.reset)() };
+    }
+
+    /// Plans a fault for a rank's `operation`-th collective (-1: its initialisation). It happens once, to the first communicator that
+    /// comes to it; a rank below 0: to whichever rank does.
+    pub fn plan(&self, rank: i32, operation: i32, fault: Fault) {
+        let (kind, _, value) = fault.parts();
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.plan)(rank, operation, kind, value) };
+    }
+
+    /// Lets every collective of a communicator that does not block be in progress for so many questions.
+    pub fn in_progress(&self, polls: i32) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.in_progress)(polls) };
+    }
+
+    /// Whether the peers of a rank that is lost are told.
+    pub fn tell(&self, tell: bool) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.tell)(c_int::from(tell)) };
+    }
+
+    /// Bytes of a rank's data under way at once.
+    pub fn slot(&self, bytes: u64) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.slot)(bytes) };
+    }
+
+    /// What `ncclGetVersion` tells.
+    pub fn version(&self, version: i32) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.version)(version) };
+    }
+
+    /// Whether findings are kept from stderr.
+    pub fn quiet(&self, quiet: bool) {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.quiet)(c_int::from(quiet)) };
+    }
+
+    /// Communicators of this process that were neither destroyed nor aborted.
+    pub fn live(&self) -> i32 {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.live)() }
+    }
+
+    /// Collectives that a rank has enqueued.
+    pub fn operations(&self, rank: i32) -> u64 {
+        // SAFETY: as standin.h declares it.
+        unsafe { (self.functions.operations)(rank) }
+    }
+
+    /// What was found and not taken so far.
+    pub fn findings(&self) -> String {
+        self.all_findings().split_off(self.taken.get())
+    }
+
+    /// The same, for a test that provoked it: it is then no failure.
+    pub fn take_findings(&self) -> String {
+        let all = self.all_findings();
+        all[self.taken.replace(all.len())..].to_owned()
+    }
+
+    fn all_findings(&self) -> String {
+        // SAFETY: as standin.h declares it: at most as many bytes are written as there are. Another thread's finding may come between
+        // the two calls: the text is then cut at the buffer's end.
+        let mut text = vec![0u8; unsafe { (self.functions.findings)(std::ptr::null_mut(), 0) } + 1];
+        // SAFETY: the same.
+        let length = unsafe { (self.functions.findings)(text.as_mut_ptr().cast(), text.len()) };
+        text.truncate(length.min(text.len() - 1));
+        String::from_utf8(text).expect("findings are plain text")
+    }
+}
+
+impl Drop for Standin<'_> {
+    fn drop(&mut self) {
+        let (findings, live) = (self.findings(), self.live());
+        self.reset();
+        // A second panic would hide the first.
+        if !std::thread::panicking() {
+            assert!(findings.is_empty(), "the findings of the stand-in for NCCL:\n{findings}");
+            assert_eq!(live, 0, "communicators that were neither destroyed nor aborted");
+        }
+    }
+}
+
+fn load() -> &'static Functions {
+    static LOADED: OnceLock<Functions> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        // It takes the driver that is there.
+        simt::ready();
+        let library = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
+        let handle = simt::open(&library).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
+        let find = |name: &str| {
+            let found = simt::symbol(handle, name);
+            assert!(!found.is_null(), "the stand-in for NCCL lacks {name}");
+            found
+        };
+        // SAFETY: the functions are of these types, which standin.h declares.
+        unsafe {
+            Functions {
+                library,
+                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find("standin_reset")),
+                plan: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int, c_int, c_int, c_int)>(find("standin_plan")),
+                findings: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(find(
+                    "standin_findings",
+                )),
+                operations: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int) -> u64>(find("standin_operations")),
+                live: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(find("standin_live")),
+                slot: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(find("standin_slot")),
+                version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_version")),
+                in_progress: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_in_progress")),
+                tell: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_tell")),
+                quiet: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_quiet")),
+            }
+        }
+    })
+}
