@@ -165,7 +165,10 @@ ncclResult_t start(const CommPointer& comm, const std::string& name) {
 }  // namespace
 
 bool Comm::drained() const {
-    return __atomic_load_n(&gate().done, __ATOMIC_ACQUIRE) >= enqueued;
+    if (__atomic_load_n(&gate().done, __ATOMIC_ACQUIRE) >= enqueued) return true;
+    // In a broken context nothing is written any more.
+    const Current current(context);
+    return driver()->cuEventQuery(last) != CUDA_ERROR_NOT_READY;
 }
 
 void Comm::open_gate(uint64_t piece) {
@@ -328,11 +331,13 @@ ncclResult_t ncclCommDestroy(ncclComm_t handle) {
     const CommPointer comm = take(handle, __func__);
     if (!comm) return ncclInvalidArgument;
     const Turn turn(*comm, __func__);
-    bool pending;
+    bool pending, broken = false;
     {
         const std::lock_guard<std::mutex> guard(comm->mutex);
         pending = !comm->pending.empty() || !comm->drained();
         if (!pending) {
+            const Current current(comm->context);
+            broken = driver()->cuEventQuery(comm->last) != CUDA_SUCCESS;
             comm->shared->leave(comm->rank, Presence::kLeft);
             release(*comm);
             comm->aborted = true;
@@ -343,7 +348,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t handle) {
                        comm->rank));
         give_up(comm);
     }
-    return ncclSuccess;
+    return broken ? fail(ncclUnhandledCudaError, "the context is broken") : ncclSuccess;
 }
 
 ncclResult_t ncclCommAbort(ncclComm_t handle) {

@@ -80,6 +80,7 @@ struct Comm : std::enable_shared_from_this<Comm> {
 
     Gate& gate() const { return *reinterpret_cast<Gate*>(own->data()); }
     char* result() const { return own->data() + 4096; }
+    // Whether the device is through with what was enqueued, or will never come to it.
     bool drained() const;
     void open_gate(uint64_t piece);
 };

@@ -7,7 +7,8 @@ namespace standin {
 
 #define STANDIN_DRIVER_FUNCTIONS(F)                                                           \
     F(cuCtxGetCurrent) F(cuCtxGetDevice) F(cuCtxPushCurrent_v2) F(cuCtxPopCurrent_v2)         \
-    F(cuEventCreate) F(cuEventRecord) F(cuEventDestroy_v2) F(cuStreamWaitEvent)               \
+    F(cuEventCreate) F(cuEventRecord) F(cuEventQuery) F(cuEventDestroy_v2)                    \
+    F(cuStreamWaitEvent)                                                                      \
     F(cuStreamWaitValue64_v2) F(cuStreamWriteValue64_v2) F(cuLaunchHostFunc)                  \
     F(cuMemcpyDtoHAsync_v2) F(cuMemcpyHtoDAsync_v2)                                           \
     F(cuMemHostRegister_v2) F(cuMemHostUnregister) F(cuMemHostGetDevicePointer_v2)

@@ -1,8 +1,8 @@
-//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything asks
-//! for NCCL.
+//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything
+//! asks for NCCL.
 //!
-//! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it from
-//! [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
+//! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it
+//! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
@@ -100,8 +100,8 @@ impl Standin<'_> {
         unsafe { (self.functions.reset)() };
     }
 
-    /// Plans a fault for a rank's `operation`-th collective (-1: its initialisation). It happens once, to the first communicator that
-    /// comes to it; a rank below 0: to whichever rank does.
+    /// Plans a fault for a rank's `operation`-th collective (-1: its initialisation). It happens once, to the first communicator
+    /// that comes to it; a rank below 0: to whichever rank does.
     pub fn plan(&self, rank: i32, operation: i32, fault: Fault) {
         let (kind, _, value) = fault.parts();
         // SAFETY: as standin.h declares it.
@@ -162,8 +162,8 @@ impl Standin<'_> {
     }
 
     fn all_findings(&self) -> String {
-        // SAFETY: as standin.h declares it: at most as many bytes are written as there are. Another thread's finding may come between
-        // the two calls: the text is then cut at the buffer's end.
+        // SAFETY: as standin.h declares it: at most as many bytes are written as there are. Another thread's finding may come
+        // between the two calls: the text is then cut at the buffer's end.
         let mut text = vec![0u8; unsafe { (self.functions.findings)(std::ptr::null_mut(), 0) } + 1];
         // SAFETY: the same.
         let length = unsafe { (self.functions.findings)(text.as_mut_ptr().cast(), text.len()) };

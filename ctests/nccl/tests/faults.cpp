@@ -277,7 +277,8 @@ void check_misuse() {
             CHECK(ncclCommGetAsyncError(gone, &state) == ncclInvalidArgument);
             CHECK(ncclCommAbort(gone) == ncclInvalidArgument);
         });
-        expect("after its end", aborts ? "ncclAllReduce on rank 0's communicator after ncclCommAbort"
+        expect("after its end", aborts
+            ? "ncclAllReduce on rank 0's communicator after ncclCommAbort"
             : "ncclCommGetAsyncError on rank 0's communicator after ncclCommDestroy");
     }
     run_threads(1, 1, [](Rank& r) {
@@ -358,6 +359,34 @@ void check_misuse() {
     expect("configurations", nullptr);
 }
 
+// A kernel that fails breaks the context: no collective behind it completes, nor does the stand-in
+// take what is left of them for misuse.
+void check_broken() {
+    simt_quiet(1);
+    for (const bool aborts : {true, false})
+        run_threads(1, 1, [&](Rank& r) {
+            const Data data(r);
+            CUmodule module;
+            CUfunction kernel;
+            MUST(cuModuleLoadData(&module, "any"));
+            MUST(cuModuleGetFunction(&kernel, module, "trivial_scale"));
+            float* at = data.receive.device();
+            double rule[2] = {};
+            uint32_t count = kCount;
+            void* arguments[] = {&at, &at, rule, &count};
+            simt_fail("trivial_scale", 1, CUDA_ERROR_LAUNCH_FAILED);
+            MUST(cuLaunchKernel(kernel, 1, 1, 1, 32, 1, 1, 0, r.stream, arguments, nullptr));
+            MUST(all_reduce(r, data));
+            CHECK(cuStreamSynchronize(r.stream) == CUDA_ERROR_LAUNCH_FAILED);
+            CHECK((aborts ? ncclCommAbort(r.comm) : ncclCommDestroy(r.comm)) ==
+                  (aborts ? ncclSuccess : ncclUnhandledCudaError));
+            r.comm = nullptr;
+            simt_forgive();
+        });
+    simt_quiet(0);
+    expect("broken", nullptr);
+}
+
 // One thread makes the communicators of all ranks.
 void check_group() {
     context_of();
@@ -416,6 +445,7 @@ int main(int count, char** arguments) {
         check_lost(false);
         check_lost(true);
         check_misuse();
+        check_broken();
         check_group();
     }
     CHECK(leaves_nothing());
