@@ -1,5 +1,5 @@
 //! `include/partialfc_nccl.h` without NCCL, CUDA or a GPU: compiled with the headers of `ctests/nccl/shim`, which have as much of
-//! both as it takes, and run over the stand-in for NCCL on the emulated GPU. `.ci/run` compiles it with NCCL's own header and CUDA's.
+//! both as it takes, and run over the stand-in for NCCL on the emulated GPU. `.ci/run` compiles it with the real ones.
 
 #[path = "common/programs.rs"]
 mod programs;
