@@ -4,9 +4,10 @@ mod common;
 
 use std::process::Command;
 
-use common::ffi::{options, Device, Head, Rows};
+use common::ffi::{options, Comm, Device, Head, Rows};
 use common::gpu::gpu_apart;
-use common::ranks::on_ranks;
+use common::nccl;
+use common::ranks::on_comms;
 use common::simt;
 use common::training::{learning_rate, Batch};
 use partialfc::options::{HeadOptions, Placement};
@@ -19,8 +20,8 @@ fn small() -> HeadOptions {
 }
 
 /// Two ranks, two steps in three calls each, the second prepared in the middle of the first, and a third in one call.
-fn train(options: &HeadOptions, device: impl Fn() -> Device + Sync) {
-    on_ranks(2, |place| {
+fn train(comms: Vec<Comm>, options: &HeadOptions, device: impl Fn() -> Device + Sync) {
+    on_comms(comms, |place| {
         let mut head = Head::new(&device(), &place.comm, options);
         let batch = |step| Batch::draw(options, place.rank, step, BATCH);
         let mut grad = Rows::output(BATCH, head.dim);
@@ -57,7 +58,6 @@ fn find<'a>(spans: &'a [Span], rank: u32, step: u64, track: &str, name: &str) ->
 
 /// Traces what runs in its turn: the trace and the emulator are the process's.
 fn traced(run: impl FnOnce()) -> Vec<Span> {
-    let _turn = simt::turn(3);
     trace::start();
     trace::take();
     run();
@@ -66,8 +66,9 @@ fn traced(run: impl FnOnce()) -> Vec<Span> {
 
 #[test]
 fn the_host_s_phases_follow_each_other() {
+    let _turn = simt::turn(3);
     for placement in [Placement::Sharded, Placement::Replicated] {
-        let spans = traced(|| train(&HeadOptions { placement, ..small() }, || Device::cpu(1)));
+        let spans = traced(|| train(Comm::threads(2), &HeadOptions { placement, ..small() }, || Device::cpu(1)));
         let phases: &[&str] = match placement {
             Placement::Sharded => {
                 &["all_gather labels", "sample", "all_gather embeddings", "forward", "all_reduce sums", "loss", "backward"]
@@ -89,26 +90,43 @@ fn the_host_s_phases_follow_each_other() {
 /// a matter of timing.
 #[test]
 fn collectives_and_the_next_draw_run_beside_the_products() {
-    let spans = traced(|| train(&small(), gpu_apart));
-    if simt::turn(3).is_emulator() {
-        for rank in 0..2 {
-            let on = |step, track: &str, name: &str| find(&spans, rank, step, track, name).clone();
-            let all =
-                |step, track| spans.iter().filter(move |span| (span.rank, span.step, span.track.as_str()) == (rank, step, track));
-            for step in 0..3 {
-                let (reduce, weighted) =
-                    (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "multiply_weighted"));
-                assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
-            }
-            // One call: the embeddings' gradient is exchanged beside what makes the class centres'.
-            let scatter = on(2, "exchange stream", "reduce_scatter gradient");
-            assert!(all(2, "centers stream").any(|span| intersect(&scatter, span)), "{scatter:?}");
-            // Prepared in the middle of step 0: drawn beside its update, gathered before its own embeddings are.
-            assert!(all(1, "draw stream").any(|draw| all(0, "centers stream").any(|update| intersect(draw, update))));
-            for step in 0..3 {
-                let gathers = |track| all(step, track).filter(|span| span.name == "gather_centers").count();
-                assert_eq!((gathers("centers stream"), gathers("main stream")), (1, 0), "step {step}");
-            }
+    let turn = simt::turn(3);
+    let spans = traced(|| train(Comm::threads(2), &small(), gpu_apart));
+    if turn.is_emulator() {
+        assert_overlaps(&spans);
+    }
+}
+
+#[test]
+fn so_they_do_over_nccl() {
+    let turn = simt::turn(4);
+    let Some(_standin) = nccl::emulated(&turn) else { return };
+    let spans = traced(|| train(nccl::group(2), &small(), gpu_apart));
+    assert_overlaps(&spans);
+    // What has to be there before the loss is there before P @ W^ is.
+    for (rank, step) in (0..2).flat_map(|rank| (0..3).map(move |step| (rank, step))) {
+        let reduce = find(&spans, rank, step, "exchange stream", "all_reduce sums");
+        let weighted = find(&spans, rank, step, "main stream", "multiply_weighted");
+        assert!(end(reduce) < end(weighted), "{reduce:?}, {weighted:?}");
+    }
+}
+
+fn assert_overlaps(spans: &[Span]) {
+    for rank in 0..2 {
+        let on = |step, track: &str, name: &str| find(spans, rank, step, track, name).clone();
+        let all = |step, track| spans.iter().filter(move |span| (span.rank, span.step, span.track.as_str()) == (rank, step, track));
+        for step in 0..3 {
+            let (reduce, weighted) = (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "multiply_weighted"));
+            assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
+        }
+        // One call: the embeddings' gradient is exchanged beside what makes the class centres'.
+        let scatter = on(2, "exchange stream", "reduce_scatter gradient");
+        assert!(all(2, "centers stream").any(|span| intersect(&scatter, span)), "{scatter:?}");
+        // Prepared in the middle of step 0: drawn beside its update, gathered before its own embeddings are.
+        assert!(all(1, "draw stream").any(|draw| all(0, "centers stream").any(|update| intersect(draw, update))));
+        for step in 0..3 {
+            let gathers = |track| all(step, track).filter(|span| span.name == "gather_centers").count();
+            assert_eq!((gathers("centers stream"), gathers("main stream")), (1, 0), "step {step}");
         }
     }
 }
@@ -117,7 +135,7 @@ fn collectives_and_the_next_draw_run_beside_the_products() {
 #[test]
 fn the_file_holds_the_spans_of_all_heads() {
     if std::env::var_os("PFC_TRACE").is_some() {
-        train(&small(), || Device::cpu(1));
+        train(Comm::threads(2), &small(), || Device::cpu(1));
         return;
     }
     let folder = std::env::temp_dir().join(format!("pfc-trace-{}", std::process::id()));
