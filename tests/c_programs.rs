@@ -313,6 +313,7 @@ fn programs_that_use_the_installed_library() {
     for file in [
         "include/partialfc.h",
         "include/partialfc_mpi.h",
+        "include/partialfc_nccl.h",
         "lib/here/libpartialfc.so.0",
         "lib/here/libpartialfc.a",
         "lib/here/pkgconfig/partialfc.pc",
