@@ -485,8 +485,10 @@ pfc_status pfc_comm_custom(const pfc_comm_ops *ops, pfc_comm **out);
 // status. NCCL does not tell which rank is missing. Other ranks hear of a lost one when NCCL
 // does, or after their own timeout.
 //
-// The functions of pfc_comm_ take host memory here too, and wait. Two ranks cannot share a GPU
-// unless NCCL is 2.30 or later and NCCL_MULTI_RANK_GPU_ENABLE is 1.
+// The functions of pfc_comm_ take host memory here too, and wait. Ranks that are threads of one
+// process need devices on streams of their own: on a common stream a rank's work would come after
+// another rank's wait for it. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
+// NCCL_MULTI_RANK_GPU_ENABLE is 1.
 //
 // @param id 128 bytes from pfc_nccl_unique_id of one rank, brought to all by the trainer
 // @param rank this rank, 0 to size - 1

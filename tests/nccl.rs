@@ -247,6 +247,24 @@ fn an_old_library_is_unsupported() {
     assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
 }
 
+/// `PFC_TEST_NCCL=path` names one of NCCL's own libraries: it loads, and makes ids, without a GPU.
+#[test]
+fn the_library_itself_makes_ids() {
+    let Some(library) = std::env::var_os("PFC_TEST_NCCL") else { return };
+    if std::env::var_os("PFC_NCCL_LIB").is_none() {
+        // In a process of its own, where no stand-in is loaded.
+        let child = Command::new(std::env::current_exe().expect("this program's path"))
+            .args(["--exact", "the_library_itself_makes_ids"])
+            .env("PFC_NCCL_LIB", library)
+            .output()
+            .expect("this program");
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        return;
+    }
+    let (one, other) = (unique_id().expect("an id"), unique_id().expect("another"));
+    assert!(one != other && one != [0; 128]);
+}
+
 #[test]
 fn wrong_arguments_are_named() {
     let turn = simt::turn(12);

@@ -231,7 +231,8 @@ impl pfc_comm_ops {
 /// longer than pfc_comm_set_timeout; the streams then go on, and the next pfc_ call gives the status. NCCL does not tell which rank
 /// is missing. Other ranks hear of a lost one when NCCL does, or after their own timeout.
 ///
-/// The functions of pfc_comm_ take host memory here too, and wait. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
+/// The functions of pfc_comm_ take host memory here too, and wait. Ranks that are threads of one process need devices on streams of
+/// their own: on a common stream a rank's work would come after another rank's wait for it. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
 /// NCCL_MULTI_RANK_GPU_ENABLE is 1.
 ///
 /// @param id 128 bytes from pfc_nccl_unique_id of one rank, brought to all by the trainer

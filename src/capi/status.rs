@@ -73,7 +73,7 @@ pub extern "C" fn pfc_build_info() -> *const c_char {
         env!("PFC_TARGET"),
         ") devices: cpu; cuda: ",
         env!("PFC_CUDA_IMAGES"),
-        "; communicators: self threads custom\0"
+        "; communicators: self threads custom nccl\0"
     )
     .as_ptr()
     .cast()
