@@ -120,8 +120,8 @@ int main(int argc, char **argv) {
   }
 
   heading("Softmax (all-reduce): two numbers for each row of the global batch, and four of the\n"
-          "step's; data parallel: each rank's loss and status.");
-  row(0, "-", plans[0].sums_bytes, EXACTLY, 8 * (4 + 3 * ranks), "8 (4 + 3 N)");
+          "step's; data parallel: each rank's loss and status, and what its sample is.");
+  row(0, "-", plans[0].sums_bytes, EXACTLY, 8 * (4 + 4 * ranks), "8 (4 + 4 N)");
   for (column = 1; column < 3; column++) {
     row(column, "32 KB", plans[column].sums_bytes, EXACTLY, 4 * (2 * rows + 4), "4 (2 B + 4)");
   }
@@ -138,7 +138,7 @@ int main(int argc, char **argv) {
 
   heading("All of a step. The table has 38 GB for data parallel, and else twice its gradients.");
   row(0, "38 GB", plans[0].traffic_bytes, EXACTLY,
-      4 * classes * dim + labels + 8 * (4 + 3 * ranks), "4 C d + 8 (b + 4) + 8 (4 + 3 N)");
+      4 * classes * dim + labels + 8 * (4 + 4 * ranks), "4 C d + 8 (b + 4) + 8 (4 + 4 N)");
   for (column = 1; column < 3; column++) {
     row(column, column == 1 ? "1.01 GB" : "0.98 GB", plans[column].traffic_bytes, EXACTLY,
         labels + embeddings + 4 * (2 * rows + 4) + 4 * rows * dim,
