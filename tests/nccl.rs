@@ -247,6 +247,30 @@ fn an_old_library_is_unsupported() {
     assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
 }
 
+/// NCCL mixes up or waits for ever where ranks differ; the comparison does not.
+#[test]
+fn ranks_that_differ_are_told_by_the_check() {
+    // In a process of its own, whose environment asks for the check.
+    let turn = simt::turn(14);
+    let Some(_standin) = nccl::emulated(&turn) else { return };
+    if std::env::var_os("PFC_CHECK").is_none() {
+        let child = Command::new(std::env::current_exe().expect("this program's path"))
+            .args(["--exact", "ranks_that_differ_are_told_by_the_check"])
+            .env("PFC_CHECK", "1")
+            .output()
+            .expect("this program");
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        return;
+    }
+    let failures = on_comms(nccl::group(2), |place| {
+        all_operations(place, 20);
+        reduce(&place.comm, &mut values(place.rank, 9 + place.rank), c_comm::PFC_SUM).expect_err("other counts")
+    });
+    for failure in &failures {
+        assert_told(failure, Status::Mismatch, &["of 9 f32 (sum)", "rank 1 all_reduce", "of 10 f32 (sum)"]);
+    }
+}
+
 /// `PFC_TEST_NCCL=path` names one of NCCL's own libraries: it loads, and makes ids, without a GPU.
 #[test]
 fn the_library_itself_makes_ids() {

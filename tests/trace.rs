@@ -103,12 +103,6 @@ fn so_they_do_over_nccl() {
     let Some(_standin) = nccl::emulated(&turn) else { return };
     let spans = traced(|| train(nccl::group(2), &small(), gpu_apart));
     assert_overlaps(&spans);
-    // What has to be there before the loss is there before P @ W^ is.
-    for (rank, step) in (0..2).flat_map(|rank| (0..3).map(move |step| (rank, step))) {
-        let reduce = find(&spans, rank, step, "exchange stream", "all_reduce sums");
-        let weighted = find(&spans, rank, step, "main stream", "multiply_weighted");
-        assert!(end(reduce) < end(weighted), "{reduce:?}, {weighted:?}");
-    }
 }
 
 fn assert_overlaps(spans: &[Span]) {
