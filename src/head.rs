@@ -112,6 +112,7 @@ impl Head {
     pub fn create(comm: Arc<Communicator>, request: Result<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
+            comm.admit(&*device)?;
             let shard = options.shard(comm.size(), comm.rank());
             let spec = HeadSpec { options: options.clone(), ranks: comm.size(), rank: comm.rank(), shard };
             let rows = device.open(spec)?;

@@ -10,8 +10,8 @@ mod common;
 use std::sync::Barrier;
 use std::time::Instant;
 
-use common::ffi::{options, outcome, plan, to_c, traffic_between, Comm, Failure, Head, Outcome, Rows};
-use common::gpu::{gpu_apart, Remote};
+use common::ffi::{options, outcome, plan, to_c, traffic_between, Comm, Device, Failure, Head, Outcome, Rows};
+use common::gpu::{gpu_apart, gpu_number, Remote};
 use common::nccl::{self, Fault};
 use common::ranks::{on_comms, Rank};
 use common::simt;
@@ -105,6 +105,34 @@ fn a_step_hands_over_the_bytes_that_the_plan_names() {
             assert_eq!(counted, vec![planned; size], "{options:?}");
         }
     }
+}
+
+#[test]
+fn a_head_on_another_gpu_than_its_communicator_is_refused() {
+    let turn = simt::turn(8);
+    let Some(_standin) = nccl::emulated(&turn) else { return };
+    turn.devices(2);
+    let (options, freed) = (&placements()[3], Barrier::new(RANKS));
+    let told = on_comms(nccl::group(RANKS), |place| {
+        let device = if place.rank == 1 { gpu_number(1) } else { gpu_apart() };
+        let refused = Head::create(&device, &place.comm, &to_c(options)).err().expect("another GPU");
+        // To free a head waits for all that is in its context, another rank's barrier included.
+        freed.wait();
+        // The communicator lives.
+        place.comm.barrier().expect("a barrier");
+        refused
+    });
+    turn.devices(1);
+    assert_eq!(told[0].status, Status::Remote as i32, "{told:?}");
+    assert_eq!(told[1].status, Status::InvalidArgument as i32, "{told:?}");
+    assert!(told[1].message.contains("device is GPU 1 on rank 1, whose NCCL communicator is of GPU 0"), "{told:?}");
+    // A head on the CPU goes through the GPU.
+    let on_cpu = |place: &Rank| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, options);
+        let batch = Batch::draw(options, place.rank, 0, ROWS);
+        head.step(&mut batch.rows(head.dim), &batch.labels, 0.1, &mut Rows::output(ROWS, head.dim)).expect("step").to_bits()
+    };
+    assert_eq!(on_comms(nccl::group(RANKS), on_cpu), on_comms(Comm::threads(RANKS as u32), on_cpu));
 }
 
 /// Driver functions that make the host wait.

@@ -171,6 +171,10 @@ pub trait Transport: Send + Sync {
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()>;
     fn barrier(&self, call: &Call<'_>) -> Result<()>;
+    /// Whether it can work on a head's device.
+    fn admit(&self, _device: &dyn Device) -> Result<()> {
+        Ok(())
+    }
     /// What has become known of operations that were left on a stream: they failed, or did not end in time.
     fn check(&self) -> Result<()> {
         Ok(())
@@ -293,6 +297,11 @@ impl Communicator {
     /// Ends the communicator if this rank cannot take part in an operation that the other ranks are about to wait in.
     pub fn or_abort<T>(&self, outcome: Result<T>) -> Result<T> {
         outcome.inspect_err(|cause| self.abort(cause))
+    }
+
+    /// An error that names both, if a head on this device cannot exchange anything here.
+    pub fn admit(&self, device: &dyn Device) -> Result<()> {
+        self.transport.admit(device)
     }
 
     /// Asked after a wait for a stream that operations were left on: an error, if one of them did not come about or the communicator

@@ -120,6 +120,8 @@ pub trait StreamMemory: Send + Sync {
 
 /// A device with streams, for a carrier that works on it by itself.
 pub trait StreamDevice: StreamMemory {
+    /// Its number among those of its kind.
+    fn ordinal(&self) -> i32;
     /// Makes it the thread's current device, as libraries beside this one find it, until the guard goes.
     fn enter(&self) -> Result<Box<dyn Entered + '_>>;
     /// A stream and memory for what does not come from a head.

@@ -27,22 +27,31 @@ pub fn driver_function(name: &CStr) -> *mut c_void {
 
 /// Makes the primary context of GPU 0 this thread's current one.
 pub fn enter() {
+    enter_number(0);
+}
+
+fn enter_number(ordinal: i32) {
     // SAFETY: the driver's functions, of these types; an output that outlives the call.
     unsafe {
         let init = driver!(c"cuInit", unsafe extern "C" fn(u32) -> i32);
         let retain = driver!(c"cuDevicePrimaryCtxRetain", unsafe extern "C" fn(*mut *mut c_void, i32) -> i32);
         let set = driver!(c"cuCtxSetCurrent", unsafe extern "C" fn(*mut c_void) -> i32);
         let mut context = std::ptr::null_mut();
-        assert_eq!((init(0), retain(&mut context, 0), set(context)), (0, 0, 0));
+        assert_eq!((init(0), retain(&mut context, ordinal), set(context)), (0, 0, 0));
     }
 }
 
 /// GPU 0 with the default stream, its primary context current on this thread.
 pub fn gpu() -> Device {
-    enter();
+    gpu_number(0)
+}
+
+/// This GPU with its default stream, whose primary context is then this thread's current one.
+pub fn gpu_number(ordinal: i32) -> Device {
+    enter_number(ordinal);
     let mut raw = std::ptr::null_mut();
     // SAFETY: an output that outlives the call; the default stream.
-    outcome(unsafe { pfc_device_cuda(0, std::ptr::null_mut(), &mut raw) }).expect("GPU 0");
+    outcome(unsafe { pfc_device_cuda(ordinal, std::ptr::null_mut(), &mut raw) }).expect("a GPU");
     Device(raw)
 }
 

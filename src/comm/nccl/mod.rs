@@ -18,7 +18,7 @@ use self::library::{call, library, Library};
 use super::number::Number;
 use super::watchdog::{aborted, Stop, Watchdog};
 use super::{Call, Element, Place, ReduceOp, Transport};
-use crate::device::{Scratch, StreamDevice, StreamMemory};
+use crate::device::{Device, Scratch, StreamDevice, StreamMemory};
 use crate::matrix::DType;
 use crate::{ensure, error, Error, Result, Status};
 
@@ -418,6 +418,19 @@ impl Transport for Nccl {
         let token = token.as_mut_ptr().cast::<u8>();
         // SAFETY: one integer of the host's, reduced in place.
         unsafe { self.all_reduce(token, token, 1, DType::I32, ReduceOp::Sum, call) }
+    }
+
+    fn admit(&self, device: &dyn Device) -> Result<()> {
+        let Group { device: own, rank, .. } = &*self.group;
+        let (own, other) = (own.ordinal(), device.streams().map(|other| other.ordinal()));
+        // What a CPU's head exchanges goes through the GPU.
+        ensure!(
+            other.is_none_or(|other| other == own),
+            InvalidArgument,
+            "device is GPU {} on rank {rank}, whose NCCL communicator is of GPU {own}",
+            other.unwrap_or(own)
+        );
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {

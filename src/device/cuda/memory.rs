@@ -100,6 +100,10 @@ impl StreamMemory for Cuda {
 impl Entered for Current<'_> {}
 
 impl StreamDevice for Cuda {
+    fn ordinal(&self) -> i32 {
+        self.context.ordinal()
+    }
+
     fn enter(&self) -> Result<Box<dyn Entered + '_>> {
         Ok(Box::new(self.context.enter()?))
     }
