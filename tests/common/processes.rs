@@ -55,6 +55,10 @@ impl Run {
         Run { child, token, log, what }
     }
 
+    pub fn id(&self) -> i32 {
+        self.child.id() as i32
+    }
+
     pub fn printed(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).expect("the log")).into_owned()
     }
@@ -101,6 +105,10 @@ fn living(token: &str) -> Vec<i32> {
 }
 
 pub fn kill(id: i32) {
+    send(id, libc::SIGKILL);
+}
+
+pub fn send(id: i32, signal: i32) {
     // SAFETY: sends a signal to a process that this test started.
-    unsafe { libc::kill(id, libc::SIGKILL) };
+    unsafe { libc::kill(id, signal) };
 }
