@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use processes::{assert_no_findings, kill, on_emulated_gpus, send, Run};
+use processes::{assert_no_findings, on_emulated_gpus, send, Run};
 use programs::{compile, fresh, link_shared, output, root, scratch, C};
 
 /// What launchers call a rank, the number of ranks, and the rank's number on its machine.
@@ -60,20 +60,28 @@ fn losses(file: &Path) -> String {
     fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
+/// The losses of ranks that are threads of one process.
+fn losses_of_threads(size: usize, steps: &str) -> String {
+    let file = scratch("threads").join(format!("{size}-{steps}.loss"));
+    let mut command = train(1);
+    command.args(["--threads", &size.to_string(), "--steps", steps, "--loss"]).arg(&file);
+    let (success, printed) = Run::start(&mut command, file.with_extension("log")).finish();
+    assert!(success && printed.contains(&format!("{size} ranks, cuda: SIMT emulator")), "{printed}");
+    assert_no_findings(&printed);
+    losses(&file)
+}
+
+/// Waits until rank 0 says that the ranks train, and a little more.
+fn amid_training(rank_0: &mut Run) {
+    let log = rank_0.log.clone();
+    rank_0.wait_for(|| fs::read_to_string(&log).is_ok_and(|printed| printed.contains("ranks, cuda: SIMT emulator")));
+    std::thread::sleep(Duration::from_millis(200));
+}
+
 /// Two processes by each launcher's variables, and three, whose sums have an order. The stand-in's is that of threads.
 #[test]
 fn processes_have_the_losses_of_threads() {
-    const STEPS: [&str; 2] = ["--steps", "12"];
-    let threads = |size: usize| {
-        let file = scratch("threads").join(format!("{size}.loss"));
-        let mut command = train(1);
-        command.args(STEPS).args(["--threads", &size.to_string(), "--loss"]).arg(&file);
-        let (success, printed) = Run::start(&mut command, file.with_extension("log")).finish();
-        assert!(success && printed.contains(&format!("{size} ranks, cuda: SIMT emulator")), "{printed}");
-        assert_no_findings(&printed);
-        losses(&file)
-    };
-    let expected = [2, 3].map(threads);
+    let expected = [2, 3].map(|size| losses_of_threads(size, "12"));
     let on_two = LAUNCHERS.into_iter().map(|launcher| (launcher, 2));
     for ((name, variables), size) in on_two.chain([(LAUNCHERS[0], 3)]) {
         let folder = scratch(&format!("{name}-{size}"));
@@ -81,7 +89,7 @@ fn processes_have_the_losses_of_threads() {
         let file = folder.join("loss");
         let start = |rank: usize| {
             let mut command = train_as(variables, rank, size, &folder);
-            Run::start(command.args(STEPS).arg("--loss").arg(&file), folder.join(format!("{rank}.log")))
+            Run::start(command.args(["--steps", "12", "--loss"]).arg(&file), folder.join(format!("{rank}.log")))
         };
         // Rank 0 last: the others wait for the id.
         let runs: Vec<Run> = (0..size).rev().map(start).collect();
@@ -96,7 +104,30 @@ fn processes_have_the_losses_of_threads() {
     }
 }
 
-/// No launcher that looks after them: the others end by themselves.
+/// A rank that is stopped for less than the timeout is late, no more.
+#[test]
+fn a_process_that_pauses() {
+    let folder = scratch("pause");
+    fresh(&folder);
+    let file = folder.join("loss");
+    let start = |rank: usize| {
+        let mut command = train_as(TORCHRUN, rank, 2, &folder);
+        Run::start(command.args(["--steps", "30", "--loss"]).arg(&file), folder.join(format!("{rank}.log")))
+    };
+    let mut runs = [0, 1].map(start);
+    amid_training(&mut runs[0]);
+    send(runs[1].id(), libc::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(500));
+    send(runs[1].id(), libc::SIGCONT);
+    for run in runs {
+        let (success, printed) = run.finish();
+        assert!(success, "{printed}");
+        assert_no_findings(&printed);
+    }
+    assert_eq!(losses(&file), losses_of_threads(2, "30"), "processes (left) and threads (right)");
+}
+
+/// No launcher looks after them: the others end by themselves, and so does one that was stopped and goes on when they are gone.
 #[test]
 fn a_process_that_is_lost() {
     for signal in [libc::SIGKILL, libc::SIGSTOP] {
@@ -108,18 +139,17 @@ fn a_process_that_is_lost() {
             Run::start(&mut command, folder.join(format!("{rank}.log")))
         };
         let mut runs: Vec<Run> = (0..3).map(start).collect();
-        // They train when rank 0 says so.
-        runs[0].wait_for(|| fs::read_to_string(folder.join("0.log")).is_ok_and(|printed| printed.contains("3 ranks")));
-        std::thread::sleep(Duration::from_millis(200));
-        send(runs[1].id(), signal);
+        amid_training(&mut runs[0]);
         let lost = runs.remove(1);
+        send(lost.id(), signal);
         for run in runs {
             let (success, printed) = run.finish();
             assert!(!success && printed.contains("PFC_ERROR_TIMEOUT: "), "signal {signal}: {printed}");
             assert_no_findings(&printed);
         }
-        kill(lost.id());
-        lost.finish();
+        send(lost.id(), libc::SIGCONT);
+        let (success, printed) = lost.finish();
+        assert!(!success && printed.contains("PFC_ERROR_TIMEOUT: ") == (signal == libc::SIGSTOP), "signal {signal}: {printed}");
     }
 }
 

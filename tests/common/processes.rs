@@ -40,7 +40,7 @@ pub fn assert_no_findings(printed: &str) {
 pub struct Run {
     child: Child,
     token: String,
-    log: PathBuf,
+    pub log: PathBuf,
     pub what: String,
 }
 
