@@ -4,26 +4,26 @@
 //! `PFC_REQUIRE_TOOLS=1` makes a missing Open MPI or MPICH a failure; without it the tests take those that are found.
 //! `PFC_GLYPHS=file`, of `glyphs --export`, is what the trainer trains on; without it, shapes that are drawn here.
 
+#[path = "common/processes.rs"]
+mod processes;
 #[path = "common/programs.rs"]
 mod programs;
+#[path = "common/simt.rs"]
+mod simt;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::process::Command;
 use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
 
+use processes::{assert_no_findings, kill, on_emulated_gpus, Run};
 use programs::{fresh, link_shared, on_path, output, root, scratch, tool, C};
 
-/// A run that takes longer is taken to hang.
-const LONGEST: Duration = Duration::from_secs(240);
-/// In the environment of every process that a run starts.
-const TOKEN: &str = "PFC_TEST_RUN";
 /// How long ranks wait for one that is lost: long beside what a busy machine may take between two messages.
 const PATIENCE_MS: u64 = 5000;
+/// The same where the ranks' GPUs are emulated, a few milliseconds from one message to the next.
+const NCCL_PATIENCE_MS: u64 = 2000;
 
 /// An MPI and its commands.
 #[derive(Clone, Copy, Debug)]
@@ -92,75 +92,6 @@ impl Mpi {
             }
         }
     }
-}
-
-/// A command with all that it starts, ended with it.
-struct Run {
-    child: Child,
-    token: String,
-    log: PathBuf,
-    what: String,
-}
-
-impl Run {
-    fn start(command: &mut Command, log: PathBuf) -> Run {
-        static RUNS: AtomicUsize = AtomicUsize::new(0);
-        let token = format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
-        let file = fs::File::create(&log).expect("the log can be written");
-        command.env(TOKEN, &token).stdin(Stdio::null()).stdout(file.try_clone().expect("the log twice")).stderr(file);
-        let what = format!("{command:?}");
-        let child = command.process_group(0).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
-        Run { child, token, log, what }
-    }
-
-    fn printed(&self) -> String {
-        String::from_utf8_lossy(&fs::read(&self.log).expect("the log")).into_owned()
-    }
-
-    /// Waits until `done` or until the launcher has ended.
-    fn wait_for(&mut self, done: impl Fn() -> bool) {
-        let started = Instant::now();
-        while !done() && self.child.try_wait().expect("the launcher's status").is_none() {
-            assert!(started.elapsed() < LONGEST, "{} did not get on within {LONGEST:?}\n{}", self.what, self.printed());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Waits for the launcher's end and for that of all it started; whether it succeeded, and what was printed.
-    fn finish(mut self) -> (bool, String) {
-        self.wait_for(|| false);
-        let success = self.child.wait().expect("the launcher's status").success();
-        let started = Instant::now();
-        while !processes(&self.token).is_empty() {
-            assert!(started.elapsed() < LONGEST / 4, "{} left processes behind\n{}", self.what, self.printed());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        (success, self.printed())
-    }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        let _ = self.child.try_wait();
-        processes(&self.token).into_iter().for_each(kill);
-        let _ = self.child.wait();
-    }
-}
-
-/// The living processes with a token in their environment.
-fn processes(token: &str) -> Vec<i32> {
-    let mark = format!("{TOKEN}={token}\0");
-    let ids = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    ids.filter(|id| {
-        let environment = fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
-        environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes())
-    })
-    .collect()
-}
-
-fn kill(id: i32) {
-    // SAFETY: sends a signal to a process that this test started.
-    unsafe { libc::kill(id, libc::SIGKILL) };
 }
 
 /// Runs a program on MPI's ranks; it must succeed.
@@ -283,6 +214,33 @@ fn the_trainer_on_four_ranks() {
     }
 }
 
+/// The head's messages over NCCL's stand-in, from one emulated GPU to another: the losses of threads that share one, to the last bit.
+/// The sums are in the ranks' order in both; NCCL itself has an order of its own.
+#[test]
+fn the_trainer_on_four_emulated_gpus() {
+    let data = shapes();
+    for mpi in mpis() {
+        let program = mpi.build("trainer_nccl", "examples/mpi_trainer/trainer.c", &[]);
+        for (name, options) in [("sampled", &["--sample-rate", "0.3"][..]), ("replicated", &["--replicated", "--sample-rate", "1"])]
+        {
+            let curve = |ranks: &str, command: &mut Command| {
+                let file = scratch(mpi.name).join(format!("nccl_{name}_{ranks}.loss"));
+                command.arg("--data").arg(data).args(["--device", "cuda", "--steps", "6", "--batch", "30", "--dim", "24"]);
+                command.args(options).arg("--loss").arg(&file);
+                let log = file.with_extension("log");
+                let (success, printed) = Run::start(on_emulated_gpus(command, 4), log).finish();
+                assert!(success && printed.contains("4 ranks, cuda: SIMT emulator"), "{command:?}\n{printed}");
+                assert_no_findings(&printed);
+                fs::read_to_string(file).expect("the loss curve")
+            };
+            let threads = curve("threads", Command::new(&program).args(["--threads", "4"]));
+            let processes = curve("processes", mpi.launcher(4, &[]).arg(&program));
+            assert_eq!(threads.lines().count(), 6, "{threads}");
+            assert_eq!(threads, processes, "{}, {name}: the losses of threads (left) and processes (right)", mpi.name);
+        }
+    }
+}
+
 #[test]
 fn the_trainer_says_what_is_wrong() {
     let data = glyphs();
@@ -379,50 +337,91 @@ fn a_rank_that_gives_up_or_parts() {
     });
 }
 
-/// Runs `ctests/mpi/faults.c` on three ranks for each fault and hands what the ranks wrote to `judge`; a few runs at a time, since
-/// most of each is waiting.
-fn faulty(faults: Vec<Fault>, judge: impl Fn(Fault, [Option<String>; 3]) + Sync) {
+/// A rank of a group that NCCL joins, which does not tell who is missing: the others end by themselves all the same, at their own
+/// timeout, or at once where NCCL notices (the stand-in told to) that a process is gone.
+#[test]
+fn a_rank_that_nccl_loses() {
     for mpi in mpis() {
-        let program = mpi.build(&format!("faults_{}", faults[0].kind), "ctests/mpi/faults.c", &[]);
-        let left = Mutex::new(faults.clone());
-        std::thread::scope(|scope| {
-            for _ in 0..3 {
-                scope.spawn(|| loop {
-                    let Some(fault) = left.lock().unwrap_or_else(|e| e.into_inner()).pop() else { break };
-                    judge(fault, one_fault(&mpi, &program, fault));
-                });
+        let program = mpi.build("nccl_faults", "ctests/mpi/nccl_faults.c", &["-lpthread"]);
+        let kinds = [("kill", false), ("kill", true), ("stop", false)].into_iter();
+        let cases = kinds.flat_map(|(kind, told)| ["before", "between", "amid"].map(|moment| (kind, told, moment)));
+        a_few_at_once(cases.collect(), |(kind, told, moment)| {
+            let folder = scratch(mpi.name).join(format!("nccl-{kind}-{moment}-{told}"));
+            let mut launcher = mpi.careless_launcher(3);
+            on_emulated_gpus(&mut launcher, 3).env("PFC_STANDIN_TELL", if told { "1" } else { "0" });
+            // Where the others are told they do not wait so long.
+            let patience = if told { 60_000 } else { NCCL_PATIENCE_MS };
+            launcher.arg(&program).args([kind, moment, &patience.to_string()]).arg(&folder);
+            let (ends, printed) = lose_a_rank(launcher, &folder, kind == "stop");
+            assert_no_findings(&printed);
+            let what = format!("{}, {kind}, {moment}, told: {told}", mpi.name);
+            for rank in [0, 2] {
+                let end = ends[rank].as_deref().unwrap_or("nothing");
+                let (status, words) = match told {
+                    false => ("PFC_ERROR_TIMEOUT: ", format!("within {NCCL_PATIENCE_MS} ms (this is rank {rank})")),
+                    true => ("PFC_ERROR_COMM: ", "remote process exited".to_owned()),
+                };
+                assert!(end.starts_with(status) && end.contains(&words), "{what}: rank {rank} ended with {end}\n{printed}");
             }
+            assert_eq!(ends[1], None, "{what}: rank 1 was to be gone");
         });
     }
 }
 
+/// Runs `ctests/mpi/faults.c` on three ranks for each fault and hands what the ranks wrote to `judge`.
+fn faulty(faults: Vec<Fault>, judge: impl Fn(Fault, [Option<String>; 3]) + Sync) {
+    for mpi in mpis() {
+        let program = mpi.build(&format!("faults_{}", faults[0].kind), "ctests/mpi/faults.c", &[]);
+        a_few_at_once(faults.clone(), |fault| judge(fault, one_fault(&mpi, &program, fault)));
+    }
+}
+
+/// For what mostly waits.
+fn a_few_at_once<T: Send>(cases: Vec<T>, run: impl Fn(T) + Sync) {
+    let left = Mutex::new(cases);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| loop {
+                let Some(case) = left.lock().unwrap_or_else(|e| e.into_inner()).pop() else { break };
+                run(case);
+            });
+        }
+    });
+}
+
 fn one_fault(mpi: &Mpi, program: &Path, fault: Fault) -> [Option<String>; 3] {
     let folder = scratch(mpi.name).join(format!("{}-{}", fault.kind, fault.operation));
-    fresh(&folder);
-    let read = |rank: usize, kind: &str| fs::read_to_string(folder.join(format!("{rank}.{kind}"))).ok();
     let mut launcher = mpi.careless_launcher(3);
     launcher.arg(program).args([fault.kind, &fault.operation.to_string(), &PATIENCE_MS.to_string()]).arg(&folder);
+    lose_a_rank(launcher, &folder, fault.kind == "stop").0
+}
+
+/// Runs three ranks that note in a folder what becomes of them, to their ends; and what was printed.
+fn lose_a_rank(mut launcher: Command, folder: &Path, stopped: bool) -> ([Option<String>; 3], String) {
+    fresh(folder);
+    let read = |rank: usize, kind: &str| fs::read_to_string(folder.join(format!("{rank}.{kind}"))).ok();
     let mut run = Run::start(&mut launcher, folder.join("log"));
-    if fault.kind == "stop" {
+    if stopped {
         // The stopped rank never ends by itself.
         run.wait_for(|| read(0, "end").is_some() && read(2, "end").is_some());
         let stopped = read(1, "pid").and_then(|id| id.trim().parse().ok());
         kill(stopped.unwrap_or_else(|| panic!("rank 1 did not start\n{}", run.printed())));
     }
-    run.finish();
-    [0, 1, 2].map(|rank| read(rank, "end"))
+    let (_, printed) = run.finish();
+    ([0, 1, 2].map(|rank| read(rank, "end")), printed)
 }
 
 /// Images for the trainer: those of `PFC_GLYPHS`, or shapes that are drawn here, in the same file format.
 fn glyphs() -> PathBuf {
-    static DRAWN: OnceLock<PathBuf> = OnceLock::new();
-    match std::env::var_os("PFC_GLYPHS") {
-        Some(path) => PathBuf::from(path),
-        None => DRAWN.get_or_init(shapes).clone(),
-    }
+    std::env::var_os("PFC_GLYPHS").map_or_else(|| shapes().to_owned(), PathBuf::from)
 }
 
-fn shapes() -> PathBuf {
+fn shapes() -> &'static Path {
+    static DRAWN: OnceLock<PathBuf> = OnceLock::new();
+    DRAWN.get_or_init(draw_shapes)
+}
+
+fn draw_shapes() -> PathBuf {
     const CLASSES: u64 = 40;
     const PIXELS: usize = 144;
     let mut random = 1u64;

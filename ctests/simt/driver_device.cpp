@@ -2,6 +2,8 @@
 // asks for more: they are alike, and their memory and their clock are one. Each has a primary
 // context; others may be made. Host threads have one of them current, or none.
 #include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -46,6 +48,23 @@ int capability_major = 8, capability_minor = 0;
 std::map<std::string, uint64_t>& calls() {
     static std::map<std::string, uint64_t> all;
     return all;
+}
+
+void set_devices(int count) {
+    devices = count < 1 ? 1 : count > kMostDevices ? kMostDevices : count;
+    for (int i = 0; i < kMostDevices; ++i) primary[i].device = i;
+}
+
+// What cannot be read ends the program: a test would believe that it has those devices.
+void set_devices(const char* text) {
+    char* end;
+    const long count = strtol(text, &end, 10);
+    if (end == text || *end != 0 || count < 1 || count > kMostDevices) {
+        fprintf(stderr, "simt: PFC_SIMT_DEVICES is \"%s\", not a number from 1 to %d\n", text,
+                kMostDevices);
+        abort();
+    }
+    set_devices(int(count));
 }
 
 }  // namespace
@@ -126,8 +145,7 @@ extern "C" {
 
 void simt_devices(int count) {
     Lock lock;
-    devices = count < 1 ? 1 : count > kMostDevices ? kMostDevices : count;
-    for (int i = 0; i < kMostDevices; ++i) primary[i].device = i;
+    set_devices(count);
 }
 
 void simt_driver_version(int told) {
@@ -156,6 +174,8 @@ uint64_t simt_count(const char* name) {
 
 CUresult cuInit(unsigned flags) {
     Lock lock;
+    const char* told = initialised ? nullptr : getenv("PFC_SIMT_DEVICES");
+    if (told) set_devices(told);
     initialised = true;
     count_call(__func__);
     return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;

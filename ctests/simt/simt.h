@@ -26,7 +26,8 @@ void simt_memory(uint64_t bytes);
 // The device's compute capability: 8.0 unless told; decides how much shared memory a block may
 // have.
 void simt_profile(int major, int minor);
-// How many such devices there are, 8 at most; 1 unless told. They share their memory's limit.
+// How many such devices there are, 8 at most; 1 unless told, here or, before the first cuInit, by
+// PFC_SIMT_DEVICES in the environment. They share their memory's limit.
 void simt_devices(int count);
 // What cuDriverGetVersion tells: 13000 unless told.
 void simt_driver_version(int version);

@@ -397,7 +397,10 @@ failed:
     self->failed = 1;
   }
   /* The other ranks wait for this one: let them fail as well. */
-  if (self->failed) pfc_comm_abort(self->comm);
+  if (self->failed) {
+    pfc_comm_abort(self->comm);
+    if (self->head_comm != self->comm) pfc_comm_abort(self->head_comm);
+  }
   pfc_head_free(head);
   free(v);
   free(dv);

@@ -1,0 +1,114 @@
+//! Commands that start processes of their own: watched, and ended with all that they started; and the environment in which they find
+//! emulated GPUs and the stand-in for NCCL.
+
+// Each suite uses a part of it.
+#![allow(dead_code)]
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::simt;
+
+/// A run that takes longer is taken to hang.
+const LONGEST: Duration = Duration::from_secs(240);
+/// In the environment of every process that a run starts.
+const TOKEN: &str = "PFC_TEST_RUN";
+
+/// What the stand-in for NCCL and the emulator say of a program that does what NCCL or CUDA forbid.
+const FINDINGS: [&str; 2] = ["standin: ", "simt: "];
+
+/// Gives what a command starts that many emulated GPUs each, and the stand-in for NCCL. Neither is loaded into this process.
+pub fn on_emulated_gpus(command: &mut Command, count: usize) -> &mut Command {
+    let driver = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| simt::build("simt", "libcuda.so"), PathBuf::from);
+    let nccl = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
+    let mut folders = vec![driver.parent().expect("its folder").to_owned()];
+    folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
+    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders).expect("folders without colons"));
+    command.env("PFC_NCCL_LIB", nccl).env("PFC_SIMT_DEVICES", count.to_string())
+}
+
+/// What was printed must hold no finding.
+pub fn assert_no_findings(printed: &str) {
+    assert!(!FINDINGS.iter().any(|mark| printed.contains(mark)), "{printed}");
+}
+
+/// A command with all that it starts, ended with it.
+pub struct Run {
+    child: Child,
+    token: String,
+    pub log: PathBuf,
+    pub what: String,
+}
+
+impl Run {
+    pub fn start(command: &mut Command, log: PathBuf) -> Run {
+        static RUNS: AtomicUsize = AtomicUsize::new(0);
+        let token = format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
+        let file = fs::File::create(&log).expect("the log can be written");
+        command.env(TOKEN, &token).stdin(Stdio::null()).stdout(file.try_clone().expect("the log twice")).stderr(file);
+        let what = format!("{command:?}");
+        let child = command.process_group(0).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
+        Run { child, token, log, what }
+    }
+
+    pub fn id(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub fn printed(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).expect("the log")).into_owned()
+    }
+
+    /// Waits until `done` or until the launcher has ended.
+    pub fn wait_for(&mut self, done: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !done() && self.child.try_wait().expect("the launcher's status").is_none() {
+            assert!(started.elapsed() < LONGEST, "{} did not get on within {LONGEST:?}\n{}", self.what, self.printed());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits for the launcher's end and for that of all it started; whether it succeeded, and what was printed.
+    pub fn finish(mut self) -> (bool, String) {
+        self.wait_for(|| false);
+        let success = self.child.wait().expect("the launcher's status").success();
+        let started = Instant::now();
+        while !living(&self.token).is_empty() {
+            assert!(started.elapsed() < LONGEST / 4, "{} left processes behind\n{}", self.what, self.printed());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        (success, self.printed())
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.child.try_wait();
+        living(&self.token).into_iter().for_each(kill);
+        let _ = self.child.wait();
+    }
+}
+
+/// The living processes with a token in their environment.
+fn living(token: &str) -> Vec<i32> {
+    let mark = format!("{TOKEN}={token}\0");
+    let ids = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter(|id| {
+        let environment = fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
+        environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes())
+    })
+    .collect()
+}
+
+pub fn kill(id: i32) {
+    send(id, libc::SIGKILL);
+}
+
+pub fn send(id: i32, signal: i32) {
+    // SAFETY: sends a signal to a process that this test started.
+    unsafe { libc::kill(id, signal) };
+}
