@@ -30,6 +30,10 @@
 // hangs inside NCCL cannot be ended, and the first operation, which makes connections, may; what
 // NCCL has taken can be ended with both.
 //
+// An error that NCCL comes to know of is told at the next operation, or ends a wait for the GPU when
+// pfc_comm_set_timeout has passed (with pfc_comm_nccl: at once). The communicator's GPU is used in
+// its primary context, as the CUDA runtime does.
+//
 // HOW. Device memory goes to NCCL, on the stream that comes with it: nobody waits. Host memory goes
 // through a buffer on the GPU, 1 MiB or as much as the largest operation needs, on a stream of its
 // own, and waits. All ranks but for roundings get what pfc_comm_threads gives: NCCL adds in an

@@ -119,7 +119,7 @@ impl Head {
             Ok((device, options, shard, rows))
         });
         let fields = match &opened {
-            Ok((_, options, _, _)) => Ok(options.fields()),
+            Ok((device, options, _, _)) => Ok(options.fields(device.auto_precision())),
             Err(error) => Err(on_rank(error, comm.rank())),
         };
         agree(&comm, fields)?;

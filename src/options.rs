@@ -134,8 +134,8 @@ impl HeadOptions {
         }
     }
 
-    /// What all ranks must have alike, in the order of `pfc_head_options`.
-    pub(crate) fn fields(&self) -> [Field; FIELDS] {
+    /// What all ranks must have alike, in the order of `pfc_head_options`; `auto`: the precision that the rank's device takes for it.
+    pub(crate) fn fields(&self, auto: Precision) -> [Field; FIELDS] {
         let margin = self.margin;
         let (kind, values) = match self.optimizer {
             Optimizer::Sgd(sgd) => (1, [sgd.momentum, sgd.weight_decay, 0.0, 0.0, 0.0]),
@@ -166,7 +166,7 @@ impl HeadOptions {
             Field::float("init_std", self.init_std),
             Field::signed("ignore_label", self.ignore_label.unwrap_or(i64::MIN)),
             Field::int("precision", self.precision as u64),
-            Field::int("gather_dtype", self.gather_dtype.map_or(0, |dtype| dtype as u64)),
+            Field::int("gather_dtype", self.gathered_dtype(auto) as u64),
         ]
     }
 }

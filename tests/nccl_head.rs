@@ -160,6 +160,7 @@ fn with_a_loss_on_the_gpu_no_rank_waits_in_a_step() {
     let turn = simt::turn(4);
     let _standin = nccl::emulated(&turn);
     let size = nccl::most_ranks(&turn).min(RANKS);
+    // A real driver does not count: there the steps are seen to come out alone.
     let (ready, done) = (Barrier::new(size), Barrier::new(size));
     for options in placements() {
         let waits = on_comms(nccl::group(size), |place| {
@@ -257,7 +258,8 @@ fn every_operation_may_go_wrong_on_every_rank() {
                 // Of wrong bytes a rank may make that it is done, and leave the others.
                 let waits = matches!(fault, Fault::Hang | Fault::Short | Fault::Wrong(_));
                 let found = lives(options, if waits { TIMEOUT_MS } else { 20_000 });
-                assert!(begin.elapsed().as_secs() < 60, "{what}: {:?}", begin.elapsed());
+                // Nobody waits for a timeout of 20 s who is told.
+                assert!(begin.elapsed().as_secs() < 15, "{what}: {:?}", begin.elapsed());
                 judge(&what, fault, rank, &found, &sound);
             }
         }
@@ -283,7 +285,7 @@ fn judge(what: &str, fault: Fault, rank: usize, found: &[Result<Vec<u64>, Failur
                 };
                 let expected = match fault {
                     Fault::Hang => [Status::Timeout, Status::Timeout],
-                    _ => [Status::Comm, if other == rank { Status::Comm } else { Status::Timeout }],
+                    _ => [Status::Comm, Status::Comm],
                 };
                 assert!(expected.map(|status| status as i32).contains(&failure.status), "{what}, on rank {other}: {failure:?}");
                 assert!(failure.message.contains(&format!("rank {other}")), "{what}: {failure:?}");

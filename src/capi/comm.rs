@@ -30,8 +30,8 @@ pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 /// One rank's end of a group of ranks.
 ///
 /// All ranks call the same collectives in the same order. A failure of one ends the communicator: the other ranks get it at once
-/// where they can be told (ABORTED, TIMEOUT, MISMATCH or COMM, naming the cause), later collectives get ABORTED. That holds for a wrong argument too, since
-/// the other ranks are waiting by then.
+/// where they can be told (ABORTED, TIMEOUT, MISMATCH or COMM, naming the cause), later collectives get ABORTED. That holds for a
+/// wrong argument too, since the other ranks are waiting by then.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
@@ -46,12 +46,13 @@ pub struct pfc_comm {
 /// and the pfc_ call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No function may unwind (throw)
 /// or call pfc_ functions on this communicator.
 ///
-/// stream is NULL with host memory, whose functions return when the work is done. What a head on a device with streams exchanges is
-/// that device's memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host memory, waits, calls the function, and copies
-/// back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is called,
-/// and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream, after what is
-/// there, and returns without waiting. Work that is still on the stream when pfc_comm_set_timeout has passed has abort called, which
-/// must make the stream go on; the next pfc_ call that waits for it gives TIMEOUT. Where reduce_scatter or broadcast is NULL, their replacements go through host memory.
+/// stream is NULL with host memory, whose functions return when the work is done. What a head on a device with streams exchanges
+/// is that device's memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host memory, waits, calls the function, and
+/// copies back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is
+/// called, and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream,
+/// after what is there, and returns without waiting. Work that is still on the stream when pfc_comm_set_timeout has passed has
+/// abort called, which must make the stream go on; the next pfc_ call that waits for it gives TIMEOUT. Where reduce_scatter or
+/// broadcast is NULL, their replacements go through host memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_comm_ops {
@@ -226,19 +227,22 @@ impl pfc_comm_ops {
 /// come, or with TIMEOUT after 10 minutes.
 ///
 /// NCCL 2.18 or later is loaded at run time: what PFC_NCCL_LIB in the environment names, else a libnccl.so.2 that the process has
-/// loaded already, else what the loader finds under that name. What heads exchange stays on the GPU and on its streams: no call
-/// waits for it. A watchdog does, and ends the communicator when NCCL reports an error or an operation has been on its stream
-/// longer than pfc_comm_set_timeout; the streams then go on, and the next pfc_ call gives the status. NCCL does not tell which rank
-/// is missing. Other ranks hear of a lost one when NCCL does, or after their own timeout.
+/// loaded already, else the libnccl.so.2 or libnccl.so that the loader finds. What heads exchange stays on the GPU and on its
+/// streams: no call waits for it. A watchdog does, and ends the communicator when NCCL reports an error or an operation has been
+/// on its stream longer than pfc_comm_set_timeout; the streams then go on, and the next pfc_ call gives the status. NCCL does not
+/// tell which rank is missing. Other ranks hear of a lost one when NCCL does, or after their own timeout.
 ///
-/// The functions of pfc_comm_ take host memory here too, and wait. Ranks that are threads of one process need devices on streams of
-/// their own: on a common stream a rank's work would come after another rank's wait for it. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
-/// NCCL_MULTI_RANK_GPU_ENABLE is 1.
+/// The functions of pfc_comm_ take host memory here too, and wait. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
+/// NCCL_MULTI_RANK_GPU_ENABLE is 1; then they had better be processes. Threads of one process that share a GPU need devices on
+/// streams of their own, since on a common one a rank's work would come after another rank's wait for it; and what frees memory
+/// of the GPU (pfc_head_free, pfc_head_top_k, growing buffers) waits for all that is in its context, another rank's wait
+/// included: such ranks can keep each other until the timeout.
 ///
 /// @param id 128 bytes from pfc_nccl_unique_id of one rank, brought to all by the trainer
 /// @param rank this rank, 0 to size - 1
 /// @param size number of ranks
-/// @param device the CUDA device that this rank computes on; the communicator keeps it alive
+/// @param device the CUDA device that this rank computes on, on a stream of the GPU's primary context, which is the one that the
+///        CUDA runtime and NCCL use; the communicator keeps it alive
 /// @param out the communicator; free with pfc_comm_free
 /// @return UNSUPPORTED without NCCL (the text names what was looked for); INVALID_ARGUMENT for wrong arguments, which the other
 ///         ranks do not hear of: they wait; TIMEOUT; COMM, with NCCL's own text
@@ -259,8 +263,8 @@ pub unsafe extern "C" fn pfc_comm_nccl(
     })
 }
 
-/// Makes the id that all ranks of an NCCL communicator share; call it on one rank, and bring it to the others by what the trainer has
-/// (MPI: pfc_mpi_share_nccl_id). Each communicator takes a new one.
+/// Makes the id that all ranks of an NCCL communicator share; call it on one rank, and bring it to the others by what the trainer
+/// has (MPI: pfc_mpi_share_nccl_id). Each communicator takes a new one.
 ///
 /// @param id 128 bytes, written
 /// @return UNSUPPORTED without NCCL; COMM where NCCL finds no network to be reached by

@@ -466,7 +466,7 @@ pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, 
 /// @param first class id
 /// @param count classes
 /// @param centers count x embedding_dim, written; CUDA: in the device's memory that is only enqueued, on the stream the device
-///   was made with, and nothing is waited for
+///   was made with, and nothing is waited for: the rows count once pfc_head_wait has given PFC_OK
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_read_centers(
     head: *mut pfc_head,

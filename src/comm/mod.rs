@@ -175,7 +175,7 @@ pub trait Transport: Send + Sync {
     fn admit(&self, _device: &dyn Device) -> Result<()> {
         Ok(())
     }
-    /// What has become known of operations that were left on a stream: they failed, or did not end in time.
+    /// What has become known of operations that were left on a stream: they failed, did not end in time, or were aborted.
     fn check(&self) -> Result<()> {
         Ok(())
     }
@@ -304,14 +304,11 @@ impl Communicator {
         self.transport.admit(device)
     }
 
-    /// Asked after a wait for a stream that operations were left on: an error, if one of them did not come about or the communicator
-    /// has ended otherwise, and what was waited for is not what it should be.
+    /// Asked after a wait for a stream: an error, if operations were left on streams and the communicator has ended, one way or other.
+    /// What was waited for need not be what it should be.
     pub fn check(&self) -> Result<()> {
         self.own_process()?;
-        match self.failure() {
-            Some(cause) => Err(cause),
-            None => self.or_abort(self.transport.check()),
-        }
+        self.or_abort(self.transport.check())
     }
 
     /// The failure that ended this communicator, if one did.

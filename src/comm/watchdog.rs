@@ -47,6 +47,8 @@ struct Shared {
 struct State {
     /// The operation that a thread is in.
     running: Option<Deadline>,
+    /// There were operations on streams.
+    followed: bool,
     /// Operations on streams, and the moments when they are over.
     enqueued: Vec<(Event, Deadline)>,
     /// The thread sleeps until then; `None`: until it is woken.
@@ -108,13 +110,18 @@ impl Watchdog {
     pub fn follow(&self, call: &Call<'_>, event: Event) -> Result<()> {
         let mut state = self.shared.lock();
         self.awaken(&mut state, call, call.deadline.min(Instant::now() + INTERVAL))?;
+        state.followed = true;
         state.enqueued.push((event, Deadline::of(call)));
         Ok(())
     }
 
-    /// Why the carrier was stopped, if it was.
+    /// Why the carrier was stopped, if it was and had ever left anything on a stream: whoever waited for one is to know.
     pub fn check(&self) -> Result<()> {
-        self.shared.lock().ended.clone().map_or(Ok(()), Err)
+        let state = self.shared.lock();
+        match &state.ended {
+            Some(cause) if state.followed => Err(cause.clone()),
+            _ => Ok(()),
+        }
     }
 
     /// Stops the carrier, unless it has been.

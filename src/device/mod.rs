@@ -17,7 +17,7 @@ use crate::comm::{Communicator, Place, ReduceOp};
 use crate::margin::Margin;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::Optimizer;
-use crate::options::HeadOptions;
+use crate::options::{HeadOptions, Precision};
 pub use crate::protocol::Step;
 use crate::shard::Shard;
 use crate::{Error, Result};
@@ -367,6 +367,10 @@ pub trait Device: Send + Sync {
     fn info(&self) -> &CStr;
     /// The process that made it: a forked child has its memory but not its threads.
     fn process(&self) -> u32;
+    /// What `Precision::Auto` is on it.
+    fn auto_precision(&self) -> Precision {
+        Precision::F32
+    }
     /// What a carrier that works on the device by itself needs of it; `None`: the device has no streams.
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
         None

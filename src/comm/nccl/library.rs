@@ -9,7 +9,7 @@ use nccl_sys::{ncclComm_t, ncclResult_t, Nccl};
 use crate::{ensure, error, Error, Result};
 
 /// Names a library that is taken before all others.
-const LIBRARY: &str = "PFC_NCCL_LIB";
+const VARIABLE: &str = "PFC_NCCL_LIB";
 /// The names that it has, in the order in which they are tried.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 /// The first with all that is called here and a configuration that bounds a communicator's thread blocks.
@@ -87,10 +87,11 @@ fn load() -> Result<Library> {
 fn open() -> Result<(Opened, String)> {
     // SAFETY: loading a library runs its initialisers; NCCL is made for that.
     let load = |name: &str, flags| unsafe { Opened::open(Some(name), flags) };
-    if let Ok(path) = std::env::var(LIBRARY) {
-        return match load(&path, RTLD_NOW | RTLD_LOCAL) {
-            Ok(opened) => Ok((opened, path)),
-            Err(error) => Err(error!(Unsupported, "{LIBRARY} is {path:?}, which cannot be loaded: {}", reason(&error))),
+    if let Some(path) = std::env::var_os(VARIABLE) {
+        // SAFETY: as above.
+        return match unsafe { Opened::open(Some(&path), RTLD_NOW | RTLD_LOCAL) } {
+            Ok(opened) => Ok((opened, path.to_string_lossy().into_owned())),
+            Err(error) => Err(error!(Unsupported, "{VARIABLE} is {path:?}, which cannot be loaded: {}", reason(&error))),
         };
     }
     // A framework's own NCCL rather than another beside it: two of different versions in one process do not get on.
@@ -99,7 +100,7 @@ fn open() -> Result<(Opened, String)> {
         NAMES.iter().find_map(|name| load(name, RTLD_NOW | RTLD_LOCAL).ok().map(|opened| (opened, (*name).to_owned())))
     });
     found.ok_or_else(|| {
-        error!(Unsupported, "there is no NCCL: neither {} can be loaded; {LIBRARY} may name one", NAMES.join(" nor "))
+        error!(Unsupported, "there is no NCCL: neither {} can be loaded; {VARIABLE} may name one", NAMES.join(" nor "))
     })
 }
 

@@ -25,8 +25,9 @@ use crate::{ensure, error, Error, Result, Status};
 /// Bytes of the id that the ranks of a communicator share.
 pub const ID_BYTES: usize = 128;
 
-/// Thread blocks that NCCL runs at once, at most: as many multiprocessors as the products beside it leave
-/// (SPARED_BY_CENTERS in src/device/cuda/head.rs). With more, some would wait for a product to end, and the others for them.
+/// Thread blocks that NCCL runs at once, at most: as many multiprocessors as the third product leaves beside the reduce-scatter
+/// (SPARED_BY_CENTERS in src/device/cuda/head.rs). With more, some would wait for a product to end, and the others for them. Beside the
+/// second product, which leaves half as many, runs an all-reduce of some kilobytes, for which NCCL takes fewer by itself.
 const MOST_BLOCKS: i32 = 8;
 
 /// How long a communicator that nothing is wrong with may take to go.
@@ -132,7 +133,7 @@ impl Nccl {
     }
 
     /// An operation on a buffer of the host's, through the device's memory: `launch` gets where the bytes of `send` are and where
-    /// `received` bytes are to go.
+    /// those of `recv` are to go.
     unsafe fn through_device(
         &self,
         call: &Call<'_>,
@@ -150,21 +151,20 @@ impl Nccl {
             memory.to_device(source, send.0, send.1, stream)?;
         }
         self.enqueue(call, (memory, stream), function, |comm| launch(comm, source, target, stream))?;
+        memory.synchronise(stream)?;
+        // What an abort has left there is nothing that the caller should see.
+        self.watchdog.check()?;
         match recv.1 {
-            0 => memory.synchronise(stream)?,
-            bytes => memory.to_host(recv.0, target, bytes, stream)?,
+            0 => Ok(()),
+            bytes => memory.to_host(recv.0, target, bytes, stream),
         }
-        self.watchdog.check()
     }
 
     /// The largest of floats, where NCCL loses a NaN that must win: every rank combines what all have.
     unsafe fn largest<T: Number + Element>(&self, send: *const u8, recv: *mut u8, count: usize, call: &Call<'_>) -> Result<()> {
         let size = self.group.size as usize;
         let piece = (PIECE / size_of::<T>()).min(count);
-        let mut blocks: Vec<T> = Vec::new();
-        let room = blocks.try_reserve_exact(size * piece);
-        room.map_err(|_| error!(OutOfMemory, "{}: no memory for {} bytes", call.label(), size * piece * size_of::<T>()))?;
-        blocks.resize(size * piece, T::default());
+        let mut blocks: Vec<T> = temporary(size * piece, call)?;
         for first in (0..count).step_by(piece.max(1)) {
             let length = piece.min(count - first);
             self.all_gather(send.cast::<T>().add(first).cast(), blocks.as_mut_ptr().cast(), length * size_of::<T>(), call)?;
@@ -257,12 +257,11 @@ impl Stop for Group {
     /// NCCL's kernels end, the streams go on, and the communicator is gone.
     fn stop(&self) {
         let Some(Handle(comm)) = self.lock().take() else { return };
-        let aborted = self.device.enter().and_then(|_current| {
-            // SAFETY: a living communicator that nobody else has any more.
-            let result = unsafe { call!(self.library, ncclCommAbort(comm)) }?;
-            self.library.check("ncclCommAbort", result, std::ptr::null_mut())
-        });
-        if let Err(error) = aborted {
+        // Also where the device cannot be entered: nobody else can end what waits.
+        let _current = self.device.enter();
+        // SAFETY: a living communicator that nobody else has any more.
+        let aborted = unsafe { call!(self.library, ncclCommAbort(comm)) };
+        if let Err(error) = aborted.and_then(|result| self.library.check("ncclCommAbort", result, std::ptr::null_mut())) {
             log::warn!("rank {}: {error}", self.rank);
         }
     }
@@ -285,6 +284,14 @@ impl Drop for Group {
             self.stop();
         }
     }
+}
+
+fn temporary<T: Copy + Default>(count: usize, call: &Call<'_>) -> Result<Vec<T>> {
+    let mut memory = Vec::new();
+    let room = memory.try_reserve_exact(count);
+    room.map_err(|_| error!(OutOfMemory, "{}: no memory for {} bytes", call.label(), count.saturating_mul(size_of::<T>())))?;
+    memory.resize(count, T::default());
+    Ok(memory)
 }
 
 fn on_rank(error: Error, rank: u32) -> Error {
@@ -388,7 +395,7 @@ impl Transport for Nccl {
             Place::Device { .. } if loses_nan(dtype, op) => Err(no_maximum(call)),
             Place::Device { memory, stream } => self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream)),
             Place::Host if loses_nan(dtype, op) => {
-                let mut whole: Vec<u64> = vec![0; (bytes * size as usize).div_ceil(8)];
+                let mut whole: Vec<u64> = temporary((bytes * size as usize).div_ceil(8), call)?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
                 self.all_reduce(send, whole, count * size as usize, dtype, op, call)?;
                 std::ptr::copy(whole.add(rank as usize * bytes), recv, bytes);

@@ -1,6 +1,7 @@
 //! How much memory a head takes on the CPU: one computation for the allocation and for the plan.
 
 use super::fused::{pitch, Shape};
+use crate::matrix::DType;
 use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
 use crate::sample::sample_size;
 use crate::shard::Shard;
@@ -84,7 +85,8 @@ impl Sizes {
         // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
         let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
         let labels = 4 * ranks * max_batch + max_batch;
-        (4 * elements + embedded) as u64 + 8 * (self.slice_rows + ids + labels) as u64
+        let scales = if sharded && options.gathered_dtype(Precision::F32) == DType::F16 { max_batch } else { 0 };
+        (4 * (elements + scales) + embedded) as u64 + 8 * (self.slice_rows + ids + labels) as u64
     }
 
     /// The probabilities' elements.

@@ -35,6 +35,7 @@ use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, R
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
+use crate::options::Precision;
 use crate::{error, Result};
 
 /// How the emulator of ctests/simt calls its GPU.
@@ -98,6 +99,10 @@ impl Device for CudaDevice {
 
     fn process(&self) -> u32 {
         self.0.process
+    }
+
+    fn auto_precision(&self) -> Precision {
+        Precision::Half
     }
 
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
