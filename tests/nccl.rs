@@ -130,7 +130,14 @@ fn assert_told(failure: &Failure, status: Status, words: &[&str]) {
 
 /// Sums until one fails: its failure.
 fn reduce_to_the_end(place: &Rank) -> Failure {
-    (0..9).find_map(|_| reduce(&place.comm, &mut values(place.rank, 9), c_comm::PFC_SUM).err()).expect("a planted fault")
+    let own = values(place.rank, 9);
+    let failed = (0..9).find_map(|_| {
+        let mut reduced = own.clone();
+        let failure = reduce(&place.comm, &mut reduced, c_comm::PFC_SUM).err();
+        assert!(failure.is_none() || reduced == own, "an output is written on success only: {reduced:?}");
+        failure
+    });
+    failed.expect("a planted fault")
 }
 
 #[test]

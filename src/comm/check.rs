@@ -5,6 +5,7 @@
 //! does not count. It has to be on for all ranks or for none.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use super::{Call, Operation, Place, ReduceOp, Transport};
 use crate::matrix::DType;
@@ -21,6 +22,9 @@ pub(super) fn is_on() -> bool {
         }
     }
 }
+
+/// How long ranks that do not agree wait for each other.
+const PARTING: Duration = Duration::from_secs(1);
 
 /// What all ranks must agree on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,16 +54,20 @@ pub(super) fn agree(transport: &dyn Transport, signature: Signature, call: &Call
     // SAFETY: host memory of a block and of one for each rank.
     unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &gather) }
         .map_err(|error| error.during(&format!("PFC_CHECK before {}", call.label())))?;
-    match all.iter().position(|words| words != &all[0]) {
-        None => Ok(()),
-        Some(rank) => Err(error!(
-            Mismatch,
-            "PFC_CHECK: rank 0 is about to run {}, rank {rank} {} (this is rank {})",
-            Told(&all[0]),
-            Told(&all[rank]),
-            transport.rank()
-        )),
-    }
+    let Some(rank) = all.iter().position(|words| words != &all[0]) else { return Ok(()) };
+    let verdict = error!(
+        Mismatch,
+        "PFC_CHECK: rank 0 is about to run {}, rank {rank} {} (this is rank {})",
+        Told(&all[0]),
+        Told(&all[rank]),
+        transport.rank()
+    );
+    // The verdict ends the communicator, which may take away what others have yet to get of the words. When this has come they have
+    // them; it need not come.
+    let parting = Call { deadline: Instant::now() + PARTING, timeout: PARTING, ..gather };
+    // SAFETY: as above.
+    let _ = unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &parting) };
+    Err(verdict)
 }
 
 /// Words of any rank's, for people.

@@ -4,11 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use partialfc::capi::head::{pfc_head_forward, pfc_head_wait};
+use partialfc::options::HeadOptions;
 use partialfc::Status;
 
 use crate::assert_refused;
 use crate::common::ffi::{options, outcome, Comm, Device, Head, Rows};
 use crate::common::ranks::on_ranks;
+use crate::common::training::Batch;
 
 /// Every call on a poisoned head says so, and why.
 fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
@@ -184,4 +186,22 @@ fn a_child_process_is_refused() {
         assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "the child ended with {status:#x}");
     }
     head.step(&mut rows, &[1], 0.1, &mut grad).expect("the parent goes on");
+}
+
+/// What one wants to save when the others are lost.
+#[test]
+fn rows_can_be_read_when_the_communicator_has_ended() {
+    let options = HeadOptions { sample_rate: 0.5, ..options(20, 4, 3) };
+    on_ranks(2, |place| {
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+        let batch = Batch::draw(&options, place.rank, 0, 3);
+        head.step(&mut batch.rows(4), &batch.labels, 0.1, &mut Rows::output(3, 4)).expect("step");
+        let before = head.centers();
+        place.comm.barrier().expect("a barrier");
+        place.comm.abort();
+        head.wait().expect("nothing is under way");
+        assert_eq!(head.centers(), before);
+        assert!(!head.sample_ids().expect("the last sample").is_empty());
+        head.step(&mut batch.rows(4), &batch.labels, 0.1, &mut Rows::output(3, 4)).expect_err("nobody is there");
+    });
 }
