@@ -58,7 +58,7 @@ pub struct Nccl {
 
 /// This rank's end of a communicator of NCCL's.
 struct Group {
-    library: &'static Library,
+    nccl: &'static Library,
     device: Arc<dyn StreamDevice>,
     rank: u32,
     size: u32,
@@ -90,7 +90,7 @@ impl Nccl {
             unsafe { call!(library, ncclCommInitRankConfig(&mut comm, size as i32, id, rank as i32, &mut config)) }?
         };
         let handle = (!comm.is_null()).then_some(Handle(comm));
-        let group = Arc::new(Group { library, device, rank, size, handle: Mutex::new(handle) });
+        let group = Arc::new(Group { nccl: library, device, rank, size, handle: Mutex::new(handle) });
         let joined = library.check("ncclCommInitRankConfig", result, comm).and_then(|()| {
             let late = || error!(Timeout, "not all ranks came within {} ms", timeout.as_millis());
             group.settle("ncclCommInitRankConfig", Instant::now() + timeout, late)
@@ -193,7 +193,7 @@ impl Group {
             let handle = self.lock();
             let Handle(comm) = handle.ok_or_else(|| self.gone())?;
             let result = launch(comm)?;
-            self.library.check(function, result, comm)?;
+            self.nccl.check(function, result, comm)?;
             result
         };
         match result {
@@ -217,7 +217,7 @@ impl Group {
                 ncclResult_t::ncclInProgress => std::thread::sleep(Duration::from_micros(200)),
                 ncclResult_t::ncclSuccess => return Ok(()),
                 result => {
-                    return Err(self.library.failure(function, result, self.lock().map_or(std::ptr::null_mut(), |handle| handle.0)))
+                    return Err(self.nccl.failure(function, result, self.lock().map_or(std::ptr::null_mut(), |handle| handle.0)))
                 }
             }
             polls += 1;
@@ -230,8 +230,8 @@ impl Group {
         let Handle(comm) = handle.ok_or_else(|| self.gone())?;
         let mut state = ncclResult_t::ncclSuccess;
         // SAFETY: a living communicator, and an output that outlives the call.
-        let result = unsafe { call!(self.library, ncclCommGetAsyncError(comm, &mut state)) }?;
-        self.library.check("ncclCommGetAsyncError", result, comm)?;
+        let result = unsafe { call!(self.nccl, ncclCommGetAsyncError(comm, &mut state)) }?;
+        self.nccl.check("ncclCommGetAsyncError", result, comm)?;
         Ok(state)
     }
 
@@ -240,12 +240,12 @@ impl Group {
         let Some(Handle(comm)) = *self.lock() else { return Ok(()) };
         let _current = self.device.enter()?;
         // SAFETY: a living communicator, which is in `handle` until it is destroyed.
-        self.library.check("ncclCommFinalize", unsafe { call!(self.library, ncclCommFinalize(comm)) }?, comm)?;
+        self.nccl.check("ncclCommFinalize", unsafe { call!(self.nccl, ncclCommFinalize(comm)) }?, comm)?;
         let late = || error!(Timeout, "it did not end within {} ms", GOODBYE.as_millis());
         self.settle("ncclCommFinalize", Instant::now() + GOODBYE, late)?;
         *self.lock() = None;
         // SAFETY: nobody else has it any more.
-        self.library.check("ncclCommDestroy", unsafe { call!(self.library, ncclCommDestroy(comm)) }?, comm)
+        self.nccl.check("ncclCommDestroy", unsafe { call!(self.nccl, ncclCommDestroy(comm)) }?, comm)
     }
 }
 
@@ -260,8 +260,8 @@ impl Stop for Group {
         // Also where the device cannot be entered: nobody else can end what waits.
         let _current = self.device.enter();
         // SAFETY: a living communicator that nobody else has any more.
-        let aborted = unsafe { call!(self.library, ncclCommAbort(comm)) };
-        if let Err(error) = aborted.and_then(|result| self.library.check("ncclCommAbort", result, std::ptr::null_mut())) {
+        let aborted = unsafe { call!(self.nccl, ncclCommAbort(comm)) };
+        if let Err(error) = aborted.and_then(|result| self.nccl.check("ncclCommAbort", result, std::ptr::null_mut())) {
             log::warn!("rank {}: {error}", self.rank);
         }
     }
@@ -269,7 +269,7 @@ impl Stop for Group {
     fn async_error(&self) -> Result<()> {
         match self.state() {
             Ok(ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress) => Ok(()),
-            Ok(result) => Err(on_rank(self.library.failure("ncclCommGetAsyncError", result, std::ptr::null_mut()), self.rank)),
+            Ok(result) => Err(on_rank(self.nccl.failure("ncclCommGetAsyncError", result, std::ptr::null_mut()), self.rank)),
             // It was aborted meanwhile, which whoever did it tells.
             Err(error) if error.status == Status::Aborted => Ok(()),
             Err(error) => Err(error),
@@ -341,7 +341,7 @@ impl Transport for Nccl {
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
         const NAME: &str = "ncclAllGather";
-        let library = self.group.library;
+        let library = self.group.nccl;
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclAllGather(send.cast(), recv.cast(), bytes, ncclDataType_t::ncclUint8, comm, stream.cast()))
         };
@@ -361,7 +361,7 @@ impl Transport for Nccl {
         call: &Call<'_>,
     ) -> Result<()> {
         const NAME: &str = "ncclAllReduce";
-        let (library, bytes) = (self.group.library, count * dtype.size());
+        let (library, bytes) = (self.group.nccl, count * dtype.size());
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclAllReduce(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
         };
@@ -386,7 +386,7 @@ impl Transport for Nccl {
         call: &Call<'_>,
     ) -> Result<()> {
         const NAME: &str = "ncclReduceScatter";
-        let Group { library, rank, size, .. } = *self.group;
+        let Group { nccl: library, rank, size, .. } = *self.group;
         let bytes = count * dtype.size();
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclReduceScatter(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
@@ -407,7 +407,7 @@ impl Transport for Nccl {
 
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
         const NAME: &str = "ncclBroadcast";
-        let library = self.group.library;
+        let library = self.group.nccl;
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             let byte = ncclDataType_t::ncclUint8;
             call!(library, ncclBroadcast(send.cast(), recv.cast(), bytes, byte, root as i32, comm, stream.cast()))
