@@ -1,8 +1,8 @@
-//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything
+//! The stand-in for NCCL that tests run on: the library of `testing/nccl-standin`, built here and loaded after the driver, before anything
 //! asks for NCCL.
 //!
 //! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it
-//! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
+//! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; testing/nccl-standin/standin.h says what their environment plans.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
@@ -18,7 +18,7 @@ use super::ffi::{outcome, Comm};
 use super::gpu::gpu;
 use super::simt;
 
-/// The stand-in's own functions; see ctests/nccl/standin.h.
+/// The stand-in's own functions; see testing/nccl-standin/standin.h.
 struct Functions {
     library: PathBuf,
     reset: unsafe extern "C" fn(),
@@ -224,7 +224,8 @@ fn load() -> &'static Functions {
     LOADED.get_or_init(|| {
         // It takes the driver that is there.
         simt::ready();
-        let library = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
+        let library =
+            std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl-standin", "libnccl.so.2"), PathBuf::from);
         let handle = simt::open(&library).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
         let find = |name: &str| {
             let found = simt::symbol(handle, name);

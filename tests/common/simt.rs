@@ -1,4 +1,4 @@
-//! The CUDA driver that tests run on: the emulator of `ctests/simt`, built here and loaded before anything asks for a driver, or the
+//! The CUDA driver that tests run on: the emulator of `testing/cuda-emulator`, built here and loaded before anything asks for a driver, or the
 //! machine's own.
 //!
 //! `PFC_TEST_DRIVER` is `simt` (also if it is not set) or `real`; with `real` a test fails where the driver is the emulator or there
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// The emulator's own functions; see ctests/simt/simt.h.
+/// The emulator's own functions; see testing/cuda-emulator/simt.h.
 struct Simt {
     seed: unsafe extern "C" fn(u64),
     report: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -165,7 +165,8 @@ fn load() -> Option<&'static Simt> {
                 None
             }
             Ok("simt") | Err(std::env::VarError::NotPresent) => {
-                let library = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("simt", "libcuda.so"), PathBuf::from);
+                let library =
+                    std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("cuda-emulator", "libcuda.so"), PathBuf::from);
                 let handle = open(&library).unwrap_or_else(|error| panic!("the emulator: {error}"));
                 // SAFETY: the functions are of these types, which simt.h declares.
                 unsafe {
@@ -227,7 +228,7 @@ fn required(handle: *mut c_void, name: &str) -> *mut c_void {
     found
 }
 
-/// Builds the library of a folder of `ctests` beside this program's own folder, as far as it is out of date. Programs that run at once
+/// Builds the library of a folder of `testing` beside this program's own folder, as far as it is out of date. Programs that run at once
 /// take turns.
 pub fn build(name: &str, library: &str) -> PathBuf {
     let program = std::env::current_exe().expect("this program's path");
@@ -238,7 +239,7 @@ pub fn build(name: &str, library: &str) -> PathBuf {
     assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
     // Cargo starts test programs in the package's folder.
     let made = Command::new("make")
-        .args(["-s", "-C", &format!("ctests/{name}")])
+        .args(["-s", "-C", &format!("testing/{name}")])
         .arg(format!("OUT={}", folder.display()))
         .arg("library")
         // Cargo's jobserver is not make's to share here.

@@ -38,7 +38,7 @@ use crate::optimizer::Optimizer;
 use crate::options::Precision;
 use crate::{error, Result};
 
-/// How the emulator of ctests/simt calls its GPU.
+/// How the emulator calls its GPU.
 const EMULATOR: &str = "SIMT emulator";
 
 /// A GPU as its heads share it.

@@ -10,7 +10,7 @@ use super::*;
 use crate::device::cuda::simt::{turn, Turn};
 use crate::Status;
 
-/// ctests/simt/tests/trivial.cu for a real driver; the emulator knows its kernels by name, whatever the image.
+/// The emulator's trivial.cu for a real driver; the emulator knows its kernels by name, whatever the image.
 const TRIVIAL: &str = "
 .version 8.0
 .target sm_80
