@@ -8,8 +8,7 @@
 mod processes;
 #[path = "common/programs.rs"]
 mod programs;
-#[path = "common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -3,14 +3,13 @@
 
 #[path = "common/programs.rs"]
 mod programs;
-#[path = "common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use programs::{compile, link_shared, output, root, run, scratch, C};
+use programs::{compile, link_shared, output, root, run, run_command, scratch, C};
 
 /// Links with the stand-in and the emulator, which the program finds where they were built.
 fn link_standin(command: &mut Command) {
@@ -76,7 +75,8 @@ fn an_old_nccl_is_refused() {
 
 #[test]
 fn heads_collectives_and_hangs_over_a_trainers_own_communicator() {
-    let printed = run(&wrapped("wrapped", None), &[]);
+    let program = wrapped("wrapped", None);
+    let printed = run_command(simt::emulate(&mut Command::new(&program), 1), &program.with_extension("log"));
     assert!(printed.contains("every hang ended"), "{printed}");
 }
 
@@ -88,7 +88,7 @@ fn a_wrong_maximum_is_noticed() {
     assert_eq!(header.matches(rule).count(), 1);
     let folder = scratch("wrong");
     fs::write(folder.join("partialfc_nccl.h"), header.replace(rule, "value > other")).expect("the wrong header");
-    let result = Command::new(wrapped("wrong", Some(&folder))).output().expect("the program runs");
+    let result = simt::emulate(&mut Command::new(wrapped("wrong", Some(&folder))), 1).output().expect("the program runs");
     let told = String::from_utf8_lossy(&result.stderr).into_owned();
     assert!(!result.status.success() && told.contains("all_reduce: wrong result"), "{told}");
 }
