@@ -3,9 +3,6 @@
 //!
 //! `PFC_REQUIRE_TOOLS=1` makes a missing pkg-config, cmake or make a failure; without it what needs them is left out.
 
-#[path = "common/programs.rs"]
-mod programs;
-
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
@@ -17,7 +14,7 @@ use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
 use partialfc::capi::head::{pfc_load_options, pfc_metrics, pfc_save_options};
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::{pfc_head_options, pfc_margin, pfc_matrix, pfc_optimizer};
-use programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};
+use partialfc_testing::programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};
 
 /// What the static library needs, as packaging/partialfc.pc.in tells users.
 const NATIVE_LIBRARIES: [&str; 7] = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-lc"];

@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 use partialfc::capi::comm::*;
 use partialfc::capi::status::*;
 use partialfc::capi::types::*;
+use partialfc_testing::capi::{assert_failed, failure, outcome, Comm, Outcome};
+use partialfc_testing::collectives::{exercise, reduced, sample};
+use partialfc_testing::processes::{in_a_forked_child, in_a_process_of_its_own};
+use partialfc_testing::ranks::{group, together, LONG};
 use proptest::prelude::*;
-
-mod ranks;
-use ranks::*;
 
 const SHORT: Duration = Duration::from_millis(100);
 
 #[test]
 fn every_operation_on_one_to_five_ranks() {
-    exercise(&[alone()]);
+    exercise(&[Comm::solo()]);
     for size in 1..=5 {
         exercise(&group(size));
     }
@@ -91,7 +92,7 @@ fn a_timeout_names_the_operation_and_the_missing_rank() {
     });
     for (rank, outcome) in outcomes[..3].iter().enumerate() {
         let text = format!("all_reduce #2: rank 3 did not arrive within 100 ms (this is rank {rank})");
-        assert_eq!(*outcome, Err((PFC_ERROR_TIMEOUT, text)));
+        assert_eq!(*outcome, failure(PFC_ERROR_TIMEOUT, text));
     }
     // The late one does not wait for anybody, and nothing is started afterwards.
     assert_failed(&ranks[3].all_reduce_in_place(&mut [0f32; 100], PFC_SUM), PFC_ERROR_TIMEOUT, &["rank 3 did not arrive"]);
@@ -100,7 +101,7 @@ fn a_timeout_names_the_operation_and_the_missing_rank() {
     let ranks = group(3);
     ranks[1].set_timeout(Duration::from_millis(1));
     assert_failed(&ranks[1].barrier(), PFC_ERROR_TIMEOUT, &["barrier #1: ranks 0 and 2 did not arrive within 1 ms"]);
-    assert_eq!(unsafe { pfc_comm_set_timeout(ranks[0].handle(), 0) }, PFC_ERROR_INVALID_ARGUMENT);
+    assert_eq!(unsafe { pfc_comm_set_timeout(ranks[0].0, 0) }, PFC_ERROR_INVALID_ARGUMENT);
 }
 
 /// An operation begins on all ranks or on none, however close the deadline; who has returned is not read from or written to.
@@ -117,7 +118,7 @@ fn deadlines_that_race_with_arrivals_give_one_verdict() {
             std::thread::sleep(Duration::from_micros(400 * (round % 2) * ((round * 7 + me * 5) % 4)));
             let send: Vec<i64> = (0..COUNT).map(|i| sample(rank.rank(), i)).collect();
             let mut recv = vec![0; COUNT];
-            let outcome = rank.all_reduce(&send, &mut recv, PFC_SUM).map_err(|(status, _)| status);
+            let outcome = rank.all_reduce(&send, &mut recv, PFC_SUM).map_err(|failure| failure.status);
             // Overwritten at once: a peer still at work would read this instead. What it writes late is seen when all have returned.
             let mut send = send;
             send.fill(-1);
@@ -167,7 +168,7 @@ fn abort_from_another_thread_wakes_every_rank() {
 
 #[test]
 fn a_mismatch_is_told_on_all_ranks() {
-    type Body = fn(&Rank) -> Outcome;
+    type Body = fn(&Comm) -> Outcome;
     let reduce: Body = |rank| rank.all_reduce_in_place(&mut [1f32; 4], PFC_SUM);
     let cases: [(Body, Body, &str); 8] = [
         (reduce, |rank| rank.barrier(), "operation is all_reduce on rank 0 and barrier on rank 1"),
@@ -260,10 +261,7 @@ fn wrong_arguments_are_named_and_nobody_waits() {
     for (wrong, text) in cases {
         let outcomes = together(&group(2), |rank| match rank.rank() {
             0 => rank.barrier(),
-            _ => match unsafe { wrong(rank.handle(), [0f32; 64].as_mut_ptr()) } {
-                PFC_OK => Ok(()),
-                status => Err((status, last_error())),
-            },
+            _ => outcome(unsafe { wrong(rank.0, [0f32; 64].as_mut_ptr()) }),
         });
         assert_failed(&outcomes[1], PFC_ERROR_INVALID_ARGUMENT, &[text]);
         assert_failed(&outcomes[0], PFC_ERROR_ABORTED, &["rank 1", text]);
@@ -319,7 +317,7 @@ fn model(step: Step, cells: &mut [Vec<i64>]) {
     }
 }
 
-fn perform(rank: &Rank, step: Step, cells: &mut [i64]) -> Outcome {
+fn perform(rank: &Comm, step: Step, cells: &mut [i64]) -> Outcome {
     let size = rank.size();
     let before = cells.to_vec();
     match step {
@@ -356,7 +354,7 @@ proptest! {
 #[test]
 fn a_forked_child_is_refused() {
     in_a_process_of_its_own("a_forked_child_is_refused", || {
-        let rank = alone();
+        let rank = Comm::solo();
         let ranks = group(2);
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -372,10 +370,10 @@ fn a_forked_child_is_refused() {
             }
             for _ in 0..20 {
                 in_a_forked_child(|| unsafe {
-                    let refused = [&rank, &ranks[0]].map(|rank| pfc_comm_barrier(rank.handle())) == [PFC_ERROR_FORKED; 2];
-                    let refused = refused && pfc_comm_abort(ranks[0].handle()) == PFC_ERROR_FORKED;
-                    pfc_comm_free(ranks[0].handle());
-                    pfc_comm_free(rank.handle());
+                    let refused = [&rank, &ranks[0]].map(|rank| pfc_comm_barrier(rank.0)) == [PFC_ERROR_FORKED; 2];
+                    let refused = refused && pfc_comm_abort(ranks[0].0) == PFC_ERROR_FORKED;
+                    pfc_comm_free(ranks[0].0);
+                    pfc_comm_free(rank.0);
                     refused
                 });
             }

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use partialfc::capi::comm::*;
 use partialfc::capi::status::*;
 use partialfc::capi::types::*;
-
-mod ranks;
-use ranks::*;
+use partialfc_testing::capi::{assert_failed, failure, last_error, Comm, Number, Outcome};
+use partialfc_testing::collectives::exercise;
+use partialfc_testing::processes::{in_a_forked_child, in_a_process_of_its_own};
+use partialfc_testing::ranks::{together, LONG};
 
 /// What a caller might have: a place where ranks exchange blocks.
 struct Hub {
@@ -264,8 +265,10 @@ fn full(context: &Context, size: usize) -> pfc_comm_ops {
     }
 }
 
-fn make(contexts: &[Context], table: fn(&Context, usize) -> pfc_comm_ops) -> Vec<Rank> {
-    contexts.iter().map(|context| custom(&table(context, contexts.len())).unwrap()).collect()
+fn make(contexts: &[Context], table: fn(&Context, usize) -> pfc_comm_ops) -> Vec<Comm> {
+    let ranks: Vec<Comm> = contexts.iter().map(|context| Comm::custom(&table(context, contexts.len())).unwrap()).collect();
+    ranks.iter().for_each(|rank| rank.set_timeout(LONG));
+    ranks
 }
 
 #[test]
@@ -313,10 +316,10 @@ fn tables_that_cannot_work_are_refused_and_not_freed() {
         ),
     ];
     for (ops, status, text) in cases {
-        assert_failed(&custom(&ops).map(|_| ()), status, &[text]);
+        assert_failed(&Comm::custom(&ops).map(|_| ()), status, &[text]);
     }
     assert_eq!(contexts[0].frees.load(Ordering::SeqCst), 0);
-    drop(custom(&good).unwrap());
+    drop(Comm::custom(&good).unwrap());
     assert_eq!(contexts[0].frees.load(Ordering::SeqCst), 1);
 }
 
@@ -331,11 +334,11 @@ fn codes_are_told_with_their_text() {
     for (string, text) in strings {
         let contexts = contexts(2);
         let table = |context: &Context| pfc_comm_ops { error_string: string, ..full(context, 2) };
-        let ranks: Vec<Rank> = contexts.iter().map(|context| custom(&table(context)).unwrap()).collect();
+        let ranks: Vec<Comm> = contexts.iter().map(|context| Comm::custom(&table(context)).unwrap()).collect();
         together(&ranks, |rank| assert_eq!(rank.barrier(), Ok(())));
         contexts[1].code.store(13, Ordering::SeqCst);
         let outcomes = together(&ranks, |rank| rank.all_reduce_in_place(&mut [1f32; 3], PFC_SUM));
-        assert_eq!(outcomes[1], Err((PFC_ERROR_COMM, format!("all_reduce #2: {text}"))));
+        assert_eq!(outcomes[1], failure(PFC_ERROR_COMM, format!("all_reduce #2: {text}")));
         // Rank 1's failure called its abort, which is how the caller's own transport tells rank 0.
         assert_failed(&outcomes[0], PFC_ERROR_COMM, &["all_reduce #2: the caller's all_reduce returned 99", "rank 0"]);
         assert_failed(&ranks[1].barrier(), PFC_ERROR_ABORTED, &["returned 13"]);
@@ -346,7 +349,7 @@ fn codes_are_told_with_their_text() {
 fn a_missing_slot_s_replacement_is_named_by_the_function_that_failed() {
     let contexts = contexts(1);
     contexts[0].code.store(5, Ordering::SeqCst);
-    type Body = fn(&Rank) -> Outcome;
+    type Body = fn(&Comm) -> Outcome;
     let cases: [(Body, &str); 3] = [
         (|rank| rank.barrier(), "barrier #1: the caller's all_gather returned 5 on rank 0"),
         (|rank| rank.broadcast(&mut [0u8; 2], 0), "broadcast #1: the caller's all_gather returned 5 on rank 0"),
@@ -393,7 +396,7 @@ fn a_function_that_never_returns_is_stopped() {
 #[test]
 fn every_rank_has_a_watchdog() {
     let alone: Vec<Vec<Context>> = (0..3).map(|_| contexts(1)).collect();
-    let ranks: Vec<Rank> = alone.iter().map(|contexts| make(contexts, full).remove(0)).collect();
+    let ranks: Vec<Comm> = alone.iter().map(|contexts| make(contexts, full).remove(0)).collect();
     // Slow, so that the watchdogs sleep towards a deadline that is far off when the next one is set.
     alone.iter().for_each(|contexts| contexts[0].sleep.store(true, Ordering::SeqCst));
     together(&ranks, |rank| assert_eq!(rank.barrier(), Ok(())));
@@ -446,9 +449,9 @@ fn a_forked_child_calls_none_of_the_functions() {
         assert_eq!(ranks[0].barrier(), Ok(()));
         contexts[0].code.store(1, Ordering::SeqCst);
         in_a_forked_child(|| unsafe {
-            let refused = pfc_comm_barrier(ranks[0].handle()) == PFC_ERROR_FORKED;
-            pfc_comm_abort(ranks[0].handle());
-            pfc_comm_free(ranks[0].handle());
+            let refused = pfc_comm_barrier(ranks[0].0) == PFC_ERROR_FORKED;
+            pfc_comm_abort(ranks[0].0);
+            pfc_comm_free(ranks[0].0);
             // Freeing has no status; a failure in it would have replaced the text.
             let untouched = last_error().contains("was made in process");
             refused && untouched && contexts[0].aborts.load(Ordering::SeqCst) + contexts[0].frees.load(Ordering::SeqCst) == 0

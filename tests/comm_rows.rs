@@ -4,13 +4,11 @@ use std::collections::BTreeMap;
 
 use half::f16;
 use partialfc::capi::comm::*;
-use partialfc::capi::device::*;
 use partialfc::capi::status::*;
 use partialfc::capi::types::*;
+use partialfc_testing::capi::{assert_failed, failure, outcome, Comm, Device, Outcome};
+use partialfc_testing::ranks::{group, together};
 use proptest::prelude::*;
-
-mod ranks;
-use ranks::*;
 
 /// An element type of rows; whole numbers up to 2048 are exact in each.
 trait Cell: Copy + Default + PartialEq + std::fmt::Debug {
@@ -30,22 +28,6 @@ impl Cell for f16 {
     fn of(value: i64) -> f16 {
         f16::from_f32(value as f32)
     }
-}
-
-struct Device(*mut pfc_device);
-
-unsafe impl Sync for Device {}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        unsafe { pfc_device_free(self.0) }
-    }
-}
-
-fn device() -> Device {
-    let mut device = std::ptr::null_mut();
-    assert_eq!(unsafe { pfc_device_cpu(1, &mut device) }, PFC_OK);
-    Device(device)
 }
 
 /// How a rank calls: `stride` elements between rows, the outputs in the inputs' place, ids asked for or asserted equal.
@@ -69,7 +51,7 @@ fn cell(rank: usize, class: i64, col: usize) -> i64 {
 type Sums<T> = (Vec<i64>, Vec<Vec<T>>);
 
 /// Calls with rows made by [`cell`] and gives ids and rows of the union, with what was not to be written checked.
-fn call<T: Cell>(rank: &Rank, device: &Device, ids: &[i64], way: Way) -> Result<Sums<T>, (i32, String)> {
+fn call<T: Cell>(rank: &Comm, device: &Device, ids: &[i64], way: Way) -> Outcome<Sums<T>> {
     let Way { cols, stride, in_place, union, capacity } = way;
     let room = capacity.max(ids.len());
     let mut ids_in = vec![UNTOUCHED; room];
@@ -97,15 +79,15 @@ fn call<T: Cell>(rank: &Rank, device: &Device, ids: &[i64], way: Way) -> Result<
     };
     let mut count = u64::MAX;
     let (from, number) = (ids_in.as_ptr(), ids.len() as u64);
-    let status =
-        unsafe { pfc_all_reduce_rows(rank.handle(), device.0, from, number, &rows, to, capacity as u64, &rows_out, &mut count) };
+    let done =
+        outcome(unsafe { pfc_all_reduce_rows(rank.0, device.0, from, number, &rows, to, capacity as u64, &rows_out, &mut count) });
     if in_place {
         (ids_out, out) = (ids_in, cells);
     }
-    if status != PFC_OK {
+    if let Err(failure) = done {
         assert_eq!(count, u64::MAX, "outputs are written on success only");
         assert!(in_place || out.iter().all(|&x| x == T::of(UNTOUCHED)) && ids_out.iter().all(|&id| id == UNTOUCHED));
-        return Err((status, last_error()));
+        return Err(failure);
     }
     let count = count as usize;
     for (at, &x) in out.iter().enumerate() {
@@ -131,7 +113,7 @@ fn model<T: Cell>(ids: &[Vec<i64>], cols: usize) -> Sums<T> {
 }
 
 fn compare<T: Cell + Send>(ids: &[Vec<i64>], way: Way) {
-    let device = device();
+    let device = Device::cpu(1);
     let expected = model::<T>(ids, way.cols);
     for got in together(&group(ids.len() as u32), |rank| call::<T>(rank, &device, &ids[rank.rank()], way)) {
         let (got_ids, got_rows) = got.unwrap();
@@ -146,7 +128,7 @@ fn way(cols: usize, capacity: usize) -> Way {
 
 /// Runs on as many ranks as there are id lists, each its own way.
 fn run(ids: &[&[i64]], way: impl Fn(usize) -> Way + Sync) -> Vec<Outcome> {
-    let device = device();
+    let device = Device::cpu(1);
     let ranks = group(ids.len() as u32);
     let outcomes = together(&ranks, |rank| call::<f32>(rank, &device, ids[rank.rank()], way(rank.rank())).map(|_| ()));
     // Whatever the verdict: nobody was left waiting and the communicator works.
@@ -193,16 +175,16 @@ fn many_pieces_sum_like_one() {
 fn ids_that_differ_where_they_must_not_are_named() {
     let asserted = |_| Way { union: false, ..way(2, 9) };
     for outcome in run(&[&[1, 2, 3], &[1, 2, 3], &[1, 4, 5]], asserted) {
-        assert_eq!(outcome, Err((PFC_ERROR_MISMATCH, "ids[1] is 2 on rank 0 and 4 on rank 2".to_owned())));
+        assert_eq!(outcome, failure(PFC_ERROR_MISMATCH, "ids[1] is 2 on rank 0 and 4 on rank 2"));
     }
     for outcome in run(&[&[1, 2, 3], &[1, 2]], asserted) {
-        assert_eq!(outcome, Err((PFC_ERROR_MISMATCH, "count is 3 on rank 0 and 2 on rank 1".to_owned())));
+        assert_eq!(outcome, failure(PFC_ERROR_MISMATCH, "count is 3 on rank 0 and 2 on rank 1"));
     }
     for outcome in run(&[&[1], &[1]], |rank| Way { union: rank == 0, ..way(2, 9) }) {
-        assert_eq!(outcome, Err((PFC_ERROR_MISMATCH, "ids_out is given on rank 0 and NULL on rank 1".to_owned())));
+        assert_eq!(outcome, failure(PFC_ERROR_MISMATCH, "ids_out is given on rank 0 and NULL on rank 1"));
     }
     for outcome in run(&[&[1], &[1]], |rank| way(2 + rank, 9)) {
-        assert_eq!(outcome, Err((PFC_ERROR_MISMATCH, "rows.cols is 2 on rank 0 and 3 on rank 1".to_owned())));
+        assert_eq!(outcome, failure(PFC_ERROR_MISMATCH, "rows.cols is 2 on rank 0 and 3 on rank 1"));
     }
 }
 
@@ -210,7 +192,7 @@ fn ids_that_differ_where_they_must_not_are_named() {
 fn too_small_a_capacity_is_told_to_all_with_the_need() {
     for outcome in run(&[&[1, 3], &[2, 3], &[4]], |rank| way(2, if rank == 1 { 3 } else { 9 })) {
         let text = "capacity is 3 on rank 1; the union of the ids has 4";
-        assert_eq!(outcome, Err((PFC_ERROR_INVALID_ARGUMENT, text.to_owned())));
+        assert_eq!(outcome, failure(PFC_ERROR_INVALID_ARGUMENT, text));
     }
 }
 
@@ -227,17 +209,14 @@ fn ids_out_of_order_fail_their_rank_and_reach_the_others() {
 
 #[test]
 fn matrices_that_do_not_fit_are_refused() {
-    let (rank, device) = (alone(), device());
+    let (rank, device) = (Comm::solo(), Device::cpu(1));
     let mut cells = [0f32; 12];
     let good = pfc_matrix { data: cells.as_mut_ptr().cast(), dtype: PFC_F32, reserved: 0, rows: 3, cols: 2, row_stride: 4 };
     let ids = [1i64, 2, 3];
     let mut count = 0;
     let mut call = |rows: &pfc_matrix, out: &pfc_matrix, capacity| unsafe {
         let none = std::ptr::null_mut();
-        match pfc_all_reduce_rows(rank.handle(), device.0, ids.as_ptr(), 3, rows, none, capacity, out, &mut count) {
-            PFC_OK => Ok(()),
-            status => Err((status, last_error())),
-        }
+        outcome(pfc_all_reduce_rows(rank.0, device.0, ids.as_ptr(), 3, rows, none, capacity, out, &mut count))
     };
     assert_eq!(call(&good, &good, 3), Ok(()));
     let cases = [

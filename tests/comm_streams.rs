@@ -1,4 +1,4 @@
-//! Collectives in a device's memory: every carrier against a model, on streams that run late, and what a failing driver does on
+//! Collectives in a device's memory: every transport against a model, on streams that run late, and what a failing driver does on
 //! every rank.
 
 use std::ffi::c_void;
@@ -23,7 +23,7 @@ const STREAM_ORDERED: u32 = 4;
 
 /// What carries a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Carrier {
+enum Transport {
     Alone,
     Threads,
     /// A table of functions with these flags, with or without its optional slots.
@@ -290,12 +290,12 @@ fn table(comm: Arc<Communicator>, memory: Arc<FakeMemory>, flags: u32, full: boo
 }
 
 /// A group of as many ranks as there are memories.
-fn group<T: Cell>(carrier: Carrier, memories: Vec<FakeMemory>) -> Vec<Rank> {
+fn group<T: Cell>(transport: Transport, memories: Vec<FakeMemory>) -> Vec<Rank> {
     let memories: Vec<Arc<FakeMemory>> = memories.into_iter().map(Arc::new).collect();
-    let comms = match carrier {
-        Carrier::Alone => vec![Communicator::single()],
-        Carrier::Threads => Communicator::threads(memories.len() as u32).unwrap(),
-        Carrier::Table(flags, full) => {
+    let comms = match transport {
+        Transport::Alone => vec![Communicator::single()],
+        Transport::Threads => Communicator::threads(memories.len() as u32).unwrap(),
+        Transport::Table(flags, full) => {
             let inner = Communicator::threads(memories.len() as u32).unwrap();
             inner.into_iter().zip(&memories).map(|(comm, memory)| table(comm, memory.clone(), flags, full)).collect()
         }
@@ -305,7 +305,7 @@ fn group<T: Cell>(carrier: Carrier, memories: Vec<FakeMemory>) -> Vec<Rank> {
 
 /// Runs a seeded program; says where the result differs from the model's.
 fn exercise<T: Cell>(
-    carrier: Carrier,
+    transport: Transport,
     size: usize,
     seed: u64,
     memory: impl Fn(&Arc<World>) -> FakeMemory,
@@ -315,8 +315,8 @@ fn exercise<T: Cell>(
     let (eager, wait_alone) = (random.below(3) == 0, random.below(2) == 0);
     let world = World::new(size, seed, order, eager);
     let steps = program(&mut random, size);
-    let told = |what: String| format!("{carrier:?}, {size} ranks of {}, seed {seed}, {steps:?}: {what}", T::DTYPE.name());
-    let ranks = group::<T>(carrier, (0..size).map(|_| memory(&world)).collect());
+    let told = |what: String| format!("{transport:?}, {size} ranks of {}, seed {seed}, {steps:?}: {what}", T::DTYPE.name());
+    let ranks = group::<T>(transport, (0..size).map(|_| memory(&world)).collect());
     let outcomes = together(&ranks, |rank| -> Result<()> {
         let number = rank.number();
         rank.map::<T>(move |i, _, _| start(number, i));
@@ -333,8 +333,8 @@ fn exercise<T: Cell>(
     if let Some(error) = outcomes.into_iter().find_map(|outcome| outcome.err()) {
         return Err(told(error.to_string()));
     }
-    let ordered = match carrier {
-        Carrier::Table(flags, full) => flags & STREAM_ORDERED != 0 && full,
+    let ordered = match transport {
+        Transport::Table(flags, full) => flags & STREAM_ORDERED != 0 && full,
         _ => true,
     };
     if ordered && world.host_waits() > 0 {
@@ -349,7 +349,7 @@ fn exercise<T: Cell>(
         true => Ok(()),
         false => Err(told("wrong numbers".to_owned())),
     }?;
-    if matches!(carrier, Carrier::Table(..)) {
+    if matches!(transport, Transport::Table(..)) {
         // Their watchdogs have the events of what they saw last.
         drop(ranks);
     }
@@ -359,14 +359,14 @@ fn exercise<T: Cell>(
     }
 }
 
-fn exercise_all(carrier: Carrier, sizes: std::ops::RangeInclusive<usize>, seeds: u64) {
+fn exercise_all(transport: Transport, sizes: std::ops::RangeInclusive<usize>, seeds: u64) {
     for size in sizes {
         for seed in 0..seeds {
             let outcome = match seed % 4 {
-                0 => exercise::<f32>(carrier, size, seed, FakeMemory::new),
-                1 => exercise::<f64>(carrier, size, seed, FakeMemory::new),
-                2 => exercise::<i32>(carrier, size, seed, FakeMemory::new),
-                _ => exercise::<i64>(carrier, size, seed, FakeMemory::new),
+                0 => exercise::<f32>(transport, size, seed, FakeMemory::new),
+                1 => exercise::<f64>(transport, size, seed, FakeMemory::new),
+                2 => exercise::<i32>(transport, size, seed, FakeMemory::new),
+                _ => exercise::<i64>(transport, size, seed, FakeMemory::new),
             };
             outcome.unwrap_or_else(|text| panic!("{text}"));
         }
@@ -375,30 +375,30 @@ fn exercise_all(carrier: Carrier, sizes: std::ops::RangeInclusive<usize>, seeds:
 
 #[test]
 fn one_rank_copies_on_its_stream() {
-    exercise_all(Carrier::Alone, 1..=1, 200);
+    exercise_all(Transport::Alone, 1..=1, 200);
 }
 
 #[test]
 fn threads_work_on_each_other_s_streams() {
-    exercise_all(Carrier::Threads, 1..=5, 400);
+    exercise_all(Transport::Threads, 1..=5, 400);
 }
 
 #[test]
 fn tables_for_host_memory_get_copies() {
-    exercise_all(Carrier::Table(HOST_MEMORY, true), 1..=4, 100);
-    exercise_all(Carrier::Table(HOST_MEMORY, false), 1..=4, 100);
+    exercise_all(Transport::Table(HOST_MEMORY, true), 1..=4, 100);
+    exercise_all(Transport::Table(HOST_MEMORY, false), 1..=4, 100);
 }
 
 #[test]
 fn tables_for_device_memory_find_the_stream_at_rest() {
-    exercise_all(Carrier::Table(HOST_MEMORY | DEVICE_MEMORY, true), 1..=4, 100);
-    exercise_all(Carrier::Table(HOST_MEMORY | DEVICE_MEMORY, false), 1..=4, 100);
+    exercise_all(Transport::Table(HOST_MEMORY | DEVICE_MEMORY, true), 1..=4, 100);
+    exercise_all(Transport::Table(HOST_MEMORY | DEVICE_MEMORY, false), 1..=4, 100);
 }
 
 #[test]
 fn tables_ordered_by_streams_get_the_stream() {
-    exercise_all(Carrier::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, true), 1..=4, 200);
-    exercise_all(Carrier::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, false), 1..=4, 100);
+    exercise_all(Transport::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, true), 1..=4, 200);
+    exercise_all(Transport::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, false), 1..=4, 100);
 }
 
 /// The tester tested: each kind of wait, left out, must show as wrong numbers.
@@ -415,7 +415,7 @@ fn a_forgotten_wait_shows() {
     ];
     for (name, kind) in kinds {
         let forgetful = |world: &Arc<World>| FakeMemory::with_fault(world, Method::Wait, Fault::Forgets, Box::new(kind));
-        let seen = (0..200).filter(|&seed| exercise::<f32>(Carrier::Threads, SIZE, seed, forgetful).is_err()).count();
+        let seen = (0..200).filter(|&seed| exercise::<f32>(Transport::Threads, SIZE, seed, forgetful).is_err()).count();
         assert!(seen >= 20, "{name}: seen by {seen} seeds of 200");
     }
 }
@@ -456,7 +456,7 @@ fn a_failing_driver_fails_the_operation_on_all_ranks() {
                 true => FakeMemory::with_fault(&world, method, fault, Box::new(move |n| n == number)),
                 false => FakeMemory::new(&world),
             };
-            let ranks = group::<f32>(Carrier::Threads, (0..3).map(memory).collect());
+            let ranks = group::<f32>(Transport::Threads, (0..3).map(memory).collect());
             let outcomes = together(&ranks, |rank| {
                 let outcome = catch_unwind(AssertUnwindSafe(|| rank.perform::<f32>(step)));
                 if outcome.is_err() {
@@ -501,7 +501,7 @@ fn work_before_a_failure_is_still_waited_for() {
         let world = World::new(2, 3, order, false);
         // The second of rank 1's two copies fails; the first reads from rank 0's buffer.
         let failing = FakeMemory::with_fault(&world, Method::Copy, Fault::Fails, Box::new(|number| number == 1));
-        let ranks = group::<i32>(Carrier::Threads, vec![FakeMemory::new(&world), failing]);
+        let ranks = group::<i32>(Transport::Threads, vec![FakeMemory::new(&world), failing]);
         ranks.iter().for_each(|rank| rank.map::<i32>(|i, _, _| (i as i64, 0)));
         let outcomes = together(&ranks, |rank| {
             let outcome = rank.perform::<i32>(Step::Gather(4, false));
@@ -519,7 +519,7 @@ fn ranks_that_do_not_come_or_abort_are_told_as_in_host_memory() {
     let world = World::new(3, 0, Order::Any, false);
     let memories = |_| (0..3).map(|_| FakeMemory::new(&world)).collect();
     let step = Step::Reduce(CELLS, ReduceOp::Sum, true);
-    let ranks = group::<f32>(Carrier::Threads, memories(()));
+    let ranks = group::<f32>(Transport::Threads, memories(()));
     ranks[0].comm.set_timeout(Duration::from_millis(50)).unwrap();
     let outcomes = together(&ranks[..2], |rank| rank.perform::<f32>(step));
     for (rank, outcome) in outcomes.into_iter().enumerate() {
@@ -530,7 +530,7 @@ fn ranks_that_do_not_come_or_abort_are_told_as_in_host_memory() {
     assert_eq!(ranks[2].perform::<f32>(step).unwrap_err().status, Status::Timeout);
 
     let begin = Instant::now();
-    let ranks = group::<f32>(Carrier::Threads, memories(()));
+    let ranks = group::<f32>(Transport::Threads, memories(()));
     std::thread::scope(|scope| {
         let ranks = &ranks;
         let waiting = [0, 1].map(|rank: usize| scope.spawn(move || ranks[rank].perform::<f32>(step)));
@@ -556,7 +556,7 @@ fn what_stays_on_a_stream_beyond_its_deadline_is_stopped() {
     const FLAGS: u32 = HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED;
     let begin = Instant::now();
     let world = World::new(2, 0, Order::Any, false);
-    let ranks = group::<f32>(Carrier::Table(FLAGS, true), (0..2).map(|_| FakeMemory::new(&world)).collect());
+    let ranks = group::<f32>(Transport::Table(FLAGS, true), (0..2).map(|_| FakeMemory::new(&world)).collect());
     // Done in time, it is forgotten.
     assert_eq!(together(&ranks, |rank| rank.perform::<f32>(Step::Gather(3, false))), vec![Ok(()); 2]);
     ranks.iter().for_each(|rank| world.finish(rank.stream()));
@@ -582,13 +582,13 @@ fn what_stays_on_a_stream_beyond_its_deadline_is_stopped() {
 fn ranks_in_different_memories_are_told() {
     let world = World::new(2, 0, Order::Any, false);
     let step = Step::Reduce(CELLS, ReduceOp::Sum, false);
-    let ranks = group::<f32>(Carrier::Threads, vec![FakeMemory::new(&world), FakeMemory::of_kind(&world, "other")]);
+    let ranks = group::<f32>(Transport::Threads, vec![FakeMemory::new(&world), FakeMemory::of_kind(&world, "other")]);
     for outcome in together(&ranks, |rank| rank.perform::<f32>(step)) {
         let error = outcome.unwrap_err();
         assert_eq!(error.status, Status::Mismatch);
         assert!(error.message.contains("memory is fake on rank 0 and other on rank 1"), "{error}");
     }
-    let ranks = group::<f32>(Carrier::Threads, vec![FakeMemory::new(&world), FakeMemory::new(&world)]);
+    let ranks = group::<f32>(Transport::Threads, vec![FakeMemory::new(&world), FakeMemory::new(&world)]);
     let outcomes = together(&ranks, |rank| match rank.number() {
         0 => rank.comm.all_reduce(&mut [0f32; CELLS], ReduceOp::Sum),
         _ => rank.perform::<f32>(step),
@@ -604,7 +604,7 @@ fn ranks_in_different_memories_are_told() {
 fn more_ranks_than_a_reduction_takes_are_refused() {
     for (size, status) in [(16, None), (17, Some(Status::Unsupported))] {
         let world = World::new(size, 0, Order::Any, false);
-        let ranks = group::<f32>(Carrier::Threads, (0..size).map(|_| FakeMemory::new(&world)).collect());
+        let ranks = group::<f32>(Transport::Threads, (0..size).map(|_| FakeMemory::new(&world)).collect());
         let outcomes = together(&ranks, |rank| rank.perform::<f32>(Step::Reduce(CELLS, ReduceOp::Sum, true)));
         outcomes.into_iter().for_each(|outcome| assert_eq!(outcome.err().map(|error| error.status), status, "{size} ranks"));
     }
@@ -613,15 +613,15 @@ fn more_ranks_than_a_reduction_takes_are_refused() {
 /// A rank whose copies to or from the host fail tells the others by its table's abort.
 #[test]
 fn a_failing_copy_of_a_table_s_rank_ends_the_group() {
-    let staged = Carrier::Table(HOST_MEMORY, true);
-    let direct = Carrier::Table(HOST_MEMORY | DEVICE_MEMORY, true);
+    let staged = Transport::Table(HOST_MEMORY, true);
+    let direct = Transport::Table(HOST_MEMORY | DEVICE_MEMORY, true);
     let cases = [(staged, Method::ToHost, false), (staged, Method::ToDevice, true), (direct, Method::Synchronise, false)];
     let begin = Instant::now();
-    for (carrier, method, after) in cases {
+    for (transport, method, after) in cases {
         for step in [Step::Gather(4, false), Step::Reduce(9, ReduceOp::Max, true), Step::Scatter(3, ReduceOp::Sum, false)] {
             let world = World::new(2, 0, Order::Any, false);
             let failing = FakeMemory::with_fault(&world, method, Fault::Fails, Box::new(|number| number == 0));
-            let ranks = group::<i64>(carrier, vec![FakeMemory::new(&world), failing]);
+            let ranks = group::<i64>(transport, vec![FakeMemory::new(&world), failing]);
             let outcomes = together(&ranks, |rank| rank.perform::<i64>(step));
             let error = outcomes[1].clone().unwrap_err();
             assert_eq!(error.status, Status::Device);
@@ -639,9 +639,9 @@ fn a_failing_copy_of_a_table_s_rank_ends_the_group() {
 /// The head's messages before a device is known travel in host memory, between those in a device's.
 #[test]
 fn host_and_device_memory_take_turns() {
-    for carrier in [Carrier::Threads, Carrier::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, true)] {
+    for transport in [Transport::Threads, Transport::Table(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED, true)] {
         let world = World::new(3, 5, Order::Others, true);
-        let ranks = group::<i64>(carrier, (0..3).map(|_| FakeMemory::new(&world)).collect());
+        let ranks = group::<i64>(transport, (0..3).map(|_| FakeMemory::new(&world)).collect());
         together(&ranks, |rank| {
             let number = rank.number();
             rank.map::<i64>(move |_, _, _| (number as i64, 0));

@@ -1,14 +1,12 @@
 //! The conformance vectors through the C interface: the head does what the PyTorch implementation of PartialFC did.
 
-mod common;
-
-use common::ffi::{Device, Head, Rows, LEAST};
-use common::gpu::gpu;
-use common::numbers::{assert_close, widen};
-use common::ranks::on_ranks;
-use common::simt;
-use common::vectors::{Vectors, FOLDER, NAMES};
 use partialfc::options::{HeadOptions, Precision};
+use partialfc_testing::capi::{Device, Head, Rows, LEAST};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::gpu;
+use partialfc_testing::numbers::{assert_close, widen};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::vectors::{Vectors, FOLDER, NAMES};
 
 /// Design section 8: relative L2 of loss, gradients and state in float32.
 const TOLERANCE: f64 = 1e-4;
@@ -124,7 +122,7 @@ vectors! {
 /// The CPU has no half precision: on a GPU, emulated or not, whatever the others run on.
 #[test]
 fn half_precision_stays_near() {
-    let _turn = simt::turn(1);
+    let _turn = emulator::turn(1);
     let vectors = Vectors::load("arcface_one_rank_d512_tenth");
     for workspace_limit in [0, LEAST] {
         replay_on(&vectors, 1, HeadOptions { workspace_limit, precision: Precision::Half, ..vectors.options() }, gpu);

@@ -3,22 +3,21 @@
 //!
 //! Most of it is planned with the emulator; with `PFC_TEST_DRIVER=real` on a GPU what a driver cannot be made to do is left out.
 
-mod common;
-
 use std::ffi::c_void;
 use std::process::Command;
 use std::ptr::null_mut;
 
-use common::ffi::{options, outcome, status_name, Comm, Device, Failure, Head, Outcome, Rows};
-use common::gpu::{free_memory, gpu, Remote};
-use common::numbers::{assert_close, widen};
-use common::ranks::on_ranks;
-use common::simt::{self, Turn};
 use partialfc::capi::device::pfc_device_cuda;
 use partialfc::capi::head as c_head;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
+use partialfc_testing::capi::{options, outcome, status_name, Comm, Device, Failure, Head, Outcome, Rows};
+use partialfc_testing::driver;
+use partialfc_testing::emulator::{self, Turn};
+use partialfc_testing::gpu::{free_memory, gpu, Remote};
+use partialfc_testing::numbers::{assert_close, widen};
+use partialfc_testing::ranks::on_ranks;
 
 const ROWS: usize = 3;
 const DIM: usize = 6;
@@ -98,7 +97,7 @@ fn a_driver_too_old_is_refused_with_both_versions() {
         let child = child.expect("this program again");
         return assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
     }
-    let turn = simt::turn(1);
+    let turn = emulator::turn(1);
     turn.driver_version(12080);
     if turn.is_emulator() {
         let refused = device_on(0, null_mut()).map(|_| ());
@@ -108,7 +107,7 @@ fn a_driver_too_old_is_refused_with_both_versions() {
 
 #[test]
 fn an_ordinal_that_is_not_there_is_named() {
-    let turn = simt::turn(2);
+    let turn = emulator::turn(2);
     drop(gpu());
     for ordinal in [-1, i32::MIN, i32::MAX, 8] {
         let refused = device_on(ordinal, null_mut()).map(|_| ());
@@ -169,7 +168,7 @@ impl Drop for Foreign {
 
 #[test]
 fn a_stream_or_a_context_of_another_gpu_is_refused_with_both_ordinals() {
-    let turn = simt::turn(3);
+    let turn = emulator::turn(3);
     if !turn.is_emulator() {
         return;
     }
@@ -202,7 +201,7 @@ fn forward(head: &Head, rows: &Remote, labels: *const [i64; ROWS], loss: *mut f6
 
 #[test]
 fn a_device_is_in_its_streams_context_whatever_the_threads_own_is() {
-    let _turn = simt::turn(4);
+    let _turn = emulator::turn(4);
     drop(gpu());
     let other = Foreign::new(0);
     let mut head = Head::new(&device_on(0, other.stream).expect("the stream's context"), &Comm::solo(), &small());
@@ -245,7 +244,7 @@ fn a_device_is_in_its_streams_context_whatever_the_threads_own_is() {
 /// Which stream it is depends on the thread that asks: a head's work would have no order.
 #[test]
 fn the_stream_of_each_thread_is_refused() {
-    let _turn = simt::turn(16);
+    let _turn = emulator::turn(16);
     drop(gpu());
     let refused = device_on(0, OF_EACH_THREAD as *mut c_void).map(|_| ());
     assert_told("CU_STREAM_PER_THREAD", refused, Status::InvalidArgument, &["stream", "CU_STREAM_PER_THREAD", "thread"]);
@@ -254,7 +253,7 @@ fn the_stream_of_each_thread_is_refused() {
 
 #[test]
 fn a_stream_that_is_destroyed_is_an_error_and_no_crash() {
-    let turn = simt::turn(5);
+    let turn = emulator::turn(5);
     if !turn.is_emulator() {
         return;
     }
@@ -290,7 +289,7 @@ fn starve(turn: &Turn, function: &str, least: u64, mut attempt: impl FnMut() -> 
 
 #[test]
 fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
-    let turn = simt::turn(6);
+    let turn = emulator::turn(6);
     if !turn.is_emulator() {
         return;
     }
@@ -324,7 +323,7 @@ fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
 /// Of several ranks on one GPU one is refused its memory: it says so, and the others that it did.
 #[test]
 fn a_rank_without_memory_is_heard_of_on_all() {
-    let turn = simt::turn(7);
+    let turn = emulator::turn(7);
     if !turn.is_emulator() {
         return;
     }
@@ -356,7 +355,7 @@ fn assert_one_of_all(told: &[Failure], status: Status, words: &[&str]) {
 /// Memory that a step asks for: the host's matrices and a caller's sample pass through it.
 #[test]
 fn a_step_for_which_there_is_no_memory_is_told_and_the_head_works_on() {
-    let turn = simt::turn(8);
+    let turn = emulator::turn(8);
     if !turn.is_emulator() {
         return;
     }
@@ -395,7 +394,7 @@ fn a_step_for_which_there_is_no_memory_is_told_and_the_head_works_on() {
 /// A gradient for which there is no room is that rank's alone, and the class centres move all the same.
 #[test]
 fn a_gradient_for_which_there_is_no_memory_does_not_end_the_step() {
-    let turn = simt::turn(9);
+    let turn = emulator::turn(9);
     if !turn.is_emulator() {
         return;
     }
@@ -419,7 +418,7 @@ fn a_gradient_for_which_there_is_no_memory_does_not_end_the_step() {
 /// The embeddings' way to the GPU on several ranks, with the loss on the host and on the GPU.
 #[test]
 fn a_rank_whose_step_finds_no_memory_fails_the_step_on_all() {
-    let turn = simt::turn(10);
+    let turn = emulator::turn(10);
     if !turn.is_emulator() {
         return;
     }
@@ -466,7 +465,7 @@ fn a_rank_whose_step_finds_no_memory_fails_the_step_on_all() {
 /// A sample beyond every draw for which one rank has no room: its own failure, which its peers hear of.
 #[test]
 fn a_rank_that_has_no_room_for_a_large_sample_fails_the_step_on_all() {
-    let turn = simt::turn(13);
+    let turn = emulator::turn(13);
     if !turn.is_emulator() {
         return;
     }
@@ -512,7 +511,7 @@ fn a_rank_that_has_no_room_for_a_large_sample_fails_the_step_on_all() {
 /// Rows on the GPU are judged many at a time: whoever asks for the verdict on each waits for each.
 #[test]
 fn rows_on_the_gpu_are_judged_with_few_waits() {
-    let turn = simt::turn(14);
+    let turn = emulator::turn(14);
     let mut head = Head::new(&gpu(), &Comm::solo(), &small());
     let before = head.centers();
     let waits = || turn.calls("cuStreamSynchronize").unwrap_or(0);
@@ -543,7 +542,7 @@ fn rows_on_the_gpu_are_judged_with_few_waits() {
 /// Of many rows a part may be written when the GPU fails: no way on from there. What is wrong with the rows is known before.
 #[test]
 fn rows_are_written_whole_or_the_head_says_that_they_are_not() {
-    let turn = simt::turn(15);
+    let turn = emulator::turn(15);
     if !turn.is_emulator() {
         return;
     }
@@ -600,7 +599,7 @@ const FUNCTIONS: [&str; 6] = [
 /// A launch that the driver refuses, a kernel that fails when it runs, a call that fails: DEVICE with what it was, and no way on.
 #[test]
 fn work_that_fails_poisons_the_head() {
-    let turn = simt::turn(11);
+    let turn = emulator::turn(11);
     if !turn.is_emulator() {
         return;
     }
@@ -636,7 +635,7 @@ fn work_that_fails_poisons_the_head() {
 
 #[test]
 fn a_rank_whose_work_fails_does_not_leave_the_others_waiting() {
-    let turn = simt::turn(12);
+    let turn = emulator::turn(12);
     if !turn.is_emulator() {
         return;
     }

@@ -3,20 +3,18 @@
 //!
 //! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU, which all ranks share.
 
-mod common;
-
 use std::ffi::c_void;
 use std::ptr::null;
 
-use common::ffi::{options, outcome, status_name, Device, Failure, Head, Outcome, Rows};
-use common::gpu::{gpu, Remote};
-use common::numbers::{assert_close, widen, Random};
-use common::ranks::{on_ranks, Rank};
-use common::simt;
 use partialfc::capi::head as c_head;
 use partialfc::capi::types::pfc_matrix;
 use partialfc::options::{HeadOptions, Placement, Precision};
 use partialfc::Status;
+use partialfc_testing::capi::{options, outcome, status_name, Device, Failure, Head, Outcome, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::{gpu, Remote};
+use partialfc_testing::numbers::{assert_close, widen, Random};
+use partialfc_testing::ranks::{on_ranks, Rank};
 
 const ROWS: usize = 3;
 const DIM: usize = 5;
@@ -302,7 +300,7 @@ fn every_rank_hears(placement: Placement, sample_rate: f64) {
         let on_cpu = train_through_faults(&options, ranks, Where::Cpu);
         let mut options = options;
         options.precision = Precision::F32;
-        let turn = simt::turn(ranks as u64);
+        let turn = emulator::turn(ranks as u64);
         let on_gpu = [Where::HostLoss, Where::DeviceLoss].map(|run| train_through_faults(&options, ranks, run));
         drop(turn);
         assert_eq!(bits(on_gpu[0].clone()), bits(on_gpu[1].clone()), "{placement:?}, {ranks} ranks: where the loss is");
@@ -323,7 +321,7 @@ fn every_rank_of_a_replicated_head_hears_of_every_fault_of_every_rank() {
 /// Ranks that are at different steps never come together again: poisoned, on all of them.
 #[test]
 fn ranks_at_different_steps_are_poisoned_whatever_the_loss() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     for placement in [Placement::Sharded, Placement::Replicated] {
         for run in [Where::Cpu, Where::HostLoss, Where::DeviceLoss] {
             on_ranks(3, |place| {
@@ -351,7 +349,7 @@ fn ranks_at_different_steps_are_poisoned_whatever_the_loss() {
 /// A rank that goes on to the next step where its peers go on with this one is no reason to wait, either.
 #[test]
 fn a_rank_that_leaves_a_step_its_peers_go_on_with_is_a_mismatch() {
-    let _turn = simt::turn(4);
+    let _turn = emulator::turn(4);
     for placement in [Placement::Sharded, Placement::Replicated] {
         on_ranks(3, |place| {
             let options = HeadOptions { placement, ..options(CLASSES, DIM as u32, ROWS as u64) };
@@ -387,7 +385,7 @@ fn a_rank_that_leaves_a_step_its_peers_go_on_with_is_a_mismatch() {
 /// The very first step: a rank that has no loss cannot know from an earlier one where its peers have theirs.
 #[test]
 fn a_rank_without_a_loss_in_the_first_step_is_heard_of_whatever_its_peers_have() {
-    let _turn = simt::turn(5);
+    let _turn = emulator::turn(5);
     for placement in [Placement::Sharded, Placement::Replicated] {
         for (fault, number) in [(Fault::NoLoss, 1), (Fault::NoLoss, 3), (Fault::NoLossAfterPrepare, 5)] {
             for (run, failing) in [(Where::DeviceLoss, 0), (Where::DeviceLoss, 2), (Where::HostLoss, 1)] {
@@ -411,7 +409,7 @@ fn a_rank_without_a_loss_in_the_first_step_is_heard_of_whatever_its_peers_have()
 /// A caller's samples may be larger than any draw; the ranks' dW are of one size all the same, wherever they add them up.
 #[test]
 fn large_samples_that_differ_on_the_ranks_are_a_mismatch_whatever_the_loss() {
-    let _turn = simt::turn(6);
+    let _turn = emulator::turn(6);
     const MANY: u64 = 60;
     let ids = |count: i64| (0..count).collect::<Vec<i64>>();
     let labels = 3 * ROWS as i64;
@@ -452,7 +450,7 @@ fn large_samples_that_differ_on_the_ranks_are_a_mismatch_whatever_the_loss() {
 
 #[test]
 fn a_large_sample_gives_the_same_rows_whatever_the_loss() {
-    let _turn = simt::turn(7);
+    let _turn = emulator::turn(7);
     const MANY: u64 = 60;
     let rows = [Where::HostLoss, Where::DeviceLoss].map(|run| {
         on_ranks(3, |place| {

@@ -5,22 +5,17 @@
 //!
 //! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test cuda_half` draws others than the ordinary run.
 
-#[path = "properties/case.rs"]
-#[allow(dead_code)]
-mod case;
-mod common;
-
-use case::{cases, cases_of, Calls, Case, Input, Sizes};
-use common::ffi::{self, plan, to_c, traffic_between, Failure, Head, Rows};
-use common::gpu::gpu;
-use common::numbers::{distance, norm, widen};
-use common::ranks::{on_ranks, Rank};
-use common::simt;
-use common::training::Batch;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision};
-use partialfc::reference::{self, Operands, RankInput};
 use partialfc::Status;
+use partialfc_testing::capi::{self, plan, to_c, traffic_between, Failure, Head, Rows};
+use partialfc_testing::cases::{cases, cases_of, Calls, Case, Input, Sizes};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::gpu;
+use partialfc_testing::numbers::{distance, norm, widen};
+use partialfc_testing::ranks::{on_ranks, Rank};
+use partialfc_testing::reference::{self, Operands, RankInput};
+use partialfc_testing::training::Batch;
 use proptest::prelude::prop_oneof;
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
@@ -196,7 +191,7 @@ fn check(case: &Case) -> Result<bool, String> {
 }
 
 fn agree(cases: impl Strategy<Value = Case>, count: u32) {
-    let _turn = simt::turn(2);
+    let _turn = emulator::turn(2);
     let mut config = Config { failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_none() {
         config.cases = count;
@@ -246,10 +241,10 @@ fn half_precision_of_wide_rows_is_worth_what_it_says() {
 /// What a communicator counts of a step is what the plan says: of the precision, as the plan does not know the device.
 #[test]
 fn full_batches_hand_over_the_bytes_that_the_plan_names() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     for precision in [Precision::Half, Precision::F32, Precision::Auto] {
         for gather_dtype in [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16)] {
-            let options = HeadOptions { precision, gather_dtype, ..ffi::options(101, 7, 6) };
+            let options = HeadOptions { precision, gather_dtype, ..capi::options(101, 7, 6) };
             let mut planned = to_c(&options);
             if precision == Precision::Auto {
                 planned.precision = Precision::Half as i32;
@@ -273,8 +268,8 @@ fn full_batches_hand_over_the_bytes_that_the_plan_names() {
 /// A row that is no number is one for all ranks, whatever it was scaled by to travel.
 #[test]
 fn a_row_that_is_no_number_is_named_on_all_ranks() {
-    let _turn = simt::turn(4);
-    let options = HeadOptions { precision: Precision::Half, ..ffi::options(11, 3, 2) };
+    let _turn = emulator::turn(4);
+    let options = HeadOptions { precision: Precision::Half, ..capi::options(11, 3, 2) };
     on_ranks(2, |place| {
         let mut head = Head::new(&gpu(), &place.comm, &options);
         for (bad, beside) in [(f32::NAN, 1e-30), (f32::INFINITY, 1e30), (f32::NEG_INFINITY, 1.0)] {

@@ -2,14 +2,8 @@
 //!
 //! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 
-mod common;
-
 use std::ffi::c_void;
 
-use common::ffi::{outcome, Device, Outcome, Rows};
-use common::gpu::{self, Remote};
-use common::numbers::Random;
-use common::simt;
 use partialfc::capi::device::pfc_device_cuda;
 use partialfc::capi::kernels::{
     pfc_fused_backward, pfc_fused_forward, pfc_fused_workspace, pfc_margin_forward, pfc_normalize_gemm,
@@ -18,6 +12,10 @@ use partialfc::capi::kernels::{
 use partialfc::capi::types::{pfc_margin, pfc_margin_init_sized, pfc_matrix};
 use partialfc::matrix::DType;
 use partialfc::Status;
+use partialfc_testing::capi::{outcome, Device, Outcome, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::{self, Remote};
+use partialfc_testing::numbers::Random;
 
 const BATCH: usize = 5;
 const CLASSES: usize = 9;
@@ -70,7 +68,7 @@ fn gemm_bytes(device: &Device) -> u64 {
 
 #[test]
 fn with_all_of_it_in_device_memory_no_call_waits() {
-    let turn = simt::turn(1);
+    let turn = emulator::turn(1);
     let device = gpu();
     let mut random = Random(1);
     let (e, w) = (Remote::of(&random.normals(BATCH * DIM, 1.0)), Remote::of(&random.normals(CLASSES * DIM, 1.0)));
@@ -126,7 +124,7 @@ fn with_all_of_it_in_device_memory_no_call_waits() {
 
 #[test]
 fn a_workspace_of_the_hosts_is_refused() {
-    let _turn = simt::turn(2);
+    let _turn = emulator::turn(2);
     let device = gpu();
     let (mut e, mut w, mut out) = (Rows::output(BATCH, DIM), Rows::output(CLASSES, DIM), Rows::output(BATCH, CLASSES));
     let (e, w, out) = (e.view(), w.view(), out.view());
@@ -154,7 +152,7 @@ fn a_workspace_of_the_hosts_is_refused() {
 
 #[test]
 fn an_array_between_two_elements_is_refused() {
-    let _turn = simt::turn(5);
+    let _turn = emulator::turn(5);
     let (device, margin) = (gpu(), margin());
     let (cosines, logits) = (Remote::of(&[0.5f32; 4]), Remote::of(&[-9f32; 4]));
     let beside = cosines.pointer::<u8>().wrapping_add(2).cast();
@@ -167,7 +165,7 @@ fn an_array_between_two_elements_is_refused() {
 
 #[test]
 fn a_dimension_that_no_row_of_accumulators_holds_is_refused() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     let device = gpu();
     let mut bytes = 77;
     // SAFETY: a live device and an output.
@@ -181,7 +179,7 @@ fn a_dimension_that_no_row_of_accumulators_holds_is_refused() {
 
 #[test]
 fn workspaces_do_not_grow_with_the_product_of_batch_and_classes() {
-    let _turn = simt::turn(4);
+    let _turn = emulator::turn(4);
     let device = gpu();
     let ask = |batch, classes| {
         let mut bytes = 0;

@@ -2,15 +2,13 @@
 //!
 //! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 
-mod common;
-
-use common::ffi::{options, outcome, to_c, Comm, Device, Head, Outcome};
-use common::gpu::{gpu, Remote};
-use common::numbers::Random;
-use common::ranks::on_ranks;
-use common::simt;
 use partialfc::capi::head as c_head;
 use partialfc::Status;
+use partialfc_testing::capi::{options, outcome, to_c, Comm, Device, Head, Outcome};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::{gpu, Remote};
+use partialfc_testing::numbers::Random;
+use partialfc_testing::ranks::on_ranks;
 
 const ROWS: usize = 6;
 const DIM: usize = 8;
@@ -70,7 +68,7 @@ fn head(device: &Device, comm: &Comm) -> Head {
 
 #[test]
 fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
-    let turn = simt::turn(1);
+    let turn = emulator::turn(1);
     let (device, comm) = (gpu(), Comm::solo());
     let steps: Vec<Step> = (0..3).map(|number| Step::draw(0, number, false)).collect();
     let mut late = head(&device, &comm);
@@ -104,7 +102,7 @@ fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
 
 #[test]
 fn a_step_that_fails_with_its_loss_on_the_host_hides_none_before_it() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     let (device, comm) = (gpu(), Comm::solo());
     let mut head = head(&device, &comm);
     let bad = Step::draw(0, 0, true);
@@ -123,7 +121,7 @@ fn a_step_that_fails_with_its_loss_on_the_host_hides_none_before_it() {
 
 #[test]
 fn a_bad_label_comes_late_on_every_rank_and_changes_nothing() {
-    let _turn = simt::turn(2);
+    let _turn = emulator::turn(2);
     let told = on_ranks(2, |place| {
         let device = gpu();
         let mut head = head(&device, &place.comm);

@@ -2,20 +2,18 @@
 //!
 //! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 
-mod common;
-
 use std::ptr::null_mut;
 
-use common::ffi::{options, outcome, pfc_metrics, status_name, Comm, Failure, Head, Outcome, Rows};
-use common::gpu::{gpu, Remote};
-use common::numbers::Random;
-use common::ranks::on_ranks;
-use common::simt;
 use partialfc::capi::comm as c_comm;
 use partialfc::capi::head as c_head;
 use partialfc::capi::types::pfc_matrix;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
+use partialfc_testing::capi::{options, outcome, pfc_metrics, status_name, Comm, Failure, Head, Outcome, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::{gpu, Remote};
+use partialfc_testing::numbers::Random;
+use partialfc_testing::ranks::on_ranks;
 
 const ROWS: usize = 3;
 const DIM: usize = 6;
@@ -41,7 +39,7 @@ fn assert_told<T: std::fmt::Debug>(what: &str, result: Outcome<T>, status: Statu
 
 #[test]
 fn a_sample_is_given_and_told_in_the_gpus_memory() {
-    let _turn = simt::turn(1);
+    let _turn = emulator::turn(1);
     let mut head = Head::new(&gpu(), &Comm::solo(), &small());
     let given = Remote::of(&[2i64, 5, 9, 30]);
     // SAFETY: a live head; ids on the GPU, as many as it says.
@@ -64,7 +62,7 @@ fn a_sample_is_given_and_told_in_the_gpus_memory() {
 
 #[test]
 fn top_k_takes_and_gives_arrays_wherever_they_are() {
-    let _turn = simt::turn(2);
+    let _turn = emulator::turn(2);
     for placement in [Placement::Sharded, Placement::Replicated] {
         on_ranks(2, |place| {
             let mut head = Head::new(&gpu(), &place.comm, &HeadOptions { placement, ..small() });
@@ -98,7 +96,7 @@ fn top_k_takes_and_gives_arrays_wherever_they_are() {
 /// What is of the host's by its nature.
 #[test]
 fn numbers_and_structs_of_the_hosts_are_refused_by_name_elsewhere() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     on_ranks(2, |place| {
         let mut head = Head::new(&gpu(), &place.comm, &small());
         head.forward(&mut Rows::f32(&embeddings(place.rank), DIM), Some(&LABELS)).expect("forward");
@@ -130,7 +128,7 @@ fn numbers_and_structs_of_the_hosts_are_refused_by_name_elsewhere() {
 
 #[test]
 fn rows_to_add_up_on_the_gpu_are_refused_by_name_on_all_ranks() {
-    let _turn = simt::turn(4);
+    let _turn = emulator::turn(4);
     on_ranks(2, |place| {
         let device = gpu();
         let (mut ids, mut rows, mut count) = ([3i64, 8], Rows::f32(&[1.0; 2 * DIM], DIM), 7u64);

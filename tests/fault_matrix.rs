@@ -1,21 +1,19 @@
 //! Every operation of a head's life going wrong on every rank in every way: each rank gets a status, nothing hangs, and a new head
 //! then trains as if nothing had been.
 //!
-//! The ranks are joined by functions of the caller's ([`common::carrier`]), as MPI's or a trainer's own would be. `./test` runs all of it
+//! The ranks are joined by functions of the caller's ([`partialfc_testing::transport`]), as MPI's or a trainer's own would be. `./test` runs all of it
 //! on the CPU, once more with `PFC_CHECK=1`, where each operation has another before it, and on the emulated GPU, whose messages go
 //! through host memory; tests/nccl_head.rs has the same for messages that stay on a GPU's streams.
-
-mod common;
 
 use std::sync::Mutex;
 use std::time::Duration;
 
-use common::carrier::{group, Fault};
-use common::ffi::{on_cuda, options, Device, Failure, Head, Rows};
-use common::ranks::on_comms;
-use common::training::{bits, Batch};
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
+use partialfc_testing::capi::{on_cuda, options, Device, Failure, Head, Rows};
+use partialfc_testing::ranks::on_comms;
+use partialfc_testing::training::{bits, Batch};
+use partialfc_testing::transport::{group, Fault};
 
 const ROWS: usize = 4;
 /// Ranks that nobody tells of a silent one wait so long.
@@ -36,7 +34,7 @@ fn placements() -> [HeadOptions; 2] {
 }
 
 /// Creation, steps one way and the other, figures and a search: all that ranks do together. The bits of what came out.
-fn live(options: &HeadOptions, rank: usize, comm: &common::ffi::Comm) -> Result<Vec<u32>, Failure> {
+fn live(options: &HeadOptions, rank: usize, comm: &partialfc_testing::capi::Comm) -> Result<Vec<u32>, Failure> {
     let mut head = Head::with(&Device::under_test(1), comm, options)?;
     let mut grad = Rows::output(ROWS, head.dim);
     let mut losses = Vec::new();
@@ -55,24 +53,24 @@ fn live(options: &HeadOptions, rank: usize, comm: &common::ffi::Comm) -> Result<
 
 /// What each rank's life came to with a fault planted on one of them.
 fn with_fault(options: &HeadOptions, planted: Option<(usize, i64, Fault)>, timeout_ms: u64) -> Vec<Result<Vec<u32>, Failure>> {
-    let (comms, carriers) = group(size().0 as u32);
+    let (comms, transports) = group(size().0 as u32);
     if let Some((rank, at, fault)) = planted {
-        carriers[rank].plant(at, fault);
+        transports[rank].plant(at, fault);
         if fault == Fault::Hang {
-            carriers.iter().for_each(|carrier| carrier.silence());
+            transports.iter().for_each(|transport| transport.silence());
         }
     }
     on_comms(comms, |place| {
-        place.comm.set_timeout(timeout_ms);
+        place.comm.set_timeout(Duration::from_millis(timeout_ms));
         live(options, place.rank, &place.comm)
     })
 }
 
 /// Operations of a life.
 fn operations(options: &HeadOptions) -> i64 {
-    let (comms, carriers) = group(size().0 as u32);
+    let (comms, transports) = group(size().0 as u32);
     on_comms(comms, |place| live(options, place.rank, &place.comm).expect("a life without faults"));
-    carriers[0].operations()
+    transports[0].operations()
 }
 
 fn status_of(found: &Result<Vec<u32>, Failure>) -> i32 {

@@ -4,20 +4,14 @@
 //! `PFC_REQUIRE_TOOLS=1` makes a missing Open MPI or MPICH a failure; without it the tests take those that are found.
 //! `PFC_GLYPHS=file`, of `glyphs --export`, is what the trainer trains on; without it, shapes that are drawn here.
 
-#[path = "common/processes.rs"]
-mod processes;
-#[path = "common/programs.rs"]
-mod programs;
-use cuda_emulator as simt;
-
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-use processes::{assert_no_findings, kill, on_emulated_gpus, Run};
-use programs::{fresh, link_shared, on_path, output, root, scratch, tool, C};
+use partialfc_testing::processes::{assert_no_findings, kill, on_emulated_gpus, Run};
+use partialfc_testing::programs::{fresh, link_shared, on_path, output, root, scratch, tool, C};
 
 /// How long ranks wait for one that is lost: long beside what a busy machine may take between two messages.
 const PATIENCE_MS: u64 = 5000;

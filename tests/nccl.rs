@@ -1,19 +1,17 @@
 //! Communicators that NCCL carries: its stand-in of `testing/nccl-standin` on the emulated GPU, or, with `PFC_TEST_DRIVER=real`, NCCL itself.
 
-mod common;
-
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::ffi::{outcome, Comm, Failure, Outcome};
-use common::gpu::gpu;
-use common::nccl::{self, Fault};
-use common::ranks::{on_comms, Rank};
-use common::simt;
 use partialfc::capi::comm as c_comm;
 use partialfc::comm::{unique_id, Communicator};
 use partialfc::matrix::DType;
 use partialfc::Status;
+use partialfc_testing::capi::{outcome, Comm, Failure, Outcome};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::gpu;
+use partialfc_testing::nccl::{self, Fault};
+use partialfc_testing::ranks::{on_comms, Rank};
 
 /// As nccl.h has them.
 const SYSTEM_ERROR: i32 = 2;
@@ -81,7 +79,7 @@ fn all_operations(place: &Rank, count: usize) {
 #[test]
 fn every_operation_of_host_memory() {
     for seed in 0..4 {
-        let turn = simt::turn(seed);
+        let turn = emulator::turn(seed);
         let _standin = nccl::emulated(&turn);
         for size in 1..=nccl::most_ranks(&turn) {
             on_comms(nccl::group(size), |place| {
@@ -95,7 +93,7 @@ fn every_operation_of_host_memory() {
 
 #[test]
 fn what_nccl_does_not_take_at_once_is_waited_for() {
-    let turn = simt::turn(5);
+    let turn = emulator::turn(5);
     let Some(standin) = nccl::emulated(&turn) else { return };
     standin.in_progress(3);
     on_comms(nccl::group(3), |place| all_operations(place, 100));
@@ -103,7 +101,7 @@ fn what_nccl_does_not_take_at_once_is_waited_for() {
 
 #[test]
 fn a_nan_is_the_largest() {
-    let turn = simt::turn(6);
+    let turn = emulator::turn(6);
     let _standin = nccl::emulated(&turn);
     let size = nccl::most_ranks(&turn);
     let found = on_comms(nccl::group(size), |place| {
@@ -142,11 +140,11 @@ fn reduce_to_the_end(place: &Rank) -> Failure {
 
 #[test]
 fn a_code_is_told_with_nccl_s_text() {
-    let turn = simt::turn(7);
+    let turn = emulator::turn(7);
     let Some(standin) = nccl::emulated(&turn) else { return };
     standin.plan(1, 2, Fault::Enqueue(SYSTEM_ERROR));
     let outcomes = on_comms(nccl::group(2), |place| {
-        place.comm.set_timeout(300);
+        place.comm.set_timeout(Duration::from_millis(300));
         (reduce_to_the_end(place), place.comm.barrier().expect_err("it has ended"))
     });
     // A rank that has failed leaves the others where they are, maybe in the operation before.
@@ -157,13 +155,13 @@ fn a_code_is_told_with_nccl_s_text() {
 
 #[test]
 fn what_never_ends_on_the_stream_is_a_timeout() {
-    let turn = simt::turn(8);
+    let turn = emulator::turn(8);
     let Some(standin) = nccl::emulated(&turn) else { return };
     for planted in 0..2 {
         standin.plan(planted as i32, 1, Fault::Hang);
         let begin = Instant::now();
         let failures = on_comms(nccl::group(2), |place| {
-            place.comm.set_timeout(200);
+            place.comm.set_timeout(Duration::from_millis(200));
             reduce_to_the_end(place)
         });
         for (rank, failure) in failures.iter().enumerate() {
@@ -177,7 +175,7 @@ fn what_never_ends_on_the_stream_is_a_timeout() {
 
 #[test]
 fn an_error_behind_the_scenes_ends_the_wait() {
-    let turn = simt::turn(9);
+    let turn = emulator::turn(9);
     let Some(standin) = nccl::emulated(&turn) else { return };
     standin.plan(0, 1, Fault::Async(REMOTE_ERROR));
     standin.tell(true);
@@ -187,12 +185,12 @@ fn an_error_behind_the_scenes_ends_the_wait() {
         assert_told(failure, Status::Comm, &["gave 6", &format!("rank {rank}")]);
     }
     // Long before the timeout.
-    assert!(begin.elapsed() < Duration::from_millis(common::ranks::TIMEOUT_MS));
+    assert!(begin.elapsed() < partialfc_testing::ranks::TIMEOUT);
 }
 
 #[test]
 fn an_abort_from_another_thread_ends_the_wait() {
-    let turn = simt::turn(10);
+    let turn = emulator::turn(10);
     let Some(standin) = nccl::emulated(&turn) else { return };
     let comms = nccl::group(2);
     let failure = std::thread::scope(|scope| {
@@ -208,7 +206,7 @@ fn an_abort_from_another_thread_ends_the_wait() {
 
 #[test]
 fn ranks_that_do_not_come_are_a_timeout() {
-    let turn = simt::turn(11);
+    let turn = emulator::turn(11);
     let Some(standin) = nccl::emulated(&turn) else { return };
     let id = unique_id().expect("an id");
     let join = |timeout| {
@@ -228,7 +226,7 @@ fn ranks_that_do_not_come_are_a_timeout() {
 }
 
 fn partialfc_device() -> std::sync::Arc<dyn partialfc::device::Device> {
-    common::gpu::enter();
+    partialfc_testing::gpu::enter();
     // SAFETY: the default stream.
     unsafe { partialfc::device::cuda(0, std::ptr::null_mut()) }.expect("GPU 0")
 }
@@ -237,7 +235,7 @@ fn partialfc_device() -> std::sync::Arc<dyn partialfc::device::Device> {
 fn an_old_library_is_unsupported() {
     // In a process of its own: the version is asked once.
     const OLD: &str = "PFC_TEST_OLD_NCCL";
-    let turn = simt::turn(13);
+    let turn = emulator::turn(13);
     let Some(standin) = nccl::emulated(&turn) else { return };
     if std::env::var_os(OLD).is_some() {
         standin.version(21701);
@@ -258,7 +256,7 @@ fn an_old_library_is_unsupported() {
 #[test]
 fn ranks_that_differ_are_told_by_the_check() {
     // In a process of its own, whose environment asks for the check.
-    let turn = simt::turn(14);
+    let turn = emulator::turn(14);
     let Some(_standin) = nccl::emulated(&turn) else { return };
     if std::env::var_os("PFC_CHECK").is_none() {
         let child = Command::new(std::env::current_exe().expect("this program's path"))
@@ -298,7 +296,7 @@ fn the_library_itself_makes_ids() {
 
 #[test]
 fn wrong_arguments_are_named() {
-    let turn = simt::turn(12);
+    let turn = emulator::turn(12);
     let _standin = nccl::emulated(&turn);
     let device = partialfc_device();
     let refused = |rank, size, device: &dyn partialfc::device::Device| {

@@ -5,20 +5,18 @@
 //!
 //! On the emulated GPU and the stand-in of `testing/nccl-standin`; with `PFC_TEST_DRIVER=real` on a GPU and NCCL itself, as far as these can.
 
-mod common;
-
 use std::sync::Barrier;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use common::ffi::{options, outcome, plan, to_c, traffic_between, Comm, Device, Failure, Head, Outcome, Rows};
-use common::gpu::{gpu_apart, gpu_number, Remote};
-use common::nccl::{self, Fault};
-use common::ranks::{on_comms, Rank};
-use common::simt;
-use common::training::{assert_same_bits, learning_rate, Batch, Trace, ADAMW};
 use partialfc::capi::head as c_head;
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::Status;
+use partialfc_testing::capi::{options, outcome, plan, to_c, traffic_between, Comm, Device, Failure, Head, Outcome, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::{gpu_apart, gpu_number, Remote};
+use partialfc_testing::nccl::{self, Fault};
+use partialfc_testing::ranks::{on_comms, Rank};
+use partialfc_testing::training::{assert_same_bits, learning_rate, Batch, Trace, ADAMW};
 
 const RANKS: usize = 2;
 const ROWS: usize = 5;
@@ -63,7 +61,7 @@ fn train(place: &Rank, options: &HeadOptions) -> Trace {
 
 #[test]
 fn every_placement_has_the_bits_that_threads_give() {
-    let turn = simt::turn(1);
+    let turn = emulator::turn(1);
     let _standin = nccl::emulated(&turn);
     // Three ranks on the emulator, for whose sums the order counts.
     let size = nccl::most_ranks(&turn).min(3);
@@ -81,7 +79,7 @@ fn every_placement_has_the_bits_that_threads_give() {
 
 #[test]
 fn a_step_hands_over_the_bytes_that_the_plan_names() {
-    let turn = simt::turn(3);
+    let turn = emulator::turn(3);
     let _standin = nccl::emulated(&turn);
     let size = nccl::most_ranks(&turn).min(RANKS);
     for base in placements() {
@@ -109,7 +107,7 @@ fn a_step_hands_over_the_bytes_that_the_plan_names() {
 
 #[test]
 fn a_head_on_another_gpu_than_its_communicator_is_refused() {
-    let turn = simt::turn(8);
+    let turn = emulator::turn(8);
     let Some(_standin) = nccl::emulated(&turn) else { return };
     turn.devices(2);
     let (options, freed) = (&placements()[3], Barrier::new(RANKS));
@@ -157,7 +155,7 @@ fn enqueue(head: &Head, [embeddings, labels, gradient, loss]: &[Remote; 4]) -> O
 
 #[test]
 fn with_a_loss_on_the_gpu_no_rank_waits_in_a_step() {
-    let turn = simt::turn(4);
+    let turn = emulator::turn(4);
     let _standin = nccl::emulated(&turn);
     let size = nccl::most_ranks(&turn).min(RANKS);
     // A real driver does not count: there the steps are seen to come out alone.
@@ -188,7 +186,7 @@ fn with_a_loss_on_the_gpu_no_rank_waits_in_a_step() {
 /// What is lost on the stream of a step that nobody waits for comes to light at the next call that does.
 #[test]
 fn a_loss_on_the_gpu_that_never_comes_is_a_timeout() {
-    let turn = simt::turn(5);
+    let turn = emulator::turn(5);
     let Some(standin) = nccl::emulated(&turn) else { return };
     let options = placements()[3].clone();
     // The creation's exchange is number 0, of the next step A is 1, B 2, C 3, D 4.
@@ -196,7 +194,7 @@ fn a_loss_on_the_gpu_that_never_comes_is_a_timeout() {
         standin.plan(1, operation, Fault::Hang);
         let failures = on_comms(nccl::group(RANKS), |place| {
             let mut head = Head::new(&gpu_apart(), &place.comm, &options);
-            place.comm.set_timeout(TIMEOUT_MS);
+            place.comm.set_timeout(Duration::from_millis(TIMEOUT_MS));
             let step = arrays(&options, place.rank, 0);
             let failure = enqueue(&head, &step).and_then(|()| head.wait()).and_then(|()| place.comm.barrier()).err();
             (failure, head.wait().err(), head.read_centers(0, 0).err())
@@ -231,14 +229,14 @@ fn live(options: &HeadOptions, place: &Rank) -> Result<Vec<u64>, Failure> {
 
 fn lives(options: &HeadOptions, timeout_ms: u64) -> Vec<Result<Vec<u64>, Failure>> {
     on_comms(nccl::group(RANKS), |place| {
-        place.comm.set_timeout(timeout_ms);
+        place.comm.set_timeout(Duration::from_millis(timeout_ms));
         live(options, place)
     })
 }
 
 #[test]
 fn every_operation_may_go_wrong_on_every_rank() {
-    let turn = simt::turn(6);
+    let turn = emulator::turn(6);
     let Some(standin) = nccl::emulated(&turn) else { return };
     for options in [&placements()[1], &placements()[3]] {
         standin.reset();

@@ -1,20 +1,18 @@
 //! `include/partialfc_nccl.h` without NCCL, CUDA or a GPU: compiled with the headers of `testing/nccl-standin/shim`, which have as much of
 //! both as it takes, and run over the stand-in for NCCL on the emulated GPU. `.ci/run` compiles it with the real ones.
 
-#[path = "common/programs.rs"]
-mod programs;
-use cuda_emulator as simt;
+use partialfc_testing::emulator;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use programs::{compile, link_shared, output, root, run, run_command, scratch, C};
+use partialfc_testing::programs::{compile, link_shared, output, root, run, run_command, scratch, C};
 
 /// Links with the stand-in and the emulator, which the program finds where they were built.
 fn link_standin(command: &mut Command) {
     let built =
-        [("nccl-standin", "libnccl.so.2"), ("cuda-emulator", "libcuda.so")].map(|(name, library)| simt::build(name, library));
+        [("nccl-standin", "libnccl.so.2"), ("cuda-emulator", "libcuda.so")].map(|(name, library)| emulator::build(name, library));
     for library in &built {
         let folder = library.parent().expect("a folder").display();
         command.arg(library).arg(format!("-Wl,-rpath,{folder}"));
@@ -76,7 +74,7 @@ fn an_old_nccl_is_refused() {
 #[test]
 fn heads_collectives_and_hangs_over_a_trainers_own_communicator() {
     let program = wrapped("wrapped", None);
-    let printed = run_command(simt::emulate(&mut Command::new(&program), 1), &program.with_extension("log"));
+    let printed = run_command(emulator::emulate(&mut Command::new(&program), 1), &program.with_extension("log"));
     assert!(printed.contains("every hang ended"), "{printed}");
 }
 
@@ -88,7 +86,7 @@ fn a_wrong_maximum_is_noticed() {
     assert_eq!(header.matches(rule).count(), 1);
     let folder = scratch("wrong");
     fs::write(folder.join("partialfc_nccl.h"), header.replace(rule, "value > other")).expect("the wrong header");
-    let result = simt::emulate(&mut Command::new(wrapped("wrong", Some(&folder))), 1).output().expect("the program runs");
+    let result = emulator::emulate(&mut Command::new(wrapped("wrong", Some(&folder))), 1).output().expect("the program runs");
     let told = String::from_utf8_lossy(&result.stderr).into_owned();
     assert!(!result.status.success() && told.contains("all_reduce: wrong result"), "{told}");
 }

@@ -1,20 +1,14 @@
 //! `examples/nccl_file/train.c`: processes that NCCL joins without MPI, told their rank by the environment as launchers do it. On
 //! emulated GPUs and the stand-in for NCCL, whatever the machine has.
 
-#[path = "common/processes.rs"]
-mod processes;
-#[path = "common/programs.rs"]
-mod programs;
-use cuda_emulator as simt;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use processes::{assert_no_findings, on_emulated_gpus, send, Run};
-use programs::{compile, fresh, link_shared, output, root, scratch, C};
+use partialfc_testing::processes::{assert_no_findings, on_emulated_gpus, send, Run};
+use partialfc_testing::programs::{compile, fresh, link_shared, output, root, scratch, C};
 
 /// What launchers call a rank, the number of ranks, and the rank's number on its machine.
 const LAUNCHERS: [(&str, [&str; 3]); 4] = [

@@ -1,14 +1,12 @@
 //! The float64 reference head against finite differences of its own loss, and against the PyTorch implementation's vectors.
 
-mod common;
-
-use common::numbers::{assert_close, relative_l2, widen, Random};
-use common::vectors::{Vectors, NAMES};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
-use partialfc::reference::{target, Head, RankInput, Step};
 use partialfc::Status;
+use partialfc_testing::numbers::{assert_close, relative_l2, widen, Random};
+use partialfc_testing::reference::{target, Head, RankInput, Step};
+use partialfc_testing::vectors::{Vectors, NAMES};
 
 const MARGIN: Margin =
     Margin { scale: 16.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: false };

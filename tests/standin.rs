@@ -1,10 +1,8 @@
 //! The stand-in for NCCL as tests in Rust load it. What it does is tested in `testing/nccl-standin/tests`.
 
-mod common;
-
 use std::ffi::{c_int, c_void};
 
-use common::{nccl, simt};
+use partialfc_testing::{emulator, nccl};
 
 type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
 type GroupEnd = unsafe extern "C" fn() -> c_int;
@@ -23,7 +21,7 @@ fn function(name: &std::ffi::CStr) -> *mut c_void {
 
 #[test]
 fn a_look_for_nccl_finds_the_stand_in_and_misuse_is_found() {
-    let turn = simt::turn(1);
+    let turn = emulator::turn(1);
     let standin = nccl::standin(&turn);
     standin.quiet(true);
     // SAFETY: the types are NCCL's.

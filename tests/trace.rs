@@ -1,17 +1,15 @@
 //! What the trace says of steps: the phases on the host, what runs beside what on a GPU, and the file.
 
-mod common;
-
 use std::process::Command;
 
-use common::ffi::{options, Comm, Device, Head, Rows};
-use common::gpu::gpu_apart;
-use common::nccl;
-use common::ranks::on_comms;
-use common::simt;
-use common::training::{learning_rate, Batch};
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::trace::{self, Span};
+use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::gpu_apart;
+use partialfc_testing::nccl;
+use partialfc_testing::ranks::on_comms;
+use partialfc_testing::training::{learning_rate, Batch};
 
 const BATCH: usize = 40;
 
@@ -66,7 +64,7 @@ fn traced(run: impl FnOnce()) -> Vec<Span> {
 
 #[test]
 fn the_host_s_phases_follow_each_other() {
-    let _turn = simt::turn(3);
+    let _turn = emulator::turn(3);
     for placement in [Placement::Sharded, Placement::Replicated] {
         let spans = traced(|| train(Comm::threads(2), &HeadOptions { placement, ..small() }, || Device::cpu(1)));
         let phases: &[&str] = match placement {
@@ -90,7 +88,7 @@ fn the_host_s_phases_follow_each_other() {
 /// a matter of timing.
 #[test]
 fn collectives_and_the_next_draw_run_beside_the_products() {
-    let turn = simt::turn(3);
+    let turn = emulator::turn(3);
     let spans = traced(|| train(Comm::threads(2), &small(), gpu_apart));
     if turn.is_emulator() {
         assert_overlaps(&spans);
@@ -99,7 +97,7 @@ fn collectives_and_the_next_draw_run_beside_the_products() {
 
 #[test]
 fn so_they_do_over_nccl() {
-    let turn = simt::turn(4);
+    let turn = emulator::turn(4);
     let Some(_standin) = nccl::emulated(&turn) else { return };
     let spans = traced(|| train(nccl::group(2), &small(), gpu_apart));
     assert_overlaps(&spans);

@@ -1,16 +1,14 @@
 //! What a head does with what it cannot use: the status and the text on every rank, and that it works afterwards or is poisoned.
 
-mod carriers;
-#[path = "../common/mod.rs"]
-mod common;
 mod options;
 mod pointers;
 mod ranks;
 mod rows;
 mod steps;
+mod transports;
 
-use common::ffi::{status_name, Failure, Outcome};
 use partialfc::Status;
+use partialfc_testing::capi::{status_name, Failure, Outcome};
 
 /// Asserts the failure: its status, and that its text has every word.
 #[track_caller]

@@ -6,13 +6,13 @@ use partialfc::capi::types::pfc_head_options;
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{head_options, on_cuda, outcome, plan, Comm, Device, Head};
-use crate::common::ranks::on_ranks;
+use partialfc_testing::capi::{head_options, on_cuda, outcome, plan, Comm, Device, Head};
+use partialfc_testing::ranks::on_ranks;
 
 type Set = fn(&mut pfc_head_options);
 
 /// Tries a head on one rank, and its plan.
-fn try_head(set: Set) -> [Result<(), crate::common::ffi::Failure>; 2] {
+fn try_head(set: Set) -> [Result<(), partialfc_testing::capi::Failure>; 2] {
     let mut options = head_options(10, 4, 8);
     set(&mut options);
     let head = Head::create(&Device::under_test(1), &Comm::solo(), &options).map(|_| ());

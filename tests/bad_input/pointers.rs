@@ -1,5 +1,7 @@
 //! NULL and matrices that cannot be: refused by name, on all ranks where the call is collective.
 
+use std::time::Duration;
+
 use std::ptr::{null, null_mut};
 
 use partialfc::capi::comm as c_comm;
@@ -11,8 +13,8 @@ use partialfc::capi::types::pfc_matrix;
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{head_options, on_cuda, options, outcome, Comm, Device, Head, Rows};
-use crate::common::ranks::on_ranks;
+use partialfc_testing::capi::{head_options, on_cuda, options, outcome, Comm, Device, Head, Rows};
+use partialfc_testing::ranks::on_ranks;
 
 #[track_caller]
 fn refused(what: &str, status: i32, words: &[&str]) {
@@ -94,7 +96,7 @@ fn null_is_refused_by_name_where_a_call_is_local() {
 /// A call that is collective: rank 1 passes what it must not, the others what they should. Rank 1 hears of its own, the others of rank 1.
 fn on_one_rank(name: &str, words: &[&str], call: impl Fn(&mut Head, &mut Rows, &mut Rows, bool) -> i32 + Sync) {
     on_ranks(3, |place| {
-        place.comm.set_timeout(3000);
+        place.comm.set_timeout(Duration::from_millis(3000));
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         let (mut embeddings, mut grad) = (Rows::f32(&[1.0; 8], 4), Rows::output(2, 4));
         let outcome = outcome(call(&mut head, &mut embeddings, &mut grad, place.rank == 1));
@@ -165,7 +167,7 @@ fn null_on_one_rank_of_a_collective_call_is_heard_on_all() {
 #[test]
 fn metrics_without_a_struct_on_one_rank_do_not_leave_the_others_waiting() {
     on_ranks(3, |place| {
-        place.comm.set_timeout(3000);
+        place.comm.set_timeout(Duration::from_millis(3000));
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             // SAFETY: a live head; NULL is what is tested.

@@ -8,9 +8,9 @@ use partialfc::options::HeadOptions;
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{options, outcome, Comm, Device, Head, Rows};
-use crate::common::ranks::on_ranks;
-use crate::common::training::Batch;
+use partialfc_testing::capi::{options, outcome, Comm, Device, Head, Rows};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::Batch;
 
 /// Every call on a poisoned head says so, and why.
 fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
@@ -35,7 +35,7 @@ fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
 fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
     on_ranks(3, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
-        place.comm.set_timeout(300);
+        place.comm.set_timeout(Duration::from_millis(300));
         let mut rows = Rows::f32(&[1.0; 4], 4);
         let what = format!("rank {}", place.rank);
         if place.rank == 1 {
@@ -63,7 +63,7 @@ fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
 fn ranks_at_different_calls_are_told_apart() {
     on_ranks(2, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
-        place.comm.set_timeout(3000);
+        place.comm.set_timeout(Duration::from_millis(3000));
         let failure = match place.rank {
             0 => head.forward(&mut Rows::f32(&[1.0; 4], 4), Some(&[1])).expect_err("the other asks for metrics"),
             _ => head.metrics().map(|_| ()).expect_err("the other forwards"),

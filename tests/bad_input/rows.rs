@@ -5,9 +5,9 @@ use partialfc::options::HeadOptions;
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{options, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
-use crate::common::ranks::on_ranks;
-use crate::common::training::ADAMW;
+use partialfc_testing::capi::{options, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::ADAMW;
 
 #[test]
 fn rows_outside_the_shard_are_refused() {

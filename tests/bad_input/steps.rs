@@ -5,9 +5,9 @@ use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::ffi::{on_cuda, options, Device, Head, Outcome, Rows};
-use crate::common::ranks::{on_ranks, Rank};
-use crate::common::training::{assert_same_bits, train, train_step, Batch, Trace};
+use partialfc_testing::capi::{on_cuda, options, Device, Head, Outcome, Rows};
+use partialfc_testing::ranks::{on_ranks, Rank};
+use partialfc_testing::training::{assert_same_bits, train, train_step, Batch, Trace};
 
 const RANKS: usize = 3;
 const CLASSES: u64 = 20;
@@ -272,13 +272,13 @@ fn a_learning_rate_refused_leaves_the_update_to_be_asked_for_again() {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let mut trace = Trace::default();
             for step in 0..2 {
-                let rows = crate::common::training::batch_rows(&options, place.rank, step);
+                let rows = partialfc_testing::training::batch_rows(&options, place.rank, step);
                 let batch = Batch::draw(&options, place.rank, step, rows);
                 let mut grad = Rows::output(rows, DIM);
                 let loss = head.forward(&mut batch.rows(DIM), Some(&batch.labels)).expect("forward");
                 head.backward(1.0, 1.0, &mut grad).expect("backward");
                 assert_refused("update", head.update(f64::NAN), Status::InvalidArgument, &["learning_rate", "NaN"]);
-                head.update(crate::common::training::learning_rate(step)).expect("update");
+                head.update(partialfc_testing::training::learning_rate(step)).expect("update");
                 trace.saw_step(loss, &grad, head.sample_ids().expect("ids"));
             }
             trace.saw_rows(&mut head, &options);
@@ -295,7 +295,7 @@ fn a_wrong_gradient_matrix_on_one_rank_is_that_ranks_alone() {
         let expected = on_ranks(RANKS, |place| train(place, &options, 1, 1));
         let found = on_ranks(RANKS, |place| {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
-            let rows = crate::common::training::batch_rows(&options, place.rank, 0);
+            let rows = partialfc_testing::training::batch_rows(&options, place.rank, 0);
             let batch = Batch::draw(&options, place.rank, 0, rows);
             let loss = head.forward(&mut batch.rows(DIM), Some(&batch.labels)).expect("forward");
             let wrong = place.rank == 1;
@@ -307,7 +307,7 @@ fn a_wrong_gradient_matrix_on_one_rank_is_that_ranks_alone() {
             } else {
                 outcome.expect("its own gradient is good");
             }
-            head.update(crate::common::training::learning_rate(0)).expect("update");
+            head.update(partialfc_testing::training::learning_rate(0)).expect("update");
             let mut trace = Trace::default();
             trace.saw_step(loss, &grad, head.sample_ids().expect("ids"));
             trace.saw_rows(&mut head, &options);

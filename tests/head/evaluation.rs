@@ -1,12 +1,12 @@
 //! What a head tells of itself: metrics, and the class centres nearest to a row.
 
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
-use partialfc::reference::{self, RankInput, Step};
+use partialfc_testing::reference::{self, RankInput, Step};
 
-use crate::common::ffi::{options, pfc_metrics, Comm, Device, Head, Rows};
-use crate::common::numbers::{assert_close, norm, widen, Random};
-use crate::common::ranks::on_ranks;
-use crate::common::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
+use partialfc_testing::capi::{options, pfc_metrics, Comm, Device, Head, Rows};
+use partialfc_testing::numbers::{assert_close, norm, widen, Random};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
 
 const IGNORED: i64 = -7;
 
@@ -220,7 +220,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let mut trace = Trace::default();
             for step in 0..4 {
-                crate::common::training::train_step(&mut head, place, &options, step, &mut trace);
+                partialfc_testing::training::train_step(&mut head, place, &options, step, &mut trace);
             }
             let query = Random(1).normals(6, 1.0);
             let (ids, found) = head.top_k(&mut Rows::f32(&query, 6), 40).expect("top k");
@@ -235,7 +235,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
 }
 
 /// Training with a question after every call.
-fn ask_between(place: &crate::common::ranks::Rank, options: &HeadOptions) -> Trace {
+fn ask_between(place: &partialfc_testing::ranks::Rank, options: &HeadOptions) -> Trace {
     let mut head = Head::new(&Device::under_test(1), &place.comm, options);
     let mut trace = Trace::default();
     let query = Random(1).normals(6 * (1 + place.rank), 1.0);

@@ -2,8 +2,6 @@
 //! tells of itself.
 
 mod bits;
-#[path = "../common/mod.rs"]
-mod common;
 mod evaluation;
 mod rows;
 mod sampling;

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use partialfc::options::{HeadOptions, Placement};
 
-use crate::common::ffi::{options, outcome, Device, Head, Rows};
-use crate::common::numbers::Random;
-use crate::common::ranks::on_ranks;
-use crate::common::training::{assert_same_bits, Batch, Trace};
+use partialfc_testing::capi::{options, outcome, Device, Head, Rows};
+use partialfc_testing::numbers::Random;
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{assert_same_bits, Batch, Trace};
 
 const STEPS: usize = 400;
 
@@ -193,7 +193,7 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
                 (Placement::Replicated, _) => vec![0, 5, 12, 14],
             };
             head.set_sample(&given).expect("a sample");
-            head.forward(&mut crate::common::ffi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
+            head.forward(&mut partialfc_testing::capi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
             let expected = match (placement, place.rank) {
                 (Placement::Sharded, 0) => vec![0, 3, 5],
                 (Placement::Sharded, _) => vec![12, 14, 19],
@@ -201,7 +201,7 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
             };
             assert_eq!(head.sample_ids().expect("ids"), expected, "{placement:?} rank {}", place.rank);
             // For one step only: the next one draws again.
-            head.forward(&mut crate::common::ffi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
+            head.forward(&mut partialfc_testing::capi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
             let drawn = head.sample_ids().expect("ids").len();
             assert_eq!(drawn, if placement == Placement::Sharded { 5 } else { 10 }, "{placement:?} rank {}", place.rank);
         });

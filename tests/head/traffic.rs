@@ -3,9 +3,9 @@
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 
-use crate::common::ffi::{options, plan, to_c, traffic_between, Device, Head, Rows};
-use crate::common::ranks::on_ranks;
-use crate::common::training::{Batch, ADAMW};
+use partialfc_testing::capi::{options, plan, to_c, traffic_between, Device, Head, Rows};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{Batch, ADAMW};
 
 #[test]
 fn a_step_hands_over_the_bytes_that_the_plan_names() {

@@ -7,11 +7,11 @@ use partialfc::capi::types::pfc_margin;
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
-use partialfc::reference::{self, RankInput, Step};
+use partialfc_testing::reference::{self, RankInput, Step};
 
-use crate::common::ffi::{options, outcome, Device, Rows};
-use crate::common::numbers::{norm, Random};
 use crate::{assert_refused, device, lend, margin, Workspace};
+use partialfc_testing::capi::{options, outcome, Device, Rows};
+use partialfc_testing::numbers::{norm, Random};
 
 /// What one rank's forward gives.
 struct Forward {

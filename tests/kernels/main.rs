@@ -1,7 +1,5 @@
 //! The kernels without a head, each against straightforward float64 loops.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod fused;
 mod margin;
 mod normalize;
@@ -11,10 +9,10 @@ mod update;
 use std::cell::Cell;
 use std::ffi::c_void;
 
-use common::ffi::{on_cuda, outcome, Device, Outcome, Rows};
-use common::gpu::{self, Remote};
-use common::numbers::Random;
 use partialfc::capi::types::{pfc_margin, pfc_margin_init_sized, pfc_matrix};
+use partialfc_testing::capi::{on_cuda, outcome, Device, Outcome, Rows};
+use partialfc_testing::gpu::{self, Remote};
+use partialfc_testing::numbers::Random;
 
 /// A margin with defaults, before a test sets fields.
 fn margin() -> pfc_margin {

@@ -6,9 +6,9 @@ use partialfc::capi::kernels::{pfc_margin_backward, pfc_margin_forward, pfc_part
 use partialfc::capi::types::pfc_margin;
 use partialfc::matrix::DType;
 
-use crate::common::ffi::{outcome, Rows};
-use crate::common::numbers::Random;
 use crate::{assert_refused, device, lend, margin};
+use partialfc_testing::capi::{outcome, Rows};
+use partialfc_testing::numbers::Random;
 
 /// exp(-87): numerators below it may be 0.
 const LOST: f64 = 1.65e-38;

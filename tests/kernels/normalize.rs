@@ -5,9 +5,9 @@ use std::ptr::{null, null_mut};
 use partialfc::capi::kernels::{pfc_normalize_gemm, pfc_normalize_gemm_workspace, pfc_normalize_rows};
 use partialfc::matrix::DType;
 
-use crate::common::ffi::{outcome, Rows};
-use crate::common::numbers::{norm, Random};
 use crate::{assert_refused, device, lend, Workspace};
+use partialfc_testing::capi::{outcome, Rows};
+use partialfc_testing::numbers::{norm, Random};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 

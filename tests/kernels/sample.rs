@@ -4,9 +4,9 @@ use std::ptr::{null, null_mut};
 
 use partialfc::capi::kernels::pfc_sample_classes;
 
-use crate::common::ffi::{outcome, Device, Outcome};
-use crate::common::numbers::Random;
 use crate::{assert_refused, device, lend};
+use partialfc_testing::capi::{outcome, Device, Outcome};
+use partialfc_testing::numbers::Random;
 
 /// Philox4x32-10, from the paper.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {

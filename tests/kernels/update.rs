@@ -6,9 +6,9 @@ use partialfc::capi::kernels::pfc_update_rows;
 use partialfc::capi::types::{pfc_optimizer, pfc_optimizer_init_sized};
 use partialfc::matrix::DType;
 
-use crate::common::ffi::{outcome, Device, Outcome, Rows};
-use crate::common::numbers::Random;
 use crate::{assert_refused, device, lend};
+use partialfc_testing::capi::{outcome, Device, Outcome, Rows};
+use partialfc_testing::numbers::Random;
 
 fn optimizer(kind: i32) -> pfc_optimizer {
     // SAFETY: all zeros is a value of it; the size is its own.

@@ -6,8 +6,8 @@ use partialfc::optimizer::{Adamw, Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use proptest::prelude::*;
 
-use crate::common::ffi::{Rows, LEAST};
-use crate::common::numbers::{norm, Random};
+use crate::capi::{Rows, LEAST};
+use crate::numbers::{norm, Random};
 
 /// Which classes the rows belong to.
 #[derive(Clone, Copy, Debug, PartialEq)]

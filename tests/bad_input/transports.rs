@@ -1,13 +1,15 @@
 //! Heads on a communicator of the caller's functions that fail: with a code, or by never returning.
 
+use std::time::Duration;
+
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
 
 use crate::assert_refused;
-use crate::common::carrier::{group, Fault, CODE};
-use crate::common::ffi::{options, Comm, Device, Head, Rows};
-use crate::common::ranks::on_comms;
-use crate::common::training::{assert_same_bits, train};
+use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
+use partialfc_testing::ranks::on_comms;
+use partialfc_testing::training::{assert_same_bits, train};
+use partialfc_testing::transport::{group, Fault, CODE};
 
 fn placements() -> [HeadOptions; 2] {
     let sharded = options(10, 4, 8);
@@ -25,20 +27,20 @@ fn a_head_on_a_custom_communicator_gives_the_bits_of_one_on_threads() {
 }
 
 /// Lets rank 1's `at`-th operation of a step fail; gives what each rank's first failing call said.
-fn fail_in_step(options: &HeadOptions, at: i64, fault: Fault, timeout_ms: u64) -> Vec<crate::common::ffi::Failure> {
-    let (comms, carriers) = group(3);
+fn fail_in_step(options: &HeadOptions, at: i64, fault: Fault, timeout_ms: u64) -> Vec<partialfc_testing::capi::Failure> {
+    let (comms, transports) = group(3);
     on_comms(comms, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, options);
         place.comm.barrier().expect("all are there");
-        place.comm.set_timeout(timeout_ms);
+        place.comm.set_timeout(Duration::from_millis(timeout_ms));
         if fault == Fault::Hang {
-            carriers[place.rank].silence();
+            transports[place.rank].silence();
         }
         if place.rank == 1 {
-            carriers[1].plant(at, fault);
+            transports[1].plant(at, fault);
         }
         let mut rows = Rows::f32(&[1.0; 8], 4);
-        let mut step = || -> Result<(), crate::common::ffi::Failure> {
+        let mut step = || -> Result<(), partialfc_testing::capi::Failure> {
             head.forward(&mut rows, Some(&[1, 2]))?;
             head.backward(1.0, 1.0, &mut Rows::output(2, 4))?;
             head.update(0.1)
@@ -94,10 +96,10 @@ fn a_function_that_never_returns_is_timeout_on_all_ranks_and_poisons() {
 
 #[test]
 fn a_failing_function_during_creation_gives_no_head() {
-    let (comms, carriers) = group(2);
+    let (comms, transports) = group(2);
     on_comms(comms, |place| {
         if place.rank == 1 {
-            carriers[1].plant(0, Fault::Code);
+            transports[1].plant(0, Fault::Code);
         }
         let refused = Head::with(&Device::under_test(1), &place.comm, &options(10, 4, 8)).map(|_| ());
         match place.rank {

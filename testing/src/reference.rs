@@ -16,10 +16,10 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::margin::{Margin, MarginGradient};
-use crate::optimizer::Optimizer;
-use crate::options::{HeadOptions, Placement, RowUpdate};
-use crate::{ensure, error, Result};
+use partialfc::margin::{Margin, MarginGradient};
+use partialfc::optimizer::Optimizer;
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
+use partialfc::{ensure, error, Result};
 
 /// A norm below it is none: the row has cosine 0 with everything and gradient 0.
 const SMALLEST_NORM: f64 = 1e-12;

@@ -6,19 +6,19 @@ use partialfc::capi::device::pfc_device_cuda;
 use partialfc::capi::types::pfc_matrix;
 use partialfc::matrix::DType;
 
-use super::ffi::{outcome, Device};
-use super::simt;
+use crate::capi::{outcome, Device};
+use crate::emulator;
 
 /// `driver!(c"cuName", unsafe extern "C" fn(..) -> i32)`: a function of the driver's, to be called as such.
 #[macro_export]
 macro_rules! driver {
     ($name:literal, $type:ty) => {
-        std::mem::transmute::<*mut std::ffi::c_void, $type>($crate::common::gpu::driver_function($name))
+        std::mem::transmute::<*mut std::ffi::c_void, $type>($crate::gpu::driver_function($name))
     };
 }
 
 pub fn driver_function(name: &CStr) -> *mut c_void {
-    simt::ready();
+    emulator::ready();
     // SAFETY: a name that ends; the driver is loaded for everyone to see.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr().cast::<c_char>()) };
     assert!(!found.is_null(), "{name:?}");

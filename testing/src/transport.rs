@@ -5,10 +5,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use partialfc::capi::comm::{
-    pfc_comm_all_gather, pfc_comm_all_reduce, pfc_comm_custom, pfc_comm_ops, pfc_comm_ops_init_sized, pfc_comm_reduce_scatter,
+    pfc_comm_all_gather, pfc_comm_all_reduce, pfc_comm_ops, pfc_comm_ops_init_sized, pfc_comm_reduce_scatter,
 };
 
-use super::ffi::{outcome, Comm};
+use crate::capi::{outcome, Comm};
 
 /// What becomes of an operation on the rank that it is planted on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub enum Fault {
 pub const CODE: i32 = 4242;
 
 /// A rank of the group.
-pub struct Carrier {
+pub struct TestTransport {
     inner: Comm,
     state: Mutex<State>,
     told: Condvar,
@@ -44,7 +44,7 @@ struct State {
     aborted: bool,
 }
 
-impl Carrier {
+impl TestTransport {
     /// The operation after `operations` more of this rank's goes wrong.
     pub fn plant(&self, operations: i64, fault: Fault) {
         let mut state = self.state.lock().expect("no panic under the lock");
@@ -111,8 +111,8 @@ impl Carrier {
     }
 }
 
-unsafe fn carrier<'a>(ctx: *mut c_void) -> &'a Carrier {
-    &*ctx.cast::<Carrier>()
+unsafe fn transport_of<'a>(ctx: *mut c_void) -> &'a TestTransport {
+    &*ctx.cast::<TestTransport>()
 }
 
 /// pfc_comm_custom takes elements of these dtypes: PFC_F32, PFC_F64, PFC_I32, PFC_I64.
@@ -121,10 +121,10 @@ fn size_of_element(dtype: i32) -> usize {
 }
 
 unsafe extern "C" fn all_gather(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, _: *mut c_void) -> i32 {
-    let carrier = carrier(ctx);
-    let size = partialfc::capi::comm::pfc_comm_size(carrier.inner.0) as usize;
-    carrier.run((send, bytes as usize), (recv, size * bytes as usize), |send, recv| {
-        pfc_comm_all_gather(carrier.inner.0, send, recv, bytes)
+    let transport = transport_of(ctx);
+    let size = partialfc::capi::comm::pfc_comm_size(transport.inner.0) as usize;
+    transport.run((send, bytes as usize), (recv, size * bytes as usize), |send, recv| {
+        pfc_comm_all_gather(transport.inner.0, send, recv, bytes)
     })
 }
 
@@ -137,8 +137,8 @@ unsafe extern "C" fn all_reduce(
     op: i32,
     _: *mut c_void,
 ) -> i32 {
-    let (carrier, bytes) = (carrier(ctx), count as usize * size_of_element(dtype));
-    carrier.run((send, bytes), (recv, bytes), |send, recv| pfc_comm_all_reduce(carrier.inner.0, send, recv, count, dtype, op))
+    let (transport, bytes) = (transport_of(ctx), count as usize * size_of_element(dtype));
+    transport.run((send, bytes), (recv, bytes), |send, recv| pfc_comm_all_reduce(transport.inner.0, send, recv, count, dtype, op))
 }
 
 unsafe extern "C" fn reduce_scatter(
@@ -150,18 +150,18 @@ unsafe extern "C" fn reduce_scatter(
     op: i32,
     _: *mut c_void,
 ) -> i32 {
-    let (carrier, bytes) = (carrier(ctx), count as usize * size_of_element(dtype));
-    let size = partialfc::capi::comm::pfc_comm_size(carrier.inner.0) as usize;
-    carrier.run((send, size * bytes), (recv, bytes), |send, recv| {
-        pfc_comm_reduce_scatter(carrier.inner.0, send, recv, count, dtype, op)
+    let (transport, bytes) = (transport_of(ctx), count as usize * size_of_element(dtype));
+    let size = partialfc::capi::comm::pfc_comm_size(transport.inner.0) as usize;
+    transport.run((send, size * bytes), (recv, bytes), |send, recv| {
+        pfc_comm_reduce_scatter(transport.inner.0, send, recv, count, dtype, op)
     })
 }
 
 unsafe extern "C" fn abort(ctx: *mut c_void) {
-    let carrier = carrier(ctx);
-    carrier.state.lock().expect("no panic under the lock").aborted = true;
-    carrier.told.notify_all();
-    carrier.inner.abort();
+    let transport = transport_of(ctx);
+    transport.state.lock().expect("no panic under the lock").aborted = true;
+    transport.told.notify_all();
+    transport.inner.abort();
 }
 
 unsafe extern "C" fn error_string(_: *mut c_void, code: i32, buffer: *mut c_char, size: u64) {
@@ -171,14 +171,14 @@ unsafe extern "C" fn error_string(_: *mut c_void, code: i32, buffer: *mut c_char
 }
 
 unsafe extern "C" fn free(ctx: *mut c_void) {
-    drop(Arc::from_raw(ctx.cast::<Carrier>()));
+    drop(Arc::from_raw(ctx.cast::<TestTransport>()));
 }
 
-/// A group of custom communicators, and what carries each.
-pub fn group(ranks: u32) -> (Vec<Comm>, Vec<Arc<Carrier>>) {
+/// A group of custom communicators, and their transports.
+pub fn group(ranks: u32) -> (Vec<Comm>, Vec<Arc<TestTransport>>) {
     let ends = Comm::threads(ranks).into_iter().enumerate().map(|(rank, inner)| {
-        let carrier = Arc::new(Carrier { inner, state: Mutex::default(), told: Condvar::new() });
-        let ctx = Arc::into_raw(carrier.clone()).cast_mut().cast::<c_void>();
+        let transport = Arc::new(TestTransport { inner, state: Mutex::default(), told: Condvar::new() });
+        let ctx = Arc::into_raw(transport.clone()).cast_mut().cast::<c_void>();
         // SAFETY: all zeros is a value of the table; the functions take what ctx is.
         let comm = unsafe {
             let mut ops: pfc_comm_ops = std::mem::zeroed();
@@ -190,11 +190,9 @@ pub fn group(ranks: u32) -> (Vec<Comm>, Vec<Arc<Carrier>>) {
             ops.abort = Some(abort);
             ops.error_string = Some(error_string);
             ops.free = Some(free);
-            let mut raw = std::ptr::null_mut();
-            outcome(pfc_comm_custom(&ops, &mut raw)).expect("a communicator");
-            Comm(raw)
+            Comm::custom(&ops).expect("a communicator")
         };
-        (comm, carrier)
+        (comm, transport)
     });
     ends.unzip()
 }

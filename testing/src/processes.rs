@@ -1,9 +1,6 @@
 //! Commands that start processes of their own: watched, and ended with all that they started; and the environment in which they find
 //! emulated GPUs and the stand-in for NCCL.
 
-// Each suite uses a part of it.
-#![allow(dead_code)]
-
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -11,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::simt;
+use crate::{emulator, nccl};
 
 /// A run that takes longer is taken to hang.
 const LONGEST: Duration = Duration::from_secs(240);
@@ -23,8 +20,7 @@ const FINDINGS: [&str; 2] = ["standin: ", "simt: "];
 
 /// Gives what a command starts that many emulated GPUs each, and the stand-in for NCCL. Neither is loaded into this process.
 pub fn on_emulated_gpus(command: &mut Command, count: usize) -> &mut Command {
-    let nccl = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl-standin", "libnccl.so.2"), PathBuf::from);
-    simt::emulate(command, count).env("PFC_NCCL_LIB", nccl)
+    emulator::emulate(command, count).env("PFC_NCCL_LIB", nccl::library())
 }
 
 /// What was printed must hold no finding.
@@ -107,4 +103,33 @@ pub fn kill(id: i32) {
 pub fn send(id: i32, signal: i32) {
     // SAFETY: sends a signal to a process that this test started.
     unsafe { libc::kill(id, signal) };
+}
+
+/// Runs a test's body in a process of its own: the child of a fork has only the thread that forked, so no other test may run
+/// beside.
+pub fn in_a_process_of_its_own(test: &str, body: impl FnOnce()) {
+    const MARK: &str = "PARTIALFC_TEST_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return body();
+    }
+    let program = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(program).args(["--exact", test, "--test-threads=1"]).env(MARK, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// Forks, and asserts that the child's body gave true. A child that hangs is killed.
+pub fn in_a_forked_child(body: impl FnOnce() -> bool) {
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0, "fork");
+    if child == 0 {
+        unsafe {
+            libc::alarm(20);
+            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(false);
+            libc::_exit(if good { 0 } else { 1 })
+        }
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child's wait status");
 }

@@ -1,8 +1,5 @@
 //! C and C++ programs: what compiles them against the libraries that cargo built, and runs them.
 
-// Each suite uses a part of it.
-#![allow(dead_code)]
-
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,8 +12,9 @@ pub const C: [&str; 7] = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wstrict
 /// A program that runs longer is taken to hang.
 const LONGEST: Duration = Duration::from_secs(300);
 
+/// The package's folder, where cargo starts tests.
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    std::env::current_dir().expect("the working folder")
 }
 
 pub struct Libraries {
@@ -67,9 +65,12 @@ pub fn link_shared(command: &mut Command) {
     command.arg("-L").arg(links).arg("-lpartialfc").arg(format!("-Wl,-rpath,{}", links.display()));
 }
 
-/// A folder of this test suite's own.
+/// A folder of this test suite's own, <target>/tmp/<suite>/<name>; the suite is <target>/<profile>/deps/<suite>-<hash>.
 pub fn scratch(name: &str) -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME")).join(name);
+    let test = std::env::current_exe().expect("this test has a path");
+    let file = test.file_name().expect("a name").to_string_lossy();
+    let suite = file.rsplit_once('-').map_or(&*file, |(suite, _)| suite);
+    let directory = test.ancestors().nth(3).expect("cargo's target folder").join("tmp").join(suite).join(name);
     fs::create_dir_all(&directory).expect("a folder under target/tmp");
     directory
 }

@@ -1,12 +1,15 @@
-//! Runs a body on every rank of a group of threads, so that a failing rank ends the test instead of hanging it.
+//! Runs a body on every rank of a group of threads.
 
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
+use std::time::Duration;
 
-use super::ffi::Comm;
+use crate::capi::Comm;
 
 /// No test waits longer for another rank.
-pub const TIMEOUT_MS: u64 = 20_000;
+pub const TIMEOUT: Duration = Duration::from_secs(20);
+/// A wait that no test reaches unless something hangs.
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// One rank's place in the group.
 pub struct Rank {
@@ -34,7 +37,7 @@ pub fn on_comms<T: Send>(comms: Vec<Comm>, body: impl Fn(&Rank) -> T + Sync) -> 
             .map(|(rank, comm)| {
                 let (body, first_panic) = (&body, &first_panic);
                 scope.spawn(move || {
-                    comm.set_timeout(TIMEOUT_MS);
+                    comm.set_timeout(TIMEOUT);
                     let place = Rank { rank, size, comm };
                     catch_unwind(AssertUnwindSafe(|| body(&place)))
                         .map_err(|panic| {
@@ -51,4 +54,20 @@ pub fn on_comms<T: Send>(comms: Vec<Comm>, body: impl Fn(&Rank) -> T + Sync) -> 
         resume_unwind(panic);
     }
     results.into_iter().map(|result| result.expect("no panic, so a result")).collect()
+}
+
+/// A group of threads, for [`together`].
+pub fn group(size: u32) -> Vec<Comm> {
+    let ranks = Comm::threads(size);
+    ranks.iter().for_each(|rank| rank.set_timeout(LONG));
+    ranks
+}
+
+/// Runs `body` on a thread for each rank; what they returned, in rank order. A rank that panics leaves the others waiting.
+pub fn together<T: Send>(ranks: &[Comm], body: impl Fn(&Comm) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let body = &body;
+        let threads: Vec<_> = ranks.iter().map(|rank| scope.spawn(move || body(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a rank's thread")).collect()
+    })
 }

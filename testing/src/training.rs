@@ -3,9 +3,9 @@
 use partialfc::optimizer::{Adamw, Optimizer};
 use partialfc::options::HeadOptions;
 
-use super::ffi::{Device, Head, Rows};
-use super::numbers::Random;
-use super::ranks::Rank;
+use crate::capi::{Device, Head, Rows};
+use crate::numbers::Random;
+use crate::ranks::Rank;
 
 pub const ADAMW: Optimizer = Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 });
 

@@ -4,9 +4,6 @@
 //! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it
 //! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; testing/nccl-standin/standin.h says what their environment plans.
 
-// Each test program uses a part of it.
-#![allow(dead_code)]
-
 use std::cell::Cell;
 use std::ffi::{c_char, c_int};
 use std::path::PathBuf;
@@ -14,11 +11,11 @@ use std::sync::OnceLock;
 
 use partialfc::capi::comm as c_comm;
 
-use super::ffi::{outcome, Comm};
-use super::gpu::gpu;
-use super::simt;
+use crate::capi::{outcome, Comm};
+use crate::emulator::{self, Turn};
+use crate::gpu::gpu;
 
-simt::functions! {
+emulator::functions! {
     /// The stand-in's own functions; see testing/nccl-standin/standin.h.
     struct Functions {
         reset: "standin_reset" = fn(),
@@ -77,23 +74,23 @@ impl Fault {
 pub struct Standin<'turn> {
     functions: &'static Functions,
     taken: Cell<usize>,
-    _turn: &'turn simt::Turn,
+    _turn: &'turn Turn,
 }
 
 /// Loads the stand-in, once in a process; nothing is planned.
-pub fn standin(turn: &simt::Turn) -> Standin<'_> {
+pub fn standin(turn: &Turn) -> Standin<'_> {
     let standin = Standin { functions: load(), taken: Cell::new(0), _turn: turn };
     standin.reset();
     standin
 }
 
 /// The stand-in, where the driver is the emulator: a real one has NCCL itself.
-pub fn emulated(turn: &simt::Turn) -> Option<Standin<'_>> {
+pub fn emulated(turn: &Turn) -> Option<Standin<'_>> {
     turn.is_emulator().then(|| standin(turn))
 }
 
 /// Ranks that can share GPU 0. NCCL itself takes one; from 2.30 on more, which `PFC_TEST_NCCL_RANKS` then says.
-pub fn most_ranks(turn: &simt::Turn) -> usize {
+pub fn most_ranks(turn: &Turn) -> usize {
     match std::env::var("PFC_TEST_NCCL_RANKS") {
         _ if turn.is_emulator() => 4,
         Ok(most) => most.parse().expect("PFC_TEST_NCCL_RANKS is a number"),
@@ -120,7 +117,7 @@ pub fn group(ranks: usize) -> Vec<Comm> {
 
 /// The stand-in's library, built where none is named.
 pub fn library() -> PathBuf {
-    std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl-standin", "libnccl.so.2"), PathBuf::from)
+    std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| emulator::build("nccl-standin", "libnccl.so.2"), PathBuf::from)
 }
 
 /// Loads it without a turn, for what needs no more than that it is there.
@@ -224,8 +221,8 @@ fn load() -> &'static Functions {
     static LOADED: OnceLock<Functions> = OnceLock::new();
     LOADED.get_or_init(|| {
         // It takes the driver that is there.
-        simt::ready();
-        let library = simt::Loaded::open(&library()).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
+        emulator::ready();
+        let library = emulator::Loaded::open(&library()).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
         // SAFETY: the functions are of these types, which standin.h declares.
         unsafe { Functions::of(library) }
     })
