@@ -1,5 +1,5 @@
 /*
- * Prints where C has every field of every struct; tests/c_programs.rs compares with where Rust has it.
+ * Prints where C has every field of every struct; tests/capi/programs.rs compares with Rust.
  * fields.inc is made by that test, a line STRUCT(type) or FIELD(type, field) for each.
  */
 #include <stddef.h>

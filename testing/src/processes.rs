@@ -1,6 +1,7 @@
 //! Commands that start processes of their own: watched, and ended with all that they started; and the environment in which they find
 //! emulated GPUs and the stand-in for NCCL.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -105,17 +106,25 @@ pub fn send(id: i32, signal: i32) {
     unsafe { libc::kill(id, signal) };
 }
 
+/// Runs one test of this program in a process of its own, with more in its environment. `module` is the test's `module_path!()`.
+pub fn run_alone(module: &str, test: &str, variable: &str, value: impl AsRef<OsStr>) {
+    // The first part is the program's name.
+    let name = module.split("::").skip(1).chain([test]).collect::<Vec<_>>().join("::");
+    let program = std::env::current_exe().expect("this program's path");
+    let mut command = Command::new(program);
+    let output = command.args(["--exact", &name, "--test-threads=1"]).env(variable, value).output().expect("this program");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && printed.contains("1 passed"), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Runs a test's body in a process of its own: the child of a fork has only the thread that forked, so no other test may run
 /// beside.
-pub fn in_a_process_of_its_own(test: &str, body: impl FnOnce()) {
+pub fn in_a_process_of_its_own(module: &str, test: &str, body: impl FnOnce()) {
     const MARK: &str = "PARTIALFC_TEST_ALONE";
-    if std::env::var_os(MARK).is_some() {
-        return body();
+    match std::env::var_os(MARK) {
+        Some(_) => body(),
+        None => run_alone(module, test, MARK, "1"),
     }
-    let program = std::env::current_exe().unwrap();
-    let output = std::process::Command::new(program).args(["--exact", test, "--test-threads=1"]).env(MARK, "1").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
 /// Forks, and asserts that the child's body gave true. A child that hangs is killed.

@@ -4,14 +4,17 @@
 use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Error, Result};
+use partialfc::optimizer::{self, Optimizer};
+use partialfc::options::Placement;
+use partialfc::Status;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::augment::{augment, TRAINING};
 use crate::backbone::{Backbone, Sgd};
 use crate::dataset::{Dataset, Shot};
-use crate::head::{Comm, Head, HeadOptions};
+use crate::head::{arcface, Comm, Head};
 use crate::random::{Order, Purpose, Random};
 use crate::render::PIXELS;
 
@@ -130,13 +133,16 @@ pub fn train(data: &Dataset, settings: &Settings, report: &(dyn Fn(Progress) + S
     for (rank, result) in results.into_iter().enumerate() {
         match result {
             Ok(trained) => replicas.push(trained),
-            Err(error) => failures.push(format!("rank {rank}: {error:#}")),
+            Err(error) => failures.push(error.context(format!("rank {rank}"))),
         }
     }
     // One failure makes the other ranks fail as well: tell the cause.
-    let echo = |text: &String| ["PFC_ERROR_REMOTE", "PFC_ERROR_ABORTED"].iter().any(|name| text.contains(name));
-    if let Some(failure) = failures.iter().find(|text| !echo(text)).or(failures.first()) {
-        bail!("training failed: {failure}");
+    let echo = |error: &Error| {
+        let status = error.downcast_ref::<partialfc::Error>().map(|error| error.status);
+        matches!(status, Some(Status::Remote | Status::Aborted))
+    };
+    if let Some(failure) = failures.iter().find(|error| !echo(error)).or(failures.first()) {
+        bail!("training failed: {failure:#}");
     }
     let bits = |trained: &Trained| trained.backbone.state().iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     let first = bits(&replicas[0]);
@@ -184,25 +190,17 @@ fn steps(
 ) -> Result<Trained> {
     let rows = settings.rows(rank);
     let mut backbone = Backbone::new(settings.dim, settings.seed)?;
-    let mut head = Head::new(
-        comm,
-        settings.threads_of_a_rank(),
-        &HeadOptions {
-            classes: data.classes(),
-            dim: settings.dim,
-            replicated: settings.replicated,
-            sample_rate: settings.sample_rate,
-            seed: settings.seed,
-            // Equal on all ranks, also where the batch does not divide evenly.
-            max_batch: settings.batch.div_ceil(settings.ranks),
-            scale: settings.scale,
-            margin: settings.margin,
-            momentum: MOMENTUM,
-            weight_decay: settings.weight_decay,
-            // The backbone's gradients are averaged over ranks below.
-            gradient_scale: settings.ranks as f64,
-        },
-    )?;
+    // Batches are equal on all ranks for the head, also where the batch does not divide evenly.
+    let mut options = arcface(data.classes(), settings.dim, settings.batch.div_ceil(settings.ranks));
+    if settings.replicated {
+        options.placement = Placement::Replicated;
+    }
+    (options.sample_rate, options.seed) = (settings.sample_rate, settings.seed);
+    (options.margin.scale, options.margin.m2) = (settings.scale, settings.margin);
+    options.optimizer = Optimizer::Sgd(optimizer::Sgd { momentum: MOMENTUM, weight_decay: settings.weight_decay });
+    // The backbone's gradients are averaged over ranks below.
+    options.gradient_scale = settings.ranks as f64;
+    let mut head = Head::new(comm, settings.threads_of_a_rank(), options)?;
     let mut order = Order::new(settings.seed, data.shots.len());
     let (mut losses, mut phases) = (Vec::with_capacity(settings.steps), Phases::default());
     let mut grad_embeddings = vec![0.0; rows.len() * settings.dim];
@@ -229,7 +227,7 @@ fn steps(
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    let traffic = comm.traffic()? as f64 / settings.steps as f64;
+    let traffic = comm.traffic() as f64 / settings.steps as f64;
     let metrics = head.metrics()?;
     Ok(Trained { backbone, losses, seconds, phases, sample: metrics.sample_size as usize, top1: metrics.top1, traffic })
 }

@@ -1,13 +1,12 @@
 //! What the trace says of steps: the phases on the host, what runs beside what on a GPU, and the file.
 
-use std::process::Command;
-
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::trace::{self, Span};
 use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::gpu_apart;
 use partialfc_testing::nccl;
+use partialfc_testing::processes::run_alone;
 use partialfc_testing::ranks::on_comms;
 use partialfc_testing::training::{learning_rate, Batch};
 
@@ -133,13 +132,7 @@ fn the_file_holds_the_spans_of_all_heads() {
     let folder = std::env::temp_dir().join(format!("pfc-trace-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
     let file = folder.join("trace.json");
-    let program = std::env::current_exe().expect("this program's path");
-    let child = Command::new(program)
-        .args(["--exact", "the_file_holds_the_spans_of_all_heads"])
-        .env("PFC_TRACE", &file)
-        .output()
-        .expect("this program");
-    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    run_alone(module_path!(), "the_file_holds_the_spans_of_all_heads", "PFC_TRACE", &file);
     let text = std::fs::read_to_string(&file).expect("the trace");
     std::fs::remove_dir_all(&folder).expect("the folder goes");
     assert!(text.starts_with("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n") && text.ends_with("\n]}\n"));

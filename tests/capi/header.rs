@@ -24,7 +24,7 @@ fn the_committed_header_is_what_the_sources_say() {
     let committed = fs::read_to_string(&path).expect("include/partialfc.h can be read");
     if let Some((number, (is, should))) = committed.lines().zip(fresh.lines()).enumerate().find(|(_, (a, b))| a != b) {
         let line = number + 1;
-        panic!("include/partialfc.h:{line} is\n  {is}\nand should be\n  {should}\nPFC_BLESS=1 cargo test --release --test header writes it");
+        panic!("include/partialfc.h:{line} is\n  {is}\nand should be\n  {should}\nPFC_BLESS=1 cargo test --release --test capi header writes it");
     }
     assert_eq!(
         committed.len(),

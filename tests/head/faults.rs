@@ -3,7 +3,7 @@
 //!
 //! The ranks are joined by functions of the caller's ([`partialfc_testing::transport`]), as MPI's or a trainer's own would be. `./test` runs all of it
 //! on the CPU, once more with `PFC_CHECK=1`, where each operation has another before it, and on the emulated GPU, whose messages go
-//! through host memory; tests/nccl_head.rs has the same for messages that stay on a GPU's streams.
+//! through host memory; tests/nccl/head.rs has the same for messages that stay on a GPU's streams.
 
 use std::sync::Mutex;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 //! Held to a float64 head that rounds the same operands, whatever is drawn: there a fault shows that rounding would hide. And to the
 //! exact one, which says what the precision is worth. On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 //!
-//! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test cuda_half` draws others than the ordinary run.
+//! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test cuda half` draws others than the ordinary run.
 
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision};

@@ -6,7 +6,7 @@ use partialfc::capi::kernels::pfc_update_rows;
 use partialfc::capi::types::{pfc_optimizer, pfc_optimizer_init_sized};
 use partialfc::matrix::DType;
 
-use crate::{assert_refused, device, lend};
+use super::{assert_refused, device, lend};
 use partialfc_testing::capi::{outcome, Device, Outcome, Rows};
 use partialfc_testing::numbers::Random;
 

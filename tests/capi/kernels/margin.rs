@@ -6,7 +6,7 @@ use partialfc::capi::kernels::{pfc_margin_backward, pfc_margin_forward, pfc_part
 use partialfc::capi::types::pfc_margin;
 use partialfc::matrix::DType;
 
-use crate::{assert_refused, device, lend, margin};
+use super::{assert_refused, device, lend, margin};
 use partialfc_testing::capi::{outcome, Rows};
 use partialfc_testing::numbers::Random;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
 use partialfc_testing::ranks::on_comms;
 use partialfc_testing::training::{assert_same_bits, train};

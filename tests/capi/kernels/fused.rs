@@ -9,7 +9,7 @@ use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc_testing::reference::{self, RankInput, Step};
 
-use crate::{assert_refused, device, lend, margin, Workspace};
+use super::{assert_refused, device, lend, margin, Workspace};
 use partialfc_testing::capi::{options, outcome, Device, Rows};
 use partialfc_testing::numbers::{norm, Random};
 

@@ -443,7 +443,7 @@ fn abort_from_another_thread_stops_a_function() {
 
 #[test]
 fn a_forked_child_calls_none_of_the_functions() {
-    in_a_process_of_its_own("a_forked_child_calls_none_of_the_functions", || {
+    in_a_process_of_its_own(module_path!(), "a_forked_child_calls_none_of_the_functions", || {
         let contexts = contexts(1);
         let ranks = make(&contexts, full);
         assert_eq!(ranks[0].barrier(), Ok(()));

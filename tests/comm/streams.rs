@@ -11,8 +11,7 @@ use partialfc::device::StreamMemory;
 use partialfc::matrix::DType;
 use partialfc::{Error, Result, Status};
 
-mod streams;
-use streams::*;
+use crate::fake_device::*;
 
 /// A wait that no test reaches unless something hangs.
 const LONG: Duration = Duration::from_secs(60);

@@ -7,7 +7,7 @@ use partialfc::capi::head::{pfc_head_forward, pfc_head_wait};
 use partialfc::options::HeadOptions;
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{options, outcome, Comm, Device, Head, Rows};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::Batch;

@@ -4,7 +4,7 @@ use std::ptr::{null, null_mut};
 
 use partialfc::capi::kernels::pfc_sample_classes;
 
-use crate::{assert_refused, device, lend};
+use super::{assert_refused, device, lend};
 use partialfc_testing::capi::{outcome, Device, Outcome};
 use partialfc_testing::numbers::Random;
 

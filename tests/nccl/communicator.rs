@@ -1,6 +1,5 @@
 //! Communicators that NCCL carries: its stand-in of `testing/nccl-standin` on the emulated GPU, or, with `PFC_TEST_DRIVER=real`, NCCL itself.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use partialfc::capi::comm as c_comm;
@@ -11,6 +10,7 @@ use partialfc_testing::capi::{outcome, Comm, Failure, Outcome};
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::gpu;
 use partialfc_testing::nccl::{self, Fault};
+use partialfc_testing::processes::run_alone;
 use partialfc_testing::ranks::{on_comms, Rank};
 
 /// As nccl.h has them.
@@ -244,12 +244,7 @@ fn an_old_library_is_unsupported() {
         assert!(error.message.contains("is NCCL 2.17.1; 2.18.0 or later is needed"), "{error}");
         return;
     }
-    let child = Command::new(std::env::current_exe().expect("this program's path"))
-        .args(["--exact", "an_old_library_is_unsupported"])
-        .env(OLD, "1")
-        .output()
-        .expect("this program");
-    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    run_alone(module_path!(), "an_old_library_is_unsupported", OLD, "1");
 }
 
 /// NCCL mixes up or waits for ever where ranks differ; the comparison does not.
@@ -259,13 +254,7 @@ fn ranks_that_differ_are_told_by_the_check() {
     let turn = emulator::turn(14);
     let Some(_standin) = nccl::emulated(&turn) else { return };
     if std::env::var_os("PFC_CHECK").is_none() {
-        let child = Command::new(std::env::current_exe().expect("this program's path"))
-            .args(["--exact", "ranks_that_differ_are_told_by_the_check"])
-            .env("PFC_CHECK", "1")
-            .output()
-            .expect("this program");
-        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
-        return;
+        return run_alone(module_path!(), "ranks_that_differ_are_told_by_the_check", "PFC_CHECK", "1");
     }
     let failures = on_comms(nccl::group(2), |place| {
         all_operations(place, 20);
@@ -282,13 +271,7 @@ fn the_library_itself_makes_ids() {
     let Some(library) = std::env::var_os("PFC_TEST_NCCL") else { return };
     if std::env::var_os("PFC_NCCL_LIB").is_none() {
         // In a process of its own, where no stand-in is loaded.
-        let child = Command::new(std::env::current_exe().expect("this program's path"))
-            .args(["--exact", "the_library_itself_makes_ids"])
-            .env("PFC_NCCL_LIB", library)
-            .output()
-            .expect("this program");
-        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
-        return;
+        return run_alone(module_path!(), "the_library_itself_makes_ids", "PFC_NCCL_LIB", library);
     }
     let (one, other) = (unique_id().expect("an id"), unique_id().expect("another"));
     assert!(one != other && one != [0; 128]);

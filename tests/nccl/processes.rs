@@ -148,7 +148,7 @@ fn a_process_that_is_lost() {
 
 #[test]
 fn what_is_wrong_is_said() {
-    let folder = scratch("wrong");
+    let folder = scratch("refused");
     fresh(&folder);
     let refused = |name: &str, command: &mut Command, text: &str| {
         let (success, printed) = Run::start(command, folder.join(format!("{name}.log"))).finish();

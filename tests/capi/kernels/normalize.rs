@@ -5,7 +5,7 @@ use std::ptr::{null, null_mut};
 use partialfc::capi::kernels::{pfc_normalize_gemm, pfc_normalize_gemm_workspace, pfc_normalize_rows};
 use partialfc::matrix::DType;
 
-use crate::{assert_refused, device, lend, Workspace};
+use super::{assert_refused, device, lend, Workspace};
 use partialfc_testing::capi::{outcome, Rows};
 use partialfc_testing::numbers::{norm, Random};
 

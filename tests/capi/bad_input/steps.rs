@@ -4,7 +4,7 @@ use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{on_cuda, options, Device, Head, Outcome, Rows};
 use partialfc_testing::ranks::{on_ranks, Rank};
 use partialfc_testing::training::{assert_same_bits, train, train_step, Batch, Trace};

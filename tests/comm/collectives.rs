@@ -353,7 +353,7 @@ proptest! {
 
 #[test]
 fn a_forked_child_is_refused() {
-    in_a_process_of_its_own("a_forked_child_is_refused", || {
+    in_a_process_of_its_own(module_path!(), "a_forked_child_is_refused", || {
         let rank = Comm::solo();
         let ranks = group(2);
         let stop = AtomicBool::new(false);

@@ -4,7 +4,6 @@
 //! Most of it is planned with the emulator; with `PFC_TEST_DRIVER=real` on a GPU what a driver cannot be made to do is left out.
 
 use std::ffi::c_void;
-use std::process::Command;
 use std::ptr::null_mut;
 
 use partialfc::capi::device::pfc_device_cuda;
@@ -17,6 +16,7 @@ use partialfc_testing::driver;
 use partialfc_testing::emulator::{self, Turn};
 use partialfc_testing::gpu::{free_memory, gpu, Remote};
 use partialfc_testing::numbers::{assert_close, widen};
+use partialfc_testing::processes::run_alone;
 use partialfc_testing::ranks::on_ranks;
 
 const ROWS: usize = 3;
@@ -91,11 +91,7 @@ fn number_after(words: &str, text: &str) -> u64 {
 fn a_driver_too_old_is_refused_with_both_versions() {
     // The driver is asked once in a process: another one is for this.
     if std::env::var_os("PFC_TEST_OLD_DRIVER").is_none() {
-        let program = std::env::current_exe().expect("this program");
-        let name = "a_driver_too_old_is_refused_with_both_versions";
-        let child = Command::new(program).args(["--exact", name, "--nocapture"]).env("PFC_TEST_OLD_DRIVER", "1").output();
-        let child = child.expect("this program again");
-        return assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+        return run_alone(module_path!(), "a_driver_too_old_is_refused_with_both_versions", "PFC_TEST_OLD_DRIVER", "1");
     }
     let turn = emulator::turn(1);
     turn.driver_version(12080);

@@ -12,7 +12,7 @@ use partialfc::capi::types as c_types;
 use partialfc::capi::types::pfc_matrix;
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{head_options, on_cuda, options, outcome, Comm, Device, Head, Rows};
 use partialfc_testing::ranks::on_ranks;
 

@@ -4,7 +4,7 @@ use partialfc::matrix::DType;
 use partialfc::options::HeadOptions;
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{options, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::ADAMW;

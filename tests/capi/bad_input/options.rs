@@ -5,7 +5,7 @@ use partialfc::capi::head::{pfc_head_create, pfc_head_load, pfc_head_save};
 use partialfc::capi::types::pfc_head_options;
 use partialfc::Status;
 
-use crate::assert_refused;
+use super::assert_refused;
 use partialfc_testing::capi::{head_options, on_cuda, outcome, plan, Comm, Device, Head};
 use partialfc_testing::ranks::on_ranks;
 

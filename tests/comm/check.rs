@@ -3,6 +3,7 @@
 use partialfc::capi::comm::{PFC_MAX, PFC_SUM};
 use partialfc::capi::status::*;
 use partialfc_testing::capi::{assert_failed, options, Comm, Device, Head, Outcome};
+use partialfc_testing::processes::run_alone;
 use partialfc_testing::ranks::{group, on_comms, together};
 use partialfc_testing::training::{assert_same_bits, train};
 
@@ -10,12 +11,12 @@ fn all_reduce(rank: &Comm, count: usize, op: i32) -> Outcome {
     rank.all_reduce_in_place(&mut vec![1f64; count], op)
 }
 
-/// One test: the environment is the process's, and it is read when a communicator is made.
+/// One test, in a process of its own: the environment is the process's, and it is read when a communicator is made.
 #[test]
 fn calls_that_differ_are_a_mismatch_on_all_ranks() {
-    // SAFETY: no other thread runs yet.
-    unsafe { std::env::set_var("PFC_CHECK", "1") };
-
+    if std::env::var_os("PFC_CHECK").is_none() {
+        return run_alone(module_path!(), "calls_that_differ_are_a_mismatch_on_all_ranks", "PFC_CHECK", "1");
+    }
     let words = ["PFC_CHECK", "rank 0 is about to run all_reduce #2 of 3 f64 (sum)"];
     type Call = fn(&Comm) -> Outcome;
     let cases: [(&str, Call); 3] = [
