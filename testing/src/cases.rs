@@ -78,7 +78,7 @@ pub struct Case {
     pub pace: f64,
     pub calls: Calls,
     pub steps: usize,
-    /// Read the class centres after every step, not only after the last: brings unsampled dense rows up to date early.
+    /// Read the class centers after every step, not only after the last: brings unsampled dense rows up to date early.
     pub peek: bool,
     pub threads: u32,
     /// 0, or counted as `Head::with` does: the numerators of some chunks are kept, the others computed twice.

@@ -133,7 +133,7 @@ impl Standin<'_> {
         unsafe { (self.functions.reset)() };
     }
 
-    /// Plans a fault for a rank's `operation`-th collective (-1: its initialisation). It happens once, to the first communicator
+    /// Plans a fault for a rank's `operation`-th collective (-1: its initialization). It happens once, to the first communicator
     /// that comes to it; a rank below 0: to whichever rank does.
     pub fn plan(&self, rank: i32, operation: i32, fault: Fault) {
         let (kind, _, value) = fault.parts();

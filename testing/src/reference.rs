@@ -50,7 +50,7 @@ pub struct Head {
 /// What one rank brings to a step.
 #[derive(Clone, Copy, Debug)]
 pub struct RankInput<'a> {
-    /// batch x d, not normalised.
+    /// batch x d, not normalized.
     pub embeddings: &'a [f64],
     pub labels: &'a [i64],
     /// Ascending class ids, positives included. Sharded: of this rank's shard; replicated: the same on all ranks.

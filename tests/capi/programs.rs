@@ -1,5 +1,5 @@
 //! C and C++ programs that use the library as its users do, compiled by the system's compilers, linked with the shared library and
-//! with the static one, and run. The programs are in `ctests/`; what they print is shown when they fail.
+//! with the static one, and run. The programs are in `ctests/` and `examples/`; what they print is shown when they fail.
 //!
 //! `PFC_REQUIRE_TOOLS=1` makes a missing pkg-config, cmake or make a failure; without it what needs them is left out.
 
@@ -22,28 +22,28 @@ const CPP: [&str; 6] = ["-std=c++17", "-pedantic", "-Wall", "-Wextra", "-Werror"
 
 #[test]
 fn train_in_c() {
-    for program in build("train", &["train.c"]) {
+    for program in build("train", &["examples/01_c/train.c"]) {
         run(&program, &[]);
     }
 }
 
 #[test]
 fn train_in_cpp_on_two_ranks() {
-    for program in build("train_cpp", &["train.cpp"]) {
+    for program in build("train_cpp", &["examples/02_cpp/train.cpp"]) {
         run(&program, &[]);
     }
 }
 
 #[test]
 fn train_over_a_communicator_of_the_callers_own() {
-    for program in build("custom_comm", &["custom_comm.c"]) {
+    for program in build("custom_comm", &["examples/03_custom_comm/custom_comm.c"]) {
         run(&program, &[]);
     }
 }
 
 #[test]
 fn a_step_made_of_kernels() {
-    for program in build("kernels", &["kernels.c"]) {
+    for program in build("kernels", &["examples/04_kernels/kernels.c"]) {
         run(&program, &[]);
     }
 }
@@ -51,7 +51,7 @@ fn a_step_made_of_kernels() {
 /// The published figures stand as they are; ours follow the options, by the formulas that are printed.
 #[test]
 fn the_published_table_beside_ours() {
-    for program in build("plan", &["../examples/plan/plan.c"]) {
+    for program in build("plan", &["examples/07_plan/plan.c"]) {
         let published = ["19.07 GB", "298 MB", "156 GB", "2.44 GB", "250 MB", "384 KB", "32 KB", "38 GB", "505 MB", "488 MB"];
         for (ranks, batch, dim, classes) in [(64u64, 64u64, 512u64, 10_000_000u64), (8, 16, 100, 999_999)] {
             let options = [("--ranks", ranks), ("--batch", batch), ("--dim", dim), ("--classes", classes)];
@@ -78,14 +78,14 @@ fn the_published_table_beside_ours() {
 
 #[test]
 fn errors_as_a_c_program_sees_them() {
-    for program in build("errors", &["errors.c"]) {
+    for program in build("errors", &["ctests/errors.c"]) {
         run(&program, &[]);
     }
 }
 
 #[test]
 fn errors_as_two_ranks_see_them() {
-    for program in build("errors_ranks", &["errors_ranks.c"]) {
+    for program in build("errors_ranks", &["ctests/errors_ranks.c"]) {
         run(&program, &[]);
     }
 }
@@ -99,7 +99,7 @@ fn conformance_vectors_through_the_c_interface() {
         .collect();
     files.sort();
     assert_eq!(files.len(), 8, "the conformance files");
-    for program in build("conformance", &["conformance.c"]) {
+    for program in build("conformance", &["ctests/conformance.c"]) {
         for file in &files {
             run(&program, &[file]);
         }
@@ -109,11 +109,13 @@ fn conformance_vectors_through_the_c_interface() {
 /// With the compiler's own checks: every handle is freed with all that it holds, and no buffer of a program is overrun.
 #[test]
 fn nothing_leaks() {
-    for name in ["errors", "errors_ranks", "custom_comm", "kernels"] {
-        let program = scratch("sanitized").join(name);
+    let sources =
+        ["ctests/errors.c", "ctests/errors_ranks.c", "examples/03_custom_comm/custom_comm.c", "examples/04_kernels/kernels.c"];
+    for source in sources {
+        let program = scratch("sanitized").join(source.replace('/', "_"));
         let mut command = compile("cc");
         command.args(C).args(["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
-        command.arg(root().join(format!("ctests/{name}.c")));
+        command.arg(root().join(source));
         link_shared(&mut command);
         output(command.args(["-lm", "-lpthread", "-o"]).arg(&program));
         run(&program, &[]);
@@ -129,7 +131,7 @@ fn a_wrong_conformance_file_is_noticed() {
     file[at + setting.len() - 2] = b'3';
     let wrong = scratch("conformance_wrong").join("wrong.safetensors");
     fs::write(&wrong, file).expect("the wrong file can be written");
-    let [shared, _] = build("conformance_wrong", &["conformance.c"]);
+    let [shared, _] = build("conformance_wrong", &["ctests/conformance.c"]);
     let result = Command::new(shared).arg(wrong).output().expect("the program runs");
     let stderr = String::from_utf8_lossy(&result.stderr);
     assert!(!result.status.success() && stderr.contains("weight_final differs by"), "{stderr}");
@@ -150,7 +152,7 @@ fn the_example_of_the_readme() {
 fn every_declared_function_links() {
     let functions: String = declared_functions().iter().map(|(name, _)| format!("FUNCTION({name})\n")).collect();
     fs::write(scratch("symbols").join("functions.inc"), functions).expect("functions.inc can be written");
-    for program in build("symbols", &["symbols.c"]) {
+    for program in build("symbols", &["ctests/symbols.c"]) {
         run(&program, &[]);
     }
 }
@@ -278,7 +280,7 @@ fn structs_lie_in_c_as_in_rust() {
     let requests: String = lines.iter().map(|(request, _)| format!("{request}\n")).collect();
     fs::write(scratch("offsets").join("fields.inc"), requests).expect("fields.inc can be written");
     let expected: Vec<&str> = lines.iter().map(|(_, layout)| layout.as_str()).collect();
-    for program in build("offsets", &["offsets.c"]) {
+    for program in build("offsets", &["ctests/offsets.c"]) {
         let printed = run(&program, &[]);
         assert_eq!(printed.lines().collect::<Vec<_>>(), expected, "C (left) and Rust (right) differ");
     }
@@ -381,7 +383,7 @@ fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
         let program = directory.join(linkage);
         let mut command = compile(if cpp { "c++" } else { "cc" });
         command.args(if cpp { &CPP[..] } else { &C[..] }).arg("-I").arg(&directory);
-        command.args(sources.iter().map(|source| root().join("ctests").join(source)));
+        command.args(sources.iter().map(|source| root().join(source)));
         if linkage == "shared" {
             link_shared(&mut command);
         } else {

@@ -198,7 +198,7 @@ pub enum Method {
     Reduce,
     ToHost,
     ToDevice,
-    Synchronise,
+    Synchronize,
 }
 
 /// What goes wrong with a call.
@@ -344,8 +344,8 @@ impl StreamMemory for FakeMemory {
         Ok(())
     }
 
-    fn synchronise(&self, stream: *mut c_void) -> Result<()> {
-        if self.enter(Method::Synchronise)? {
+    fn synchronize(&self, stream: *mut c_void) -> Result<()> {
+        if self.enter(Method::Synchronize)? {
             self.world.host_waits.fetch_add(1, Ordering::SeqCst);
             self.world.finish(stream);
         }

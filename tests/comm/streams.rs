@@ -614,7 +614,7 @@ fn more_ranks_than_a_reduction_takes_are_refused() {
 fn a_failing_copy_of_a_table_s_rank_ends_the_group() {
     let staged = Transport::Table(HOST_MEMORY, true);
     let direct = Transport::Table(HOST_MEMORY | DEVICE_MEMORY, true);
-    let cases = [(staged, Method::ToHost, false), (staged, Method::ToDevice, true), (direct, Method::Synchronise, false)];
+    let cases = [(staged, Method::ToHost, false), (staged, Method::ToDevice, true), (direct, Method::Synchronize, false)];
     let begin = Instant::now();
     for (transport, method, after) in cases {
         for step in [Step::Gather(4, false), Step::Reduce(9, ReduceOp::Max, true), Step::Scatter(3, ReduceOp::Sum, false)] {

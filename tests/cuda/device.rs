@@ -387,7 +387,7 @@ fn a_step_for_which_there_is_no_memory_is_told_and_the_head_works_on() {
     }
 }
 
-/// A gradient for which there is no room is that rank's alone, and the class centres move all the same.
+/// A gradient for which there is no room is that rank's alone, and the class centers move all the same.
 #[test]
 fn a_gradient_for_which_there_is_no_memory_does_not_end_the_step() {
     let turn = emulator::turn(9);
@@ -623,7 +623,7 @@ fn work_that_fails_poisons_the_head() {
             assert_told(&format!("{what}, {call}"), refused, Status::Poisoned, &[word]);
         }
         assert_eq!(turn.findings().contains("as planned"), result == LAUNCH_FAILED, "{what}: {}", turn.findings());
-        turn.forgive();
+        turn.forget_findings();
     }
     // The device itself is none the worse.
     step(&mut Head::new(&device, &Comm::solo(), &options)).expect("another head");

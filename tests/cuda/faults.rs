@@ -114,8 +114,8 @@ impl Array {
     }
 }
 
-/// What a rank heard of a step: from each call in turn, until one tells that the step is over.
-struct Heard {
+/// What a rank saw of a step: from each call in turn, until one tells that the step is over.
+struct Seen {
     forward: Outcome<()>,
     backward: Outcome<()>,
     update: Outcome<()>,
@@ -125,7 +125,7 @@ struct Heard {
 }
 
 /// One step as a trainer makes it; with a fault of one rank's, if there is to be one.
-fn step(head: &Head, place: &Rank, run: Where, number: u64, fault: Option<(Fault, usize)>) -> Heard {
+fn step(head: &Head, place: &Rank, run: Where, number: u64, fault: Option<(Fault, usize)>) -> Seen {
     let mut random = Random(1000 * number + place.rank as u64);
     let mut labels = random.labels(ROWS + 1, CLASSES as usize);
     let mut values = random.normals((ROWS + 1) * DIM, 1.0);
@@ -194,17 +194,17 @@ fn step(head: &Head, place: &Rank, run: Where, number: u64, fault: Option<(Fault
     if let Some(there) = &late_loss {
         loss = there.read()[0];
     }
-    Heard { forward, backward, update, wait, loss, gradient: gradient.values() }
+    Seen { forward, backward, update, wait, loss, gradient: gradient.values() }
 }
 
-/// Asserts what a rank heard of a step in which rank `failing` had the fault.
-fn judge(what: &str, heard: &Heard, run: Where, fault: Fault, failing: usize, rank: usize) {
+/// Asserts what a rank saw of a step in which rank `failing` had the fault.
+fn judge(what: &str, seen: &Seen, run: Where, fault: Fault, failing: usize, rank: usize) {
     let expected = fault.statuses()[usize::from(rank != failing)];
     let untouched = |values: &[f32]| values.iter().all(|&g| g == -123.0);
     let Some(expected) = expected else {
-        let all = [&heard.forward, &heard.backward, &heard.update, &heard.wait];
+        let all = [&seen.forward, &seen.backward, &seen.update, &seen.wait];
         assert!(all.iter().all(|call| call.is_ok()), "{what}: {all:?}");
-        return assert!(heard.loss > 0.0 && !untouched(&heard.gradient), "{what}");
+        return assert!(seen.loss > 0.0 && !untouched(&seen.gradient), "{what}");
     };
     let is_it = |call: &str, failure: &Failure| {
         assert_eq!(status_name(failure.status), format!("PFC_ERROR_{expected}"), "{what}, {call}: {failure:?}");
@@ -212,24 +212,24 @@ fn judge(what: &str, heard: &Heard, run: Where, fault: Fault, failing: usize, ra
         assert!(named, "{what}, {call}: the text does not name rank {failing}: {failure:?}");
     };
     if run != Where::DeviceLoss {
-        is_it("forward", heard.forward.as_ref().expect_err(what));
-        heard.wait.as_ref().unwrap_or_else(|again| panic!("{what}: told twice: {again:?}"));
-        return assert!(heard.loss == -321.0 && untouched(&heard.gradient), "{what}: an output was written");
+        is_it("forward", seen.forward.as_ref().expect_err(what));
+        seen.wait.as_ref().unwrap_or_else(|again| panic!("{what}: told twice: {again:?}"));
+        return assert!(seen.loss == -321.0 && untouched(&seen.gradient), "{what}: an output was written");
     }
-    let late = heard.wait.as_ref().expect_err(what);
+    let late = seen.wait.as_ref().expect_err(what);
     is_it("wait", late);
     assert!(late.message.starts_with("step "), "{what}: {late:?}");
     if expected == Status::InvalidArgument {
         // Its own mistake: known at once, and nothing of the step is written. It made the calls that its peers made.
-        for (call, outcome) in [("forward", &heard.forward), ("backward", &heard.backward), ("update", &heard.update)] {
+        for (call, outcome) in [("forward", &seen.forward), ("backward", &seen.backward), ("update", &seen.update)] {
             is_it(call, outcome.as_ref().expect_err(what));
         }
-        assert!(untouched(&heard.gradient), "{what}: a gradient was written");
+        assert!(untouched(&seen.gradient), "{what}: a gradient was written");
     } else {
-        let calls = [&heard.forward, &heard.backward, &heard.update];
+        let calls = [&seen.forward, &seen.backward, &seen.update];
         assert!(calls.iter().all(|call| call.is_ok()), "{what}: known too early: {calls:?}");
-        assert!(heard.loss.is_nan(), "{what}: the loss is {}", heard.loss);
-        assert!(heard.gradient.iter().all(|&g| g == 0.0), "{what}: {:?}", heard.gradient);
+        assert!(seen.loss.is_nan(), "{what}: the loss is {}", seen.loss);
+        assert!(seen.gradient.iter().all(|&g| g == 0.0), "{what}: {:?}", seen.gradient);
     }
 }
 
@@ -244,14 +244,14 @@ fn device_of(run: Where) -> Device {
     }
 }
 
-/// Every fault of every rank in turn, between two good steps: what the class centres are at the end.
+/// Every fault of every rank in turn, between two good steps: what the class centers are at the end.
 fn train_through_faults(options: &HeadOptions, ranks: usize, run: Where) -> Vec<f32> {
     on_ranks(ranks, |place| {
         let device = device_of(run);
         let mut head = Head::new(&device, &place.comm, options);
         let good = |head: &Head, number| {
-            let heard = step(head, place, run, number, None);
-            for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+            let seen = step(head, place, run, number, None);
+            for call in [seen.forward, seen.backward, seen.update, seen.wait] {
                 call.unwrap_or_else(|e| panic!("{run:?}, a good step: {e:?}"));
             }
         };
@@ -270,8 +270,8 @@ fn train_through_faults(options: &HeadOptions, ranks: usize, run: Where) -> Vec<
                 if fault == Fault::AnotherSample {
                     head.set_sample(if place.rank == failing { &[1, 5] } else { &[1, 4] }).expect("a sample by itself");
                 }
-                let heard = step(&head, place, run, number, Some((fault, failing)));
-                judge(&what, &heard, run, fault, failing, place.rank);
+                let seen = step(&head, place, run, number, Some((fault, failing)));
+                judge(&what, &seen, run, fault, failing, place.rank);
                 let after = (bits(head.centers()), bits(head.momentum()));
                 assert!(before == after, "{what}: rows have moved");
                 let metrics = head.metrics().expect("metrics");
@@ -279,8 +279,8 @@ fn train_through_faults(options: &HeadOptions, ranks: usize, run: Where) -> Vec<
                 samples.push(metrics.samples);
             }
         }
-        let heard = step(&head, place, run, number + 1, Some((Fault::SampleOutOfOrder, ranks - 1)));
-        judge(&format!("{run:?} {ranks} ranks"), &heard, run, Fault::SampleOutOfOrder, ranks - 1, place.rank);
+        let seen = step(&head, place, run, number + 1, Some((Fault::SampleOutOfOrder, ranks - 1)));
+        judge(&format!("{run:?} {ranks} ranks"), &seen, run, Fault::SampleOutOfOrder, ranks - 1, place.rank);
         good(&head, number + 2);
         (head.centers(), samples)
     })
@@ -329,12 +329,12 @@ fn ranks_at_different_steps_are_poisoned_whatever_the_loss() {
                 let device = device_of(run);
                 let [mut one, mut other] = [(); 2].map(|()| Head::new(&device, &place.comm, &options));
                 let what = format!("{placement:?} {run:?} rank {}", place.rank);
-                let heard = step(&one, place, run, 1, None);
-                heard.wait.and(heard.update).expect("a good step");
+                let seen = step(&one, place, run, 1, None);
+                seen.wait.and(seen.update).expect("a good step");
                 // Rank 1 begins with the other head.
                 let head = if place.rank == 1 { &mut other } else { &mut one };
-                let heard = step(head, place, run, 3, None);
-                let failure = heard.forward.and(heard.wait).expect_err(&what);
+                let seen = step(head, place, run, 3, None);
+                let failure = seen.forward.and(seen.wait).expect_err(&what);
                 assert_eq!(status_name(failure.status), "PFC_ERROR_MISMATCH", "{what}: {failure:?}");
                 assert!(failure.message.contains("rank 1"), "{what}: {failure:?}");
                 for refused in [head.wait(), head.prepare(&[1])] {
@@ -393,10 +393,10 @@ fn a_rank_without_a_loss_in_the_first_step_is_heard_of_whatever_its_peers_have()
                     let options = HeadOptions { placement, ..options(CLASSES, DIM as u32, ROWS as u64) };
                     let mut head = Head::new(&gpu(), &place.comm, &options);
                     let what = format!("{run:?} {placement:?} {fault:?} of rank {failing}, rank {}", place.rank);
-                    let heard = step(&head, place, run, number, Some((fault, failing)));
-                    judge(&what, &heard, run, fault, failing, place.rank);
-                    let heard = step(&head, place, run, number + 1, None);
-                    for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                    let seen = step(&head, place, run, number, Some((fault, failing)));
+                    judge(&what, &seen, run, fault, failing, place.rank);
+                    let seen = step(&head, place, run, number + 1, None);
+                    for call in [seen.forward, seen.backward, seen.update, seen.wait] {
                         call.unwrap_or_else(|e| panic!("{what}, the step after it: {e:?}"));
                     }
                     assert_eq!(head.metrics().expect("metrics").updates, 1, "{what}");
@@ -434,12 +434,12 @@ fn large_samples_that_differ_on_the_ranks_are_a_mismatch_whatever_the_loss() {
                     }
                     // Nobody's fault in particular: the first rank that differs from rank 0 is named.
                     let failing = if samples[1] == samples[0] { 2 } else { 1 };
-                    let heard = step(&head, place, run, number, Some((Fault::AnotherSample, failing)));
-                    judge(&what, &heard, run, Fault::AnotherSample, failing, place.rank);
+                    let seen = step(&head, place, run, number, Some((Fault::AnotherSample, failing)));
+                    judge(&what, &seen, run, Fault::AnotherSample, failing, place.rank);
                     assert!(before == bits(head.centers()), "{what}: rows have moved");
                 }
-                let heard = step(&head, place, run, 4, None);
-                for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                let seen = step(&head, place, run, 4, None);
+                for call in [seen.forward, seen.backward, seen.update, seen.wait] {
                     call.unwrap_or_else(|e| panic!("{what}, the step after it: {e:?}"));
                 }
                 assert_eq!(head.metrics().expect("metrics").updates, 1, "{what}");
@@ -461,8 +461,8 @@ fn a_large_sample_gives_the_same_rows_whatever_the_loss() {
                 if number > 2 {
                     head.set_sample(&(0..10 * (number as i64 - 1)).collect::<Vec<i64>>()).expect("a sample");
                 }
-                let heard = step(&head, place, run, number, None);
-                for call in [heard.forward, heard.backward, heard.update, heard.wait] {
+                let seen = step(&head, place, run, number, None);
+                for call in [seen.forward, seen.backward, seen.update, seen.wait] {
                     call.unwrap_or_else(|e| panic!("{run:?}: {e:?}"));
                 }
             }

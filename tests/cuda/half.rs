@@ -26,7 +26,7 @@ const SAME_OPERANDS: f64 = 3e-4;
 const EXACT: f64 = 4e-3;
 const EXACT_FROM: usize = 64;
 
-/// One step from class centres of the case's, on one rank.
+/// One step from class centers of the case's, on one rank.
 struct Found {
     loss: f64,
     sample: Vec<i64>,

@@ -195,7 +195,7 @@ fn two_heads_on_one_communicator_do_not_meet() {
 }
 
 #[test]
-fn without_update_the_class_centres_stay() {
+fn without_update_the_class_centers_stay() {
     for options in kinds(50, 11, 12) {
         on_ranks(2, |place| {
             let device = Device::under_test(2);

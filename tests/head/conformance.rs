@@ -65,7 +65,7 @@ fn replay_on(vectors: &Vectors, threads: u32, options: HeadOptions, device: impl
     });
 }
 
-/// The gradient of the first step's class centres, got back from the first moment, which started at zero: SGD leaves g + wd * w there.
+/// The gradient of the first step's class centers, got back from the first moment, which started at zero: SGD leaves g + wd * w there.
 fn first_center_grad(vectors: &Vectors, head: &mut Head, sample: &[i64], start: &[f32]) -> Vec<f64> {
     let (first, _) = head.shard();
     let momentum = head.momentum();

@@ -57,7 +57,7 @@ fn problem(margin: Margin, placement: Placement, seed: u64) -> (Head, Vec<Owned>
         .map(|&batch| {
             let mut labels = random.labels(batch, classes);
             let mut embeddings = widen(&random.normals(batch * d, 1.0));
-            // The first row leans towards its class centre, as in training that has got somewhere; the third is left out.
+            // The first row leans towards its class center, as in training that has got somewhere; the third is left out.
             let center = &head.centers[labels[0] as usize * d..][..d];
             embeddings[..d].iter_mut().zip(center).for_each(|(e, w)| *e = 0.4 * *e + 2.0 * w);
             if batch > 2 {

@@ -57,10 +57,10 @@ fn negatives_are_uniform_without_repeats_and_steps_are_independent() {
             let mean = shared as f64 / (drawn.len() - lag) as f64;
             assert!((mean - 2500.0 / rows as f64).abs() < 0.55, "rank {rank}: steps {lag} apart share {mean:.2} ids");
         }
-        // Neighbours come four from one counter: they must not come together.
+        // Neighbors come four from one counter: they must not come together.
         let pairs = drawn.iter().map(|sample| sample.windows(2).filter(|pair| pair[1] == pair[0] + 1).count()).sum::<usize>();
         let expected = STEPS as f64 * (rows - 1) as f64 * (50.0 * 49.0) / (rows as f64 * (rows - 1) as f64);
-        assert!((pairs as f64 - expected).abs() < 5.0 * expected.sqrt(), "rank {rank}: {pairs} neighbours, expected {expected:.0}");
+        assert!((pairs as f64 - expected).abs() < 5.0 * expected.sqrt(), "rank {rank}: {pairs} neighbors, expected {expected:.0}");
     }
 }
 

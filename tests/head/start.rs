@@ -44,7 +44,7 @@ fn start_values_are_normal_with_the_standard_deviation_asked_for() {
         assert!((moment(2) - 1.0).abs() < 0.023, "variance {}", moment(2));
         assert!(moment(3).abs() < 0.06, "skewness {}", moment(3));
         assert!((moment(4) - 3.0).abs() < 0.155, "kurtosis {}", moment(4));
-        // Neighbours by column and by class are independent.
+        // Neighbors by column and by class are independent.
         for lag in [1, 50] {
             let together: f64 = unit.iter().zip(&unit[lag..]).map(|(a, b)| a * b).sum::<f64>() / n;
             assert!(together.abs() < 0.016, "correlation {together} at lag {lag}");

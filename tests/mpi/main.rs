@@ -1,5 +1,5 @@
 //! `include/partialfc_mpi.h` and what is built on it, with each MPI that is here: the programs of `ctests/mpi` and the trainer of
-//! `examples/mpi_trainer`, started by that MPI's own launcher.
+//! `examples/05_mpi`, started by that MPI's own launcher.
 //!
 //! `PFC_REQUIRE_TOOLS=1` makes a missing Open MPI or MPICH a failure; without it the tests take those that are found.
 //! `PFC_GLYPHS=file`, of `glyphs --export`, is what the trainer trains on; without it, shapes that are drawn here.
@@ -133,7 +133,7 @@ fn collectives_in_many_pieces() {
     }
 }
 
-/// With the compiler's own checks, of memory and of undefined behaviour. What MPI itself never frees is not looked for.
+/// With the compiler's own checks, of memory and of undefined behavior. What MPI itself never frees is not looked for.
 #[test]
 fn collectives_touch_no_foreign_memory() {
     for mpi in mpis() {
@@ -187,7 +187,7 @@ fn the_bench_of_a_step() {
 fn the_trainer_on_four_ranks() {
     let data = glyphs();
     for mpi in mpis() {
-        let program = mpi.build("trainer", "examples/mpi_trainer/trainer.c", &[]);
+        let program = mpi.build("trainer", "examples/05_mpi/trainer.c", &[]);
         for options in [&["--steps", "60", "--batch", "128"][..], &["--steps", "4", "--batch", "30", "--replicated"]] {
             let curve = |name: &str, command: &mut Command| {
                 let file = scratch(mpi.name).join(format!("{name}.loss"));
@@ -213,7 +213,7 @@ fn the_trainer_on_four_ranks() {
 fn the_trainer_on_four_emulated_gpus() {
     let data = shapes();
     for mpi in mpis() {
-        let program = mpi.build("trainer_nccl", "examples/mpi_trainer/trainer.c", &[]);
+        let program = mpi.build("trainer_nccl", "examples/05_mpi/trainer.c", &[]);
         for (name, options) in [("sampled", &["--sample-rate", "0.3"][..]), ("replicated", &["--replicated", "--sample-rate", "1"])]
         {
             let curve = |ranks: &str, command: &mut Command| {
@@ -242,7 +242,7 @@ fn the_trainer_says_what_is_wrong() {
     fs::write(&broken, &fs::read(data).expect("the images")[..1000]).expect("a damaged file");
     let broken = broken.to_str().expect("a path in UTF-8");
     for mpi in mpis() {
-        let program = mpi.build("trainer_errors", "examples/mpi_trainer/trainer.c", &[]);
+        let program = mpi.build("trainer_errors", "examples/05_mpi/trainer.c", &[]);
         let cases: [(&[&str], &str); 7] = [
             (&[], "--data FILE is missing"),
             (&["--data", "nowhere.bin"], "nowhere.bin: No such file"),

@@ -1,4 +1,4 @@
-//! `examples/nccl_file/train.c`: processes that NCCL joins without MPI, told their rank by the environment as launchers do it. On
+//! `examples/06_nccl/train.c`: processes that NCCL joins without MPI, told their rank by the environment as launchers do it. On
 //! emulated GPUs and the stand-in for NCCL, whatever the machine has.
 
 use std::fs;
@@ -24,7 +24,7 @@ fn program() -> &'static Path {
     BUILT.get_or_init(|| {
         let program = scratch("program").join("train");
         let mut command = compile("cc");
-        command.args(C).arg(root().join("examples/nccl_file/train.c"));
+        command.args(C).arg(root().join("examples/06_nccl/train.c"));
         link_shared(&mut command);
         output(command.args(["-lm", "-lpthread", "-o"]).arg(&program));
         program

@@ -110,7 +110,7 @@ fn assert_overlaps(spans: &[Span]) {
             let (reduce, weighted) = (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "multiply_weighted"));
             assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
         }
-        // One call: the embeddings' gradient is exchanged beside what makes the class centres'.
+        // One call: the embeddings' gradient is exchanged beside what makes the class centers'.
         let scatter = on(2, "exchange stream", "reduce_scatter gradient");
         assert!(all(2, "centers stream").any(|span| intersect(&scatter, span)), "{scatter:?}");
         // Prepared in the middle of step 0: drawn beside its update, gathered before its own embeddings are.

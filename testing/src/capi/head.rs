@@ -181,10 +181,10 @@ impl Head {
         outcome(unsafe { c_head::pfc_head_write_state(self.raw, tensor, first, rows.rows as u64, &view) })
     }
 
-    /// All of this rank's class centres.
+    /// All of this rank's class centers.
     pub fn centers(&mut self) -> Vec<f32> {
         let (first, count) = self.shard();
-        self.read_centers(first, count).expect("class centres")
+        self.read_centers(first, count).expect("class centers")
     }
 
     pub fn momentum(&mut self) -> Vec<f32> {

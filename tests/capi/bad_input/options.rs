@@ -147,7 +147,7 @@ fn an_unknown_field_counts_only_if_it_is_set() {
 
 #[test]
 fn an_earlier_program_gets_defaults_for_what_it_does_not_know() {
-    // Cut behind scale: m2 and everything after are the library's defaults, whatever lies there.
+    // A struct that ends after scale: m2 and everything after are the library's defaults, whatever lies there.
     let device = Device::under_test(1);
     let mut options = head_options(10, 4, 8);
     options.struct_size = std::mem::offset_of!(pfc_head_options, m1) as u64;
@@ -247,7 +247,7 @@ fn a_workspace_limit_is_each_ranks_own() {
 fn a_head_too_large_for_memory_is_an_error_on_every_rank() {
     on_ranks(2, |place| {
         let device = Device::under_test(1);
-        // 2^50 bytes of class centres on each rank: beyond any address space, however freely a machine hands out memory. A GPU, which
+        // 2^50 bytes of class centers on each rank: beyond any address space, however freely a machine hands out memory. A GPU, which
         // has what it has, takes no such rows.
         let dim = if on_cuda() { 1 << 10 } else { 1 << 16 };
         let mut options = head_options(2 * u64::from(u32::MAX), dim, 8);

@@ -1,4 +1,4 @@
-//! Rows and class centres asked for or written where there are none.
+//! Rows and class centers asked for or written where there are none.
 
 use partialfc::matrix::DType;
 use partialfc::options::HeadOptions;
@@ -41,7 +41,7 @@ fn values_that_are_not_finite_are_not_written() {
         for bad in [f32::NAN, f32::INFINITY] {
             let values = [1.0, 2.0, 3.0, 4.0, bad, 6.0];
             let refused = head.write_centers(5, &values);
-            assert_refused("class centres", refused, Status::InvalidArgument, &["class 6"]);
+            assert_refused("class centers", refused, Status::InvalidArgument, &["class 6"]);
             assert_refused("momentum", head.write_state(PFC_STATE_MOMENTUM, 5, &values), Status::InvalidArgument, &["class 6"]);
             assert_refused(
                 "second moment",

@@ -288,7 +288,7 @@ fn a_learning_rate_refused_leaves_the_update_to_be_asked_for_again() {
     }
 }
 
-/// One rank's gradient matrix is wrong: the others have theirs, and the class centres of all move as they should.
+/// One rank's gradient matrix is wrong: the others have theirs, and the class centers of all move as they should.
 #[test]
 fn a_wrong_gradient_matrix_on_one_rank_is_that_ranks_alone() {
     for options in heads() {

@@ -237,7 +237,7 @@ fn a_row_that_is_not_finite_spoils_no_other_rows_sum() {
 fn nothing_in_gives_nothing_out() {
     let device = device(1);
     let m = margin();
-    // No rows: the class centres get zeros.
+    // No rows: the class centers get zeros.
     let (mut none, mut w) = (Rows::output(0, 3), Rows::f32(&[0.5, -1.0, 2.0], 3));
     let mut out = forward(&device, &m, &mut none, &mut w, &[]);
     let (grad_e, grad_w) = backward(&device, &m, (&mut none, &mut w), &[], (&[], &[]), &mut out, 1.0);

@@ -70,7 +70,7 @@ fn rows_are_divided_by_their_norms() {
 }
 
 #[test]
-fn rows_may_be_normalised_in_place_and_without_norms() {
+fn rows_may_be_normalized_in_place_and_without_norms() {
     let device = device(1);
     let values = rows(&mut Random(2), 9, 7);
     let mut separate = Rows::output(9, 7);

@@ -27,17 +27,17 @@ use crate::plots::Curve;
 use crate::report::Run;
 use crate::train::Settings;
 
-/// Trains a network to recognise Han characters in fonts it has never seen, with partialfc as its classification head.
+/// Trains a network to recognize Han characters in fonts it has never seen, with partialfc as its classification head.
 ///
 /// Installs the fonts that are missing (Debian or Ubuntu, as root or through sudo), draws about 340,000 images of 21,000 characters
-/// once, trains on the CPU, and reports how well five held-out fonts are recognised against one gallery font.
+/// once, trains on the CPU, and reports how well five held-out fonts are recognized against one gallery font.
 #[derive(Parser)]
 #[command(version)]
 struct Options {
     /// Data-parallel ranks: threads with a replica of the backbone each and a shard of the head
     #[arg(long, default_value_t = 1, value_name = "N")]
     ranks: usize,
-    /// Where class centres live: each on one rank, or all on every rank
+    /// Where class centers live: each on one rank, or all on every rank
     #[arg(long, value_enum, default_value_t = Placement::Sharded)]
     placement: Placement,
     /// Share of the classes in each step's sample, 0 to 1; the batch's own classes are always in it
@@ -129,7 +129,7 @@ impl Options {
         let least = 2 * self.ranks;
         ensure!(
             self.batch >= least,
-            "--batch is {}: batch normalisation needs two images on each of {} ranks",
+            "--batch is {}: batch normalization needs two images on each of {} ranks",
             self.batch,
             self.ranks
         );

@@ -1,7 +1,7 @@
 /*
  * Ranks that talk through functions of the program's own, for a transport that the library does not
  * have. Here: threads and shared memory, the least that works. Trains with them and with the
- * library's own thread communicator; both must end with the same class centres, bit for bit.
+ * library's own thread communicator; both must end with the same class centers, bit for bit.
  *
  *   cc -std=c99 custom_comm.c -lpartialfc -lm -pthread && ./a.out
  */

@@ -1,5 +1,5 @@
 /*
- * A step made of the head's kernels, for programs that keep the class centres themselves; beside it
+ * A step made of the head's kernels, for programs that keep the class centers themselves; beside it
  * a head takes the same step, and both must agree.
  *
  *   cc -std=c99 kernels.c -lpartialfc -lm && ./a.out

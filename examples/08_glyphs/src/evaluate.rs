@@ -1,4 +1,4 @@
-//! How well the embeddings recognise fonts never trained on: identification against a gallery, and verification over all pairs.
+//! How well the embeddings recognize fonts never trained on: identification against a gallery, and verification over all pairs.
 
 use anyhow::Result;
 use rayon::prelude::*;

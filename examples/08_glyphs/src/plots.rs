@@ -15,7 +15,7 @@ use crate::report::Run;
 /// The letters of all pictures: a font that is here anyway, so that plots need no font configuration.
 const LETTERS: &str = "VL Gothic";
 const FAMILY: &str = "letters";
-/// Distinguishable with any colour vision (Okabe and Ito).
+/// Distinguishable with any color vision (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -88,14 +88,14 @@ fn loss_chart(area: &Area, title: &str, runs: &[Run]) -> Result<()> {
         .axis_desc_style(labels.clone())
         .draw()
         .map_err(drawing)?;
-    for (run, colour) in runs.iter().zip(COLOURS) {
+    for (run, color) in runs.iter().zip(COLOURS) {
         let points = |losses: &[f64]| (1..).map(f64::from).zip(losses.iter().copied()).collect::<Vec<_>>();
-        chart.draw_series(LineSeries::new(points(&run.trained.losses), colour.mix(0.2))).map_err(drawing)?;
+        chart.draw_series(LineSeries::new(points(&run.trained.losses), color.mix(0.2))).map_err(drawing)?;
         chart
-            .draw_series(LineSeries::new(points(&smooth(&run.trained.losses)), colour.stroke_width(2)))
+            .draw_series(LineSeries::new(points(&smooth(&run.trained.losses)), color.stroke_width(2)))
             .map_err(drawing)?
             .label(run.title())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], color.stroke_width(3)));
     }
     let legend = SeriesLabelPosition::UpperRight;
     chart
@@ -110,7 +110,7 @@ fn loss_chart(area: &Area, title: &str, runs: &[Run]) -> Result<()> {
     Ok(())
 }
 
-/// The mean of each step and its neighbours, a fortieth of the steps in all; fewer at the ends.
+/// The mean of each step and its neighbors, a fortieth of the steps in all; fewer at the ends.
 fn smooth(losses: &[f64]) -> Vec<f64> {
     let reach = losses.len() / 80;
     let around = |at: usize| &losses[at.saturating_sub(reach)..(at + reach + 1).min(losses.len())];
@@ -153,14 +153,14 @@ pub fn roc(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
         .draw()
         .map_err(drawing)?;
     chart.draw_series(LineSeries::new([(FAR, floor), (FAR, 1.0)], GREY.stroke_width(1))).map_err(drawing)?;
-    for (curve, colour) in curves.iter().zip(COLOURS) {
+    for (curve, color) in curves.iter().zip(COLOURS) {
         let start = (LEAST, at_least(curve));
         let points = std::iter::once(start).chain(curve.points.iter().copied().filter(|point| point.0 > LEAST));
         chart
-            .draw_series(LineSeries::new(points, colour.stroke_width(2)))
+            .draw_series(LineSeries::new(points, color.stroke_width(2)))
             .map_err(drawing)?
             .label(curve.name.clone())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], color.stroke_width(3)));
     }
     let legend = SeriesLabelPosition::LowerRight;
     chart
@@ -206,10 +206,10 @@ pub fn comparison(path: &Path, runs: &[Run]) -> Result<()> {
         .axis_desc_style(labels)
         .draw()
         .map_err(drawing)?;
-    for (run, colour) in runs.iter().zip(COLOURS) {
+    for (run, color) in runs.iter().zip(COLOURS) {
         let point = || {
             EmptyElement::at((seconds(run), rank1(run)))
-                + Circle::new((0, 0), 6, colour.filled())
+                + Circle::new((0, 0), 6, color.filled())
                 + Text::new(run.title(), (12, -8), letters(17))
         };
         chart.draw_series(std::iter::once(point())).map_err(drawing)?;
@@ -258,17 +258,17 @@ pub fn matches(path: &Path, data: &Dataset, matches: &[Match]) -> Result<()> {
     save(&area, path)
 }
 
-fn text(area: &Area, words: &str, x: i32, y: i32, size: u32, colour: RGBColor) -> Result<()> {
-    area.draw(&Text::new(words.to_string(), (x, y), (FAMILY, size).into_font().color(&colour))).map_err(drawing)
+fn text(area: &Area, words: &str, x: i32, y: i32, size: u32, color: RGBColor) -> Result<()> {
+    area.draw(&Text::new(words.to_string(), (x, y), (FAMILY, size).into_font().color(&color))).map_err(drawing)
 }
 
 /// A picture as the network sees it, in a frame.
 fn glyph(area: &Area, data: &Dataset, shot: Shot, x: i32, y: i32, wrong: bool) -> Result<()> {
     for (at, &ink) in data.picture(shot).iter().enumerate() {
         let (left, top) = (x + at as i32 % SIDE as i32 * ZOOM, y + at as i32 / SIDE as i32 * ZOOM);
-        let grey = 255 - ink;
+        let gray = 255 - ink;
         let pixel = [(left, top), (left + ZOOM, top + ZOOM)];
-        area.draw(&Rectangle::new(pixel, RGBColor(grey, grey, grey).filled())).map_err(drawing)?;
+        area.draw(&Rectangle::new(pixel, RGBColor(gray, gray, gray).filled())).map_err(drawing)?;
     }
     let frame = if wrong { COLOURS[1].stroke_width(2) } else { RGBColor(190, 190, 190).stroke_width(1) };
     area.draw(&Rectangle::new([(x - 2, y - 2), (x + CELL + 1, y + CELL + 1)], frame)).map_err(drawing)

@@ -1,8 +1,8 @@
-//! The backbone's one building block, as an operation of candle's graph: convolution, batch normalisation, ReLU.
+//! The backbone's one building block, as an operation of candle's graph: convolution, batch normalization, ReLU.
 //!
 //! Fused, and for a reason: candle's own convolution and element-wise operations, put together to the same block, take twelve times
 //! as long on two cores, most of it in the convolution's backward. Here images are lowered to columns a few at a time, so that the
-//! columns stay in the cache, and the normalisation's sums are taken while a product is still warm. Images lie as [image, y, x,
+//! columns stay in the cache, and the normalization's sums are taken while a product is still warm. Images lie as [image, y, x,
 //! channel]; a dense layer is the block with a side and a kernel of 1.
 //!
 //! Sums are taken lane by lane in a fixed order: the same bits for any number of threads.
@@ -64,8 +64,8 @@ pub struct Moments {
     pub variance: Vec<f32>,
 }
 
-/// Where the normalisation takes its moments from.
-pub enum Normalise {
+/// Where the normalization takes its moments from.
+pub enum Normalize {
     /// This batch's, which are left here.
     Batch(Arc<Mutex<Moments>>),
     /// Given ones.
@@ -75,10 +75,10 @@ pub enum Normalise {
 /// One application of a block: x [n, side, side, inputs], weight [column, outputs], affine [2, outputs] (scale, shift).
 pub struct Block {
     pub geometry: Geometry,
-    pub normalise: Normalise,
+    pub normalize: Normalize,
     /// Whether x wants a gradient; the first block's images do not.
     pub input_gradient: bool,
-    /// The convolution before the normalisation, kept for backward.
+    /// The convolution before the normalization, kept for backward.
     pub kept: Mutex<Vec<f32>>,
 }
 
@@ -127,7 +127,7 @@ fn add_moments(y: &[f32], sum: &mut [f32], squares: &mut [f32]) {
 
 /// out = max(slope * y + shift, floor), channel by channel.
 #[inline(never)]
-fn normalise(out: &mut [f32], y: &[f32], slope: &[f32], shift: &[f32], floor: f32) {
+fn normalize(out: &mut [f32], y: &[f32], slope: &[f32], shift: &[f32], floor: f32) {
     let channels = slope.len();
     let shift = &shift[..channels];
     for (out, y) in out.chunks_exact_mut(channels).zip(y.chunks_exact(channels)) {
@@ -173,7 +173,7 @@ fn add_gradients(rows: Rows, mean: &[f32], threshold: f32, shift: &mut [f32], sc
 
 /// The convolution's gradient: slope * passed + a + b * y.
 #[inline(never)]
-fn denormalise(into: &mut [f32], rows: Rows, slope: &[f32], a: &[f32], b: &[f32], threshold: f32) {
+fn denormalize(into: &mut [f32], rows: Rows, slope: &[f32], a: &[f32], b: &[f32], threshold: f32) {
     let channels = slope.len();
     let (a, b) = (&a[..channels], &b[..channels]);
     for (into, ((grad, out), y)) in into.chunks_exact_mut(channels).zip(rows.each(channels)) {
@@ -279,9 +279,9 @@ impl Block {
         let g = self.geometry;
         let (y, [sum, squares]) = self.convolve(x, weight, images);
         let computed;
-        let moments = match &self.normalise {
-            Normalise::Fixed(moments) => moments,
-            Normalise::Batch(left) => {
+        let moments = match &self.normalize {
+            Normalize::Fixed(moments) => moments,
+            Normalize::Batch(left) => {
                 let rows = (images * g.rows()).max(1) as f64;
                 let mean: Vec<f64> = sum.iter().map(|sum| sum / rows).collect();
                 let variance =
@@ -297,8 +297,8 @@ impl Block {
         let floor = if g.relu { 0.0 } else { f32::NEG_INFINITY };
         let mut out = vec![0.0f32; y.len()];
         let step = 256 * g.outputs;
-        out.par_chunks_mut(step).zip(y.par_chunks(step)).for_each(|(out, y)| normalise(out, y, &slope, &shift, floor));
-        if matches!(self.normalise, Normalise::Batch(_)) {
+        out.par_chunks_mut(step).zip(y.par_chunks(step)).for_each(|(out, y)| normalize(out, y, &slope, &shift, floor));
+        if matches!(self.normalize, Normalize::Batch(_)) {
             *self.kept.lock().unwrap() = y;
         }
         out
@@ -309,7 +309,7 @@ impl Block {
         let g = self.geometry;
         let lanes = lanes(images);
         let y = std::mem::take(&mut *self.kept.lock().unwrap());
-        let Normalise::Batch(moments) = &self.normalise else { panic!("backward through fixed moments") };
+        let Normalize::Batch(moments) = &self.normalize else { panic!("backward through fixed moments") };
         let Moments { mean, variance } = moments.lock().unwrap().clone();
         let inverse: Vec<f32> = variance.iter().map(|variance| 1.0 / (variance + EPSILON).sqrt()).collect();
         // A ReLU that gave 0 lets nothing back; without ReLU everything passes.
@@ -340,7 +340,7 @@ impl Block {
         let [grad_shift, mut grad_scale] = add_sums(sums, g.outputs);
         grad_scale.iter_mut().zip(&inverse).for_each(|(sum, &inverse)| *sum *= f64::from(inverse));
 
-        // dy = scale * inverse * (passed - grad_shift / count - normalised * grad_scale / count), as slope * passed + a + b * y.
+        // dy = scale * inverse * (passed - grad_shift / count - normalized * grad_scale / count), as slope * passed + a + b * y.
         let count = (images * g.rows()).max(1) as f64;
         let slope: Vec<f32> = (0..g.outputs).map(|c| affine[c] * inverse[c]).collect();
         let b: Vec<f32> = (0..g.outputs).map(|c| -slope[c] * inverse[c] * (grad_scale[c] / count) as f32).collect();
@@ -367,7 +367,7 @@ impl Block {
                     let here = most.min(count - done);
                     let at = (first + done) * g.image_out();
                     let grad_y = &mut grad_y[..here * g.image_out()];
-                    denormalise(grad_y, rows.part(at..at + here * g.image_out()), &slope, &a, &b, threshold);
+                    denormalize(grad_y, rows.part(at..at + here * g.image_out()), &slope, &a, &b, threshold);
                     let height = here * g.rows();
                     let x = &x[(first + done) * g.image()..][..here * g.image()];
                     let columns = self.columns(x, &mut columns, height);
@@ -477,9 +477,9 @@ mod tests {
         let rows = y.elem_count() / g.outputs;
         let flat = y.reshape((rows, g.outputs))?;
         let mean = flat.mean_keepdim(0)?;
-        let centred = flat.broadcast_sub(&mean)?;
-        let variance = centred.sqr()?.mean_keepdim(0)?;
-        let normal = centred.broadcast_div(&(variance + f64::from(EPSILON))?.sqrt()?)?;
+        let centerd = flat.broadcast_sub(&mean)?;
+        let variance = centerd.sqr()?.mean_keepdim(0)?;
+        let normal = centerd.broadcast_div(&(variance + f64::from(EPSILON))?.sqrt()?)?;
         let out = normal.broadcast_mul(&affine.narrow(0, 0, 1)?)?.broadcast_add(&affine.narrow(0, 1, 1)?)?.reshape(y.shape())?;
         if g.relu {
             out.relu()
@@ -505,8 +505,8 @@ mod tests {
             let root =
                 Tensor::from_vec(random(images * g.image_out(), 4), (images, g.side_out(), g.side_out(), g.outputs), &device)
                     .unwrap();
-            let normalise = Normalise::Batch(Arc::default());
-            let block = Block { geometry: g, normalise, input_gradient: true, kept: Mutex::default() };
+            let normalize = Normalize::Batch(Arc::default());
+            let block = Block { geometry: g, normalize, input_gradient: true, kept: Mutex::default() };
             let ours = x.apply_op3(&weight, &affine, block).unwrap();
             let theirs = plain(&g, &x, &weight, &affine).unwrap();
             let mut gradients = Vec::new();

@@ -73,7 +73,7 @@ fn wave(bend: f32, random: &mut Random) -> [f32; SIDE] {
     std::array::from_fn(|at| height * (phase + speed * at as f32).sin())
 }
 
-/// Mixes in the darkest (stroke > 0) or lightest of each pixel and its four neighbours.
+/// Mixes in the darkest (stroke > 0) or lightest of each pixel and its four neighbors.
 fn restroke(image: &mut [f32], stroke: f32) {
     let mut before = [0.0f32; PIXELS];
     before.copy_from_slice(image);

@@ -138,7 +138,7 @@ mod tests {
                 })
                 .collect();
             let mut all: Vec<Vec<f64>> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-            assert!(all.iter().all(|losses| *losses == all[0]), "ranks heard of different losses");
+            assert!(all.iter().all(|losses| *losses == all[0]), "ranks got different losses");
             all.swap_remove(0)
         })
     }

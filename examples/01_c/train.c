@@ -1,5 +1,5 @@
 /*
- * Trains a small recogniser on one rank: a linear backbone, E = X @ V, under a PartialFC head.
+ * Trains a small recognizer on one rank: a linear backbone, E = X @ V, under a PartialFC head.
  *
  *   cc -std=c99 train.c -lpartialfc -lm && ./a.out
  *
@@ -94,7 +94,7 @@ int main(void) {
   for (step = 0; step < STEPS; step++) {
     photograph(photos, labels, BATCH);
     embed(photos, embeddings, BATCH);
-    /* Loss, the gradient of the embeddings, and the update of the class centres, in one call. */
+    /* Loss, the gradient of the embeddings, and the update of the class centers, in one call. */
     check(pfc_head_step(head, &batch, labels, 0.5, &grad, &loss), "pfc_head_step");
     /* The backbone is the program's own: dV = X^T @ dE. */
     for (k = 0; k < INPUT; k++) {
@@ -115,7 +115,7 @@ int main(void) {
   embed(photos, embeddings, PROBES);
   check(pfc_head_top_k(head, &probes, 1, nearest, cosines), "pfc_head_top_k");
   for (i = 0; i < PROBES; i++) right += nearest[i] == labels[i];
-  printf("loss %.3f at first, %.3f at last; target cosine %.2f; %d of %d new photos recognised\n",
+  printf("loss %.3f at first, %.3f at last; target cosine %.2f; %d of %d new photos recognized\n",
          first, last, metrics.mean_target_cosine, right, PROBES);
 
   pfc_head_free(head); /* in any order */

@@ -10,7 +10,7 @@
  * file and no NCCL.
  *
  * The data are made up but honest: each of 200 people is a point in 32 dimensions, a photo is that
- * point plus noise. The backbone is linear, E = X @ V, the same on all ranks; the class centres are
+ * point plus noise. The backbone is linear, E = X @ V, the same on all ranks; the class centers are
  * sharded over them.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -26,7 +26,7 @@
 #include "partialfc.h"
 
 static const char *const usage =
-    "Trains a small recogniser under a PartialFC head, on GPUs that NCCL joins.\n"
+    "Trains a small recognizer under a PartialFC head, on GPUs that NCCL joins.\n"
     "\n"
     "  LAUNCHER train --id FILE [options]     a process for each rank\n"
     "  train --threads N [options]            N threads of this process, on one GPU; no NCCL\n"
@@ -281,7 +281,7 @@ static void *train(void *argument) {
         for (k = 0; k < INPUT; k++) embeddings[i][j] += photos[i][k] * backbone[k][j];
       }
     }
-    /* Loss, the gradient of this rank's embeddings, and the update of the class centres. */
+    /* Loss, the gradient of this rank's embeddings, and the update of the class centers. */
     TRY(pfc_head_step(head, &batch, labels, 0.5, &grad, &loss));
     /* The backbone is the program's own: dV = X^T @ dE, summed over the ranks. */
     for (k = 0; k < INPUT; k++) {

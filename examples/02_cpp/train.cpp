@@ -1,4 +1,4 @@
-// Trains on two ranks, each a thread of this program. The class centres are sharded over the ranks;
+// Trains on two ranks, each a thread of this program. The class centers are sharded over the ranks;
 // the backbone (linear, E = X @ V) is data parallel, its gradient summed by the same communicator.
 //
 //   c++ -std=c++17 train.cpp -lpartialfc -pthread && ./a.out

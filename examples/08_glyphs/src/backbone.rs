@@ -1,4 +1,4 @@
-//! The network that turns an image into an embedding: three strided convolutions and a dense layer, each with batch normalisation,
+//! The network that turns an image into an embedding: three strided convolutions and a dense layer, each with batch normalization,
 //! on candle's graph; and its optimizer, SGD with momentum.
 //!
 //! All parameters and running moments lie in one flat buffer, and so do their gradients: data-parallel ranks need one all-reduce.
@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor, Var};
 
 use anyhow::{Context, Result};
 
-use crate::block::{Block, Geometry, Moments, Normalise};
+use crate::block::{Block, Geometry, Moments, Normalize};
 use crate::random::{Purpose, Random};
 use crate::render::{PIXELS, SIDE};
 
@@ -27,7 +27,7 @@ fn geometries(dim: usize) -> [Geometry; 4] {
 struct Layer {
     geometry: Geometry,
     weight: Var,
-    /// Scale and shift of the normalisation.
+    /// Scale and shift of the normalization.
     affine: Var,
 }
 
@@ -51,7 +51,7 @@ pub struct Trace {
 pub struct Sgd {
     pub learning_rate: f32,
     pub momentum: f32,
-    /// On weights, not on the normalisation's scale and shift.
+    /// On weights, not on the normalization's scale and shift.
     pub weight_decay: f32,
 }
 
@@ -112,7 +112,7 @@ impl Backbone {
         let mut x = stack(images)?;
         for (at, layer) in self.layers.iter().enumerate() {
             let own = Arc::<Mutex<Moments>>::default();
-            x = layer.apply(&x, Normalise::Batch(own.clone()), at > 0)?;
+            x = layer.apply(&x, Normalize::Batch(own.clone()), at > 0)?;
             moments.push(own);
         }
         let embeddings = x.flatten_from(1)?;
@@ -157,7 +157,7 @@ impl Backbone {
         self.set_state(state)
     }
 
-    /// Embeddings with the running moments: an image's does not depend on its neighbours.
+    /// Embeddings with the running moments: an image's does not depend on its neighbors.
     pub fn embed(&self, images: Vec<f32>) -> Result<Vec<f32>> {
         let mut running = &self.state[self.parameters..];
         let mut x = stack(images)?;
@@ -165,7 +165,7 @@ impl Backbone {
             let (mean, rest) = running.split_at(layer.geometry.outputs);
             let (variance, rest) = rest.split_at(layer.geometry.outputs);
             running = rest;
-            x = layer.apply(&x, Normalise::Fixed(Moments { mean: mean.to_vec(), variance: variance.to_vec() }), false)?.detach();
+            x = layer.apply(&x, Normalize::Fixed(Moments { mean: mean.to_vec(), variance: variance.to_vec() }), false)?.detach();
         }
         Ok(x.flatten_all()?.to_vec1()?)
     }
@@ -177,8 +177,8 @@ fn stack(images: Vec<f32>) -> Result<Tensor> {
 }
 
 impl Layer {
-    fn apply(&self, x: &Tensor, normalise: Normalise, input_gradient: bool) -> Result<Tensor> {
-        let block = Block { geometry: self.geometry, normalise, input_gradient, kept: Mutex::default() };
+    fn apply(&self, x: &Tensor, normalize: Normalize, input_gradient: bool) -> Result<Tensor> {
+        let block = Block { geometry: self.geometry, normalize, input_gradient, kept: Mutex::default() };
         Ok(x.apply_op3(&self.weight, &self.affine, block)?)
     }
 }

@@ -95,7 +95,7 @@ int main(int argc, char **argv) {
   printf("\n%17s %10s %10s  ours in bytes = its formula\n", "", "published", "ours");
   printf("%17s (for N = 64, b = 64, d = 512, C = 10000000, rate 0.1)\n", "");
 
-  heading("Class centres, on each rank. The table's GB are GiB; 298 MB are 19.07/64 of them.");
+  heading("Class centers, on each rank. The table's GB are GiB; 298 MB are 19.07/64 of them.");
   row(0, "19.07 GB", plans[0].weight_bytes, EXACTLY, 4 * classes * dim, "4 C d");
   row(1, "298 MB", plans[1].weight_bytes, EXACTLY, 4 * shard * dim, "4 c d");
   row(2, "298 MB", plans[2].weight_bytes, EXACTLY, 4 * shard * dim, "4 c d");
@@ -126,7 +126,7 @@ int main(int argc, char **argv) {
     row(column, "32 KB", plans[column].sums_bytes, EXACTLY, 4 * (2 * rows + 4), "4 (2 B + 4)");
   }
 
-  heading("Gradients: an all-reduce of the class centres' for data parallel, else a\n"
+  heading("Gradients: an all-reduce of the class centers' for data parallel, else a\n"
           "reduce-scatter of the embeddings'. The table has 2 |W| for data parallel, what a ring\n"
           "moves; ours is what is handed over, once. Else it has logits and their gradients of a\n"
           "sample, 2 x 4 B s (488 MB, in MiB), and for model parallel 2 x 4 B d more. Ours is\n"

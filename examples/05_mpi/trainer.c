@@ -1,5 +1,5 @@
 /*
- * Trains a recogniser of glyphs on many ranks: processes that MPI joins, on one machine or on many.
+ * Trains a recognizer of glyphs on many ranks: processes that MPI joins, on one machine or on many.
  * With --threads they are threads of one process instead: the loss is the same, bit for bit.
  *
  *   cargo run --release -p glyphs -- --classes 500 --export glyphs.bin
@@ -22,7 +22,7 @@
 #include "partialfc_mpi.h"
 
 static const char *const usage =
-    "Trains a linear recogniser under a PartialFC head, on the ranks of mpirun or on threads.\n"
+    "Trains a linear recognizer under a PartialFC head, on the ranks of mpirun or on threads.\n"
     "\n"
     "  mpirun -n N trainer --data FILE [options]\n"
     "  trainer --threads N --data FILE [options]\n"
@@ -35,7 +35,7 @@ static const char *const usage =
     "  --batch N           images in a step, of all ranks together (default: 256)\n"
     "  --dim N             numbers in an embedding (default: 64)\n"
     "  --sample-rate R     share of the classes in a step, 0 to 1 (default: 0.1)\n"
-    "  --replicated        every rank holds all class centres\n"
+    "  --replicated        every rank holds all class centers\n"
     "  --learning-rate R   of backbone and head (default: 0.2)\n"
     "  --timeout SECONDS   how long a rank waits for another (default: 60)\n"
     "  --loss FILE         rank 0 writes every step's loss there\n"
@@ -261,8 +261,8 @@ static double seconds(void) {
     }                                                                          \
   } while (0)
 
-/* How many of the held-out images have their own class centre nearest, over all ranks. */
-static pfc_status recognise(struct rank *self, pfc_head *head, const float *v, int64_t *right) {
+/* How many of the held-out images have their own class center nearest, over all ranks. */
+static pfc_status recognize(struct rank *self, pfc_head *head, const float *v, int64_t *right) {
   enum { AT_ONCE = 256 };
   const struct images *images = self->images;
   const uint64_t rank = pfc_comm_rank(self->comm), size = pfc_comm_size(self->comm);
@@ -383,11 +383,11 @@ static void *train(void *argument) {
     }
   }
   start = seconds() - start;
-  TRY(recognise(self, head, v, &right));
+  TRY(recognize(self, head, v, &right));
   if (rank == 0) {
     printf("%.1f ms a step, of which %.1f the head; ", 1000 * start / (double)s->steps,
            1000 * head_seconds / (double)s->steps);
-    printf("%ld of %lu images in unseen fonts recognised\n", (long)right,
+    printf("%ld of %lu images in unseen fonts recognized\n", (long)right,
            (unsigned long)images->held_out);
   }
   self->failed = 0;

@@ -1,4 +1,4 @@
-//! Characters to pictures: 32 x 32 pixels of grey, the glyph's bounding box scaled and centred.
+//! Characters to pictures: 32 x 32 pixels of gray, the glyph's bounding box scaled and centerd.
 
 use std::collections::HashMap;
 
