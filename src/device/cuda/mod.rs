@@ -31,11 +31,12 @@ use self::kernels::Kernels;
 use self::lent::Room;
 use self::products::Products;
 use self::sizes::Gpu;
-use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, StreamDevice, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
 use crate::options::Precision;
+use crate::stream::StreamDevice;
 use crate::{error, Result};
 
 /// How the emulator of ctests/simt calls its GPU.
@@ -109,7 +110,7 @@ impl Device for CudaDevice {
         Some(self.0.clone())
     }
 
-    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+    fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.0.context.place(name, pointer.cast())? == Place::Device)
     }
 

@@ -70,7 +70,7 @@ fn load() -> Result<Library> {
     let mut version = 0;
     // SAFETY: an output that outlives the call.
     let result = unsafe { call!(&library, ncclGetVersion(&mut version)) }?;
-    library.check("ncclGetVersion", result, std::ptr::null_mut())?;
+    library.expect_success("ncclGetVersion", result, std::ptr::null_mut())?;
     library.version = version as u32;
     ensure!(
         library.version >= LEAST_VERSION,
@@ -111,7 +111,7 @@ fn reason(error: &libloading::Error) -> String {
 
 impl Library {
     /// A result as ours; in progress counts as well. `comm` may be NULL.
-    pub fn check(&self, function: &str, result: ncclResult_t, comm: ncclComm_t) -> Result<()> {
+    pub fn expect_success(&self, function: &str, result: ncclResult_t, comm: ncclComm_t) -> Result<()> {
         match result {
             ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress => Ok(()),
             result => Err(self.failure(function, result, comm)),

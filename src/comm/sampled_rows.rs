@@ -1,9 +1,9 @@
 //! The all-reduce of sampled gradients: each rank has rows for some classes, all get the sums for the union of the classes.
 
-use super::handshake::{exchange, same};
-use super::{Communicator, ReduceOp};
-use crate::matrix::Matrix;
-use crate::{ensure, error, Result};
+use super::handshake::{gather_words, require_equal};
+use super::Communicator;
+use crate::matrix::{Matrix, ReduceOp};
+use crate::{ensure, error, Contribution, Result};
 
 /// Bytes of float32 sums that travel in one all-reduce: large enough for bandwidth, small beside the rows.
 const PIECE: usize = 16 << 20;
@@ -37,7 +37,7 @@ pub struct SampledRows {
 /// # Safety
 /// The pointers and matrices describe host memory of the sizes named, `ids` and `rows` readable, `ids_out` and `rows_out` writable
 /// by this call alone.
-pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Result<SampledRows>) -> Result<usize> {
+pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRows>) -> Result<usize> {
     let rank = comm.rank();
     let prepared = mine.and_then(|mine| {
         check(&mine, rank)?;
@@ -50,11 +50,11 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Result<SampledRows>) ->
         Ok((.., m)) => Ok([m.count as u64, m.capacity as u64, m.rows.cols as u64, u64::from(m.ids_out.is_null())]),
         Err(error) => Err(error.clone()),
     };
-    let all = exchange(comm, words)?;
+    let all = gather_words(comm, words)?;
     let (mut sums, piece_rows, mine) = prepared?;
-    same("rows.cols", &all, |words| words[2], |cols| cols.to_string())?;
+    require_equal("rows.cols", &all, |words| words[2], |cols| cols.to_string())?;
     let union_wanted = |word| (if word == 0 { "given" } else { "NULL" }).to_owned();
-    same("ids_out", &all, |words| words[3], union_wanted)?;
+    require_equal("ids_out", &all, |words| words[3], union_wanted)?;
 
     let counts: Vec<usize> = all.iter().map(|words| words[0] as usize).collect();
     let gathered = comm.or_abort(gather_ids(comm, &mine, counts.iter().copied().max().unwrap_or(0)))?;

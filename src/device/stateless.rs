@@ -1,12 +1,63 @@
-//! What the stateless kernels ask of their arguments, the same on every device.
+//! Arguments of the stateless kernels, and what they must satisfy on every device.
 
-use super::{RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::Optimizer;
 use crate::options::LARGEST_DIM;
 use crate::shard::Shard;
 use crate::{ensure, error, Result};
+
+/// Scratch memory of the caller's for a stateless kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Workspace {
+    pub data: *mut u8,
+    pub bytes: usize,
+}
+
+/// Arguments of `pfc_fused_forward`.
+pub struct FusedForward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *mut f32,
+    pub target_logits: *mut f32,
+    pub weighted: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_fused_backward`.
+pub struct FusedBackward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *const f32,
+    pub target_logits: *const f32,
+    pub weighted: &'a Matrix,
+    pub loss_weight: f64,
+    pub grad_embeddings: &'a Matrix,
+    pub grad_centers: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_sample_classes`.
+pub struct SampleDraw {
+    pub seed: u64,
+    pub step: u64,
+    pub first: u64,
+    pub rows: u64,
+    pub positives: *const i64,
+    pub positive_count: usize,
+    pub sample_size: u64,
+}
+
+/// The tensors of `pfc_update_rows`.
+pub struct RowState<'a> {
+    pub centers: &'a Matrix,
+    pub momentum: &'a Matrix,
+    pub second_moment: Option<&'a Matrix>,
+}
 
 pub(super) fn must_be_f32(name: &str, matrix: &Matrix) -> Result<()> {
     ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype is {}; it is f32", matrix.dtype.name());
@@ -38,16 +89,16 @@ pub(super) fn checked_targets(targets: &[i64], classes: usize) -> Result<()> {
 }
 
 /// L and scale / L of a row; the factor of a row without negatives is 0.
-pub(super) fn whole_and_factor(margin: &Margin, sum: f64, logit: f64) -> (f64, f32) {
-    let whole = sum + (logit - margin.offset()).exp();
-    (whole, if sum > 0.0 { (margin.scale / whole) as f32 } else { 0.0 })
+pub(super) fn denominator_and_factor(margin: &Margin, sum: f64, logit: f64) -> (f64, f32) {
+    let denominator = sum + (logit - margin.offset()).exp();
+    (denominator, if sum > 0.0 { (margin.scale / denominator) as f32 } else { 0.0 })
 }
 
 /// Sums over the ranks that have a gradient in float32.
 pub(super) fn checked_sums(margin: &Margin, row_sums: &[f32], target_logits: &[f32]) -> Result<()> {
     for (row, (&sum, &logit)) in row_sums.iter().zip(target_logits).enumerate() {
         let (sum, logit) = (f64::from(sum), f64::from(logit));
-        let (_, factor) = whole_and_factor(margin, sum, logit);
+        let (_, factor) = denominator_and_factor(margin, sum, logit);
         ensure!(
             sum >= 0.0 && sum.is_finite() && factor.is_finite(),
             NotFinite,
