@@ -32,8 +32,7 @@ use partialfc::trace;
 mod driver;
 #[path = "gpu/floor.rs"]
 mod floor;
-#[path = "../tests/common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use driver::{Memory, Stream};
 use floor::{Floor, Rates, Shape};

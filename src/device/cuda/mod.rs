@@ -13,9 +13,6 @@ mod lent;
 mod memory;
 mod nearest;
 mod products;
-#[cfg(test)]
-#[path = "../../../tests/common/simt.rs"]
-mod simt;
 mod sizes;
 mod staging;
 mod stateless;
@@ -38,9 +35,6 @@ use crate::optimizer::Optimizer;
 use crate::options::Precision;
 use crate::stream::StreamDevice;
 use crate::{error, Result};
-
-/// How the emulator of ctests/simt calls its GPU.
-const EMULATOR: &str = "SIMT emulator";
 
 /// A GPU as its heads share it.
 pub(super) struct Cuda {
@@ -66,7 +60,7 @@ impl Cuda {
         let context = Context::of(ordinal, stream)?;
         let (major, minor) = context.compute_capability()?;
         let (name, multiprocessors) = (context.name()?, context.multiprocessors()?);
-        let images = Images::for_device((major as u32, minor as u32), name.contains(EMULATOR))?;
+        let images = Images::for_device((major as u32, minor as u32))?;
         let text = format!("cuda: {name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors");
         Ok(Cuda {
             kernels: Kernels::load(&context, &images)?,

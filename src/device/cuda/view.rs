@@ -364,7 +364,7 @@ mod tests {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         let built = Command::new(compiler)
             // Cargo starts tests in the package's folder.
-            .args(["-std=c++17", "-Wno-invalid-offsetof", "-I", ".", "-o"])
+            .args(["-std=c++17", "-Wno-invalid-offsetof", "-I", ".", "-I", cuda_emulator::HEADERS, "-o"])
             .arg(&program)
             .arg(&text)
             .output()

@@ -1,6 +1,6 @@
 /*
  * As much of the CUDA runtime as partialfc_nccl.h and its tests call, over the driver that is
- * loaded or found: the emulator of ../../simt has no runtime. What these functions return, and what
+ * loaded or found: the emulator of ../../cuda-emulator has no runtime. What these functions return, and what
  * they do with contexts, follows the runtime's documentation.
  */
 #pragma once

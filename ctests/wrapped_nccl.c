@@ -3,7 +3,7 @@
  * with the losses that pfc_comm_threads gives, to the last bit; every collective on host memory;
  * what partialfc_nccl.h refuses; and what hangs, which ends in time.
  *
- *   cc -std=c99 wrapped.c -lpartialfc -l:libnccl.so.2 -l:libcuda.so -ldl -lpthread && ./a.out
+ *   cc -std=c99 wrapped_nccl.c -lpartialfc -l:libnccl.so.2 -l:libcuda.so -ldl -lpthread && ./a.out
  */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>

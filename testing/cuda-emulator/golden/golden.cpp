@@ -13,11 +13,11 @@
 //
 // To keep a GPU's answers, on a machine that has it, from the root of the sources:
 //
-//   make -C ctests/simt OUT=$PWD/out/simt golden
-//   nvcc -std=c++17 -arch=sm_90a -cubin -Ikernels ctests/simt/golden/kernels.cu -o out/golden.cubin
-//   out/simt/golden --images out --write ctests/simt/golden/outputs
+//   make -C testing/cuda-emulator OUT=$PWD/out/cuda-emulator golden
+//   nvcc -std=c++17 -arch=sm_90a -cubin -Ikernels testing/cuda-emulator/golden/kernels.cu -o out/golden.cubin
+//   out/cuda-emulator/golden --images out --write testing/cuda-emulator/golden/outputs
 //
-// and commit ctests/simt/golden/outputs. `make check` then compares the emulator with it. What the
+// and commit testing/cuda-emulator/golden/outputs. `make check` then compares the emulator with it. What the
 // emulator wrote is never kept there: it would compare the models with themselves.
 //
 // Ends with 0 where all is well, 1 where outputs differ or a call failed, 2 where it was not asked

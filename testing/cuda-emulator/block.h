@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
+#include "pfc_host_device.h"
 #include "shadow.h"
 
 namespace simt {

@@ -1,30 +1,61 @@
-//! The CUDA driver that tests run on: the emulator of `ctests/simt`, built here and loaded before anything asks for a driver, or the
+//! The CUDA driver that tests run on: the emulator beside this file, built and loaded before anything asks for a driver, or the
 //! machine's own.
 //!
 //! `PFC_TEST_DRIVER` is `simt` (also if it is not set) or `real`; with `real` a test fails where the driver is the emulator or there
 //! is none. `PFC_SIMT_LIBRARY` names an emulator that is built already, for machines without a compiler.
-
-// Each test program uses a part of it.
-#![allow(dead_code)]
+//!
+//! The library under test needs not know of it: `PFC_KERNEL_IMAGES` hands it an image of each kernel source. These are empty, because
+//! the emulator has the kernels in itself, by name.
 
 use std::ffi::{c_char, c_void, CString};
 use std::fs::File;
+use std::num::NonZero;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// The emulator's own functions; see ctests/simt/simt.h.
-struct Simt {
-    seed: unsafe extern "C" fn(u64),
-    report: unsafe extern "C" fn(*mut c_char, usize) -> usize,
-    forgive: unsafe extern "C" fn(),
-    count: unsafe extern "C" fn(*const c_char) -> u64,
-    memory: unsafe extern "C" fn(u64),
-    profile: unsafe extern "C" fn(i32, i32),
-    devices: unsafe extern "C" fn(i32),
-    driver_version: unsafe extern "C" fn(i32),
-    fail: unsafe extern "C" fn(*const c_char, u64, i32),
+const IMAGES: &str = "PFC_KERNEL_IMAGES";
+
+/// Where kernels that are compiled for the host find `pfc_host_device.h`, from the package's folder on.
+pub const HEADERS: &str = "testing/cuda-emulator";
+
+/// Declares a structure of a library's functions, and how to look them up in a loaded library.
+#[macro_export]
+macro_rules! functions {
+    ($(#[$doc:meta])* struct $name:ident { $($field:ident: $symbol:literal = fn($($argument:ty),*) $(-> $result:ty)?,)* }) => {
+        $(#[$doc])*
+        struct $name {
+            $($field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
+        }
+
+        impl $name {
+            /// # Safety
+            /// The library has these functions with these types.
+            unsafe fn of(library: $crate::Loaded) -> $name {
+                $name {
+                    $($field: std::mem::transmute::<*mut std::ffi::c_void, unsafe extern "C" fn($($argument),*) $(-> $result)?>(
+                        library.required($symbol),
+                    ),)*
+                }
+            }
+        }
+    };
+}
+
+functions! {
+    /// The emulator's own functions; see simt.h.
+    struct Simt {
+        seed: "simt_seed" = fn(u64),
+        report: "simt_report" = fn(*mut c_char, usize) -> usize,
+        forgive: "simt_forgive" = fn(),
+        count: "simt_count" = fn(*const c_char) -> u64,
+        memory: "simt_memory" = fn(u64),
+        profile: "simt_profile" = fn(i32, i32),
+        devices: "simt_devices" = fn(i32),
+        driver_version: "simt_driver_version" = fn(i32),
+        fail: "simt_fail" = fn(*const c_char, u64, i32),
+    }
 }
 
 /// A turn at the driver. Turns do not overlap within a process: the emulator's seed, findings and counts are the process's.
@@ -159,75 +190,82 @@ fn load() -> Option<&'static Simt> {
         .get_or_init(|| match std::env::var("PFC_TEST_DRIVER").as_deref() {
             Ok("real") => {
                 let names = ["libcuda.so", "libcuda.so.1"];
-                let driver = names.iter().find_map(|name| open(Path::new(name)).ok());
+                let driver = names.iter().find_map(|name| Loaded::open(Path::new(name)).ok());
                 let driver = driver.expect("PFC_TEST_DRIVER is real, but there is no CUDA driver");
-                assert!(symbol(driver, "simt_seed").is_null(), "PFC_TEST_DRIVER is real, but the driver is the emulator");
+                assert!(driver.symbol("simt_seed").is_null(), "PFC_TEST_DRIVER is real, but the driver is the emulator");
                 None
             }
             Ok("simt") | Err(std::env::VarError::NotPresent) => {
-                let library = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("simt", "libcuda.so"), PathBuf::from);
-                let handle = open(&library).unwrap_or_else(|error| panic!("the emulator: {error}"));
+                let library = library();
+                offer_images(&library);
+                let library = Loaded::open(&library).unwrap_or_else(|error| panic!("the emulator: {error}"));
                 // SAFETY: the functions are of these types, which simt.h declares.
-                unsafe {
-                    Some(Simt {
-                        seed: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(required(handle, "simt_seed")),
-                        report: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(required(
-                            handle,
-                            "simt_report",
-                        )),
-                        forgive: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(required(handle, "simt_forgive")),
-                        count: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(required(
-                            handle,
-                            "simt_count",
-                        )),
-                        memory: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(required(handle, "simt_memory")),
-                        profile: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32, i32)>(required(
-                            handle,
-                            "simt_profile",
-                        )),
-                        devices: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(required(handle, "simt_devices")),
-                        driver_version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(i32)>(required(
-                            handle,
-                            "simt_driver_version",
-                        )),
-                        fail: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char, u64, i32)>(required(
-                            handle,
-                            "simt_fail",
-                        )),
-                    })
-                }
+                Some(unsafe { Simt::of(library) })
             }
             other => panic!("PFC_TEST_DRIVER is {other:?}; it is simt or real"),
         })
         .as_ref()
 }
 
-/// Once loaded by its path, the emulator is what every later look for `libcuda.so` finds: it has that name inside.
-pub fn open(library: &Path) -> Result<*mut c_void, String> {
-    let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
-    // SAFETY: a driver's initialisers may run; the error's text is read before the next call.
-    unsafe {
-        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
-        match handle.is_null() {
-            false => Ok(handle),
-            true => Err(std::ffi::CStr::from_ptr(libc::dlerror()).to_string_lossy().into_owned()),
-        }
+/// The emulator's library, built where none is named.
+fn library() -> PathBuf {
+    std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("cuda-emulator", "libcuda.so"), PathBuf::from)
+}
+
+/// In this process the library under test takes the images that were made with the emulator, unless others are named.
+fn offer_images(library: &Path) {
+    if std::env::var_os(IMAGES).is_none() {
+        std::env::set_var(IMAGES, images_of(library));
     }
 }
 
-pub fn symbol(handle: *mut c_void, name: &str) -> *mut c_void {
-    let name = CString::new(name).expect("a name without zeros");
-    // SAFETY: a handle from dlopen.
-    unsafe { libc::dlsym(handle, name.as_ptr()) }
+fn images_of(library: &Path) -> PathBuf {
+    library.parent().expect("its folder").join("images")
 }
 
-fn required(handle: *mut c_void, name: &str) -> *mut c_void {
-    let found = symbol(handle, name);
-    assert!(!found.is_null(), "the emulator lacks {name}");
-    found
+/// Gives what a command starts the emulator, with so many GPUs. It is not loaded into this process.
+pub fn emulate(command: &mut Command, devices: usize) -> &mut Command {
+    let driver = library();
+    let mut folders = vec![driver.parent().expect("its folder").to_owned()];
+    folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
+    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders).expect("folders without colons"));
+    command.env(IMAGES, images_of(&driver)).env("PFC_SIMT_DEVICES", devices.to_string())
 }
 
-/// Builds the library of a folder of `ctests` beside this program's own folder, as far as it is out of date. Programs that run at once
+/// A library that is loaded, for the rest of the process.
+#[derive(Clone, Copy)]
+pub struct Loaded(*mut c_void);
+
+impl Loaded {
+    /// Once loaded by its path, the emulator is what every later look for `libcuda.so` finds: it has that name inside.
+    pub fn open(library: &Path) -> Result<Loaded, String> {
+        let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
+        // SAFETY: a driver's initialisers may run; the error's text is read before the next call.
+        unsafe {
+            let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
+            match handle.is_null() {
+                false => Ok(Loaded(handle)),
+                true => Err(std::ffi::CStr::from_ptr(libc::dlerror()).to_string_lossy().into_owned()),
+            }
+        }
+    }
+
+    /// A function, or NULL.
+    pub fn symbol(self, name: &str) -> *mut c_void {
+        let name = CString::new(name).expect("a name without zeros");
+        // SAFETY: a handle from dlopen.
+        unsafe { libc::dlsym(self.0, name.as_ptr()) }
+    }
+
+    /// A function that the library must have.
+    pub fn required(self, name: &str) -> *mut c_void {
+        let found = self.symbol(name);
+        assert!(!found.is_null(), "the library lacks {name}");
+        found
+    }
+}
+
+/// Builds the library of a folder of `testing` beside this program's own folder, as far as it is out of date. Programs that run at once
 /// take turns.
 pub fn build(name: &str, library: &str) -> PathBuf {
     let program = std::env::current_exe().expect("this program's path");
@@ -238,7 +276,8 @@ pub fn build(name: &str, library: &str) -> PathBuf {
     assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0, "{}", std::io::Error::last_os_error());
     // Cargo starts test programs in the package's folder.
     let made = Command::new("make")
-        .args(["-s", "-C", &format!("ctests/{name}")])
+        .args(["-s", "-C", &format!("testing/{name}")])
+        .arg(format!("-j{}", std::thread::available_parallelism().map_or(1, NonZero::get)))
         .arg(format!("OUT={}", folder.display()))
         .arg("library")
         // Cargo's jobserver is not make's to share here.

@@ -4,7 +4,7 @@
 //
 // On a GPU they are an image of their own, beside the library's:
 //
-//   nvcc -std=c++17 -arch=sm_90a -cubin -Ikernels ctests/simt/golden/kernels.cu -o golden.cubin
+//   nvcc -std=c++17 -arch=sm_90a -cubin -Ikernels testing/cuda-emulator/golden/kernels.cu -o golden.cubin
 #include "ptx/arithmetic.h"
 #include "ptx/async_copy.h"
 #include "ptx/atomic.h"

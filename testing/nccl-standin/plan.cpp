@@ -40,7 +40,7 @@ struct All {
 const char* const kFaults[] = {"", "enqueue", "async", "hang", "delay", "wrong", "short"};
 
 [[noreturn]] void refuse(const char* name, const char* text) {
-    fprintf(stderr, "standin: %s is \"%s\"; see ctests/nccl/standin.h\n", name, text);
+    fprintf(stderr, "standin: %s is \"%s\"; see testing/nccl-standin/standin.h\n", name, text);
     abort();
 }
 
