@@ -195,14 +195,13 @@ impl Head {
             ensure!(
                 shard.contains(id),
                 InvalidArgument,
-                "ids[{i}] is {id}, which is not in the shard of rank {rank}: {} to {}",
+                "ids[{i}] must be in the shard, {} to {}, got {id} (rank {rank})",
                 shard.first,
                 shard.end() as i64 - 1
             );
             let previous = if i == 0 { None } else { Some(ids[i - 1]) };
             if let Some(previous) = previous.filter(|&previous| previous >= id) {
-                let fault = if previous == id { "repeats it" } else { "is not above it" };
-                return Err(error!(InvalidArgument, "ids[{i}] is {id} after {previous} and {fault}, on rank {rank}: ids ascend"));
+                return Err(error!(InvalidArgument, "ids must ascend: ids[{i}] is {id} after {previous} (rank {rank})"));
             }
         }
         self.chosen = Some(ids);
@@ -297,7 +296,7 @@ impl Head {
     pub fn loss_target(&self, loss: *mut f64) -> (LossTarget, Result<()>) {
         let rank = self.rank();
         let place = match loss.is_null() {
-            true => Err(error!(InvalidArgument, "loss is NULL on rank {rank}")),
+            true => Err(error!(InvalidArgument, "loss must not be NULL (rank {rank})")),
             false => self.rows.holds("loss", loss.cast_const().cast()),
         };
         match place {
@@ -313,7 +312,7 @@ impl Head {
         ensure!(
             self.samples > 0,
             InvalidArgument,
-            "pfc_head_sample_ids on rank {}: no sample has been drawn; call pfc_head_prepare or pfc_head_forward first",
+            "pfc_head_sample_ids must come after pfc_head_prepare or pfc_head_forward (rank {})",
             self.rank()
         );
         self.heard(self.rows.sample_ids())
@@ -344,10 +343,10 @@ impl Head {
             ensure!(
                 labels.count as u64 <= self.options.max_batch,
                 InvalidArgument,
-                "the batch is {} rows on rank {}, max_batch is {}",
+                "the batch must be at most max_batch, {}, got {} rows (rank {})",
+                self.options.max_batch,
                 labels.count,
-                self.rank(),
-                self.options.max_batch
+                self.rank()
             );
             Ok(labels)
         });
@@ -389,7 +388,7 @@ impl Head {
                 self.seconds = Seconds::default();
                 let labels = input.clone().and_then(|input| {
                     input.labels.ok_or_else(|| {
-                        error!(InvalidArgument, "labels is NULL on rank {}, and pfc_head_prepare was not called", self.rank())
+                        error!(InvalidArgument, "labels must not be NULL without pfc_head_prepare (rank {})", self.rank())
                     })
                 });
                 // What fails in A fails on every rank; what fails after it is told in C.
@@ -414,7 +413,7 @@ impl Head {
         ensure!(
             rows == batch,
             InvalidArgument,
-            "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
+            "embeddings.rows must be {batch}, the batch of pfc_head_prepare, got {rows} (rank {})",
             self.rank()
         );
         let given = match input.labels {
@@ -428,10 +427,10 @@ impl Head {
             if let Some(row) = differs {
                 return Err(error!(
                     InvalidArgument,
-                    "labels[{row}] is {} on rank {}, in pfc_head_prepare it was {}",
+                    "labels[{row}] must be {}, as in pfc_head_prepare, got {} (rank {})",
+                    known[row],
                     labels[row],
-                    self.rank(),
-                    known[row]
+                    self.rank()
                 ));
             }
         }
@@ -523,7 +522,7 @@ impl Head {
         ensure!(
             made_in == std::process::id(),
             Forked,
-            "the head of rank {} was made in process {made_in}, this is process {}",
+            "the head of rank {} was made in process {made_in} and cannot be used in process {}",
             self.rank(),
             std::process::id()
         );
@@ -590,13 +589,13 @@ impl Head {
         ensure!(
             self.phase == phase,
             InvalidArgument,
-            "{call} on rank {} comes right after {before}; the head is {}",
-            self.rank(),
+            "{call} must come right after {before}, but the head is {} (rank {})",
             match self.phase {
                 Phase::Idle => "idle",
                 Phase::Forwarded => "forwarded",
                 Phase::Backwarded => "backwarded",
-            }
+            },
+            self.rank()
         );
         Ok(())
     }
@@ -605,7 +604,7 @@ impl Head {
         ensure!(
             matrix.rows == rows,
             InvalidArgument,
-            "{name}.rows is {} on rank {}, the batch is {rows}",
+            "{name}.rows must be {rows}, the batch, got {} (rank {})",
             matrix.rows,
             self.rank()
         );
@@ -624,7 +623,7 @@ impl Head {
         ensure!(
             (0.0..=f64::from(f32::MAX)).contains(&value),
             InvalidArgument,
-            "{name} is {value} on rank {}; it is a float32, not below 0",
+            "{name} must be a float32 of at least 0, got {value} (rank {})",
             self.rank()
         );
         Ok(())
@@ -636,11 +635,11 @@ impl Head {
         ensure!(
             first >= shard.first && first.checked_add(count).is_some_and(|end| end <= shard.end()),
             InvalidArgument,
-            "classes {first} to {} are not all in the shard of rank {}: {} to {}",
-            first as i128 + count as i128 - 1,
-            self.rank(),
+            "classes must be in the shard, {} to {}, got {first} to {} (rank {})",
             shard.first,
-            shard.end() as i128 - 1
+            shard.end() as i128 - 1,
+            first as i128 + count as i128 - 1,
+            self.rank()
         );
         Ok(first - shard.first)
     }
@@ -650,6 +649,6 @@ impl Head {
 fn on_rank(error: &Error, rank: u32) -> Error {
     match error.message.contains("rank ") {
         true => error.clone(),
-        false => Error::new(error.status, format!("{} (on rank {rank})", error.message)),
+        false => Error::new(error.status, format!("{} (rank {rank})", error.message)),
     }
 }

@@ -18,7 +18,7 @@ impl Head {
             Err(error) if error.status == Status::Device => false,
             held => held?,
         };
-        ensure!(!held, InvalidArgument, "{name} lies in the device's memory on rank {}; it has to be the host's", self.rank());
+        ensure!(!held, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", self.rank());
         Ok(())
     }
 
