@@ -52,7 +52,7 @@ impl Cuda {
         ensure!(
             dim <= LARGEST_WIDTH.into(),
             Unsupported,
-            "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_WIDTH}"
+            "dim must be 1 to {LARGEST_WIDTH} for the fused kernels of the CUDA device, got {dim}"
         );
         // Operands, numerators and dW^.
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)
