@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "rank is 3")]
+    #[should_panic(expected = "rank must be below ranks")]
     fn a_rank_out_of_range_is_refused() {
         Shard::of(10, 3, 3);
     }

@@ -500,7 +500,7 @@ mod tests {
         };
         assert_eq!(refused.status, Status::InvalidArgument);
         let words: Vec<&str> = refused.message.split(' ').collect();
-        let need: u64 = words[6].parse().expect("the need");
+        let need: u64 = words[7].parse().expect("the need");
         // The need that it names is the least that is taken.
         let least = |limit| Sizes::new(&spec(125_000, 1024, |options| options.workspace_limit = limit), H200, 0);
         assert_eq!(least(need).expect("enough").chunk_capacity, TILE_COLUMNS);
