@@ -280,7 +280,7 @@ impl Stop for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Err(error) = self.leave() {
-            log::debug!("rank {}: a communicator of NCCL's is aborted: {error}", self.rank);
+            log::debug!("rank {}: the NCCL communicator is aborted: {error}", self.rank);
             self.stop();
         }
     }
