@@ -66,7 +66,7 @@
 #endif
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// What a program calls.
+// Functions for programs.
 
 // Makes a communicator of the ranks of an MPI communicator. Collective over comm. No timeout
 // applies.

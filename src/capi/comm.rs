@@ -28,7 +28,7 @@ pub const PFC_COMM_DEVICE_MEMORY: u32 = 2;
 /// PFC_COMM_DEVICE_MEMORY.
 pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 
-/// One rank's end of a group of ranks.
+/// One rank of a group of ranks.
 ///
 /// All ranks call the same collectives in the same order. If a collective fails on one rank, the communicator ends: running
 /// collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH or COMM and name the cause, and later collectives fail with

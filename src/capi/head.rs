@@ -67,7 +67,7 @@ pub struct pfc_metrics {
     pub struct_size: u64,
     /// Updates done since the head was made.
     pub updates: u64,
-    /// Samples drawn since the head was made: one for each step begun.
+    /// Samples drawn since the head was made. A step that pfc_head_prepare or pfc_head_forward begins draws one.
     pub draws: u64,
     /// Rows of the global batch.
     pub rows: u64,
