@@ -261,7 +261,7 @@ fn structs_lie_in_c_as_in_rust() {
             broadcast_calls, broadcast_bytes, barrier_calls,
         }
         pfc_metrics {
-            struct_size, updates, samples, rows, valid_rows, sample_size, loss, top1, mean_target_cosine, grad_embeddings_norm,
+            struct_size, updates, draws, rows, valid_rows, sample_size, loss, top1, mean_target_cosine, grad_embeddings_norm,
             grad_centers_norm, seconds_gather, seconds_sample, seconds_forward, seconds_reduce, seconds_backward, seconds_update,
         }
         pfc_save_options { struct_size }

@@ -124,7 +124,7 @@ fn numbers_and_structs_of_the_hosts_are_refused_by_name_elsewhere() {
             assert_told("count", refused, invalid, &["count", "device memory"]);
         }
         assert_eq!((here, there.read::<u64>()), (7, vec![0; 64]), "written");
-        assert_eq!(head.metrics().expect("figures").samples, 1);
+        assert_eq!(head.metrics().expect("figures").draws, 1);
     });
 }
 

@@ -141,7 +141,7 @@ impl CpuHead {
             spec,
         };
         log::info!(
-            "rank {} of {}: {} class centers of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
+            "rank {} of {}: {} class centers of dimension {dim} from class {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
             head.spec.rank,
             ranks,
             head.spec.shard.rows,

@@ -125,7 +125,7 @@ impl CudaHead {
         // The other lanes read what was cleared on this one.
         head.cuda.stream.synchronize()?;
         log::info!(
-            "rank {} of {}: {} class centers of dimension {} from {} on {}, {} MiB, chunks of {} columns of {}",
+            "rank {} of {}: {} class centers of dimension {} from class {}, on {}, {} MiB, chunks of {} of {} columns",
             head.spec.rank,
             head.spec.ranks,
             head.spec.shard.rows,
@@ -662,7 +662,7 @@ impl Drop for CudaHead {
             return;
         }
         if let Err(error) = self.lanes.synchronize() {
-            log::warn!("rank {}: a head was freed after its work had failed: {error}", self.spec.rank);
+            log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }
 }

@@ -281,7 +281,7 @@ impl Stop for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Err(error) = self.leave() {
-            log::debug!("rank {}: aborting the NCCL communicator: {error}", self.rank);
+            log::debug!("rank {}: the NCCL communicator is aborted: {error}", self.rank);
             self.stop();
         }
     }
