@@ -86,7 +86,7 @@ fn header() -> String {
     let introduction = config.header.clone().expect("cbindgen.toml has the text on top");
     let mut out = comment(introduction.trim());
     out += "\n#ifndef PARTIALFC_H\n#define PARTIALFC_H\n\n#include <stddef.h>\n#include <stdint.h>\n";
-    out += "\n// The version of this header; pfc_version() tells that of the library.\n";
+    out += "\n// The version of this header; pfc_version() returns that of the library.\n";
     for (part, value) in [
         ("MAJOR", env!("CARGO_PKG_VERSION_MAJOR")),
         ("MINOR", env!("CARGO_PKG_VERSION_MINOR")),

@@ -8,9 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use partialfc::comm::ReduceOp;
-use partialfc::device::{self, Event, StreamMemory, MOST_REDUCED};
-use partialfc::matrix::DType;
+use partialfc::matrix::{DType, ReduceOp};
+use partialfc::stream::{self, Event, StreamMemory, MOST_REDUCED};
 use partialfc::{Error, Result, Status};
 
 /// Numbers that a reduction takes; all values of the tests are whole and small.
@@ -57,9 +56,9 @@ pub enum Order {
 }
 
 /// An event: whether its stream has come to it.
-struct Moment(AtomicBool);
+struct FakeEvent(AtomicBool);
 
-impl device::Moment for Moment {
+impl stream::StreamEvent for FakeEvent {
     fn is_over(&self) -> Result<bool> {
         Ok(self.0.load(Ordering::SeqCst))
     }
@@ -67,14 +66,14 @@ impl device::Moment for Moment {
 
 enum Task {
     Work(Box<dyn FnOnce() + Send>),
-    Record(Arc<Moment>),
-    Wait(Arc<Moment>),
+    Record(Arc<FakeEvent>),
+    Wait(Arc<FakeEvent>),
 }
 
 struct State {
     streams: Vec<VecDeque<Task>>,
     random: Random,
-    events: Vec<Weak<Moment>>,
+    events: Vec<Weak<FakeEvent>>,
     memory: Vec<Range<usize>>,
 }
 
@@ -272,7 +271,7 @@ impl StreamMemory for FakeMemory {
     }
 
     fn record(&self, stream: *mut c_void) -> Result<Event> {
-        let event = Arc::new(Moment(AtomicBool::new(false)));
+        let event = Arc::new(FakeEvent(AtomicBool::new(false)));
         if self.enter(Method::Record)? {
             self.world.lock().events.push(Arc::downgrade(&event));
             self.world.push(stream, Task::Record(event.clone()));
@@ -283,7 +282,7 @@ impl StreamMemory for FakeMemory {
     fn wait(&self, stream: *mut c_void, event: &Event) -> Result<()> {
         if self.enter(Method::Wait)? {
             let event: Arc<dyn Any + Send + Sync> = event.clone();
-            let event = event.downcast::<Moment>().expect("an event of this kind of memory");
+            let event = event.downcast::<FakeEvent>().expect("an event of this kind of memory");
             self.world.push(stream, Task::Wait(event));
         }
         Ok(())

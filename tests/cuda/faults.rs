@@ -276,7 +276,7 @@ fn train_through_faults(options: &HeadOptions, ranks: usize, run: Where) -> Vec<
                 assert!(before == after, "{what}: rows have moved");
                 let metrics = head.metrics().expect("metrics");
                 assert_eq!(metrics.updates, 1, "{what}");
-                samples.push(metrics.samples);
+                samples.push(metrics.draws);
             }
         }
         let seen = step(&head, place, run, number + 1, Some((Fault::SampleOutOfOrder, ranks - 1)));

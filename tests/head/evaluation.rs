@@ -67,9 +67,9 @@ fn metrics_are_those_of_the_reference() {
             for (rank, (sample, metrics)) in seen.iter().enumerate() {
                 for (at, m) in metrics.iter().enumerate() {
                     let what = |field: &str| format!("{placement:?} rate {sample_rate} rank {rank} reading {at}: {field}");
-                    let counts = (m.rows, m.valid_rows, m.sample_size, m.samples, m.updates);
+                    let counts = (m.rows, m.valid_rows, m.sample_size, m.draws, m.updates);
                     let expected = (rows as u64, step.valid_rows as u64, sample.len() as u64, 1, u64::from(at == 2));
-                    assert_eq!(counts, expected, "{}", what("rows, valid rows, sample size, samples, updates"));
+                    assert_eq!(counts, expected, "{}", what("rows, valid rows, sample size, draws, updates"));
                     assert_close(&what("loss"), &[m.loss], &[step.loss], 5e-5);
                     assert_close(&what("top1"), &[m.top1], &[step.top1], 1e-6);
                     assert_close(&what("mean_target_cosine"), &[m.mean_target_cosine], &[cosines], 1e-5);
@@ -91,7 +91,7 @@ fn metrics_before_any_step_are_zeros() {
         on_ranks(2, |place| {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &HeadOptions { placement, ..options(10, 4, 3) });
             let m = head.metrics().expect("metrics");
-            assert_eq!((m.updates, m.samples, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
+            assert_eq!((m.updates, m.draws, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
             let figures = [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm];
             assert_eq!(figures, [0.0; 5], "{placement:?}");
         });

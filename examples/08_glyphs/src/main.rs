@@ -82,7 +82,7 @@ struct Options {
     /// Folder for results.json and the pictures
     #[arg(long, default_value = "out/glyphs", value_name = "FOLDER")]
     out: PathBuf,
-    /// Write the images for other trainers to this file, and train nothing; see examples/mpi_trainer
+    /// Write the images for other trainers to this file, and train nothing; see examples/05_mpi
     #[arg(long, value_name = "FILE")]
     export: Option<PathBuf>,
 }

@@ -1,6 +1,6 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
-use super::fused::Targets;
+use super::products::Targets;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
 use crate::{error, Result};
@@ -100,7 +100,7 @@ impl Draft {
         let mut positives = Vec::new();
         positives
             .try_reserve_exact(self.all_labels.len())
-            .map_err(|_| error!(OutOfMemory, "positives: {} bytes are not to be had", 8 * self.all_labels.len()))?;
+            .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for positives", 8 * self.all_labels.len()))?;
         positives.extend(self.all_labels.iter().copied().filter(|&label| shard.contains(label)));
         positives.sort_unstable();
         positives.dedup();

@@ -1,14 +1,15 @@
 //! The CPU backend.
 
 mod draft;
-mod fused;
-mod kernels;
+mod head;
+mod loss;
 mod nearest;
 mod passes;
 mod pool;
+mod products;
+mod rows;
 mod sizes;
-mod step;
-mod sums;
+mod stateless;
 mod vector;
 
 use std::ffi::{CStr, CString};
@@ -18,11 +19,7 @@ use self::pool::Pool;
 use crate::simd::Simd;
 use crate::{ensure, error, Result};
 
-pub(in crate::device) use fused::{gemm, inverse_norm};
-pub(crate) use nearest::keep_best;
-pub(in crate::device) use nearest::offer;
-pub use sizes::Memory;
-pub(crate) use sizes::{memory_needed, sample_capacity};
+pub(crate) use sizes::memory_needed;
 
 /// More threads than any machine has are a mistake of the caller's.
 const MOST_THREADS: u32 = 4096;
@@ -34,10 +31,10 @@ pub(super) struct Cpu {
 
 impl Cpu {
     pub fn new(threads: u32) -> Result<Cpu> {
-        ensure!(threads <= MOST_THREADS, InvalidArgument, "threads is {threads}; it is 0 to {MOST_THREADS}");
+        ensure!(threads <= MOST_THREADS, InvalidArgument, "threads must be 0 to {MOST_THREADS}, got {threads}");
         let pool = Arc::new(Pool::new(threads as usize));
         let text = format!("cpu: {} threads, {}", pool.threads(), Simd::best().name());
-        let info = CString::new(text).map_err(|_| error!(Device, "the device's name holds a zero"))?;
+        let info = CString::new(text).map_err(|_| error!(Device, "the device's name contains a zero byte"))?;
         Ok(Cpu { pool, info })
     }
 

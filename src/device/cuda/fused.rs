@@ -8,7 +8,7 @@ use super::sizes::weighted_splits;
 use super::stateless::{columns_of, Shape};
 use super::view::{HeadView, MarginView, StepBlock, NONE, TILE_COLUMNS};
 use super::Cuda;
-use crate::device::checks::{checked_sums, checked_targets, checked_weight, must_be_f32};
+use crate::device::stateless::{checked_sums, checked_targets, checked_weight, must_be_f32};
 use crate::device::{FusedBackward, FusedForward};
 use crate::{ensure, Result};
 
@@ -52,7 +52,7 @@ impl Cuda {
         ensure!(
             dim <= LARGEST_WIDTH.into(),
             Unsupported,
-            "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_WIDTH}"
+            "dim must be 1 to {LARGEST_WIDTH} for the fused kernels of the CUDA device, got {dim}"
         );
         // Operands, numerators and dW^.
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)

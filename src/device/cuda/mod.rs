@@ -28,11 +28,12 @@ use self::kernels::Kernels;
 use self::lent::Room;
 use self::products::Products;
 use self::sizes::Gpu;
-use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, StreamDevice, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
 use crate::options::Precision;
+use crate::stream::StreamDevice;
 use crate::{error, Result};
 
 /// A GPU as its heads share it.
@@ -67,7 +68,7 @@ impl Cuda {
             stream: Stream::borrowed(&context, stream),
             room: Mutex::default(),
             multiprocessors,
-            info: CString::new(text).map_err(|_| error!(Device, "the GPU's name holds a zero"))?,
+            info: CString::new(text).map_err(|_| error!(Device, "the GPU's name contains a zero byte"))?,
             process: std::process::id(),
             context,
         })
@@ -103,7 +104,7 @@ impl Device for CudaDevice {
         Some(self.0.clone())
     }
 
-    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+    fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.0.context.place(name, pointer.cast())? == Place::Device)
     }
 

@@ -13,11 +13,11 @@ use super::sizes::{BINS, CHUNK, COUNTED_CLASSES, DEPTH};
 use super::staging::{fetch, grown};
 use super::view::{HeadView, MarginView, MatrixView, OptimizerView, Rule, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
-use crate::device::checks::{checked_shape, checked_targets, must_be_f32};
+use crate::device::stateless::{checked_shape, checked_targets, must_be_f32};
 use crate::device::{RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
-use crate::optimizer::{Optimizer, StepRule};
+use crate::optimizer::{Optimizer, UpdateRule};
 use crate::options::RowUpdate;
 use crate::{ensure, Result};
 
@@ -47,7 +47,7 @@ impl Shape {
     pub fn new(batch: u64, dim: u64, classes: u64, column_bytes: impl FnOnce(&Shape) -> u64) -> Result<Shape> {
         checked_shape(batch, dim, classes)?;
         for (name, value) in [("batch", batch), ("classes", classes)] {
-            ensure!(value <= MOST, InvalidArgument, "{name} is {value}; on the CUDA device it is at most {MOST}");
+            ensure!(value <= MOST, InvalidArgument, "{name} must be at most {MOST} on the CUDA device, got {value}");
         }
         let mut shape = Shape {
             rows: batch,
@@ -109,7 +109,7 @@ fn margin_view(margin: &Margin) -> HeadView {
 
 fn few_columns(name: &str, matrix: &Matrix) -> Result<()> {
     let cols = matrix.cols;
-    ensure!(cols as u64 <= MOST, InvalidArgument, "{name}.cols is {cols}; on the CUDA device it is at most {MOST}");
+    ensure!(cols as u64 <= MOST, InvalidArgument, "{name}.cols must be at most {MOST} on the CUDA device, got {cols}");
     Ok(())
 }
 
@@ -214,7 +214,7 @@ impl Cuda {
 
     pub(super) fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64> {
         draw.check()?;
-        ensure!(draw.rows <= MOST, InvalidArgument, "rows is {}; the CUDA device draws from {MOST} at most", draw.rows);
+        ensure!(draw.rows <= MOST, InvalidArgument, "rows must be at most {MOST} on the CUDA device, got {}", draw.rows);
         let mut room = self.room();
         let (mut lent, kept) = Lent::new(&self.stream, &mut room);
         let positives = lent.on_host("positives", draw.positives, draw.positive_count)?;
@@ -271,7 +271,7 @@ impl Cuda {
     ) -> Result<()> {
         state.check(optimizer, learning_rate, update)?;
         let rows = state.centers.rows as u64;
-        ensure!(rows <= MOST, InvalidArgument, "centers.rows is {rows}; on the CUDA device it is at most {MOST}");
+        ensure!(rows <= MOST, InvalidArgument, "centers.rows must be at most {MOST} on the CUDA device, got {rows}");
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let ids = lent.on_host("ids", ids, gradients.rows)?;
@@ -285,7 +285,7 @@ impl Cuda {
         };
         let given = lent.read("gradients", gradients)?;
         let view = HeadView { optimizer: OptimizerView::new(optimizer, RowUpdate::Lazy), ..HeadView::zeroed() };
-        let rule = Rule::from(&StepRule::new(optimizer, learning_rate, update));
+        let rule = Rule::from(&UpdateRule::new(optimizer, learning_rate, update));
         self.run(&self.kernels.update_given_rows, (view, centers, momentum, second_moment, places.cast(), given, rule))?;
         lent.finish()
     }

@@ -5,8 +5,7 @@ use std::mem::size_of;
 use super::super::staging;
 use super::super::view::{fault, Ledger, StepBlock};
 use super::CudaHead;
-use crate::comm::remote;
-use crate::{error, protocol, Result};
+use crate::{error, protocol, Error, Result};
 
 impl CudaHead {
     /// What a block says went wrong.
@@ -14,14 +13,14 @@ impl CudaHead {
         let (rank, row) = (block.rank.max(0) as usize, block.row as usize);
         Err(match block.fault {
             fault::NONE => return Ok(()),
-            fault::REMOTE | fault::SUMS => remote(rank, block.value),
-            fault::PARTED => protocol::parted(block.detail, rank),
+            fault::REMOTE | fault::SUMS => Error::remote(rank, block.value),
+            fault::PARTED => protocol::ranks_out_of_step(block.detail, rank),
             fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
             fault::EMBEDDING => protocol::bad_embedding(row, rank),
             fault::SUM => protocol::bad_sum(row, rank),
             fault::FORWARD => match protocol::judge_errors(block.value as f32, self.spec.rank as usize) {
                 Err(error) => error,
-                Ok(()) => error!(Device, "the device reports a failed forward, and no rank that failed"),
+                Ok(()) => error!(Device, "the device reports a failed forward, but no rank that failed"),
             },
             fault::SAMPLES => protocol::samples_differ(rank),
             other => error!(Device, "the device reports a fault of kind {other}"),

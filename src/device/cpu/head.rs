@@ -3,19 +3,21 @@
 use std::sync::Arc;
 
 use super::draft::{Draft, Sample};
-use super::fused::{self, Shape};
 use super::pool::Pool;
+use super::products::{self, Shape};
+use super::rows::HostRows;
 use super::sizes::Sizes;
 use super::vector::{self, Softmax};
-use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
+use crate::device::host_math::inverse_norm;
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Buffer, Parts};
-use crate::optimizer::Replay;
+use crate::optimizer::{Replay, StateTensor};
 use crate::options::{Placement, Precision};
-use crate::protocol::{self, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::table::Table;
-use crate::{error, Error, Result};
+use crate::protocol::{self, Counters, LossPlace, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{error, Contribution, Error, Result};
 
 /// Rows of a batch that one task normalises or finishes.
 const ROWS_A_TASK: usize = 16;
@@ -28,7 +30,7 @@ pub(super) struct CpuHead {
     pub(super) spec: HeadSpec,
     pub(super) pool: Arc<Pool>,
     pub(super) softmax: Softmax,
-    pub(super) table: Table,
+    pub(super) table: HostRows,
     pub(super) sizes: Sizes,
     pub(super) gather_dtype: DType,
 
@@ -106,7 +108,7 @@ impl CpuHead {
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let label_block = protocol::label_block(options.max_batch);
         let exchanged = |elements: usize| if sharded { elements } else { 0 };
-        let table = Table::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
+        let table = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
             gather_dtype,
@@ -125,8 +127,8 @@ impl CpuHead {
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
-            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centres' gradient")?,
-            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalised embeddings")?,
+            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centers' gradient")?,
+            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
             embeddings_t: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
             scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
             weighted: Buffer::zeroed(sizes.weighted, "accumulators")?,
@@ -139,7 +141,7 @@ impl CpuHead {
             spec,
         };
         log::info!(
-            "rank {} of {}: {} class centres of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
+            "rank {} of {}: {} class centers of dimension {dim} from class {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
             head.spec.rank,
             ranks,
             head.spec.shard.rows,
@@ -161,7 +163,7 @@ impl CpuHead {
         draft.first_row..draft.first_row + draft.batches[self.spec.rank as usize]
     }
 
-    /// Rows of a block of B and D: the largest batch.
+    /// Rows of a rank's block of embeddings and of gradient: the largest batch.
     fn padded_rows(&self) -> usize {
         self.step.draft.batches.iter().copied().max().unwrap_or(0)
     }
@@ -192,7 +194,7 @@ impl CpuHead {
         (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
         if !self.sharded() && shape.classes * shape.dim > self.center_gradient.len() {
             // A caller's sample beyond every draw.
-            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centres' gradient")?;
+            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
         }
         Ok(())
     }
@@ -247,12 +249,12 @@ impl CpuHead {
                     *first = (*first).min(row as u64);
                     continue;
                 }
-                let inverse = fused::inverse_norm(squares);
+                let inverse = inverse_norm(squares);
                 cell(&inverse_norms, inverse as f32);
                 vector::scale_into(raw, inverse as f32, out);
                 if let Some(column) = draft.column(row) {
                     table.read(replay, draft.sample.row(column), center, spare);
-                    let angle = margin::angle(raw, inverse, center, fused::inverse_norm(vector::sum_of_squares(center)));
+                    let angle = margin::angle(raw, inverse, center, inverse_norm(vector::sum_of_squares(center)));
                     let target = margin.target(angle);
                     cell(&logits, target.logit as f32);
                     cell(&cosines, margin::cosine(angle) as f32);
@@ -274,7 +276,7 @@ impl CpuHead {
 }
 
 impl HeadDevice for CpuHead {
-    fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
+    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
         self.next = None;
         self.own_labels.clear();
         self.own_failure = None;
@@ -284,18 +286,10 @@ impl HeadDevice for CpuHead {
             Err(error) => self.own_failure = Some(error),
         }
         match &self.own_failure {
-            Some(cause) => protocol::pack_failure(&mut self.labels_send, step, cause),
-            None => protocol::pack_labels(&mut self.labels_send, step, &self.own_labels),
+            Some(cause) => protocol::pack_failure(&mut self.labels_send, counters, cause),
+            None => protocol::pack_labels(&mut self.labels_send, counters, &self.own_labels),
         }
-        Exchange {
-            send: self.labels_send.as_ptr().cast(),
-            recv: self.labels_recv.as_mut_ptr().cast(),
-            count: self.labels_send.len(),
-            dtype: DType::I64,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        Exchange::host(self.labels_send.as_ptr(), self.labels_recv.as_mut_ptr(), self.labels_send.len(), DType::I64)
     }
 
     fn judge_labels(&mut self) -> Result<()> {
@@ -313,7 +307,7 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
-    fn sample(&mut self, step: u64, chosen: Option<&[i64]>) -> Result<()> {
+    fn sample(&mut self, draw: u64, chosen: Option<&[i64]>) -> Result<()> {
         let (options, shard) = (&self.spec.options, self.spec.shard);
         let draft = self.next.as_mut().ok_or_else(|| error!(InvalidArgument, "there is no batch to sample for"))?;
         let sample = match chosen {
@@ -322,7 +316,7 @@ impl HeadDevice for CpuHead {
             None => {
                 let positives = draft.positives(shard)?;
                 let size = crate::sample::sample_size(options.sample_rate, shard.rows) as usize;
-                let draw = crate::sample::Draw { seed: options.seed, step, shard, positives: &positives, size };
+                let draw = crate::sample::Draw { seed: options.seed, number: draw, shard, positives: &positives, size };
                 let mut ids = Vec::new();
                 crate::sample::draw(&draw, &|tasks, body| self.pool.run(tasks, &|task, _| body(task)), &mut ids)?;
                 Sample::of(shard, ids)
@@ -373,15 +367,7 @@ impl HeadDevice for CpuHead {
                 block.write_row(i, &row);
             }
         }
-        Exchange {
-            send: self.embeddings_send.as_ptr(),
-            recv: self.embeddings_recv.as_mut_ptr(),
-            count: padded * dim,
-            dtype: self.gather_dtype,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        Exchange::host(self.embeddings_send.as_ptr(), self.embeddings_recv.as_mut_ptr(), padded * dim, self.gather_dtype)
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
@@ -395,7 +381,7 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
-    fn pack_sums(&mut self, outcome: &Result<()>, _late: Option<bool>) -> Exchange {
+    fn pack_sums(&mut self, outcome: &Result<()>, _: LossPlace) -> Exchange {
         let rank = self.spec.rank as usize;
         match self.sharded() {
             true => self.pack_sharded_sums(outcome, rank),
@@ -454,15 +440,7 @@ impl HeadDevice for CpuHead {
                 }
             }
         });
-        Exchange {
-            send: self.gradient_send.as_ptr().cast(),
-            recv: self.gradient_recv.as_mut_ptr().cast(),
-            count: padded * dim,
-            dtype: DType::F32,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        Exchange::host(self.gradient_send.as_ptr(), self.gradient_recv.as_mut_ptr(), padded * dim, DType::F32)
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
@@ -496,16 +474,8 @@ impl HeadDevice for CpuHead {
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
         let weight = self.weight(loss_weight);
         self.gradient_pass(weight);
-        let data = self.center_gradient.as_mut_ptr().cast::<u8>();
-        Exchange {
-            send: data,
-            recv: data,
-            count: self.step.shape.classes * self.step.shape.dim,
-            dtype: DType::F32,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        let data = self.center_gradient.as_mut_ptr();
+        Exchange::host(data, data, self.step.shape.classes * self.step.shape.dim, DType::F32)
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
@@ -561,7 +531,7 @@ impl HeadDevice for CpuHead {
 /// `destination` [columns, pitch(rows)] = `source` [rows, source_pitch] transposed, by blocks that stay in the first-level cache.
 fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut Buffer<f32>, rows: usize, columns: usize) {
     const BLOCK: usize = 16;
-    let pitch = fused::pitch(rows);
+    let pitch = products::pitch(rows);
     let destination = destination.parts();
     pool.run(columns.div_ceil(BLOCK), &|task, _| {
         let block = task * BLOCK..((task + 1) * BLOCK).min(columns);
@@ -581,7 +551,7 @@ fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut
 fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     let mut ids = Vec::new();
     ids.try_reserve_exact(chosen.len() + positives.len())
-        .map_err(|_| error!(OutOfMemory, "sample: {} bytes are not to be had", 8 * (chosen.len() + positives.len())))?;
+        .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for the sample", 8 * (chosen.len() + positives.len())))?;
     ids.extend_from_slice(chosen);
     ids.extend_from_slice(positives);
     ids.sort_unstable();

@@ -1,7 +1,7 @@
 //! A rank of a group that the caller's functions carry: MPI, a framework's own collectives, a test's.
 //!
 //! A function runs on the thread that called the library (MPI_THREAD_FUNNELED is enough) and only itself knows how to stop
-//! waiting. So the watchdog calls the table's `abort` once a deadline has passed; the function must then return, and what functions
+//! waiting. So the watchdog calls the callbacks's `abort` once a deadline has passed; the function must then return, and what functions
 //! have left on streams must end. Without `abort` nothing can stop it: the watchdog says so in the log.
 //!
 //! A device's memory goes to functions that take it; otherwise, and where an optional function is missing, it goes through a host
@@ -11,10 +11,10 @@ use std::ffi::{c_char, c_void, CStr};
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::watchdog::{aborted, Ran, Stop, Watchdog};
-use super::{Call, Place, ReduceOp, Transport};
-use crate::device::StreamMemory;
-use crate::matrix::DType;
+use crate::comm::watchdog::{aborted, OperationOutcome, Stop, Watchdog};
+use crate::comm::{Call, MemorySpace, Transport};
+use crate::matrix::{DType, ReduceOp};
+use crate::stream::StreamMemory;
 use crate::{ensure, error, Error, Result};
 
 pub type AllGatherFn = unsafe extern "C" fn(*mut c_void, *const c_void, *mut c_void, u64, *mut c_void) -> i32;
@@ -50,8 +50,8 @@ pub struct CustomOps {
 }
 
 pub struct Custom {
-    table: Arc<Table>,
-    /// Goes before the table's `free`.
+    callbacks: Arc<Callbacks>,
+    /// Goes before the callbacks's `free`.
     watchdog: ManuallyDrop<Watchdog>,
     all_gather: AllGatherFn,
     all_reduce: ReduceFn,
@@ -76,7 +76,7 @@ struct Staging<'a> {
 
 impl Staging<'_> {
     /// The buffer, if need be with more room.
-    fn room(&mut self, bytes: usize) -> std::result::Result<*mut u8, Failure> {
+    fn reserve(&mut self, bytes: usize) -> std::result::Result<*mut u8, Failure> {
         if self.buffer.len() < bytes.div_ceil(8) {
             // The old one first: two need not fit.
             *self.buffer = Vec::new();
@@ -101,14 +101,14 @@ impl Staging<'_> {
 }
 
 /// The caller's functions, as the watchdog knows them too.
-struct Table {
+struct Callbacks {
     ops: CustomOps,
 }
 
 // SAFETY: the caller promises that `abort` and `error_string` may be called from any thread, and the others from whichever thread
 // is inside the library, one at a time; `ctx` is theirs alone.
-unsafe impl Send for Table {}
-unsafe impl Sync for Table {}
+unsafe impl Send for Callbacks {}
+unsafe impl Sync for Callbacks {}
 
 /// Why an operation did not come about.
 enum Failure {
@@ -123,51 +123,54 @@ type Outcome = std::result::Result<(), Failure>;
 const LARGEST_GROUP: u32 = 65_534;
 
 impl Custom {
-    /// Checks the table. `free` is not called if it is refused.
+    /// Checks the callbacks. `free` is not called if it is refused.
     pub fn new(ops: CustomOps) -> Result<Custom> {
         let CustomOps { rank, size, flags, .. } = ops;
         ensure!(
             (1..=LARGEST_GROUP).contains(&size),
             InvalidArgument,
-            "ops.size is {size} on rank {rank}; it is 1 to {LARGEST_GROUP}"
+            "ops.size must be 1 to {LARGEST_GROUP}, got {size} (rank {rank})"
         );
-        ensure!(rank < size, InvalidArgument, "ops.rank is {rank} of {size} ranks");
+        ensure!(rank < size, InvalidArgument, "ops.rank must be below ops.size, {size}, got {rank}");
         let unknown = flags & !(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED);
-        ensure!(unknown == 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: {unknown:#x} is unknown to this library");
-        ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_HOST_MEMORY is needed");
+        ensure!(
+            unknown == 0,
+            Unsupported,
+            "ops.flags must not contain {unknown:#x}, which is unknown, got {flags:#x} (rank {rank})"
+        );
+        ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags must contain PFC_COMM_HOST_MEMORY, got {flags:#x} (rank {rank})");
         ensure!(
             flags & STREAM_ORDERED == 0 || flags & DEVICE_MEMORY != 0,
             Unsupported,
-            "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY"
+            "ops.flags must contain PFC_COMM_DEVICE_MEMORY beside PFC_COMM_STREAM_ORDERED, got {flags:#x} (rank {rank})"
         );
-        let missing =
-            |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
+        let missing = |slot: &str| error!(InvalidArgument, "ops.{slot} must not be NULL (rank {rank})");
         let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
         let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
-        let table = Arc::new(Table { ops });
-        let watchdog = ManuallyDrop::new(Watchdog::new(table.clone()));
-        Ok(Custom { table, watchdog, all_gather, all_reduce, stage: Mutex::default() })
+        let callbacks = Arc::new(Callbacks { ops });
+        let watchdog = ManuallyDrop::new(Watchdog::new(callbacks.clone()));
+        Ok(Custom { callbacks, watchdog, all_gather, all_reduce, stage: Mutex::default() })
     }
 
     /// Runs the caller's functions under the watchdog and makes a status of their codes.
     fn operate(&self, call: &Call<'_>, body: impl FnOnce() -> Outcome) -> Result<()> {
-        let table = &*self.table;
-        let rank = table.ops.rank;
+        let callbacks = &*self.callbacks;
+        let rank = callbacks.ops.rank;
         self.watchdog.start(call)?;
-        let outcome = match table.ops.async_error {
+        let outcome = match callbacks.ops.async_error {
             // SAFETY: the caller's function with the caller's pointer.
-            Some(ask) => match unsafe { ask(table.ops.ctx) } {
+            Some(ask) => match unsafe { ask(callbacks.ops.ctx) } {
                 0 => body(),
                 code => Err(Failure::Code("async_error", code)),
             },
             None => body(),
         };
-        let Ran { expired, ended } = self.watchdog.finish();
+        let OperationOutcome { expired, ended } = self.watchdog.finish();
         if expired {
             let limit = call.timeout.as_millis();
             // Only the functions know whom they waited for.
             let text = match outcome {
-                Err(Failure::Code(_, code)) => table.error_text(code),
+                Err(Failure::Code(_, code)) => callbacks.error_text(code),
                 _ => String::new(),
             };
             return Err(error!(Timeout, "{} did not finish within {limit} ms{text} (this is rank {rank})", call.label()));
@@ -177,7 +180,7 @@ impl Custom {
             (Err(Failure::Ours(error)), _) => Err(error.during(&call.label())),
             (Err(Failure::Code(..)), Some(cause)) => Err(aborted(call, &cause, rank)),
             (Err(Failure::Code(function, code)), None) => {
-                let text = table.error_text(code);
+                let text = callbacks.error_text(code);
                 Err(error!(Comm, "{}: the caller's {function} returned {code}{text} on rank {rank}", call.label()))
             }
         }
@@ -185,8 +188,8 @@ impl Custom {
 
     /// Has what a function left on a stream watched, since it returned without waiting.
     fn follow(&self, call: &Call<'_>) -> Result<()> {
-        match call.place {
-            Place::Device { memory, stream } if self.table.ops.flags & STREAM_ORDERED != 0 => {
+        match call.space {
+            MemorySpace::Device { memory, stream } if self.callbacks.ops.flags & STREAM_ORDERED != 0 => {
                 let over = memory.record(stream).map_err(|error| error.during(&call.label()))?;
                 self.watchdog.follow(call, over)
             }
@@ -194,23 +197,23 @@ impl Custom {
         }
     }
 
-    /// How the buffers of a call reach the functions; `slot`: whether the table has the one for it. What replaces a missing one
+    /// How the buffers of a call reach the functions; `slot`: whether the callbacks has the one for it. What replaces a missing one
     /// needs temporaries, which are the host's.
     fn route<'a>(&'a self, call: &Call<'a>, slot: bool) -> std::result::Result<Route<'a>, Failure> {
-        let Place::Device { memory, stream } = call.place else { return Ok(Route::Direct(std::ptr::null_mut())) };
-        let flags = self.table.ops.flags;
+        let MemorySpace::Device { memory, stream } = call.space else { return Ok(Route::Direct(std::ptr::null_mut())) };
+        let flags = self.callbacks.ops.flags;
         if flags & DEVICE_MEMORY == 0 || !slot {
             let buffer = self.stage.lock().unwrap_or_else(|e| e.into_inner());
             return Ok(Route::Staged(Staging { memory, stream, buffer }));
         }
         if flags & STREAM_ORDERED == 0 {
-            memory.synchronise(stream).map_err(Failure::Ours)?;
+            memory.synchronize(stream).map_err(Failure::Ours)?;
         }
         Ok(Route::Direct(stream))
     }
 
     unsafe fn gather(&self, send: *const u8, recv: *mut u8, bytes: usize, stream: *mut c_void) -> Outcome {
-        code("all_gather", (self.all_gather)(self.table.ops.ctx, send.cast(), recv.cast(), bytes as u64, stream))
+        code("all_gather", (self.all_gather)(self.callbacks.ops.ctx, send.cast(), recv.cast(), bytes as u64, stream))
     }
 
     unsafe fn reduce(
@@ -222,7 +225,7 @@ impl Custom {
         op: ReduceOp,
         stream: *mut c_void,
     ) -> Outcome {
-        let ctx = self.table.ops.ctx;
+        let ctx = self.callbacks.ops.ctx;
         let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
         code("all_reduce", returned)
     }
@@ -236,7 +239,7 @@ impl Custom {
         op: ReduceOp,
         stream: *mut c_void,
     ) -> Outcome {
-        let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.table.ops;
+        let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.callbacks.ops;
         match reduce_scatter {
             Some(f) => {
                 let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
@@ -254,7 +257,7 @@ impl Custom {
     }
 
     unsafe fn cast(&self, buffer: *mut u8, bytes: usize, root: u32, stream: *mut c_void) -> Outcome {
-        let CustomOps { ctx, rank, size, broadcast, .. } = self.table.ops;
+        let CustomOps { ctx, rank, size, broadcast, .. } = self.callbacks.ops;
         match broadcast {
             Some(f) => code("broadcast", f(ctx, buffer.cast(), bytes as u64, root, stream)),
             None => {
@@ -273,7 +276,7 @@ impl Custom {
     }
 }
 
-impl Stop for Table {
+impl Stop for Callbacks {
     fn rank(&self) -> u32 {
         self.ops.rank
     }
@@ -285,15 +288,15 @@ impl Stop for Table {
         }
     }
 
-    fn helpless(&self) -> Option<&'static str> {
+    fn cannot_stop_reason(&self) -> Option<&'static str> {
         match self.ops.abort {
             Some(_) => None,
-            None => Some("without ops.abort nothing can stop it"),
+            None => Some("nothing can stop it, since ops.abort is NULL"),
         }
     }
 }
 
-impl Table {
+impl Callbacks {
     /// " (text)" of a code, or nothing.
     fn error_text(&self, code: i32) -> String {
         let Some(error_string) = self.ops.error_string else { return String::new() };
@@ -314,11 +317,11 @@ impl Transport for Custom {
     }
 
     fn rank(&self) -> u32 {
-        self.table.ops.rank
+        self.callbacks.ops.rank
     }
 
     fn size(&self) -> u32 {
-        self.table.ops.size
+        self.callbacks.ops.size
     }
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
@@ -326,7 +329,7 @@ impl Transport for Custom {
         self.operate(call, || match self.route(call, true)? {
             Route::Direct(stream) => self.gather(send, recv, bytes, stream),
             Route::Staged(mut staging) => {
-                let host = staging.room(size * bytes)?;
+                let host = staging.reserve(size * bytes)?;
                 let own = host.add(rank * bytes);
                 staging.fetch(own, send, bytes)?;
                 self.gather(own, host, bytes, std::ptr::null_mut())?;
@@ -348,7 +351,7 @@ impl Transport for Custom {
         self.operate(call, || match self.route(call, true)? {
             Route::Direct(stream) => self.reduce(send, recv, count, dtype, op, stream),
             Route::Staged(mut staging) => {
-                let host = staging.room(bytes)?;
+                let host = staging.reserve(bytes)?;
                 staging.fetch(host, send, bytes)?;
                 self.reduce(host, host, count, dtype, op, std::ptr::null_mut())?;
                 staging.put(recv, host, bytes)
@@ -365,12 +368,12 @@ impl Transport for Custom {
         op: ReduceOp,
         call: &Call<'_>,
     ) -> Result<()> {
-        let CustomOps { rank, size, reduce_scatter, .. } = self.table.ops;
+        let CustomOps { rank, size, reduce_scatter, .. } = self.callbacks.ops;
         let bytes = count * dtype.size();
         self.operate(call, || match self.route(call, reduce_scatter.is_some())? {
             Route::Direct(stream) => self.scatter(send, recv, count, dtype, op, stream),
             Route::Staged(mut staging) => {
-                let host = staging.room(size as usize * bytes)?;
+                let host = staging.reserve(size as usize * bytes)?;
                 let own = host.add(rank as usize * bytes);
                 staging.fetch(host, send, size as usize * bytes)?;
                 self.scatter(host, own, count, dtype, op, std::ptr::null_mut())?;
@@ -380,11 +383,11 @@ impl Transport for Custom {
     }
 
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
-        let CustomOps { rank, broadcast, .. } = self.table.ops;
+        let CustomOps { rank, broadcast, .. } = self.callbacks.ops;
         self.operate(call, || match self.route(call, broadcast.is_some())? {
             Route::Direct(stream) => self.cast(buffer, bytes, root, stream),
             Route::Staged(mut staging) => {
-                let host = staging.room(bytes)?;
+                let host = staging.reserve(bytes)?;
                 if rank == root {
                     staging.fetch(host, buffer, bytes)?;
                 }
@@ -398,7 +401,7 @@ impl Transport for Custom {
     }
 
     fn barrier(&self, call: &Call<'_>) -> Result<()> {
-        let CustomOps { ctx, size, barrier, .. } = self.table.ops;
+        let CustomOps { ctx, size, barrier, .. } = self.callbacks.ops;
         self.operate(call, || match barrier {
             // SAFETY: the caller's function with the caller's pointer.
             Some(f) => code("barrier", unsafe { f(ctx) }),
@@ -410,8 +413,8 @@ impl Transport for Custom {
         })
     }
 
-    fn check(&self) -> Result<()> {
-        self.watchdog.check()
+    fn poll_failure(&self) -> Result<()> {
+        self.watchdog.poll_failure()
     }
 
     fn abort(&self, cause: &Error) {
@@ -423,9 +426,9 @@ impl Drop for Custom {
     fn drop(&mut self) {
         // SAFETY: dropped here alone, and not used again.
         unsafe { ManuallyDrop::drop(&mut self.watchdog) };
-        if let Some(free) = self.table.ops.free {
+        if let Some(free) = self.callbacks.ops.free {
             // SAFETY: the caller's function with the caller's pointer, the last call with it.
-            unsafe { free(self.table.ops.ctx) }
+            unsafe { free(self.callbacks.ops.ctx) }
         }
     }
 }
@@ -442,7 +445,7 @@ fn temporary(bytes: usize) -> std::result::Result<Vec<u64>, Failure> {
     let words = bytes.div_ceil(8);
     let mut memory = Vec::new();
     let room = memory.try_reserve_exact(words);
-    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "no memory for a temporary of {bytes} bytes")))?;
+    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "cannot allocate {bytes} bytes for a temporary")))?;
     memory.resize(words, 0);
     Ok(memory)
 }

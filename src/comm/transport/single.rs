@@ -1,7 +1,7 @@
 //! A group of one rank: every collective is a copy.
 
-use super::{Call, ReduceOp, Transport};
-use crate::matrix::DType;
+use crate::comm::{Call, Transport};
+use crate::matrix::{DType, ReduceOp};
 use crate::{Error, Result};
 
 pub struct Single;
@@ -20,7 +20,7 @@ impl Transport for Single {
     }
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
-        call.place.copy(recv, send, bytes)
+        call.space.copy(recv, send, bytes)
     }
 
     unsafe fn all_reduce(
@@ -32,7 +32,7 @@ impl Transport for Single {
         _: ReduceOp,
         call: &Call<'_>,
     ) -> Result<()> {
-        call.place.copy(recv, send, count * dtype.size())
+        call.space.copy(recv, send, count * dtype.size())
     }
 
     unsafe fn reduce_scatter(
@@ -44,7 +44,7 @@ impl Transport for Single {
         _: ReduceOp,
         call: &Call<'_>,
     ) -> Result<()> {
-        call.place.copy(recv, send, count * dtype.size())
+        call.space.copy(recv, send, count * dtype.size())
     }
 
     unsafe fn broadcast(&self, _: *mut u8, _: usize, _: u32, _: &Call<'_>) -> Result<()> {
@@ -55,6 +55,6 @@ impl Transport for Single {
         Ok(())
     }
 
-    /// Nobody waits here, and [`super::Communicator`] starts nothing after an abort.
+    /// Nobody waits here, and [`crate::comm::Communicator`] starts nothing after an abort.
     fn abort(&self, _: &Error) {}
 }

@@ -1,14 +1,14 @@
 //! `PFC_CHECK=1`: before each operation the ranks compare what they are about to do.
 //!
 //! Ranks that make different calls, or the same call with other sizes, mix up their data or wait for each other for ever; some
-//! carriers notice, MPI and NCCL do not. The comparison is a small all-gather of its own, through the host's memory, which traffic
+//! transports notice, MPI and NCCL do not. The comparison is a small all-gather of its own, through the host's memory, which traffic
 //! does not count. It has to be on for all ranks or for none.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::{Call, Operation, Place, ReduceOp, Transport};
-use crate::matrix::DType;
+use super::{Call, MemorySpace, Operation, Transport};
+use crate::matrix::{DType, ReduceOp};
 use crate::{error, Result};
 
 /// Whether the environment asks for it.
@@ -17,7 +17,7 @@ pub(super) fn is_on() -> bool {
         Ok("1") => true,
         Ok("" | "0") | Err(_) => false,
         Ok(other) => {
-            log::warn!("PFC_CHECK is {other:?}; it is 1, or 0 as without it");
+            log::warn!("PFC_CHECK must be 0 or 1, got {other:?}: it is off");
             false
         }
     }
@@ -50,20 +50,20 @@ impl Signature {
 pub(super) fn agree(transport: &dyn Transport, signature: Signature, call: &Call<'_>) -> Result<()> {
     let own = signature.words(call.sequence);
     let mut all = vec![Words::default(); transport.size() as usize];
-    let gather = Call { operation: Operation::AllGather, place: Place::Host, ..*call };
+    let gather = Call { operation: Operation::AllGather, space: MemorySpace::Host, ..*call };
     // SAFETY: host memory of a block and of one for each rank.
     unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &gather) }
         .map_err(|error| error.during(&format!("PFC_CHECK before {}", call.label())))?;
     let Some(rank) = all.iter().position(|words| words != &all[0]) else { return Ok(()) };
     let verdict = error!(
         Mismatch,
-        "PFC_CHECK: rank 0 is about to run {}, rank {rank} {} (this is rank {})",
-        Told(&all[0]),
-        Told(&all[rank]),
+        "PFC_CHECK: rank 0 is about to run {}, but rank {rank} {} (this is rank {})",
+        Described(&all[0]),
+        Described(&all[rank]),
         transport.rank()
     );
-    // The verdict ends the communicator, which may take away what others have yet to get of the words. When this has come they have
-    // them; it need not come.
+    // Ending the communicator now could cancel the gather on slower ranks. A second gather proves that they finished the first; its
+    // failure is harmless.
     let parting = Call { deadline: Instant::now() + PARTING, timeout: PARTING, ..gather };
     // SAFETY: as above.
     let _ = unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &parting) };
@@ -71,9 +71,9 @@ pub(super) fn agree(transport: &dyn Transport, signature: Signature, call: &Call
 }
 
 /// Words of any rank's, for people.
-struct Told<'a>(&'a Words);
+struct Described<'a>(&'a Words);
 
-impl fmt::Display for Told<'_> {
+impl fmt::Display for Described<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [operation, sequence, count, dtype, op, root] = *self.0;
         let known = Operation::ALL.into_iter().find(|&known| known as u64 == operation);

@@ -1,15 +1,16 @@
 //! The kernels by themselves, over the caller's memory.
 
-use super::fused::{self, gemm_into, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
-use super::step::CpuHead;
+use super::head::CpuHead;
+use super::products::{self, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
 use super::vector::{self, Softmax};
 use super::Cpu;
-use crate::device::checks::{checked_shape, checked_sums, checked_targets, checked_weight, must_be_f32, whole_and_factor};
+use crate::device::host_math::{gemm_into, inverse_norm};
+use crate::device::stateless::{checked_shape, checked_sums, checked_targets, checked_weight, denominator_and_factor, must_be_f32};
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
 use crate::matrix::Matrix;
 use crate::memory::Parts;
-use crate::optimizer::{Optimizer, StepRule};
+use crate::optimizer::{Optimizer, UpdateRule};
 use crate::options::Precision;
 use crate::sample::{self, Draw};
 use crate::{ensure, Result};
@@ -20,7 +21,7 @@ const ROWS: usize = 64;
 /// The rows of a caller's matrix as a sample.
 struct MatrixRows<'a>(&'a Matrix);
 
-impl fused::Rows for MatrixRows<'_> {
+impl products::Rows for MatrixRows<'_> {
     fn read(&self, column: usize, out: &mut [f32], _: &mut [f32]) {
         // SAFETY: the caller of the kernel gave a matrix of its host memory; columns are its rows.
         unsafe { self.0.read_row(column, out) }
@@ -127,13 +128,13 @@ fn shape(batch: u64, dim: u64, classes: u64) -> Result<Shape> {
 
 /// Divides a row by its norm; returns what it was multiplied by.
 fn normalize(row: &mut [f32]) -> f32 {
-    let inverse = fused::inverse_norm(vector::sum_of_squares(row)) as f32;
+    let inverse = inverse_norm(vector::sum_of_squares(row)) as f32;
     vector::scale(row, inverse);
     inverse
 }
 
 fn angle_of(e: &[f32], w: &[f32]) -> f64 {
-    let inverse = |row: &[f32]| fused::inverse_norm(vector::sum_of_squares(row));
+    let inverse = |row: &[f32]| inverse_norm(vector::sum_of_squares(row));
     margin::angle(e, inverse(e), w, inverse(w))
 }
 
@@ -185,7 +186,7 @@ impl Device for Cpu {
         ensure!(
             spec.options.precision != Precision::Half,
             Unsupported,
-            "precision is half on rank {}: the CPU computes in f32 (auto or f32)",
+            "precision must be auto or f32 on the CPU, got half (rank {})",
             spec.rank
         );
         Ok(Box::new(CpuHead::new(spec, self.pool.clone())?))
@@ -324,7 +325,7 @@ impl Device for Cpu {
         let pairs = target_pairs(targets);
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
-        fused::forward(
+        products::forward(
             &self.pool,
             &pass,
             &ForwardOutput {
@@ -382,7 +383,7 @@ impl Device for Cpu {
         for row in 0..shape.rows {
             let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
             let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
-            let (whole, factor) = whole_and_factor(margin, sum, logit);
+            let (whole, factor) = denominator_and_factor(margin, sum, logit);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
             // SAFETY: the caller's matrices have these rows.
             unsafe {
@@ -410,13 +411,13 @@ impl Device for Cpu {
             // SAFETY: the caller's matrices have these rows; a column is in one task.
             unsafe {
                 centers.read_row(column, center);
-                let inverse = fused::inverse_norm(vector::sum_of_squares(center)) as f32;
+                let inverse = inverse_norm(vector::sum_of_squares(center)) as f32;
                 vector::normalize_backward(gradient, center, inverse, inverse * weight as f32);
                 grad_centers.write_row(column, gradient);
             }
             0.0
         };
-        fused::update(&self.pool, &pass, &input, &Parts::of(totals), &sink, &|_| (), || ());
+        products::update(&self.pool, &pass, &input, &Parts::of(totals), &sink, &|_| (), || ());
         Ok(())
     }
 
@@ -431,7 +432,7 @@ impl Device for Cpu {
         draw.check_positives(positives)?;
         let mut drawn = Vec::new();
         let parallel = |tasks: usize, body: &(dyn Fn(usize) + Sync)| self.pool.run(tasks, &|task, _| body(task));
-        let request = Draw { seed: draw.seed, step: draw.step, shard: draw.shard(), positives, size: draw.sample_size as usize };
+        let request = Draw { seed: draw.seed, number: draw.step, shard: draw.shard(), positives, size: draw.sample_size as usize };
         sample::draw(&request, &parallel, &mut drawn)?;
         // SAFETY: the caller's array holds max(positive_count, sample_size) ids.
         unsafe { array_mut(ids, drawn.len()) }.copy_from_slice(&drawn);
@@ -452,7 +453,7 @@ impl Device for Cpu {
         // SAFETY: the caller's array, an id for each gradient.
         let ids = unsafe { array(ids, gradients.rows) };
         state.check_ids(ids)?;
-        let rule = StepRule::new(optimizer, learning_rate, update);
+        let rule = UpdateRule::new(optimizer, learning_rate, update);
         self.pool.run(ids.len().div_ceil(ROWS), &|task, _| {
             let mut gradient = vec![0.0; state.centers.cols];
             for (i, &id) in ids.iter().enumerate().skip(task * ROWS).take(ROWS) {

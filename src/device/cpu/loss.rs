@@ -1,11 +1,10 @@
 //! What the ranks add up between forward and backward, and the loss each of them finds in it.
 
-use super::step::{CpuHead, IGNORED};
-use crate::comm::remote;
-use crate::device::Exchange;
+use super::head::{CpuHead, IGNORED};
+use crate::exchange::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{Result, Status};
+use crate::{Error, Result, Status};
 
 impl CpuHead {
     /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
@@ -28,7 +27,7 @@ impl CpuHead {
         Ok(excess.max(0.0) + (-excess.abs()).exp().ln_1p())
     }
 
-    /// This rank's part of C: its own N and zt, or zeros and an error.
+    /// This rank's part of *sums*: its own N and zt, or zeros and an error.
     pub(super) fn pack_sharded_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
         let rows = self.step.draft.labels.len();
         let sums = &mut self.sums[..2 * rows + TOTALS];
@@ -46,16 +45,8 @@ impl CpuHead {
             }
             Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
         }
-        let data = self.sums.as_mut_ptr().cast::<u8>();
-        Exchange {
-            send: data,
-            recv: data,
-            count: 2 * rows + TOTALS,
-            dtype: DType::F32,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        let data = self.sums.as_mut_ptr();
+        Exchange::host(data, data, 2 * rows + TOTALS, DType::F32)
     }
 
     /// This rank's loss, valid rows and target cosines, and in its slot how it fared.
@@ -79,16 +70,8 @@ impl CpuHead {
                 self.replicated_sums[slot + 1] = row;
             }
         }
-        let data = self.replicated_sums.as_mut_ptr().cast::<u8>();
-        Exchange {
-            send: data,
-            recv: data,
-            count: self.replicated_sums.len(),
-            dtype: DType::F64,
-            memory: None,
-            failure: None,
-            stream: std::ptr::null_mut(),
-        }
+        let data = self.replicated_sums.as_mut_ptr();
+        Exchange::host(data, data, self.replicated_sums.len(), DType::F64)
     }
 
     /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32.
@@ -129,7 +112,7 @@ impl CpuHead {
                 None => {}
                 Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other)),
                 Some(Status::NotFinite) => return Err(protocol::bad_embedding(row as usize, other)),
-                Some(status) => return Err(remote(other, status as i64)),
+                Some(status) => return Err(Error::remote(other, status as i64)),
             }
         }
         for other in 1..self.spec.ranks as usize {

@@ -1,7 +1,7 @@
 //! Row updates: what an optimizer does to the rows it touches, and to those it did not.
 //!
 //! Updates are numbered from 1; a row's *last* is the number of the update that it has seen last (0: none). Lazy rows need only
-//! [`StepRule`]. Dense rows move at every update, also without a gradient, but are stored as they were when last touched: before a
+//! [`UpdateRule`]. Dense rows move at every update, also without a gradient, but are stored as they were when last touched: before a
 //! row is touched or read, [`Replay`] makes up for the updates it missed.
 
 mod replay;
@@ -11,6 +11,16 @@ pub use replay::{History, Replay};
 
 use crate::simd::{clones, Simd};
 use crate::{ensure, Result};
+
+/// W or a tensor of the optimizer state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateTensor {
+    Centers,
+    /// SGD's m, AdamW's first moment.
+    Momentum,
+    /// AdamW's second moment.
+    SecondMoment,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sgd {
@@ -37,12 +47,12 @@ impl Optimizer {
     /// 1e-30 <= epsilon <= 1e30.
     pub fn check(&self) -> Result<()> {
         let below_one = |name: &str, value: f64| {
-            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} is {value}; it is 0 to below 1");
+            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} must be at least 0 and below 1, got {value}");
             Ok(())
         };
         let decay = |value: f64| {
             let finite = value >= 0.0 && value <= f64::from(f32::MAX);
-            ensure!(finite, InvalidArgument, "weight_decay is {value}; it is 0 or above, and finite");
+            ensure!(finite, InvalidArgument, "weight_decay must be finite and at least 0, got {value}");
             Ok(())
         };
         match *self {
@@ -55,7 +65,7 @@ impl Optimizer {
                 below_one("beta2", beta2)?;
                 // At 0 a row without gradients would be 0 / 0; a little above, its state of 0 would meet an infinite rate.
                 let usable = (1e-30..=1e30).contains(&epsilon);
-                ensure!(usable, InvalidArgument, "epsilon is {epsilon}; it is 1e-30 to 1e30");
+                ensure!(usable, InvalidArgument, "epsilon must be 1e-30 to 1e30, got {epsilon}");
                 decay(weight_decay)
             }
         }
@@ -72,7 +82,7 @@ impl Optimizer {
 
 /// One update of an optimizer, ready to be applied to any number of rows.
 #[derive(Clone, Copy, Debug)]
-pub struct StepRule {
+pub struct UpdateRule {
     simd: Simd,
     pub(crate) step: Step,
 }
@@ -107,7 +117,7 @@ pub(crate) struct AdamwStep {
     pub epsilon: f32,
 }
 
-impl StepRule {
+impl UpdateRule {
     /// Update number `update` (1 is the first), with its learning rate.
     ///
     /// SGD: m = momentum * m + (g + weight_decay * w); w -= lr * m.
@@ -116,7 +126,7 @@ impl StepRule {
     ///
     /// # Panics
     /// If `update` is 0.
-    pub fn new(optimizer: &Optimizer, learning_rate: f64, update: u64) -> StepRule {
+    pub fn new(optimizer: &Optimizer, learning_rate: f64, update: u64) -> UpdateRule {
         assert!(update > 0, "update is 0; updates are numbered from 1");
         let step = match *optimizer {
             Optimizer::Sgd(Sgd { momentum, weight_decay }) => Step::Sgd(SgdStep {
@@ -138,7 +148,7 @@ impl StepRule {
                 })
             }
         };
-        StepRule { simd: Simd::best(), step }
+        UpdateRule { simd: Simd::best(), step }
     }
 
     /// Moves one row by its gradient `g`. `v` is empty for SGD. The same bits on every instruction set.
@@ -297,7 +307,7 @@ mod tests {
             let mut row = Row::new(&optimizer);
             for update in 1..=20 {
                 let (g, before) = (values(update as u32 * 7, 0.3), row.w.clone());
-                let rule = StepRule::new(&optimizer, rate(update), update);
+                let rule = UpdateRule::new(&optimizer, rate(update), update);
                 rule.apply(&mut row.w, &mut row.m, &mut row.v, &g);
                 row.step_truth(&optimizer, rate(update), update, &g);
                 row.check(&before, &format!("{optimizer:?} update {update}"));
@@ -312,7 +322,7 @@ mod tests {
         for optimizer in optimizers() {
             let results = Simd::available().into_iter().map(|simd| {
                 let mut row = Row::new(&optimizer);
-                let rule = StepRule { simd, ..StepRule::new(&optimizer, 0.1, 3) };
+                let rule = UpdateRule { simd, ..UpdateRule::new(&optimizer, 0.1, 3) };
                 rule.apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
                 row.bits()
             });
@@ -345,7 +355,12 @@ mod tests {
             for &value in bad {
                 let refused = make(value).check().unwrap_err();
                 assert_eq!(refused.status, crate::Status::InvalidArgument);
-                assert!(refused.message.starts_with(&format!("{name} is {value};")), "{}", refused.message);
+                assert!(
+                    refused.message.starts_with(&format!("{name} must be "))
+                        && refused.message.ends_with(&format!(", got {value}")),
+                    "{}",
+                    refused.message
+                );
             }
         }
     }

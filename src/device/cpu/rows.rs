@@ -1,9 +1,8 @@
 //! The rows of a shard in host memory: class centres, optimizer state, and when each row was last brought up to date.
 
-use crate::device::StateTensor;
 use crate::matrix::Matrix;
 use crate::memory::{Buffer, Parts};
-use crate::optimizer::{History, Optimizer, Replay, StepRule};
+use crate::optimizer::{History, Optimizer, Replay, StateTensor, UpdateRule};
 use crate::options::{HeadOptions, RowUpdate};
 use crate::random;
 use crate::sample::Parallel;
@@ -15,7 +14,7 @@ const SHORTEST_HISTORY: usize = 1024;
 /// From here on the rows that keep old ones needed are brought to now: a step's replay takes time and memory in their number.
 const LONGEST_HISTORY: usize = 16384;
 
-pub(crate) struct Table {
+pub(super) struct HostRows {
     shard: Shard,
     dim: usize,
     optimizer: Optimizer,
@@ -31,33 +30,33 @@ pub(crate) struct Table {
 }
 
 /// A table's rows for several threads, each of which touches rows of its own.
-pub(crate) struct Rows<'a> {
+pub(super) struct UpdatingRows<'a> {
     dim: usize,
     centers: Parts<'a, f32>,
     momentum: Parts<'a, f32>,
     second_moment: Option<Parts<'a, f32>>,
     last: Option<Parts<'a, u64>>,
     replay: &'a Replay,
-    rule: StepRule,
+    rule: UpdateRule,
     /// The number of the update that is being done.
     update: u64,
 }
 
-impl Table {
+impl HostRows {
     /// Start values for all rows of the shard; `parallel` runs tasks on several threads.
-    pub fn new(options: &HeadOptions, shard: Shard, parallel: &Parallel) -> Result<Table> {
+    pub fn new(options: &HeadOptions, shard: Shard, parallel: &Parallel) -> Result<HostRows> {
         let dim = options.embedding_dim as usize;
         let rows = shard.rows as usize;
         let elements = rows
             .checked_mul(dim)
-            .ok_or_else(|| error!(OutOfMemory, "class centres: {rows} x {dim} elements are more than the address space"))?;
+            .ok_or_else(|| error!(OutOfMemory, "cannot allocate {rows} x {dim} elements for class centers"))?;
         let dense = options.row_update == RowUpdate::Dense;
         let second = options.optimizer.state_tensors() > 1;
-        let mut table = Table {
+        let mut table = HostRows {
             shard,
             dim,
             optimizer: options.optimizer,
-            centers: Buffer::zeroed(elements, "class centres")?,
+            centers: Buffer::zeroed(elements, "class centers")?,
             momentum: Buffer::zeroed(elements, "momentum")?,
             second_moment: Buffer::zeroed(if second { elements } else { 0 }, "second moment")?,
             last: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
@@ -112,12 +111,12 @@ impl Table {
     }
 
     /// The rows for update number `updates() + 1`.
-    pub fn rows<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> Rows<'a> {
+    pub fn rows<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> UpdatingRows<'a> {
         let update = self.updates + 1;
         let dense = self.dense();
-        Rows {
+        UpdatingRows {
             dim: self.dim,
-            rule: StepRule::new(&self.optimizer, learning_rate, update),
+            rule: UpdateRule::new(&self.optimizer, learning_rate, update),
             second_moment: (!self.second_moment.is_empty()).then(|| self.second_moment.parts()),
             last: dense.then(|| self.last.parts()),
             centers: self.centers.parts(),
@@ -195,7 +194,7 @@ impl Table {
             ensure!(
                 values.iter().all(|x| x.is_finite()),
                 InvalidArgument,
-                "row {i} (class {}) holds a NaN or an infinity",
+                "row {i} (class {}) contains a NaN or an infinity",
                 self.shard.first + first + i as u64
             );
         }
@@ -223,13 +222,13 @@ impl Table {
         ensure!(
             tensor != StateTensor::SecondMoment || !self.second_moment.is_empty(),
             InvalidArgument,
-            "tensor is the second moment, which this head's optimizer has not"
+            "tensor must not be the second moment: this head's optimizer has none"
         );
         Ok(())
     }
 }
 
-impl Rows<'_> {
+impl UpdatingRows<'_> {
     /// Copies a row into `out` as it is before this update; `spare` holds two rows.
     ///
     /// # Safety
@@ -278,7 +277,7 @@ impl Rows<'_> {
         (w, m, v)
     }
 
-    pub fn rule(&self) -> &StepRule {
+    pub fn rule(&self) -> &UpdateRule {
         &self.rule
     }
 

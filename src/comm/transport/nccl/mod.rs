@@ -16,10 +16,10 @@ use nccl_sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUnique
 
 use self::library::{call, library, Library};
 use super::number::Number;
-use super::watchdog::{aborted, Stop, Watchdog};
-use super::{Call, Element, Place, ReduceOp, Transport};
-use crate::device::{Device, Scratch, StreamDevice, StreamMemory};
-use crate::matrix::DType;
+use crate::comm::watchdog::{aborted, Stop, Watchdog};
+use crate::comm::{Call, Element, MemorySpace, Transport};
+use crate::matrix::{DType, ReduceOp};
+use crate::stream::{Scratch, StreamDevice, StreamMemory};
 use crate::{ensure, error, Error, Result, Status};
 
 /// Bytes of the id that the ranks of a communicator share.
@@ -30,8 +30,8 @@ pub const ID_BYTES: usize = 128;
 /// second product, which leaves half as many, runs an all-reduce of some kilobytes, for which NCCL takes fewer by itself.
 const MOST_BLOCKS: i32 = 8;
 
-/// How long a communicator that nothing is wrong with may take to go.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// Time allowed for ncclCommFinalize before we abort.
+const FINALIZE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Bytes that the largest of floats gathers from each rank at a time.
 const PIECE: usize = 1 << 20;
@@ -44,7 +44,7 @@ pub fn unique_id() -> Result<[u8; ID_BYTES]> {
     let mut id = ncclUniqueId { internal: [0; ID_BYTES] };
     // SAFETY: an output that outlives the call.
     let result = unsafe { call!(library, ncclGetUniqueId(&mut id)) }?;
-    library.check("ncclGetUniqueId", result, std::ptr::null_mut())?;
+    library.expect_success("ncclGetUniqueId", result, std::ptr::null_mut())?;
     Ok(id.internal.map(|byte| byte as u8))
 }
 
@@ -75,8 +75,8 @@ unsafe impl Send for Handle {}
 impl Nccl {
     /// Joins the group. Collective; returns when all ranks have come, or after `timeout`.
     pub fn join(id: &[u8; ID_BYTES], rank: u32, size: u32, device: Arc<dyn StreamDevice>, timeout: Duration) -> Result<Nccl> {
-        ensure!((1..=i32::MAX as u32).contains(&size), InvalidArgument, "size is {size} on rank {rank}; it is 1 to {}", i32::MAX);
-        ensure!(rank < size, InvalidArgument, "rank is {rank} of {size} ranks");
+        ensure!((1..=i32::MAX as u32).contains(&size), InvalidArgument, "size must be 1 to {}, got {size} (rank {rank})", i32::MAX);
+        ensure!(rank < size, InvalidArgument, "rank must be below size, {size}, got {rank}");
         let named = |error: Error| error.during(&format!("rank {rank} of {size} joining by NCCL"));
         let library = library()?;
         let scratch = device.scratch().map_err(named)?;
@@ -85,15 +85,15 @@ impl Nccl {
         let id = ncclUniqueId { internal: id.map(|byte| byte as _) };
         let mut comm: ncclComm_t = std::ptr::null_mut();
         let result = {
-            let _current = device.enter()?;
+            let _current = device.make_current()?;
             // SAFETY: outputs and a configuration that outlive the call; NCCL copies what it keeps.
             unsafe { call!(library, ncclCommInitRankConfig(&mut comm, size as i32, id, rank as i32, &mut config)) }?
         };
         let handle = (!comm.is_null()).then_some(Handle(comm));
         let group = Arc::new(Group { nccl: library, device, rank, size, handle: Mutex::new(handle) });
-        let joined = library.check("ncclCommInitRankConfig", result, comm).and_then(|()| {
-            let late = || error!(Timeout, "not all ranks came within {} ms", timeout.as_millis());
-            group.settle("ncclCommInitRankConfig", Instant::now() + timeout, late)
+        let joined = library.expect_success("ncclCommInitRankConfig", result, comm).and_then(|()| {
+            let timeout_error = || error!(Timeout, "not all ranks joined within {} ms", timeout.as_millis());
+            group.settle("ncclCommInitRankConfig", Instant::now() + timeout, timeout_error)
         });
         if let Err(error) = joined {
             group.stop();
@@ -114,12 +114,12 @@ impl Nccl {
         ensure!(
             memory.kind() == device.kind(),
             Unsupported,
-            "{}: NCCL takes {} memory, not {}, on rank {rank}",
+            "{}: NCCL needs {} memory, got {} memory (rank {rank})",
             call.label(),
             device.kind(),
             memory.kind()
         );
-        let named = |error: Error| match self.watchdog.check() {
+        let named = |error: Error| match self.watchdog.poll_failure() {
             // Another thread has aborted it meanwhile: the watchdog's, whose news this is, or a caller's.
             Err(cause) if error.status == Status::Aborted => match cause.status {
                 Status::Aborted => aborted(call, &cause, *rank),
@@ -145,15 +145,15 @@ impl Nccl {
         let memory = &*self.group.device;
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let (stream, from) = (scratch.stream(), send.1.next_multiple_of(256));
-        let source = scratch.room((from + recv.1).max(1))?;
+        let source = scratch.reserve((from + recv.1).max(1))?;
         let target = source.wrapping_add(from);
         if send.1 > 0 {
             memory.to_device(source, send.0, send.1, stream)?;
         }
         self.enqueue(call, (memory, stream), function, |comm| launch(comm, source, target, stream))?;
-        memory.synchronise(stream)?;
+        memory.synchronize(stream)?;
         // What an abort has left there is nothing that the caller should see.
-        self.watchdog.check()?;
+        self.watchdog.poll_failure()?;
         match recv.1 {
             0 => Ok(()),
             bytes => memory.to_host(recv.0, target, bytes, stream),
@@ -188,30 +188,31 @@ impl Group {
 
     /// Calls NCCL for an operation, and returns when NCCL has taken it.
     fn issue(&self, function: &str, call: &Call<'_>, launch: impl FnOnce(ncclComm_t) -> Result<ncclResult_t>) -> Result<()> {
-        let _current = self.device.enter()?;
+        let _current = self.device.make_current()?;
         let result = {
             let handle = self.lock();
             let Handle(comm) = handle.ok_or_else(|| self.gone())?;
             let result = launch(comm)?;
-            self.nccl.check(function, result, comm)?;
+            self.nccl.expect_success(function, result, comm)?;
             result
         };
         match result {
             ncclResult_t::ncclInProgress => {
-                let late =
-                    || error!(Timeout, "NCCL did not take it within {} ms (this is rank {})", call.timeout.as_millis(), self.rank);
-                self.settle(function, call.deadline, late)
+                let timeout_error = || {
+                    error!(Timeout, "NCCL did not accept it within {} ms (this is rank {})", call.timeout.as_millis(), self.rank)
+                };
+                self.settle(function, call.deadline, timeout_error)
             }
             _ => Ok(()),
         }
     }
 
     /// Waits until NCCL has done what it was asked for last.
-    fn settle(&self, function: &str, deadline: Instant, late: impl FnOnce() -> Error) -> Result<()> {
+    fn settle(&self, function: &str, deadline: Instant, timeout_error: impl FnOnce() -> Error) -> Result<()> {
         let mut polls = 0;
         loop {
             match self.state()? {
-                ncclResult_t::ncclInProgress if Instant::now() >= deadline => return Err(late()),
+                ncclResult_t::ncclInProgress if Instant::now() >= deadline => return Err(timeout_error()),
                 // Most of what there is to wait for takes microseconds; a rank that has yet to come, seconds.
                 ncclResult_t::ncclInProgress if polls < 100 => std::thread::yield_now(),
                 ncclResult_t::ncclInProgress => std::thread::sleep(Duration::from_micros(200)),
@@ -231,21 +232,21 @@ impl Group {
         let mut state = ncclResult_t::ncclSuccess;
         // SAFETY: a living communicator, and an output that outlives the call.
         let result = unsafe { call!(self.nccl, ncclCommGetAsyncError(comm, &mut state)) }?;
-        self.nccl.check("ncclCommGetAsyncError", result, comm)?;
+        self.nccl.expect_success("ncclCommGetAsyncError", result, comm)?;
         Ok(state)
     }
 
     /// Lets go of a communicator that nothing is wrong with.
     fn leave(&self) -> Result<()> {
         let Some(Handle(comm)) = *self.lock() else { return Ok(()) };
-        let _current = self.device.enter()?;
+        let _current = self.device.make_current()?;
         // SAFETY: a living communicator, which is in `handle` until it is destroyed.
-        self.nccl.check("ncclCommFinalize", unsafe { call!(self.nccl, ncclCommFinalize(comm)) }?, comm)?;
-        let late = || error!(Timeout, "it did not end within {} ms", GOODBYE.as_millis());
-        self.settle("ncclCommFinalize", Instant::now() + GOODBYE, late)?;
+        self.nccl.expect_success("ncclCommFinalize", unsafe { call!(self.nccl, ncclCommFinalize(comm)) }?, comm)?;
+        let timeout_error = || error!(Timeout, "the communicator did not end within {} ms", FINALIZE_TIMEOUT.as_millis());
+        self.settle("ncclCommFinalize", Instant::now() + FINALIZE_TIMEOUT, timeout_error)?;
         *self.lock() = None;
         // SAFETY: nobody else has it any more.
-        self.nccl.check("ncclCommDestroy", unsafe { call!(self.nccl, ncclCommDestroy(comm)) }?, comm)
+        self.nccl.expect_success("ncclCommDestroy", unsafe { call!(self.nccl, ncclCommDestroy(comm)) }?, comm)
     }
 }
 
@@ -258,10 +259,10 @@ impl Stop for Group {
     fn stop(&self) {
         let Some(Handle(comm)) = self.lock().take() else { return };
         // Also where the device cannot be entered: nobody else can end what waits.
-        let _current = self.device.enter();
+        let _current = self.device.make_current();
         // SAFETY: a living communicator that nobody else has any more.
         let aborted = unsafe { call!(self.nccl, ncclCommAbort(comm)) };
-        if let Err(error) = aborted.and_then(|result| self.nccl.check("ncclCommAbort", result, std::ptr::null_mut())) {
+        if let Err(error) = aborted.and_then(|result| self.nccl.expect_success("ncclCommAbort", result, std::ptr::null_mut())) {
             log::warn!("rank {}: {error}", self.rank);
         }
     }
@@ -280,7 +281,7 @@ impl Stop for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Err(error) = self.leave() {
-            log::debug!("rank {}: a communicator of NCCL's is aborted: {error}", self.rank);
+            log::debug!("rank {}: the NCCL communicator is aborted: {error}", self.rank);
             self.stop();
         }
     }
@@ -289,7 +290,9 @@ impl Drop for Group {
 fn temporary<T: Copy + Default>(count: usize, call: &Call<'_>) -> Result<Vec<T>> {
     let mut memory = Vec::new();
     let room = memory.try_reserve_exact(count);
-    room.map_err(|_| error!(OutOfMemory, "{}: no memory for {} bytes", call.label(), count.saturating_mul(size_of::<T>())))?;
+    room.map_err(|_| {
+        error!(OutOfMemory, "{}: cannot allocate {} bytes for a temporary", call.label(), count.saturating_mul(size_of::<T>()))
+    })?;
     memory.resize(count, T::default());
     Ok(memory)
 }
@@ -322,7 +325,7 @@ fn loses_nan(dtype: DType, op: ReduceOp) -> bool {
 }
 
 fn no_maximum(call: &Call<'_>) -> Error {
-    error!(Unsupported, "{}: NCCL's maximum of floats in a device's memory loses a NaN; take the host's memory", call.label())
+    error!(Unsupported, "{}: NCCL loses a NaN in a maximum of floats in device memory: use host memory", call.label())
 }
 
 // SAFETY of all methods: the trait's callers answer for the pointers and the stream.
@@ -345,9 +348,11 @@ impl Transport for Nccl {
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclAllGather(send.cast(), recv.cast(), bytes, ncclDataType_t::ncclUint8, comm, stream.cast()))
         };
-        match call.place {
-            Place::Device { memory, stream } => self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream)),
-            Place::Host => self.through_device(call, (send, bytes), (recv, bytes * self.group.size as usize), NAME, launch),
+        match call.space {
+            MemorySpace::Device { memory, stream } => {
+                self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream))
+            }
+            MemorySpace::Host => self.through_device(call, (send, bytes), (recv, bytes * self.group.size as usize), NAME, launch),
         }
     }
 
@@ -365,14 +370,16 @@ impl Transport for Nccl {
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclAllReduce(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
         };
-        match call.place {
-            Place::Device { .. } if loses_nan(dtype, op) => Err(no_maximum(call)),
-            Place::Device { memory, stream } => self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream)),
-            Place::Host if loses_nan(dtype, op) => match dtype {
+        match call.space {
+            MemorySpace::Device { .. } if loses_nan(dtype, op) => Err(no_maximum(call)),
+            MemorySpace::Device { memory, stream } => {
+                self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream))
+            }
+            MemorySpace::Host if loses_nan(dtype, op) => match dtype {
                 DType::F64 => self.largest::<f64>(send, recv, count, call),
                 _ => self.largest::<f32>(send, recv, count, call),
             },
-            Place::Host => self.through_device(call, (send, bytes), (recv, bytes), NAME, launch),
+            MemorySpace::Host => self.through_device(call, (send, bytes), (recv, bytes), NAME, launch),
         }
     }
 
@@ -391,17 +398,19 @@ impl Transport for Nccl {
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclReduceScatter(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
         };
-        match call.place {
-            Place::Device { .. } if loses_nan(dtype, op) => Err(no_maximum(call)),
-            Place::Device { memory, stream } => self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream)),
-            Place::Host if loses_nan(dtype, op) => {
+        match call.space {
+            MemorySpace::Device { .. } if loses_nan(dtype, op) => Err(no_maximum(call)),
+            MemorySpace::Device { memory, stream } => {
+                self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream))
+            }
+            MemorySpace::Host if loses_nan(dtype, op) => {
                 let mut whole: Vec<u64> = temporary((bytes * size as usize).div_ceil(8), call)?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
                 self.all_reduce(send, whole, count * size as usize, dtype, op, call)?;
                 std::ptr::copy(whole.add(rank as usize * bytes), recv, bytes);
                 Ok(())
             }
-            Place::Host => self.through_device(call, (send, bytes * size as usize), (recv, bytes), NAME, launch),
+            MemorySpace::Host => self.through_device(call, (send, bytes * size as usize), (recv, bytes), NAME, launch),
         }
     }
 
@@ -412,11 +421,11 @@ impl Transport for Nccl {
             let byte = ncclDataType_t::ncclUint8;
             call!(library, ncclBroadcast(send.cast(), recv.cast(), bytes, byte, root as i32, comm, stream.cast()))
         };
-        match call.place {
-            Place::Device { memory, stream } => {
+        match call.space {
+            MemorySpace::Device { memory, stream } => {
                 self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, buffer, buffer, stream))
             }
-            Place::Host => self.through_device(call, (buffer, bytes), (buffer, bytes), NAME, launch),
+            MemorySpace::Host => self.through_device(call, (buffer, bytes), (buffer, bytes), NAME, launch),
         }
     }
 
@@ -427,21 +436,21 @@ impl Transport for Nccl {
         unsafe { self.all_reduce(token, token, 1, DType::I32, ReduceOp::Sum, call) }
     }
 
-    fn admit(&self, device: &dyn Device) -> Result<()> {
+    fn check_device(&self, device: Option<&dyn StreamDevice>) -> Result<()> {
         let Group { device: own, rank, .. } = &*self.group;
-        let (own, other) = (own.ordinal(), device.streams().map(|other| other.ordinal()));
+        let (own, other) = (own.ordinal(), device.map(|other| other.ordinal()));
         // What a CPU's head exchanges goes through the GPU.
         ensure!(
             other.is_none_or(|other| other == own),
             InvalidArgument,
-            "device is GPU {} on rank {rank}, whose NCCL communicator is of GPU {own}",
+            "device must be GPU {own}, as the NCCL communicator is, got GPU {} (rank {rank})",
             other.unwrap_or(own)
         );
         Ok(())
     }
 
-    fn check(&self) -> Result<()> {
-        self.watchdog.check()
+    fn poll_failure(&self) -> Result<()> {
+        self.watchdog.poll_failure()
     }
 
     fn abort(&self, cause: &Error) {

@@ -19,9 +19,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::number::Number;
-use super::{Call, Operation, Place, ReduceOp, Transport};
-use crate::device::{Event, StreamMemory, MOST_REDUCED};
-use crate::matrix::DType;
+use crate::comm::{Call, MemorySpace, Operation, Transport};
+use crate::matrix::{DType, ReduceOp};
+use crate::stream::{Event, StreamMemory, MOST_REDUCED};
 use crate::{ensure, error, Error, Result, Status};
 
 /// More ranks than that in one process are a mistake.
@@ -37,8 +37,8 @@ const CHUNK: usize = 1024;
 const GRANULE: usize = 16;
 
 /// Makes the ends of a group of `size` ranks, in rank order.
-pub fn group(size: u32) -> Result<Vec<ThreadEnd>> {
-    ensure!((1..=MOST_RANKS).contains(&size), InvalidArgument, "n is {size}; a group of threads has 1 to {MOST_RANKS} ranks");
+pub fn group(size: u32) -> Result<Vec<ThreadComm>> {
+    ensure!((1..=MOST_RANKS).contains(&size), InvalidArgument, "n must be 1 to {MOST_RANKS}, got {size}");
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let group = Arc::new(Group {
         posts: (0..size).map(|_| Post::default()).collect(),
@@ -55,11 +55,11 @@ pub fn group(size: u32) -> Result<Vec<ThreadEnd>> {
         // With more ranks than cores a polling rank only keeps a late one from running.
         spin: if size as usize <= cores { SPIN } else { Duration::ZERO },
     });
-    Ok((0..size).map(|rank| ThreadEnd { group: group.clone(), rank, turn: AtomicU64::new(0) }).collect())
+    Ok((0..size).map(|rank| ThreadComm { group: group.clone(), rank, turn: AtomicU64::new(0) }).collect())
 }
 
 /// One rank's end.
-pub struct ThreadEnd {
+pub struct ThreadComm {
     group: Arc<Group>,
     rank: u32,
     /// Operations this rank has entered.
@@ -122,7 +122,7 @@ struct Request {
 
 impl Request {
     fn bytes(length: usize, root: Option<u32>, call: &Call<'_>) -> Request {
-        Request { operation: call.operation, length, dtype: None, op: None, root, memory: call.place.kind() }
+        Request { operation: call.operation, length, dtype: None, op: None, root, memory: call.space.kind() }
     }
 
     fn elements(length: usize, dtype: DType, op: ReduceOp, call: &Call<'_>) -> Request {
@@ -200,7 +200,7 @@ impl Group {
     }
 }
 
-impl ThreadEnd {
+impl ThreadComm {
     /// One operation: begin, this rank's share of the work, done. The work does not wait; in host memory it does not fail either.
     fn operate(
         &self,
@@ -211,7 +211,7 @@ impl ThreadEnd {
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let named = |error: Error| self.report(&error, call);
-        let Place::Device { memory, stream } = call.place else {
+        let MemorySpace::Device { memory, stream } = call.space else {
             let turn = self.begin(request, send, recv, None, call)?;
             if request.operation != Operation::Barrier {
                 work()?;
@@ -223,7 +223,7 @@ impl ThreadEnd {
         ensure!(
             size <= MOST_REDUCED,
             Unsupported,
-            "{}: memory of kind {} goes between {MOST_REDUCED} ranks at most, and rank {} is one of {size}",
+            "{}: {} memory must be exchanged by at most {MOST_REDUCED} ranks, got {size} (rank {})",
             call.label(),
             memory.kind(),
             self.rank
@@ -448,12 +448,12 @@ impl ThreadEnd {
 
     fn reducible(&self, dtype: DType) -> Result<()> {
         let known = matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64);
-        ensure!(known, Unsupported, "no reduction of {} on rank {}", dtype.name(), self.rank);
+        ensure!(known, Unsupported, "cannot reduce {} (rank {})", dtype.name(), self.rank);
         Ok(())
     }
 }
 
-impl Transport for ThreadEnd {
+impl Transport for ThreadComm {
     fn kind(&self) -> &'static str {
         "threads"
     }
@@ -468,7 +468,7 @@ impl Transport for ThreadEnd {
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
         self.operate(Request::bytes(bytes, None, call), send, recv, call, || {
-            self.senders().enumerate().try_for_each(|(rank, block)| call.place.copy(recv.wrapping_add(rank * bytes), block, bytes))
+            self.senders().enumerate().try_for_each(|(rank, block)| call.space.copy(recv.wrapping_add(rank * bytes), block, bytes))
         })
     }
 
@@ -484,8 +484,8 @@ impl Transport for ThreadEnd {
         self.reducible(dtype)?;
         let range = share(count, self.rank as usize, self.group.posts.len());
         self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
-            match (call.place, dtype) {
-                (Place::Device { memory, stream }, _) => self.reduce_share_on(memory, stream, range, dtype, op)?,
+            match (call.space, dtype) {
+                (MemorySpace::Device { memory, stream }, _) => self.reduce_share_on(memory, stream, range, dtype, op)?,
                 (_, DType::F32) => self.reduce_share::<f32>(range, op),
                 (_, DType::F64) => self.reduce_share::<f64>(range, op),
                 (_, DType::I32) => self.reduce_share::<i32>(range, op),
@@ -507,8 +507,8 @@ impl Transport for ThreadEnd {
     ) -> Result<()> {
         self.reducible(dtype)?;
         self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
-            match (call.place, dtype) {
-                (Place::Device { memory, stream }, _) => self.reduce_block_on(memory, stream, recv, count, dtype, op)?,
+            match (call.space, dtype) {
+                (MemorySpace::Device { memory, stream }, _) => self.reduce_block_on(memory, stream, recv, count, dtype, op)?,
                 (_, DType::F32) => self.reduce_block::<f32>(recv, count, op),
                 (_, DType::F64) => self.reduce_block::<f64>(recv, count, op),
                 (_, DType::I32) => self.reduce_block::<i32>(recv, count, op),
@@ -524,7 +524,7 @@ impl Transport for ThreadEnd {
             let from = self.group.posts[root as usize].send.load(Ordering::Relaxed);
             match self.rank == root {
                 true => Ok(()),
-                false => call.place.copy(buffer, from, bytes),
+                false => call.space.copy(buffer, from, bytes),
             }
         })
     }
@@ -543,7 +543,7 @@ impl Transport for ThreadEnd {
     }
 }
 
-impl Drop for ThreadEnd {
+impl Drop for ThreadComm {
     fn drop(&mut self) {
         self.group.fail(self.group.lock(), error!(Comm, "rank {} freed its communicator", self.rank));
     }
