@@ -1,6 +1,6 @@
 //! What `pfc_build_info` tells of the commit that the sources are of.
 
-#[path = "../build/commit.rs"]
+#[path = "../../build/commit.rs"]
 mod commit;
 
 use std::ffi::CStr;
