@@ -14,7 +14,7 @@ use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{zeros, Buffer, Parts};
+use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
 use crate::protocol::{self, Counters, LossPlace, HEADER};
@@ -527,8 +527,7 @@ fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut
 /// The ascending union of two ascending lists.
 fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     let mut ids = Vec::new();
-    ids.try_reserve_exact(chosen.len() + positives.len())
-        .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for the sample", 8 * (chosen.len() + positives.len())))?;
+    reserve(&mut ids, chosen.len() + positives.len(), "the sample")?;
     ids.extend_from_slice(chosen);
     ids.extend_from_slice(positives);
     ids.sort_unstable();
