@@ -1,19 +1,18 @@
 //! Communicators.
 
 use std::ffi::{c_char, c_void};
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::device::pfc_device;
-use super::status::{fail, pfc_status, PFC_OK};
+use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
-use super::{boundary, output, panicked, required};
+use super::{boundary, caught, output, required};
 use crate::comm::{
     all_reduce_rows, unique_id, Communicator, CustomOps, MemorySpace, Operation, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
 };
 use crate::matrix::{DType, ReduceOp};
-use crate::{ensure, error, Result};
+use crate::{ensure, error, Result, Status};
 
 /// Sum over the ranks.
 pub const PFC_SUM: i32 = 1;
@@ -437,19 +436,19 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
 
 /// Runs a collective. A panic ends the communicator, so that the other ranks do not wait for this one.
 unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
-    let comm = match required("comm", comm) {
-        Ok(handle) => &*handle.comm,
-        Err(error) => return fail(&error),
-    };
-    match catch_unwind(AssertUnwindSafe(|| body(comm))) {
-        Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&error),
-        Err(panic) => {
-            let error = panicked(panic.as_ref());
-            comm.abort(&error);
-            fail(&error)
+    boundary(|| {
+        let comm = &*required("comm", comm)?.comm;
+        abort_on_panic(comm, || body(comm))
+    })
+}
+
+/// Runs what a panic leaves other ranks waiting for.
+pub(super) fn abort_on_panic<T>(comm: &Communicator, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    caught(body).inspect_err(|error| {
+        if error.status == Status::Panic {
+            comm.abort(error);
         }
-    }
+    })
 }
 
 fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {

@@ -29,17 +29,16 @@
 //! theirs.
 
 use std::ffi::c_char;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use super::comm::pfc_comm;
+use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
-use super::status::{fail, pfc_status, PFC_OK};
+use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
-use super::{boundary, output, panicked, required};
+use super::{boundary, caught, output, required};
 use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, Result, Status};
 
 /// SGD: m. AdamW: the first moment.
 pub const PFC_STATE_MOMENTUM: i32 = 1;
@@ -141,49 +140,40 @@ pub struct pfc_load_options {
 
 /// Runs a call on a head that needs it alone.
 unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
-    let handle = match required("head", head) {
-        Ok(handle) => handle,
-        Err(error) => return fail(&error),
-    };
-    if let Err(error) = own_process(handle) {
-        return fail(&error);
-    }
-    if handle.busy.swap(true, Ordering::Acquire) {
-        return fail(&Error::new(Status::InvalidArgument, "head is in use by another thread"));
-    }
-    let status = with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), body);
-    handle.busy.store(false, Ordering::Release);
-    status
+    boundary(|| {
+        let handle = required("head", head)?;
+        check_process(handle)?;
+        ensure!(!handle.busy.swap(true, Ordering::Acquire), InvalidArgument, "head is in use by another thread");
+        let outcome = run_locked(handle, body);
+        handle.busy.store(false, Ordering::Release);
+        outcome
+    })
 }
 
-fn own_process(handle: &pfc_head) -> Result<()> {
+/// Runs a call that several threads may make at once: they take turns.
+unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
+    boundary(|| {
+        let handle = required("head", head)?;
+        check_process(handle)?;
+        run_locked(handle, |head| body(head))
+    })
+}
+
+fn check_process(handle: &pfc_head) -> Result<()> {
     let (made_in, this) = (handle.process, std::process::id());
     ensure!(made_in == this, Forked, "the head was made in process {made_in} and cannot be used in process {this}");
     Ok(())
 }
 
-/// Runs a call that several threads may make at once: they take turns.
-unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
-    match required("head", head) {
-        Ok(handle) => match own_process(handle) {
-            Ok(()) => with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), |head| body(head)),
-            Err(error) => fail(&error),
-        },
-        Err(error) => fail(&error),
-    }
-}
-
 /// A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
-fn with_locked(mut guard: MutexGuard<'_, Head>, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
-    match catch_unwind(AssertUnwindSafe(|| body(&mut guard))) {
-        Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&guard.name_rank(&error)),
-        Err(panic) => {
-            let error = panicked(panic.as_ref());
-            guard.poison(&error);
-            fail(&error)
+fn run_locked(handle: &pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> Result<()> {
+    let mut head = handle.head.lock().unwrap_or_else(PoisonError::into_inner);
+    caught(|| body(&mut head)).map_err(|error| {
+        if error.status == Status::Panic {
+            head.poison(&error);
         }
-    }
+        head.name_rank(&error)
+    })
 }
 
 /// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
@@ -216,14 +206,7 @@ pub unsafe extern "C" fn pfc_head_create(
             output("out", out)?;
             Ok((device, read_sized(options)?.to_options()?))
         })();
-        let head = match catch_unwind(AssertUnwindSafe(|| Head::create(comm.clone(), request))) {
-            Ok(head) => head?,
-            Err(panic) => {
-                let error = panicked(panic.as_ref());
-                comm.abort(&error);
-                return Err(error);
-            }
-        };
+        let head = abort_on_panic(&comm, || Head::create(comm.clone(), request))?;
         let process = head.process();
         *output("out", out)? = Box::into_raw(Box::new(pfc_head { head: Mutex::new(head), busy: AtomicBool::new(false), process }));
         Ok(())

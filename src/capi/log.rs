@@ -5,9 +5,9 @@ use std::sync::{OnceLock, RwLock};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use super::boundary;
 use super::status::pfc_status;
-use super::{boundary, Status};
-use crate::Error;
+use crate::error;
 
 /// Nothing.
 pub const PFC_LOG_OFF: i32 = 0;
@@ -75,15 +75,10 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
             PFC_LOG_WARN => LevelFilter::Warn,
             PFC_LOG_INFO => LevelFilter::Info,
             PFC_LOG_DEBUG => LevelFilter::Debug,
-            _ => {
-                return Err(Error::new(
-                    Status::InvalidArgument,
-                    format!("level must be PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4), got {level}"),
-                ))
-            }
+            _ => return Err(error!(InvalidArgument, "level must be PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4), got {level}")),
         };
         if !INSTALLED.get_or_init(|| log::set_logger(&Forward).is_ok()) {
-            return Err(Error::new(Status::Unsupported, "this program has installed a logger of its own: use that one"));
+            return Err(error!(Unsupported, "this program has installed a logger of its own: use that one"));
         }
         *SINK.write().unwrap_or_else(|e| e.into_inner()) = function.map(|function| Sink { function, user: user as usize });
         log::set_max_level(if function.is_some() { filter } else { LevelFilter::Off });

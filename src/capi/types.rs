@@ -2,13 +2,13 @@
 
 use std::ffi::c_char;
 
+use super::boundary;
 use super::status::pfc_status;
-use super::{boundary, Status};
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::{Adamw, Optimizer, Sgd};
 use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
-use crate::{ensure, error, Error, Result};
+use crate::{ensure, error, Result};
 
 /// 32-bit float.
 pub const PFC_F32: i32 = 1;
@@ -507,12 +507,8 @@ impl pfc_head_options {
 pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
     ensure!(!matrix.is_null(), InvalidArgument, "{name} must not be NULL");
     let m = *matrix;
-    let dtype = DType::from_code(m.dtype).ok_or_else(|| {
-        Error::new(
-            Status::InvalidArgument,
-            format!("{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype),
-        )
-    })?;
+    let dtype = DType::from_code(m.dtype)
+        .ok_or_else(|| error!(InvalidArgument, "{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype))?;
     ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved must be 0, got {}", m.reserved);
     let view =
         Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };

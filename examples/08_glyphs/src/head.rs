@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use partialfc::comm::{Communicator, ReduceOp};
+use partialfc::comm::Communicator;
 use partialfc::device;
 use partialfc::head::{self, Labels, LossTarget, Metrics, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
-use partialfc::matrix::{DType, Matrix};
+use partialfc::matrix::{DType, Matrix, ReduceOp};
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::{Error, Result, Status};

@@ -9,7 +9,7 @@ use super::staging::fetch;
 use super::stateless::BLOCKS;
 use super::view::{HeadView, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
-use crate::device::host_math::{gemm, inverse_norm};
+use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Plain};
@@ -109,7 +109,8 @@ impl Rows<'_> {
             let centers = &mut centers[..piece * dim];
             (self.read)(first, &Matrix::of_f32(centers, piece, dim))?;
             centers.chunks_exact_mut(dim).for_each(normalize);
-            gemm(count, piece, dim, (&mut cosines, piece), (&units, dim, 1), (centers, 1, dim), false);
+            let shape = GemmShape { m: count, n: piece, k: dim };
+            gemm(shape, &mut cosines, piece, Operand::rows(&units, dim), Operand::transposed(centers, dim), Store::Replace);
             for (query, best) in best.iter_mut().enumerate() {
                 for (slot, &cosine) in cosines[query * piece..(query + 1) * piece].iter().enumerate() {
                     offer(best, k, (cosine, (self.view.first_class as usize + first + slot) as i64));

@@ -5,7 +5,7 @@ use super::view::{Gap, HeadView, Ledger, MarginView, OptimizerView, Rule, StepBl
 use crate::device::{sample_capacity, HeadSpec, Memory};
 use crate::matrix::DType;
 use crate::optimizer::Optimizer;
-use crate::options::{Placement, Precision, RowUpdate};
+use crate::options::{Precision, RowUpdate};
 use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::sample::sample_size;
 use crate::{ensure, Result};
@@ -400,12 +400,6 @@ pub(crate) struct Arrays {
     pub views: [HeadView; 2],
     /// In the order of `Sizes::arrays`, each copy after the other.
     pub buffers: Vec<DeviceBuffer<u8>>,
-}
-
-impl HeadSpec {
-    fn is_sharded(&self) -> bool {
-        self.options.placement == Placement::Sharded
-    }
 }
 
 macro_rules! first_of {

@@ -1,9 +1,10 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
 use super::products::Targets;
+use crate::memory::reserve;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
-use crate::{error, Result};
+use crate::Result;
 
 /// The classes of a step on this rank.
 #[derive(Clone, Debug, Default)]
@@ -84,7 +85,7 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// From what A gathered: the labels of all ranks in turn.
+    /// From the gathered labels of all ranks, in rank order.
     pub fn new(options: &HeadOptions, rank: usize, batches: Vec<usize>, all_labels: Vec<i64>) -> Draft {
         let before: usize = batches[..rank].iter().sum();
         let (labels, first_row) = match options.placement {
@@ -98,9 +99,7 @@ impl Draft {
     /// The shard's classes among the labels: ascending, each once.
     pub fn positives(&self, shard: Shard) -> Result<Vec<i64>> {
         let mut positives = Vec::new();
-        positives
-            .try_reserve_exact(self.all_labels.len())
-            .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for positives", 8 * self.all_labels.len()))?;
+        reserve(&mut positives, self.all_labels.len(), "positives")?;
         positives.extend(self.all_labels.iter().copied().filter(|&label| shard.contains(label)));
         positives.sort_unstable();
         positives.dedup();
