@@ -419,7 +419,7 @@ mod tests {
     use super::*;
     use crate::margin::{Margin, MarginGradient};
     use crate::optimizer::{Adamw, Sgd};
-    use crate::options::HeadOptions;
+    use crate::options::{HeadOptions, Placement};
     use crate::shard::Shard;
     use crate::Status;
 
