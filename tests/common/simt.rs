@@ -197,7 +197,7 @@ fn load() -> Option<&'static Simt> {
                     })
                 }
             }
-            other => panic!("PFC_TEST_DRIVER is {other:?}; it is simt or real"),
+            other => panic!("PFC_TEST_DRIVER must be simt or real, got {other:?}"),
         })
         .as_ref()
 }
