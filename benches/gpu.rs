@@ -409,8 +409,7 @@ impl Bench<'_> {
         self.line("step", steps.whole, Some(launches), floor, self.torch(shape, "step_us"));
         self.line("step in a row", steps.in_a_row, None, floor, None);
         for Kernel { name, time, launches } in kernels {
-            let is = |product: &&str| name.starts_with(&format!("multiply_{product}"));
-            let product = ["numerators", "weighted", "centers"].into_iter().find(is).filter(|_| keeps);
+            let product = name.strip_prefix("gemm_").filter(|_| keeps);
             let torch = product.and_then(|product| self.torch(shape, &format!("{product}_us")));
             self.line(name, *time, Some(*launches), floor::of_kernel(name, shape, keeps), torch);
         }

@@ -1,4 +1,4 @@
-// Random numbers as pure functions of what they are for, bit for bit those of src/random.rs:
+// Random numbers as pure functions of their purpose, bit for bit those of src/random.rs:
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
 // keys that sample classes.
 //

@@ -35,8 +35,8 @@ void run(const Case& c, const Launch& how, uint64_t seed) {
     for (float& cosine : cosines) cosine = cosine_of(random);
 
     Memory memory;
-    HeadView view{};
-    view.first_class = c.first_class;
+    HeadArrays arrays{};
+    arrays.first_class = c.first_class;
     const uint32_t stride = c.chunk + 3;
     float* const chunk = memory.make<float>(size_t(c.rows) * stride);
     uint64_t* const lists = memory.make<uint64_t>(size_t(c.rows) * c.parts * kLongest);
@@ -52,10 +52,10 @@ void run(const Case& c, const Launch& how, uint64_t seed) {
         memory.put(chunk, part);
         const MatrixView matrix = {reinterpret_cast<uint8_t*>(chunk), c.rows, columns, stride, kF32,
                                    0};
-        memory.launch("keep_nearest", how.grid, how.block, 0, view, matrix, first, c.k, c.parts,
+        memory.launch("keep_nearest", how.grid, how.block, 0, arrays, matrix, first, c.k, c.parts,
                       lists);
     }
-    memory.launch("merge_nearest", how.grid, how.block, 0, view, uint64_t(c.rows), c.k, c.parts,
+    memory.launch("merge_nearest", how.grid, how.block, 0, arrays, uint64_t(c.rows), c.k, c.parts,
                   static_cast<const uint64_t*>(lists), ids, found);
 
     const auto ids_found = memory.get(ids, size_t(c.rows) * c.k);

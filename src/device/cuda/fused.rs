@@ -3,10 +3,10 @@
 //! The numerators of a chunk of columns are made anew in the backward: no workspace grows with B x S.
 
 use super::lent::{check_workspace, Cut, Lent};
-use super::products::LARGEST_WIDTH;
+use super::products::LARGEST_DIM;
+use super::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_COLUMNS};
 use super::sizes::weighted_splits;
 use super::stateless::{columns_of, Shape};
-use super::view::{HeadView, MarginView, StepBlock, NONE, TILE_COLUMNS};
 use super::Cuda;
 use crate::device::checks::{checked_sums, checked_targets, checked_weight, must_be_f32};
 use crate::device::{FusedBackward, FusedForward};
@@ -14,7 +14,7 @@ use crate::{ensure, Result};
 
 /// The arrays of both calls, cut off a workspace.
 struct Arrays {
-    view: HeadView,
+    view: HeadArrays,
     /// Forward: the sums of the chunks so far.
     totals: *mut f64,
     bytes: u64,
@@ -50,9 +50,9 @@ impl Positives {
 impl Cuda {
     fn fused_shape(&self, batch: u64, dim: u64, classes: u64) -> Result<Shape> {
         ensure!(
-            dim <= LARGEST_WIDTH.into(),
+            dim <= LARGEST_DIM.into(),
             Unsupported,
-            "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_WIDTH}"
+            "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_DIM}"
         );
         // Operands, numerators and dW^.
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)
@@ -65,7 +65,7 @@ impl Cuda {
         let lists: *mut u32 = cut.take(5 * shape.rows + 1);
         let list = |number: u64| lists.wrapping_add((number * shape.rows) as usize);
         let operand = cut.take(3 * chunk * pitch);
-        let mut view = HeadView {
+        let mut view = HeadArrays {
             block: cut.take(1),
             columns: list(0),
             sort_keys: [list(1), std::ptr::null_mut()],
@@ -89,7 +89,7 @@ impl Cuda {
         };
         // Forward and backward share the rest.
         let begin = cut.bytes;
-        view.weighted = cut.take(splits * rows * pitch);
+        view.weighted_centers = cut.take(splits * rows * pitch);
         let totals = cut.take(rows);
         let forward = cut.bytes;
         cut.bytes = begin;
@@ -108,10 +108,10 @@ impl Cuda {
     }
 
     /// P of a chunk, from the rows of W that begin it.
-    fn chunk_numerators(&self, view: &HeadView, first: u32) -> Result<()> {
+    fn chunk_numerators(&self, view: &HeadArrays, first: u32) -> Result<()> {
         // GEMM1 numbers column tiles from the sample's first; only the chunk's have sums here.
         let tiles = u64::from(first) / TILE_COLUMNS * u64::from(view.row_capacity);
-        let view = HeadView {
+        let view = HeadArrays {
             partial_sums: view.partial_sums.wrapping_sub(tiles as usize),
             partial_best: view.partial_best.wrapping_sub(tiles as usize),
             ..*view
@@ -125,7 +125,7 @@ impl Cuda {
         let shape = self.fused_shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
         let Arrays { mut view, totals, bytes } = self.fused_arrays(&shape, arguments.workspace.data);
         check_workspace(&self.stream, arguments.workspace, bytes)?;
-        view.margin = MarginView::from(margin);
+        view.margin = MarginSettings::from(margin);
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let targets = lent.on_host("targets", arguments.targets, embeddings.rows)?;
@@ -145,11 +145,11 @@ impl Cuda {
         for (first, count) in shape.chunks().chain(none) {
             self.unit_centers(&view, w, first, count)?;
             self.chunk_numerators(&view, first)?;
-            self.products.weighted(&self.stream, view, first, 0)?;
+            self.products.weighted_centers(&self.stream, view, first, 0)?;
             let tiles = count.div_ceil(TILE_COLUMNS as u32);
             self.run(&self.kernels.add_row_sums, (view, tiles, i32::from(first == 0), totals.cast()))?;
         }
-        self.run(&self.kernels.write_weighted, (view, out))?;
+        self.run(&self.kernels.write_weighted_centers, (view, out))?;
         lent.finish()
     }
 
@@ -160,7 +160,7 @@ impl Cuda {
         let shape = self.fused_shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
         let Arrays { mut view, bytes, .. } = self.fused_arrays(&shape, arguments.workspace.data);
         check_workspace(&self.stream, arguments.workspace, bytes)?;
-        view.margin = MarginView::from(margin);
+        view.margin = MarginSettings::from(margin);
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let batch = embeddings.rows;
@@ -186,11 +186,11 @@ impl Cuda {
         self.run(&self.kernels.weigh_rows, (view, row_sums.cast(), target_logits.cast()))?;
         self.run(&self.kernels.scale_embeddings, (view,))?;
         self.run(&self.kernels.list_whole, (view,))?;
-        self.run(&self.kernels.place_targets, (view,))?;
+        self.run(&self.kernels.find_target_columns, (view,))?;
         for (first, count) in shape.chunks() {
             self.unit_centers(&view, w, first, count)?;
             self.chunk_numerators(&view, first)?;
-            self.products.centers(&self.stream, view, first, loss_weight, 0, 0)?;
+            self.products.center_gradient(&self.stream, view, first, loss_weight, 0, 0)?;
             self.run(&self.kernels.write_center_rows, (view, u64::from(first), count, w, grad_w))?;
         }
         self.run(&self.kernels.finish_given_rows, (view, w, product, loss_weight, grad_e))?;

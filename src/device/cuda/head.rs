@@ -17,10 +17,10 @@ use super::driver::{DeviceBuffer, Event, Grid, PinnedBuffer, Place, Stream};
 use super::kernels::{ALONE, BLOCK, PARTS};
 use super::lanes::{Lane, Lanes};
 use super::nearest::Rows;
-use super::products::{Products, LARGEST_WIDTH};
+use super::products::{Products, LARGEST_DIM};
+use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
 use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
-use super::view::{fault, HeadView, Ledger, MatrixView, StepBlock};
 use super::Cuda;
 use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
 use crate::matrix::{DType, Matrix};
@@ -55,7 +55,7 @@ pub(super) struct CudaHead {
     /// The views, and with them the drafts, are the current step's and the next one's, as `current` says.
     arrays: Arrays,
     /// What the step under way has and the next one has outgrown; and the view that its successors take.
-    outgrown: Option<(HeadView, Vec<DeviceBuffer<u8>>)>,
+    outgrown: Option<(HeadArrays, Vec<DeviceBuffer<u8>>)>,
     drafts: [Draft; 2],
     current: usize,
     /// The next step has its labels.
@@ -84,9 +84,9 @@ pub(super) struct CudaHead {
 impl CudaHead {
     pub fn new(cuda: Arc<Cuda>, spec: HeadSpec) -> Result<CudaHead> {
         ensure!(
-            spec.options.embedding_dim <= LARGEST_WIDTH,
+            spec.options.embedding_dim <= LARGEST_DIM,
             Unsupported,
-            "embedding_dim is {}; the CUDA device takes 1 to {LARGEST_WIDTH}",
+            "embedding_dim is {}; the CUDA device takes 1 to {LARGEST_DIM}",
             spec.options.embedding_dim
         );
         let sizes = Sizes::new(&spec, cuda.gpu()?, 0)?;
@@ -154,7 +154,7 @@ impl CudaHead {
         self.sharded() && !self.dense()
     }
 
-    fn view(&self) -> HeadView {
+    fn view(&self) -> HeadArrays {
         self.arrays.views[self.current]
     }
 
@@ -243,17 +243,19 @@ impl CudaHead {
         if !(first == 0 && std::mem::take(&mut self.drafts[self.current].gathered)) {
             self.gather(lane, self.current, first);
         }
-        self.product(lane, "multiply_numerators", |products, stream| products.numerators(stream, view, first));
+        self.product(lane, "gemm_numerators", |products, stream| products.numerators(stream, view, first));
     }
 
     /// P @ W^ of a chunk.
     fn weighted(&mut self, first: u32) {
         let (view, spared) = (self.view(), self.spared(SPARED_BY_WEIGHTED));
-        self.product(Lane::Main, "multiply_weighted", |products, stream| products.weighted(stream, view, first, spared));
+        self.product(Lane::Main, "gemm_weighted_centers", |products, stream| {
+            products.weighted_centers(stream, view, first, spared)
+        });
     }
 
     /// What dW needs of the embeddings.
-    fn begin_centers(&mut self) -> HeadView {
+    fn begin_centers(&mut self) -> HeadArrays {
         self.join(Lane::Centers, Lane::Main);
         let view = self.view();
         run!(self, Centers, scale_embeddings, self.cuda.grid(4), BLOCK, (view,));
@@ -263,8 +265,8 @@ impl CudaHead {
     /// dW of a chunk into the rows, or dW^ into `center_gradient`.
     fn centers(&mut self, first: u32, loss_weight: f64, fuse: i32) {
         let (view, spared) = (self.view(), self.spared(SPARED_BY_CENTERS));
-        self.product(Lane::Centers, "multiply_centers", |products, stream| {
-            products.centers(stream, view, first, loss_weight, fuse, spared)
+        self.product(Lane::Centers, "gemm_center_gradient", |products, stream| {
+            products.center_gradient(stream, view, first, loss_weight, fuse, spared)
         });
     }
 
@@ -487,8 +489,8 @@ impl HeadDevice for CudaHead {
         }
         self.read_block()?;
         if self.block.status != 0 {
-            self.at_labels = matches!(self.block.fault, fault::REMOTE | fault::PARTED | fault::LABEL);
-            self.parted = self.block.fault == fault::PARTED;
+            self.at_labels = matches!(self.block.fault, fault::REMOTE | fault::OUT_OF_STEP | fault::LABEL);
+            self.parted = self.block.fault == fault::OUT_OF_STEP;
             // Told here and now, not once more by `wait`.
             self.forgive_last()?;
             self.fault(&self.block)?;
@@ -514,17 +516,17 @@ impl HeadDevice for CudaHead {
         }
         self.forgive()?;
         let (first, told) = (ledger.first_failure, self.told.take());
-        self.parted = first.fault == fault::PARTED;
+        self.parted = first.fault == fault::OUT_OF_STEP;
         let verdict = match told {
             // This rank knows more of its own failure than it told the others.
-            Some((number, error)) if number == first.samples => Err(error),
+            Some((number, error)) if number == first.draws => Err(error),
             _ => self.fault(&first),
         };
         let others = match ledger.failed {
             1 => String::new(),
             more => format!(", and {} steps after it", more - 1),
         };
-        verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.samples, error.message)))
+        verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.draws, error.message)))
     }
 
     fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::{Context, Kernel, Module};
 use super::images::Images;
 use super::memory::RankPointers;
-use super::view::{HeadView, MatrixView, Rule};
+use super::shared_structs::{HeadArrays, MatrixView, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
@@ -21,7 +21,7 @@ pub(super) const HISTOGRAM: u32 = 8192;
 macro_rules! kernels {
     ($($source:literal { $($kernel:ident ( $($argument:ty),* );)* })*) => {
         pub(super) struct Kernels {
-            $($(pub $kernel: Kernel<(HeadView, $($argument,)*)>,)*)*
+            $($(pub $kernel: Kernel<(HeadArrays, $($argument,)*)>,)*)*
             pub reduce_ranks: Kernel<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
         }
 
@@ -63,7 +63,7 @@ kernels! {
         list_sample_scan();
         list_sample_scatter();
         list_whole();
-        place_targets();
+        find_target_columns();
     }
     "embeddings" {
         pack_embeddings(MatrixView, u64);
@@ -99,7 +99,7 @@ kernels! {
     }
     "stateless" {
         normalize_matrix(MatrixView, MatrixView, Address);
-        unit_operands(MatrixView, u64, u32, i32);
+        write_unit_operands(MatrixView, u64, u32, i32);
         margin_forward(Address, u64, Address);
         margin_backward(Address, Address, u64, Address);
         partial_softmax(MatrixView, Address, Address);
@@ -109,7 +109,7 @@ kernels! {
     "fused" {
         find_given_targets(MatrixView, MatrixView);
         add_row_sums(u32, i32, Address);
-        write_weighted(MatrixView);
+        write_weighted_centers(MatrixView);
         weigh_rows(Address, Address);
         finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
         write_center_rows(u64, u32, MatrixView, MatrixView);

@@ -3,8 +3,8 @@
 use std::mem::size_of;
 
 use super::driver::{DeviceBuffer, Place, Stream};
+use super::shared_structs::{MatrixView, StepBlock};
 use super::staging::{self, Staging};
-use super::view::{MatrixView, StepBlock};
 use crate::device::Workspace;
 use crate::matrix::{DType, Matrix};
 use crate::memory::Plain;

@@ -13,13 +13,13 @@ mod lent;
 mod memory;
 mod nearest;
 mod products;
+mod shared_structs;
 #[cfg(test)]
 #[path = "../../../tests/common/simt.rs"]
 mod simt;
 mod sizes;
 mod staging;
 mod stateless;
-mod view;
 
 use std::ffi::{c_void, CStr, CString};
 use std::sync::{Arc, Mutex};

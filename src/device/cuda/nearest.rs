@@ -5,9 +5,9 @@
 
 use super::driver::DeviceBuffer;
 use super::kernels::BLOCK;
+use super::shared_structs::{HeadArrays, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::staging::fetch;
 use super::stateless::BLOCKS;
-use super::view::{HeadView, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
 use crate::device::cpu::{gemm, inverse_norm, keep_best, offer};
 use crate::device::Nearest;
@@ -29,7 +29,7 @@ const PIECE: usize = 4096;
 pub(super) struct Rows<'a> {
     pub cuda: &'a Cuda,
     /// The head's: what numbers and sizes it has.
-    pub view: HeadView,
+    pub view: HeadArrays,
     /// Reads rows from the one named on, as they are now, into a matrix of the host's or the GPU's.
     pub read: &'a dyn Fn(usize, &Matrix) -> Result<()>,
 }
@@ -50,7 +50,7 @@ impl Rows<'_> {
     }
 
     fn nearest_of(&self, queries: &[f32], k: u32) -> Result<(Vec<i64>, Vec<f32>)> {
-        let HeadView { dim, depth_pitch: pitch, shard_rows, first_class, .. } = self.view;
+        let HeadArrays { dim, depth_pitch: pitch, shard_rows, first_class, .. } = self.view;
         let (cuda, stream) = (self.cuda, &self.cuda.stream);
         let count = queries.len() / dim as usize;
         let rows = (count as u64).next_multiple_of(TILE_ROWS);
@@ -67,7 +67,7 @@ impl Rows<'_> {
         let ids = buffer::<i64>(cuda, count as u64 * u64::from(k), "ids of top_k")?;
         let cosines = buffer::<f32>(cuda, count as u64 * u64::from(k), "cosines of top_k")?;
 
-        let view = HeadView {
+        let view = HeadArrays {
             unit_operand: unit_operand.as_mut_ptr(),
             center_operand: center_operand.as_mut_ptr(),
             plane_rows: rows * u64::from(pitch),
@@ -75,7 +75,7 @@ impl Rows<'_> {
             first_class,
             dim,
             depth_pitch: pitch,
-            ..HeadView::zeroed()
+            ..HeadArrays::zeroed()
         };
         cuda.put(raw.as_mut_ptr(), queries)?;
         let given = MatrixView::from(&whole(raw.as_mut_ptr(), count, dim as usize));
@@ -86,7 +86,7 @@ impl Rows<'_> {
             let some = MatrixView::from(&whole(products.as_mut_ptr(), count, here as usize));
             (self.read)(first as usize, &piece)?;
             cuda.unit_centers(&view, MatrixView::from(&piece), 0, here)?;
-            cuda.products.units(stream, view, count as u32, here, 0, some)?;
+            cuda.products.cosines(stream, view, count as u32, here, 0, some)?;
             cuda.run(&cuda.kernels.keep_nearest, (view, some, first, k, parts, lists.as_mut_ptr().cast()))?;
         }
         let (kept, to) = (lists.as_mut_ptr().cast(), (ids.as_mut_ptr().cast(), cosines.as_mut_ptr().cast()));

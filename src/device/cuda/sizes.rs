@@ -1,7 +1,9 @@
 //! How much memory a head takes on a GPU: one list of arrays for the allocation, the view's pointers and the totals.
 
 use super::driver::{DeviceBuffer, Stream};
-use super::view::{Gap, HeadView, Ledger, MarginView, OptimizerView, Rule, StepBlock, TILE_COLUMNS, TILE_ROWS};
+use super::shared_structs::{
+    HeadArrays, Ledger, MarginSettings, MissedUpdates, OptimizerSettings, Rule, StepBlock, TILE_COLUMNS, TILE_ROWS,
+};
 use crate::device::{sample_capacity, HeadSpec, Memory};
 use crate::matrix::DType;
 use crate::optimizer::Optimizer;
@@ -50,7 +52,7 @@ pub(crate) enum Purpose {
 /// One array of a head.
 #[derive(Clone, Copy)]
 pub(crate) struct Array {
-    /// The field of `HeadView`.
+    /// The field of `HeadArrays`.
     pub name: &'static str,
     /// Of one of its copies.
     pub bytes: u64,
@@ -58,7 +60,7 @@ pub(crate) struct Array {
     pub copies: usize,
     pub purpose: Purpose,
     /// Puts the address into a view.
-    pub place: fn(&mut HeadView, *mut u8),
+    pub place: fn(&mut HeadArrays, *mut u8),
 }
 
 /// Elements of a head's arrays, from capacities: the largest batch and sample there can be.
@@ -256,7 +258,7 @@ impl Sizes {
         }
         array!(Activation, 1, center_inverse_norms: f32, sample);
         array!(Probability, 1, numerators: u16, times(&[planes, rows, chunk]));
-        array!(Activation, 1, weighted: f32, times(&[self.splits, rows, pitch]));
+        array!(Activation, 1, weighted_centers: f32, times(&[self.splits, rows, pitch]));
         array!(Activation, 1, sums: f32, only(sharded, 2 * labels + TOTALS as u64));
         array!(
             Activation,
@@ -272,9 +274,9 @@ impl Sizes {
         array!(Weight, 1, centers: f32, master);
         array!(State, 1, momentum: f32, master);
         array!(State, 1, second_moment: f32, only(adamw, master));
-        array!(State, 1, last: u32, only(dense, shard_rows));
+        array!(State, 1, last_update: u32, only(dense, shard_rows));
         array!(Activation, 1, rule: Rule, 1);
-        array!(State, 1, gaps: Gap, self.history_capacity);
+        array!(State, 1, missed_updates: MissedUpdates, self.history_capacity);
         arrays
     }
 
@@ -299,11 +301,11 @@ impl Sizes {
     }
 
     /// A view with all sizes and no array.
-    pub fn view(&self) -> HeadView {
+    pub fn view(&self) -> HeadArrays {
         let HeadSpec { options, ranks, rank, shard } = &self.spec;
         // All of them were checked: rows and classes here, the rest by the options.
         let narrow = |count: u64| u32::try_from(count).expect("a size that was checked");
-        HeadView {
+        HeadArrays {
             first_class: shard.first,
             num_classes: options.num_classes,
             seed: options.seed,
@@ -311,8 +313,8 @@ impl Sizes {
             plane_rows: self.row_capacity * self.depth_pitch,
             plane_centers: self.chunk_capacity * self.depth_pitch,
             plane_numerators: self.row_capacity.saturating_mul(self.chunk_capacity),
-            margin: MarginView::from(&options.margin),
-            optimizer: OptimizerView::new(&options.optimizer, options.row_update),
+            margin: MarginSettings::from(&options.margin),
+            optimizer: OptimizerSettings::new(&options.optimizer, options.row_update),
             ranks: *ranks,
             rank: *rank,
             max_batch: narrow(options.max_batch),
@@ -330,10 +332,10 @@ impl Sizes {
             count_capacity: narrow(self.count_capacity),
             history_capacity: narrow(self.history_capacity),
             sharded: self.spec.is_sharded().into(),
-            whole: (self.sample_size == shard.rows).into(),
+            whole_shard: (self.sample_size == shard.rows).into(),
             split_operands: self.split_operands.into(),
             gather_dtype: self.gather_dtype as i32,
-            ..HeadView::zeroed()
+            ..HeadArrays::zeroed()
         }
     }
 
@@ -363,7 +365,7 @@ impl Sizes {
     /// that were replaced, which the old views still show.
     ///
     /// Errors: OUT_OF_MEMORY, naming the array; nothing is changed then.
-    pub fn grow(&self, arrays: &mut Arrays, stream: &Stream) -> Result<([HeadView; 2], Vec<DeviceBuffer<u8>>)> {
+    pub fn grow(&self, arrays: &mut Arrays, stream: &Stream) -> Result<([HeadArrays; 2], Vec<DeviceBuffer<u8>>)> {
         let mut views = [self.view(); 2];
         let (mut number, mut replaced) = (0, Vec::new());
         for array in self.arrays() {
@@ -397,7 +399,7 @@ pub(super) fn weighted_splits(row_capacity: u64, depth_pitch: u64, chunk: u64, m
 
 /// A head's arrays, and where they are.
 pub(crate) struct Arrays {
-    pub views: [HeadView; 2],
+    pub views: [HeadArrays; 2],
     /// In the order of `Sizes::arrays`, each copy after the other.
     pub buffers: Vec<DeviceBuffer<u8>>,
 }
@@ -524,7 +526,7 @@ mod tests {
         assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 2);
         assert_eq!(bytes(&sharded, "send_scales"), 10 * 4);
         assert_eq!(bytes(&sharded, "sums"), 4 * (20 + 4));
-        for name in ["replicated_sums", "center_gradient", "second_moment", "last", "gaps"] {
+        for name in ["replicated_sums", "center_gradient", "second_moment", "last_update", "missed_updates"] {
             assert_eq!(bytes(&sharded, name), 0, "{name}");
         }
         let adamw = Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 });
@@ -543,7 +545,7 @@ mod tests {
         assert_eq!(bytes(&replicated, "center_wide"), 0);
         assert_eq!(bytes(&replicated, "center_gradient"), 128 * 65 * 4);
         assert_eq!(bytes(&replicated, "second_moment"), 1000 * 68 * 4);
-        assert_eq!(bytes(&replicated, "last"), 4000);
+        assert_eq!(bytes(&replicated, "last_update"), 4000);
         for name in ["sums", "gradient_send", "embeddings_recv", "send_scales"] {
             assert_eq!(bytes(&replicated, name), 0, "{name}");
         }
@@ -574,7 +576,7 @@ mod tests {
         for (number, array) in arrays.iter().enumerate() {
             (array.place)(&mut view, (number + 1) as *mut u8);
         }
-        let pointers = std::mem::offset_of!(HeadView, first_class) / 8;
+        let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
         // SAFETY: the structure begins with as many pointers.
         let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&view).cast::<u64>(), pointers) };
         assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
@@ -600,7 +602,7 @@ mod tests {
         // Each step has its own draft; the rest is shared.
         assert!(one.block != two.block && one.sample != two.sample && one.sort_keys[1] != two.sort_keys[1]);
         assert!(one.ledger == two.ledger && one.counts == two.counts && one.centers == two.centers);
-        assert!(one.second_moment.is_null() && two.second_moment.is_null() && !one.last.is_null());
+        assert!(one.second_moment.is_null() && two.second_moment.is_null() && !one.last_update.is_null());
         let total: u64 = arrays.buffers.iter().map(|buffer| buffer.bytes() as u64).sum();
         assert_eq!(total, sizes.memory().total());
         drop(arrays);
@@ -621,7 +623,7 @@ mod tests {
         let view = Sizes::new(&spec, H200, 0).expect("sizes").view();
         assert_eq!((view.ranks, view.rank, view.max_batch, view.label_capacity, view.row_capacity), (3, 1, 10, 30, 128));
         assert_eq!((view.first_class, view.num_classes, view.shard_rows), (334, 1001, 334));
-        assert_eq!((view.sample_size, view.sample_capacity, view.column_tiles, view.whole), (167, 256, 2, 0));
+        assert_eq!((view.sample_size, view.sample_capacity, view.column_tiles, view.whole_shard), (167, 256, 2, 0));
         assert_eq!((view.plane_rows, view.plane_centers, view.plane_numerators), (128 * 512, 256 * 512, 128 * 256));
         assert_eq!((view.ignore_label, view.sharded, view.split_operands, view.gather_dtype), (i64::MIN, 1, 0, 2));
     }

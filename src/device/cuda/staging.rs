@@ -4,7 +4,7 @@ use std::mem::{size_of, MaybeUninit};
 use std::sync::Arc;
 
 use super::driver::{Context, DeviceBuffer, Place, Stream};
-use super::view::MatrixView;
+use super::shared_structs::MatrixView;
 use crate::matrix::Matrix;
 use crate::memory::{Buffer, Plain};
 use crate::{error, Result};

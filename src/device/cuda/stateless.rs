@@ -9,9 +9,11 @@ use std::sync::MutexGuard;
 use super::driver::{Arguments, Grid, Kernel};
 use super::kernels::{ALONE, BLOCK, HISTOGRAM, PARTS};
 use super::lent::{check_workspace, Cut, Lent, Room};
+use super::shared_structs::{
+    HeadArrays, MarginSettings, MatrixView, OptimizerSettings, Rule, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS,
+};
 use super::sizes::{BINS, CHUNK, COUNTED_CLASSES, DEPTH};
 use super::staging::{fetch, grown};
-use super::view::{HeadView, MarginView, MatrixView, OptimizerView, Rule, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS};
 use super::Cuda;
 use crate::device::checks::{checked_shape, checked_targets, must_be_f32};
 use crate::device::{RowState, SampleDraw, Workspace};
@@ -64,8 +66,8 @@ impl Shape {
     }
 
     /// The sizes of a view; its operands are float32's three planes.
-    pub fn view(&self) -> HeadView {
-        HeadView {
+    pub fn view(&self) -> HeadArrays {
+        HeadArrays {
             plane_rows: self.row_capacity * self.depth_pitch,
             plane_centers: self.chunk * self.depth_pitch,
             plane_numerators: self.row_capacity * self.chunk,
@@ -76,7 +78,7 @@ impl Shape {
             sample_capacity: self.sample_capacity as u32,
             chunk_capacity: self.chunk as u32,
             split_operands: 1,
-            ..HeadView::zeroed()
+            ..HeadArrays::zeroed()
         }
     }
 
@@ -87,9 +89,9 @@ impl Shape {
     }
 
     /// A workspace's arrays for cosines.
-    fn cosines(&self, start: *mut u8) -> (HeadView, u64) {
+    fn cosines(&self, start: *mut u8) -> (HeadArrays, u64) {
         let mut cut = Cut::new(start);
-        let view = HeadView {
+        let view = HeadArrays {
             unit_operand: cut.take(3 * self.row_capacity * self.depth_pitch),
             center_operand: cut.take(3 * self.chunk * self.depth_pitch),
             ..self.view()
@@ -103,8 +105,8 @@ pub(super) fn columns_of(targets: &[i64]) -> Vec<u32> {
     targets.iter().map(|&target| u32::try_from(target).unwrap_or(NONE)).collect()
 }
 
-fn margin_view(margin: &Margin) -> HeadView {
-    HeadView { margin: MarginView::from(margin), ..HeadView::zeroed() }
+fn margin_view(margin: &Margin) -> HeadArrays {
+    HeadArrays { margin: MarginSettings::from(margin), ..HeadArrays::zeroed() }
 }
 
 fn few_columns(name: &str, matrix: &Matrix) -> Result<()> {
@@ -130,7 +132,7 @@ impl Cuda {
         let from = lent.read("rows", rows)?;
         let to = lent.write("normalized", normalized)?;
         let norms = lent.write_array("inverse_norms", inverse_norms, rows.rows)?;
-        self.run(&self.kernels.normalize_matrix, (HeadView::zeroed(), from, to, norms.cast()))?;
+        self.run(&self.kernels.normalize_matrix, (HeadArrays::zeroed(), from, to, norms.cast()))?;
         lent.finish()
     }
 
@@ -150,7 +152,7 @@ impl Cuda {
         self.unit_rows(&view, embeddings, shape.rows as u32)?;
         for (first, count) in shape.chunks() {
             self.unit_centers(&view, centers, first, count)?;
-            self.products.units(&self.stream, view, shape.rows as u32, count, first.into(), out)?;
+            self.products.cosines(&self.stream, view, shape.rows as u32, count, first.into(), out)?;
         }
         lent.finish()
     }
@@ -160,14 +162,14 @@ impl Cuda {
     }
 
     /// E^: the first `count` rows.
-    pub(super) fn unit_rows(&self, view: &HeadView, rows: MatrixView, count: u32) -> Result<()> {
-        self.run(&self.kernels.unit_operands, (*view, rows, 0u64, count, 0i32))?;
+    pub(super) fn unit_rows(&self, view: &HeadArrays, rows: MatrixView, count: u32) -> Result<()> {
+        self.run(&self.kernels.write_unit_operands, (*view, rows, 0u64, count, 0i32))?;
         Ok(())
     }
 
     /// W^ of a chunk.
-    pub(super) fn unit_centers(&self, view: &HeadView, centers: MatrixView, first: u32, count: u32) -> Result<()> {
-        self.run(&self.kernels.unit_operands, (*view, centers, u64::from(first), count, 1i32))?;
+    pub(super) fn unit_centers(&self, view: &HeadArrays, centers: MatrixView, first: u32, count: u32) -> Result<()> {
+        self.run(&self.kernels.write_unit_operands, (*view, centers, u64::from(first), count, 1i32))?;
         Ok(())
     }
 
@@ -227,7 +229,7 @@ impl Cuda {
         let capacity = count.next_multiple_of(TILE_COLUMNS as usize);
         let counters = (BINS + draw.rows.div_ceil(COUNTED_CLASSES).max(LIST_COUNTERS)) as usize;
         let stream = &self.stream;
-        let view = HeadView {
+        let view = HeadArrays {
             block: grown(&mut kept.block, stream, 1, "a draw's block")?.as_mut_ptr(),
             counts: grown(&mut kept.counts, stream, counters, "a draw's counters")?.as_mut_ptr(),
             selected: grown(&mut kept.selected, stream, draw.rows.div_ceil(32) as usize, "a draw's bits")?.as_mut_ptr(),
@@ -239,10 +241,10 @@ impl Cuda {
             shard_rows: draw.rows as u32,
             sample_size: draw.sample_size as u32,
             sample_capacity: capacity as u32,
-            ..HeadView::zeroed()
+            ..HeadArrays::zeroed()
         };
         let out = lent.write_array("ids", ids, count)?;
-        self.put(view.block, &[StepBlock { samples: draw.step, positives: positives.len() as u32, ..StepBlock::zeroed() }])?;
+        self.put(view.block, &[StepBlock { draws: draw.step, positives: positives.len() as u32, ..StepBlock::zeroed() }])?;
         self.run(&self.kernels.mark_positives, (view,))?;
         for level in 0..3u32 {
             self.run_with(HISTOGRAM, &self.kernels.key_histogram, (view, level))?;
@@ -284,7 +286,7 @@ impl Cuda {
             _ => MatrixView::zeroed(),
         };
         let given = lent.read("gradients", gradients)?;
-        let view = HeadView { optimizer: OptimizerView::new(optimizer, RowUpdate::Lazy), ..HeadView::zeroed() };
+        let view = HeadArrays { optimizer: OptimizerSettings::new(optimizer, RowUpdate::Lazy), ..HeadArrays::zeroed() };
         let rule = Rule::from(&StepRule::new(optimizer, learning_rate, update));
         self.run(&self.kernels.update_given_rows, (view, centers, momentum, second_moment, places.cast(), given, rule))?;
         lent.finish()

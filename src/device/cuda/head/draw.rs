@@ -189,7 +189,7 @@ impl CudaHead {
         run!(self, Draw, find_positives_count[PARTS], grid, BLOCK, (view,));
         run!(self, Draw, find_positives_scan[PARTS], 1, ALONE, (view,));
         run!(self, Draw, find_positives_scatter[PARTS], grid, BLOCK, (view,));
-        if chosen.is_none() && view.whole != 0 {
+        if chosen.is_none() && view.whole_shard != 0 {
             run!(self, Draw, list_whole, grid, BLOCK, (view,));
         } else {
             run!(self, Draw, mark_positives, grid, BLOCK, (view,));
@@ -208,7 +208,7 @@ impl CudaHead {
             run!(self, Draw, list_sample_scan[PARTS], 1, ALONE, (view,));
             run!(self, Draw, list_sample_scatter[PARTS], grid, BLOCK, (view,));
         }
-        run!(self, Draw, place_targets, grid, BLOCK, (view,));
+        run!(self, Draw, find_target_columns, grid, BLOCK, (view,));
         Ok(())
     }
 }

@@ -3,8 +3,8 @@
 use super::super::driver::Grid;
 use super::super::kernels::BLOCK;
 use super::super::lanes::Lane;
+use super::super::shared_structs::{Ledger, StepBlock};
 use super::super::staging;
-use super::super::view::{Ledger, StepBlock};
 use super::{run, CudaHead};
 use crate::device::{StateTensor, StepFigures};
 use crate::matrix::Matrix;

@@ -2,8 +2,8 @@
 
 use std::mem::size_of;
 
+use super::super::shared_structs::{fault, Ledger, StepBlock};
 use super::super::staging;
-use super::super::view::{fault, Ledger, StepBlock};
 use super::CudaHead;
 use crate::comm::remote;
 use crate::{error, protocol, Result};
@@ -15,7 +15,7 @@ impl CudaHead {
         Err(match block.fault {
             fault::NONE => return Ok(()),
             fault::REMOTE | fault::SUMS => remote(rank, block.value),
-            fault::PARTED => protocol::parted(block.detail, rank),
+            fault::OUT_OF_STEP => protocol::parted(block.detail, rank),
             fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
             fault::EMBEDDING => protocol::bad_embedding(row, rank),
             fault::SUM => protocol::bad_sum(row, rank),
