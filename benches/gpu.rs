@@ -20,11 +20,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use partialfc::comm::Communicator;
-use partialfc::device::{self, Device, Labels, StateTensor};
+use partialfc::device::{self, Device, Labels};
 use partialfc::head::{Head, LossTarget, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix};
-use partialfc::optimizer::{Optimizer, Sgd};
+use partialfc::optimizer::{Optimizer, Sgd, StateTensor};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::trace;
 
@@ -32,8 +32,7 @@ use partialfc::trace;
 mod driver;
 #[path = "gpu/floor.rs"]
 mod floor;
-#[path = "../tests/common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use driver::{Memory, Stream};
 use floor::{Floor, Rates, Shape};

@@ -1,8 +1,8 @@
 /*
- * Runs a conformance file (tests/vectors) through the C interface, a thread each rank, and holds
+ * Runs a conformance file (testing/vectors) through the C interface, a thread each rank, and holds
  * what the head computes against what the reference implementation computed.
  *
- *   cc -std=c99 conformance.c -lpartialfc -lm -pthread && ./a.out tests/vectors/NAME.safetensors
+ *   cc -std=c99 conformance.c -lpartialfc -lm -pthread && ./a.out testing/vectors/NAME.safetensors
  */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>

@@ -90,6 +90,14 @@ impl Error {
         Error { status, message: message.into() }
     }
 
+    /// What a rank says of another one's failure; `status` is the number that travelled.
+    pub(crate) fn remote(rank: usize, status: i64) -> Error {
+        match Status::from_code(status) {
+            Some(status) => crate::error!(Remote, "rank {rank} failed with {status}"),
+            None => crate::error!(Remote, "rank {rank} failed with status {status}"),
+        }
+    }
+
     /// The same error with what was being done in front of it.
     pub fn during(mut self, what: &str) -> Error {
         self.message = format!("{what}: {}", self.message);
@@ -98,6 +106,12 @@ impl Error {
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a rank brings to a call that all ranks make: a value, or the failure of its own checks.
+///
+/// A rank that has failed still takes part in the messages that its peers have begun, so that all of them learn of the failure and
+/// none waits for it. So the failure travels on as an argument, and is returned only when the others know.
+pub type Contribution<T> = Result<T>;
 
 /// `error!(Label, "row {row} ...")`: an [`Error`] of that status with a formatted message.
 #[macro_export]

@@ -18,11 +18,13 @@ pub mod random;
 pub mod reference;
 pub mod sample;
 pub mod shard;
+pub mod stream;
 pub mod trace;
 
+mod agreement;
+mod exchange;
 mod memory;
 mod protocol;
 mod simd;
-mod table;
 
-pub use error::{Error, Result, Status};
+pub use error::{Contribution, Error, Result, Status};

@@ -1,4 +1,4 @@
-//! Element types and the matrices that callers hand over.
+//! Element types, how ranks combine them, and the matrices that callers hand over.
 
 use half::{bf16, f16};
 
@@ -40,6 +40,29 @@ impl DType {
             DType::F64 => "f64",
             DType::I32 => "i32",
             DType::I64 => "i64",
+        }
+    }
+}
+
+/// How an all-reduce or a reduce-scatter combines the ranks' values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(i32)]
+pub enum ReduceOp {
+    /// Integers wrap.
+    Sum = 1,
+    /// A NaN wins.
+    Max = 2,
+}
+
+impl ReduceOp {
+    pub fn from_code(code: i32) -> Option<ReduceOp> {
+        [ReduceOp::Sum, ReduceOp::Max].into_iter().find(|&op| op as i32 == code)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ReduceOp::Sum => "sum",
+            ReduceOp::Max => "max",
         }
     }
 }

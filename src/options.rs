@@ -1,6 +1,6 @@
 //! What a head is asked to be: options, their defaults and their limits.
 
-use crate::comm::Field;
+use crate::agreement::Field;
 use crate::margin::Margin;
 use crate::matrix::DType;
 use crate::optimizer::Optimizer;

@@ -1,47 +1,72 @@
-//! What the ranks tell each other in a step: the layouts of the blocks, and the verdict every rank reaches from them alike.
+//! What the ranks tell each other in a step: the layouts of the messages, and the verdict that every rank reaches from them alike.
 //!
-//! A, before any work: {status, samples drawn, updates done, batch, labels[max_batch]}. Replicated heads with sample_rate 1 need no one
-//! else's labels, but a caller's sample and a verdict on all labels do.
-//! C, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, places, errors, classes}.
-//! The sums of a replicated head: {loss, valid rows, sum of the target cosines, places} and {status, row, sample, room} of each
-//! rank, whose dW has rows for as many classes as `room` says (0: for those of its sample).
-//! `places` tells a rank that has no place for its loss where the others have theirs: those in the device's memory add 1, those of
-//! the host -1.
+//! *labels*, before any work, one block a rank: {status, draws, updates, batch, labels[max_batch]}. Replicated heads with sample_rate 1
+//! need no one else's labels, but a caller's sample and a verdict on all labels do.
+//! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,
+//! classes}.
+//! *replicated sums*: {loss, valid rows, sum of the target cosines, loss places} and {status, row, sample, capacity} of each rank, whose
+//! center gradient has rows for `capacity` classes (0: for those of its sample).
+//! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
-use crate::comm::remote;
 use crate::{error, Error, Result};
 
-/// Where a rank is: samples drawn and updates done. Ranks that differ in either have not made the same calls.
+/// How far a rank is: samples drawn and updates done. Ranks that differ in either have not made the same calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
-    pub samples: u64,
+pub struct Counters {
+    pub draws: u64,
     pub updates: u64,
 }
 
-/// Elements before the labels in a block of A.
+/// Where a rank's loss is, by the number that it adds to the sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum LossPlace {
+    Host = -1,
+    /// The rank's loss pointer is unusable.
+    Unknown = 0,
+    Device = 1,
+}
+
+impl LossPlace {
+    /// Where the ranks' losses are, given what they have added up. Ranks with a usable pointer agree.
+    pub(crate) fn from_sum(sum: f64) -> LossPlace {
+        match sum {
+            0.0 => LossPlace::Unknown,
+            sum if sum > 0.0 => LossPlace::Device,
+            _ => LossPlace::Host,
+        }
+    }
+
+    /// `None` for `Unknown`.
+    pub(crate) fn known(self) -> Option<LossPlace> {
+        (self != LossPlace::Unknown).then_some(self)
+    }
+}
+
+/// Elements before the labels in a block of *labels*.
 pub(crate) const HEADER: usize = 4;
-/// Elements of C beside the two for each row.
+/// Elements of *sums* beside the two for each row.
 pub(crate) const TOTALS: usize = 4;
 /// Elements of a replicated head's sums beside those of each rank.
 pub(crate) const REPLICATED_TOTALS: usize = 4;
 /// Elements of a replicated head's sums for each rank.
 pub(crate) const REPLICATED_SLOT: usize = 4;
 
-/// Elements of one rank's block of A.
+/// Elements of one rank's block of *labels*.
 pub(crate) fn label_block(max_batch: u64) -> usize {
     HEADER + max_batch as usize
 }
 
-/// Fills a block of A for a rank that can take the step.
-pub(crate) fn pack_labels(block: &mut [i64], step: Step, labels: &[i64]) {
+/// Fills a block of *labels* for a rank that can take the step.
+pub(crate) fn pack_labels(block: &mut [i64], counters: Counters, labels: &[i64]) {
     block.fill(0);
-    (block[1], block[2], block[3]) = (step.samples as i64, step.updates as i64, labels.len() as i64);
+    (block[1], block[2], block[3]) = (counters.draws as i64, counters.updates as i64, labels.len() as i64);
     block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
 }
 
-/// Fills a block of A for a rank that cannot.
-pub(crate) fn pack_failure(block: &mut [i64], step: Step, cause: &Error) {
-    pack_labels(block, step, &[]);
+/// Fills a block of *labels* for a rank that cannot.
+pub(crate) fn pack_failure(block: &mut [i64], counters: Counters, cause: &Error) {
+    pack_labels(block, counters, &[]);
     block[0] = cause.status as i64;
 }
 
@@ -59,11 +84,11 @@ pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
 }
 
 /// The error of ranks that have not made the same calls: samples drawn and updates done on rank 0, then on rank `rank`.
-pub(crate) fn parted(counts: [i64; 4], rank: usize) -> Error {
-    let [samples, updates, other_samples, other_updates] = counts;
+pub(crate) fn ranks_out_of_step(counts: [i64; 4], rank: usize) -> Error {
+    let [draws, updates, other_draws, other_updates] = counts;
     error!(
         Mismatch,
-        "the ranks are at different steps: {samples} samples drawn and {updates} updates done on rank 0, {other_samples} and \
+        "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, {other_draws} and \
          {other_updates} on rank {rank}"
     )
 }
@@ -79,7 +104,7 @@ pub(crate) fn samples_differ(rank: usize) -> Error {
     error!(Mismatch, "the samples of rank 0 and rank {rank} differ: a replicated head's caller gives all ranks the same ids")
 }
 
-/// What every rank concludes from the gathered blocks of A: the ranks' batches, or the same failure.
+/// What every rank concludes from the gathered labels: the ranks' batches, or the same failure.
 pub(crate) fn judge_labels(
     blocks: &[i64],
     ranks: usize,
@@ -93,12 +118,12 @@ pub(crate) fn judge_labels(
         return Err(own.clone());
     }
     if let Some(failed) = (0..ranks).find(|&r| block(r)[0] != 0) {
-        return Err(remote(failed, block(failed)[0]));
+        return Err(Error::remote(failed, block(failed)[0]));
     }
     for r in 1..ranks {
         let (first, other) = (block(0), block(r));
         if first[1..3] != other[1..3] {
-            return Err(parted([first[1], first[2], other[1], other[2]], r));
+            return Err(ranks_out_of_step([first[1], first[2], other[1], other[2]], r));
         }
     }
     let batches: Vec<usize> = (0..ranks).map(|r| block(r)[3] as usize).collect();
@@ -112,14 +137,14 @@ pub(crate) fn judge_labels(
     Ok(batches)
 }
 
-/// In C only sums arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.
+/// Of the sums only totals arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.
 const ONE_ERROR: f32 = 65536.0;
 
 pub(crate) fn pack_error(rank: usize) -> f32 {
     ONE_ERROR + (rank.min(65534) + 1) as f32
 }
 
-/// The failure that C's `errors` tells of, if one does.
+/// The failure that the sums' `errors` tells of, if there is one.
 pub(crate) fn judge_errors(errors: f32, rank: usize) -> Result<()> {
     match (errors / ONE_ERROR).floor() {
         0.0 => Ok(()),

@@ -28,8 +28,8 @@ pub fn sample_size(rate: f64, rows: u64) -> u64 {
 #[derive(Clone, Copy, Debug)]
 pub struct Draw<'a> {
     pub seed: u64,
-    /// The head's count of draws.
-    pub step: u64,
+    /// How many samples the head has drawn before.
+    pub number: u64,
     /// The classes to draw from.
     pub shard: Shard,
     /// Classes of the batch in the shard, ascending, each once.
@@ -159,7 +159,7 @@ fn collect_task(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<C
     while chunk < end {
         let chunk_end = end.min(chunk + CHUNK as u64);
         let made = ((chunk_end - chunk) as usize).next_multiple_of(KEYS);
-        sample_keys_on(simd, draw.seed, draw.step, chunk, &mut keys[..made]);
+        sample_keys_on(simd, draw.seed, draw.number, chunk, &mut keys[..made]);
         let mut kept = 0;
         let base = (chunk - first) as u32;
         let skipped = begin.saturating_sub(chunk) as usize;
@@ -249,7 +249,7 @@ mod tests {
     fn naive(draw: &Draw) -> Vec<i64> {
         let mut negatives: Vec<(u32, i64)> = (draw.shard.first..draw.shard.end())
             .filter(|&id| draw.positives.binary_search(&(id as i64)).is_err())
-            .map(|id| (sample_key(draw.seed, draw.step, id), id as i64))
+            .map(|id| (sample_key(draw.seed, draw.number, id), id as i64))
             .collect();
         negatives.sort_unstable();
         negatives.truncate(draw.size.saturating_sub(draw.positives.len()));
@@ -277,7 +277,7 @@ mod tests {
                     let positives = spread(shard, count);
                     for rate in [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0] {
                         let size = sample_size(rate, rows) as usize;
-                        let draw = Draw { seed: 11 << 30, step, shard, positives: &positives, size };
+                        let draw = Draw { seed: 11 << 30, number: step, shard, positives: &positives, size };
                         let ids = drawn(&draw);
                         assert_eq!(ids, naive(&draw), "{shard:?} {step} {count} {rate}");
                         assert_eq!(ids.len(), size.max(positives.len()));
@@ -292,7 +292,7 @@ mod tests {
         let shard = Shard { first: 12_345, rows: 100_000 };
         let positives = spread(shard, 77);
         for size in [78, 500, 60_000, 99_999] {
-            let draw = Draw { seed: 5, step: 9, shard, positives: &positives, size };
+            let draw = Draw { seed: 5, number: 9, shard, positives: &positives, size };
             let wanted = (size - positives.len()) as u64;
             let truth = naive(&draw);
             let good = first_threshold(wanted, shard.rows - 77);
@@ -320,7 +320,7 @@ mod tests {
         let mut cuts = 0;
         for at in 1..keys.len() {
             if keys[at - 1].0 == keys[at].0 {
-                let draw = Draw { seed: 3, step: 4, shard, positives: &[], size: at };
+                let draw = Draw { seed: 3, number: 4, shard, positives: &[], size: at };
                 let ids = drawn(&draw);
                 assert!(ids.binary_search(&keys[at - 1].1).is_ok() && ids.binary_search(&keys[at].1).is_err());
                 cuts += 1;
@@ -333,7 +333,7 @@ mod tests {
     fn threads_change_nothing() {
         let shard = Shard { first: 1000, rows: 700_000 };
         let positives = spread(shard, 1000);
-        let draw = Draw { seed: 1, step: 2, shard, positives: &positives, size: 70_000 };
+        let draw = Draw { seed: 1, number: 2, shard, positives: &positives, size: 70_000 };
         let mut ids = Vec::new();
         super::draw(&draw, &threaded, &mut ids).unwrap();
         assert_eq!(ids, drawn(&draw));
@@ -344,11 +344,11 @@ mod tests {
         let shard = Shard { first: 10, rows: 1000 };
         let positives = spread(shard, 50);
         for size in [0, 1, 49, 50] {
-            assert_eq!(drawn(&Draw { seed: 1, step: 1, shard, positives: &positives, size }), positives);
+            assert_eq!(drawn(&Draw { seed: 1, number: 1, shard, positives: &positives, size }), positives);
         }
         let empty = Shard { first: 10, rows: 0 };
-        assert_eq!(drawn(&Draw { seed: 1, step: 1, shard: empty, positives: &[], size: 0 }), [0i64; 0]);
-        assert_eq!(drawn(&Draw { seed: 1, step: 1, shard: empty, positives: &[], size: 9 }), [0i64; 0]);
+        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 0 }), [0i64; 0]);
+        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 9 }), [0i64; 0]);
     }
 
     #[test]
@@ -358,7 +358,7 @@ mod tests {
         for positives in [spread(shard, 0), spread(shard, 50), spread(shard, 1000)] {
             for size in [1000, 5000] {
                 let mut ids = Vec::new();
-                let draw = Draw { seed: 1, step: 1, shard, positives: &positives, size };
+                let draw = Draw { seed: 1, number: 1, shard, positives: &positives, size };
                 super::draw(&draw, &|_: usize, _: &(dyn Fn(usize) + Sync)| panic!("a draw of all makes no keys"), &mut ids)
                     .unwrap();
                 assert_eq!(ids, all);
@@ -373,7 +373,7 @@ mod tests {
         let positives: Vec<i64> = (0..10).collect();
         let (draws, mut counts) = (4000, vec![0u32; 1000]);
         for step in 0..draws {
-            let ids = drawn(&Draw { seed: 2024, step, shard, positives: &positives, size: 100 });
+            let ids = drawn(&Draw { seed: 2024, number: step, shard, positives: &positives, size: 100 });
             assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "no repeats, ascending");
             ids.iter().for_each(|&id| counts[id as usize] += 1);
         }
@@ -392,7 +392,7 @@ mod tests {
         for lag in 1..=5usize {
             let mut together = 0u64;
             for step in 0..draws {
-                let ids = drawn(&Draw { seed: 99, step, shard, positives: &[], size: 80 });
+                let ids = drawn(&Draw { seed: 99, number: step, shard, positives: &[], size: 80 });
                 together += ids.iter().filter(|&&id| ids.binary_search(&(id + lag as i64)).is_ok()).count() as u64;
             }
             let expected = draws as f64 * (400 - lag) as f64 * (80.0 * 79.0) / (400.0 * 399.0);
@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn seed_and_step_decide() {
         let shard = Shard::whole(10_000);
-        let make = |seed, step| drawn(&Draw { seed, step, shard, positives: &[], size: 1000 });
+        let make = |seed, step| drawn(&Draw { seed, number: step, shard, positives: &[], size: 1000 });
         assert_eq!(make(1, 1), make(1, 1));
         for other in [make(1, 2), make(2, 1), make(1, 1 + (1 << 32)), make(1 + (1 << 32), 1)] {
             let common = other.iter().filter(|id| make(1, 1).binary_search(id).is_ok()).count();
@@ -416,7 +416,7 @@ mod tests {
     fn a_sample_that_cannot_be_held_is_an_error_that_names_its_bytes() {
         let shard = Shard::whole(i64::MAX as u64);
         let size = sample_size(0.25, shard.rows) as usize;
-        let refused = super::draw(&Draw { seed: 1, step: 1, shard, positives: &[], size }, &serial, &mut Vec::new()).unwrap_err();
+        let refused = super::draw(&Draw { seed: 1, number: 1, shard, positives: &[], size }, &serial, &mut Vec::new()).unwrap_err();
         assert_eq!(refused.status, crate::Status::OutOfMemory);
         assert!(refused.message.contains(&format!("{} bytes", size.saturating_mul(8))), "{}", refused.message);
     }

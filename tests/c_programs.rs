@@ -95,8 +95,8 @@ fn errors_as_two_ranks_see_them() {
 
 #[test]
 fn conformance_vectors_through_the_c_interface() {
-    let mut files: Vec<PathBuf> = fs::read_dir(root().join("tests/vectors"))
-        .expect("tests/vectors")
+    let mut files: Vec<PathBuf> = fs::read_dir(root().join("testing/vectors"))
+        .expect("testing/vectors")
         .map(|entry| entry.expect("an entry").path())
         .filter(|path| path.extension() == Some(OsStr::new("safetensors")))
         .collect();
@@ -126,7 +126,7 @@ fn nothing_leaks() {
 /// The program that holds the head to the vectors would notice: here one setting of a file is not what its tensors were made with.
 #[test]
 fn a_wrong_conformance_file_is_noticed() {
-    let mut file = fs::read(root().join("tests/vectors/sphereface_one_rank.safetensors")).expect("a conformance file");
+    let mut file = fs::read(root().join("testing/vectors/sphereface_one_rank.safetensors")).expect("a conformance file");
     let setting = b"\"lr\":\"0.1\"";
     let at = file.windows(setting.len()).position(|bytes| bytes == setting).expect("the file's learning rate");
     file[at + setting.len() - 2] = b'3';
@@ -204,7 +204,7 @@ fn the_header_in_all_languages() {
             "-Werror",
         ]);
         command.arg(if language == "c" { "-Wstrict-prototypes" } else { "-Wold-style-cast" });
-        command.args(["one.c", "two.c"].map(|file| root().join("ctests/headers").join(file)));
+        command.args(["partialfc_main.c", "partialfc_other.c"].map(|file| root().join("ctests/headers").join(file)));
         link_shared(&mut command);
         output(command.arg("-o").arg(&program));
         run(&program, &[]);

@@ -6,9 +6,9 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use partialfc::comm::{Communicator, CustomOps, Place, ReduceOp};
-use partialfc::device::StreamMemory;
-use partialfc::matrix::DType;
+use partialfc::comm::{Communicator, CustomOps, MemorySpace};
+use partialfc::matrix::{DType, ReduceOp};
+use partialfc::stream::StreamMemory;
 use partialfc::{Error, Result, Status};
 
 mod streams;
@@ -136,8 +136,8 @@ impl Rank {
         self.comm.rank() as usize
     }
 
-    fn place(&self) -> Place<'_> {
-        Place::Device { memory: &*self.memory, stream: self.stream() }
+    fn place(&self) -> MemorySpace<'_> {
+        MemorySpace::Device { memory: &*self.memory, stream: self.stream() }
     }
 
     fn map<T: Cell>(&self, change: impl Fn(usize, i64, i64) -> (i64, i64) + Send + 'static) {
@@ -200,16 +200,16 @@ const WRONG_MEMORY: i32 = 77;
 const FAILED: i32 = 78;
 
 impl Context {
-    fn carry(&self, data: *const c_void, stream: *mut c_void, body: impl FnOnce(Place<'_>) -> Result<()>) -> i32 {
+    fn carry(&self, data: *const c_void, stream: *mut c_void, body: impl FnOnce(MemorySpace<'_>) -> Result<()>) -> i32 {
         let owned = self.memory.world.owns(data.cast());
         let right_stream = stream as usize == if owned { self.stream } else { 0 };
         if !right_stream || (owned && self.flags & DEVICE_MEMORY == 0) {
             return WRONG_MEMORY;
         }
         let place = match owned && self.flags & STREAM_ORDERED != 0 {
-            true => Place::Device { memory: &*self.memory, stream },
+            true => MemorySpace::Device { memory: &*self.memory, stream },
             // Without streams the fake's memory is read and written at once, like the host's.
-            false => Place::Host,
+            false => MemorySpace::Host,
         };
         body(place).map_or(FAILED, |()| 0)
     }
@@ -563,7 +563,7 @@ fn what_stays_on_a_stream_beyond_its_deadline_is_stopped() {
     ranks[0].comm.set_timeout(Duration::from_millis(50)).unwrap();
     assert_eq!(together(&ranks, |rank| rank.perform::<f32>(Step::Reduce(CELLS, ReduceOp::Sum, true))), vec![Ok(()); 2]);
     let stopped = loop {
-        match ranks[0].comm.check() {
+        match ranks[0].comm.poll_failure() {
             Ok(()) if begin.elapsed() < LONG => std::thread::yield_now(),
             outcome => break outcome.unwrap_err(),
         }
@@ -571,9 +571,9 @@ fn what_stays_on_a_stream_beyond_its_deadline_is_stopped() {
     let text = "all_reduce #2 did not finish on its stream within 50 ms (this is rank 0)";
     assert_eq!(stopped, Error::new(Status::Timeout, text));
     assert_eq!(ranks[0].comm.failure(), Some(stopped.clone()));
-    assert_eq!(ranks[0].comm.check(), Err(stopped));
+    assert_eq!(ranks[0].comm.poll_failure(), Err(stopped));
     // Its abort was called: the other rank's function hears of it.
-    assert_eq!(ranks[1].comm.check(), Ok(()));
+    assert_eq!(ranks[1].comm.poll_failure(), Ok(()));
     let outcomes = together(&ranks, |rank| rank.perform::<f32>(Step::Gather(3, false)).unwrap_err().status);
     assert_eq!(outcomes, [Status::Aborted, Status::Comm]);
 }

@@ -8,8 +8,7 @@
 mod processes;
 #[path = "common/programs.rs"]
 mod programs;
-#[path = "common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -115,7 +114,7 @@ fn the_header_in_all_languages() {
             let mut command = Command::new(compiler);
             command.args(["-x", language, &format!("-std={version}"), "-pedantic", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]);
             command.args(["-Werror", "-O2", "-I"]).arg(root().join("include"));
-            command.args(["one.c", "two.c"].map(|file| root().join("ctests/mpi/header").join(file)));
+            command.args(["mpi_main.c", "mpi_other.c"].map(|file| root().join("ctests/headers").join(file)));
             link_shared(&mut command);
             output(command.arg("-o").arg(folder.join(format!("{}-{version}", mpi.name))));
         }

@@ -1,4 +1,4 @@
-//! Communicators that NCCL carries: its stand-in of `ctests/nccl` on the emulated GPU, or, with `PFC_TEST_DRIVER=real`, NCCL itself.
+//! Communicators that NCCL carries: its stand-in of `testing/nccl-standin` on the emulated GPU, or, with `PFC_TEST_DRIVER=real`, NCCL itself.
 
 mod common;
 

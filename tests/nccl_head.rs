@@ -3,7 +3,7 @@
 //!
 //! Ranks of one process have a stream each: on a common one a rank's work would come after another's wait for it.
 //!
-//! On the emulated GPU and the stand-in of `ctests/nccl`; with `PFC_TEST_DRIVER=real` on a GPU and NCCL itself, as far as these can.
+//! On the emulated GPU and the stand-in of `testing/nccl-standin`; with `PFC_TEST_DRIVER=real` on a GPU and NCCL itself, as far as these can.
 
 mod common;
 

@@ -1,20 +1,20 @@
-//! `include/partialfc_nccl.h` without NCCL, CUDA or a GPU: compiled with the headers of `ctests/nccl/shim`, which have as much of
+//! `include/partialfc_nccl.h` without NCCL, CUDA or a GPU: compiled with the headers of `testing/nccl-standin/shim`, which have as much of
 //! both as it takes, and run over the stand-in for NCCL on the emulated GPU. `.ci/run` compiles it with the real ones.
 
 #[path = "common/programs.rs"]
 mod programs;
-#[path = "common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use programs::{compile, link_shared, output, root, run, scratch, C};
+use programs::{compile, link_shared, output, root, run, run_command, scratch, C};
 
 /// Links with the stand-in and the emulator, which the program finds where they were built.
 fn link_standin(command: &mut Command) {
-    let built = [("nccl", "libnccl.so.2"), ("simt", "libcuda.so")].map(|(name, library)| simt::build(name, library));
+    let built =
+        [("nccl-standin", "libnccl.so.2"), ("cuda-emulator", "libcuda.so")].map(|(name, library)| simt::build(name, library));
     for library in &built {
         let folder = library.parent().expect("a folder").display();
         command.arg(library).arg(format!("-Wl,-rpath,{folder}"));
@@ -29,9 +29,10 @@ fn wrapped(name: &str, before: Option<&Path>) -> PathBuf {
     command.args(C);
     command.args(before.map(|folder| format!("-I{}", folder.display())));
     command.args(
-        ["include", "ctests/nccl/shim", "ctests/nccl", "ctests/simt"].map(|folder| format!("-I{}", root().join(folder).display())),
+        ["include", "testing/nccl-standin/shim", "testing/nccl-standin", "testing/cuda-emulator"]
+            .map(|folder| format!("-I{}", root().join(folder).display())),
     );
-    command.arg(root().join("ctests/nccl/wrapped.c"));
+    command.arg(root().join("ctests/wrapped_nccl.c"));
     link_shared(&mut command);
     link_standin(&mut command);
     output(command.arg("-o").arg(&program));
@@ -47,8 +48,8 @@ fn the_header_in_all_languages() {
         let program = scratch("languages").join(version);
         let mut command = compile(compiler);
         command.args(["-x", language, &format!("-std={version}"), "-pedantic", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]);
-        command.args(["-Werror", "-O2", "-I"]).arg(root().join("ctests/nccl/shim"));
-        command.args(["one.c", "two.c"].map(|file| root().join("ctests/nccl/header").join(file))).args(["-x", "none"]);
+        command.args(["-Werror", "-O2", "-I"]).arg(root().join("testing/nccl-standin/shim"));
+        command.args(["nccl_main.c", "nccl_other.c"].map(|file| root().join("ctests/headers").join(file))).args(["-x", "none"]);
         link_shared(&mut command);
         link_standin(&mut command);
         output(command.arg("-o").arg(&program));
@@ -60,21 +61,22 @@ fn the_header_in_all_languages() {
 #[test]
 fn an_old_nccl_is_refused() {
     let folder = scratch("old");
-    let header = fs::read_to_string(root().join("ctests/nccl/shim/nccl.h")).expect("the shim");
+    let header = fs::read_to_string(root().join("testing/nccl-standin/shim/nccl.h")).expect("the shim");
     let version = "#define NCCL_VERSION_CODE 23203";
     assert_eq!(header.matches(version).count(), 1);
     fs::write(folder.join("nccl.h"), header.replace(version, "#define NCCL_VERSION_CODE 21304")).expect("an old header");
     let mut command = Command::new("cc");
     command.args(["-fsyntax-only", "-std=c99", "-I"]).arg(&folder);
-    command.args(["include", "ctests/nccl/shim"].map(|folder| format!("-I{}", root().join(folder).display())));
-    let result = command.arg(root().join("ctests/nccl/header/two.c")).output().expect("a compiler");
+    command.args(["include", "testing/nccl-standin/shim"].map(|folder| format!("-I{}", root().join(folder).display())));
+    let result = command.arg(root().join("ctests/headers/nccl_other.c")).output().expect("a compiler");
     let told = String::from_utf8_lossy(&result.stderr).into_owned();
     assert!(!result.status.success() && told.contains("partialfc_nccl.h needs NCCL 2.14 or later"), "{told}");
 }
 
 #[test]
 fn heads_collectives_and_hangs_over_a_trainers_own_communicator() {
-    let printed = run(&wrapped("wrapped", None), &[]);
+    let program = wrapped("wrapped", None);
+    let printed = run_command(simt::emulate(&mut Command::new(&program), 1), &program.with_extension("log"));
     assert!(printed.contains("every hang ended"), "{printed}");
 }
 
@@ -86,7 +88,7 @@ fn a_wrong_maximum_is_noticed() {
     assert_eq!(header.matches(rule).count(), 1);
     let folder = scratch("wrong");
     fs::write(folder.join("partialfc_nccl.h"), header.replace(rule, "value > other")).expect("the wrong header");
-    let result = Command::new(wrapped("wrong", Some(&folder))).output().expect("the program runs");
+    let result = simt::emulate(&mut Command::new(wrapped("wrong", Some(&folder))), 1).output().expect("the program runs");
     let told = String::from_utf8_lossy(&result.stderr).into_owned();
     assert!(!result.status.success() && told.contains("all_reduce: wrong result"), "{told}");
 }

@@ -5,8 +5,7 @@
 mod processes;
 #[path = "common/programs.rs"]
 mod programs;
-#[path = "common/simt.rs"]
-mod simt;
+use cuda_emulator as simt;
 
 use std::fs;
 use std::path::{Path, PathBuf};

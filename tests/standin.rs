@@ -1,4 +1,4 @@
-//! The stand-in for NCCL as tests in Rust load it. What it does is tested in `ctests/nccl/tests`.
+//! The stand-in for NCCL as tests in Rust load it. What it does is tested in `testing/nccl-standin/tests`.
 
 mod common;
 

@@ -1,5 +1,5 @@
-// The words that a kernel source needs to be CUDA under nvcc and plain C++ under g++ (the emulator
-// of ctests/simt).
+// The words that a kernel source needs to be CUDA under nvcc and plain C++ under g++, which an
+// emulator runs.
 //
 //   PFC_KERNEL_OF(name, threads, blocks, (parameters)) { body }
 //       an entry: extern "C" __global__, for blocks of up to `threads`, of which the registers let
@@ -35,7 +35,8 @@
 
 #else
 
-#include "../../ctests/simt/device.h"
+// Who compiles kernels for the host says where this lies, with -I.
+#include <pfc_host_device.h>
 
 #define PFC_DEVICE inline __attribute__((always_inline))
 #define PFC_KERNEL_OF(name, threads, blocks, parameters)                           \

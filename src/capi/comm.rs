@@ -10,9 +10,9 @@ use super::status::{fail, pfc_status, PFC_OK};
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
 use super::{boundary, output, panicked, required};
 use crate::comm::{
-    all_reduce_rows, unique_id, Communicator, CustomOps, Operation, Place, ReduceOp, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
+    all_reduce_rows, unique_id, Communicator, CustomOps, MemorySpace, Operation, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
 };
-use crate::matrix::DType;
+use crate::matrix::{DType, ReduceOp};
 use crate::{ensure, error, Result};
 
 /// Sum over the ranks.
@@ -258,7 +258,10 @@ pub unsafe extern "C" fn pfc_comm_nccl(
         let id = required("id", id.cast::<[u8; ID_BYTES]>())?;
         let device = required("device", device)?;
         let out = output("out", out)?;
-        *out = handle(Communicator::nccl(id, rank, size, &*device.device, DEFAULT_TIMEOUT)?);
+        let streams = device.device.streams().ok_or_else(|| {
+            error!(InvalidArgument, "device is {:?} on rank {rank}; NCCL joins CUDA devices", device.device.info())
+        })?;
+        *out = handle(Communicator::nccl(id, rank, size, streams, DEFAULT_TIMEOUT)?);
         Ok(())
     })
 }
@@ -303,7 +306,7 @@ pub unsafe extern "C" fn pfc_comm_all_gather(
 ) -> pfc_status {
     collective(comm, |comm| {
         comm.or_abort(buffers(comm, send, recv, bytes))?;
-        comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, Place::Host)
+        comm.all_gather_raw(send.cast(), recv.cast(), bytes as usize, MemorySpace::Host)
     })
 }
 
@@ -325,7 +328,7 @@ pub unsafe extern "C" fn pfc_comm_all_reduce(
 ) -> pfc_status {
     collective(comm, |comm| {
         let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
-        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, dtype, op, Place::Host)
+        comm.all_reduce_raw(send.cast(), recv.cast(), count as usize, dtype, op, MemorySpace::Host)
     })
 }
 
@@ -347,7 +350,7 @@ pub unsafe extern "C" fn pfc_comm_reduce_scatter(
 ) -> pfc_status {
     collective(comm, |comm| {
         let (dtype, op) = comm.or_abort(reduction(comm, send, recv, count, dtype, op))?;
-        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, dtype, op, Place::Host)
+        comm.reduce_scatter_raw(send.cast(), recv.cast(), count as usize, dtype, op, MemorySpace::Host)
     })
 }
 
@@ -361,7 +364,7 @@ pub unsafe extern "C" fn pfc_comm_broadcast(comm: *mut pfc_comm, buffer: *mut c_
     collective(comm, |comm| {
         let given = bytes == 0 || !buffer.is_null();
         comm.or_abort(if given { Ok(()) } else { Err(error!(InvalidArgument, "buffer is NULL on rank {}", comm.rank())) })?;
-        comm.broadcast_raw(buffer.cast(), bytes as usize, root, Place::Host)
+        comm.broadcast_raw(buffer.cast(), bytes as usize, root, MemorySpace::Host)
     })
 }
 
@@ -417,9 +420,10 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
                 ("count_out", count_out.cast()),
             ];
             for (name, array) in arrays {
-                let held = device.holds(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
+                let on_device =
+                    device.is_device_memory(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
                 ensure!(
-                    !held,
+                    !on_device,
                     InvalidArgument,
                     "{name} lies in the device's memory on rank {}; it has to be the host's",
                     comm.rank()

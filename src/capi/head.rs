@@ -367,11 +367,11 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
         // The other ranks are in it already: the exchange comes first.
         let m = head.metrics()?;
         ensure!(!metrics.is_null(), InvalidArgument, "metrics is NULL on rank {}", head.rank());
-        head.on_host("metrics", metrics)?;
+        head.require_host("metrics", metrics)?;
         let value = pfc_metrics {
             struct_size: 0,
             updates: m.updates,
-            samples: m.samples,
+            samples: m.draws,
             rows: m.rows,
             valid_rows: m.valid_rows,
             sample_size: m.sample_size,
@@ -411,14 +411,14 @@ pub unsafe extern "C" fn pfc_head_top_k(
             ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids is NULL on rank {}", head.rank());
             ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines is NULL on rank {}", head.rank());
             if queries.rows > 0 {
-                head.reaches("ids", ids)?;
-                head.reaches("cosines", cosines)?;
+                head.check_reachable("ids", ids)?;
+                head.check_reachable("cosines", cosines)?;
             }
             Ok(queries)
         });
         let found = head.top_k(queries, k)?;
-        head.give("ids", ids, &found.ids)?;
-        head.give("cosines", cosines, &found.cosines)
+        head.write_values("ids", ids, &found.ids)?;
+        head.write_values("cosines", cosines, &found.cosines)
     })
 }
 
@@ -430,7 +430,7 @@ pub unsafe extern "C" fn pfc_head_top_k(
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i64, capacity: u64, count: *mut u64) -> pfc_status {
     with_shared_head(head, |head| {
-        head.on_host("count", count)?;
+        head.require_host("count", count)?;
         let count = output("count", count)?;
         let sample = head.sample_ids()?;
         if !ids.is_null() {
@@ -441,7 +441,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
                 sample.len(),
                 head.rank()
             );
-            head.give("ids", ids, &sample)?;
+            head.write_values("ids", ids, &sample)?;
         }
         *count = sample.len() as u64;
         Ok(())
@@ -452,8 +452,8 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, count: *mut u64) -> pfc_status {
     with_shared_head(head, |head| {
-        head.on_host("first", first)?;
-        head.on_host("count", count)?;
+        head.require_host("first", first)?;
+        head.require_host("count", count)?;
         let (first, count) = (output("first", first)?, output("count", count)?);
         let shard = head.shard();
         (*first, *count) = (shard.first, shard.rows);

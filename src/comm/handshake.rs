@@ -1,48 +1,11 @@
-//! Agreement: every rank puts a few words and its own verdict on the table, and all reach the same conclusion.
+//! The handshake: every rank gives a few words, or its own failure, and all ranks reach the same conclusion.
 //!
 //! A rank whose own checks failed takes part all the same, so that nobody waits for it. What travels has a size that is known
 //! beforehand, whatever happened locally.
 
 use super::Communicator;
-use crate::{error, Error, Result, Status};
-
-/// A value that must be equal on all ranks, compared by its bits.
-#[derive(Clone, Copy, Debug)]
-pub struct Field {
-    name: &'static str,
-    bits: u64,
-    kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Int,
-    Signed,
-    Float,
-}
-
-impl Field {
-    pub fn int(name: &'static str, value: u64) -> Field {
-        Field { name, bits: value, kind: Kind::Int }
-    }
-
-    pub fn signed(name: &'static str, value: i64) -> Field {
-        Field { name, bits: value as u64, kind: Kind::Signed }
-    }
-
-    /// 0.0 and -0.0 differ, equal NaNs do not.
-    pub fn float(name: &'static str, value: f64) -> Field {
-        Field { name, bits: value.to_bits(), kind: Kind::Float }
-    }
-
-    fn show(&self, bits: u64) -> String {
-        match self.kind {
-            Kind::Int => bits.to_string(),
-            Kind::Signed => (bits as i64).to_string(),
-            Kind::Float => format!("{:?}", f64::from_bits(bits)),
-        }
-    }
-}
+use crate::agreement::Field;
+use crate::{error, Contribution, Error, Result};
 
 /// Compares fields over the ranks. Collective: one all-gather of `8 * (N + 1)` bytes from each rank.
 ///
@@ -51,18 +14,18 @@ impl Field {
 /// # Errors
 /// A rank's own error; REMOTE on the others, naming that rank and its status; MISMATCH on all ranks alike, naming field, rank
 /// and both values; the communicator's failure. After all but the last the communicator can be used.
-pub fn agree<const N: usize>(comm: &Communicator, mine: Result<[Field; N]>) -> Result<()> {
+pub fn agree<const N: usize>(comm: &Communicator, mine: Contribution<[Field; N]>) -> Result<()> {
     let words = mine.clone().map(|fields| fields.map(|field| field.bits));
-    let all = exchange(comm, words)?;
+    let all = gather_words(comm, words)?;
     let fields = mine?;
     for (i, field) in fields.iter().enumerate() {
-        same(field.name, &all, |words| words[i], |bits| field.show(bits))?;
+        require_equal(field.name, &all, |words| words[i], |bits| field.show(bits))?;
     }
     Ok(())
 }
 
 /// MISMATCH if a word of the gathered blocks is not equal on all ranks. No communication: all ranks judge the same blocks.
-pub(super) fn same<const N: usize>(
+pub(super) fn require_equal<const N: usize>(
     name: &str,
     all: &[[u64; N]],
     word: impl Fn(&[u64; N]) -> u64,
@@ -79,7 +42,7 @@ pub(super) fn same<const N: usize>(
 ///
 /// # Errors
 /// A rank's own error; REMOTE on the others, naming the lowest rank that failed and its status; the communicator's failure.
-pub fn exchange<const N: usize>(comm: &Communicator, mine: Result<[u64; N]>) -> Result<Vec<[u64; N]>> {
+pub fn gather_words<const N: usize>(comm: &Communicator, mine: Contribution<[u64; N]>) -> Result<Vec<[u64; N]>> {
     let mut block = vec![0i64; N + 1];
     match &mine {
         Ok(words) => block[1..].iter_mut().zip(words).for_each(|(to, &word)| *to = word as i64),
@@ -92,22 +55,15 @@ pub fn exchange<const N: usize>(comm: &Communicator, mine: Result<[u64; N]>) -> 
     gathered?;
     let blocks = blocks.chunks_exact(N + 1);
     match blocks.clone().enumerate().find(|(_, block)| block[0] != 0) {
-        Some((rank, block)) => Err(remote(rank, block[0])),
+        Some((rank, block)) => Err(Error::remote(rank, block[0])),
         None => Ok(blocks.map(|block| std::array::from_fn(|i| block[i + 1] as u64)).collect()),
-    }
-}
-
-/// What a rank says of another one's failure.
-pub fn remote(rank: usize, status: i64) -> Error {
-    match Status::from_code(status) {
-        Some(status) => error!(Remote, "rank {rank} failed with {status}"),
-        None => error!(Remote, "rank {rank} failed with status {status}"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Status;
 
     /// Runs `body` on `size` threads and gives what they returned, in rank order.
     fn on_ranks<T: Send>(size: u32, body: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
@@ -148,10 +104,10 @@ mod tests {
             let first = agree(comm, mine);
             (first, agree(comm, Ok([Field::int("seed", 1)])))
         });
-        let told = Err(error!(Remote, "rank 1 failed with OUT_OF_MEMORY"));
-        assert_eq!(outcomes[0], (told.clone(), Ok(())));
+        let remote = Err(error!(Remote, "rank 1 failed with OUT_OF_MEMORY"));
+        assert_eq!(outcomes[0], (remote.clone(), Ok(())));
         assert_eq!(outcomes[1], (Err(error!(OutOfMemory, "no room")), Ok(())));
-        assert_eq!(outcomes[2], (told, Ok(())));
+        assert_eq!(outcomes[2], (remote, Ok(())));
     }
 
     #[test]

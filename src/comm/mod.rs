@@ -1,17 +1,14 @@
-//! Communicators: the collectives a head needs, over whatever carries them.
+//! Communicators: the collectives that a head needs, over any transport.
 //!
-//! [`Transport`] is what a carrier fills in (self, threads, a caller's table of functions, NCCL). [`Communicator`] is
-//! what the head and the C interface speak to: it checks sizes, counts traffic, numbers the operations, bounds every wait by
-//! the timeout and remembers a failure, so that after an abort no operation is started again.
+//! [`Transport`] is what carries them: nothing (one rank), threads, a caller's table of functions, NCCL. [`Communicator`] is what the
+//! head and the C interface speak to: it checks sizes, counts traffic, numbers the operations, bounds every wait by the timeout and
+//! remembers a failure, so that after an abort no operation is started again.
 
-mod check;
-mod custom;
+mod compare_calls;
+mod exchange;
 mod handshake;
-mod nccl;
-mod number;
-mod rows;
-mod single;
-mod threads;
+mod sampled_rows;
+mod transport;
 mod watchdog;
 
 use std::ffi::c_void;
@@ -20,38 +17,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use check::Signature;
-pub use custom::CustomOps;
-pub use handshake::{agree, exchange, remote, Field};
-pub use nccl::{unique_id, ID_BYTES};
-pub use rows::{all_reduce_rows, SampledRows};
+use compare_calls::Signature;
+pub use handshake::{agree, gather_words};
+pub use sampled_rows::{all_reduce_rows, SampledRows};
+pub use transport::custom::CustomOps;
+pub use transport::nccl::{unique_id, ID_BYTES};
+use transport::{custom, nccl, single, threads};
 
-use crate::device::{Device, StreamMemory};
-use crate::matrix::DType;
+use crate::matrix::{DType, ReduceOp};
+use crate::stream::{StreamDevice, StreamMemory};
 use crate::{ensure, error, Error, Result};
-
-/// How an all-reduce or a reduce-scatter combines the ranks' values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(i32)]
-pub enum ReduceOp {
-    /// Integers wrap.
-    Sum = 1,
-    /// A NaN wins.
-    Max = 2,
-}
-
-impl ReduceOp {
-    pub fn from_code(code: i32) -> Option<ReduceOp> {
-        [ReduceOp::Sum, ReduceOp::Max].into_iter().find(|&op| op as i32 == code)
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            ReduceOp::Sum => "sum",
-            ReduceOp::Max => "max",
-        }
-    }
-}
 
 /// Which collective: names it in messages and indexes the traffic counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,9 +53,9 @@ impl Operation {
     }
 }
 
-/// Where an operation's buffers are.
+/// In whose memory an operation's buffers are.
 #[derive(Clone, Copy, Debug)]
-pub enum Place<'a> {
+pub enum MemorySpace<'a> {
     Host,
     /// In memory that `stream` orders the accesses to: the operation follows all that is on the stream when it is called, and what
     /// comes onto the stream when it has returned follows the operation.
@@ -90,12 +65,12 @@ pub enum Place<'a> {
     },
 }
 
-impl Place<'_> {
+impl MemorySpace<'_> {
     /// Names it in messages.
     fn kind(&self) -> &'static str {
         match self {
-            Place::Host => "host",
-            Place::Device { memory, .. } => memory.kind(),
+            MemorySpace::Host => "host",
+            MemorySpace::Device { memory, .. } => memory.kind(),
         }
     }
 
@@ -105,8 +80,8 @@ impl Place<'_> {
             return Ok(());
         }
         match self {
-            Place::Host => std::ptr::copy_nonoverlapping(source, destination, bytes),
-            Place::Device { memory, stream } => memory.copy(destination, source, bytes, *stream)?,
+            MemorySpace::Host => std::ptr::copy_nonoverlapping(source, destination, bytes),
+            MemorySpace::Device { memory, stream } => memory.copy(destination, source, bytes, *stream)?,
         }
         Ok(())
     }
@@ -118,7 +93,7 @@ pub struct Call<'a> {
     pub operation: Operation,
     /// 1 for the communicator's first operation; the same on all ranks as long as they call in one order.
     pub sequence: u64,
-    pub place: Place<'a>,
+    pub space: MemorySpace<'a>,
     pub deadline: Instant,
     pub timeout: Duration,
 }
@@ -137,7 +112,7 @@ impl Call<'_> {
 /// Results of reductions have the same bits on every rank.
 ///
 /// # Safety
-/// The pointers are valid for the sizes named, in the memory of the call's place: host memory until the method returns, a device's
+/// The pointers are valid for the sizes named, in the memory of the call's space: host memory until the method returns, a device's
 /// until the stream has run what the method put on it.
 #[allow(clippy::missing_safety_doc)] // The one above is every method's.
 pub trait Transport: Send + Sync {
@@ -171,12 +146,12 @@ pub trait Transport: Send + Sync {
     /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()>;
     fn barrier(&self, call: &Call<'_>) -> Result<()>;
-    /// Whether it can work on a head's device.
-    fn admit(&self, _device: &dyn Device) -> Result<()> {
+    /// Refuses a head's device that it cannot work on; `None`: the device has no streams.
+    fn check_device(&self, _device: Option<&dyn StreamDevice>) -> Result<()> {
         Ok(())
     }
     /// What has become known of operations that were left on a stream: they failed, did not end in time, or were aborted.
-    fn check(&self) -> Result<()> {
+    fn poll_failure(&self) -> Result<()> {
         Ok(())
     }
     /// Makes running and later operations fail on every rank that can be told. What was left on streams ends, undone.
@@ -186,7 +161,7 @@ pub trait Transport: Send + Sync {
 /// Bytes by operation since the communicator was made, as `pfc_comm_traffic` tells them.
 ///
 /// Counted is what a rank hands to the operation: all_gather its own block, all_reduce and broadcast the buffer, reduce_scatter the
-/// whole input; a barrier counts calls only. The figures do not depend on the carrier's algorithm, so a plan can predict them.
+/// whole input; a barrier counts calls only. The figures do not depend on the transport's algorithm, so a plan can predict them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     pub calls: [u64; 5],
@@ -209,14 +184,14 @@ pub struct Communicator {
     /// The failure that ended this communicator, if one did.
     failure: Mutex<Option<Error>>,
     /// The ranks compare each operation before they run it.
-    checks: bool,
+    compares_calls: bool,
     process: u32,
 }
 
 impl Communicator {
     pub fn new(transport: Box<dyn Transport>) -> Arc<Communicator> {
         Arc::new(Communicator {
-            checks: transport.size() > 1 && check::is_on(),
+            compares_calls: transport.size() > 1 && compare_calls::is_on(),
             transport: ManuallyDrop::new(transport),
             sequence: Mutex::default(),
             calls: Default::default(),
@@ -244,12 +219,15 @@ impl Communicator {
 
     /// A rank of a group that NCCL joins, on a GPU. Collective; waits at most `timeout` for the other ranks.
     ///
-    /// Errors: UNSUPPORTED without NCCL; INVALID_ARGUMENT for a device without streams; TIMEOUT; COMM.
-    pub fn nccl(id: &[u8; ID_BYTES], rank: u32, size: u32, device: &dyn Device, timeout: Duration) -> Result<Arc<Communicator>> {
-        let streams = device
-            .streams()
-            .ok_or_else(|| error!(InvalidArgument, "device is {:?} on rank {rank}; NCCL joins CUDA devices", device.info()))?;
-        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, streams, timeout)?)))
+    /// Errors: UNSUPPORTED without NCCL; TIMEOUT; COMM.
+    pub fn nccl(
+        id: &[u8; ID_BYTES],
+        rank: u32,
+        size: u32,
+        device: Arc<dyn StreamDevice>,
+        timeout: Duration,
+    ) -> Result<Arc<Communicator>> {
+        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?)))
     }
 
     pub fn kind(&self) -> &'static str {
@@ -299,16 +277,16 @@ impl Communicator {
         outcome.inspect_err(|cause| self.abort(cause))
     }
 
-    /// An error that names both, if a head on this device cannot exchange anything here.
-    pub fn admit(&self, device: &dyn Device) -> Result<()> {
-        self.transport.admit(device)
+    /// Refuses a device whose heads cannot exchange anything here; `None`: the device has no streams.
+    pub fn check_device(&self, device: Option<Arc<dyn StreamDevice>>) -> Result<()> {
+        self.transport.check_device(device.as_deref())
     }
 
-    /// Asked after a wait for a stream: an error, if operations were left on streams and the communicator has ended, one way or other.
-    /// What was waited for need not be what it should be.
-    pub fn check(&self) -> Result<()> {
+    /// Asked after a wait for a stream: the failure that ended the communicator, if operations had been left on streams. The results that
+    /// were waited for are then undefined.
+    pub fn poll_failure(&self) -> Result<()> {
         self.own_process()?;
-        self.or_abort(self.transport.check())
+        self.or_abort(self.transport.poll_failure())
     }
 
     /// The failure that ended this communicator, if one did.
@@ -318,14 +296,19 @@ impl Communicator {
 
     /// # Safety
     /// As [`Transport::all_gather`].
-    pub unsafe fn all_gather_raw(&self, send: *const u8, recv: *mut u8, bytes: usize, place: Place<'_>) -> Result<()> {
+    pub unsafe fn all_gather_raw(&self, send: *const u8, recv: *mut u8, bytes: usize, space: MemorySpace<'_>) -> Result<()> {
         let checked = self.product("bytes", bytes, 1).and_then(|total| {
             let own = (recv as usize).wrapping_add(self.rank() as usize * bytes);
-            self.apart((send as usize, bytes), (recv as usize, total), send as usize == own, "send is not recv + rank * bytes")?;
+            self.check_overlap(
+                (send as usize, bytes),
+                (recv as usize, total),
+                send as usize == own,
+                "send is not recv + rank * bytes",
+            )?;
             Ok(bytes)
         });
         let signature = Signature { operation: Operation::AllGather, count: bytes as u64, reduction: None, root: 0 };
-        self.run(signature, checked, place, |call| self.transport.all_gather(send, recv, bytes, call))
+        self.run(signature, checked, space, |call| self.transport.all_gather(send, recv, bytes, call))
     }
 
     /// # Safety
@@ -337,15 +320,15 @@ impl Communicator {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        place: Place<'_>,
+        space: MemorySpace<'_>,
     ) -> Result<()> {
         let checked = self.reducible(send, recv, count, dtype).and_then(|_| {
             let bytes = count * dtype.size();
-            self.apart((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
+            self.check_overlap((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
             Ok(bytes)
         });
         let signature = Signature { operation: Operation::AllReduce, count: count as u64, reduction: Some((dtype, op)), root: 0 };
-        self.run(signature, checked, place, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
+        self.run(signature, checked, space, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
@@ -357,47 +340,54 @@ impl Communicator {
         count: usize,
         dtype: DType,
         op: ReduceOp,
-        place: Place<'_>,
+        space: MemorySpace<'_>,
     ) -> Result<()> {
         let checked = self.reducible(send, recv, count, dtype).and_then(|total| {
             let bytes = count * dtype.size();
             let own = (send as usize).wrapping_add(self.rank() as usize * bytes);
-            self.apart((send as usize, total), (recv as usize, bytes), recv as usize == own, "recv is not send + rank * count")?;
+            self.check_overlap(
+                (send as usize, total),
+                (recv as usize, bytes),
+                recv as usize == own,
+                "recv is not send + rank * count",
+            )?;
             Ok(total)
         });
         let signature =
             Signature { operation: Operation::ReduceScatter, count: count as u64, reduction: Some((dtype, op)), root: 0 };
-        self.run(signature, checked, place, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
+        self.run(signature, checked, space, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
     }
 
     /// # Safety
     /// As [`Transport::broadcast`].
-    pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, place: Place<'_>) -> Result<()> {
+    pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, space: MemorySpace<'_>) -> Result<()> {
         let checked = match root < self.size() {
             true => self.product("bytes", bytes, 1).map(|_| bytes),
             false => Err(error!(InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank())),
         };
         let signature = Signature { operation: Operation::Broadcast, count: bytes as u64, reduction: None, root };
-        self.run(signature, checked, place, |call| self.transport.broadcast(buffer, bytes, root, call))
+        self.run(signature, checked, space, |call| self.transport.broadcast(buffer, bytes, root, call))
     }
 
     pub fn barrier(&self) -> Result<()> {
         let signature = Signature { operation: Operation::Barrier, count: 0, reduction: None, root: 0 };
-        self.run(signature, Ok(0), Place::Host, |call| self.transport.barrier(call))
+        self.run(signature, Ok(0), MemorySpace::Host, |call| self.transport.barrier(call))
     }
 
     /// Gathers equal blocks of host memory, in rank order.
     pub fn all_gather<T: Element>(&self, send: &[T], recv: &mut [T]) -> Result<()> {
         assert_eq!(recv.len(), send.len() * self.size() as usize, "all_gather of {} elements", send.len());
         // SAFETY: both are host slices of plain numbers, of the sizes the operation reads and writes.
-        unsafe { self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), Place::Host) }
+        unsafe {
+            self.all_gather_raw(send.as_ptr().cast(), recv.as_mut_ptr().cast(), std::mem::size_of_val(send), MemorySpace::Host)
+        }
     }
 
     /// Combines host memory over the ranks, in place.
     pub fn all_reduce<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
         let data = values.as_mut_ptr().cast::<u8>();
         // SAFETY: one host slice of plain numbers, reduced in place.
-        unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, Place::Host) }
+        unsafe { self.all_reduce_raw(data, data, values.len(), T::DTYPE, op, MemorySpace::Host) }
     }
 
     /// FORKED in a child of the process that made the communicator.
@@ -443,7 +433,7 @@ impl Communicator {
     }
 
     /// Refuses buffers (address, bytes) that overlap in another way than the one allowed.
-    fn apart(&self, send: (usize, usize), recv: (usize, usize), allowed: bool, otherwise: &str) -> Result<()> {
+    fn check_overlap(&self, send: (usize, usize), recv: (usize, usize), allowed: bool, otherwise: &str) -> Result<()> {
         let overlap = send.1 > 0 && recv.1 > 0 && send.0 < recv.0.saturating_add(recv.1) && recv.0 < send.0.saturating_add(send.1);
         ensure!(allowed || !overlap, InvalidArgument, "send and recv overlap and {otherwise}, on rank {}", self.rank());
         Ok(())
@@ -454,7 +444,7 @@ impl Communicator {
         &self,
         signature: Signature,
         checked: Result<usize>,
-        place: Place<'_>,
+        space: MemorySpace<'_>,
         body: impl FnOnce(&Call<'_>) -> Result<()>,
     ) -> Result<()> {
         self.own_process()?;
@@ -463,13 +453,13 @@ impl Communicator {
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
         }
-        self.or_abort(self.transport.check())?;
+        self.or_abort(self.transport.poll_failure())?;
         *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let call = Call { operation, sequence: *sequence, place, deadline: far(timeout), timeout };
+        let call = Call { operation, sequence: *sequence, space, deadline: deadline_after(timeout), timeout };
         let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
-        if self.checks {
-            self.or_abort(check::agree(&**self.transport, signature, &call))?;
+        if self.compares_calls {
+            self.or_abort(compare_calls::agree(&**self.transport, signature, &call))?;
         }
         self.calls[operation as usize].fetch_add(1, Ordering::Relaxed);
         self.bytes[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);
@@ -488,7 +478,7 @@ impl Drop for Communicator {
 }
 
 /// Now plus a timeout, at most some centuries ahead (`Instant` overflows beyond).
-fn far(timeout: Duration) -> Instant {
+fn deadline_after(timeout: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(1 << 33))
 }

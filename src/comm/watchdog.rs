@@ -1,29 +1,29 @@
 //! Ends operations that outlive their deadline: those that a thread waits in, and those that were left on a stream.
 //!
-//! Only a carrier knows how to stop what it runs ([`Stop`]). A thread of the watchdog's, made with the first operation and asleep as
-//! long as nothing can expire, tells it to. A thread that waits for a stream needs no deadline of its own then: the carrier's stop
-//! makes the stream go on, and [`Watchdog::check`] says why.
+//! Only a transport knows how to stop what it runs ([`Stop`]). A thread of the watchdog's, made with the first operation and asleep as
+//! long as nothing can expire, tells it to. A thread that waits for a stream needs no deadline of its own then: the transport's stop
+//! makes the stream go on, and [`Watchdog::poll_failure`] says why.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Call;
-use crate::device::Event;
+use crate::stream::Event;
 use crate::{error, Error, Result, Status};
 
 /// How often what is on a stream is looked at.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// How a carrier ends its operations.
-pub(super) trait Stop: Send + Sync {
+/// How a transport ends its operations.
+pub(in crate::comm) trait Stop: Send + Sync {
     fn rank(&self) -> u32;
 
     /// Makes what runs, what is on streams, and what comes later end with an error. Called once, from any thread.
     fn stop(&self);
 
     /// Why `stop` can do nothing, if that is so.
-    fn helpless(&self) -> Option<&'static str> {
+    fn cannot_stop_reason(&self) -> Option<&'static str> {
         None
     }
 
@@ -33,7 +33,7 @@ pub(super) trait Stop: Send + Sync {
     }
 }
 
-pub(super) struct Watchdog {
+pub(in crate::comm) struct Watchdog {
     shared: Arc<Shared>,
 }
 
@@ -49,13 +49,13 @@ struct State {
     running: Option<Deadline>,
     /// There were operations on streams.
     followed: bool,
-    /// Operations on streams, and the moments when they are over.
+    /// Operations on streams, and the events after them.
     enqueued: Vec<(Event, Deadline)>,
     /// The thread sleeps until then; `None`: until it is woken.
     asleep_until: Option<Instant>,
-    /// The running operation's deadline has passed and the carrier was stopped for it.
+    /// The running operation's deadline has passed and the transport was stopped for it.
     expired: bool,
-    /// Why the carrier was stopped, which it is once; or why it should have been.
+    /// Why the transport was stopped, which it is once; or why it should have been.
     ended: Option<Error>,
     quit: bool,
     thread: Option<JoinHandle<()>>,
@@ -76,10 +76,10 @@ impl Deadline {
 }
 
 /// What became of a running operation while it ran.
-pub(super) struct Ran {
+pub(in crate::comm) struct OperationOutcome {
     /// It was stopped at its deadline.
     pub expired: bool,
-    /// The carrier was stopped, for whatever reason.
+    /// The transport was stopped, for whatever reason.
     pub ended: Option<Error>,
 }
 
@@ -88,7 +88,7 @@ impl Watchdog {
         Watchdog { shared: Arc::new(Shared { stop, state: Mutex::default(), changed: Condvar::new() }) }
     }
 
-    /// Watches an operation until `finish`, unless the carrier has been stopped.
+    /// Watches an operation until `finish`, unless the transport has been stopped.
     pub fn start(&self, call: &Call<'_>) -> Result<()> {
         let mut state = self.shared.lock();
         if let Some(cause) = &state.ended {
@@ -100,13 +100,13 @@ impl Watchdog {
         Ok(())
     }
 
-    pub fn finish(&self) -> Ran {
+    pub fn finish(&self) -> OperationOutcome {
         let mut state = self.shared.lock();
         state.running = None;
-        Ran { expired: state.expired, ended: state.ended.clone() }
+        OperationOutcome { expired: state.expired, ended: state.ended.clone() }
     }
 
-    /// Watches an operation that is on a stream until the moment after it has come.
+    /// Watches an operation that is on a stream until the event after it has come.
     pub fn follow(&self, call: &Call<'_>, event: Event) -> Result<()> {
         let mut state = self.shared.lock();
         self.awaken(&mut state, call, call.deadline.min(Instant::now() + INTERVAL))?;
@@ -115,8 +115,8 @@ impl Watchdog {
         Ok(())
     }
 
-    /// Why the carrier was stopped, if it was and had ever left anything on a stream: whoever waited for one is to know.
-    pub fn check(&self) -> Result<()> {
+    /// Why the transport was stopped, if it was and had ever left anything on a stream: whoever waited for one is to know.
+    pub fn poll_failure(&self) -> Result<()> {
         let state = self.shared.lock();
         match &state.ended {
             Some(cause) if state.followed => Err(cause.clone()),
@@ -124,7 +124,7 @@ impl Watchdog {
         }
     }
 
-    /// Stops the carrier, unless it has been.
+    /// Stops the transport, unless it has been.
     pub fn end(&self, cause: &Error) {
         self.shared.end(self.shared.lock(), cause.clone());
     }
@@ -182,7 +182,7 @@ impl Shared {
     fn expire(&self, mut state: MutexGuard<'_, State>) {
         let Some(Deadline { label, .. }) = state.running.take() else { return };
         let rank = self.stop.rank();
-        match self.stop.helpless() {
+        match self.stop.cannot_stop_reason() {
             None if state.ended.is_none() => {
                 // Under the lock that saw it running: the verdict is this operation's, not the next one's.
                 state.expired = true;
@@ -198,7 +198,7 @@ impl Shared {
         }
     }
 
-    /// Forgets what is over on the streams, and stops the carrier for what should be or has failed.
+    /// Forgets what is over on the streams, and stops the transport for what should be or has failed.
     fn look<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         let mut enqueued = std::mem::take(&mut state.enqueued);
         let ended = state.ended.is_some();
@@ -216,11 +216,11 @@ impl Shared {
             None => self.stop.async_error().err(),
         };
         if failed.is_some() || ended {
-            // It ends with the carrier or not at all.
+            // It ends with the transport or not at all.
             enqueued.clear();
         }
         if let Some(cause) = failed {
-            if let Some(reason) = self.stop.helpless() {
+            if let Some(reason) = self.stop.cannot_stop_reason() {
                 log::error!("{}; {reason}", cause.message);
             }
             self.end(self.lock(), cause);
@@ -241,7 +241,7 @@ impl Shared {
 }
 
 impl Drop for Watchdog {
-    /// The thread may be inside the carrier's `stop`: what that needs goes after.
+    /// The thread may be inside the transport's `stop`: what that needs goes after.
     fn drop(&mut self) {
         let thread = {
             let mut state = self.shared.lock();
@@ -255,8 +255,8 @@ impl Drop for Watchdog {
     }
 }
 
-/// The error of an operation that came upon a carrier that was stopped.
-pub(super) fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
+/// The error of an operation that came upon a transport that was stopped.
+pub(in crate::comm) fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
     let text = match cause.status {
         Status::Aborted => cause.message.clone(),
         _ => cause.to_string(),

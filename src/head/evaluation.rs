@@ -1,19 +1,18 @@
 //! What a head tells of itself: the figures of the last step, and the nearest class centres.
 
 use super::{Head, Seconds};
-use crate::comm::{exchange, Communicator, ReduceOp};
-pub use crate::device::Nearest;
-use crate::device::{keep_best, StepFigures};
-use crate::matrix::Matrix;
+use crate::comm::{gather_words, Communicator};
+use crate::device::{keep_best, Nearest, StepFigures};
+use crate::matrix::{Matrix, ReduceOp};
 use crate::memory::zeros;
 use crate::options::Placement;
-use crate::{ensure, error, Result};
+use crate::{ensure, error, Contribution, Result};
 
 /// What the last step was like; `pfc_metrics` documents each.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     pub updates: u64,
-    pub samples: u64,
+    pub draws: u64,
     pub rows: u64,
     pub valid_rows: u64,
     pub sample_size: u64,
@@ -28,18 +27,18 @@ pub struct Metrics {
 impl Head {
     /// What the last step was like; collective.
     pub fn metrics(&mut self) -> Result<Metrics> {
-        self.usable()?;
-        let figures = self.rows.figures();
-        let figures = self.survive(figures)?;
+        self.check_usable()?;
+        let figures = self.backend.figures();
+        let figures = self.poison_unless_recoverable(figures)?;
         let correct = self.count_top1(&figures);
-        let correct = self.survive(correct)?;
+        let correct = self.poison_unless_recoverable(correct)?;
         let mut squares = [figures.grad_embeddings, figures.grad_centers];
         let reduced = self.comm.all_reduce(&mut squares, ReduceOp::Sum);
-        self.survive(reduced)?;
+        self.poison_unless_recoverable(reduced)?;
         let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
         Ok(Metrics {
             updates: figures.updates,
-            samples: self.samples,
+            draws: self.draws,
             rows: figures.rows,
             valid_rows: figures.valid_rows,
             sample_size: figures.sample_size,
@@ -57,10 +56,10 @@ impl Head {
     }
 
     /// The nearest class centres of all ranks; see `pfc_head_top_k`. Collective.
-    pub fn top_k(&mut self, queries: Result<Matrix>, k: u64) -> Result<Nearest> {
-        self.usable()?;
+    pub fn top_k(&mut self, queries: Contribution<Matrix>, k: u64) -> Result<Nearest> {
+        self.check_usable()?;
         let outcome = self.run_top_k(queries, k);
-        self.survive(outcome)
+        self.poison_unless_recoverable(outcome)
     }
 
     /// Rows whose target cosine is above every negative's, over all ranks.
@@ -83,7 +82,7 @@ impl Head {
         }
     }
 
-    fn run_top_k(&mut self, queries: Result<Matrix>, k: u64) -> Result<Nearest> {
+    fn run_top_k(&mut self, queries: Contribution<Matrix>, k: u64) -> Result<Nearest> {
         let rank = self.rank() as usize;
         let own = queries.and_then(|queries| {
             let limit = self.options.num_classes;
@@ -91,13 +90,13 @@ impl Head {
             self.read_queries(&queries)
         });
         let dim = self.options.embedding_dim as usize;
-        let shapes = exchange(&self.comm, own.as_ref().map(|own| [(own.len() / dim) as u64, k]).map_err(Clone::clone))?;
+        let shapes = gather_words(&self.comm, own.as_ref().map(|own| [(own.len() / dim) as u64, k]).map_err(Clone::clone))?;
         let own = own?;
         if let Some(other) = shapes.iter().position(|shape| shape[1] != k) {
             return Err(error!(Mismatch, "k is {k} on rank {rank} and {} on rank {other}", shapes[other][1]));
         }
         match self.options.placement {
-            Placement::Replicated => self.rows.nearest(&own, k as usize),
+            Placement::Replicated => self.backend.nearest(&own, k as usize),
             Placement::Sharded => self.nearest_of_all(&own, &shapes, k as usize),
         }
     }
@@ -135,12 +134,12 @@ impl Head {
                 (zeros(&[ranks, ranks, padded, k], "cosines of top_k")?, zeros(&[ranks, ranks, padded, k], "ids of top_k")?);
             Ok((block, zeros(&[ranks, padded, dim], "gathered queries of top_k")?, answers))
         })();
-        let (block, mut all, (mut all_cosines, mut all_ids)) = told(&self.comm, memory)?;
+        let (block, mut all, (mut all_cosines, mut all_ids)) = agree_on(&self.comm, memory)?;
         self.comm.all_gather(&block, &mut all)?;
         // A shard with fewer than k rows answers with what it has; the rest is further away than anything.
         let depth = k.min(self.shard.rows as usize);
         let answers = (|| {
-            let found = self.rows.nearest(&all, depth)?;
+            let found = self.backend.nearest(&all, depth)?;
             let mut padded_out = Nearest {
                 ids: zeros(&[ranks, padded, k], "ids of top_k")?,
                 cosines: zeros(&[ranks, padded, k], "cosines of top_k")?,
@@ -154,14 +153,14 @@ impl Head {
             }
             Ok(padded_out)
         })();
-        let answers = told(&self.comm, answers)?;
+        let answers = agree_on(&self.comm, answers)?;
         self.comm.all_gather(&answers.cosines, &mut all_cosines)?;
         self.comm.all_gather(&answers.ids, &mut all_ids)?;
         let mut found = Nearest::default();
         for query in 0..shapes[rank][0] as usize {
-            let place = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
-            let places = (0..ranks).flat_map(|other| (0..k).map(move |slot| place(other, slot)));
-            let mut hits: Vec<(f32, i64)> = places.map(|place| (all_cosines[place], all_ids[place])).collect();
+            let index = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
+            let answers = (0..ranks).flat_map(|other| (0..k).map(move |slot| index(other, slot)));
+            let mut hits: Vec<(f32, i64)> = answers.map(|answer| (all_cosines[answer], all_ids[answer])).collect();
             keep_best(&mut hits, k);
             found.ids.extend(hits.iter().map(|hit| hit.1));
             found.cosines.extend(hits.iter().map(|hit| hit.0));
@@ -170,8 +169,8 @@ impl Head {
     }
 }
 
-/// Tells the other ranks how this one fared; all go on or none.
-fn told<T>(comm: &Communicator, outcome: Result<T>) -> Result<T> {
-    exchange(comm, outcome.as_ref().map(|_| []).map_err(Clone::clone))?;
+/// Tells the other ranks whether this one can go on: all do, or none.
+fn agree_on<T>(comm: &Communicator, outcome: Result<T>) -> Result<T> {
+    gather_words(comm, outcome.as_ref().map(|_| []).map_err(Clone::clone))?;
     outcome
 }

@@ -284,7 +284,7 @@ fn shrink(factor: f32, row: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::optimizer::tests::{optimizers, rate, values, Row, COLUMNS};
-    use crate::optimizer::StepRule;
+    use crate::optimizer::UpdateRule;
 
     #[test]
     fn catching_up_is_what_a_dense_optimizer_does() {
@@ -300,7 +300,7 @@ mod tests {
                     for g in [values(3, 0.3), values(4, 0.2)] {
                         history.push(rate(history.updates() + 1));
                         let update = history.updates();
-                        StepRule::new(&optimizer, rate(update), update).apply(&mut row.w, &mut row.m, &mut row.v, &g);
+                        UpdateRule::new(&optimizer, rate(update), update).apply(&mut row.w, &mut row.m, &mut row.v, &g);
                     }
                     row.trust();
                     let (last, before) = (history.updates(), row.w.clone());
@@ -337,7 +337,7 @@ mod tests {
     fn how_far_the_history_reaches_back_changes_no_bit() {
         for optimizer in optimizers() {
             let mut row = Row::new(&optimizer);
-            StepRule::new(&optimizer, 0.1, 1).apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
+            UpdateRule::new(&optimizer, 0.1, 1).apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
             let mut history = History::new();
             (1..=900).for_each(|update| history.push(rate(update)));
             let caught_up = |history: &History, now| {
@@ -411,7 +411,7 @@ mod tests {
             (1..=400).for_each(|update| history.push(rate(update)));
             let results = Simd::available().into_iter().map(|simd| {
                 let mut row = Row::new(&optimizer);
-                StepRule::new(&optimizer, 0.1, 3).apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
+                UpdateRule::new(&optimizer, 0.1, 3).apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
                 let replay = Replay { simd, ..Replay::new(&optimizer, &history, 400) };
                 replay.catch_up(3, &mut row.w, &mut row.m, &mut row.v);
                 row.bits()

@@ -1,15 +1,15 @@
-//! The stand-in for NCCL that tests run on: the library of `ctests/nccl`, built here and loaded after the driver, before anything
+//! The stand-in for NCCL that tests run on: the library of `testing/nccl-standin`, built here and loaded after the driver, before anything
 //! asks for NCCL.
 //!
 //! `PFC_STANDIN_LIBRARY` names one that is built already, for machines without a compiler. Processes that a test starts load it
-//! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; ctests/nccl/standin.h says what their environment plans.
+//! from [`library`]'s path, or have its folder in `LD_LIBRARY_PATH`; testing/nccl-standin/standin.h says what their environment plans.
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_void};
-use std::path::{Path, PathBuf};
+use std::ffi::{c_char, c_int};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use partialfc::capi::comm as c_comm;
@@ -18,19 +18,20 @@ use super::ffi::{outcome, Comm};
 use super::gpu::gpu;
 use super::simt;
 
-/// The stand-in's own functions; see ctests/nccl/standin.h.
-struct Functions {
-    library: PathBuf,
-    reset: unsafe extern "C" fn(),
-    plan: unsafe extern "C" fn(c_int, c_int, c_int, c_int),
-    findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
-    operations: unsafe extern "C" fn(c_int) -> u64,
-    live: unsafe extern "C" fn() -> c_int,
-    slot: unsafe extern "C" fn(u64),
-    version: unsafe extern "C" fn(c_int),
-    in_progress: unsafe extern "C" fn(c_int),
-    tell: unsafe extern "C" fn(c_int),
-    quiet: unsafe extern "C" fn(c_int),
+simt::functions! {
+    /// The stand-in's own functions; see testing/nccl-standin/standin.h.
+    struct Functions {
+        reset: "standin_reset" = fn(),
+        plan: "standin_plan" = fn(c_int, c_int, c_int, c_int),
+        findings: "standin_findings" = fn(*mut c_char, usize) -> usize,
+        operations: "standin_operations" = fn(c_int) -> u64,
+        live: "standin_live" = fn() -> c_int,
+        slot: "standin_slot" = fn(u64),
+        version: "standin_version" = fn(c_int),
+        in_progress: "standin_in_progress" = fn(c_int),
+        tell: "standin_tell" = fn(c_int),
+        quiet: "standin_quiet" = fn(c_int),
+    }
 }
 
 /// What goes wrong with an operation, and how.
@@ -117,9 +118,9 @@ pub fn group(ranks: usize) -> Vec<Comm> {
     })
 }
 
-/// Where it is, built where it was not.
-pub fn library() -> &'static Path {
-    &load().library
+/// The stand-in's library, built where none is named.
+pub fn library() -> PathBuf {
+    std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl-standin", "libnccl.so.2"), PathBuf::from)
 }
 
 /// Loads it without a turn, for what needs no more than that it is there.
@@ -224,30 +225,8 @@ fn load() -> &'static Functions {
     LOADED.get_or_init(|| {
         // It takes the driver that is there.
         simt::ready();
-        let library = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
-        let handle = simt::open(&library).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
-        let find = |name: &str| {
-            let found = simt::symbol(handle, name);
-            assert!(!found.is_null(), "the stand-in for NCCL lacks {name}");
-            found
-        };
+        let library = simt::Loaded::open(&library()).unwrap_or_else(|error| panic!("the stand-in for NCCL: {error}"));
         // SAFETY: the functions are of these types, which standin.h declares.
-        unsafe {
-            Functions {
-                library,
-                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find("standin_reset")),
-                plan: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int, c_int, c_int, c_int)>(find("standin_plan")),
-                findings: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_char, usize) -> usize>(find(
-                    "standin_findings",
-                )),
-                operations: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int) -> u64>(find("standin_operations")),
-                live: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(find("standin_live")),
-                slot: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64)>(find("standin_slot")),
-                version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_version")),
-                in_progress: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_in_progress")),
-                tell: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_tell")),
-                quiet: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(find("standin_quiet")),
-            }
-        }
+        unsafe { Functions::of(library) }
     })
 }

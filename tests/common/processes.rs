@@ -23,12 +23,8 @@ const FINDINGS: [&str; 2] = ["standin: ", "simt: "];
 
 /// Gives what a command starts that many emulated GPUs each, and the stand-in for NCCL. Neither is loaded into this process.
 pub fn on_emulated_gpus(command: &mut Command, count: usize) -> &mut Command {
-    let driver = std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| simt::build("simt", "libcuda.so"), PathBuf::from);
-    let nccl = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl", "libnccl.so.2"), PathBuf::from);
-    let mut folders = vec![driver.parent().expect("its folder").to_owned()];
-    folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders).expect("folders without colons"));
-    command.env("PFC_NCCL_LIB", nccl).env("PFC_SIMT_DEVICES", count.to_string())
+    let nccl = std::env::var_os("PFC_STANDIN_LIBRARY").map_or_else(|| simt::build("nccl-standin", "libnccl.so.2"), PathBuf::from);
+    simt::emulate(command, count).env("PFC_NCCL_LIB", nccl)
 }
 
 /// What was printed must hold no finding.

@@ -106,10 +106,13 @@ pub fn output(command: &mut Command) -> String {
 
 /// Runs a program that must succeed within the time; what it printed.
 pub fn run(program: &Path, arguments: &[&Path]) -> String {
-    let mut command = Command::new(program);
-    let log = program.with_extension("log");
-    let file = fs::File::create(&log).expect("the log can be written");
-    command.args(arguments).stdin(Stdio::null()).stderr(file.try_clone().expect("the log twice")).stdout(file);
+    run_command(Command::new(program).args(arguments), &program.with_extension("log"))
+}
+
+/// The same with more than arguments. `log`: where it prints to.
+pub fn run_command(command: &mut Command, log: &Path) -> String {
+    let file = fs::File::create(log).expect("the log can be written");
+    command.stdin(Stdio::null()).stderr(file.try_clone().expect("the log twice")).stdout(file);
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let started = Instant::now();
     let status = loop {
@@ -123,7 +126,7 @@ pub fn run(program: &Path, arguments: &[&Path]) -> String {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    let printed = String::from_utf8_lossy(&fs::read(&log).expect("the log")).into_owned();
+    let printed = String::from_utf8_lossy(&fs::read(log).expect("the log")).into_owned();
     let status = status.unwrap_or_else(|| panic!("{command:?} did not end within {LONGEST:?}\n{printed}"));
     assert!(status.success(), "{command:?}: {status}\n{printed}");
     printed

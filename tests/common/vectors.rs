@@ -1,4 +1,4 @@
-//! The conformance vectors beside tests/vectors/README.md.
+//! The conformance vectors beside testing/vectors/README.md.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub const NAMES: [&str; 8] = [
 
 /// Beneath the working folder, which cargo makes the package's: no path is compiled in, so that test programs run where they were not
 /// built.
-pub const FOLDER: &str = "tests/vectors";
+pub const FOLDER: &str = "testing/vectors";
 
 /// One file: a training run and what the reference implementation made of it.
 pub struct Vectors {

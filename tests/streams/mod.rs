@@ -8,9 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use partialfc::comm::ReduceOp;
-use partialfc::device::{self, Event, StreamMemory, MOST_REDUCED};
-use partialfc::matrix::DType;
+use partialfc::matrix::{DType, ReduceOp};
+use partialfc::stream::{self, Event, StreamMemory, MOST_REDUCED};
 use partialfc::{Error, Result, Status};
 
 /// Numbers that a reduction takes; all values of the tests are whole and small.
@@ -59,7 +58,7 @@ pub enum Order {
 /// An event: whether its stream has come to it.
 struct Moment(AtomicBool);
 
-impl device::Moment for Moment {
+impl stream::StreamEvent for Moment {
     fn is_over(&self) -> Result<bool> {
         Ok(self.0.load(Ordering::SeqCst))
     }
@@ -344,7 +343,7 @@ impl StreamMemory for FakeMemory {
         Ok(())
     }
 
-    fn synchronise(&self, stream: *mut c_void) -> Result<()> {
+    fn synchronize(&self, stream: *mut c_void) -> Result<()> {
         if self.enter(Method::Synchronise)? {
             self.world.host_waits.fetch_add(1, Ordering::SeqCst);
             self.world.finish(stream);

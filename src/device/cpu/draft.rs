@@ -1,6 +1,6 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
-use super::fused::Targets;
+use super::products::Targets;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
 use crate::{error, Result};

@@ -1,14 +1,15 @@
 //! The CPU backend.
 
 mod draft;
-mod fused;
-mod kernels;
+mod head;
+mod loss;
 mod nearest;
 mod passes;
 mod pool;
+mod products;
+mod rows;
 mod sizes;
-mod step;
-mod sums;
+mod stateless;
 mod vector;
 
 use std::ffi::{CStr, CString};
@@ -18,11 +19,7 @@ use self::pool::Pool;
 use crate::simd::Simd;
 use crate::{ensure, error, Result};
 
-pub(in crate::device) use fused::{gemm, inverse_norm};
-pub(crate) use nearest::keep_best;
-pub(in crate::device) use nearest::offer;
-pub use sizes::Memory;
-pub(crate) use sizes::{memory_needed, sample_capacity};
+pub(crate) use sizes::memory_needed;
 
 /// More threads than any machine has are a mistake of the caller's.
 const MOST_THREADS: u32 = 4096;

@@ -1,12 +1,13 @@
 //! The class centres nearest to each query: chunks of cosines, and the best k of each.
 
-use super::fused::{self, gemm, pitch, CHUNK};
 use super::pool::Pool;
+use super::products::{pitch, CHUNK};
+use super::rows::HostRows;
 use super::vector;
-use crate::device::Nearest;
+use crate::device::host_math::{gemm, inverse_norm};
+use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::memory::{zeros, Buffer, Parts};
 use crate::shard::Shard;
-use crate::table::Table;
 use crate::Result;
 
 /// Queries of a task: few enough that their cosines with a chunk stay in the cache and that threads share a small batch.
@@ -17,7 +18,7 @@ const CANDIDATES: usize = 1 << 22;
 /// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
 ///
 /// `k` is at most the shard's rows. `queries` are raw embeddings, [queries, d]; one without a direction is at cosine 0 of everything.
-pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {
+pub(super) fn nearest(pool: &Pool, table: &HostRows, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {
     let dim = table.dim();
     let (count, row_pitch) = (queries.len() / dim, pitch(dim));
     let queries_a_task = (CANDIDATES / k).clamp(1, QUERIES);
@@ -36,7 +37,7 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
         let (products, spare) = rest.split_at_mut(QUERIES * CHUNK);
         for (slot, query) in range.clone().enumerate() {
             let raw = &queries[query * dim..(query + 1) * dim];
-            let inverse = fused::inverse_norm(vector::sum_of_squares(raw)) as f32;
+            let inverse = inverse_norm(vector::sum_of_squares(raw)) as f32;
             vector::scale_into(raw, inverse, &mut units[slot * row_pitch..slot * row_pitch + dim]);
         }
         let mut best: Vec<Vec<(f32, i64)>> = vec![Vec::with_capacity((2 * k).min(shard.rows as usize)); range.len()];
@@ -46,7 +47,7 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
             for (slot, row) in columns.clone().enumerate() {
                 let center = &mut centers[slot * row_pitch..slot * row_pitch + dim];
                 table.read(&replay, row, center, spare);
-                let inverse = fused::inverse_norm(vector::sum_of_squares(center)) as f32;
+                let inverse = inverse_norm(vector::sum_of_squares(center)) as f32;
                 vector::scale(center, inverse);
             }
             gemm(range.len(), columns.len(), dim, (products, CHUNK), (units, row_pitch, 1), (centers, 1, row_pitch), false);
@@ -67,22 +68,4 @@ pub(super) fn nearest(pool: &Pool, table: &Table, shard: Shard, queries: &[f32],
         }
     });
     Ok(found)
-}
-
-/// Adds a candidate; the list is cut back to `k` only when it has doubled.
-pub(in crate::device) fn offer(best: &mut Vec<(f32, i64)>, k: usize, candidate: (f32, i64)) {
-    // From the first k on, the first k are sorted. Ids ascend, so that of equal cosines the earlier stays ahead.
-    if best.len() >= k && candidate.0 <= best[k - 1].0 {
-        return;
-    }
-    best.push(candidate);
-    if best.len() == k || best.len() == 2 * k {
-        keep_best(best, k);
-    }
-}
-
-/// Sorts nearest first, ties by id, and keeps `k`.
-pub(crate) fn keep_best(best: &mut Vec<(f32, i64)>, k: usize) {
-    best.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    best.truncate(k);
 }

@@ -1,22 +1,22 @@
 //! A head's passes over its sample: what `fused` does to chunks, over the rows of the table.
 
 use super::draft::Sample;
-use super::fused::{self, ForwardOutput, Pass, UpdateInput};
-use super::step::{CpuHead, Step, ELSEWHERE};
+use super::head::{CpuHead, Step, ELSEWHERE};
+use super::products::{self, ForwardOutput, Pass, UpdateInput};
+use super::rows::{self, HostRows};
 use super::vector::{self, Softmax};
 use crate::memory::{Buffer, Parts};
 use crate::optimizer::Replay;
-use crate::table::{self, Table};
 use crate::Result;
 
 /// The table's rows of a sample.
 struct SampleRows<'a> {
-    table: &'a Table,
+    table: &'a HostRows,
     replay: &'a Replay,
     sample: &'a Sample,
 }
 
-impl fused::Rows for SampleRows<'_> {
+impl products::Rows for SampleRows<'_> {
     fn read(&self, column: usize, out: &mut [f32], spare: &mut [f32]) {
         self.table.read(self.replay, self.sample.row(column), out, spare);
     }
@@ -28,11 +28,11 @@ impl fused::Rows for SampleRows<'_> {
 
 /// The same rows while they are being updated: each is read before it is written, by the one task that does both.
 struct UpdatedRows<'a> {
-    rows: &'a table::Rows<'a>,
+    rows: &'a rows::UpdatingRows<'a>,
     sample: &'a Sample,
 }
 
-impl fused::Rows for UpdatedRows<'_> {
+impl products::Rows for UpdatedRows<'_> {
     fn read(&self, column: usize, out: &mut [f32], spare: &mut [f32]) {
         // SAFETY: a column is in one chunk, a chunk in one task.
         unsafe { self.rows.read(self.sample.row(column), out, spare) }
@@ -45,7 +45,7 @@ impl CpuHead {
         step: &'a Step,
         softmax: Softmax,
         embeddings_t: &'a [f32],
-        rows: &'a dyn fused::Rows,
+        rows: &'a dyn products::Rows,
         kept: &'a mut Buffer<f32>,
         scratch: &'a mut Buffer<f32>,
     ) -> Pass<'a> {
@@ -70,7 +70,7 @@ impl CpuHead {
         let mut center_inverse_norms = std::mem::take(&mut step.center_inverse_norms);
         let rows = SampleRows { table, replay, sample: &step.draft.sample };
         let pass = CpuHead::pass(step, *softmax, embeddings_t, &rows, kept, scratch);
-        fused::forward(
+        products::forward(
             pool,
             &pass,
             &ForwardOutput {
@@ -108,7 +108,7 @@ impl CpuHead {
                 squares
             };
             let prefetch = |column: usize| updated.prefetch(step.draft.sample.row(column));
-            fused::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside)
+            products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside)
         };
         step.totals = totals;
         outcome
@@ -136,7 +136,7 @@ impl CpuHead {
             0.0
         };
         let prefetch = |column: usize| table.prefetch(step.draft.sample.row(column));
-        fused::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, || ());
+        products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, || ());
         step.totals = totals;
     }
 }

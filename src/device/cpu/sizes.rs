@@ -1,26 +1,11 @@
 //! How much memory a head takes on the CPU: one computation for the allocation and for the plan.
 
-use super::fused::{pitch, Shape};
+use super::products::{pitch, Shape};
+use crate::device::sizes::{sample_capacity, Memory};
 use crate::matrix::DType;
 use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
-use crate::sample::sample_size;
 use crate::shard::Shard;
 use crate::{ensure, Result};
-
-/// Bytes by purpose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    pub weight: u64,
-    pub state: u64,
-    pub activation: u64,
-    pub probability: u64,
-}
-
-impl Memory {
-    pub fn total(&self) -> u64 {
-        self.weight.saturating_add(self.state).saturating_add(self.activation).saturating_add(self.probability)
-    }
-}
 
 /// Figures of a row that a step keeps: norms, logits, cosines, sums, target columns and the like.
 const ROW_FIGURES: usize = 16;
@@ -104,11 +89,6 @@ impl Sizes {
             probability: 4 * self.kept_elements() as u64,
         }
     }
-}
-
-/// S_max = min(rows, max(int(rate * rows), N * max_batch)).
-pub(crate) fn sample_capacity(options: &HeadOptions, ranks: u32, shard: Shard) -> u64 {
-    sample_size(options.sample_rate, shard.rows).max(u64::from(ranks) * options.max_batch).min(shard.rows)
 }
 
 /// What the largest rank's head takes on a CPU with `threads` threads.

@@ -2,7 +2,7 @@
 //!
 //! Sums run in an order fixed by the row's length alone: 32 running sums, folded from the first lane to the last.
 
-use super::fused::inverse_norm;
+use crate::device::host_math::inverse_norm;
 use crate::margin::Margin;
 use crate::simd::{clones, Simd};
 

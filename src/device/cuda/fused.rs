@@ -8,7 +8,7 @@ use super::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_CO
 use super::sizes::weighted_splits;
 use super::stateless::{columns_of, Shape};
 use super::Cuda;
-use crate::device::checks::{checked_sums, checked_targets, checked_weight, must_be_f32};
+use crate::device::stateless::{checked_sums, checked_targets, checked_weight, must_be_f32};
 use crate::device::{FusedBackward, FusedForward};
 use crate::{ensure, Result};
 

@@ -22,11 +22,13 @@ use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
 use super::sizes::{Arrays, Sizes};
 use super::staging::{self, Staging};
 use super::Cuda;
-use crate::device::{Exchange, HeadDevice, HeadSpec, Labels, Nearest, StateTensor, StepFigures};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
+use crate::optimizer::StateTensor;
 use crate::options::{Placement, RowUpdate};
-use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
-use crate::{ensure, trace, Error, Result};
+use crate::protocol::{Counters, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{ensure, trace, Contribution, Error, Result};
 
 /// Launches a kernel on a lane, as a span of the trace; an error is kept until one can be returned. After one nothing is launched any
 /// more: kernels count on what those before them have left.
@@ -341,8 +343,8 @@ impl CudaHead {
 }
 
 impl HeadDevice for CudaHead {
-    fn pack_labels(&mut self, step: protocol::Step, labels: Result<Labels>) -> Exchange {
-        self.draft_labels(step, labels)
+    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+        self.draft_labels(counters, labels)
     }
 
     fn judge_labels(&mut self) -> Result<()> {
@@ -352,7 +354,7 @@ impl HeadDevice for CudaHead {
         self.settled()
     }
 
-    fn sample(&mut self, _step: u64, chosen: Option<&[i64]>) -> Result<()> {
+    fn sample(&mut self, _draw: u64, chosen: Option<&[i64]>) -> Result<()> {
         let drawn = self.draw(chosen);
         // Also where that failed: the step reads the verdict on the labels.
         let recorded = self.drafts[self.next()].drawn.record(self.lanes.of(Lane::Draw));
@@ -439,14 +441,14 @@ impl HeadDevice for CudaHead {
         self.settled()
     }
 
-    fn pack_sums(&mut self, outcome: &Result<()>, late: Option<bool>) -> Exchange {
+    fn pack_sums(&mut self, outcome: &Result<()>, loss_place: LossPlace) -> Exchange {
         let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
         if let Err(error) = outcome {
             self.told.get_or_insert((self.drafts[self.current].step, error.clone()));
         }
         let view = self.view();
-        let (place, room) = (late.map_or(0, |late| if late { 1 } else { -1 }), self.drafts[self.current].most);
-        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, place, room));
+        let room = self.drafts[self.current].most;
+        run!(self, Main, pack_sums[PARTS], 1, BLOCK, (view, status, loss_place as i32, room));
         let exchange = match self.sharded() {
             true => {
                 let count = 2 * self.sizes().label_capacity as usize + TOTALS;
@@ -464,18 +466,18 @@ impl HeadDevice for CudaHead {
         exchange
     }
 
-    fn others_late(&mut self) -> Result<Option<bool>> {
+    fn others_loss_place(&mut self) -> Result<LossPlace> {
         self.received(Lane::Main);
         self.settled()?;
         let (view, stream) = (self.view(), &self.cuda.stream);
-        let places = match self.sharded() {
+        let sum = match self.sharded() {
             true => {
                 let totals = view.sums.wrapping_add(2 * self.sizes().label_capacity as usize);
                 f64::from(staging::fetch::<f32>(stream, totals, TOTALS)?[1])
             }
             false => staging::fetch::<f64>(stream, view.replicated_sums, REPLICATED_TOTALS)?[3],
         };
-        Ok(if places == 0.0 { None } else { Some(places > 0.0) })
+        Ok(LossPlace::from_sum(sum))
     }
 
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {
@@ -498,11 +500,11 @@ impl HeadDevice for CudaHead {
         Ok(self.block.loss)
     }
 
-    fn failed_at_labels(&self) -> bool {
+    fn failed_in_labels(&self) -> bool {
         self.at_labels
     }
 
-    fn parted(&self) -> bool {
+    fn ranks_out_of_step(&self) -> bool {
         self.parted
     }
 
@@ -529,7 +531,7 @@ impl HeadDevice for CudaHead {
         verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.draws, error.message)))
     }
 
-    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+    fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.cuda.context.place(name, pointer.cast())? == Place::Device)
     }
 

@@ -67,14 +67,7 @@ pub struct Images {
 
 impl Images {
     /// The images for a device of this compute capability; from the folder that PFC_KERNEL_IMAGES names, if it names one.
-    ///
-    /// The emulator knows its kernels itself and reads no image: it gets an empty one for each source, also where the build holds
-    /// none.
-    pub fn for_device(capability: (u32, u32), emulated: bool) -> Result<Images> {
-        if emulated {
-            let placeholder = |stem: &Stem| Image { stem: stem.name.into(), bytes: Cow::Borrowed(b"\0") };
-            return Ok(Images { list: STEMS.iter().map(placeholder).collect() });
-        }
+    pub fn for_device(capability: (u32, u32)) -> Result<Images> {
         match std::env::var_os("PFC_KERNEL_IMAGES").filter(|folder| !folder.is_empty()) {
             Some(folder) => Images::read(STEMS, Path::new(&folder)),
             None => Images::choose(STEMS, EMBEDDED, capability),
@@ -241,14 +234,6 @@ mod tests {
         assert_eq!(names((9, 0)), ["rows", "hopper"]);
         assert_eq!(names((8, 0)), ["rows"]);
         assert_eq!(names((12, 0)), ["rows"]);
-    }
-
-    #[test]
-    fn the_emulator_gets_a_placeholder_for_every_source() {
-        let images = Images::for_device((9, 0), true).unwrap();
-        let names: Vec<&str> = images.list.iter().map(|image| &*image.stem).collect();
-        let stems: Vec<&str> = STEMS.iter().map(|stem| stem.name).collect();
-        assert_eq!(names, stems);
     }
 
     #[test]

@@ -7,9 +7,8 @@ use std::sync::Arc;
 use super::driver::{Current, DeviceBuffer, Event, Grid, Priority, Stream};
 use super::kernels::BLOCK;
 use super::Cuda;
-use crate::comm::ReduceOp;
-use crate::device::{self, Entered, Moment, Scratch, StreamDevice, StreamMemory, MOST_REDUCED};
-use crate::matrix::DType;
+use crate::matrix::{DType, ReduceOp};
+use crate::stream::{self, CurrentDeviceGuard, Scratch, StreamDevice, StreamEvent, StreamMemory, MOST_REDUCED};
 use crate::{error, Result};
 
 /// kernels/collective.h: one buffer of each rank; NULL: none.
@@ -35,7 +34,7 @@ impl Cuda {
     }
 }
 
-impl Moment for Event {
+impl StreamEvent for Event {
     fn is_over(&self) -> Result<bool> {
         Event::is_over(self)
     }
@@ -47,13 +46,13 @@ impl StreamMemory for Cuda {
         "cuda"
     }
 
-    fn record(&self, stream: *mut c_void) -> Result<device::Event> {
+    fn record(&self, stream: *mut c_void) -> Result<stream::Event> {
         let event = Event::new(&self.context)?;
         event.record(&unsafe { self.borrowed(stream) })?;
         Ok(Arc::new(event))
     }
 
-    fn wait(&self, stream: *mut c_void, event: &device::Event) -> Result<()> {
+    fn wait(&self, stream: *mut c_void, event: &stream::Event) -> Result<()> {
         let event =
             (&**event as &dyn Any).downcast_ref::<Event>().ok_or_else(|| error!(Device, "an event of another kind of memory"))?;
         unsafe { self.borrowed(stream) }.wait(event)
@@ -92,19 +91,19 @@ impl StreamMemory for Cuda {
         stream.synchronize()
     }
 
-    fn synchronise(&self, stream: *mut c_void) -> Result<()> {
+    fn synchronize(&self, stream: *mut c_void) -> Result<()> {
         unsafe { self.borrowed(stream) }.synchronize()
     }
 }
 
-impl Entered for Current<'_> {}
+impl CurrentDeviceGuard for Current<'_> {}
 
 impl StreamDevice for Cuda {
     fn ordinal(&self) -> i32 {
         self.context.ordinal()
     }
 
-    fn enter(&self) -> Result<Box<dyn Entered + '_>> {
+    fn make_current(&self) -> Result<Box<dyn CurrentDeviceGuard + '_>> {
         Ok(Box::new(self.context.enter()?))
     }
 
@@ -125,7 +124,7 @@ impl Scratch for CudaScratch {
         self.stream.raw()
     }
 
-    fn room(&mut self, bytes: usize) -> Result<*mut u8> {
+    fn reserve(&mut self, bytes: usize) -> Result<*mut u8> {
         if self.buffers.last().is_none_or(|buffer| buffer.len() < bytes) {
             let bytes = bytes.next_power_of_two();
             self.buffers.push(DeviceBuffer::zeroed(&self.stream, bytes, "a communicator's buffer")?);

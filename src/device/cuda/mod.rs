@@ -14,9 +14,6 @@ mod memory;
 mod nearest;
 mod products;
 mod shared_structs;
-#[cfg(test)]
-#[path = "../../../tests/common/simt.rs"]
-mod simt;
 mod sizes;
 mod staging;
 mod stateless;
@@ -31,15 +28,13 @@ use self::kernels::Kernels;
 use self::lent::Room;
 use self::products::Products;
 use self::sizes::Gpu;
-use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, StreamDevice, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::Optimizer;
 use crate::options::Precision;
+use crate::stream::StreamDevice;
 use crate::{error, Result};
-
-/// How the emulator of ctests/simt calls its GPU.
-const EMULATOR: &str = "SIMT emulator";
 
 /// A GPU as its heads share it.
 pub(super) struct Cuda {
@@ -65,7 +60,7 @@ impl Cuda {
         let context = Context::of(ordinal, stream)?;
         let (major, minor) = context.compute_capability()?;
         let (name, multiprocessors) = (context.name()?, context.multiprocessors()?);
-        let images = Images::for_device((major as u32, minor as u32), name.contains(EMULATOR))?;
+        let images = Images::for_device((major as u32, minor as u32))?;
         let text = format!("cuda: {name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors");
         Ok(Cuda {
             kernels: Kernels::load(&context, &images)?,
@@ -109,7 +104,7 @@ impl Device for CudaDevice {
         Some(self.0.clone())
     }
 
-    fn holds(&self, name: &str, pointer: *const u8) -> Result<bool> {
+    fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.0.context.place(name, pointer.cast())? == Place::Device)
     }
 

@@ -3,7 +3,7 @@
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::Matrix;
 use crate::memory::Plain;
-use crate::optimizer::{replayed_updates, AdamwStep, Optimizer, SgdStep, Step, StepRule};
+use crate::optimizer::{replayed_updates, AdamwStep, Optimizer, SgdStep, Step, UpdateRule};
 use crate::options::RowUpdate;
 
 /// No column, no class, no positive.
@@ -311,8 +311,8 @@ impl OptimizerSettings {
     }
 }
 
-impl From<&StepRule> for Rule {
-    fn from(rule: &StepRule) -> Rule {
+impl From<&UpdateRule> for Rule {
+    fn from(rule: &UpdateRule) -> Rule {
         match rule.step {
             Step::Sgd(SgdStep { momentum, weight_decay, learning_rate }) => {
                 Rule { momentum, weight_decay, learning_rate, ..Rule::zeroed() }
@@ -373,7 +373,7 @@ mod tests {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         let built = Command::new(compiler)
             // Cargo starts tests in the package's folder.
-            .args(["-std=c++17", "-Wno-invalid-offsetof", "-I", ".", "-o"])
+            .args(["-std=c++17", "-Wno-invalid-offsetof", "-I", ".", "-I", cuda_emulator::HEADERS, "-o"])
             .arg(&program)
             .arg(&text)
             .output()

@@ -589,7 +589,7 @@ mod tests {
     fn arrays_are_made_and_given_back() {
         use crate::device::cuda::driver::{Context, Priority};
 
-        let turn = crate::device::cuda::simt::turn(1);
+        let turn = cuda_emulator::turn(1);
         // SAFETY: the default stream.
         let context = unsafe { Context::of(0, std::ptr::null_mut()) }.expect("GPU 0");
         let stream = Stream::new(&context, Priority::Least).expect("a stream");

@@ -15,11 +15,11 @@ use super::shared_structs::{
 use super::sizes::{BINS, CHUNK, COUNTED_CLASSES, DEPTH};
 use super::staging::{fetch, grown};
 use super::Cuda;
-use crate::device::checks::{checked_shape, checked_targets, must_be_f32};
+use crate::device::stateless::{checked_shape, checked_targets, must_be_f32};
 use crate::device::{RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::matrix::Matrix;
-use crate::optimizer::{Optimizer, StepRule};
+use crate::optimizer::{Optimizer, UpdateRule};
 use crate::options::RowUpdate;
 use crate::{ensure, Result};
 
@@ -287,7 +287,7 @@ impl Cuda {
         };
         let given = lent.read("gradients", gradients)?;
         let view = HeadArrays { optimizer: OptimizerSettings::new(optimizer, RowUpdate::Lazy), ..HeadArrays::zeroed() };
-        let rule = Rule::from(&StepRule::new(optimizer, learning_rate, update));
+        let rule = Rule::from(&UpdateRule::new(optimizer, learning_rate, update));
         self.run(&self.kernels.update_given_rows, (view, centers, momentum, second_moment, places.cast(), given, rule))?;
         lent.finish()
     }

@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use cuda_emulator::{turn, Turn};
 use cudarc::driver::sys;
 
 use super::context::Pointer;
 use super::*;
-use crate::device::cuda::simt::{turn, Turn};
 use crate::Status;
 
-/// ctests/simt/tests/trivial.cu for a real driver; the emulator knows its kernels by name, whatever the image.
+/// The emulator's trivial.cu for a real driver; the emulator knows its kernels by name, whatever the image.
 const TRIVIAL: &str = "
 .version 8.0
 .target sm_80
@@ -312,7 +312,7 @@ fn the_failure_of_a_kernel_comes_with_the_call_that_waits() {
     // A turn with a finding does not end well, and the next begins without.
     let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(turn)));
     assert!(end.is_err());
-    _after = crate::device::cuda::simt::turn(4);
+    _after = cuda_emulator::turn(4);
     assert_eq!(_after.findings(), "");
 }
 

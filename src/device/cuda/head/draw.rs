@@ -8,10 +8,11 @@ use super::super::kernels::{ALONE, BLOCK, HISTOGRAM, PARTS};
 use super::super::lanes::Lane;
 use super::super::sizes::Sizes;
 use super::{run, CudaHead};
-use crate::device::{sample_capacity, Exchange, Labels};
+use crate::device::{sample_capacity, Labels};
+use crate::exchange::Exchange;
 use crate::matrix::DType;
-use crate::protocol::{Step, HEADER};
-use crate::{Error, Result};
+use crate::protocol::{Counters, HEADER};
+use crate::{Contribution, Error, Result};
 
 /// Dynamic shared memory of the sort's digits, by block and by warp.
 const DIGITS: u32 = 1024;
@@ -83,7 +84,7 @@ impl LabelSlots {
 
 impl CudaHead {
     /// Phase 1: this rank's block of A, of its labels or of its failure.
-    pub(super) fn draft_labels(&mut self, step: Step, labels: Result<Labels>) -> Exchange {
+    pub(super) fn draft_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
         let next = self.next();
         if self.drafts[next].gathered {
             // A draft that no forward took: its gather may not be over.
@@ -93,7 +94,7 @@ impl CudaHead {
         self.keep(released);
         self.drafted = true;
         let draft = &mut self.drafts[next];
-        (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (step.samples, 0, None, None, false);
+        (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (counters.draws, 0, None, None, false);
         let uploaded = labels.and_then(|labels| Ok((self.upload_labels(next, &labels)?, labels.count)));
         let (source, batch, status) = match uploaded {
             Ok((source, count)) => {
@@ -107,7 +108,7 @@ impl CudaHead {
             }
         };
         let view = self.arrays.views[next];
-        let (samples, updates) = (step.samples, step.updates);
+        let (samples, updates) = (counters.draws, counters.updates);
         run!(self, Draw, pack_labels, self.cuda.grid(1), BLOCK, (view, samples, updates, status, batch, source.cast()));
         let count = HEADER + self.spec.options.max_batch as usize;
         self.exchange("all_gather labels", Lane::Draw, (view.labels_send, view.labels_recv), count, DType::I64)

@@ -6,8 +6,9 @@ use super::super::lanes::Lane;
 use super::super::shared_structs::{Ledger, StepBlock};
 use super::super::staging;
 use super::{run, CudaHead};
-use crate::device::{StateTensor, StepFigures};
+use crate::device::StepFigures;
 use crate::matrix::Matrix;
+use crate::optimizer::StateTensor;
 use crate::{ensure, error, Result};
 
 impl CudaHead {

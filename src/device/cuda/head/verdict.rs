@@ -5,8 +5,7 @@ use std::mem::size_of;
 use super::super::shared_structs::{fault, Ledger, StepBlock};
 use super::super::staging;
 use super::CudaHead;
-use crate::comm::remote;
-use crate::{error, protocol, Result};
+use crate::{error, protocol, Error, Result};
 
 impl CudaHead {
     /// What a block says went wrong.
@@ -14,8 +13,8 @@ impl CudaHead {
         let (rank, row) = (block.rank.max(0) as usize, block.row as usize);
         Err(match block.fault {
             fault::NONE => return Ok(()),
-            fault::REMOTE | fault::SUMS => remote(rank, block.value),
-            fault::OUT_OF_STEP => protocol::parted(block.detail, rank),
+            fault::REMOTE | fault::SUMS => Error::remote(rank, block.value),
+            fault::OUT_OF_STEP => protocol::ranks_out_of_step(block.detail, rank),
             fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
             fault::EMBEDDING => protocol::bad_embedding(row, rank),
             fault::SUM => protocol::bad_sum(row, rank),

@@ -1,0 +1,580 @@
+//! One head on the CPU: its rows, its workspace, and the phases of a step.
+
+use std::sync::Arc;
+
+use super::draft::{Draft, Sample};
+use super::pool::Pool;
+use super::products::{self, Shape};
+use super::rows::HostRows;
+use super::sizes::Sizes;
+use super::vector::{self, Softmax};
+use crate::device::host_math::inverse_norm;
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::exchange::Exchange;
+use crate::margin;
+use crate::matrix::{DType, Matrix};
+use crate::memory::{zeros, Buffer, Parts};
+use crate::optimizer::{Replay, StateTensor};
+use crate::options::{Placement, Precision};
+use crate::protocol::{self, Counters, LossPlace, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{error, Contribution, Error, Result};
+
+/// Rows of a batch that one task normalises or finishes.
+const ROWS_A_TASK: usize = 16;
+/// A row's target cosine where another rank owns its class.
+pub(super) const ELSEWHERE: f32 = -2.0;
+/// A row's target cosine where its label is ignored.
+pub(super) const IGNORED: f32 = 2.0;
+
+pub(super) struct CpuHead {
+    pub(super) spec: HeadSpec,
+    pub(super) pool: Arc<Pool>,
+    pub(super) softmax: Softmax,
+    pub(super) table: HostRows,
+    pub(super) sizes: Sizes,
+    pub(super) gather_dtype: DType,
+
+    pub(super) labels_send: Vec<i64>,
+    pub(super) labels_recv: Vec<i64>,
+    pub(super) own_labels: Vec<i64>,
+    pub(super) own_failure: Option<Error>,
+    pub(super) next: Option<Draft>,
+    pub(super) step: Step,
+    /// Brings dense rows to the current step.
+    pub(super) replay: Replay,
+
+    pub(super) embeddings_send: Buffer<u8>,
+    pub(super) embeddings_recv: Buffer<u8>,
+    /// What each own row was multiplied by to travel in f16; empty where rows travel as they are.
+    pub(super) send_scales: Vec<f32>,
+    pub(super) sums: Vec<f32>,
+    pub(super) replicated_sums: Vec<f64>,
+    pub(super) gradient_send: Buffer<f32>,
+    pub(super) gradient_recv: Buffer<f32>,
+    pub(super) center_gradient: Buffer<f32>,
+
+    /// E^: [rows, row_pitch].
+    pub(super) embeddings: Buffer<f32>,
+    /// E^ transposed: [d, batch_pitch].
+    pub(super) embeddings_t: Buffer<f32>,
+    /// E': [rows, row_pitch].
+    pub(super) scaled: Buffer<f32>,
+    pub(super) weighted: Buffer<f32>,
+    pub(super) slice_sums: Buffer<f64>,
+    pub(super) slice_best: Buffer<f32>,
+    pub(super) kept: Buffer<f32>,
+    pub(super) scratch: Buffer<f32>,
+}
+
+/// The current step: its draft, and what its phases found for each row.
+#[derive(Default)]
+pub(super) struct Step {
+    pub(super) draft: Draft,
+    pub(super) shape: Shape,
+    /// The first row, in the order of the batch, whose embedding is not finite.
+    pub(super) bad_row: Option<usize>,
+    /// 1 / |E_i|, of the row as it travelled.
+    pub(super) inverse_norms: Vec<f32>,
+    /// 1 / |W_j| of the sample.
+    pub(super) center_inverse_norms: Vec<f32>,
+    pub(super) target_logits: Vec<f32>,
+    pub(super) target_cosines: Vec<f32>,
+    pub(super) derivatives: Vec<f32>,
+    pub(super) coefficients: Vec<f32>,
+    /// scale / L_i, 0 for a row without gradient.
+    pub(super) factors: Vec<f32>,
+    pub(super) row_sums: Vec<f32>,
+    pub(super) best_negatives: Vec<f32>,
+    pub(super) totals: Vec<f64>,
+    pub(super) valid_rows: u64,
+    pub(super) loss: f64,
+    pub(super) target_cosine_sum: f64,
+    pub(super) grad_embeddings: f64,
+    pub(super) grad_centers: f64,
+}
+
+impl CpuHead {
+    pub fn new(spec: HeadSpec, pool: Arc<Pool>) -> Result<CpuHead> {
+        let options = &spec.options;
+        let mut sizes = Sizes::new(options, spec.ranks, spec.shard, pool.threads())?;
+        let memory = sizes.memory(options, spec.ranks, spec.shard);
+        if options.workspace_limit == 0 && memory.total() > available_memory() / 4 * 3 {
+            // Twice the arithmetic beats swapping.
+            sizes.kept_chunks = 0;
+        }
+        let Shape { rows, dim, classes } = sizes.capacity;
+        let sharded = options.placement == Placement::Sharded;
+        let (ranks, max_batch) = (spec.ranks as usize, options.max_batch as usize);
+        let gather_dtype = options.gathered_dtype(Precision::F32);
+        let label_block = protocol::label_block(options.max_batch);
+        let exchanged = |elements: usize| if sharded { elements } else { 0 };
+        let table = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
+        let head = CpuHead {
+            softmax: Softmax::new(&options.margin),
+            gather_dtype,
+            labels_send: zeros(&[label_block], "labels")?,
+            labels_recv: zeros(&[ranks, label_block], "labels")?,
+            own_labels: Vec::new(),
+            own_failure: None,
+            next: None,
+            step: Step::default(),
+            replay: table.replay(),
+            table,
+            embeddings_send: Buffer::zeroed(exchanged(max_batch * dim * gather_dtype.size()), "embeddings to gather")?,
+            embeddings_recv: Buffer::zeroed(exchanged(ranks * max_batch * dim * gather_dtype.size()), "gathered embeddings")?,
+            send_scales: zeros(&[if gather_dtype == DType::F16 { exchanged(max_batch) } else { 0 }], "scales of rows to gather")?,
+            sums: zeros(&[exchanged(2 * rows + TOTALS)], "row sums")?,
+            replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
+            gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
+            gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
+            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centres' gradient")?,
+            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalised embeddings")?,
+            embeddings_t: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
+            scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
+            weighted: Buffer::zeroed(sizes.weighted, "accumulators")?,
+            slice_sums: Buffer::zeroed(sizes.slice_rows, "row sums by slice")?,
+            slice_best: Buffer::zeroed(sizes.slice_rows, "row maxima by slice")?,
+            kept: Buffer::zeroed(sizes.kept_elements(), "softmax numerators")?,
+            scratch: Buffer::zeroed(sizes.scratch, "scratch")?,
+            sizes,
+            pool,
+            spec,
+        };
+        log::info!(
+            "rank {} of {}: {} class centres of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
+            head.spec.rank,
+            ranks,
+            head.spec.shard.rows,
+            head.spec.shard.first,
+            (memory.weight + memory.state) >> 20,
+            head.sizes.kept_chunks,
+            head.sizes.capacity.chunks(),
+        );
+        Ok(head)
+    }
+
+    fn sharded(&self) -> bool {
+        self.spec.options.placement == Placement::Sharded
+    }
+
+    /// This rank's rows in the current step.
+    pub(super) fn own_rows(&self) -> std::ops::Range<usize> {
+        let draft = &self.step.draft;
+        draft.first_row..draft.first_row + draft.batches[self.spec.rank as usize]
+    }
+
+    /// Rows of a rank's block of embeddings and of gradient: the largest batch.
+    fn padded_rows(&self) -> usize {
+        self.step.draft.batches.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Sizes the step's vectors to its rows and classes, and forgets the figures of the step before.
+    fn size_step(&mut self) -> Result<()> {
+        let draft = &self.step.draft;
+        let shape = Shape { rows: draft.labels.len(), dim: self.sizes.capacity.dim, classes: draft.sample.len() };
+        let step = &mut self.step;
+        step.shape = shape;
+        for vector in [
+            &mut step.inverse_norms,
+            &mut step.target_logits,
+            &mut step.target_cosines,
+            &mut step.derivatives,
+            &mut step.coefficients,
+            &mut step.factors,
+            &mut step.row_sums,
+            &mut step.best_negatives,
+        ] {
+            resize(vector, shape.rows)?;
+        }
+        resize(&mut step.center_inverse_norms, shape.classes)?;
+        resize(&mut step.totals, shape.chunks())?;
+        step.target_cosines.fill(ELSEWHERE);
+        step.best_negatives.fill(ELSEWHERE);
+        (step.bad_row, step.valid_rows, step.loss, step.target_cosine_sum) = (None, 0, 0.0, 0.0);
+        (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
+        if !self.sharded() && shape.classes * shape.dim > self.center_gradient.len() {
+            // A caller's sample beyond every draw.
+            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centres' gradient")?;
+        }
+        Ok(())
+    }
+
+    /// Phase 3 for E: judges the rows, normalises them into E^ and finds the angle of each target in this rank's sample.
+    fn embed(&mut self, own: &Matrix) {
+        let gathered = Matrix {
+            data: self.embeddings_recv.as_ptr().cast_mut(),
+            dtype: self.gather_dtype,
+            rows: self.spec.ranks as usize * self.padded_rows(),
+            cols: self.sizes.capacity.dim,
+            row_stride: self.sizes.capacity.dim,
+        };
+        let (padded, sharded) = (self.padded_rows(), self.sharded());
+        let CpuHead { spec, pool, table, step, replay, scratch, embeddings, .. } = self;
+        let Step { draft, shape, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
+        let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
+        let margin = &spec.options.margin;
+        let tasks = rows.div_ceil(ROWS_A_TASK);
+        let mut bad = vec![u64::MAX; tasks];
+        let bad_rows = Parts::of(&mut bad);
+        let (scratch, normalized, inverse_norms) = (scratch.parts(), embeddings.parts(), Parts::of(inverse_norms));
+        let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
+        pool.run(tasks, &|task, worker| {
+            // SAFETY: a worker number belongs to one thread, a row to one task.
+            let (raw, rest) = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
+            let (center, spare) = rest.split_at_mut(dim);
+            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
+                let cell = |values: &Parts<'_, f32>, value: f32| unsafe { values.range(row..row + 1)[0] = value };
+                let out = unsafe { normalized.range(row * pitch..row * pitch + dim) };
+                for values in [&inverse_norms, &logits, &derivatives] {
+                    cell(values, 0.0);
+                }
+                out.fill(0.0);
+                if Some(draft.labels[row]) == spec.options.ignore_label {
+                    cell(&cosines, IGNORED);
+                    continue;
+                }
+                cell(&cosines, ELSEWHERE);
+                // SAFETY: the gathered blocks are our own memory; the caller's matrix holds this rank's batch.
+                unsafe {
+                    if sharded {
+                        let (origin, number) = draft.origin(row);
+                        gathered.read_row(origin * padded + number, raw);
+                    } else {
+                        own.read_row(row, raw);
+                    }
+                }
+                let squares = vector::sum_of_squares(raw);
+                if !squares.is_finite() {
+                    let first = unsafe { &mut bad_rows.range(task..task + 1)[0] };
+                    *first = (*first).min(row as u64);
+                    continue;
+                }
+                let inverse = inverse_norm(squares);
+                cell(&inverse_norms, inverse as f32);
+                vector::scale_into(raw, inverse as f32, out);
+                if let Some(column) = draft.column(row) {
+                    table.read(replay, draft.sample.row(column), center, spare);
+                    let angle = margin::angle(raw, inverse, center, inverse_norm(vector::sum_of_squares(center)));
+                    let target = margin.target(angle);
+                    cell(&logits, target.logit as f32);
+                    cell(&cosines, margin::cosine(angle) as f32);
+                    cell(&derivatives, target.derivative as f32);
+                }
+            }
+        });
+        step.bad_row = bad.into_iter().find(|&row| row != u64::MAX).map(|row| row as usize);
+        transpose(pool, &self.embeddings, pitch, &mut self.embeddings_t, rows, dim);
+    }
+
+    /// What a loss weight becomes: the mean is over the valid rows of the global batch.
+    fn weight(&self, loss_weight: f64) -> f64 {
+        match self.step.valid_rows {
+            0 => 0.0,
+            rows => loss_weight / rows as f64,
+        }
+    }
+}
+
+impl HeadDevice for CpuHead {
+    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+        self.next = None;
+        self.own_labels.clear();
+        self.own_failure = None;
+        match labels {
+            // SAFETY: the caller of the head's entry gave this many labels of its host memory.
+            Ok(labels) => self.own_labels.extend_from_slice(unsafe { labels.as_slice() }),
+            Err(error) => self.own_failure = Some(error),
+        }
+        match &self.own_failure {
+            Some(cause) => protocol::pack_failure(&mut self.labels_send, counters, cause),
+            None => protocol::pack_labels(&mut self.labels_send, counters, &self.own_labels),
+        }
+        Exchange::host(self.labels_send.as_ptr(), self.labels_recv.as_mut_ptr(), self.labels_send.len(), DType::I64)
+    }
+
+    fn judge_labels(&mut self) -> Result<()> {
+        let options = &self.spec.options;
+        let batches = protocol::judge_labels(
+            &self.labels_recv,
+            self.spec.ranks as usize,
+            self.own_failure.as_ref(),
+            options.num_classes,
+            options.ignore_label,
+        )?;
+        let blocks = self.labels_recv.chunks_exact(self.labels_send.len());
+        let labels = blocks.zip(&batches).flat_map(|(block, &batch)| block[HEADER..HEADER + batch].iter().copied()).collect();
+        self.next = Some(Draft::new(options, self.spec.rank as usize, batches, labels));
+        Ok(())
+    }
+
+    fn sample(&mut self, draw: u64, chosen: Option<&[i64]>) -> Result<()> {
+        let (options, shard) = (&self.spec.options, self.spec.shard);
+        let draft = self.next.as_mut().ok_or_else(|| error!(InvalidArgument, "there is no batch to sample for"))?;
+        let sample = match chosen {
+            Some(ids) => Sample::of(shard, merge(ids, &draft.positives(shard)?)?),
+            None if options.sample_rate >= 1.0 => Sample::whole(shard),
+            None => {
+                let positives = draft.positives(shard)?;
+                let size = crate::sample::sample_size(options.sample_rate, shard.rows) as usize;
+                let draw = crate::sample::Draw { seed: options.seed, number: draw, shard, positives: &positives, size };
+                let mut ids = Vec::new();
+                crate::sample::draw(&draw, &|tasks, body| self.pool.run(tasks, &|task, _| body(task)), &mut ids)?;
+                Sample::of(shard, ids)
+            }
+        };
+        draft.set_sample(sample);
+        Ok(())
+    }
+
+    fn sample_ids(&self) -> Result<Vec<i64>> {
+        let sample = &self.next.as_ref().unwrap_or(&self.step.draft).sample;
+        Ok((0..sample.len()).map(|column| sample.id(column)).collect())
+    }
+
+    fn next_labels(&self) -> (usize, Option<&[i64]>) {
+        (self.own_labels.len(), Some(&self.own_labels))
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        if let Some(draft) = self.next.take() {
+            self.step.draft = draft;
+        }
+        self.size_step()
+    }
+
+    fn batch(&self) -> usize {
+        self.own_rows().len()
+    }
+
+    fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
+        let dim = self.sizes.capacity.dim;
+        let padded = self.padded_rows();
+        let block =
+            Matrix { data: self.embeddings_send.as_mut_ptr(), dtype: self.gather_dtype, rows: padded, cols: dim, row_stride: dim };
+        let mut row = vec![0.0; dim];
+        let rows = embeddings.map_or(0, |matrix| matrix.rows);
+        for i in 0..padded {
+            // SAFETY: the caller's matrix holds this rank's batch; the block is our own memory of at least `padded` rows.
+            unsafe {
+                match embeddings {
+                    Some(matrix) if i < rows => matrix.read_row(i, &mut row),
+                    _ => row.fill(0.0),
+                }
+                if let Some(scale) = self.send_scales.get_mut(i) {
+                    *scale = vector::send_scale(&row);
+                    vector::scale(&mut row, *scale);
+                }
+                block.write_row(i, &row);
+            }
+        }
+        Exchange::host(self.embeddings_send.as_ptr(), self.embeddings_recv.as_mut_ptr(), padded * dim, self.gather_dtype)
+    }
+
+    fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+        self.replay = self.table.replay();
+        self.embed(embeddings);
+        if let Some(row) = self.step.bad_row {
+            let (rank, number) = if self.sharded() { self.step.draft.origin(row) } else { (self.spec.rank as usize, row) };
+            return Err(protocol::bad_embedding(number, rank));
+        }
+        self.multiply();
+        Ok(())
+    }
+
+    fn pack_sums(&mut self, outcome: &Result<()>, _: LossPlace) -> Exchange {
+        let rank = self.spec.rank as usize;
+        match self.sharded() {
+            true => self.pack_sharded_sums(outcome, rank),
+            false => self.pack_replicated_sums(outcome, rank),
+        }
+    }
+
+    fn judge_sums(&mut self, _loss: Option<*mut f64>) -> Result<f64> {
+        let sum = if self.sharded() { self.judge_sharded_sums()? } else { self.judge_replicated_sums()? };
+        self.step.loss = match self.step.valid_rows {
+            0 => 0.0,
+            rows => sum / rows as f64,
+        };
+        Ok(self.step.loss)
+    }
+
+    fn backward(&mut self) -> Exchange {
+        let (padded, sharded) = (self.padded_rows(), self.sharded());
+        let CpuHead { pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, .. } = self;
+        let Step { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
+        let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
+        let slices = shape.slices();
+        if sharded {
+            // Rows beyond a rank's batch travel too, and a stale number would reach no one but might be a NaN in a sum.
+            for (rank, &batch) in draft.batches.iter().enumerate() {
+                gradient_send[(rank * padded + batch) * dim..(rank + 1) * padded * dim].fill(0.0);
+            }
+        }
+        let target = if sharded { gradient_send.parts() } else { gradient_recv.parts() };
+        let (scratch, scaled) = (scratch.parts(), scaled.parts());
+        pool.run(rows.div_ceil(ROWS_A_TASK), &|task, worker| {
+            // SAFETY: a worker number belongs to one thread, a row to one task.
+            let (center, spare) =
+                unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
+            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
+                let place = if sharded {
+                    let (origin, number) = draft.origin(row);
+                    origin * padded + number
+                } else {
+                    row
+                };
+                let out = unsafe { target.range(place * dim..(place + 1) * dim) };
+                out.fill(0.0);
+                let scaled = unsafe { scaled.range(row * pitch..row * pitch + dim) };
+                vector::scale_into(&embeddings[row * pitch..row * pitch + dim], factors[row], scaled);
+                if factors[row] == 0.0 {
+                    continue;
+                }
+                for slice in 0..slices {
+                    let at = (slice * rows + row) * pitch;
+                    vector::add_scaled(out, factors[row], &weighted[at..at + dim]);
+                }
+                if let Some(column) = draft.column(row) {
+                    table.read(replay, draft.sample.row(column), center, spare);
+                    vector::add_scaled(out, coefficients[row] * center_inverse_norms[column], center);
+                }
+            }
+        });
+        Exchange::host(self.gradient_send.as_ptr(), self.gradient_recv.as_mut_ptr(), padded * dim, DType::F32)
+    }
+
+    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
+        let own = self.own_rows();
+        let (dim, pitch) = (self.step.shape.dim, self.step.shape.row_pitch());
+        let weight = self.weight(factor) as f32;
+        let mut squares = 0.0;
+        for (i, row) in own.enumerate() {
+            let out = &mut self.gradient_recv[i * dim..(i + 1) * dim];
+            let unit = &self.embeddings[row * pitch..row * pitch + dim];
+            // The row's own, of which the one that travelled is a multiple.
+            let inverse_norm = self.step.inverse_norms[row] * self.send_scales.get(i).unwrap_or(&1.0);
+            squares += vector::normalize_backward(out, unit, 1.0, inverse_norm * weight);
+            if let Some(matrix) = gradient {
+                // SAFETY: the caller's matrix holds this rank's batch.
+                unsafe { matrix.write_row(i, out) };
+            }
+        }
+        self.step.grad_embeddings = squares;
+        Ok(())
+    }
+
+    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let weight = self.weight(loss_weight);
+        let outcome = self.update_pass(learning_rate, weight, beside);
+        self.step.grad_centers = self.step.totals.iter().sum();
+        self.table.count_update(learning_rate);
+        outcome
+    }
+
+    fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
+        let weight = self.weight(loss_weight);
+        self.gradient_pass(weight);
+        let data = self.center_gradient.as_mut_ptr();
+        Exchange::host(data, data, self.step.shape.classes * self.step.shape.dim, DType::F32)
+    }
+
+    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
+        let CpuHead { pool, table, step, replay, center_gradient, .. } = self;
+        let Step { draft, shape, totals, .. } = step;
+        let dim = shape.dim;
+        let rows = table.rows(replay, learning_rate);
+        let totals = Parts::of(totals);
+        pool.run(shape.chunks(), &|chunk, _| {
+            let mut squares = 0.0;
+            for column in shape.chunk(chunk) {
+                let gradient = &center_gradient[column * dim..(column + 1) * dim];
+                squares += vector::sum_of_squares(gradient);
+                // SAFETY: a column is in one chunk, a chunk in one task.
+                unsafe { rows.apply(draft.sample.row(column), gradient) };
+            }
+            unsafe { totals.range(chunk..chunk + 1)[0] = squares };
+        });
+        self.step.grad_centers = self.step.totals.iter().sum();
+        self.table.count_update(learning_rate);
+        Ok(())
+    }
+
+    fn figures(&mut self) -> Result<StepFigures> {
+        let step = &self.step;
+        Ok(StepFigures {
+            updates: self.table.updates(),
+            rows: step.draft.batches.iter().sum::<usize>() as u64,
+            valid_rows: step.valid_rows,
+            sample_size: step.draft.sample.len() as u64,
+            loss: step.loss,
+            target_cosines: step.target_cosine_sum,
+            best_negatives: step.best_negatives.clone(),
+            own_target_cosines: step.target_cosines.clone(),
+            grad_embeddings: step.grad_embeddings,
+            grad_centers: step.grad_centers,
+        })
+    }
+
+    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.table.read_rows(tensor, first, rows)
+    }
+
+    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.table.write_rows(tensor, first, rows)
+    }
+
+    fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
+        super::nearest::nearest(&self.pool, &self.table, self.spec.shard, queries, k)
+    }
+}
+
+/// `destination` [columns, pitch(rows)] = `source` [rows, source_pitch] transposed, by blocks that stay in the first-level cache.
+fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut Buffer<f32>, rows: usize, columns: usize) {
+    const BLOCK: usize = 16;
+    let pitch = products::pitch(rows);
+    let destination = destination.parts();
+    pool.run(columns.div_ceil(BLOCK), &|task, _| {
+        let block = task * BLOCK..((task + 1) * BLOCK).min(columns);
+        // SAFETY: a block of destination rows belongs to one task.
+        let out = unsafe { destination.range(block.start * pitch..block.end * pitch) };
+        for first in (0..rows).step_by(BLOCK) {
+            for row in first..(first + BLOCK).min(rows) {
+                for (slot, column) in block.clone().enumerate() {
+                    out[slot * pitch + row] = source[row * source_pitch + column];
+                }
+            }
+        }
+    });
+}
+
+/// The ascending union of two ascending lists.
+fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
+    let mut ids = Vec::new();
+    ids.try_reserve_exact(chosen.len() + positives.len())
+        .map_err(|_| error!(OutOfMemory, "sample: {} bytes are not to be had", 8 * (chosen.len() + positives.len())))?;
+    ids.extend_from_slice(chosen);
+    ids.extend_from_slice(positives);
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> {
+    if length > vector.capacity() {
+        *vector = zeros(&[length], "a step's figures")?;
+    }
+    vector.resize(length, T::default());
+    Ok(())
+}
+
+/// Bytes that can be had without swapping; unbounded where the system does not tell.
+fn available_memory() -> u64 {
+    let number = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    // A container's own limit, where there is one: "max" is no number.
+    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
+    let own = limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0));
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10).min(own)
+}

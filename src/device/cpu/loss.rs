@@ -1,0 +1,127 @@
+//! What the ranks add up between forward and backward, and the loss each of them finds in it.
+
+use super::head::{CpuHead, IGNORED};
+use crate::exchange::Exchange;
+use crate::matrix::DType;
+use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{Error, Result, Status};
+
+impl CpuHead {
+    /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
+    fn finish_row(&mut self, row: usize, sum: f32, logit: f32, only_target: bool) -> std::result::Result<f64, ()> {
+        let margin = &self.spec.options.margin;
+        let step = &mut self.step;
+        (step.coefficients[row], step.factors[row]) = (0.0, 0.0);
+        if step.target_cosines[row] == IGNORED || only_target {
+            return Ok(0.0);
+        }
+        let (sum, logit, offset) = (f64::from(sum), f64::from(logit), margin.offset());
+        let whole = sum + (logit - offset).exp();
+        let factor = (margin.scale / whole) as f32;
+        if sum.is_nan() || sum <= 0.0 || whole.is_infinite() || !factor.is_finite() {
+            return Err(());
+        }
+        step.factors[row] = factor;
+        step.coefficients[row] = (-margin.scale * (sum / whole) * f64::from(step.derivatives[row])) as f32;
+        let excess = sum.ln() + offset - logit;
+        Ok(excess.max(0.0) + (-excess.abs()).exp().ln_1p())
+    }
+
+    /// This rank's part of *sums*: its own N and zt, or zeros and an error.
+    pub(super) fn pack_sharded_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
+        let rows = self.step.draft.labels.len();
+        let sums = &mut self.sums[..2 * rows + TOTALS];
+        sums.fill(0.0);
+        // NOT_FINITE was found in what all ranks gathered: all know it already.
+        match outcome {
+            Ok(()) => {
+                let step = &self.step;
+                sums[..rows].copy_from_slice(&step.row_sums[..rows]);
+                sums[rows..2 * rows].copy_from_slice(&step.target_logits[..rows]);
+                let totals = &mut sums[2 * rows..];
+                totals[0] = step.target_cosines[..rows].iter().filter(|&&cosine| cosine.abs() < IGNORED).sum();
+                // Whether a row's sample holds more than its target: two classes are as good as any number.
+                totals[3] = step.shape.classes.min(2) as f32;
+            }
+            Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
+        }
+        let data = self.sums.as_mut_ptr();
+        Exchange::host(data, data, 2 * rows + TOTALS, DType::F32)
+    }
+
+    /// This rank's loss, valid rows and target cosines, and in its slot how it fared.
+    pub(super) fn pack_replicated_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
+        self.replicated_sums.fill(0.0);
+        let slot = REPLICATED_TOTALS + REPLICATED_SLOT * rank;
+        let verdict = match outcome {
+            Ok(()) => self.own_loss(),
+            Err(error) => Err((error.status, self.step.bad_row.unwrap_or(0) as f64)),
+        };
+        match verdict {
+            Ok(loss) => {
+                let cosines = self.step.target_cosines.iter().filter(|cosine| cosine.abs() < IGNORED);
+                self.replicated_sums[2] = cosines.map(|&cosine| f64::from(cosine)).sum();
+                self.replicated_sums[0] = loss;
+                self.replicated_sums[1] = self.step.draft.valid_rows as f64;
+                self.replicated_sums[slot + 2] = self.step.draft.sample.digest();
+            }
+            Err((status, row)) => {
+                self.replicated_sums[slot] = f64::from(status as i32);
+                self.replicated_sums[slot + 1] = row;
+            }
+        }
+        let data = self.replicated_sums.as_mut_ptr();
+        Exchange::host(data, data, self.replicated_sums.len(), DType::F64)
+    }
+
+    /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32.
+    fn own_loss(&mut self) -> std::result::Result<f64, (Status, f64)> {
+        let only_target = self.step.shape.classes <= 1;
+        let mut loss = 0.0;
+        for row in 0..self.step.shape.rows {
+            let (sum, logit) = (self.step.row_sums[row], self.step.target_logits[row]);
+            loss += self.finish_row(row, sum, logit, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64))?;
+        }
+        Ok(loss)
+    }
+
+    /// N and zt are this rank's in `row_sums` and `target_logits`; a sharded head's become all ranks' in `judge_sums`.
+    pub(super) fn judge_sharded_sums(&mut self) -> Result<f64> {
+        let rows = self.step.shape.rows;
+        let totals = &self.sums[2 * rows..2 * rows + TOTALS];
+        let (cosines, errors, classes) = (totals[0], totals[2], totals[3]);
+        protocol::judge_errors(errors, self.spec.rank as usize)?;
+        self.step.valid_rows = self.step.draft.valid_rows as u64;
+        self.step.target_cosine_sum = f64::from(cosines);
+        let mut loss = 0.0;
+        for row in 0..rows {
+            let (sum, logit) = (self.sums[row], self.sums[rows + row]);
+            loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|()| {
+                let (origin, number) = self.step.draft.origin(row);
+                protocol::bad_sum(number, origin)
+            })?;
+        }
+        Ok(loss)
+    }
+
+    pub(super) fn judge_replicated_sums(&mut self) -> Result<f64> {
+        let slot = |other: usize| REPLICATED_TOTALS + REPLICATED_SLOT * other;
+        for other in 0..self.spec.ranks as usize {
+            let (status, row) = (self.replicated_sums[slot(other)], self.replicated_sums[slot(other) + 1]);
+            match Status::from_code(status as i64) {
+                None => {}
+                Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other)),
+                Some(Status::NotFinite) => return Err(protocol::bad_embedding(row as usize, other)),
+                Some(status) => return Err(Error::remote(other, status as i64)),
+            }
+        }
+        for other in 1..self.spec.ranks as usize {
+            if self.replicated_sums[slot(other) + 2] != self.replicated_sums[slot(0) + 2] {
+                return Err(protocol::samples_differ(other));
+            }
+        }
+        self.step.valid_rows = self.replicated_sums[1] as u64;
+        self.step.target_cosine_sum = self.replicated_sums[2];
+        Ok(self.replicated_sums[0])
+    }
+}

@@ -1,0 +1,315 @@
+//! The two passes over a sample's class centres: forward (cosines, numerators, row sums, P @ W^) and update (dW, row by row).
+//!
+//! The sample is cut into chunks of [`CHUNK`] columns. A thread takes a chunk whole: it gathers and normalises the rows, multiplies on
+//! its own, takes exp and sums while the numerators are in its cache, and multiplies again; so no thread waits for another inside a
+//! product, and the logits of the whole batch never exist unless the workspace keeps the numerators for the update.
+//!
+//! What is summed over chunks (N, P @ W^) is summed in slices: runs of chunks, their number fixed by the shape, each in order, then
+//! slice after slice. So the bits do not depend on which thread did what.
+//!
+//! Numerators are stored transposed, P^T [classes, rows]: then the three products read their operands along memory, once E^ is
+//! transposed, and the row sums are sums of vectors. Floor: 2BSd flop a product, three of them (a fourth where P is recomputed);
+//! bytes: W once in forward, W and state twice in update, and P^T twice where kept.
+
+use std::ops::Range;
+
+use super::pool::Pool;
+use super::vector::{self, Softmax};
+use crate::device::host_math::{gemm, inverse_norm};
+use crate::memory::Parts;
+
+/// Columns of a chunk: W^ and P^T of a chunk fit a core's second-level cache at d = 512, B = 256, and larger chunks gain nothing.
+pub(super) const CHUNK: usize = 256;
+
+/// Accumulators of P @ W^ take at most this unless the slices would be too few to share out: 16 of them at B = 1024, d = 512.
+const ACCUMULATOR_BYTES: usize = 36 << 20;
+const FEWEST_SLICES: usize = 8;
+const MOST_SLICES: usize = 64;
+
+/// Elements from one row to the next: whole cache lines, an odd number of them, so that a column does not fall into one cache set.
+pub(super) fn pitch(length: usize) -> usize {
+    (length.div_ceil(16) | 1) * 16
+}
+
+/// The sizes of a step on this rank: rows B, embedding_dim d, classes S of the sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub rows: usize,
+    pub dim: usize,
+    pub classes: usize,
+}
+
+impl Shape {
+    pub fn row_pitch(&self) -> usize {
+        pitch(self.dim)
+    }
+
+    pub fn batch_pitch(&self) -> usize {
+        pitch(self.rows)
+    }
+
+    pub fn chunks(&self) -> usize {
+        self.classes.div_ceil(CHUNK)
+    }
+
+    pub fn chunk(&self, chunk: usize) -> Range<usize> {
+        chunk * CHUNK..((chunk + 1) * CHUNK).min(self.classes)
+    }
+
+    /// Elements of a whole chunk of P^T.
+    pub fn chunk_elements(&self) -> usize {
+        CHUNK * self.batch_pitch()
+    }
+
+    pub fn slices(&self) -> usize {
+        let accumulator = (self.rows * self.row_pitch() * 4).max(1);
+        let fitting = (ACCUMULATOR_BYTES / accumulator).clamp(FEWEST_SLICES, MOST_SLICES);
+        // A power of two: shared out evenly among most numbers of threads.
+        (1 << fitting.ilog2()).min(self.chunks())
+    }
+
+    /// The most that slices times rows can be in a step of at most these sizes.
+    pub fn slice_row_capacity(&self) -> usize {
+        let most = self.chunks().min(MOST_SLICES);
+        (ACCUMULATOR_BYTES / (4 * self.row_pitch())).max(FEWEST_SLICES * self.rows).min(most * self.rows)
+    }
+
+    /// The chunks of a slice.
+    pub fn slice(&self, slice: usize) -> Range<usize> {
+        let (chunks, slices) = (self.chunks(), self.slices());
+        slice * chunks / slices..(slice + 1) * chunks / slices
+    }
+
+    /// Elements of a thread's scratch: a chunk of W^ or dW^, a chunk of P^T, row sums and maxima, and rows to catch up in.
+    pub fn scratch_elements(&self) -> usize {
+        CHUNK * self.row_pitch() + self.chunk_elements() + 2 * self.batch_pitch() + 3 * self.row_pitch()
+    }
+}
+
+/// Which (column of the sample, row of the batch) pairs are targets, by column, then row.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Targets(Vec<(u32, u32)>);
+
+impl Targets {
+    pub fn new(mut pairs: Vec<(u32, u32)>) -> Targets {
+        pairs.sort_unstable();
+        Targets(pairs)
+    }
+
+    pub fn of_columns(&self, columns: &Range<usize>) -> &[(u32, u32)] {
+        let from = self.0.partition_point(|&(column, _)| (column as usize) < columns.start);
+        let to = self.0.partition_point(|&(column, _)| (column as usize) < columns.end);
+        &self.0[from..to]
+    }
+}
+
+/// Where the sample's rows come from.
+pub(super) trait Rows: Sync {
+    /// Writes a column's raw row, as it is at this step, into `out`; `spare` holds two rows of scratch.
+    fn read(&self, column: usize, out: &mut [f32], spare: &mut [f32]);
+    /// Hints that a column will be read soon.
+    fn prefetch(&self, _column: usize) {}
+}
+
+/// How far ahead rows are asked for: a row of 2 KiB arrives in the time two are normalised.
+const PREFETCH: usize = 4;
+
+/// What both passes work on.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub shape: Shape,
+    pub softmax: Softmax,
+    /// E^ transposed: [d, batch_pitch].
+    pub embeddings_t: &'a [f32],
+    pub targets: &'a Targets,
+    pub rows: &'a dyn Rows,
+    /// P^T of the first chunks: `kept_chunks` whole chunks.
+    pub kept: Parts<'a, f32>,
+    pub kept_chunks: usize,
+    /// `scratch_elements` for each thread.
+    pub scratch: Parts<'a, f32>,
+}
+
+/// A thread's scratch, cut up.
+struct Scratch<'a> {
+    centers: &'a mut [f32],
+    numerators: &'a mut [f32],
+    sums: &'a mut [f32],
+    best: &'a mut [f32],
+    spare: &'a mut [f32],
+}
+
+impl<'a> Pass<'a> {
+    /// The scratch of a worker.
+    ///
+    /// # Safety
+    /// No other thread calls it for the same worker while the result is in use.
+    unsafe fn worker_scratch(&self, worker: usize) -> Scratch<'a> {
+        let length = self.shape.scratch_elements();
+        let all = self.scratch.range(worker * length..(worker + 1) * length);
+        let (centers, rest) = all.split_at_mut(CHUNK * self.shape.row_pitch());
+        let (numerators, rest) = rest.split_at_mut(self.shape.chunk_elements());
+        let (sums, rest) = rest.split_at_mut(self.shape.batch_pitch());
+        let (best, spare) = rest.split_at_mut(self.shape.batch_pitch());
+        Scratch { centers, numerators, sums, best, spare }
+    }
+
+    /// W^ of a chunk, and the inverse norms of its rows.
+    fn gather(&self, columns: &Range<usize>, centers: &mut [f32], spare: &mut [f32], mut norms: impl FnMut(usize, f32)) {
+        let (dim, pitch) = (self.shape.dim, self.shape.row_pitch());
+        for ahead in columns.clone().take(PREFETCH) {
+            self.rows.prefetch(ahead);
+        }
+        for (slot, column) in columns.clone().enumerate() {
+            if column + PREFETCH < columns.end {
+                self.rows.prefetch(column + PREFETCH);
+            }
+            let row = &mut centers[slot * pitch..slot * pitch + dim];
+            self.rows.read(column, row, spare);
+            let inverse = inverse_norm(vector::sum_of_squares(row)) as f32;
+            vector::scale(row, inverse);
+            norms(column, inverse);
+        }
+    }
+
+    /// P^T of a chunk from W^: cosines, targets masked, exp.
+    fn numerators(&self, columns: &Range<usize>, centers: &[f32], numerators: &mut [f32], sums: &mut [f32], best: &mut [f32]) {
+        let Shape { rows, dim, .. } = self.shape;
+        let (row_pitch, batch_pitch) = (self.shape.row_pitch(), self.shape.batch_pitch());
+        // [columns, rows] = W^ [columns, d] @ E^.T [d, rows]
+        gemm(
+            columns.len(),
+            rows,
+            dim,
+            (numerators, batch_pitch),
+            (centers, row_pitch, 1),
+            (self.embeddings_t, batch_pitch, 1),
+            false,
+        );
+        for &(column, row) in self.targets.of_columns(columns) {
+            numerators[(column as usize - columns.start) * batch_pitch + row as usize] = f32::NEG_INFINITY;
+        }
+        let (sums, best) = (&mut sums[..rows], &mut best[..rows]);
+        for slot in 0..columns.len() {
+            vector::softmax_column(&mut numerators[slot * batch_pitch..slot * batch_pitch + rows], &self.softmax, sums, best);
+        }
+    }
+}
+
+/// What the forward pass writes.
+pub(super) struct ForwardOutput<'a> {
+    /// 1 / |W_j| of the sample: [classes].
+    pub inverse_norms: Parts<'a, f32>,
+    /// N by slice: [slices, rows].
+    pub sums: Parts<'a, f64>,
+    /// The largest cosine of a negative by slice: [slices, rows], -2 where there is none.
+    pub best: Parts<'a, f32>,
+    /// P @ W^ by slice: [slices, rows, row_pitch].
+    pub weighted: Parts<'a, f32>,
+}
+
+/// Phases 3 and 4 over the whole sample.
+pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) {
+    let shape = pass.shape;
+    let (rows, dim) = (shape.rows, shape.dim);
+    let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
+    pool.run(shape.slices(), &|slice, worker| {
+        // SAFETY: a worker number belongs to one thread, a slice to one task, a chunk and a column to one slice.
+        let scratch = unsafe { pass.worker_scratch(worker) };
+        let slice_sums = unsafe { output.sums.range(slice * rows..(slice + 1) * rows) };
+        let slice_best = unsafe { output.best.range(slice * rows..(slice + 1) * rows) };
+        let weighted = unsafe { output.weighted.range(slice * rows * row_pitch..(slice + 1) * rows * row_pitch) };
+        slice_sums.fill(0.0);
+        slice_best.fill(-2.0);
+        for (turn, chunk) in shape.slice(slice).enumerate() {
+            let columns = shape.chunk(chunk);
+            let norms = unsafe { output.inverse_norms.range(columns.clone()) };
+            pass.gather(&columns, scratch.centers, scratch.spare, |column, inverse| norms[column - columns.start] = inverse);
+            let numerators = if chunk < pass.kept_chunks {
+                let elements = shape.chunk_elements();
+                unsafe { pass.kept.range(chunk * elements..(chunk + 1) * elements) }
+            } else {
+                &mut *scratch.numerators
+            };
+            scratch.sums[..rows].fill(0.0);
+            scratch.best[..rows].fill(-2.0);
+            pass.numerators(&columns, scratch.centers, numerators, scratch.sums, scratch.best);
+            for row in 0..rows {
+                slice_sums[row] += f64::from(scratch.sums[row]);
+                slice_best[row] = slice_best[row].max(scratch.best[row]);
+            }
+            // [rows, d] += P [rows, columns] @ W^ [columns, d]
+            gemm(
+                rows,
+                dim,
+                columns.len(),
+                (weighted, row_pitch),
+                (numerators, 1, batch_pitch),
+                (scratch.centers, row_pitch, 1),
+                turn > 0,
+            );
+        }
+    });
+}
+
+/// Takes (column, dW^ of it, two rows of scratch); returns what to add to its chunk's total.
+pub(super) type Sink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync + 'a;
+
+/// What the update pass reads beside the pass itself.
+pub(super) struct UpdateInput<'a> {
+    /// E' = scale * E^ / L: [rows, row_pitch].
+    pub scaled: &'a [f32],
+    /// E^: [rows, row_pitch].
+    pub embeddings: &'a [f32],
+    /// coef_i of the rows whose target is here.
+    pub coefficients: &'a [f32],
+}
+
+/// Phase 5 over the whole sample: hands dW^ of each column to `sink`. The calling thread runs `beside` first.
+pub(super) fn update<R>(
+    pool: &Pool,
+    pass: &Pass<'_>,
+    input: &UpdateInput<'_>,
+    totals: &Parts<'_, f64>,
+    sink: &Sink<'_>,
+    prefetch: &(dyn Fn(usize) + Sync),
+    beside: impl FnOnce() -> R,
+) -> R {
+    let shape = pass.shape;
+    let (rows, dim) = (shape.rows, shape.dim);
+    let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
+    let body = |chunk: usize, worker: usize| {
+        let columns = shape.chunk(chunk);
+        // SAFETY: a worker number belongs to one thread, a chunk to one task.
+        let scratch = unsafe { pass.worker_scratch(worker) };
+        let numerators = if chunk < pass.kept_chunks {
+            let elements = shape.chunk_elements();
+            unsafe { pass.kept.range(chunk * elements..(chunk + 1) * elements) }
+        } else {
+            pass.gather(&columns, scratch.centers, scratch.spare, |_, _| ());
+            pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
+            &mut *scratch.numerators
+        };
+        // [columns, d] = P^T [columns, rows] @ E' [rows, d]
+        let gradients = &mut *scratch.centers;
+        gemm(columns.len(), dim, rows, (gradients, row_pitch), (numerators, batch_pitch, 1), (input.scaled, row_pitch, 1), false);
+        let mut targets = pass.targets.of_columns(&columns).iter().peekable();
+        let mut total = 0.0;
+        for ahead in columns.clone().take(PREFETCH) {
+            prefetch(ahead);
+        }
+        for (slot, column) in columns.clone().enumerate() {
+            if column + PREFETCH < columns.end {
+                prefetch(column + PREFETCH);
+            }
+            let gradient = &mut gradients[slot * row_pitch..slot * row_pitch + dim];
+            while let Some(&(_, row)) = targets.next_if(|target| target.0 as usize == column) {
+                let row = row as usize;
+                vector::add_scaled(gradient, input.coefficients[row], &input.embeddings[row * row_pitch..row * row_pitch + dim]);
+            }
+            total += sink(column, gradient, scratch.spare);
+        }
+        unsafe { totals.range(chunk..chunk + 1)[0] = total };
+    };
+    pool.run_beside(shape.chunks(), &body, beside)
+}

@@ -1,0 +1,474 @@
+//! The kernels by themselves, over the caller's memory.
+
+use super::head::CpuHead;
+use super::products::{self, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
+use super::vector::{self, Softmax};
+use super::Cpu;
+use crate::device::host_math::{gemm_into, inverse_norm};
+use crate::device::stateless::{checked_shape, checked_sums, checked_targets, checked_weight, denominator_and_factor, must_be_f32};
+use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
+use crate::margin::{self, Margin};
+use crate::matrix::Matrix;
+use crate::memory::Parts;
+use crate::optimizer::{Optimizer, UpdateRule};
+use crate::options::Precision;
+use crate::sample::{self, Draw};
+use crate::{ensure, Result};
+
+/// Rows that one task of a row-wise kernel takes.
+const ROWS: usize = 64;
+
+/// The rows of a caller's matrix as a sample.
+struct MatrixRows<'a>(&'a Matrix);
+
+impl products::Rows for MatrixRows<'_> {
+    fn read(&self, column: usize, out: &mut [f32], _: &mut [f32]) {
+        // SAFETY: the caller of the kernel gave a matrix of its host memory; columns are its rows.
+        unsafe { self.0.read_row(column, out) }
+    }
+}
+
+/// A caller's workspace as f32, cut up from its start.
+struct Carve<'a>(&'a mut [f32]);
+
+impl<'a> Carve<'a> {
+    fn new(workspace: Workspace, needed: u64) -> Result<Carve<'a>> {
+        workspace.check(needed, 8)?;
+        if needed == 0 {
+            return Ok(Carve(&mut []));
+        }
+        // SAFETY: the caller lends this many bytes for the call, aligned as checked.
+        Ok(Carve(unsafe { std::slice::from_raw_parts_mut(workspace.data.cast::<f32>(), (needed / 4) as usize) }))
+    }
+
+    fn take(&mut self, elements: usize) -> &'a mut [f32] {
+        let (taken, rest) = std::mem::take(&mut self.0).split_at_mut(elements);
+        self.0 = rest;
+        taken
+    }
+
+    fn take_f64(&mut self, elements: usize) -> &'a mut [f64] {
+        let taken = self.take(2 * elements);
+        // SAFETY: f64s are carved first, from a start aligned to 8 bytes; any bytes are an f64.
+        unsafe { std::slice::from_raw_parts_mut(taken.as_mut_ptr().cast::<f64>(), elements) }
+    }
+}
+
+/// A caller's memory, to be written by several threads in different places.
+struct Shared(*mut f32);
+// SAFETY: each place is written by one task.
+unsafe impl Sync for Shared {}
+
+/// E^, its transpose and the inverse norms, in a workspace.
+struct Embedded<'a> {
+    unit: &'a [f32],
+    transposed: &'a [f32],
+    inverse_norms: &'a [f32],
+}
+
+impl<'a> Embedded<'a> {
+    fn new(embeddings: &Matrix, shape: &Shape, carve: &mut Carve<'a>) -> Embedded<'a> {
+        let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
+        let unit = carve.take(shape.rows * row_pitch);
+        let transposed = carve.take(shape.dim * batch_pitch);
+        let inverse_norms = carve.take(shape.rows);
+        for (row, inverse) in inverse_norms.iter_mut().enumerate() {
+            let out = &mut unit[row * row_pitch..row * row_pitch + shape.dim];
+            // SAFETY: the caller's matrix has this row.
+            unsafe { embeddings.read_row(row, out) };
+            *inverse = normalize(out);
+            for (column, &x) in out.iter().enumerate() {
+                transposed[column * batch_pitch + row] = x;
+            }
+        }
+        Embedded { unit, transposed, inverse_norms }
+    }
+}
+
+impl Cpu {
+    /// Bytes of a fused kernel's workspace: f64s first, then E^ and its transpose, and what forward or backward needs beside the
+    /// threads' scratch, whichever is more.
+    fn fused_bytes(&self, shape: &Shape) -> u64 {
+        let slice_rows = shape.slices() * shape.rows;
+        let embedded = shape.rows * shape.row_pitch() + shape.dim * shape.batch_pitch() + shape.rows;
+        let forward = slice_rows * shape.row_pitch() + slice_rows + shape.classes;
+        let backward = shape.rows * shape.row_pitch() + shape.rows;
+        let elements = embedded + forward.max(backward) + self.pool.threads() * shape.scratch_elements();
+        (8 * slice_rows.max(shape.chunks()) + 4 * elements) as u64
+    }
+
+    /// A pass over a caller's matrix that keeps no numerators.
+    fn pass<'a>(
+        &self,
+        shape: &Shape,
+        margin: &Margin,
+        embedded: &'a Embedded<'a>,
+        targets: &'a Targets,
+        rows: &'a MatrixRows<'a>,
+        carve: &mut Carve<'a>,
+    ) -> Pass<'a> {
+        Pass {
+            shape: *shape,
+            softmax: Softmax::new(margin),
+            embeddings_t: embedded.transposed,
+            targets,
+            rows,
+            kept: Parts::of(&mut []),
+            kept_chunks: 0,
+            scratch: Parts::of(carve.take(self.pool.threads() * shape.scratch_elements())),
+        }
+    }
+}
+
+/// Sizes that 32-bit row and column numbers hold.
+fn shape(batch: u64, dim: u64, classes: u64) -> Result<Shape> {
+    checked_shape(batch, dim, classes)?;
+    Ok(Shape { rows: batch as usize, dim: dim as usize, classes: classes as usize })
+}
+
+/// Divides a row by its norm; returns what it was multiplied by.
+fn normalize(row: &mut [f32]) -> f32 {
+    let inverse = inverse_norm(vector::sum_of_squares(row)) as f32;
+    vector::scale(row, inverse);
+    inverse
+}
+
+fn angle_of(e: &[f32], w: &[f32]) -> f64 {
+    let inverse = |row: &[f32]| inverse_norm(vector::sum_of_squares(row));
+    margin::angle(e, inverse(e), w, inverse(w))
+}
+
+fn target_pairs(targets: &[i64]) -> Targets {
+    let pairs = targets.iter().enumerate().filter(|(_, &column)| column >= 0);
+    Targets::new(pairs.map(|(row, &column)| (column as u32, row as u32)).collect())
+}
+
+/// A caller's array of `count` values.
+///
+/// # Safety
+/// It is one, and nobody writes to it for the call.
+unsafe fn array<'a, T>(data: *const T, count: usize) -> &'a [T] {
+    match count {
+        0 => &[],
+        _ => std::slice::from_raw_parts(data, count),
+    }
+}
+
+/// A caller's array of `count` values to write to.
+///
+/// # Safety
+/// It is one, and nothing else refers to it for the call.
+unsafe fn array_mut<'a, T>(data: *mut T, count: usize) -> &'a mut [T] {
+    match count {
+        0 => &mut [],
+        _ => std::slice::from_raw_parts_mut(data, count),
+    }
+}
+
+/// A row of an f32 matrix of the caller's, in place.
+///
+/// # Safety
+/// The matrix is f32 and no other thread uses the row.
+unsafe fn row_of<'a>(matrix: &Matrix, row: usize) -> &'a mut [f32] {
+    std::slice::from_raw_parts_mut(matrix.data.cast::<f32>().add(row * matrix.row_stride), matrix.cols)
+}
+
+impl Device for Cpu {
+    fn info(&self) -> &std::ffi::CStr {
+        self.info()
+    }
+
+    fn process(&self) -> u32 {
+        self.pool.process()
+    }
+
+    fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>> {
+        ensure!(
+            spec.options.precision != Precision::Half,
+            Unsupported,
+            "precision is half on rank {}: the CPU computes in f32 (auto or f32)",
+            spec.rank
+        );
+        Ok(Box::new(CpuHead::new(spec, self.pool.clone())?))
+    }
+
+    fn normalize_rows(&self, rows: &Matrix, normalized: &Matrix, inverse_norms: *mut f32) -> Result<()> {
+        let count = rows.rows;
+        let norms = Shared(inverse_norms);
+        self.pool.run(count.div_ceil(ROWS), &|task, _| {
+            let norms = &norms;
+            let mut row = vec![0.0; rows.cols];
+            for i in task * ROWS..((task + 1) * ROWS).min(count) {
+                // SAFETY: the caller's matrices and array have this row; a row is in one task.
+                unsafe {
+                    rows.read_row(i, &mut row);
+                    let inverse = normalize(&mut row);
+                    normalized.write_row(i, &row);
+                    if !norms.0.is_null() {
+                        *norms.0.add(i) = inverse;
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn normalize_gemm(&self, embeddings: &Matrix, centers: &Matrix, cosines: &Matrix, workspace: Workspace) -> Result<()> {
+        must_be_f32("cosines", cosines)?;
+        let (rows, dim, classes) = (embeddings.rows, embeddings.cols, centers.rows);
+        let needed = self.normalize_gemm_workspace(rows as u64, dim as u64, classes as u64)?;
+        let mut carve = Carve::new(workspace, needed)?;
+        let row_pitch = pitch(dim);
+        let unit = carve.take(rows * row_pitch);
+        let chunks = carve.take(self.pool.threads() * CHUNK * row_pitch);
+        for (row, out) in unit.chunks_exact_mut(row_pitch).enumerate() {
+            // SAFETY: the caller's matrix has this row.
+            unsafe { embeddings.read_row(row, &mut out[..dim]) };
+            normalize(&mut out[..dim]);
+        }
+        let (unit, chunks) = (&*unit, Parts::of(chunks));
+        let all_cosines = Shared(cosines.data.cast::<f32>());
+        self.pool.run(classes.div_ceil(CHUNK), &|chunk, worker| {
+            let columns = chunk * CHUNK..((chunk + 1) * CHUNK).min(classes);
+            // SAFETY: a worker number belongs to one thread.
+            let block = unsafe { chunks.range(worker * CHUNK * row_pitch..(worker + 1) * CHUNK * row_pitch) };
+            for (slot, column) in columns.clone().enumerate() {
+                let out = &mut block[slot * row_pitch..slot * row_pitch + dim];
+                // SAFETY: the caller's matrix has this row.
+                unsafe { centers.read_row(column, out) };
+                normalize(out);
+            }
+            let all_cosines = &all_cosines;
+            // SAFETY: the caller's matrix has these columns of its rows; the columns are in one task.
+            unsafe {
+                let out = all_cosines.0.add(columns.start);
+                gemm_into(rows, columns.len(), dim, (out, cosines.row_stride), (unit, row_pitch, 1), (block, 1, row_pitch), false);
+            }
+        });
+        Ok(())
+    }
+
+    fn normalize_gemm_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64> {
+        let shape = shape(batch, dim, classes)?;
+        Ok(4 * ((shape.rows + self.pool.threads() * CHUNK) * shape.row_pitch()) as u64)
+    }
+
+    fn margin_forward(&self, margin: &Margin, cosines: *const f32, count: usize, logits: *mut f32) -> Result<()> {
+        // SAFETY: the caller's arrays of count values.
+        // They may be one array, so each is read before it is written.
+        for i in 0..count {
+            unsafe { *logits.add(i) = margin.target(f64::from(*cosines.add(i)).clamp(-1.0, 1.0).acos()).logit as f32 };
+        }
+        Ok(())
+    }
+
+    fn margin_backward(
+        &self,
+        margin: &Margin,
+        cosines: *const f32,
+        grad_logits: *const f32,
+        count: usize,
+        grad_cosines: *mut f32,
+    ) -> Result<()> {
+        for i in 0..count {
+            // SAFETY: the caller's arrays of count values; the gradients may be one array, so each is read before it is written.
+            unsafe {
+                let theta = f64::from(*cosines.add(i)).clamp(-1.0, 1.0).acos();
+                let slope = margin.scale * margin.target(theta).derivative;
+                *grad_cosines.add(i) = (f64::from(*grad_logits.add(i)) * slope) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, row_sums: *mut f32) -> Result<()> {
+        must_be_f32("cosines", cosines)?;
+        // SAFETY: the caller's arrays, a value for each row.
+        let targets = unsafe { array(targets, cosines.rows) };
+        checked_targets(targets, cosines.cols)?;
+        let softmax = Softmax::new(margin);
+        let row_sums = Shared(row_sums);
+        self.pool.run(cosines.rows, &|row, _| {
+            let row_sums = &row_sums;
+            // SAFETY: the caller's f32 matrix and array have this row; a row is in one task.
+            unsafe {
+                let values = row_of(cosines, row);
+                if targets[row] >= 0 {
+                    values[targets[row] as usize] = f32::NEG_INFINITY;
+                }
+                *row_sums.0.add(row) = vector::exp_row(values, softmax.scale, softmax.offset, softmax.filter).sum as f32;
+            }
+        });
+        Ok(())
+    }
+
+    fn fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()> {
+        let FusedForward { margin, embeddings, centers, weighted, .. } = *arguments;
+        must_be_f32("weighted", weighted)?;
+        let shape = shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
+        // SAFETY: the caller's arrays, a value for each row.
+        let (targets, row_sums, logits) = unsafe {
+            (
+                array(arguments.targets, shape.rows),
+                array_mut(arguments.row_sums, shape.rows),
+                array_mut(arguments.target_logits, shape.rows),
+            )
+        };
+        checked_targets(targets, shape.classes)?;
+        let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
+        let slice_rows = shape.slices() * shape.rows;
+        let sums = carve.take_f64(slice_rows);
+        let embedded = Embedded::new(embeddings, &shape, &mut carve);
+        let accumulators = carve.take(slice_rows * shape.row_pitch());
+        let best = carve.take(slice_rows);
+        let inverse_norms = carve.take(shape.classes);
+        let pairs = target_pairs(targets);
+        let rows = MatrixRows(centers);
+        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
+        products::forward(
+            &self.pool,
+            &pass,
+            &ForwardOutput {
+                inverse_norms: Parts::of(inverse_norms),
+                sums: Parts::of(sums),
+                best: Parts::of(best),
+                weighted: Parts::of(accumulators),
+            },
+        );
+        let (mut raw, mut center) = (vec![0.0; shape.dim], vec![0.0; shape.dim]);
+        for row in 0..shape.rows {
+            row_sums[row] = (0..shape.slices()).map(|slice| sums[slice * shape.rows + row]).sum::<f64>() as f32;
+            logits[row] = 0.0;
+            // SAFETY: the caller's matrices have these rows.
+            unsafe {
+                if targets[row] >= 0 {
+                    embeddings.read_row(row, &mut raw);
+                    centers.read_row(targets[row] as usize, &mut center);
+                    logits[row] = margin.target(angle_of(&raw, &center)).logit as f32;
+                }
+                let out = row_of(weighted, row);
+                out.fill(0.0);
+                for slice in 0..shape.slices() {
+                    let at = (slice * shape.rows + row) * shape.row_pitch();
+                    vector::add_scaled(out, 1.0, &accumulators[at..at + shape.dim]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fused_backward(&self, arguments: &FusedBackward<'_>) -> Result<()> {
+        let FusedBackward { margin, embeddings, centers, weighted, grad_embeddings, grad_centers, .. } = *arguments;
+        must_be_f32("weighted", weighted)?;
+        let weight = arguments.loss_weight;
+        checked_weight(weight)?;
+        let shape = shape(embeddings.rows as u64, embeddings.cols as u64, centers.rows as u64)?;
+        // SAFETY: the caller's arrays, a value for each row.
+        let (targets, row_sums, logits) = unsafe {
+            (
+                array(arguments.targets, shape.rows),
+                array(arguments.row_sums, shape.rows),
+                array(arguments.target_logits, shape.rows),
+            )
+        };
+        checked_targets(targets, shape.classes)?;
+        let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
+        let totals = carve.take_f64(shape.chunks());
+        checked_sums(margin, row_sums, logits)?;
+        let embedded = Embedded::new(embeddings, &shape, &mut carve);
+        let scaled = carve.take(shape.rows * shape.row_pitch());
+        let coefficients = carve.take(shape.rows);
+        let pitch = shape.row_pitch();
+        let (mut raw, mut center, mut gradient) = (vec![0.0; shape.dim], vec![0.0; shape.dim], vec![0.0; shape.dim]);
+        for row in 0..shape.rows {
+            let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
+            let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
+            let (whole, factor) = denominator_and_factor(margin, sum, logit);
+            vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
+            // SAFETY: the caller's matrices have these rows.
+            unsafe {
+                weighted.read_row(row, &mut gradient);
+                vector::scale(&mut gradient, factor);
+                coefficients[row] = 0.0;
+                if targets[row] >= 0 && sum > 0.0 {
+                    embeddings.read_row(row, &mut raw);
+                    centers.read_row(targets[row] as usize, &mut center);
+                    let slope = margin.target(angle_of(&raw, &center)).derivative;
+                    coefficients[row] = (-margin.scale * (sum / whole) * slope) as f32;
+                    normalize(&mut center);
+                    vector::add_scaled(&mut gradient, coefficients[row], &center);
+                }
+                vector::normalize_backward(&mut gradient, unit, 1.0, embedded.inverse_norms[row] * weight as f32);
+                grad_embeddings.write_row(row, &gradient);
+            }
+        }
+        let pairs = target_pairs(targets);
+        let rows = MatrixRows(centers);
+        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
+        let input = UpdateInput { scaled, embeddings: embedded.unit, coefficients };
+        let sink = |column: usize, gradient: &mut [f32], spare: &mut [f32]| {
+            let center = &mut spare[..shape.dim];
+            // SAFETY: the caller's matrices have these rows; a column is in one task.
+            unsafe {
+                centers.read_row(column, center);
+                let inverse = inverse_norm(vector::sum_of_squares(center)) as f32;
+                vector::normalize_backward(gradient, center, inverse, inverse * weight as f32);
+                grad_centers.write_row(column, gradient);
+            }
+            0.0
+        };
+        products::update(&self.pool, &pass, &input, &Parts::of(totals), &sink, &|_| (), || ());
+        Ok(())
+    }
+
+    fn fused_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64> {
+        Ok(self.fused_bytes(&shape(batch, dim, classes)?))
+    }
+
+    fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64> {
+        draw.check()?;
+        // SAFETY: the caller's array.
+        let positives = unsafe { array(draw.positives, draw.positive_count) };
+        draw.check_positives(positives)?;
+        let mut drawn = Vec::new();
+        let parallel = |tasks: usize, body: &(dyn Fn(usize) + Sync)| self.pool.run(tasks, &|task, _| body(task));
+        let request = Draw { seed: draw.seed, number: draw.step, shard: draw.shard(), positives, size: draw.sample_size as usize };
+        sample::draw(&request, &parallel, &mut drawn)?;
+        // SAFETY: the caller's array holds max(positive_count, sample_size) ids.
+        unsafe { array_mut(ids, drawn.len()) }.copy_from_slice(&drawn);
+        Ok(drawn.len() as u64)
+    }
+
+    fn update_rows(
+        &self,
+        optimizer: &Optimizer,
+        state: &RowState<'_>,
+        ids: *const i64,
+        gradients: &Matrix,
+        learning_rate: f64,
+        update: u64,
+    ) -> Result<()> {
+        state.check(optimizer, learning_rate, update)?;
+        let second = optimizer.state_tensors() > 1;
+        // SAFETY: the caller's array, an id for each gradient.
+        let ids = unsafe { array(ids, gradients.rows) };
+        state.check_ids(ids)?;
+        let rule = UpdateRule::new(optimizer, learning_rate, update);
+        self.pool.run(ids.len().div_ceil(ROWS), &|task, _| {
+            let mut gradient = vec![0.0; state.centers.cols];
+            for (i, &id) in ids.iter().enumerate().skip(task * ROWS).take(ROWS) {
+                let row = id as usize;
+                // SAFETY: the caller's f32 matrices have this row; ids do not repeat, so it is in one task.
+                unsafe {
+                    gradients.read_row(i, &mut gradient);
+                    let v: &mut [f32] = match state.second_moment {
+                        Some(matrix) if second => row_of(matrix, row),
+                        _ => &mut [],
+                    };
+                    rule.apply(row_of(state.centers, row), row_of(state.momentum, row), v, &gradient);
+                }
+            }
+        });
+        Ok(())
+    }
+}

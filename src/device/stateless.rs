@@ -1,0 +1,200 @@
+//! Arguments of the stateless kernels, and what they must satisfy on every device.
+
+use crate::margin::Margin;
+use crate::matrix::{DType, Matrix};
+use crate::optimizer::Optimizer;
+use crate::options::LARGEST_DIM;
+use crate::shard::Shard;
+use crate::{ensure, error, Result};
+
+/// Scratch memory of the caller's for a stateless kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Workspace {
+    pub data: *mut u8,
+    pub bytes: usize,
+}
+
+/// Arguments of `pfc_fused_forward`.
+pub struct FusedForward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *mut f32,
+    pub target_logits: *mut f32,
+    pub weighted: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_fused_backward`.
+pub struct FusedBackward<'a> {
+    pub margin: &'a Margin,
+    pub embeddings: &'a Matrix,
+    pub centers: &'a Matrix,
+    pub targets: *const i64,
+    pub row_sums: *const f32,
+    pub target_logits: *const f32,
+    pub weighted: &'a Matrix,
+    pub loss_weight: f64,
+    pub grad_embeddings: &'a Matrix,
+    pub grad_centers: &'a Matrix,
+    pub workspace: Workspace,
+}
+
+/// Arguments of `pfc_sample_classes`.
+pub struct SampleDraw {
+    pub seed: u64,
+    pub step: u64,
+    pub first: u64,
+    pub rows: u64,
+    pub positives: *const i64,
+    pub positive_count: usize,
+    pub sample_size: u64,
+}
+
+/// The tensors of `pfc_update_rows`.
+pub struct RowState<'a> {
+    pub centers: &'a Matrix,
+    pub momentum: &'a Matrix,
+    pub second_moment: Option<&'a Matrix>,
+}
+
+pub(super) fn must_be_f32(name: &str, matrix: &Matrix) -> Result<()> {
+    ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype is {}; it is f32", matrix.dtype.name());
+    Ok(())
+}
+
+/// Sizes that 32-bit row and column numbers hold.
+pub(super) fn checked_shape(batch: u64, dim: u64, classes: u64) -> Result<()> {
+    let small = |name: &str, value: u64| {
+        ensure!(value <= u32::MAX.into(), InvalidArgument, "{name} is {value}; it is at most {}", u32::MAX);
+        Ok(())
+    };
+    ensure!(dim <= LARGEST_DIM.into(), InvalidArgument, "dim is {dim}; it is at most {LARGEST_DIM}");
+    small("batch", batch)?;
+    small("classes", classes)
+}
+
+/// A caller's targets, each a row of centers or -1.
+pub(super) fn checked_targets(targets: &[i64], classes: usize) -> Result<()> {
+    match targets.iter().position(|column| !(-1..classes as i64).contains(column)) {
+        None => Ok(()),
+        Some(row) => Err(error!(
+            InvalidArgument,
+            "targets[{row}] is {}; it is a column of the sample, 0 to {}, or -1",
+            targets[row],
+            classes as i64 - 1
+        )),
+    }
+}
+
+/// L and scale / L of a row; the factor of a row without negatives is 0.
+pub(super) fn denominator_and_factor(margin: &Margin, sum: f64, logit: f64) -> (f64, f32) {
+    let denominator = sum + (logit - margin.offset()).exp();
+    (denominator, if sum > 0.0 { (margin.scale / denominator) as f32 } else { 0.0 })
+}
+
+/// Sums over the ranks that have a gradient in float32.
+pub(super) fn checked_sums(margin: &Margin, row_sums: &[f32], target_logits: &[f32]) -> Result<()> {
+    for (row, (&sum, &logit)) in row_sums.iter().zip(target_logits).enumerate() {
+        let (sum, logit) = (f64::from(sum), f64::from(logit));
+        let (_, factor) = denominator_and_factor(margin, sum, logit);
+        ensure!(
+            sum >= 0.0 && sum.is_finite() && factor.is_finite(),
+            NotFinite,
+            "row_sums[{row}] is {sum:e} and target_logits[{row}] {logit:e}: float32 has no gradient for them"
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn checked_weight(weight: f64) -> Result<()> {
+    ensure!(weight.is_finite(), InvalidArgument, "loss_weight is {weight}; it is finite");
+    Ok(())
+}
+
+impl Workspace {
+    /// That it has the bytes of the _workspace function, at an address of that alignment.
+    pub(super) fn check(&self, needed: u64, alignment: usize) -> Result<()> {
+        let data = self.data as usize;
+        ensure!(
+            self.bytes as u64 >= needed,
+            InvalidArgument,
+            "workspace_bytes is {}, the kernel needs {needed}: ask its _workspace function",
+            self.bytes
+        );
+        ensure!(data.is_multiple_of(alignment), InvalidArgument, "workspace is at {data:#x}, not aligned to {alignment} bytes");
+        Ok(())
+    }
+}
+
+impl SampleDraw {
+    pub(super) fn shard(&self) -> Shard {
+        Shard { first: self.first, rows: self.rows }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        ensure!(
+            self.first.checked_add(self.rows).is_some_and(|end| end <= i64::MAX as u64),
+            InvalidArgument,
+            "first is {} with {} rows: ids beyond INT64_MAX",
+            self.first,
+            self.rows
+        );
+        ensure!(self.rows <= 1 << 40, InvalidArgument, "rows is {}; it is at most 2^40", self.rows);
+        ensure!(self.sample_size <= self.rows, InvalidArgument, "sample_size is {}, of {} rows", self.sample_size, self.rows);
+        Ok(())
+    }
+
+    /// Positives of the shard, ascending.
+    pub(super) fn check_positives(&self, positives: &[i64]) -> Result<()> {
+        let shard = self.shard();
+        for (i, &id) in positives.iter().enumerate() {
+            ensure!(
+                shard.contains(id),
+                InvalidArgument,
+                "positives[{i}] is {id}, not in {} to {}",
+                shard.first,
+                shard.end() as i64 - 1
+            );
+            ensure!(
+                i == 0 || positives[i - 1] < id,
+                InvalidArgument,
+                "positives[{i}] is {id} after {}: ids ascend",
+                positives[i - 1]
+            );
+        }
+        Ok(())
+    }
+}
+
+impl RowState<'_> {
+    /// That the optimizer has what it needs for update number `update`.
+    pub(super) fn check(&self, optimizer: &Optimizer, learning_rate: f64, update: u64) -> Result<()> {
+        must_be_f32("centers", self.centers)?;
+        must_be_f32("momentum", self.momentum)?;
+        match (optimizer.state_tensors() > 1, self.second_moment) {
+            (true, None) => return Err(error!(InvalidArgument, "second_moment is NULL, which AdamW needs")),
+            (_, Some(matrix)) => must_be_f32("second_moment", matrix)?,
+            (false, None) => {}
+        }
+        ensure!(
+            learning_rate.is_finite() && learning_rate >= 0.0,
+            InvalidArgument,
+            "learning_rate is {learning_rate}; it is finite and not below 0"
+        );
+        ensure!(update > 0, InvalidArgument, "update is 0; the first is 1");
+        Ok(())
+    }
+
+    /// Row numbers of the centres, without repeats.
+    pub(super) fn check_ids(&self, ids: &[i64]) -> Result<()> {
+        let rows = self.centers.rows;
+        let mut seen = vec![false; rows];
+        for (i, &id) in ids.iter().enumerate() {
+            ensure!((0..rows as i64).contains(&id), InvalidArgument, "ids[{i}] is {id}; centers has {rows} rows");
+            ensure!(!std::mem::replace(&mut seen[id as usize], true), InvalidArgument, "ids[{i}] repeats {id}");
+        }
+        Ok(())
+    }
+}

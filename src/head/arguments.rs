@@ -1,0 +1,182 @@
+//! What callers pass in: checks of it, and copies from and to wherever it lies, in the host's memory or in the device's, which the
+//! host does not read.
+
+use super::{failure, Head, LossTarget, StepInput};
+use crate::device::Labels;
+use crate::matrix::Matrix;
+use crate::memory::{zeros, Buffer, Plain};
+use crate::{ensure, error, Contribution, Result, Status};
+
+/// Checks of a step's arguments.
+impl Head {
+    /// Where a loss pointer of the caller's lies. An unusable pointer is `Nowhere`, with the error that fails the step.
+    pub fn loss_target(&self, loss: *mut f64) -> (LossTarget, Result<()>) {
+        let rank = self.rank();
+        let on_device = match loss.is_null() {
+            true => Err(error!(InvalidArgument, "loss is NULL on rank {rank}")),
+            false => self.backend.is_device_memory("loss", loss.cast_const().cast()),
+        };
+        match on_device {
+            Ok(true) => (LossTarget::Device(loss), Ok(())),
+            Ok(false) => (LossTarget::Host, Ok(())),
+            Err(error) => (LossTarget::Nowhere, Err(error)),
+        }
+    }
+
+    /// A forward's embeddings lie where the device can use them; after `prepare` they and the labels fit what it had.
+    pub(super) fn check_input(&self, input: StepInput) -> Result<StepInput> {
+        self.check_memory("embeddings", &input.embeddings)?;
+        match self.prepared.is_some() {
+            true => self.check_prepared(input),
+            false => Ok(input),
+        }
+    }
+
+    /// A forward's labels, where `prepare` has had none.
+    pub(super) fn require_labels(&self, input: &StepInput) -> Result<Labels> {
+        input
+            .labels
+            .ok_or_else(|| error!(InvalidArgument, "labels is NULL on rank {}, and pfc_head_prepare was not called", self.rank()))
+    }
+
+    /// The labels of a batch that is not too large; an error names this rank, since it is for the others too.
+    pub(super) fn check_batch(&self, labels: Contribution<Labels>) -> Contribution<Labels> {
+        let labels = labels.and_then(|labels| {
+            ensure!(
+                labels.count as u64 <= self.options.max_batch,
+                InvalidArgument,
+                "the batch is {} rows on rank {}, max_batch is {}",
+                labels.count,
+                self.rank(),
+                self.options.max_batch
+            );
+            Ok(labels)
+        });
+        labels.map_err(|error| failure::on_rank(&error, self.rank()))
+    }
+
+    /// A forward after `prepare`: its batch, and its labels if it has any, are those of then.
+    fn check_prepared(&self, input: StepInput) -> Result<StepInput> {
+        let (batch, known) = self.backend.next_labels();
+        let rows = input.embeddings.rows;
+        ensure!(
+            rows == batch,
+            InvalidArgument,
+            "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
+            self.rank()
+        );
+        let given = match input.labels {
+            Some(labels) if labels.count > 0 && !self.backend.is_device_memory("labels", labels.data.cast())? => Some(labels),
+            _ => None,
+        };
+        if let (Some(labels), Some(known)) = (given, known) {
+            // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
+            let labels = unsafe { labels.as_slice() };
+            let differs = labels.iter().zip(known).position(|(now, then)| now != then);
+            if let Some(row) = differs {
+                return Err(error!(
+                    InvalidArgument,
+                    "labels[{row}] is {} on rank {}, in pfc_head_prepare it was {}",
+                    labels[row],
+                    self.rank(),
+                    known[row]
+                ));
+            }
+        }
+        Ok(input)
+    }
+
+    /// A matrix for the gradient of `rows` embeddings.
+    pub(super) fn check_gradient(&self, gradient: Matrix, rows: usize) -> Result<Matrix> {
+        ensure!(
+            gradient.rows == rows,
+            InvalidArgument,
+            "grad_embeddings.rows is {} on rank {}, the batch is {rows}",
+            gradient.rows,
+            self.rank()
+        );
+        self.check_memory("grad_embeddings", &gradient)?;
+        Ok(gradient)
+    }
+
+    /// Whether the device can use a matrix where it lies.
+    fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
+        match matrix.rows {
+            0 => Ok(()),
+            _ => self.check_reachable(name, matrix.data),
+        }
+    }
+
+    pub(super) fn check_factor(&self, name: &str, value: f64) -> Result<()> {
+        ensure!(
+            (0.0..=f64::from(f32::MAX)).contains(&value),
+            InvalidArgument,
+            "{name} is {value} on rank {}; it is a float32, not below 0",
+            self.rank()
+        );
+        Ok(())
+    }
+}
+
+/// Callers' arrays, wherever they lie.
+impl Head {
+    /// Whether the head can use a caller's array where it lies. The error names the argument.
+    pub fn check_reachable<T>(&self, name: &str, pointer: *const T) -> Result<()> {
+        self.backend.is_device_memory(name, pointer.cast()).map(|_| ())
+    }
+
+    /// Refuses what the host writes by itself and cannot.
+    pub fn require_host<T>(&self, name: &str, pointer: *const T) -> Result<()> {
+        let on_device = match self.backend.is_device_memory(name, pointer.cast()) {
+            // A device that has failed no longer knows any pointer, and what it does not know is the host's.
+            Err(error) if error.status == Status::Device => false,
+            known => known?,
+        };
+        ensure!(!on_device, InvalidArgument, "{name} lies in the device's memory on rank {}; it has to be the host's", self.rank());
+        Ok(())
+    }
+
+    /// Writes values to a caller's array; they are there when it returns.
+    ///
+    /// # Safety
+    /// There is room for as many at `to`.
+    pub unsafe fn write_values<T: Plain>(&self, name: &str, to: *mut T, values: &[T]) -> Result<()> {
+        match values {
+            [] => Ok(()),
+            // Plain numbers are their bytes.
+            values => {
+                let bytes = std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values));
+                self.backend.write_values(name, to.cast(), bytes)
+            }
+        }
+    }
+
+    /// The values of a caller's array.
+    ///
+    /// # Safety
+    /// There are as many at `from`.
+    pub(super) unsafe fn read_values<T: Plain + Default>(&self, name: &str, from: *const T, count: usize) -> Result<Vec<T>> {
+        let mut values: Vec<T> = zeros(&[count], name)?;
+        if count > 0 {
+            // Plain numbers are their bytes.
+            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values.as_slice()));
+            self.backend.read_values(name, from.cast(), bytes)?;
+        }
+        Ok(values)
+    }
+
+    /// A caller's matrix where the host can read it, and the copy that it is of, if it is one.
+    ///
+    /// # Safety
+    /// It describes memory of the host's or the device's.
+    pub(super) unsafe fn readable(&self, name: &str, matrix: &Matrix) -> Result<(Matrix, Option<Buffer<u8>>)> {
+        if matrix.rows == 0 || !self.backend.is_device_memory(name, matrix.data)? {
+            return Ok((*matrix, None));
+        }
+        // What lies after the last row is not the matrix's.
+        let elements = (matrix.rows - 1) * matrix.row_stride + matrix.cols;
+        let mut copy = Buffer::zeroed(elements * matrix.dtype.size(), name)?;
+        self.backend.read_values(name, matrix.data, &mut copy)?;
+        Ok((Matrix { data: copy.as_mut_ptr(), ..*matrix }, Some(copy)))
+    }
+}

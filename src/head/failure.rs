@@ -1,0 +1,151 @@
+//! What a failure does: to the step under way, to the head, and to the other ranks.
+//!
+//! | failure | the step | the head | the other ranks |
+//! |---|---|---|---|
+//! | wrong argument, no memory, before the labels are gathered | ends on all ranks | usable | REMOTE |
+//! | wrong label, embedding that is no number | ends on all ranks | usable | the same status: all judge the same data |
+//! | of one rank alone, after the labels are gathered | goes on, then ends on all ranks | usable | REMOTE, from the sums |
+//! | ranks at different steps | ends | poisoned | MISMATCH, poisoned |
+//! | of a collective, a device, or an update; a panic | is lost | poisoned, communicator aborted | COMM, ABORTED or TIMEOUT |
+//!
+//! A poisoned head answers every call with POISONED: its rows are no longer those of one step.
+
+use super::{CallState, Head};
+use crate::protocol::LossPlace;
+use crate::{ensure, error, Error, Result, Status};
+
+impl Head {
+    /// Makes every later call fail, and tells the other ranks.
+    pub fn poison(&mut self, cause: &Error) {
+        if self.poisoned.is_none() {
+            self.poisoned = Some(cause.clone());
+            self.comm.abort(cause);
+            log::error!("rank {}: head poisoned: {cause}", self.rank());
+        }
+    }
+
+    /// An error of this head, with its rank where the message has none.
+    pub fn name_rank(&self, error: &Error) -> Error {
+        on_rank(error, self.rank())
+    }
+
+    /// Refuses a poisoned head, and one that a fork has copied.
+    pub(super) fn check_usable(&self) -> Result<()> {
+        let made_in = self.device.process();
+        ensure!(
+            made_in == std::process::id(),
+            Forked,
+            "the head of rank {} was made in process {made_in}, this is process {}",
+            self.rank(),
+            std::process::id()
+        );
+        match &self.poisoned {
+            Some(cause) => Err(error!(
+                Poisoned,
+                "the head of rank {} is unusable since an earlier failure ({cause}): free it and load a checkpoint",
+                self.rank()
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a call that is not the next one of a step.
+    pub(super) fn expect(&self, state: CallState, call: &str, before: &str) -> Result<()> {
+        ensure!(
+            self.state == state,
+            InvalidArgument,
+            "{call} on rank {} comes right after {before}; the head is {}",
+            self.rank(),
+            match self.state {
+                CallState::Idle => "idle",
+                CallState::Forwarded => "forwarded",
+                CallState::Backwarded => "backwarded",
+            }
+        );
+        Ok(())
+    }
+
+    /// The outcome of a call that may have waited for exchanges on the device's streams. A failed exchange explains every later
+    /// error, so it is reported first.
+    pub(super) fn prefer_comm_failure<T>(&self, outcome: Result<T>) -> Result<T> {
+        let ended = self.comm.failure().is_some();
+        match (outcome, self.comm.poll_failure()) {
+            (outcome, Err(cause)) if !ended || outcome.is_ok() => Err(cause),
+            (outcome, _) => outcome,
+        }
+    }
+
+    /// Poisons the head unless the failure has left all ranks at the same step with whole rows.
+    pub(super) fn poison_unless_recoverable<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome = self.prefer_comm_failure(outcome);
+        if let Err(error) = &outcome {
+            let recoverable = matches!(
+                error.status,
+                Status::Label
+                    | Status::NotFinite
+                    | Status::InvalidArgument
+                    | Status::OutOfMemory
+                    | Status::Remote
+                    | Status::Mismatch
+            );
+            if !recoverable || self.comm.failure().is_some() {
+                self.poison(error);
+            }
+        }
+        outcome
+    }
+
+    /// The verdict on the labels: ranks that have not made the same calls never meet again.
+    pub(super) fn poison_if_mismatched<T>(&mut self, verdict: Result<T>) -> Result<T> {
+        if let Err(error) = &verdict {
+            if error.status == Status::Mismatch {
+                self.poison(error);
+            }
+        }
+        self.poison_unless_recoverable(verdict)
+    }
+
+    /// The same for a verdict that the device reached: MISMATCH may also be samples that differ, which the head survives.
+    pub(super) fn poison_if_out_of_step<T>(&mut self, verdict: Result<T>) -> Result<T> {
+        let verdict = self.prefer_comm_failure(verdict);
+        if let (Err(error), true) = (&verdict, self.backend.ranks_out_of_step()) {
+            self.poison(error);
+        }
+        self.poison_unless_recoverable(verdict)
+    }
+
+    /// The outcome of an update: after a failure some ranks' rows may have moved and others' not.
+    pub(super) fn poison_on_failure<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome = self.prefer_comm_failure(outcome);
+        if let Err(error) = &outcome {
+            self.poison(error);
+        }
+        outcome
+    }
+
+    /// Ends a forward with this rank's own outcome and with the loss, which all ranks judged alike.
+    ///
+    /// Where the loss is in the device's memory the other ranks do not wait for it, so they have yet to learn that this rank failed:
+    /// the step goes on, and its later calls return the failure.
+    pub(super) fn end_forward(&mut self, computed: Result<()>, loss: Result<f64>) -> Result<f64> {
+        if self.backend.failed_in_labels() {
+            self.draws -= 1;
+        }
+        if let (LossPlace::Device, Err(error)) = (self.loss_place, &computed) {
+            self.state = CallState::Forwarded;
+            self.own_failure = Some(error.clone());
+        }
+        computed?;
+        let loss = self.poison_if_out_of_step(loss)?;
+        self.state = CallState::Forwarded;
+        Ok(loss)
+    }
+}
+
+/// An error that says which rank it is of.
+pub(super) fn on_rank(error: &Error, rank: u32) -> Error {
+    match error.message.contains("rank ") {
+        true => error.clone(),
+        false => Error::new(error.status, format!("{} (on rank {rank})", error.message)),
+    }
+}

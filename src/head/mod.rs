@@ -1,0 +1,173 @@
+//! The classification head on one rank.
+//!
+//! | file | what it has |
+//! |---|---|
+//! | `step.rs` | a training step: gather, sample, forward, sums, loss, backward, update |
+//! | `arguments.rs` | checks of what callers pass in, and copies from and to wherever it lies |
+//! | `failure.rs` | what a failure does to the head, its step and the other ranks |
+//! | `rows.rs` | reading and writing the shard's class centers and their state |
+//! | `evaluation.rs` | metrics of the last step, and the nearest class centers |
+//!
+//! A head knows no backend and no transport: it speaks to a [`HeadDevice`] and a [`Communicator`].
+
+mod arguments;
+mod evaluation;
+mod failure;
+mod rows;
+mod step;
+
+use std::sync::Arc;
+
+pub use self::evaluation::Metrics;
+use crate::comm::{agree, Communicator};
+use crate::device::{Device, HeadDevice, HeadSpec};
+pub use crate::device::{Labels, Nearest};
+use crate::matrix::Matrix;
+pub use crate::optimizer::StateTensor;
+use crate::options::HeadOptions;
+use crate::protocol::LossPlace;
+use crate::shard::Shard;
+use crate::{trace, Contribution, Error, Result};
+
+/// How far the calls of a step have come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CallState {
+    Idle,
+    Forwarded,
+    Backwarded,
+}
+
+/// What a forward takes: this rank's embeddings, and their labels unless `prepare` had them.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInput {
+    pub embeddings: Matrix,
+    pub labels: Option<Labels>,
+}
+
+/// Where a forward leaves its loss.
+#[derive(Clone, Copy, Debug)]
+pub enum LossTarget {
+    /// With the caller, who waits for it and for the verdict.
+    Host,
+    /// In the device's memory. The verdict comes from the next call that waits.
+    Device(*mut f64),
+    /// Nowhere: the caller's pointer is unusable, so the rank fails the step and takes part in it as its peers do.
+    Nowhere,
+}
+
+impl LossTarget {
+    /// As the ranks tell each other.
+    fn place(self) -> LossPlace {
+        match self {
+            LossTarget::Host => LossPlace::Host,
+            LossTarget::Device(_) => LossPlace::Device,
+            LossTarget::Nowhere => LossPlace::Unknown,
+        }
+    }
+}
+
+/// Seconds a rank spent in each part of its last step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seconds {
+    /// Phase 1: labels and embeddings.
+    pub gather: f64,
+    /// Phase 2.
+    pub sample: f64,
+    /// Phases 3 and 4 up to the sums.
+    pub forward: f64,
+    /// Phase 4: the all-reduce and the loss.
+    pub reduce: f64,
+    /// Phase 5 for the embeddings.
+    pub backward: f64,
+    /// Phase 5 for the class centers.
+    pub update: f64,
+}
+
+/// A classification head on one rank.
+pub struct Head {
+    options: HeadOptions,
+    shard: Shard,
+    device: Arc<dyn Device>,
+    backend: Box<dyn HeadDevice>,
+    comm: Arc<Communicator>,
+    state: CallState,
+    /// The next step has its labels and its sample, or has failed since the ranks gathered their labels.
+    prepared: Option<Result<()>>,
+    /// The caller's ids for the next sample.
+    chosen: Option<Vec<i64>>,
+    /// Samples drawn so far.
+    draws: u64,
+    /// The current step's number: how many samples had been drawn before its own.
+    step: u64,
+    /// Updates asked for: the same on all ranks that made the same calls.
+    updates: u64,
+    loss_weight: f64,
+    /// Where the last loss was.
+    loss_place: LossPlace,
+    /// Why the current step has failed on this rank, whose peers do not know it yet and go on with the step.
+    own_failure: Option<Error>,
+    seconds: Seconds,
+    poisoned: Option<Error>,
+    /// After `backend`, which hands in its last spans when it is dropped.
+    _trace: trace::Writer,
+}
+
+impl Head {
+    /// Makes a head. Collective; `request` is what this rank asks for, or why it cannot.
+    ///
+    /// # Errors
+    /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
+    pub fn create(comm: Arc<Communicator>, request: Contribution<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
+        let opened = request.and_then(|(device, options)| {
+            options.check(comm.size())?;
+            comm.check_device(device.streams())?;
+            let shard = options.shard(comm.size(), comm.rank());
+            let spec = HeadSpec { options: options.clone(), ranks: comm.size(), rank: comm.rank(), shard };
+            let backend = device.open(spec)?;
+            Ok((device, options, shard, backend))
+        });
+        let fields = match &opened {
+            Ok((device, options, _, _)) => Ok(options.fields(device.auto_precision())),
+            Err(error) => Err(failure::on_rank(error, comm.rank())),
+        };
+        agree(&comm, fields)?;
+        let (device, options, shard, backend) = opened?;
+        Ok(Head {
+            options,
+            shard,
+            device,
+            backend,
+            comm,
+            state: CallState::Idle,
+            prepared: None,
+            chosen: None,
+            draws: 0,
+            step: 0,
+            updates: 0,
+            loss_weight: 1.0,
+            loss_place: LossPlace::Host,
+            own_failure: None,
+            seconds: Seconds::default(),
+            poisoned: None,
+            _trace: trace::Writer,
+        })
+    }
+
+    pub fn rank(&self) -> u32 {
+        self.comm.rank()
+    }
+
+    pub fn embedding_dim(&self) -> u64 {
+        self.options.embedding_dim.into()
+    }
+
+    /// The classes this rank owns.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// The process that the head was made in.
+    pub fn process(&self) -> u32 {
+        self.device.process()
+    }
+}
