@@ -17,10 +17,11 @@ SONAME  := libpartialfc.so.0
 
 lib     := $(DESTDIR)$(LIBDIR)
 include := $(DESTDIR)$(INCLUDEDIR)
-# The CMake package finds the headers from where it lies, so that the installed tree may be moved.
-from_lib = $(shell realpath -m --relative-to=$(LIBDIR) $(INCLUDEDIR))
-fill = sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
-           -e 's|@VERSION@|$(VERSION)|' -e 's|@SONAME@|$(SONAME)|' -e 's|@INCLUDE_FROM_LIB@|$(from_lib)|'
+# What pkg-config and CMake read names folders relative to itself, so that the installed tree may be moved.
+relative = $(shell realpath -m --relative-to=$(1) $(2))
+fill = sed -e 's|@PREFIX_FROM_PC@|$(call relative,$(LIBDIR)/pkgconfig,$(PREFIX))|' \
+           -e 's|@INCLUDE_FROM_LIB@|$(call relative,$(LIBDIR),$(INCLUDEDIR))|' \
+           -e 's|@VERSION@|$(VERSION)|' -e 's|@SONAME@|$(SONAME)|'
 
 .PHONY: build install install-files
 build:

@@ -1,7 +1,9 @@
 //! Link arguments of the shared library, the CUDA kernels' images, and what `pfc_build_info` tells.
 
-use std::process::Command;
+use std::path::Path;
 
+#[path = "build/commit.rs"]
+mod commit;
 #[path = "build/kernels.rs"]
 mod kernels;
 
@@ -18,20 +20,8 @@ fn main() {
     }
     let target = std::env::var("TARGET").unwrap_or_default();
     println!("cargo:rustc-env=PFC_TARGET={target}");
-    println!("cargo:rustc-env=PFC_COMMIT={}", commit());
+    let commit = commit::commit(Path::new("."));
+    println!("cargo:rustc-env=PFC_COMMIT={}", commit.name);
+    commit.watched.iter().for_each(|file| println!("cargo:rerun-if-changed={}", file.display()));
     kernels::build();
-}
-
-/// The commit the sources stand at, or "release" outside a checkout (a packaged crate).
-fn commit() -> String {
-    for path in [".git/HEAD", ".git/index"] {
-        if std::path::Path::new(path).exists() {
-            println!("cargo:rerun-if-changed={path}");
-        }
-    }
-    let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
-    match output {
-        Ok(out) if out.status.success() => String::from_utf8_lossy(&out.stdout).trim().to_owned(),
-        _ => "release".to_owned(),
-    }
 }

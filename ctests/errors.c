@@ -93,14 +93,15 @@ static void last_error(void) {
   char small[8], large[256], other[256] = "untouched";
   uint64_t size;
   pthread_t thread;
-  FAILS(pfc_device_cpu(1, NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
+  FAILS(pfc_device_cpu(1, NULL), PFC_ERROR_INVALID_ARGUMENT, "out must not be NULL");
   size = pfc_last_error_copy(NULL, 0);
-  EXPECT(size == strlen("out is NULL") + 1);
+  EXPECT(size == strlen("out must not be NULL") + 1);
   memset(small, '#', sizeof small);
   EXPECT(pfc_last_error_copy(small, 5) == size);
   EXPECT(strcmp(small, "out ") == 0 && small[5] == '#');
   EXPECT(pfc_last_error_copy(small, 0) == size && small[5] == '#');
-  EXPECT(pfc_last_error_copy(large, sizeof large) == size && strcmp(large, "out is NULL") == 0);
+  EXPECT(pfc_last_error_copy(large, sizeof large) == size &&
+         strcmp(large, "out must not be NULL") == 0);
   pthread_create(&thread, NULL, last_error_of_a_new_thread, other);
   pthread_join(thread, NULL);
   EXPECT(strcmp(other, "") == 0); /* each thread has its own */
@@ -116,18 +117,20 @@ static void nulls(pfc_device *device, pfc_comm *comm, pfc_head *head) {
   double loss = -1;
   uint64_t count = 0;
 
-  FAILS(pfc_head_options_init(NULL), PFC_ERROR_INVALID_ARGUMENT, "pfc_head_options is NULL");
-  FAILS(pfc_comm_self(NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
-  FAILS(pfc_comm_threads(2, NULL), PFC_ERROR_INVALID_ARGUMENT, "comms is NULL");
-  FAILS(pfc_comm_custom(NULL, &comm), PFC_ERROR_INVALID_ARGUMENT, "pfc_comm_ops is NULL");
-  FAILS(pfc_comm_barrier(NULL), PFC_ERROR_INVALID_ARGUMENT, "comm is NULL");
+  FAILS(pfc_head_options_init(NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "pfc_head_options must not be NULL");
+  FAILS(pfc_comm_self(NULL), PFC_ERROR_INVALID_ARGUMENT, "out must not be NULL");
+  FAILS(pfc_comm_threads(2, NULL), PFC_ERROR_INVALID_ARGUMENT, "comms must not be NULL");
+  FAILS(pfc_comm_custom(NULL, &comm), PFC_ERROR_INVALID_ARGUMENT, "pfc_comm_ops must not be NULL");
+  FAILS(pfc_comm_barrier(NULL), PFC_ERROR_INVALID_ARGUMENT, "comm must not be NULL");
   /* A wrong argument of a collective ends the communicator: the other ranks may be waiting. */
   WORKS(pfc_comm_self(&own));
-  FAILS(pfc_comm_all_gather(own, NULL, values, 8), PFC_ERROR_INVALID_ARGUMENT, "send is NULL");
-  FAILS(pfc_comm_barrier(own), PFC_ERROR_ABORTED, "send is NULL");
+  FAILS(pfc_comm_all_gather(own, NULL, values, 8), PFC_ERROR_INVALID_ARGUMENT,
+        "send must not be NULL");
+  FAILS(pfc_comm_barrier(own), PFC_ERROR_ABORTED, "send must not be NULL");
   pfc_comm_free(own);
-  FAILS(pfc_comm_traffic(comm, NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
-  FAILS(pfc_comm_traffic(NULL, &traffic), PFC_ERROR_INVALID_ARGUMENT, "comm is NULL");
+  FAILS(pfc_comm_traffic(comm, NULL), PFC_ERROR_INVALID_ARGUMENT, "out must not be NULL");
+  FAILS(pfc_comm_traffic(NULL, &traffic), PFC_ERROR_INVALID_ARGUMENT, "comm must not be NULL");
   EXPECT(pfc_comm_rank(NULL) == UINT32_MAX && pfc_comm_size(NULL) == 0);
   EXPECT(pfc_device_info(NULL) == NULL);
   FAILS(pfc_head_create(NULL, comm, &options, &other), PFC_ERROR_INVALID_ARGUMENT, "device");
@@ -136,22 +139,26 @@ static void nulls(pfc_device *device, pfc_comm *comm, pfc_head *head) {
   FAILS(pfc_head_create(device, comm, &options, NULL), PFC_ERROR_INVALID_ARGUMENT, "out");
   EXPECT(other == NULL);
 
-  FAILS(pfc_head_forward(NULL, &e, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "head is NULL");
+  FAILS(pfc_head_forward(NULL, &e, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
+        "head must not be NULL");
   FAILS(pfc_head_forward(head, NULL, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "embeddings");
   FAILS(pfc_head_forward(head, &e, NULL, &loss), PFC_ERROR_INVALID_ARGUMENT, "labels");
   FAILS(pfc_head_forward(head, &e, labels, NULL), PFC_ERROR_INVALID_ARGUMENT, "loss");
   without_data.data = NULL;
   FAILS(pfc_head_forward(head, &without_data, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
-        "embeddings.data is NULL");
+        "embeddings.data must not be NULL");
   FAILS(pfc_head_step(head, &e, labels, 0.1, NULL, &loss), PFC_ERROR_INVALID_ARGUMENT,
         "grad_embeddings");
   FAILS(pfc_head_prepare(head, NULL, BATCH), PFC_ERROR_INVALID_ARGUMENT, "labels");
-  FAILS(pfc_head_set_sample(head, NULL, 3), PFC_ERROR_INVALID_ARGUMENT, "ids is NULL");
+  FAILS(pfc_head_set_sample(head, NULL, 3), PFC_ERROR_INVALID_ARGUMENT, "ids must not be NULL");
   FAILS(pfc_head_metrics(head, NULL), PFC_ERROR_INVALID_ARGUMENT, "metrics");
-  FAILS(pfc_head_shard(head, NULL, &count), PFC_ERROR_INVALID_ARGUMENT, "first is NULL");
-  FAILS(pfc_head_read_centers(head, 0, 1, NULL), PFC_ERROR_INVALID_ARGUMENT, "centers is NULL");
-  FAILS(pfc_head_top_k(head, &e, 1, NULL, NULL), PFC_ERROR_INVALID_ARGUMENT, "ids is NULL");
-  FAILS(pfc_plan(&options, 1, BATCH, NULL), PFC_ERROR_INVALID_ARGUMENT, "pfc_plan_report is NULL");
+  FAILS(pfc_head_shard(head, NULL, &count), PFC_ERROR_INVALID_ARGUMENT, "first must not be NULL");
+  FAILS(pfc_head_read_centers(head, 0, 1, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "centers must not be NULL");
+  FAILS(pfc_head_top_k(head, &e, 1, NULL, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "ids must not be NULL");
+  FAILS(pfc_plan(&options, 1, BATCH, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "pfc_plan_report must not be NULL");
   EXPECT(loss == -1 && count == 0); /* outputs are written on success only */
 
   /* After all that the head still works. */
@@ -178,12 +185,13 @@ static void sizes(pfc_device *device, pfc_comm *comm) {
   options = usual();
   options.struct_size = 0;
   FAILS(pfc_head_create(device, comm, &options, &head), PFC_ERROR_INVALID_ARGUMENT,
-        "pfc_head_options.struct_size is 0; fill the struct with pfc_head_options_init first");
+        "pfc_head_options.struct_size must be 8 to 65536, got 0: fill the struct with "
+        "pfc_head_options_init first");
   options.struct_size = (uint64_t)1 << 40;
   FAILS(pfc_head_create(device, comm, &options, &head), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
   memset(&metrics, 0, sizeof metrics);
   FAILS(pfc_plan(&reference, 1, BATCH, (pfc_plan_report *)(void *)&metrics),
-        PFC_ERROR_INVALID_ARGUMENT, "struct_size is 0");
+        PFC_ERROR_INVALID_ARGUMENT, "struct_size must be 8 to 65536, got 0");
 
   /* An older program's struct ends earlier: nothing behind it is written, or read. */
   memset(&options, 0xEE, sizeof options);
@@ -223,7 +231,7 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(num_classes, 0, PFC_ERROR_INVALID_ARGUMENT, "num_classes");
   REFUSED(embedding_dim, 0, PFC_ERROR_INVALID_ARGUMENT, "embedding_dim");
   REFUSED(max_batch, 0, PFC_ERROR_INVALID_ARGUMENT, "max_batch");
-  REFUSED(placement, 7, PFC_ERROR_INVALID_ARGUMENT, "placement is 7; it is one of 1, 2");
+  REFUSED(placement, 7, PFC_ERROR_INVALID_ARGUMENT, "placement must be one of 1, 2, got 7");
   REFUSED(sample_rate, 1.5, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");
   REFUSED(sample_rate, NAN, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");
   REFUSED(scale, 0, PFC_ERROR_INVALID_ARGUMENT, "scale");
@@ -234,11 +242,12 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(optimizer, 3, PFC_ERROR_INVALID_ARGUMENT, "optimizer");
   REFUSED(row_update, 0, PFC_ERROR_INVALID_ARGUMENT, "row_update");
   REFUSED(momentum, 1, PFC_ERROR_INVALID_ARGUMENT, "momentum");
-  REFUSED(reserved, 1, PFC_ERROR_INVALID_ARGUMENT, "reserved is 1, not 0");
+  REFUSED(reserved, 1, PFC_ERROR_INVALID_ARGUMENT, "reserved must be 0, got 1");
   REFUSED(precision, PFC_PRECISION_HALF, PFC_ERROR_UNSUPPORTED, "precision");
-  REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype is f16");
-  REFUSED(state_dtype, PFC_BF16, PFC_ERROR_UNSUPPORTED, "state_dtype is bf16");
-  REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED, "residency is 3");
+  REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype must be f32, got f16");
+  REFUSED(state_dtype, PFC_BF16, PFC_ERROR_UNSUPPORTED, "state_dtype must be f32, got bf16");
+  REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED,
+          "residency must be 1 (device), got 3");
   REFUSED(storage_path, "rows.bin", PFC_ERROR_UNSUPPORTED, "storage_path");
 #undef REFUSED
   EXPECT(head == NULL);
@@ -250,11 +259,14 @@ static void without_nccl(const pfc_device *device) {
   /* Whatever NCCL the machine has. */
   setenv("PFC_NCCL_LIB", "/nowhere/libnccl.so.2", 1);
   FAILS(pfc_nccl_unique_id(id), PFC_ERROR_UNSUPPORTED, "/nowhere/libnccl.so.2");
-  FAILS(pfc_nccl_unique_id(NULL), PFC_ERROR_INVALID_ARGUMENT, "id is NULL");
-  FAILS(pfc_comm_nccl(NULL, 0, 1, device, &comm), PFC_ERROR_INVALID_ARGUMENT, "id is NULL");
-  FAILS(pfc_comm_nccl(id, 0, 1, NULL, &comm), PFC_ERROR_INVALID_ARGUMENT, "device is NULL");
-  FAILS(pfc_comm_nccl(id, 0, 1, device, NULL), PFC_ERROR_INVALID_ARGUMENT, "out is NULL");
-  FAILS(pfc_comm_nccl(id, 0, 1, device, &comm), PFC_ERROR_INVALID_ARGUMENT, "NCCL joins CUDA devices");
+  FAILS(pfc_nccl_unique_id(NULL), PFC_ERROR_INVALID_ARGUMENT, "id must not be NULL");
+  FAILS(pfc_comm_nccl(NULL, 0, 1, device, &comm), PFC_ERROR_INVALID_ARGUMENT,
+        "id must not be NULL");
+  FAILS(pfc_comm_nccl(id, 0, 1, NULL, &comm), PFC_ERROR_INVALID_ARGUMENT,
+        "device must not be NULL");
+  FAILS(pfc_comm_nccl(id, 0, 1, device, NULL), PFC_ERROR_INVALID_ARGUMENT, "out must not be NULL");
+  FAILS(pfc_comm_nccl(id, 0, 1, device, &comm), PFC_ERROR_INVALID_ARGUMENT,
+        "must be a CUDA device");
   EXPECT(comm == NULL);
 }
 
@@ -286,17 +298,17 @@ static void steps(pfc_head *head) {
   /* Matrices that are not what they should be. */
   wrong.cols = DIM - 1;
   FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
-        "embeddings.cols is 7, expected 8");
+        "embeddings.cols must be 8, got 7");
   wrong = e;
   wrong.row_stride = DIM - 1;
   FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT, "row_stride");
   wrong = e;
   wrong.dtype = 9;
   FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
-        "embeddings.dtype is 9");
+        "(3), got 9");
   wrong.dtype = PFC_F64;
   FAILS(pfc_head_forward(head, &wrong, labels, &loss), PFC_ERROR_INVALID_ARGUMENT,
-        "embeddings.dtype is f64");
+        "embeddings.dtype must be f32, f16 or bf16, got f64");
   FAILS(pfc_head_forward(head, &too_many, five, &loss), PFC_ERROR_INVALID_ARGUMENT, "max_batch");
 
   /* Data that are not what they should be: the message names the row. */
@@ -318,9 +330,10 @@ static void steps(pfc_head *head) {
   FAILS(pfc_head_update(head, -0.1), PFC_ERROR_INVALID_ARGUMENT, "learning_rate");
   FAILS(pfc_head_update(head, NAN), PFC_ERROR_INVALID_ARGUMENT, "learning_rate");
   FAILS(pfc_head_read_centers(head, CLASSES - 1, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT,
-        "classes 49 to 52");
-  FAILS(pfc_head_read_centers(head, 0, 2, &a), PFC_ERROR_INVALID_ARGUMENT, "centers.rows is 4");
-  FAILS(pfc_head_read_state(head, 9, 0, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT, "tensor is 9");
+        "got 49 to 52");
+  FAILS(pfc_head_read_centers(head, 0, 2, &a), PFC_ERROR_INVALID_ARGUMENT,
+        "centers.rows must be 2, the count from class 0, got 4");
+  FAILS(pfc_head_read_state(head, 9, 0, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT, "(2), got 9");
 
   /* Nothing of all this has changed a class centre, and the head still works. */
   WORKS(pfc_head_read_centers(head, 0, BATCH, &a));
@@ -355,7 +368,7 @@ static void count_line(void *user, int32_t level, const char *message) {
 static void logging(pfc_device *device, pfc_comm *comm) {
   const pfc_head_options options = usual();
   pfc_head *head = NULL;
-  FAILS(pfc_set_log(count_line, &lines, 99), PFC_ERROR_INVALID_ARGUMENT, "level is 99");
+  FAILS(pfc_set_log(count_line, &lines, 99), PFC_ERROR_INVALID_ARGUMENT, "(4), got 99");
   WORKS(pfc_set_log(count_line, &lines, PFC_LOG_INFO));
   WORKS(pfc_head_create(device, comm, &options, &head));
   pfc_head_free(head);

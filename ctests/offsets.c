@@ -1,6 +1,6 @@
 /*
- * Prints where C has every field of every struct; tests/c_programs.rs compares with where Rust has it.
- * fields.inc is made by that test, a line STRUCT(type) or FIELD(type, field) for each.
+ * Prints where C has every field of every struct. A test compares that with where Rust has it, and
+ * makes fields.inc: a line STRUCT(type) or FIELD(type, field) for each.
  */
 #include <stddef.h>
 #include <stdio.h>

@@ -291,8 +291,10 @@ static void *refusals(void *argument) {
   char text[256];
   int32_t code;
   must(self, cudaSetDevice(0), "cudaSetDevice");
-  expect(self, pfc_comm_from_nccl(NULL, &comm), PFC_ERROR_INVALID_ARGUMENT, "comm is NULL");
-  expect(self, pfc_comm_from_nccl(&none, &comm), PFC_ERROR_INVALID_ARGUMENT, "*comm is NULL");
+  expect(self, pfc_comm_from_nccl(NULL, &comm), PFC_ERROR_INVALID_ARGUMENT,
+         "comm must not be NULL");
+  expect(self, pfc_comm_from_nccl(&none, &comm), PFC_ERROR_INVALID_ARGUMENT,
+         "*comm must not be NULL");
   /* One that is not there yet: the other rank has not come. */
   config.blocking = 0;
   if (self->rank == 0) {
@@ -306,7 +308,7 @@ static void *refusals(void *argument) {
     must(self, ncclCommGetAsyncError(early, &state), "ncclCommGetAsyncError");
   }
   must(self, state, "ncclCommInitRankConfig");
-  expect(self, pfc_nccl_ops(&early, NULL), PFC_ERROR_INVALID_ARGUMENT, "ops is NULL");
+  expect(self, pfc_nccl_ops(&early, NULL), PFC_ERROR_INVALID_ARGUMENT, "ops must not be NULL");
   /* What the library itself refuses, with the library's text. */
   expect(self, pfc_comm_from_nccl(&early, NULL), PFC_ERROR_INVALID_ARGUMENT, "out");
   /* The maximum of floats on the device, which NCCL would take without NaN. */

@@ -588,28 +588,28 @@ static inline pfc_status pfc_mpi_ready_(MPI_Comm comm, int *level) {
   int flag = 0;
   text[0] = 0;
   if (MPI_Initialized(&flag) != MPI_SUCCESS || !flag) {
-    snprintf(text, PFC_MPI_TEXT_, "MPI is not initialised: call MPI_Init_thread before");
+    snprintf(text, PFC_MPI_TEXT_, "MPI must be initialized: call MPI_Init_thread first");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (MPI_Finalized(&flag) != MPI_SUCCESS || flag) {
-    snprintf(text, PFC_MPI_TEXT_, "MPI is finalised");
+    snprintf(text, PFC_MPI_TEXT_, "MPI must not be finalized");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (comm == MPI_COMM_NULL) {
-    snprintf(text, PFC_MPI_TEXT_, "comm is MPI_COMM_NULL");
+    snprintf(text, PFC_MPI_TEXT_, "comm must not be MPI_COMM_NULL");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (MPI_Query_thread(level) != MPI_SUCCESS) *level = MPI_THREAD_SINGLE;
   if (*level == MPI_THREAD_SINGLE || *level == MPI_THREAD_FUNNELED) {
     if (MPI_Is_thread_main(&flag) == MPI_SUCCESS && !flag) {
       snprintf(text, PFC_MPI_TEXT_,
-               "this is not MPI's main thread, and MPI was initialised for that one alone "
+               "this must be MPI's main thread, since MPI was initialized for that one alone "
                "(MPI_THREAD_SINGLE or MPI_THREAD_FUNNELED)");
       return PFC_ERROR_INVALID_ARGUMENT;
     }
   }
   if (MPI_Comm_test_inter(comm, &flag) != MPI_SUCCESS || flag) {
-    snprintf(text, PFC_MPI_TEXT_, "comm is an intercommunicator");
+    snprintf(text, PFC_MPI_TEXT_, "comm must not be an intercommunicator");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   return PFC_OK;
@@ -644,13 +644,13 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
     (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Allreduce", code);
     status = PFC_ERROR_COMM;
   } else if (ready) {
-    snprintf(text, PFC_MPI_TEXT_, "another rank could not make its end");
+    snprintf(text, PFC_MPI_TEXT_, "another rank could not make its communicator");
     status = PFC_ERROR_REMOTE;
   } else if (ops == NULL) {
-    snprintf(text, PFC_MPI_TEXT_, "ops is NULL");
+    snprintf(text, PFC_MPI_TEXT_, "ops must not be NULL");
     status = PFC_ERROR_INVALID_ARGUMENT;
   } else {
-    snprintf(text, PFC_MPI_TEXT_, "no memory for messages, %u bytes each way",
+    snprintf(text, PFC_MPI_TEXT_, "cannot allocate %u bytes each way for messages",
              (unsigned)PFC_MPI_STAGE);
     status = PFC_ERROR_OUT_OF_MEMORY;
   }
@@ -704,7 +704,7 @@ static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, u
     return PFC_ERROR_COMM;
   }
   if (id == NULL && (rank != 0 || made == PFC_OK)) {
-    snprintf(text, PFC_MPI_TEXT_, "id is NULL on rank %d", rank);
+    snprintf(text, PFC_MPI_TEXT_, "id must not be NULL (rank %d)", rank);
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (rank == 0) return made;

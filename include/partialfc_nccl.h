@@ -30,7 +30,7 @@
 // hangs inside NCCL cannot be ended, and the first operation, which makes connections, may; what
 // NCCL has taken can be ended with both.
 //
-// An error that NCCL comes to know of is told at the next operation, or ends a wait for the GPU when
+// An error that NCCL finds is reported by the next operation, or ends a wait for the GPU when
 // pfc_comm_set_timeout has passed (with pfc_comm_nccl: at once). The communicator's GPU is used in
 // its primary context, as the CUDA runtime does.
 //
@@ -154,10 +154,10 @@ static inline void pfc_nccl_describe_(int32_t code, char *buffer, size_t size) {
       snprintf(buffer, size, "the NCCL communicator was aborted");
       return;
     case PFC_NCCL_MAXIMUM_:
-      snprintf(buffer, size, "unsupported: NCCL's maximum of floats in device memory loses a NaN");
+      snprintf(buffer, size, "unsupported: NCCL loses a NaN in a maximum of floats in device memory");
       return;
     case PFC_NCCL_MEMORY_:
-      snprintf(buffer, size, "no host memory to combine the ranks' values");
+      snprintf(buffer, size, "cannot allocate host memory to combine the ranks' values");
       return;
     case PFC_NCCL_TYPE_:
       snprintf(buffer, size, "unsupported: an element type or a reduction");
@@ -515,7 +515,7 @@ static inline pfc_status pfc_nccl_look_(struct pfc_nccl_ *self) {
   const char *what = "ncclCommGetAsyncError";
   if (result == ncclSuccess && state == ncclInProgress) {
     snprintf(pfc_nccl_text_(), PFC_NCCL_TEXT_,
-             "the communicator is still being made: ask ncclCommGetAsyncError until that is over");
+             "the communicator is still being made: ask ncclCommGetAsyncError until it is done");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   if (result == ncclSuccess && state != ncclSuccess) {
@@ -562,14 +562,14 @@ static inline pfc_status pfc_nccl_ops(ncclComm_t *comm, pfc_comm_ops *ops) {
   pfc_status status;
   text[0] = 0;
   if (comm == NULL || *comm == NULL || ops == NULL) {
-    snprintf(text, PFC_NCCL_TEXT_, "%s is NULL",
+    snprintf(text, PFC_NCCL_TEXT_, "%s must not be NULL",
              comm == NULL ? "comm" : *comm == NULL ? "*comm" : "ops");
     return PFC_ERROR_INVALID_ARGUMENT;
   }
   self = (struct pfc_nccl_ *)calloc(1, sizeof *self);
   if (self == NULL || pthread_mutex_init(&self->mutex, NULL) != 0) {
     free(self);
-    snprintf(text, PFC_NCCL_TEXT_, "no memory for a communicator, %u bytes",
+    snprintf(text, PFC_NCCL_TEXT_, "cannot allocate %u bytes for a communicator",
              (unsigned)sizeof *self);
     return PFC_ERROR_OUT_OF_MEMORY;
   }

@@ -95,29 +95,30 @@ impl Matrix {
         ensure!(
             matches!(self.dtype, DType::F32 | DType::F16 | DType::Bf16),
             InvalidArgument,
-            "{name}.dtype is {}; a matrix holds f32, f16 or bf16",
+            "{name}.dtype must be f32, f16 or bf16, got {}",
             self.dtype.name()
         );
-        ensure!(self.cols == cols, InvalidArgument, "{name}.cols is {}, expected {cols}", self.cols);
+        ensure!(self.cols == cols, InvalidArgument, "{name}.cols must be {cols}, got {}", self.cols);
         ensure!(
             self.row_stride >= self.cols,
             InvalidArgument,
-            "{name}.row_stride is {} elements, less than the {} columns",
-            self.row_stride,
-            self.cols
+            "{name}.row_stride must be at least cols, {}, got {}",
+            self.cols,
+            self.row_stride
         );
-        ensure!(!self.data.is_null() || self.rows == 0, InvalidArgument, "{name}.data is NULL with {} rows", self.rows);
+        ensure!(!self.data.is_null() || self.rows == 0, InvalidArgument, "{name}.data must not be NULL for {} rows", self.rows);
         ensure!(
             (self.data as usize).is_multiple_of(self.dtype.size()),
             InvalidArgument,
-            "{name}.data is not aligned to its {}-byte elements",
-            self.dtype.size()
+            "{name}.data must be aligned to its {}-byte elements, got {:p}",
+            self.dtype.size(),
+            self.data
         );
         let bytes = (self.rows as u128) * (self.row_stride as u128) * (self.dtype.size() as u128);
         ensure!(
             bytes <= isize::MAX as u128,
             InvalidArgument,
-            "{name} has {} rows of {} elements: more than the address space",
+            "{name} must fit in the address space, got {} rows of {} elements",
             self.rows,
             self.row_stride
         );

@@ -48,7 +48,7 @@ impl<T: Plain> Buffer<T> {
             _ => std::ptr::null_mut(),
         };
         match data.is_null() {
-            true => Err(error!(OutOfMemory, "{what}: {} bytes are not to be had", len as u128 * size as u128)),
+            true => Err(error!(OutOfMemory, "cannot allocate {} bytes for {what}", len as u128 * size as u128)),
             false => Ok(Buffer { data, len }),
         }
     }
@@ -131,7 +131,7 @@ pub(crate) fn zeros<T: Clone + Default>(shape: &[usize], what: &str) -> Result<V
     let length = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
     let mut values = Vec::new();
     let reserved = length.is_some_and(|length| values.try_reserve_exact(length).is_ok());
-    ensure!(reserved, OutOfMemory, "{what}: {shape:?} elements of {} bytes are not to be had", std::mem::size_of::<T>());
+    ensure!(reserved, OutOfMemory, "cannot allocate {shape:?} elements of {} bytes for {what}", std::mem::size_of::<T>());
     values.resize(length.unwrap_or(0), T::default());
     Ok(values)
 }

@@ -62,56 +62,62 @@ pub(crate) const LARGEST_DIM: u32 = 1 << 16;
 impl HeadOptions {
     /// Refuses what no head can be, naming the option and its value.
     pub fn check(&self, ranks: u32) -> Result<()> {
-        ensure!(self.num_classes > 0, InvalidArgument, "num_classes is 0");
-        ensure!(self.num_classes <= i64::MAX as u64, InvalidArgument, "num_classes is {}: more than INT64_MAX", self.num_classes);
+        ensure!(self.num_classes > 0, InvalidArgument, "num_classes must be at least 1, got 0");
+        ensure!(
+            self.num_classes <= i64::MAX as u64,
+            InvalidArgument,
+            "num_classes must be at most INT64_MAX, got {}",
+            self.num_classes
+        );
         ensure!(
             self.placement == Placement::Replicated || self.num_classes >= ranks.into(),
             InvalidArgument,
-            "num_classes is {}, fewer than the {ranks} ranks it is to be sharded over",
+            "num_classes must be at least {ranks}, the ranks that share it, got {}",
             self.num_classes
         );
         ensure!(
             (1..=LARGEST_DIM).contains(&self.embedding_dim),
             InvalidArgument,
-            "embedding_dim is {}; it is 1 to {LARGEST_DIM}",
+            "embedding_dim must be 1 to {LARGEST_DIM}, got {}",
             self.embedding_dim
         );
         within("sample_rate", self.sample_rate, 0.0, 1.0)?;
         ensure!(
             (1..=LARGEST_BATCH).contains(&self.max_batch),
             InvalidArgument,
-            "max_batch is {}; it is 1 to {LARGEST_BATCH}, the largest batch on any rank",
+            "max_batch must be 1 to {LARGEST_BATCH}, got {}",
             self.max_batch
         );
         ensure!(
             u64::from(ranks) * self.max_batch <= u32::MAX.into(),
             InvalidArgument,
-            "max_batch is {} on {ranks} ranks: a global batch is at most {} rows",
-            self.max_batch,
-            u32::MAX
+            "max_batch times ranks must be at most {}, got {} times {ranks}",
+            u32::MAX,
+            self.max_batch
         );
         let rows = self.shard(ranks, 0).rows;
         ensure!(
             rows <= u32::MAX.into(),
             InvalidArgument,
-            "num_classes is {}, {rows} on each of {ranks} ranks; a rank holds at most {}",
-            self.num_classes,
-            u32::MAX
+            "num_classes must be at most {} on each of {ranks} ranks, got {}, which is {rows} on each",
+            u32::MAX,
+            self.num_classes
         );
         self.margin.check()?;
         self.optimizer.check()?;
         ensure!(
             self.gradient_scale.is_finite() && self.gradient_scale > 0.0,
             InvalidArgument,
-            "gradient_scale is {}; it is finite and above 0",
+            "gradient_scale must be finite and above 0, got {}",
             self.gradient_scale
         );
-        within("init_std", self.init_std, 0.0, f64::MAX)?;
+        let std = self.init_std;
+        ensure!((0.0..=f64::MAX).contains(&std), InvalidArgument, "init_std must be finite and at least 0, got {std}");
         if let Some(label) = self.ignore_label {
             ensure!(
                 label < 0 || label as u64 >= self.num_classes,
                 InvalidArgument,
-                "ignore_label is {label}, which is a class of the {}",
+                "ignore_label must not be one of the {} classes, got {label}",
                 self.num_classes
             );
         }
@@ -176,6 +182,6 @@ pub(crate) const FIELDS: usize = 25;
 
 fn within(name: &str, value: f64, low: f64, high: f64) -> Result<()> {
     // A NaN is in no range.
-    ensure!(value >= low && value <= high, InvalidArgument, "{name} is {value}; it is {low} to {high}");
+    ensure!(value >= low && value <= high, InvalidArgument, "{name} must be {low} to {high}, got {value}");
     Ok(())
 }

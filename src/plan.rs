@@ -38,9 +38,9 @@ pub struct Plan {
 /// The class centres' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
 /// that travels.
 pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
-    ensure!(ranks > 0, InvalidArgument, "ranks is 0");
+    ensure!(ranks > 0, InvalidArgument, "ranks must be at least 1, got 0");
     options.check(ranks)?;
-    ensure!(batch <= options.max_batch, InvalidArgument, "batch is {batch}, max_batch is {}", options.max_batch);
+    ensure!(batch <= options.max_batch, InvalidArgument, "batch must be at most max_batch, {}, got {batch}", options.max_batch);
     let shard = options.shard(ranks, 0);
     let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));
     let gathered = options.gathered_dtype(Precision::F32).size() as u64;

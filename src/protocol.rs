@@ -72,15 +72,12 @@ pub(crate) fn pack_failure(block: &mut [i64], counters: Counters, cause: &Error)
 
 /// The error of an embedding that is NaN or infinite.
 pub(crate) fn bad_embedding(row: usize, rank: usize) -> Error {
-    error!(NotFinite, "embeddings row {row} on rank {rank} holds a NaN or an infinity")
+    error!(NotFinite, "embeddings row {row} contains a NaN or an infinity (rank {rank})")
 }
 
 /// The error of a row whose sums leave float32.
 pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
-    error!(
-        NotFinite,
-        "the softmax sum of row {row} on rank {rank} is no number, infinite or too small: float32 has no gradient for it"
-    )
+    error!(NotFinite, "float32 has no gradient for the softmax sum of row {row}, which is NaN, infinite or too small (rank {rank})")
 }
 
 /// The error of ranks that have not made the same calls: samples drawn and updates done on rank 0, then on rank `rank`.
@@ -88,20 +85,20 @@ pub(crate) fn ranks_out_of_step(counts: [i64; 4], rank: usize) -> Error {
     let [draws, updates, other_draws, other_updates] = counts;
     error!(
         Mismatch,
-        "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, {other_draws} and \
-         {other_updates} on rank {rank}"
+        "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, \
+         {other_draws} and {other_updates} on rank {rank}"
     )
 }
 
 /// The error of a label that is no class.
 pub(crate) fn bad_label(label: i64, row: usize, rank: usize, num_classes: u64) -> Error {
     let last = num_classes - 1;
-    error!(Label, "labels[{row}] is {label} on rank {rank}; a label is 0 to {last} or ignore_label")
+    error!(Label, "labels[{row}] must be 0 to {last} or ignore_label, got {label} (rank {rank})")
 }
 
 /// The error of replicated heads whose callers gave them different samples.
 pub(crate) fn samples_differ(rank: usize) -> Error {
-    error!(Mismatch, "the samples of rank 0 and rank {rank} differ: a replicated head's caller gives all ranks the same ids")
+    error!(Mismatch, "the samples of rank 0 and rank {rank} differ: all ranks of a replicated head must be given the same ids")
 }
 
 /// What every rank concludes from the gathered labels: the ranks' batches, or the same failure.

@@ -209,7 +209,7 @@ fn reserve<T>(list: &mut Vec<T>, count: usize) -> Result<()> {
 }
 
 fn out_of_memory<T>(count: usize) -> Error {
-    error!(OutOfMemory, "the sample needs {} bytes for {count} classes", count.saturating_mul(std::mem::size_of::<T>()))
+    error!(OutOfMemory, "cannot allocate {} bytes for a sample of {count} classes", count.saturating_mul(std::mem::size_of::<T>()))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ impl Shard {
     /// # Panics
     /// If `rank` is not below `ranks`.
     pub fn of(num_classes: u64, ranks: u64, rank: u64) -> Shard {
-        assert!(rank < ranks, "rank is {rank}; it is below ranks ({ranks})");
+        assert!(rank < ranks, "rank must be below ranks, {ranks}, got {rank}");
         let (each, more) = (num_classes / ranks, num_classes % ranks);
         Shard { first: rank * each + rank.min(more), rows: each + u64::from(rank < more) }
     }
@@ -40,7 +40,7 @@ impl Shard {
     /// # Panics
     /// If `id` is not below `num_classes`, or `ranks` is 0.
     pub fn owner(num_classes: u64, ranks: u64, id: u64) -> u64 {
-        assert!(id < num_classes, "id is {id}; it is below num_classes ({num_classes})");
+        assert!(id < num_classes, "id must be below num_classes, {num_classes}, got {id}");
         let (each, more) = (num_classes / ranks, num_classes % ranks);
         let larger = more * (each + 1);
         if id < larger {
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "rank is 3")]
+    #[should_panic(expected = "rank must be below ranks")]
     fn a_rank_out_of_range_is_refused() {
         Shard::of(10, 3, 3);
     }

@@ -110,7 +110,7 @@ fn add(span: Span) {
     // The log's callback may be the caller's.
     drop(spans);
     if full {
-        log::warn!("the trace is full at {MOST_SPANS} spans: no more are taken");
+        log::warn!("the trace is full at {MOST_SPANS} spans: later spans are dropped");
     }
 }
 

@@ -287,7 +287,7 @@ fn structs_lie_in_c_as_in_rust() {
     }
 }
 
-/// Installs into a directory and builds two programs that know nothing but where that is.
+/// Installs into a directory, moves it, and builds two programs that know nothing but where it is now.
 #[test]
 fn programs_that_use_the_installed_library() {
     let directory = scratch("install");
@@ -323,6 +323,9 @@ fn programs_that_use_the_installed_library() {
     let config = fs::read_to_string(staged.join("usr/lib/here/cmake/partialfc/partialfcConfig.cmake")).expect("the CMake package");
     assert!(config.contains("${_partialfc_lib}/../../include"), "{config}");
 
+    let moved = directory.join("moved/elsewhere");
+    fs::create_dir(directory.join("moved")).expect("a folder");
+    fs::rename(&prefix, &moved).expect("the tree can be moved");
     let consumers = root().join("ctests/consumers");
     if tool("pkg-config") {
         let out = directory.join("pkg-config");
@@ -332,15 +335,12 @@ fn programs_that_use_the_installed_library() {
                 .arg("-C")
                 .arg(consumers.join("pkg-config"))
                 .arg(format!("OUT={}", out.display()))
-                .env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig")),
+                .env("PKG_CONFIG_PATH", moved.join("lib/pkgconfig")),
         );
         run(&out.join("shared"), &[]);
         run(&out.join("static"), &[]);
     }
     if tool("cmake") {
-        // Moved after it was installed: the CMake package finds its files from where it lies.
-        let moved = directory.join("moved");
-        fs::rename(&prefix, &moved).expect("the tree can be moved");
         let out = directory.join("cmake");
         fresh(&out);
         output(
@@ -354,6 +354,50 @@ fn programs_that_use_the_installed_library() {
         output(Command::new("cmake").arg("--build").arg(&out));
         run(&out.join("shared"), &[]);
         run(&out.join("static"), &[]);
+    }
+}
+
+/// CMake takes a later version with the same SONAME, that is of the same major version.
+#[test]
+fn versions_that_cmake_accepts() {
+    if !tool("make") || !tool("cmake") {
+        return;
+    }
+    let directory = scratch("versions");
+    fresh(&directory);
+    let build = directory.join("build");
+    fresh(&build);
+    symlink(&libraries().shared, build.join("libpartialfc.so")).expect("a link");
+    symlink(&libraries().archive, build.join("libpartialfc.a")).expect("a link");
+    let project = "cmake_minimum_required(VERSION 3.13)\nproject(versions NONE)\nfind_package(partialfc ${WANTED} REQUIRED)\n";
+    fs::write(directory.join("CMakeLists.txt"), project).expect("a project");
+    let cases: [(&str, &[&str], &[&str]); 3] = [
+        ("0.1.0", &["", "0", "0.1", "0.1.0"], &["0.1.1", "0.2", "1", "1.0"]),
+        ("0.2.3", &["", "0", "0.1", "0.1.9", "0.2", "0.2.3"], &["0.2.4", "0.3", "1.0"]),
+        ("1.0.0", &["", "1", "1.0"], &["0.1", "0.2", "1.1", "2"]),
+    ];
+    for (version, accepted, refused) in cases {
+        let prefix = directory.join(version);
+        output(Command::new("make").current_dir(root()).arg("install-files").args([
+            format!("BUILD={}", build.display()),
+            format!("PREFIX={}", prefix.display()),
+            format!("VERSION={version}"),
+        ]));
+        for (wanted, works) in accepted.iter().map(|wanted| (wanted, true)).chain(refused.iter().map(|wanted| (wanted, false))) {
+            let out = directory.join("out");
+            fresh(&out);
+            let result = Command::new("cmake")
+                .arg("-S")
+                .arg(&directory)
+                .arg("-B")
+                .arg(&out)
+                .args([format!("-DCMAKE_PREFIX_PATH={}", prefix.display()), format!("-DWANTED={wanted}")])
+                .output()
+                .expect("cmake runs");
+            let stderr = String::from_utf8_lossy(&result.stderr);
+            assert_eq!(result.status.success(), works, "{version} for find_package(partialfc {wanted}): {stderr}");
+            assert!(works || stderr.contains("compatible with requested version"), "{stderr}");
+        }
     }
 }
 

@@ -245,17 +245,23 @@ fn wrong_arguments_are_named_and_nobody_waits() {
     assert_eq!(unsafe { pfc_comm_threads(2, std::ptr::null_mut()) }, PFC_ERROR_INVALID_ARGUMENT);
     assert_eq!(unsafe { pfc_comm_barrier(null()) }, PFC_ERROR_INVALID_ARGUMENT);
     let cases: [(Body, &str); 11] = [
-        (|c, _| unsafe { pfc_comm_all_gather(c, std::ptr::null(), std::ptr::null_mut(), 1) }, "send is NULL on rank 1"),
-        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), std::ptr::null_mut(), 1) }, "recv is NULL on rank 1"),
-        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), x.cast(), 8) }, "send is not recv + rank * bytes"),
-        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), x.cast(), u64::MAX) }, "bytes is 18446744073709551615 on rank 1"),
-        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, PFC_F16, PFC_SUM) }, "f32, f64, i32 or i64, not f16"),
-        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, 77, PFC_SUM) }, "dtype is 77 on rank 1"),
-        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, PFC_F32, 3) }, "op is 3 on rank 1"),
-        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.add(1).cast(), 4, PFC_F32, PFC_SUM) }, "send is not recv"),
-        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.byte_add(1).cast(), 4, PFC_F32, PFC_SUM) }, "recv is 0x"),
-        (|c, x| unsafe { pfc_comm_reduce_scatter(c, x.cast(), x.cast(), 4, PFC_F32, PFC_SUM) }, "recv is not send + rank * count"),
-        (|c, x| unsafe { pfc_comm_broadcast(c, x.cast(), 4, 2) }, "root is 2 of 2 ranks, on rank 1"),
+        (|c, _| unsafe { pfc_comm_all_gather(c, std::ptr::null(), std::ptr::null_mut(), 1) }, "send must not be NULL (rank 1)"),
+        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), std::ptr::null_mut(), 1) }, "recv must not be NULL (rank 1)"),
+        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), x.cast(), 8) }, "must not overlap unless send is recv + rank * bytes"),
+        (|c, x| unsafe { pfc_comm_all_gather(c, x.cast(), x.cast(), u64::MAX) }, "got 18446744073709551615 (rank 1)"),
+        (
+            |c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, PFC_F16, PFC_SUM) },
+            "f32, f64, i32 or i64 in a reduction, got f16",
+        ),
+        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, 77, PFC_SUM) }, "got 77 (rank 1)"),
+        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.cast(), 4, PFC_F32, 3) }, "got 3 (rank 1)"),
+        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.add(1).cast(), 4, PFC_F32, PFC_SUM) }, "unless send is recv"),
+        (|c, x| unsafe { pfc_comm_all_reduce(c, x.cast(), x.byte_add(1).cast(), 4, PFC_F32, PFC_SUM) }, "recv must be aligned"),
+        (
+            |c, x| unsafe { pfc_comm_reduce_scatter(c, x.cast(), x.cast(), 4, PFC_F32, PFC_SUM) },
+            "unless recv is send + rank * count",
+        ),
+        (|c, x| unsafe { pfc_comm_broadcast(c, x.cast(), 4, 2) }, "root must be below 2, the number of ranks, got 2 (rank 1)"),
     ];
     for (wrong, text) in cases {
         let outcomes = together(&group(2), |rank| match rank.rank() {

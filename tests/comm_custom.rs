@@ -298,18 +298,18 @@ fn tables_that_cannot_work_are_refused_and_not_freed() {
     let contexts = contexts(2);
     let good = full(&contexts[0], 2);
     let cases = [
-        (pfc_comm_ops { all_gather: None, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.all_gather is NULL on rank 0"),
-        (pfc_comm_ops { all_reduce: None, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.all_reduce is NULL on rank 0"),
-        (pfc_comm_ops { rank: 2, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.rank is 2 of 2 ranks"),
-        (pfc_comm_ops { size: 0, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.size is 0"),
-        (pfc_comm_ops { reserved: 1, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.reserved is 1"),
-        (pfc_comm_ops { struct_size: 0, ..good }, PFC_ERROR_INVALID_ARGUMENT, "struct_size is 0"),
-        (pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | 64, ..good }, PFC_ERROR_UNSUPPORTED, "0x40 is unknown"),
-        (pfc_comm_ops { flags: PFC_COMM_DEVICE_MEMORY, ..good }, PFC_ERROR_UNSUPPORTED, "PFC_COMM_HOST_MEMORY is needed"),
+        (pfc_comm_ops { all_gather: None, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.all_gather must not be NULL (rank 0)"),
+        (pfc_comm_ops { all_reduce: None, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.all_reduce must not be NULL (rank 0)"),
+        (pfc_comm_ops { rank: 2, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.rank must be below ops.size, 2, got 2"),
+        (pfc_comm_ops { size: 0, ..good }, PFC_ERROR_INVALID_ARGUMENT, "got 0 (rank 0)"),
+        (pfc_comm_ops { reserved: 1, ..good }, PFC_ERROR_INVALID_ARGUMENT, "ops.reserved must be 0, got 1"),
+        (pfc_comm_ops { struct_size: 0, ..good }, PFC_ERROR_INVALID_ARGUMENT, "struct_size must be 8 to 65536, got 0"),
+        (pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | 64, ..good }, PFC_ERROR_UNSUPPORTED, "0x40, which is unknown"),
+        (pfc_comm_ops { flags: PFC_COMM_DEVICE_MEMORY, ..good }, PFC_ERROR_UNSUPPORTED, "must contain PFC_COMM_HOST_MEMORY"),
         (
             pfc_comm_ops { flags: PFC_COMM_HOST_MEMORY | PFC_COMM_STREAM_ORDERED, ..good },
             PFC_ERROR_UNSUPPORTED,
-            "PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY",
+            "must contain PFC_COMM_DEVICE_MEMORY beside PFC_COMM_STREAM_ORDERED",
         ),
     ];
     for (ops, status, text) in cases {

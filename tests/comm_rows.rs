@@ -209,14 +209,14 @@ fn ids_that_differ_where_they_must_not_are_named() {
 #[test]
 fn too_small_a_capacity_is_told_to_all_with_the_need() {
     for outcome in run(&[&[1, 3], &[2, 3], &[4]], |rank| way(2, if rank == 1 { 3 } else { 9 })) {
-        let text = "capacity is 3 on rank 1; the union of the ids has 4";
+        let text = "capacity must be at least 4, the ids of the union, got 3 (rank 1)";
         assert_eq!(outcome, Err((PFC_ERROR_INVALID_ARGUMENT, text.to_owned())));
     }
 }
 
 #[test]
 fn ids_out_of_order_fail_their_rank_and_reach_the_others() {
-    for (wrong, text) in [([4, 2], "ids[1] is 2 after 4 on rank 1"), ([4, 4], "ids[1] is 4 after 4 on rank 1")] {
+    for (wrong, text) in [([4, 2], "ids[1] is 2 after 4 (rank 1)"), ([4, 4], "ids[1] is 4 after 4 (rank 1)")] {
         let outcomes = run(&[&[1], &wrong, &[1]], |_| way(2, 9));
         assert_failed(&outcomes[1], PFC_ERROR_INVALID_ARGUMENT, &[text]);
         for rank in [0, 2] {
@@ -241,14 +241,19 @@ fn matrices_that_do_not_fit_are_refused() {
     };
     assert_eq!(call(&good, &good, 3), Ok(()));
     let cases = [
-        (pfc_matrix { rows: 2, ..good }, good, 3, "rows.rows is 2, less than the 3 ids, on rank 0"),
-        (good, good, 4, "rows_out.rows is 3, less than capacity 4, on rank 0"),
-        (good, pfc_matrix { cols: 3, ..good }, 3, "rows_out.cols is 3, expected 2"),
+        (pfc_matrix { rows: 2, ..good }, good, 3, "rows.rows must be at least count, 3, got 2 (rank 0)"),
+        (good, good, 4, "rows_out.rows must be at least capacity, 4, got 3 (rank 0)"),
+        (good, pfc_matrix { cols: 3, ..good }, 3, "rows_out.cols must be 2, got 3"),
         (pfc_matrix { dtype: PFC_F64, ..good }, good, 3, "rows.dtype"),
-        (pfc_matrix { row_stride: 1, ..good }, good, 3, "rows.row_stride is 1"),
-        (pfc_matrix { data: std::ptr::null_mut(), ..good }, good, 3, "rows.data is NULL"),
-        (good, pfc_matrix { dtype: PFC_BF16, ..good }, 3, "rows_out overlaps rows in another place, dtype or row_stride on rank 0"),
-        (good, pfc_matrix { row_stride: 3, rows: 2, ..good }, 2, "rows_out overlaps rows"),
+        (pfc_matrix { row_stride: 1, ..good }, good, 3, "rows.row_stride must be at least cols, 2, got 1"),
+        (pfc_matrix { data: std::ptr::null_mut(), ..good }, good, 3, "rows.data must not be NULL"),
+        (
+            good,
+            pfc_matrix { dtype: PFC_BF16, ..good },
+            3,
+            "rows_out must not overlap rows unless data, dtype and row_stride are the same (rank 0)",
+        ),
+        (good, pfc_matrix { row_stride: 3, rows: 2, ..good }, 2, "rows_out must not overlap rows"),
     ];
     for (rows, out, capacity, text) in cases {
         assert_failed(&call(&rows, &out, capacity), PFC_ERROR_INVALID_ARGUMENT, &[text]);

@@ -146,7 +146,7 @@ fn a_bad_label_comes_late_on_every_rank_and_changes_nothing() {
     });
     for failure in &told {
         assert_eq!(failure.status, Status::Label as i32);
-        for words in ["step 1", "labels[3] is 40 on rank 1"] {
+        for words in ["step 1", "labels[3] must be 0 to 39 or ignore_label, got 40 (rank 1)"] {
             assert!(failure.message.contains(words), "{words:?} is not in: {}", failure.message);
         }
     }

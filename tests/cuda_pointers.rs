@@ -52,7 +52,7 @@ fn a_sample_is_given_and_told_in_the_gpus_memory() {
         assert_eq!(head.sample_ids().expect("ids"), expected);
         let (told, mut count) = (Remote::of(&[-5i64; 7]), 0);
         let short = outcome(c_head::pfc_head_sample_ids(head.raw, told.pointer(), 5, &mut count));
-        assert_told("room for 5", short, Status::InvalidArgument, &["capacity is 5", "6 ids"]);
+        assert_told("room for 5", short, Status::InvalidArgument, &["capacity must be at least 6", "got 5"]);
         assert_eq!((told.read::<i64>(), count), (vec![-5; 7], 0), "written");
         outcome(c_head::pfc_head_sample_ids(head.raw, told.pointer(), 7, &mut count)).expect("room on the GPU");
         assert_eq!((&told.read::<i64>()[..6], told.read::<i64>()[6], count), (expected.as_slice(), -5, 6));
@@ -87,7 +87,7 @@ fn top_k_takes_and_gives_arrays_wherever_they_are() {
             let told =
                 outcome(unsafe { c_head::pfc_head_top_k(head.raw, &there.matrix(DIM), 4, ids.as_mut_ptr(), cosines.pointer()) });
             match place.rank {
-                1 => assert_told("its own", told, Status::NotFinite, &["embeddings row 1 on rank 1"]),
+                1 => assert_told("its own", told, Status::NotFinite, &["embeddings row 1", "rank 1"]),
                 _ => assert_told("the other's", told, Status::Remote, &["rank 1"]),
             }
             assert_eq!((ids, cosines.read::<f32>()), ([-5; 4 * ROWS], expected.1), "written");
@@ -113,15 +113,15 @@ fn numbers_and_structs_of_the_hosts_are_refused_by_name_elsewhere() {
                 0 => outcome(c_head::pfc_head_metrics(head.raw, &mut metrics)).expect("figures"),
                 _ => {
                     let refused = outcome(c_head::pfc_head_metrics(head.raw, there.pointer()));
-                    assert_told("metrics", refused, invalid, &["metrics", "device's memory", "rank 1"]);
+                    assert_told("metrics", refused, invalid, &["metrics", "device memory", "rank 1"]);
                 }
             }
             let refused = outcome(c_head::pfc_head_sample_ids(head.raw, null_mut(), 0, there.pointer()));
-            assert_told("count of a sample", refused, invalid, &["count", "device's memory"]);
+            assert_told("count of a sample", refused, invalid, &["count", "device memory"]);
             let refused = outcome(c_head::pfc_head_shard(head.raw, there.pointer(), &mut here));
-            assert_told("first", refused, invalid, &["first", "device's memory"]);
+            assert_told("first", refused, invalid, &["first", "device memory"]);
             let refused = outcome(c_head::pfc_head_shard(head.raw, &mut here, there.pointer()));
-            assert_told("count", refused, invalid, &["count", "device's memory"]);
+            assert_told("count", refused, invalid, &["count", "device memory"]);
         }
         assert_eq!((here, there.read::<u64>()), (7, vec![0; 64]), "written");
         assert_eq!(head.metrics().expect("figures").samples, 1);
@@ -156,7 +156,7 @@ fn rows_to_add_up_on_the_gpu_are_refused_by_name_on_all_ranks() {
             });
             match (name, place.rank) {
                 ("", _) => told.expect("all on the host"),
-                (_, 1) => assert_told(name, told, Status::InvalidArgument, &[name, "device's memory", "rank 1"]),
+                (_, 1) => assert_told(name, told, Status::InvalidArgument, &[name, "device memory", "rank 1"]),
                 _ => assert_told(name, told, Status::Remote, &["rank 1"]),
             }
             if !name.is_empty() {

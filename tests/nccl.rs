@@ -151,7 +151,7 @@ fn a_code_is_told_with_nccl_s_text() {
     });
     // A rank that has failed leaves the others where they are, maybe in the operation before.
     assert_told(&outcomes[0].0, Status::Timeout, &["all_reduce #", "300 ms", "rank 0"]);
-    assert_told(&outcomes[1].0, Status::Comm, &["all_reduce #3", "ncclAllReduce gave 2", "on rank 1"]);
+    assert_told(&outcomes[1].0, Status::Comm, &["all_reduce #3", "ncclAllReduce returned 2", "on rank 1"]);
     outcomes.iter().for_each(|(_, later)| assert_told(later, Status::Aborted, &[]));
 }
 
@@ -184,7 +184,7 @@ fn an_error_behind_the_scenes_ends_the_wait() {
     let begin = Instant::now();
     let failures = on_comms(nccl::group(2), reduce_to_the_end);
     for (rank, failure) in failures.iter().enumerate() {
-        assert_told(failure, Status::Comm, &["gave 6", &format!("rank {rank}")]);
+        assert_told(failure, Status::Comm, &["returned 6", &format!("rank {rank}")]);
     }
     // Long before the timeout.
     assert!(begin.elapsed() < Duration::from_millis(common::ranks::TIMEOUT_MS));
@@ -213,7 +213,7 @@ fn ranks_that_do_not_come_are_a_timeout() {
     let id = unique_id().expect("an id");
     let join = |timeout| {
         let (device, _context) = (partialfc_device(), gpu());
-        Communicator::nccl(&id, 0, 2, &*device, timeout).err().expect("nobody else comes")
+        Communicator::nccl(&id, 0, 2, device.streams(), timeout).err().expect("nobody else comes")
     };
     let error = join(Duration::from_millis(100));
     assert_eq!(error.status, Status::Timeout);
@@ -222,9 +222,9 @@ fn ranks_that_do_not_come_are_a_timeout() {
     standin.plan(1, -1, Fault::Enqueue(SYSTEM_ERROR));
     let id = unique_id().expect("an id");
     let device = partialfc_device();
-    let error = Communicator::nccl(&id, 1, 2, &*device, LONG).err().expect("a planted code");
+    let error = Communicator::nccl(&id, 1, 2, device.streams(), LONG).err().expect("a planted code");
     assert_eq!(error.status, Status::Comm);
-    assert!(error.message.contains("ncclCommInitRankConfig gave 2"), "{error}");
+    assert!(error.message.contains("ncclCommInitRankConfig returned 2"), "{error}");
 }
 
 fn partialfc_device() -> std::sync::Arc<dyn partialfc::device::Device> {
@@ -302,10 +302,10 @@ fn wrong_arguments_are_named() {
     let _standin = nccl::emulated(&turn);
     let device = partialfc_device();
     let refused = |rank, size, device: &dyn partialfc::device::Device| {
-        Communicator::nccl(&[7; 128], rank, size, device, LONG).err().expect("a wrong argument").to_string()
+        Communicator::nccl(&[7; 128], rank, size, device.streams(), LONG).err().expect("a wrong argument").to_string()
     };
-    assert!(refused(2, 2, &*device).contains("rank is 2 of 2 ranks"));
-    assert!(refused(0, 0, &*device).contains("size is 0 on rank 0"));
+    assert!(refused(2, 2, &*device).contains("rank must be below size, 2, got 2"));
+    assert!(refused(0, 0, &*device).contains("got 0 (rank 0)"));
     let cpu = partialfc::device::cpu(1).expect("a CPU");
-    assert!(refused(0, 1, &*cpu).contains("NCCL joins CUDA devices"));
+    assert!(refused(0, 1, &*cpu).contains("device must be a CUDA device"));
 }

@@ -125,7 +125,7 @@ fn a_head_on_another_gpu_than_its_communicator_is_refused() {
     turn.devices(1);
     assert_eq!(told[0].status, Status::Remote as i32, "{told:?}");
     assert_eq!(told[1].status, Status::InvalidArgument as i32, "{told:?}");
-    assert!(told[1].message.contains("device is GPU 1 on rank 1, whose NCCL communicator is of GPU 0"), "{told:?}");
+    assert!(told[1].message.contains("device must be GPU 0, as the NCCL communicator is, got GPU 1 (rank 1)"), "{told:?}");
     // A head on the CPU goes through the GPU.
     let on_cpu = |place: &Rank| {
         let mut head = Head::new(&Device::cpu(1), &place.comm, options);

@@ -172,7 +172,11 @@ fn what_is_wrong_is_said() {
     refused("late", train_as(TORCHRUN, 1, 2, &folder).args(["--timeout", "1"]), "rank 0 has left no id there in time");
     refused("devices", train_as(TORCHRUN, 0, 1, &folder).env("PFC_SIMT_DEVICES", "no"), "PFC_SIMT_DEVICES is \"no\"");
     let mut without = train_as(TORCHRUN, 0, 1, &folder);
-    refused("no NCCL", without.env("PFC_NCCL_LIB", "/nowhere/libnccl.so.2"), "PFC_ERROR_UNSUPPORTED: PFC_NCCL_LIB is");
+    refused(
+        "no NCCL",
+        without.env("PFC_NCCL_LIB", "/nowhere/libnccl.so.2"),
+        "PFC_ERROR_UNSUPPORTED: cannot load \"/nowhere/libnccl.so.2\"",
+    );
     assert!(!id.exists(), "an id that nobody made");
     fs::write(&id, "of another run").expect("a file");
     refused("left", &mut train_as(TORCHRUN, 0, 1, &folder), "is there already; each run needs its own name");

@@ -180,7 +180,7 @@ pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
-        ensure!(!comms.is_null(), InvalidArgument, "comms is NULL");
+        ensure!(!comms.is_null(), InvalidArgument, "comms must not be NULL");
         for (rank, comm) in Communicator::threads(n)?.into_iter().enumerate() {
             *comms.add(rank) = handle(comm);
         }
@@ -197,7 +197,7 @@ pub unsafe extern "C" fn pfc_comm_custom(ops: *const pfc_comm_ops, out: *mut *mu
     boundary(|| {
         let out = output("out", out)?;
         let ops = read_sized(ops)?;
-        ensure!(ops.reserved == 0, InvalidArgument, "ops.reserved is {}, not 0", ops.reserved);
+        ensure!(ops.reserved == 0, InvalidArgument, "ops.reserved must be 0, got {}", ops.reserved);
         *out = handle(Communicator::custom(ops.to_ops())?);
         Ok(())
     })
@@ -258,10 +258,7 @@ pub unsafe extern "C" fn pfc_comm_nccl(
         let id = required("id", id.cast::<[u8; ID_BYTES]>())?;
         let device = required("device", device)?;
         let out = output("out", out)?;
-        let streams = device.device.streams().ok_or_else(|| {
-            error!(InvalidArgument, "device is {:?} on rank {rank}; NCCL joins CUDA devices", device.device.info())
-        })?;
-        *out = handle(Communicator::nccl(id, rank, size, streams, DEFAULT_TIMEOUT)?);
+        *out = handle(Communicator::nccl(id, rank, size, device.device.streams(), DEFAULT_TIMEOUT)?);
         Ok(())
     })
 }
@@ -363,7 +360,7 @@ pub unsafe extern "C" fn pfc_comm_reduce_scatter(
 pub unsafe extern "C" fn pfc_comm_broadcast(comm: *mut pfc_comm, buffer: *mut c_void, bytes: u64, root: u32) -> pfc_status {
     collective(comm, |comm| {
         let given = bytes == 0 || !buffer.is_null();
-        comm.or_abort(if given { Ok(()) } else { Err(error!(InvalidArgument, "buffer is NULL on rank {}", comm.rank())) })?;
+        comm.or_abort(if given { Ok(()) } else { Err(error!(InvalidArgument, "buffer must not be NULL (rank {})", comm.rank())) })?;
         comm.broadcast_raw(buffer.cast(), bytes as usize, root, MemorySpace::Host)
     })
 }
@@ -422,12 +419,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
             for (name, array) in arrays {
                 let on_device =
                     device.is_device_memory(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
-                ensure!(
-                    !on_device,
-                    InvalidArgument,
-                    "{name} lies in the device's memory on rank {}; it has to be the host's",
-                    comm.rank()
-                );
+                ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", comm.rank());
             }
             Ok(SampledRows { ids, count: count as usize, rows, ids_out, capacity: capacity as usize, rows_out })
         })();
@@ -454,8 +446,8 @@ unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Re
 }
 
 fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {
-    ensure!(count == 0 || !send.is_null(), InvalidArgument, "send is NULL on rank {}", comm.rank());
-    ensure!(count == 0 || !recv.is_null(), InvalidArgument, "recv is NULL on rank {}", comm.rank());
+    ensure!(count == 0 || !send.is_null(), InvalidArgument, "send must not be NULL (rank {})", comm.rank());
+    ensure!(count == 0 || !recv.is_null(), InvalidArgument, "recv must not be NULL (rank {})", comm.rank());
     Ok(())
 }
 
@@ -471,9 +463,9 @@ fn reduction(
     let rank = comm.rank();
     let types = "PFC_F32 (1), PFC_F64 (4), PFC_I32 (5) or PFC_I64 (6)";
     let element =
-        DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype is {dtype} on rank {rank}; it is {types}"))?;
+        DType::from_code(dtype).ok_or_else(|| error!(InvalidArgument, "dtype must be {types}, got {dtype} (rank {rank})"))?;
     let op = ReduceOp::from_code(op)
-        .ok_or_else(|| error!(InvalidArgument, "op is {op} on rank {rank}; it is PFC_SUM (1) or PFC_MAX (2)"))?;
+        .ok_or_else(|| error!(InvalidArgument, "op must be PFC_SUM (1) or PFC_MAX (2), got {op} (rank {rank})"))?;
     Ok((element, op))
 }
 

@@ -149,7 +149,7 @@ unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<
 
 fn own_process(handle: &pfc_head) -> Result<()> {
     let (made_in, this) = (handle.process, std::process::id());
-    ensure!(made_in == this, Forked, "the head was made in process {made_in}, this is process {this}");
+    ensure!(made_in == this, Forked, "the head was made in process {made_in} and cannot be used in process {this}");
     Ok(())
 }
 
@@ -255,9 +255,19 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
     with_head(head, |head| {
-        ensure!(!ids.is_null() || count == 0, InvalidArgument, "ids is NULL with {count} ids on rank {}", head.rank());
+        ensure!(
+            !ids.is_null() || count == 0,
+            InvalidArgument,
+            "ids must not be NULL for a count of {count} (rank {})",
+            head.rank()
+        );
         let rows = head.shard().rows;
-        ensure!(count <= rows, InvalidArgument, "count is {count} on rank {}, whose shard has {rows} classes", head.rank());
+        ensure!(
+            count <= rows,
+            InvalidArgument,
+            "count must be at most {rows}, the classes of the shard, got {count} (rank {})",
+            head.rank()
+        );
         head.set_sample(Labels { data: ids, count: count as usize })
     })
 }
@@ -366,7 +376,7 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
     with_head(head, |head| {
         // The other ranks are in it already: the exchange comes first.
         let m = head.metrics()?;
-        ensure!(!metrics.is_null(), InvalidArgument, "metrics is NULL on rank {}", head.rank());
+        ensure!(!metrics.is_null(), InvalidArgument, "metrics must not be NULL (rank {})", head.rank());
         head.require_host("metrics", metrics)?;
         let value = pfc_metrics {
             struct_size: 0,
@@ -408,8 +418,8 @@ pub unsafe extern "C" fn pfc_head_top_k(
 ) -> pfc_status {
     with_head(head, |head| {
         let queries = matrix("embeddings", embeddings, head.embedding_dim()).and_then(|queries| {
-            ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids is NULL on rank {}", head.rank());
-            ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines is NULL on rank {}", head.rank());
+            ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids must not be NULL (rank {})", head.rank());
+            ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines must not be NULL (rank {})", head.rank());
             if queries.rows > 0 {
                 head.check_reachable("ids", ids)?;
                 head.check_reachable("cosines", cosines)?;
@@ -437,7 +447,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
             ensure!(
                 sample.len() as u64 <= capacity,
                 InvalidArgument,
-                "capacity is {capacity}, the sample has {} ids on rank {}",
+                "capacity must be at least {}, the ids of the sample, got {capacity} (rank {})",
                 sample.len(),
                 head.rank()
             );
@@ -533,7 +543,7 @@ pub unsafe extern "C" fn pfc_head_save(
     with_head(head, |_| {
         Err(error!(
             Unsupported,
-            "pfc_head_save is not in this version: pfc_head_read_centers and pfc_head_read_state give all there is to save"
+            "pfc_head_save is not supported yet: save what pfc_head_read_centers and pfc_head_read_state return"
         ))
     })
 }
@@ -549,10 +559,7 @@ pub unsafe extern "C" fn pfc_head_load(
 ) -> pfc_status {
     let _ = (directory, options);
     with_head(head, |_| {
-        Err(error!(
-            Unsupported,
-            "pfc_head_load is not in this version: pfc_head_write_centers and pfc_head_write_state put back what was read"
-        ))
+        Err(error!(Unsupported, "pfc_head_load is not supported yet: use pfc_head_write_centers and pfc_head_write_state"))
     })
 }
 
@@ -569,7 +576,7 @@ unsafe fn rows(
         ensure!(
             rows.rows as u64 == count,
             InvalidArgument,
-            "{name}.rows is {}, count is {count} (first is {first}) on rank {}",
+            "{name}.rows must be {count}, the count from class {first}, got {} (rank {})",
             rows.rows,
             head.rank()
         );
@@ -581,7 +588,7 @@ fn state_tensor(code: i32) -> Result<StateTensor> {
     match code {
         PFC_STATE_MOMENTUM => Ok(StateTensor::Momentum),
         PFC_STATE_SECOND_MOMENT => Ok(StateTensor::SecondMoment),
-        _ => Err(error!(InvalidArgument, "tensor is {code}; it is PFC_STATE_MOMENTUM (1) or PFC_STATE_SECOND_MOMENT (2)")),
+        _ => Err(error!(InvalidArgument, "tensor must be PFC_STATE_MOMENTUM (1) or PFC_STATE_SECOND_MOMENT (2), got {code}")),
     }
 }
 
@@ -594,6 +601,6 @@ unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const 
 }
 
 fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {
-    ensure!(!labels.is_null() || batch == 0, InvalidArgument, "labels is NULL with a batch of {batch}");
+    ensure!(!labels.is_null() || batch == 0, InvalidArgument, "labels must not be NULL for a batch of {batch}");
     Ok(Labels { data: labels, count: batch as usize })
 }

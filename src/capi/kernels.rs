@@ -316,8 +316,12 @@ pub unsafe extern "C" fn pfc_sample_classes(
     boundary(|| {
         let device = device_of(device)?;
         let count = output("count", count)?;
-        ensure!(!positives.is_null() || positive_count == 0, InvalidArgument, "positives is NULL with {positive_count} ids");
-        ensure!(!ids.is_null() || positive_count.max(sample_size) == 0, InvalidArgument, "ids is NULL");
+        ensure!(
+            !positives.is_null() || positive_count == 0,
+            InvalidArgument,
+            "positives must not be NULL for a positive_count of {positive_count}"
+        );
+        ensure!(!ids.is_null() || positive_count.max(sample_size) == 0, InvalidArgument, "ids must not be NULL");
         let draw = SampleDraw { seed, step, first, rows, positives, positive_count: array_count(positive_count)?, sample_size };
         *count = device.sample_classes(&draw, ids)?;
         Ok(())
@@ -370,13 +374,13 @@ pub unsafe extern "C" fn pfc_update_rows(
 unsafe fn device_of<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
     let device = &*required("device", device)?.device;
     let (made_in, this) = (device.process(), std::process::id());
-    ensure!(made_in == this, Forked, "the device was made in process {made_in}, this is process {this}");
+    ensure!(made_in == this, Forked, "the device was made in process {made_in} and cannot be used in process {this}");
     Ok(device)
 }
 
 /// A count of array elements, which no larger array can have.
 fn array_count(count: u64) -> Result<usize> {
-    ensure!(count <= isize::MAX as u64 / 8, InvalidArgument, "count is {count}: more than the address space");
+    ensure!(count <= isize::MAX as u64 / 8, InvalidArgument, "count must fit in the address space, got {count}");
     Ok(count as usize)
 }
 
@@ -387,11 +391,11 @@ unsafe fn checked_margin(margin: *const pfc_margin) -> Result<Margin> {
 }
 
 fn same_rows(name: &str, rows: usize, expected: usize) -> Result<()> {
-    ensure!(rows == expected, InvalidArgument, "{name}.rows is {rows}, expected {expected}");
+    ensure!(rows == expected, InvalidArgument, "{name}.rows must be {expected}, got {rows}");
     Ok(())
 }
 
 unsafe fn workspace_of(data: *mut c_void, bytes: u64) -> Result<Workspace> {
-    ensure!(!data.is_null() || bytes == 0, InvalidArgument, "workspace is NULL with {bytes} bytes");
+    ensure!(!data.is_null() || bytes == 0, InvalidArgument, "workspace must not be NULL for a workspace_bytes of {bytes}");
     Ok(Workspace { data: data.cast(), bytes: bytes as usize })
 }

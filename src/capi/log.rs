@@ -78,12 +78,12 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
             _ => {
                 return Err(Error::new(
                     Status::InvalidArgument,
-                    format!("level is {level}, not PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4)"),
+                    format!("level must be PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4), got {level}"),
                 ))
             }
         };
         if !INSTALLED.get_or_init(|| log::set_logger(&Forward).is_ok()) {
-            return Err(Error::new(Status::Unsupported, "this program has a logger of its own: use that"));
+            return Err(Error::new(Status::Unsupported, "this program has installed a logger of its own: use that one"));
         }
         *SINK.write().unwrap_or_else(|e| e.into_inner()) = function.map(|function| Sink { function, user: user as usize });
         log::set_max_level(if function.is_some() { filter } else { LevelFilter::Off });

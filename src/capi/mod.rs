@@ -36,10 +36,10 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
 
 /// A pointer argument, or the error that names it.
 unsafe fn required<'a, T>(name: &str, pointer: *const T) -> Result<&'a T> {
-    pointer.as_ref().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} is NULL")))
+    pointer.as_ref().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} must not be NULL")))
 }
 
 /// An output argument, or the error that names it.
 unsafe fn output<'a, T>(name: &str, pointer: *mut T) -> Result<&'a mut T> {
-    pointer.as_mut().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} is NULL")))
+    pointer.as_mut().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} must not be NULL")))
 }

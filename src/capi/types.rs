@@ -229,7 +229,7 @@ const LARGEST: u64 = 1 << 16;
 
 /// Writes defaults into the first `struct_size` bytes at `out`, and zeros where the caller's struct is longer than ours.
 pub(super) unsafe fn init_sized<T: Sized64>(out: *mut T, struct_size: u64) -> Result<()> {
-    ensure!(!out.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    ensure!(!out.is_null(), InvalidArgument, "{} must not be NULL", T::NAME);
     check_size::<T>(struct_size)?;
     let ours = std::mem::size_of::<T>();
     let mut defaults = T::defaults();
@@ -241,7 +241,7 @@ pub(super) unsafe fn init_sized<T: Sized64>(out: *mut T, struct_size: u64) -> Re
 
 /// Reads a caller's struct: fields it does not have keep their defaults; a tail we do not know must be zero.
 pub(super) unsafe fn read_sized<T: Sized64>(from: *const T) -> Result<T> {
-    ensure!(!from.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    ensure!(!from.is_null(), InvalidArgument, "{} must not be NULL", T::NAME);
     let struct_size = from.cast::<u64>().read_unaligned();
     check_size::<T>(struct_size)?;
     let (ours, theirs) = (std::mem::size_of::<T>(), struct_size as usize);
@@ -251,7 +251,7 @@ pub(super) unsafe fn read_sized<T: Sized64>(from: *const T) -> Result<T> {
         if let Some(at) = tail.iter().position(|&b| b != 0) {
             return Err(error!(
                 Unsupported,
-                "{} has a field at byte {} that this library ({}) does not know: it knows {ours} bytes, the caller has {theirs}",
+                "{} has a field at byte {} that this library ({}) does not know: it knows {ours} bytes, and the caller has {theirs}",
                 T::NAME,
                 ours + at,
                 env!("CARGO_PKG_VERSION")
@@ -265,7 +265,7 @@ pub(super) unsafe fn read_sized<T: Sized64>(from: *const T) -> Result<T> {
 
 /// Copies a result into a caller's struct of `struct_size` bytes, which it holds already.
 pub(super) unsafe fn write_sized<T: Sized64>(out: *mut T, mut value: T) -> Result<()> {
-    ensure!(!out.is_null(), InvalidArgument, "{} is NULL", T::NAME);
+    ensure!(!out.is_null(), InvalidArgument, "{} must not be NULL", T::NAME);
     let struct_size = out.cast::<u64>().read_unaligned();
     check_size::<T>(struct_size)?;
     (&mut value as *mut T).cast::<u64>().write(struct_size);
@@ -278,7 +278,7 @@ fn check_size<T: Sized64>(struct_size: u64) -> Result<()> {
     ensure!(
         (SIZE_FIELD..=LARGEST).contains(&struct_size),
         InvalidArgument,
-        "{}.struct_size is {struct_size}; fill the struct with {}_init first",
+        "{}.struct_size must be {SIZE_FIELD} to {LARGEST}, got {struct_size}: fill the struct with {}_init first",
         T::NAME,
         T::NAME
     );
@@ -376,13 +376,13 @@ pub unsafe extern "C" fn pfc_optimizer_init_sized(optimizer: *mut pfc_optimizer,
 fn choose<T: Copy>(field: &str, code: i32, choices: &[(i32, T)]) -> Result<T> {
     choices.iter().find(|choice| choice.0 == code).map(|choice| choice.1).ok_or_else(|| {
         let known: Vec<String> = choices.iter().map(|choice| choice.0.to_string()).collect();
-        error!(InvalidArgument, "{field} is {code}; it is one of {}", known.join(", "))
+        error!(InvalidArgument, "{field} must be one of {}, got {code}", known.join(", "))
     })
 }
 
 fn storage_is_f32(field: &str, code: i32) -> Result<()> {
     let dtype = choose(field, code, &[(PFC_F32, DType::F32), (PFC_F16, DType::F16), (PFC_BF16, DType::Bf16)])?;
-    ensure!(dtype == DType::F32, Unsupported, "{field} is {}: storage other than f32 is not supported yet", dtype.name());
+    ensure!(dtype == DType::F32, Unsupported, "{field} must be f32, got {}: other types are not supported yet", dtype.name());
     Ok(())
 }
 
@@ -458,13 +458,9 @@ impl pfc_head_options {
             self.residency,
             &[(PFC_RESIDENCY_DEVICE, true), (PFC_RESIDENCY_HOST, false), (PFC_RESIDENCY_FILE, false)],
         )?;
-        ensure!(resident, Unsupported, "residency is {}: rows outside the device's memory are not supported yet", self.residency);
-        ensure!(
-            self.storage_path.is_null(),
-            Unsupported,
-            "storage_path is set: only residency file needs it, which is not supported yet"
-        );
-        ensure!(self.reserved == 0, InvalidArgument, "reserved is {}, not 0", self.reserved);
+        ensure!(resident, Unsupported, "residency must be 1 (device), got {}: other memory is not supported yet", self.residency);
+        ensure!(self.storage_path.is_null(), Unsupported, "storage_path must be NULL: residency file is not supported yet");
+        ensure!(self.reserved == 0, InvalidArgument, "reserved must be 0, got {}", self.reserved);
         Ok(HeadOptions {
             num_classes: self.num_classes,
             embedding_dim: self.embedding_dim,
@@ -507,12 +503,15 @@ impl pfc_head_options {
 
 /// A matrix argument: its pointer, element type and shape checked against `cols`.
 pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
-    ensure!(!matrix.is_null(), InvalidArgument, "{name} is NULL");
+    ensure!(!matrix.is_null(), InvalidArgument, "{name} must not be NULL");
     let m = *matrix;
     let dtype = DType::from_code(m.dtype).ok_or_else(|| {
-        Error::new(Status::InvalidArgument, format!("{name}.dtype is {}; it is PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3)", m.dtype))
+        Error::new(
+            Status::InvalidArgument,
+            format!("{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype),
+        )
     })?;
-    ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved is {}, not 0", m.reserved);
+    ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved must be 0, got {}", m.reserved);
     let view =
         Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };
     view.check(name, cols as usize)?;

@@ -17,7 +17,7 @@ pub(super) fn is_on() -> bool {
         Ok("1") => true,
         Ok("" | "0") | Err(_) => false,
         Ok(other) => {
-            log::warn!("PFC_CHECK is {other:?}; it is 1, or 0 as without it");
+            log::warn!("PFC_CHECK must be 0 or 1, got {other:?}");
             false
         }
     }
@@ -57,7 +57,7 @@ pub(super) fn agree(transport: &dyn Transport, signature: Signature, call: &Call
     let Some(rank) = all.iter().position(|words| words != &all[0]) else { return Ok(()) };
     let verdict = error!(
         Mismatch,
-        "PFC_CHECK: rank 0 is about to run {}, rank {rank} {} (this is rank {})",
+        "PFC_CHECK: rank 0 is about to run {}, but rank {rank} {} (this is rank {})",
         Described(&all[0]),
         Described(&all[rank]),
         transport.rank()

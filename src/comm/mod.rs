@@ -217,16 +217,18 @@ impl Communicator {
         Ok(Communicator::new(Box::new(custom::Custom::new(ops)?)))
     }
 
-    /// A rank of a group that NCCL joins, on a GPU. Collective; waits at most `timeout` for the other ranks.
+    /// A rank of a group that NCCL joins, on a GPU; `None`: the device has no streams. Collective; waits at most `timeout` for the other
+    /// ranks.
     ///
-    /// Errors: UNSUPPORTED without NCCL; TIMEOUT; COMM.
+    /// Errors: UNSUPPORTED without NCCL; INVALID_ARGUMENT for a device without streams; TIMEOUT; COMM.
     pub fn nccl(
         id: &[u8; ID_BYTES],
         rank: u32,
         size: u32,
-        device: Arc<dyn StreamDevice>,
+        device: Option<Arc<dyn StreamDevice>>,
         timeout: Duration,
     ) -> Result<Arc<Communicator>> {
+        let device = device.ok_or_else(|| error!(InvalidArgument, "device must be a CUDA device (rank {rank})"))?;
         Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?)))
     }
 
@@ -244,7 +246,7 @@ impl Communicator {
 
     /// Bounds every later wait. 0 is refused: an operation needs some time.
     pub fn set_timeout(&self, timeout: Duration) -> Result<()> {
-        ensure!(!timeout.is_zero(), InvalidArgument, "timeout is 0 ms on rank {}", self.rank());
+        ensure!(!timeout.is_zero(), InvalidArgument, "timeout must be above 0 ms, got 0 (rank {})", self.rank());
         self.timeout_ms.store(timeout.as_millis().clamp(1, u64::MAX.into()) as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -303,7 +305,7 @@ impl Communicator {
                 (send as usize, bytes),
                 (recv as usize, total),
                 send as usize == own,
-                "send is not recv + rank * bytes",
+                "send is recv + rank * bytes",
             )?;
             Ok(bytes)
         });
@@ -324,7 +326,7 @@ impl Communicator {
     ) -> Result<()> {
         let checked = self.reducible(send, recv, count, dtype).and_then(|_| {
             let bytes = count * dtype.size();
-            self.check_overlap((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is not recv")?;
+            self.check_overlap((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is recv")?;
             Ok(bytes)
         });
         let signature = Signature { operation: Operation::AllReduce, count: count as u64, reduction: Some((dtype, op)), root: 0 };
@@ -349,7 +351,7 @@ impl Communicator {
                 (send as usize, total),
                 (recv as usize, bytes),
                 recv as usize == own,
-                "recv is not send + rank * count",
+                "recv is send + rank * count",
             )?;
             Ok(total)
         });
@@ -363,7 +365,12 @@ impl Communicator {
     pub unsafe fn broadcast_raw(&self, buffer: *mut u8, bytes: usize, root: u32, space: MemorySpace<'_>) -> Result<()> {
         let checked = match root < self.size() {
             true => self.product("bytes", bytes, 1).map(|_| bytes),
-            false => Err(error!(InvalidArgument, "root is {root} of {} ranks, on rank {}", self.size(), self.rank())),
+            false => Err(error!(
+                InvalidArgument,
+                "root must be below {}, the number of ranks, got {root} (rank {})",
+                self.size(),
+                self.rank()
+            )),
         };
         let signature = Signature { operation: Operation::Broadcast, count: bytes as u64, reduction: None, root };
         self.run(signature, checked, space, |call| self.transport.broadcast(buffer, bytes, root, call))
@@ -395,7 +402,7 @@ impl Communicator {
         ensure!(
             !self.forked(),
             Forked,
-            "the communicator of rank {} was made in process {}, this is process {}",
+            "the communicator of rank {} was made in process {} and cannot be used in process {}",
             self.rank(),
             self.process,
             std::process::id()
@@ -413,9 +420,9 @@ impl Communicator {
         total.filter(|&n| n <= isize::MAX as usize).ok_or_else(|| {
             error!(
                 InvalidArgument,
-                "{name} is {count} on rank {}: more than the address space, over {} ranks",
-                self.rank(),
-                self.size()
+                "{name} must fit in the address space on {} ranks, got {count} (rank {})",
+                self.size(),
+                self.rank()
             )
         })
     }
@@ -424,10 +431,10 @@ impl Communicator {
     fn reducible(&self, send: *const u8, recv: *const u8, count: usize, dtype: DType) -> Result<usize> {
         let (name, rank) = (dtype.name(), self.rank());
         let combinable = matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64);
-        ensure!(combinable, InvalidArgument, "a reduction takes f32, f64, i32 or i64, not {name}, on rank {rank}");
+        ensure!(combinable, InvalidArgument, "dtype must be f32, f64, i32 or i64 in a reduction, got {name} (rank {rank})");
         for (argument, pointer) in [("send", send), ("recv", recv)] {
             let aligned = count == 0 || (pointer as usize).is_multiple_of(dtype.size());
-            ensure!(aligned, InvalidArgument, "{argument} is {pointer:?}, not aligned to its {name} elements, on rank {rank}");
+            ensure!(aligned, InvalidArgument, "{argument} must be aligned to its {name} elements, got {pointer:?} (rank {rank})");
         }
         self.product("count", count, dtype.size())
     }
@@ -435,7 +442,7 @@ impl Communicator {
     /// Refuses buffers (address, bytes) that overlap in another way than the one allowed.
     fn check_overlap(&self, send: (usize, usize), recv: (usize, usize), allowed: bool, otherwise: &str) -> Result<()> {
         let overlap = send.1 > 0 && recv.1 > 0 && send.0 < recv.0.saturating_add(recv.1) && recv.0 < send.0.saturating_add(send.1);
-        ensure!(allowed || !overlap, InvalidArgument, "send and recv overlap and {otherwise}, on rank {}", self.rank());
+        ensure!(allowed || !overlap, InvalidArgument, "send and recv must not overlap unless {otherwise} (rank {})", self.rank());
         Ok(())
     }
 

@@ -68,7 +68,12 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
     // Memory that one rank lacks here would leave the others waiting.
     let union = comm.or_abort(union(&ids, rank))?;
     if let Some((rank, words)) = all.iter().enumerate().find(|(_, words)| (words[1] as usize) < union.len()) {
-        return Err(error!(InvalidArgument, "capacity is {} on rank {rank}; the union of the ids has {}", words[1], union.len()));
+        return Err(error!(
+            InvalidArgument,
+            "capacity must be at least {}, the ids of the union, got {} (rank {rank})",
+            union.len(),
+            words[1]
+        ));
     }
 
     // From the end: a row's place in the union is never before its own, so rows_out may overwrite rows that have been read.
@@ -100,10 +105,15 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     named(mine.rows.check("rows", mine.rows.cols))?;
     named(mine.rows_out.check("rows_out", mine.rows.cols))?;
     let (count, capacity) = (mine.count, mine.capacity);
-    ensure!(mine.rows.rows >= count, InvalidArgument, "rows.rows is {}, less than the {count} ids, on rank {rank}", mine.rows.rows);
+    ensure!(
+        mine.rows.rows >= count,
+        InvalidArgument,
+        "rows.rows must be at least count, {count}, got {} (rank {rank})",
+        mine.rows.rows
+    );
     let out = mine.rows_out.rows;
-    ensure!(out >= capacity, InvalidArgument, "rows_out.rows is {out}, less than capacity {capacity}, on rank {rank}");
-    ensure!(count == 0 || !mine.ids.is_null(), InvalidArgument, "ids is NULL with {count} ids on rank {rank}");
+    ensure!(out >= capacity, InvalidArgument, "rows_out.rows must be at least capacity, {capacity}, got {out} (rank {rank})");
+    ensure!(count == 0 || !mine.ids.is_null(), InvalidArgument, "ids must not be NULL for a count of {count} (rank {rank})");
     // Rows are written from the last to the first: over the inputs that is safe in one layout only.
     let layout = |m: &Matrix| (m.data, m.dtype, m.row_stride);
     let range = |m: &Matrix| m.data as usize..m.data as usize + m.rows * m.row_stride * m.dtype.size();
@@ -112,13 +122,13 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     ensure!(
         apart || layout(&mine.rows) == layout(&mine.rows_out),
         InvalidArgument,
-        "rows_out overlaps rows in another place, dtype or row_stride on rank {rank}: it is apart, or the same"
+        "rows_out must not overlap rows unless data, dtype and row_stride are the same (rank {rank})"
     );
     if count > 0 {
         let ids = std::slice::from_raw_parts(mine.ids, count);
         if let Some(i) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {
             let (a, b) = (ids[i], ids[i + 1]);
-            return Err(error!(InvalidArgument, "ids[{}] is {b} after {a} on rank {rank}: ids ascend, each once", i + 1));
+            return Err(error!(InvalidArgument, "ids must ascend: ids[{}] is {b} after {a} (rank {rank})", i + 1));
         }
     }
     Ok(())
@@ -150,7 +160,9 @@ fn union(ids: &[&[i64]], rank: u32) -> Result<Vec<i64>> {
     let total: usize = ids.iter().map(|ids| ids.len()).sum();
     let mut union = Vec::new();
     let room = union.try_reserve_exact(total);
-    room.map_err(|_| error!(OutOfMemory, "no memory for {total} ids on rank {rank}"))?;
+    room.map_err(|_| {
+        error!(OutOfMemory, "cannot allocate {} bytes for the union of the ids (rank {rank})", total.saturating_mul(8))
+    })?;
     ids.iter().for_each(|ids| union.extend_from_slice(ids));
     // Ascending runs one after the other: the standard stable sort finds and merges them.
     union.sort();
@@ -166,7 +178,7 @@ fn zeroed<T: Copy + Default>(count: usize, rank: u32) -> Result<Vec<T>> {
     let mut memory = Vec::new();
     let bytes = count.saturating_mul(std::mem::size_of::<T>());
     let room = memory.try_reserve_exact(count);
-    room.map_err(|_| error!(OutOfMemory, "no memory for {bytes} bytes on rank {rank}"))?;
+    room.map_err(|_| error!(OutOfMemory, "cannot allocate {bytes} bytes for sums of rows (rank {rank})"))?;
     memory.resize(count, T::default());
     Ok(memory)
 }

@@ -134,7 +134,8 @@ impl Watchdog {
         if state.thread.is_none() {
             let shared = self.shared.clone();
             let thread = std::thread::Builder::new().name("pfc-watchdog".to_owned()).spawn(move || shared.keep_watch());
-            state.thread = Some(thread.map_err(|e| error!(OutOfMemory, "{}: no watchdog thread: {e}", call.label()))?);
+            state.thread =
+                Some(thread.map_err(|e| error!(OutOfMemory, "{}: cannot start the watchdog thread: {e}", call.label()))?);
         }
         if state.asleep_until.is_none_or(|until| until > by) {
             self.shared.changed.notify_one();

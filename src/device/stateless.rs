@@ -60,17 +60,17 @@ pub struct RowState<'a> {
 }
 
 pub(super) fn must_be_f32(name: &str, matrix: &Matrix) -> Result<()> {
-    ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype is {}; it is f32", matrix.dtype.name());
+    ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype must be f32, got {}", matrix.dtype.name());
     Ok(())
 }
 
 /// Sizes that 32-bit row and column numbers hold.
 pub(super) fn checked_shape(batch: u64, dim: u64, classes: u64) -> Result<()> {
     let small = |name: &str, value: u64| {
-        ensure!(value <= u32::MAX.into(), InvalidArgument, "{name} is {value}; it is at most {}", u32::MAX);
+        ensure!(value <= u32::MAX.into(), InvalidArgument, "{name} must be at most {}, got {value}", u32::MAX);
         Ok(())
     };
-    ensure!(dim <= LARGEST_DIM.into(), InvalidArgument, "dim is {dim}; it is at most {LARGEST_DIM}");
+    ensure!(dim <= LARGEST_DIM.into(), InvalidArgument, "dim must be at most {LARGEST_DIM}, got {dim}");
     small("batch", batch)?;
     small("classes", classes)
 }
@@ -81,9 +81,9 @@ pub(super) fn checked_targets(targets: &[i64], classes: usize) -> Result<()> {
         None => Ok(()),
         Some(row) => Err(error!(
             InvalidArgument,
-            "targets[{row}] is {}; it is a column of the sample, 0 to {}, or -1",
-            targets[row],
-            classes as i64 - 1
+            "targets[{row}] must be a column of the sample, 0 to {}, or -1, got {}",
+            classes as i64 - 1,
+            targets[row]
         )),
     }
 }
@@ -102,14 +102,14 @@ pub(super) fn checked_sums(margin: &Margin, row_sums: &[f32], target_logits: &[f
         ensure!(
             sum >= 0.0 && sum.is_finite() && factor.is_finite(),
             NotFinite,
-            "row_sums[{row}] is {sum:e} and target_logits[{row}] {logit:e}: float32 has no gradient for them"
+            "float32 has no gradient for row_sums[{row}], {sum:e}, and target_logits[{row}], {logit:e}"
         );
     }
     Ok(())
 }
 
 pub(super) fn checked_weight(weight: f64) -> Result<()> {
-    ensure!(weight.is_finite(), InvalidArgument, "loss_weight is {weight}; it is finite");
+    ensure!(weight.is_finite(), InvalidArgument, "loss_weight must be finite, got {weight}");
     Ok(())
 }
 
@@ -120,10 +120,10 @@ impl Workspace {
         ensure!(
             self.bytes as u64 >= needed,
             InvalidArgument,
-            "workspace_bytes is {}, the kernel needs {needed}: ask its _workspace function",
+            "workspace_bytes must be at least {needed}, got {}: ask the kernel's _workspace function",
             self.bytes
         );
-        ensure!(data.is_multiple_of(alignment), InvalidArgument, "workspace is at {data:#x}, not aligned to {alignment} bytes");
+        ensure!(data.is_multiple_of(alignment), InvalidArgument, "workspace must be aligned to {alignment} bytes, got {data:#x}");
         Ok(())
     }
 }
@@ -137,12 +137,18 @@ impl SampleDraw {
         ensure!(
             self.first.checked_add(self.rows).is_some_and(|end| end <= i64::MAX as u64),
             InvalidArgument,
-            "first is {} with {} rows: ids beyond INT64_MAX",
+            "first + rows must be at most INT64_MAX, got {} + {}",
             self.first,
             self.rows
         );
-        ensure!(self.rows <= 1 << 40, InvalidArgument, "rows is {}; it is at most 2^40", self.rows);
-        ensure!(self.sample_size <= self.rows, InvalidArgument, "sample_size is {}, of {} rows", self.sample_size, self.rows);
+        ensure!(self.rows <= 1 << 40, InvalidArgument, "rows must be at most 2^40, got {}", self.rows);
+        ensure!(
+            self.sample_size <= self.rows,
+            InvalidArgument,
+            "sample_size must be at most rows, {}, got {}",
+            self.rows,
+            self.sample_size
+        );
         Ok(())
     }
 
@@ -153,14 +159,14 @@ impl SampleDraw {
             ensure!(
                 shard.contains(id),
                 InvalidArgument,
-                "positives[{i}] is {id}, not in {} to {}",
+                "positives[{i}] must be {} to {}, got {id}",
                 shard.first,
                 shard.end() as i64 - 1
             );
             ensure!(
                 i == 0 || positives[i - 1] < id,
                 InvalidArgument,
-                "positives[{i}] is {id} after {}: ids ascend",
+                "positives must ascend: positives[{i}] is {id} after {}",
                 positives[i - 1]
             );
         }
@@ -174,16 +180,16 @@ impl RowState<'_> {
         must_be_f32("centers", self.centers)?;
         must_be_f32("momentum", self.momentum)?;
         match (optimizer.state_tensors() > 1, self.second_moment) {
-            (true, None) => return Err(error!(InvalidArgument, "second_moment is NULL, which AdamW needs")),
+            (true, None) => return Err(error!(InvalidArgument, "second_moment must not be NULL with AdamW")),
             (_, Some(matrix)) => must_be_f32("second_moment", matrix)?,
             (false, None) => {}
         }
         ensure!(
             learning_rate.is_finite() && learning_rate >= 0.0,
             InvalidArgument,
-            "learning_rate is {learning_rate}; it is finite and not below 0"
+            "learning_rate must be finite and at least 0, got {learning_rate}"
         );
-        ensure!(update > 0, InvalidArgument, "update is 0; the first is 1");
+        ensure!(update > 0, InvalidArgument, "update must be at least 1, got 0");
         Ok(())
     }
 
@@ -192,8 +198,16 @@ impl RowState<'_> {
         let rows = self.centers.rows;
         let mut seen = vec![false; rows];
         for (i, &id) in ids.iter().enumerate() {
-            ensure!((0..rows as i64).contains(&id), InvalidArgument, "ids[{i}] is {id}; centers has {rows} rows");
-            ensure!(!std::mem::replace(&mut seen[id as usize], true), InvalidArgument, "ids[{i}] repeats {id}");
+            ensure!(
+                (0..rows as i64).contains(&id),
+                InvalidArgument,
+                "ids[{i}] must be at least 0 and below centers.rows, {rows}, got {id}"
+            );
+            ensure!(
+                !std::mem::replace(&mut seen[id as usize], true),
+                InvalidArgument,
+                "ids must not repeat: ids[{i}] is {id} again"
+            );
         }
         Ok(())
     }

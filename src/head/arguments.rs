@@ -13,7 +13,7 @@ impl Head {
     pub fn loss_target(&self, loss: *mut f64) -> (LossTarget, Result<()>) {
         let rank = self.rank();
         let on_device = match loss.is_null() {
-            true => Err(error!(InvalidArgument, "loss is NULL on rank {rank}")),
+            true => Err(error!(InvalidArgument, "loss must not be NULL (rank {rank})")),
             false => self.backend.is_device_memory("loss", loss.cast_const().cast()),
         };
         match on_device {
@@ -36,7 +36,7 @@ impl Head {
     pub(super) fn require_labels(&self, input: &StepInput) -> Result<Labels> {
         input
             .labels
-            .ok_or_else(|| error!(InvalidArgument, "labels is NULL on rank {}, and pfc_head_prepare was not called", self.rank()))
+            .ok_or_else(|| error!(InvalidArgument, "labels must not be NULL without pfc_head_prepare (rank {})", self.rank()))
     }
 
     /// The labels of a batch that is not too large; an error names this rank, since it is for the others too.
@@ -45,10 +45,10 @@ impl Head {
             ensure!(
                 labels.count as u64 <= self.options.max_batch,
                 InvalidArgument,
-                "the batch is {} rows on rank {}, max_batch is {}",
+                "the batch must be at most max_batch, {}, got {} rows (rank {})",
+                self.options.max_batch,
                 labels.count,
-                self.rank(),
-                self.options.max_batch
+                self.rank()
             );
             Ok(labels)
         });
@@ -62,7 +62,7 @@ impl Head {
         ensure!(
             rows == batch,
             InvalidArgument,
-            "embeddings has {rows} rows on rank {}, pfc_head_prepare had {batch} labels",
+            "embeddings.rows must be {batch}, the batch of pfc_head_prepare, got {rows} (rank {})",
             self.rank()
         );
         let given = match input.labels {
@@ -76,10 +76,10 @@ impl Head {
             if let Some(row) = differs {
                 return Err(error!(
                     InvalidArgument,
-                    "labels[{row}] is {} on rank {}, in pfc_head_prepare it was {}",
+                    "labels[{row}] must be {}, as in pfc_head_prepare, got {} (rank {})",
+                    known[row],
                     labels[row],
-                    self.rank(),
-                    known[row]
+                    self.rank()
                 ));
             }
         }
@@ -91,7 +91,7 @@ impl Head {
         ensure!(
             gradient.rows == rows,
             InvalidArgument,
-            "grad_embeddings.rows is {} on rank {}, the batch is {rows}",
+            "grad_embeddings.rows must be {rows}, the batch, got {} (rank {})",
             gradient.rows,
             self.rank()
         );
@@ -111,7 +111,7 @@ impl Head {
         ensure!(
             (0.0..=f64::from(f32::MAX)).contains(&value),
             InvalidArgument,
-            "{name} is {value} on rank {}; it is a float32, not below 0",
+            "{name} must be a float32 of at least 0, got {value} (rank {})",
             self.rank()
         );
         Ok(())
@@ -132,7 +132,7 @@ impl Head {
             Err(error) if error.status == Status::Device => false,
             known => known?,
         };
-        ensure!(!on_device, InvalidArgument, "{name} lies in the device's memory on rank {}; it has to be the host's", self.rank());
+        ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", self.rank());
         Ok(())
     }
 

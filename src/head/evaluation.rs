@@ -86,7 +86,7 @@ impl Head {
         let rank = self.rank() as usize;
         let own = queries.and_then(|queries| {
             let limit = self.options.num_classes;
-            ensure!((1..=limit).contains(&k), InvalidArgument, "k is {k} on rank {rank}; it is 1 to num_classes, {limit}");
+            ensure!((1..=limit).contains(&k), InvalidArgument, "k must be 1 to num_classes, {limit}, got {k} (rank {rank})");
             self.read_queries(&queries)
         });
         let dim = self.options.embedding_dim as usize;
@@ -113,7 +113,7 @@ impl Head {
             ensure!(
                 out.iter().all(|x| x.is_finite()),
                 NotFinite,
-                "embeddings row {row} on rank {} holds a NaN or an infinity",
+                "embeddings row {row} contains a NaN or an infinity (rank {})",
                 self.rank()
             );
         }

@@ -35,7 +35,7 @@ impl Head {
         ensure!(
             made_in == std::process::id(),
             Forked,
-            "the head of rank {} was made in process {made_in}, this is process {}",
+            "the head of rank {} was made in process {made_in} and cannot be used in process {}",
             self.rank(),
             std::process::id()
         );
@@ -54,13 +54,13 @@ impl Head {
         ensure!(
             self.state == state,
             InvalidArgument,
-            "{call} on rank {} comes right after {before}; the head is {}",
-            self.rank(),
+            "{call} must come right after {before}, but the head is {} (rank {})",
             match self.state {
                 CallState::Idle => "idle",
                 CallState::Forwarded => "forwarded",
                 CallState::Backwarded => "backwarded",
-            }
+            },
+            self.rank()
         );
         Ok(())
     }
@@ -146,6 +146,6 @@ impl Head {
 pub(super) fn on_rank(error: &Error, rank: u32) -> Error {
     match error.message.contains("rank ") {
         true => error.clone(),
-        false => Error::new(error.status, format!("{} (on rank {rank})", error.message)),
+        false => Error::new(error.status, format!("{} (rank {rank})", error.message)),
     }
 }

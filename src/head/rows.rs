@@ -24,7 +24,7 @@ impl Head {
         ensure!(
             self.draws > 0,
             InvalidArgument,
-            "pfc_head_sample_ids on rank {}: no sample has been drawn; call pfc_head_prepare or pfc_head_forward first",
+            "pfc_head_sample_ids must come after pfc_head_prepare or pfc_head_forward (rank {})",
             self.rank()
         );
         self.prefer_comm_failure(self.backend.sample_ids())
@@ -55,14 +55,13 @@ impl Head {
             ensure!(
                 shard.contains(id),
                 InvalidArgument,
-                "ids[{i}] is {id}, which is not in the shard of rank {rank}: {} to {}",
+                "ids[{i}] must be in the shard, {} to {}, got {id} (rank {rank})",
                 shard.first,
                 shard.end() as i64 - 1
             );
             let previous = if i == 0 { None } else { Some(ids[i - 1]) };
             if let Some(previous) = previous.filter(|&previous| previous >= id) {
-                let fault = if previous == id { "repeats it" } else { "is not above it" };
-                return Err(error!(InvalidArgument, "ids[{i}] is {id} after {previous} and {fault}, on rank {rank}: ids ascend"));
+                return Err(error!(InvalidArgument, "ids must ascend: ids[{i}] is {id} after {previous} (rank {rank})"));
             }
         }
         Ok(())
@@ -74,11 +73,11 @@ impl Head {
         ensure!(
             first >= shard.first && first.checked_add(count).is_some_and(|end| end <= shard.end()),
             InvalidArgument,
-            "classes {first} to {} are not all in the shard of rank {}: {} to {}",
-            first as i128 + count as i128 - 1,
-            self.rank(),
+            "classes must be in the shard, {} to {}, got {first} to {} (rank {})",
             shard.first,
-            shard.end() as i128 - 1
+            shard.end() as i128 - 1,
+            first as i128 + count as i128 - 1,
+            self.rank()
         );
         Ok(first - shard.first)
     }

@@ -47,12 +47,12 @@ impl Optimizer {
     /// 1e-30 <= epsilon <= 1e30.
     pub fn check(&self) -> Result<()> {
         let below_one = |name: &str, value: f64| {
-            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} is {value}; it is 0 to below 1");
+            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} must be at least 0 and below 1, got {value}");
             Ok(())
         };
         let decay = |value: f64| {
             let finite = value >= 0.0 && value <= f64::from(f32::MAX);
-            ensure!(finite, InvalidArgument, "weight_decay is {value}; it is 0 or above, and finite");
+            ensure!(finite, InvalidArgument, "weight_decay must be finite and at least 0, got {value}");
             Ok(())
         };
         match *self {
@@ -65,7 +65,7 @@ impl Optimizer {
                 below_one("beta2", beta2)?;
                 // At 0 a row without gradients would be 0 / 0; a little above, its state of 0 would meet an infinite rate.
                 let usable = (1e-30..=1e30).contains(&epsilon);
-                ensure!(usable, InvalidArgument, "epsilon is {epsilon}; it is 1e-30 to 1e30");
+                ensure!(usable, InvalidArgument, "epsilon must be 1e-30 to 1e30, got {epsilon}");
                 decay(weight_decay)
             }
         }
@@ -355,7 +355,12 @@ mod tests {
             for &value in bad {
                 let refused = make(value).check().unwrap_err();
                 assert_eq!(refused.status, crate::Status::InvalidArgument);
-                assert!(refused.message.starts_with(&format!("{name} is {value};")), "{}", refused.message);
+                assert!(
+                    refused.message.starts_with(&format!("{name} must be "))
+                        && refused.message.ends_with(&format!(", got {value}")),
+                    "{}",
+                    refused.message
+                );
             }
         }
     }

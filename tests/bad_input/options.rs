@@ -238,7 +238,7 @@ fn a_workspace_limit_is_each_ranks_own() {
         let refused = Head::create(&device, &place.comm, &options).map(|_| ());
         match place.rank {
             0 => assert_refused("rank 0", refused, Status::Remote, &["rank 1", "INVALID_ARGUMENT"]),
-            _ => assert_refused("rank 1", refused, Status::InvalidArgument, &["workspace_limit", "1 bytes"]),
+            _ => assert_refused("rank 1", refused, Status::InvalidArgument, &["workspace_limit", "got 1"]),
         };
     });
 }

@@ -75,7 +75,7 @@ fn top_k_refuses_a_k_that_cannot_be() {
             let odd = if place.rank == 1 { k } else { 2 };
             let refused = head.top_k(&mut query, odd);
             match place.rank {
-                1 => assert_refused("rank 1", refused, Status::InvalidArgument, &["k is", &k.to_string(), "11"]),
+                1 => assert_refused("rank 1", refused, Status::InvalidArgument, &["k must be 1", &k.to_string(), "11"]),
                 _ => assert_refused("rank 0", refused, Status::Remote, &["rank 1"]),
             };
         }

@@ -141,7 +141,7 @@ fn missing_or_other_labels_on_one_rank_fail_on_all() {
         let labels = (place.rank != 1).then_some(batch.labels.as_slice());
         let outcome = head.forward(&mut batch.rows(DIM), labels);
         match place.rank {
-            1 => assert_refused(what, outcome, Status::InvalidArgument, &["labels is NULL", "rank 1", "pfc_head_prepare"]),
+            1 => assert_refused(what, outcome, Status::InvalidArgument, &["labels must not be NULL", "rank 1", "pfc_head_prepare"]),
             _ => assert_refused(what, outcome, Status::Remote, &["rank 1"]),
         };
         // After prepare the labels are those of then.
@@ -160,7 +160,7 @@ fn missing_or_other_labels_on_one_rank_fail_on_all() {
         let mut fewer = Rows::f32(&batch.embeddings[..rows * DIM], DIM);
         let outcome = head.forward(&mut fewer, None);
         match place.rank {
-            1 => assert_refused(what, outcome, Status::InvalidArgument, &["2 rows", "3 labels", "rank 1"]),
+            1 => assert_refused(what, outcome, Status::InvalidArgument, &["must be 3", "got 2", "rank 1"]),
             _ => assert_refused(what, outcome, Status::Remote, &["rank 1"]),
         };
     });

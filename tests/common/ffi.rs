@@ -377,7 +377,7 @@ impl Head {
         if options.workspace_limit > 0 {
             c.workspace_limit = 1;
             let refusal = Head::create(device, comm, &c).err().expect("a byte is too little");
-            let needed = refusal.message.rsplit("needs ").next().and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+            let needed = refusal.message.rsplit("at least ").next().and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
             let Some(needed) = needed else {
                 return Err(refusal); // of something else
             };

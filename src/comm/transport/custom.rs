@@ -129,19 +129,22 @@ impl Custom {
         ensure!(
             (1..=LARGEST_GROUP).contains(&size),
             InvalidArgument,
-            "ops.size is {size} on rank {rank}; it is 1 to {LARGEST_GROUP}"
+            "ops.size must be 1 to {LARGEST_GROUP}, got {size} (rank {rank})"
         );
-        ensure!(rank < size, InvalidArgument, "ops.rank is {rank} of {size} ranks");
+        ensure!(rank < size, InvalidArgument, "ops.rank must be below ops.size, {size}, got {rank}");
         let unknown = flags & !(HOST_MEMORY | DEVICE_MEMORY | STREAM_ORDERED);
-        ensure!(unknown == 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: {unknown:#x} is unknown to this library");
-        ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_HOST_MEMORY is needed");
+        ensure!(
+            unknown == 0,
+            Unsupported,
+            "ops.flags must not contain {unknown:#x}, which is unknown, got {flags:#x} (rank {rank})"
+        );
+        ensure!(flags & HOST_MEMORY != 0, Unsupported, "ops.flags must contain PFC_COMM_HOST_MEMORY, got {flags:#x} (rank {rank})");
         ensure!(
             flags & STREAM_ORDERED == 0 || flags & DEVICE_MEMORY != 0,
             Unsupported,
-            "ops.flags is {flags:#x} on rank {rank}: PFC_COMM_STREAM_ORDERED needs PFC_COMM_DEVICE_MEMORY"
+            "ops.flags must contain PFC_COMM_DEVICE_MEMORY beside PFC_COMM_STREAM_ORDERED, got {flags:#x} (rank {rank})"
         );
-        let missing =
-            |slot: &str| error!(InvalidArgument, "ops.{slot} is NULL on rank {rank}: all_gather and all_reduce are mandatory");
+        let missing = |slot: &str| error!(InvalidArgument, "ops.{slot} must not be NULL (rank {rank})");
         let all_gather = ops.all_gather.ok_or_else(|| missing("all_gather"))?;
         let all_reduce = ops.all_reduce.ok_or_else(|| missing("all_reduce"))?;
         let callbacks = Arc::new(Callbacks { ops });
@@ -288,7 +291,7 @@ impl Stop for Callbacks {
     fn cannot_stop_reason(&self) -> Option<&'static str> {
         match self.ops.abort {
             Some(_) => None,
-            None => Some("without ops.abort nothing can stop it"),
+            None => Some("nothing can stop it, since ops.abort is NULL"),
         }
     }
 }
@@ -442,7 +445,7 @@ fn temporary(bytes: usize) -> std::result::Result<Vec<u64>, Failure> {
     let words = bytes.div_ceil(8);
     let mut memory = Vec::new();
     let room = memory.try_reserve_exact(words);
-    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "no memory for a temporary of {bytes} bytes")))?;
+    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "cannot allocate {bytes} bytes for a temporary")))?;
     memory.resize(words, 0);
     Ok(memory)
 }

@@ -38,7 +38,7 @@ const GRANULE: usize = 16;
 
 /// Makes the ends of a group of `size` ranks, in rank order.
 pub fn group(size: u32) -> Result<Vec<ThreadComm>> {
-    ensure!((1..=MOST_RANKS).contains(&size), InvalidArgument, "n is {size}; a group of threads has 1 to {MOST_RANKS} ranks");
+    ensure!((1..=MOST_RANKS).contains(&size), InvalidArgument, "n must be 1 to {MOST_RANKS}, got {size}");
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let group = Arc::new(Group {
         posts: (0..size).map(|_| Post::default()).collect(),
@@ -223,7 +223,7 @@ impl ThreadComm {
         ensure!(
             size <= MOST_REDUCED,
             Unsupported,
-            "{}: memory of kind {} goes between {MOST_REDUCED} ranks at most, and rank {} is one of {size}",
+            "{}: {} memory must be exchanged by at most {MOST_REDUCED} ranks, got {size} (rank {})",
             call.label(),
             memory.kind(),
             self.rank
@@ -448,7 +448,7 @@ impl ThreadComm {
 
     fn reducible(&self, dtype: DType) -> Result<()> {
         let known = matches!(dtype, DType::F32 | DType::F64 | DType::I32 | DType::I64);
-        ensure!(known, Unsupported, "no reduction of {} on rank {}", dtype.name(), self.rank);
+        ensure!(known, Unsupported, "cannot reduce {} (rank {})", dtype.name(), self.rank);
         Ok(())
     }
 }

@@ -100,7 +100,7 @@ impl Draft {
         let mut positives = Vec::new();
         positives
             .try_reserve_exact(self.all_labels.len())
-            .map_err(|_| error!(OutOfMemory, "positives: {} bytes are not to be had", 8 * self.all_labels.len()))?;
+            .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for positives", 8 * self.all_labels.len()))?;
         positives.extend(self.all_labels.iter().copied().filter(|&label| shard.contains(label)));
         positives.sort_unstable();
         positives.dedup();

@@ -127,8 +127,8 @@ impl CpuHead {
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
-            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centres' gradient")?,
-            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalised embeddings")?,
+            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centers' gradient")?,
+            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
             embeddings_t: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
             scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
             weighted: Buffer::zeroed(sizes.weighted, "accumulators")?,
@@ -141,7 +141,7 @@ impl CpuHead {
             spec,
         };
         log::info!(
-            "rank {} of {}: {} class centres of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
+            "rank {} of {}: {} class centers of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
             head.spec.rank,
             ranks,
             head.spec.shard.rows,
@@ -194,7 +194,7 @@ impl CpuHead {
         (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
         if !self.sharded() && shape.classes * shape.dim > self.center_gradient.len() {
             // A caller's sample beyond every draw.
-            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centres' gradient")?;
+            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
         }
         Ok(())
     }
@@ -551,7 +551,7 @@ fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut
 fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     let mut ids = Vec::new();
     ids.try_reserve_exact(chosen.len() + positives.len())
-        .map_err(|_| error!(OutOfMemory, "sample: {} bytes are not to be had", 8 * (chosen.len() + positives.len())))?;
+        .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for the sample", 8 * (chosen.len() + positives.len())))?;
     ids.extend_from_slice(chosen);
     ids.extend_from_slice(positives);
     ids.sort_unstable();

@@ -31,10 +31,10 @@ pub(super) struct Cpu {
 
 impl Cpu {
     pub fn new(threads: u32) -> Result<Cpu> {
-        ensure!(threads <= MOST_THREADS, InvalidArgument, "threads is {threads}; it is 0 to {MOST_THREADS}");
+        ensure!(threads <= MOST_THREADS, InvalidArgument, "threads must be 0 to {MOST_THREADS}, got {threads}");
         let pool = Arc::new(Pool::new(threads as usize));
         let text = format!("cpu: {} threads, {}", pool.threads(), Simd::best().name());
-        let info = CString::new(text).map_err(|_| error!(Device, "the device's name holds a zero"))?;
+        let info = CString::new(text).map_err(|_| error!(Device, "the device's name contains a zero byte"))?;
         Ok(Cpu { pool, info })
     }
 

@@ -49,14 +49,14 @@ impl HostRows {
         let rows = shard.rows as usize;
         let elements = rows
             .checked_mul(dim)
-            .ok_or_else(|| error!(OutOfMemory, "class centres: {rows} x {dim} elements are more than the address space"))?;
+            .ok_or_else(|| error!(OutOfMemory, "cannot allocate {rows} x {dim} elements for class centers"))?;
         let dense = options.row_update == RowUpdate::Dense;
         let second = options.optimizer.state_tensors() > 1;
         let mut table = HostRows {
             shard,
             dim,
             optimizer: options.optimizer,
-            centers: Buffer::zeroed(elements, "class centres")?,
+            centers: Buffer::zeroed(elements, "class centers")?,
             momentum: Buffer::zeroed(elements, "momentum")?,
             second_moment: Buffer::zeroed(if second { elements } else { 0 }, "second moment")?,
             last: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
@@ -194,7 +194,7 @@ impl HostRows {
             ensure!(
                 values.iter().all(|x| x.is_finite()),
                 InvalidArgument,
-                "row {i} (class {}) holds a NaN or an infinity",
+                "row {i} (class {}) contains a NaN or an infinity",
                 self.shard.first + first + i as u64
             );
         }
@@ -222,7 +222,7 @@ impl HostRows {
         ensure!(
             tensor != StateTensor::SecondMoment || !self.second_moment.is_empty(),
             InvalidArgument,
-            "tensor is the second moment, which this head's optimizer has not"
+            "tensor must not be the second moment: this head's optimizer has none"
         );
         Ok(())
     }

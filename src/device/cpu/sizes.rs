@@ -48,7 +48,7 @@ impl Sizes {
             ensure!(
                 limit >= fixed,
                 InvalidArgument,
-                "workspace_limit is {limit} bytes; max_batch {} on {ranks} ranks of dimension {dim} needs {fixed} at least",
+                "workspace_limit must be 0 or at least {fixed} bytes for max_batch {} on {ranks} ranks of dimension {dim}, got {limit}",
                 options.max_batch
             );
             let chunk = 4 * capacity.chunk_elements() as u64;

@@ -186,7 +186,7 @@ impl Device for Cpu {
         ensure!(
             spec.options.precision != Precision::Half,
             Unsupported,
-            "precision is half on rank {}: the CPU computes in f32 (auto or f32)",
+            "precision must be auto or f32 on the CPU, got half (rank {})",
             spec.rank
         );
         Ok(Box::new(CpuHead::new(spec, self.pool.clone())?))

@@ -52,7 +52,7 @@ impl Cuda {
         ensure!(
             dim <= LARGEST_DIM.into(),
             Unsupported,
-            "dim is {dim}; the fused kernels of the CUDA device take 1 to {LARGEST_DIM}"
+            "dim must be 1 to {LARGEST_DIM} for the fused kernels of the CUDA device, got {dim}"
         );
         // Operands, numerators and dW^.
         Shape::new(batch, dim, classes, |shape| 6 * shape.depth_pitch + 6 * shape.row_capacity + 4 * shape.dim)

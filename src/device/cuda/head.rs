@@ -88,7 +88,7 @@ impl CudaHead {
         ensure!(
             spec.options.embedding_dim <= LARGEST_DIM,
             Unsupported,
-            "embedding_dim is {}; the CUDA device takes 1 to {LARGEST_DIM}",
+            "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
             spec.options.embedding_dim
         );
         let sizes = Sizes::new(&spec, cuda.gpu()?, 0)?;
@@ -125,7 +125,7 @@ impl CudaHead {
         // The other lanes read what was cleared on this one.
         head.cuda.stream.synchronize()?;
         log::info!(
-            "rank {} of {}: {} class centres of dimension {} from {} on {}, {} MiB, chunks of {} columns of {}",
+            "rank {} of {}: {} class centers of dimension {} from {} on {}, {} MiB, chunks of {} columns of {}",
             head.spec.rank,
             head.spec.ranks,
             head.spec.shard.rows,
@@ -664,7 +664,7 @@ impl Drop for CudaHead {
             return;
         }
         if let Err(error) = self.lanes.synchronize() {
-            log::warn!("rank {}: a head was freed with work that failed: {error}", self.spec.rank);
+            log::warn!("rank {}: a head was freed after its work had failed: {error}", self.spec.rank);
         }
     }
 }

@@ -77,13 +77,13 @@ impl Images {
     /// The image of a kernel source.
     pub fn of(&self, stem: &str) -> Result<&[u8]> {
         let image = self.list.iter().find(|image| image.stem == stem);
-        image.map(|image| &*image.bytes).ok_or_else(|| error!(Unsupported, "this build of the library holds no image of {stem}"))
+        image.map(|image| &*image.bytes).ok_or_else(|| error!(Unsupported, "this build of the library contains no image of {stem}"))
     }
 
     fn choose(stems: &[Stem], embedded: &[Embedded], capability: (u32, u32)) -> Result<Images> {
         let (major, minor) = capability;
         if embedded.is_empty() {
-            return Err(error!(Unsupported, "this build of the library holds no CUDA kernels: {ABSENT}"));
+            return Err(error!(Unsupported, "this build of the library contains no CUDA kernels: {ABSENT}"));
         }
         let mut list = Vec::new();
         for stem in stems {
@@ -93,7 +93,7 @@ impl Images {
                 None if stem.everywhere => {
                     return Err(error!(
                         Unsupported,
-                        "the device is of compute capability {major}.{minor}; this build holds kernels for {ARCHITECTURES}"
+                        "this build of the library has no kernels for compute capability {major}.{minor}, only for {ARCHITECTURES}"
                     ))
                 }
                 None => {}
@@ -138,8 +138,8 @@ fn check_release(release: Option<(u32, u32)>, version: i32) -> Result<()> {
     let (has, has_minor) = (version / 1000, version % 1000 / 10);
     Err(error!(
         Unsupported,
-        "the driver is of CUDA {has}.{has_minor}; the kernels of this build are from nvcc {major}.{minor} and need a driver of CUDA \
-         {major}.0{driver} or later"
+        "the driver must be of CUDA {major}.0{driver} or later, got CUDA {has}.{has_minor}: nvcc {major}.{minor} built the kernels of \
+         this library"
     ))
 }
 
@@ -219,7 +219,7 @@ mod tests {
     fn a_build_without_images_says_so() {
         let error = Images::choose(&[ROWS], &[], (9, 0)).unwrap_err();
         assert_eq!(error.status, Status::Unsupported);
-        assert!(error.message.contains("holds no CUDA kernels"), "{error}");
+        assert!(error.message.contains("contains no CUDA kernels"), "{error}");
     }
 
     #[test]

@@ -133,7 +133,7 @@ impl<'a> Lent<'a> {
 
 /// An array as a matrix of one row; none has no row.
 fn array<T: Element>(name: &str, data: *mut T, count: usize) -> Result<Matrix> {
-    ensure!(data.is_aligned(), InvalidArgument, "{name} is not aligned to its {}-byte elements", size_of::<T>());
+    ensure!(data.is_aligned(), InvalidArgument, "{name} must be aligned to its {}-byte elements, got {data:p}", size_of::<T>());
     Ok(Matrix { data: data.cast(), dtype: T::DTYPE, rows: count.min(1), cols: count, row_stride: count })
 }
 
@@ -163,7 +163,7 @@ pub(super) fn check_workspace(stream: &Stream, workspace: Workspace, needed: u64
     ensure!(
         stream.context().place("workspace", workspace.data.cast())? == Place::Device,
         InvalidArgument,
-        "workspace is at {:p}, in host memory; the CUDA device works in its own",
+        "workspace must be in device memory, got host memory at {:p}",
         workspace.data
     );
     Ok(())

@@ -68,7 +68,7 @@ impl Cuda {
             stream: Stream::borrowed(&context, stream),
             room: Mutex::default(),
             multiprocessors,
-            info: CString::new(text).map_err(|_| error!(Device, "the GPU's name holds a zero"))?,
+            info: CString::new(text).map_err(|_| error!(Device, "the GPU's name contains a zero byte"))?,
             process: std::process::id(),
             context,
         })

@@ -121,11 +121,11 @@ impl Sizes {
             ensure!(
                 count <= u32::MAX.into(),
                 InvalidArgument,
-                "max_batch is {} on {} ranks, with {} classes each: {count} {what} are more than the {} that a GPU takes",
+                "{what} must be at most {} on a GPU, got {count} for max_batch {} on {} ranks with {} classes each",
+                u32::MAX,
                 options.max_batch,
                 spec.ranks,
-                spec.shard.rows,
-                u32::MAX
+                spec.shard.rows
             );
         }
         sizes.choose_chunk(gpu, least_sample)?;
@@ -155,11 +155,11 @@ impl Sizes {
         ensure!(
             limit == 0 || least_sample > 0,
             InvalidArgument,
-            "workspace_limit is {limit} bytes; max_batch {} on {} ranks of dimension {} needs {} at least",
+            "workspace_limit must be 0 or at least {} bytes for max_batch {} on {} ranks of dimension {}, got {limit}",
+            self.workspace(),
             options.max_batch,
             self.spec.ranks,
-            options.embedding_dim,
-            self.workspace()
+            options.embedding_dim
         );
         Ok(())
     }
@@ -502,7 +502,7 @@ mod tests {
         };
         assert_eq!(refused.status, Status::InvalidArgument);
         let words: Vec<&str> = refused.message.split(' ').collect();
-        let need: u64 = words[words.len() - 3].parse().expect("the need");
+        let need: u64 = words[7].parse().expect("the need");
         // The need that it names is the least that is taken.
         let least = |limit| Sizes::new(&spec(125_000, 1024, |options| options.workspace_limit = limit), H200, 0);
         assert_eq!(least(need).expect("enough").chunk_capacity, TILE_COLUMNS);

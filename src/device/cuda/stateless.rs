@@ -49,7 +49,7 @@ impl Shape {
     pub fn new(batch: u64, dim: u64, classes: u64, column_bytes: impl FnOnce(&Shape) -> u64) -> Result<Shape> {
         checked_shape(batch, dim, classes)?;
         for (name, value) in [("batch", batch), ("classes", classes)] {
-            ensure!(value <= MOST, InvalidArgument, "{name} is {value}; on the CUDA device it is at most {MOST}");
+            ensure!(value <= MOST, InvalidArgument, "{name} must be at most {MOST} on the CUDA device, got {value}");
         }
         let mut shape = Shape {
             rows: batch,
@@ -111,7 +111,7 @@ fn margin_view(margin: &Margin) -> HeadArrays {
 
 fn few_columns(name: &str, matrix: &Matrix) -> Result<()> {
     let cols = matrix.cols;
-    ensure!(cols as u64 <= MOST, InvalidArgument, "{name}.cols is {cols}; on the CUDA device it is at most {MOST}");
+    ensure!(cols as u64 <= MOST, InvalidArgument, "{name}.cols must be at most {MOST} on the CUDA device, got {cols}");
     Ok(())
 }
 
@@ -216,7 +216,7 @@ impl Cuda {
 
     pub(super) fn sample_classes(&self, draw: &SampleDraw, ids: *mut i64) -> Result<u64> {
         draw.check()?;
-        ensure!(draw.rows <= MOST, InvalidArgument, "rows is {}; the CUDA device draws from {MOST} at most", draw.rows);
+        ensure!(draw.rows <= MOST, InvalidArgument, "rows must be at most {MOST} on the CUDA device, got {}", draw.rows);
         let mut room = self.room();
         let (mut lent, kept) = Lent::new(&self.stream, &mut room);
         let positives = lent.on_host("positives", draw.positives, draw.positive_count)?;
@@ -273,7 +273,7 @@ impl Cuda {
     ) -> Result<()> {
         state.check(optimizer, learning_rate, update)?;
         let rows = state.centers.rows as u64;
-        ensure!(rows <= MOST, InvalidArgument, "centers.rows is {rows}; on the CUDA device it is at most {MOST}");
+        ensure!(rows <= MOST, InvalidArgument, "centers.rows must be at most {MOST} on the CUDA device, got {rows}");
         let mut room = self.room();
         let (mut lent, _) = Lent::new(&self.stream, &mut room);
         let ids = lent.on_host("ids", ids, gradients.rows)?;

@@ -75,10 +75,10 @@ fn load() -> Result<Library> {
     ensure!(
         library.version >= LEAST_VERSION,
         Unsupported,
-        "{} is NCCL {}; {} or later is needed",
-        library.origin,
+        "NCCL must be {} or later, got {} ({})",
+        Version(LEAST_VERSION),
         Version(library.version),
-        Version(LEAST_VERSION)
+        library.origin
     );
     Ok(library)
 }
@@ -91,16 +91,16 @@ fn open() -> Result<(Opened, String)> {
         // SAFETY: as above.
         return match unsafe { Opened::open(Some(&path), RTLD_NOW | RTLD_LOCAL) } {
             Ok(opened) => Ok((opened, path.to_string_lossy().into_owned())),
-            Err(error) => Err(error!(Unsupported, "{VARIABLE} is {path:?}, which cannot be loaded: {}", reason(&error))),
+            Err(error) => Err(error!(Unsupported, "cannot load {path:?}, which {VARIABLE} names: {}", reason(&error))),
         };
     }
     // A framework's own NCCL rather than another beside it: two of different versions in one process do not get on.
-    let loaded = load(NAMES[0], RTLD_NOW | libc::RTLD_NOLOAD).ok().map(|opened| (opened, format!("{}, loaded before", NAMES[0])));
+    let loaded = load(NAMES[0], RTLD_NOW | libc::RTLD_NOLOAD).ok().map(|opened| (opened, format!("{}, already loaded", NAMES[0])));
     let found = loaded.or_else(|| {
         NAMES.iter().find_map(|name| load(name, RTLD_NOW | RTLD_LOCAL).ok().map(|opened| (opened, (*name).to_owned())))
     });
     found.ok_or_else(|| {
-        error!(Unsupported, "there is no NCCL: neither {} can be loaded; {VARIABLE} may name one", NAMES.join(" nor "))
+        error!(Unsupported, "cannot find NCCL: neither {} can be loaded; set {VARIABLE} to its path", NAMES.join(" nor "))
     })
 }
 
@@ -127,7 +127,7 @@ impl Library {
         let what = text(unsafe { call!(self, ncclGetErrorString(result)) });
         let why = text(unsafe { call!(self, ncclGetLastError(comm)) });
         let why = if why.trim().is_empty() { why } else { format!("; {}", why.trim()) };
-        error!(Comm, "{function} gave {} ({what}{why})", result.0)
+        error!(Comm, "{function} returned {} ({what}{why})", result.0)
     }
 }
 

@@ -75,8 +75,8 @@ unsafe impl Send for Handle {}
 impl Nccl {
     /// Joins the group. Collective; returns when all ranks have come, or after `timeout`.
     pub fn join(id: &[u8; ID_BYTES], rank: u32, size: u32, device: Arc<dyn StreamDevice>, timeout: Duration) -> Result<Nccl> {
-        ensure!((1..=i32::MAX as u32).contains(&size), InvalidArgument, "size is {size} on rank {rank}; it is 1 to {}", i32::MAX);
-        ensure!(rank < size, InvalidArgument, "rank is {rank} of {size} ranks");
+        ensure!((1..=i32::MAX as u32).contains(&size), InvalidArgument, "size must be 1 to {}, got {size} (rank {rank})", i32::MAX);
+        ensure!(rank < size, InvalidArgument, "rank must be below size, {size}, got {rank}");
         let named = |error: Error| error.during(&format!("rank {rank} of {size} joining by NCCL"));
         let library = library()?;
         let scratch = device.scratch().map_err(named)?;
@@ -92,7 +92,7 @@ impl Nccl {
         let handle = (!comm.is_null()).then_some(Handle(comm));
         let group = Arc::new(Group { nccl: library, device, rank, size, handle: Mutex::new(handle) });
         let joined = library.expect_success("ncclCommInitRankConfig", result, comm).and_then(|()| {
-            let timeout_error = || error!(Timeout, "not all ranks came within {} ms", timeout.as_millis());
+            let timeout_error = || error!(Timeout, "not all ranks joined within {} ms", timeout.as_millis());
             group.settle("ncclCommInitRankConfig", Instant::now() + timeout, timeout_error)
         });
         if let Err(error) = joined {
@@ -114,7 +114,7 @@ impl Nccl {
         ensure!(
             memory.kind() == device.kind(),
             Unsupported,
-            "{}: NCCL takes {} memory, not {}, on rank {rank}",
+            "{}: NCCL needs {} memory, got {} memory (rank {rank})",
             call.label(),
             device.kind(),
             memory.kind()
@@ -198,8 +198,9 @@ impl Group {
         };
         match result {
             ncclResult_t::ncclInProgress => {
-                let timeout_error =
-                    || error!(Timeout, "NCCL did not take it within {} ms (this is rank {})", call.timeout.as_millis(), self.rank);
+                let timeout_error = || {
+                    error!(Timeout, "NCCL did not accept it within {} ms (this is rank {})", call.timeout.as_millis(), self.rank)
+                };
                 self.settle(function, call.deadline, timeout_error)
             }
             _ => Ok(()),
@@ -241,7 +242,7 @@ impl Group {
         let _current = self.device.make_current()?;
         // SAFETY: a living communicator, which is in `handle` until it is destroyed.
         self.nccl.expect_success("ncclCommFinalize", unsafe { call!(self.nccl, ncclCommFinalize(comm)) }?, comm)?;
-        let timeout_error = || error!(Timeout, "it did not end within {} ms", FINALIZE_TIMEOUT.as_millis());
+        let timeout_error = || error!(Timeout, "the communicator did not end within {} ms", FINALIZE_TIMEOUT.as_millis());
         self.settle("ncclCommFinalize", Instant::now() + FINALIZE_TIMEOUT, timeout_error)?;
         *self.lock() = None;
         // SAFETY: nobody else has it any more.
@@ -280,7 +281,7 @@ impl Stop for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Err(error) = self.leave() {
-            log::debug!("rank {}: a communicator of NCCL's is aborted: {error}", self.rank);
+            log::debug!("rank {}: aborting the NCCL communicator: {error}", self.rank);
             self.stop();
         }
     }
@@ -289,7 +290,9 @@ impl Drop for Group {
 fn temporary<T: Copy + Default>(count: usize, call: &Call<'_>) -> Result<Vec<T>> {
     let mut memory = Vec::new();
     let room = memory.try_reserve_exact(count);
-    room.map_err(|_| error!(OutOfMemory, "{}: no memory for {} bytes", call.label(), count.saturating_mul(size_of::<T>())))?;
+    room.map_err(|_| {
+        error!(OutOfMemory, "{}: cannot allocate {} bytes for a temporary", call.label(), count.saturating_mul(size_of::<T>()))
+    })?;
     memory.resize(count, T::default());
     Ok(memory)
 }
@@ -322,7 +325,7 @@ fn loses_nan(dtype: DType, op: ReduceOp) -> bool {
 }
 
 fn no_maximum(call: &Call<'_>) -> Error {
-    error!(Unsupported, "{}: NCCL's maximum of floats in a device's memory loses a NaN; take the host's memory", call.label())
+    error!(Unsupported, "{}: NCCL loses a NaN in a maximum of floats in device memory: use host memory", call.label())
 }
 
 // SAFETY of all methods: the trait's callers answer for the pointers and the stream.
@@ -440,7 +443,7 @@ impl Transport for Nccl {
         ensure!(
             other.is_none_or(|other| other == own),
             InvalidArgument,
-            "device is GPU {} on rank {rank}, whose NCCL communicator is of GPU {own}",
+            "device must be GPU {own}, as the NCCL communicator is, got GPU {} (rank {rank})",
             other.unwrap_or(own)
         );
         Ok(())

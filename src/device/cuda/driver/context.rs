@@ -55,14 +55,14 @@ impl Context {
         ensure!(
             stream as usize != THREAD_STREAM,
             InvalidArgument,
-            "stream is CU_STREAM_PER_THREAD, another one in each thread that uses it: make one with cuStreamCreate"
+            "stream must not be CU_STREAM_PER_THREAD, another one in each thread: make one with cuStreamCreate"
         );
         let mut count = 0;
         call!(ordinal, cuDeviceGetCount(&mut count))?;
         ensure!(
             (0..count).contains(&ordinal),
             InvalidArgument,
-            "ordinal is {ordinal}; the CUDA driver has {count} GPUs, numbered from 0"
+            "ordinal must be at least 0 and below {count}, the number of GPUs, got {ordinal}"
         );
         let mut device = 0;
         call!(ordinal, cuDeviceGet(&mut device, ordinal))?;
@@ -82,7 +82,7 @@ impl Context {
             ensure!(
                 !matches!(known, CUresult::CUDA_ERROR_INVALID_HANDLE | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED),
                 InvalidArgument,
-                "stream is {stream:p}, which is no stream of the CUDA driver's: {}",
+                "stream must be a stream of the CUDA driver, got {stream:p}: {}",
                 describe(known)
             );
             check(known, "cuStreamGetCtx", ordinal)?;
@@ -99,7 +99,7 @@ impl Context {
         }
         let whose = if is_default { "the current context" } else { "the stream" };
         // A CUdevice is the ordinal's number in the driver: the same in all contexts.
-        ensure!(found == device, InvalidArgument, "ordinal is {ordinal}, but {whose} is of GPU {found}");
+        ensure!(found == device, InvalidArgument, "ordinal must be {found}, as {whose} is of GPU {found}, got {ordinal}");
         Ok(context)
     }
 
@@ -206,15 +206,15 @@ impl Context {
         ensure!(
             pointer.ordinal == self.ordinal,
             InvalidArgument,
-            "{name} is memory of GPU {}; this device is GPU {}",
-            pointer.ordinal,
-            self.ordinal
+            "{name} must be memory of GPU {}, got memory of GPU {}",
+            self.ordinal,
+            pointer.ordinal
         );
         // Memory from a pool belongs to the GPU, not to a context.
         ensure!(
             pointer.context.is_null() || pointer.context == self.raw,
             InvalidArgument,
-            "{name} is memory of another context of GPU {}",
+            "{name} must be memory of this device's context, got another context of GPU {}",
             self.ordinal
         );
         Ok(Place::Device)

@@ -150,7 +150,7 @@ impl<T: Plain> PinnedBuffer<T> {
         // SAFETY: an output that outlives the call.
         match unsafe { sys::cuMemHostAlloc(&mut data, bytes, 0) } {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                return Err(error!(OutOfMemory, "{what}: {bytes} bytes of page-locked host memory are not to be had"));
+                return Err(error!(OutOfMemory, "cannot allocate {bytes} bytes of page-locked host memory for {what}"));
             }
             result => check(result, "cuMemHostAlloc", context.ordinal())?,
         }
@@ -199,11 +199,11 @@ impl<T: Plain> Drop for PinnedBuffer<T> {
 
 fn wanted<T>(len: usize, what: &str) -> Result<usize> {
     let bytes = len as u128 * std::mem::size_of::<T>() as u128;
-    ensure!(bytes <= isize::MAX as u128, OutOfMemory, "{what}: {bytes} bytes are not to be had");
+    ensure!(bytes <= isize::MAX as u128, OutOfMemory, "cannot allocate {bytes} bytes for {what}");
     Ok(bytes as usize)
 }
 
 fn out_of_memory(context: &Context, bytes: usize, what: &str) -> Error {
     let free = context.free_memory().map_or_else(|_| "an unknown number".into(), |free| free.to_string());
-    error!(OutOfMemory, "{what}: {bytes} bytes are not to be had on GPU {}, {free} are free", context.ordinal())
+    error!(OutOfMemory, "cannot allocate {bytes} bytes for {what} on GPU {}, {free} are free", context.ordinal())
 }

@@ -46,7 +46,7 @@ impl Module {
     pub fn kernel<A: Arguments>(self: &Arc<Module>, name: &str) -> Result<Kernel<A>> {
         let context = &self.context;
         let _current = context.enter()?;
-        let symbol = CString::new(name).map_err(|_| error!(Device, "a kernel's name holds a zero: {name:?}"))?;
+        let symbol = CString::new(name).map_err(|_| error!(Device, "a kernel's name contains a zero byte: {name:?}"))?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: an output that outlives the call.
         unsafe { call!(context.ordinal(), cuModuleGetFunction(&mut raw, self.raw, symbol.as_ptr())) }

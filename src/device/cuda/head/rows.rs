@@ -68,7 +68,7 @@ impl CudaHead {
         self.check_state(tensor)?;
         if let Some(row) = staging::not_finite(&self.cuda.stream, "rows", rows)? {
             let class = self.spec.shard.first + first + row as u64;
-            return Err(error!(InvalidArgument, "row {row} (class {class}) holds a NaN or an infinity"));
+            return Err(error!(InvalidArgument, "row {row} (class {class}) contains a NaN or an infinity"));
         }
         self.join(Lane::Main, Lane::Centers);
         let next = self.next();
@@ -81,7 +81,7 @@ impl CudaHead {
                 Err(error) if start > 0 => {
                     // A head with rows half written is not to go on.
                     let (from, last) = (self.spec.shard.first + first, self.spec.shard.first + first + start as u64 - 1);
-                    return Err(error!(Device, "classes {from} to {last} are written, those after them are not: {error}"));
+                    return Err(error!(Device, "classes {from} to {last} were written, the later ones were not: {error}"));
                 }
                 uploaded => uploaded?,
             };
@@ -96,7 +96,7 @@ impl CudaHead {
         ensure!(
             tensor != StateTensor::SecondMoment || self.spec.options.optimizer.state_tensors() > 1,
             InvalidArgument,
-            "tensor is the second moment, which this head's optimizer has not"
+            "tensor must not be the second moment: this head's optimizer has none"
         );
         Ok(())
     }

@@ -20,7 +20,7 @@ impl CudaHead {
             fault::SUM => protocol::bad_sum(row, rank),
             fault::FORWARD => match protocol::judge_errors(block.value as f32, self.spec.rank as usize) {
                 Err(error) => error,
-                Ok(()) => error!(Device, "the device reports a failed forward, and no rank that failed"),
+                Ok(()) => error!(Device, "the device reports a failed forward, but no rank that failed"),
             },
             fault::SAMPLES => protocol::samples_differ(rank),
             other => error!(Device, "the device reports a fault of kind {other}"),
