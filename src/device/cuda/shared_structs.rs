@@ -5,6 +5,7 @@ use crate::matrix::Matrix;
 use crate::memory::Plain;
 use crate::optimizer::{replayed_updates, AdamwStep, Optimizer, SgdStep, Step, UpdateRule};
 use crate::options::RowUpdate;
+use crate::stream::MOST_REDUCED;
 
 /// No column, no class, no positive.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -236,6 +237,21 @@ structures! {
         whole_shard: i32,
         split_operands: i32,
         gather_dtype: i32,
+    }
+}
+
+/// kernels/collective.h: one buffer of each rank; NULL: none.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct RankPointers {
+    of: [*mut u8; MOST_REDUCED],
+}
+
+impl RankPointers {
+    pub fn new(pointers: impl Iterator<Item = *mut u8>) -> RankPointers {
+        let mut all = RankPointers { of: [std::ptr::null_mut(); MOST_REDUCED] };
+        all.of.iter_mut().zip(pointers).for_each(|(slot, pointer)| *slot = pointer);
+        all
     }
 }
 

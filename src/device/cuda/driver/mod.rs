@@ -18,7 +18,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use crate::{ensure, error, Error, Result};
 
-pub(crate) use context::{Context, Current, Place};
+pub(crate) use context::{Context, CurrentContext, MemorySpace};
 pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
 pub(crate) use stream::{Event, Priority, Stream};
@@ -80,7 +80,7 @@ const FUNCTIONS: &[&str] = &[
 /// `call!(ordinal, cuName(arguments))`: a driver function's result as ours. Needs `unsafe`.
 macro_rules! call {
     ($ordinal:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
-        $crate::device::cuda::driver::check(sys::$function($($argument),*), stringify!($function), $ordinal)
+        $crate::device::cuda::driver::driver_result(sys::$function($($argument),*), stringify!($function), $ordinal)
     };
 }
 use call;
@@ -137,7 +137,7 @@ fn require_version(version: i32) -> Result<()> {
 }
 
 /// A driver function's result; `function` as the driver exports it.
-fn check(result: CUresult, function: &str, ordinal: i32) -> Result<()> {
+fn driver_result(result: CUresult, function: &str, ordinal: i32) -> Result<()> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
         result => Err(failure(result, function, ordinal)),
@@ -166,7 +166,7 @@ fn describe(result: CUresult) -> String {
 }
 
 /// In a drop there is no one to tell but the log.
-fn report(what: &str, outcome: Result<()>) {
+fn log_failure(what: &str, outcome: Result<()>) {
     if let Err(error) = outcome {
         log::debug!("{what}: {error}");
     }

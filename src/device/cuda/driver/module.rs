@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
-use super::{call, check, report, Context, Stream};
+use super::{call, driver_result, log_failure, Context, Stream};
 use crate::{ensure, error, Result};
 
 /// A loaded image.
@@ -67,12 +67,12 @@ impl Drop for Module {
     fn drop(&mut self) {
         let unload = || {
             // Code that still runs must not go.
-            report("before unloading an image", self.context.synchronize());
+            log_failure("before unloading an image", self.context.synchronize());
             let _current = self.context.enter()?;
             // SAFETY: made by `load`.
             unsafe { call!(self.context.ordinal(), cuModuleUnload(self.raw)) }
         };
-        report("unloading an image", unload());
+        log_failure("unloading an image", unload());
     }
 }
 
@@ -84,6 +84,7 @@ pub(crate) struct Grid {
     pub shared: u32,
 }
 
+#[cfg(test)]
 impl Grid {
     /// Without shared memory.
     pub fn of(blocks: u32, threads: u32) -> Grid {
@@ -187,7 +188,7 @@ impl<A: Arguments> Kernel<A> {
             match unsafe { sys::cuFuncGetParamInfo(self.raw, sizes.len(), &mut offset, &mut size) } {
                 // One past the last.
                 CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
-                result => check(result, "cuFuncGetParamInfo", self.module.context.ordinal())?,
+                result => driver_result(result, "cuFuncGetParamInfo", self.module.context.ordinal())?,
             }
             sizes.push(size);
         }

@@ -1,45 +1,90 @@
-//! The kernels that are no products, with the arguments that each takes after the head's view.
+//! The kernels that are no products: each with the arguments that it takes after the head's arrays, and with the launch shape that
+//! its source declares.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::driver::{Context, Kernel, Module};
+use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::memory::RankPointers;
-use super::shared_structs::{HeadArrays, MatrixView, Rule};
+use super::shared_structs::{HeadArrays, MatrixView, RankPointers, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
 
-/// Threads of a block of the row-wise kernels, and of those that one block runs alone.
-pub(super) const BLOCK: u32 = 256;
-pub(super) const ALONE: u32 = 1024;
-/// Dynamic shared memory: of a sum or a scan over a block's warps, and a flag; of the draw's bins.
-pub(super) const PARTS: u32 = 272;
-pub(super) const HISTOGRAM: u32 = 8192;
+/// How many blocks a launch has.
+#[derive(Clone, Copy)]
+enum Blocks {
+    Fixed(u32),
+    PerMultiprocessor(u32),
+}
 
-macro_rules! kernels {
-    ($($source:literal { $($kernel:ident ( $($argument:ty),* );)* })*) => {
-        pub(super) struct Kernels {
-            $($(pub $kernel: Kernel<(HeadArrays, $($argument,)*)>,)*)*
-            pub reduce_ranks: Kernel<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
+/// A `// launch:` line of a kernel source.
+#[derive(Clone, Copy)]
+struct LaunchShape {
+    blocks: Blocks,
+    threads: u32,
+    shared: u32,
+}
+
+/// The launch shape of each kernel, by its name; build/kernels.rs reads them from the sources.
+#[allow(non_upper_case_globals)]
+mod launches {
+    use super::{Blocks, LaunchShape};
+
+    include!(concat!(env!("OUT_DIR"), "/launches.rs"));
+}
+
+/// A kernel with its launch shape on this GPU.
+pub(super) struct Entry<A> {
+    kernel: Kernel<A>,
+    grid: Grid,
+}
+
+impl<A: Arguments> Entry<A> {
+    fn load(module: &Arc<Module>, name: &str, shape: LaunchShape, multiprocessors: u32) -> Result<Entry<A>> {
+        let blocks = match shape.blocks {
+            Blocks::Fixed(blocks) => blocks,
+            Blocks::PerMultiprocessor(blocks) => blocks * multiprocessors,
+        };
+        let LaunchShape { threads, shared, .. } = shape;
+        Ok(Entry { kernel: module.kernel(name)?, grid: Grid { blocks, threads, shared } })
+    }
+
+    /// Warps of a launch.
+    pub fn warps(&self) -> u32 {
+        self.grid.blocks * (self.grid.threads / 32)
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    pub unsafe fn launch(&self, stream: &Stream, arguments: A) -> Result<()> {
+        self.kernel.launch(stream, self.grid, arguments)
+    }
+}
+
+macro_rules! entries {
+    ($($source:literal { $($entry:ident ( $($argument:ty),* );)* })*) => {
+        pub(super) struct Entries {
+            $($(pub $entry: Entry<(HeadArrays, $($argument,)*)>,)*)*
+            pub reduce_ranks: Entry<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
         }
 
-        impl Kernels {
+        impl Entries {
             /// Loads every image and looks its kernels up.
-            pub fn load(context: &Arc<Context>, images: &Images) -> Result<Kernels> {
+            pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Entries> {
                 $(
                     let module = Module::load(context, $source, images.of($source)?)?;
-                    $(let $kernel = module.kernel(stringify!($kernel))?;)*
+                    $(let $entry = Entry::load(&module, stringify!($entry), launches::$entry, multiprocessors)?;)*
                 )*
                 let module = Module::load(context, "collective", images.of("collective")?)?;
-                Ok(Kernels { $($($kernel,)*)* reduce_ranks: module.kernel("reduce_ranks")? })
+                let reduce_ranks = Entry::load(&module, "reduce_ranks", launches::reduce_ranks, multiprocessors)?;
+                Ok(Entries { $($($entry,)*)* reduce_ranks })
             }
         }
     };
 }
 
-kernels! {
+entries! {
     "labels" {
         pack_labels(u64, u64, i32, u64, Address);
         judge_labels();
