@@ -1,7 +1,10 @@
 use super::*;
+use crate::device::cuda::driver::Stream;
+use crate::device::cuda::shared_structs::TILE_COLUMNS;
 use crate::margin::{Margin, MarginGradient};
-use crate::optimizer::{Adamw, Sgd};
-use crate::options::HeadOptions;
+use crate::matrix::DType;
+use crate::optimizer::{Adamw, Optimizer, Sgd};
+use crate::options::{HeadOptions, Precision, RowUpdate};
 use crate::shard::Shard;
 use crate::Status;
 
