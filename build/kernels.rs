@@ -68,7 +68,7 @@ impl Arch {
         Ok(list)
     }
 
-    /// Of one image of this architecture alone, and of what ptxas is to tell of it (kernels/gates reads that).
+    /// The options for one image of this architecture alone, with the report of ptxas, which kernels/gates reads.
     fn nvcc_options(self) -> [String; 3] {
         let number = format!("{}{}{}", self.major, self.minor, if self.exact { "a" } else { "" });
         let code = if self.ptx { "compute" } else { "sm" };
@@ -152,10 +152,8 @@ impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Launch { entry, blocks, per_multiprocessor, threads, shared } = self;
         let grid = if *per_multiprocessor { "PerMultiprocessor" } else { "Fixed" };
-        write!(
-            f,
-            "pub(super) const {entry}: LaunchShape = LaunchShape {{ blocks: Blocks::{grid}({blocks}), threads: {threads}, shared: {shared} }};"
-        )
+        let shape = format!("LaunchShape {{ blocks: Blocks::{grid}({blocks}), threads: {threads}, shared: {shared} }}");
+        write!(f, "pub(super) const {entry}: LaunchShape = {shape};")
     }
 }
 
@@ -210,7 +208,8 @@ impl Job<'_> {
         self.file("fatbin")
     }
 
-    /// Compiles, unless the image that lies there is of the same text, options and compiler. What the compiler says is kept beside it.
+    /// Compiles, unless the image that lies there is of the same text, options and compiler. What the compiler says is kept beside
+    /// it.
     fn run(&self, nvcc: &Nvcc, settings: &Settings, folder: &Path) -> Result<(), String> {
         let start = Instant::now();
         let (image, log, key_file) = (folder.join(self.image()), folder.join(self.file("log")), folder.join(self.file("key")));
@@ -254,7 +253,7 @@ impl Job<'_> {
     }
 }
 
-/// Makes the images and their table, and tells what they are in PFC_CUDA_IMAGES.
+/// Makes the images, their table and the launch shapes, and sets PFC_CUDA_IMAGES to the architectures.
 pub fn build() {
     // Cargo looks into folders too.
     println!("cargo:rerun-if-changed={FOLDER}");
@@ -290,7 +289,7 @@ pub fn build() {
     }
 }
 
-/// What was compiled, and by which release of nvcc.
+/// The compiled architectures, and the release of nvcc that compiled them.
 #[derive(Default)]
 struct Made {
     archs: Vec<Arch>,

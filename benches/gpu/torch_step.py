@@ -14,7 +14,7 @@ Measured, medians of CUDA events in microseconds, on random data:
   prepared_us, step_us    a plain PartialFC step without and with the draw of its sample
   peak_mb                 what the step allocates beyond W and momentum, at most
 
-The step is PartialFC as one would write it: the sampled rows are gathered into a contiguous matrix, normalised, multiplied in half
+The step is PartialFC as one would write it: the sampled rows are gathered into a contiguous matrix, normalized, multiplied in half
 precision by autocast; ArcFace's margin on the target by acos and cos, cross entropy over the sample, autograd, SGD with momentum on
 the sampled rows, which are written back. Written for this comparison.
 """

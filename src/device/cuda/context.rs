@@ -25,7 +25,7 @@ pub(super) struct Gpu {
     pub process: u32,
 }
 
-/// What the sizes of a head depend on beside its options.
+/// The properties of a GPU that decide the sizes of a head.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct GpuCapacity {
     pub multiprocessors: u32,
@@ -34,7 +34,8 @@ pub(super) struct GpuCapacity {
 }
 
 impl Gpu {
-    /// Errors: UNSUPPORTED without a driver, with one too old, or without kernels for the GPU; INVALID_ARGUMENT for a wrong ordinal.
+    /// Errors: UNSUPPORTED without a driver, with one too old, or without kernels for the GPU; INVALID_ARGUMENT for a wrong
+    /// ordinal.
     ///
     /// # Safety
     /// `stream` is a stream of the driver's, or NULL.

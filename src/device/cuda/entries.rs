@@ -11,7 +11,7 @@ use crate::Result;
 
 type Address = *mut c_void;
 
-/// How many blocks a launch has.
+/// The number of blocks of a launch.
 #[derive(Clone, Copy)]
 enum Blocks {
     Fixed(u32),

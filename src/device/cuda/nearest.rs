@@ -1,4 +1,4 @@
-//! The class centres nearest to each query: cosines chunk by chunk, and the best of each row kept in lists on the GPU.
+//! The class centers nearest to each query: cosines chunk by chunk, and the best of each row kept in lists on the GPU.
 //!
 //! Lists of more than [`LONGEST`] do not fit a warp's registers: for those the host reads the rows once, some at a time, and
 //! searches itself.
@@ -33,7 +33,7 @@ pub(super) struct CenterSource<'a> {
 }
 
 impl CenterSource<'_> {
-    /// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
+    /// For each query its `k` nearest centers of the shard, nearest first, equal cosines by ascending id: [queries, k].
     pub fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         if k > LONGEST {
             return self.nearest_on_host(queries, k);

@@ -1,4 +1,4 @@
-//! The structures of kernels/shared_structs.h, field by field in the same order; what the fields mean is said there. A test compares the two.
+//! The structures of kernels/shared_structs.h, field by field in the same order. It explains the fields. A test compares the two.
 
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::Matrix;
@@ -55,7 +55,7 @@ macro_rules! structures {
             }
         )*
 
-        /// Of each structure its size, and of each field its place and size.
+        /// The size of each structure, and the offset and size of each field.
         #[cfg(test)]
         const LAYOUT: &[(&str, usize, &[(&str, usize, usize)])] = &[
             $((stringify!($name), std::mem::size_of::<$name>(), &[$((
@@ -88,7 +88,7 @@ structures! {
         straight_through: i32,
         guard: i32,
     }
-    /// What a step is, found out on the device.
+    /// A step's real sizes and its verdict, computed on the device.
     pub(crate) struct StepBlock {
         draws: u64,
         status: i32,
@@ -118,7 +118,7 @@ structures! {
         grad_centers: f64,
         digest: f64,
     }
-    /// What outlives a step.
+    /// Outlives the steps.
     pub(crate) struct Ledger {
         updates: u64,
         failed: u64,
@@ -139,7 +139,7 @@ structures! {
         epsilon: f32,
         reserved: f32,
     }
-    /// What a dense row missed since an update, made on the device.
+    /// The updates that dense rows missed since one update, computed on the device.
     pub(crate) struct MissedUpdates {
         shift_w: f64,
         w_m: f64,
@@ -157,7 +157,7 @@ structures! {
         adamw: i32,
         dense: i32,
     }
-    /// Where a head's arrays are and how large: what every kernel gets by value.
+    /// A head's arrays and sizes: every kernel gets it by value.
     pub(crate) struct HeadArrays {
         block: *mut StepBlock,
         ledger: *mut Ledger,
@@ -395,9 +395,9 @@ mod tests {
             .output()
             .expect("a C++ compiler");
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let told = Command::new(&program).output().expect("the program's output");
+        let printed = Command::new(&program).output().expect("the program's output");
         std::fs::remove_dir_all(&folder).expect("to clean up");
-        similar(&String::from_utf8_lossy(&told.stdout), &expected);
+        similar(&String::from_utf8_lossy(&printed.stdout), &expected);
     }
 
     fn constants() -> Vec<(&'static str, i64)> {
@@ -429,11 +429,11 @@ mod tests {
     }
 
     /// Names the first line that differs: the whole is long.
-    fn similar(told: &str, expected: &str) {
-        for (told, expected) in told.lines().zip(expected.lines()) {
-            assert_eq!(told, expected, "kernels/shared_structs.h on the left, shared_structs.rs on the right");
+    fn similar(printed: &str, expected: &str) {
+        for (printed, expected) in printed.lines().zip(expected.lines()) {
+            assert_eq!(printed, expected, "kernels/shared_structs.h on the left, shared_structs.rs on the right");
         }
-        assert_eq!(told.lines().count(), expected.lines().count());
+        assert_eq!(printed.lines().count(), expected.lines().count());
     }
 
     #[test]
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn views_say_what_the_options_say() {
+    fn settings_are_those_of_the_options() {
         let margin = Margin {
             scale: 100.0,
             m1: 1.5,

@@ -92,7 +92,7 @@ pub(super) fn grown<'a, T: Plain>(
     what: &str,
 ) -> Result<&'a DeviceBuffer<T>> {
     if slot.as_ref().is_none_or(|buffer| buffer.len() < length.max(1)) {
-        // The old one first: there may be no room for both.
+        // The old buffer is freed first: both together may not fit.
         *slot = None;
         *slot = Some(DeviceBuffer::zeroed(stream, length.max(1), what)?);
     }

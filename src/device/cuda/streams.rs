@@ -1,7 +1,7 @@
 //! A head's streams, and what orders them.
 //!
-//! The caller's stream has the step from the embeddings to their gradient. Beside it run the draw of the next step; the class
-//! centres' own work (their gradient, the update, the gather for a step that is prepared); and, with several ranks, the collectives.
+//! The caller's stream has the step from the embeddings to their gradient. Beside it run the draw of the next step; the work on the
+//! class centers (their gradient, the update, the gather for a step that is prepared); and, with several ranks, the collectives.
 //! Work on one stream comes after work on another only where `join` says so.
 
 use std::cell::RefCell;
@@ -125,7 +125,7 @@ impl Tracer {
         Ok(Tracer { context: context.clone(), base, base_us: trace::now(), pending: Vec::new() })
     }
 
-    /// Where an event fails the trace lacks a span: the step goes on.
+    /// If an event fails, the trace lacks a span and the step goes on.
     fn record_event(&self, stream: &Stream) -> Option<Event> {
         let made = Event::timed(&self.context).and_then(|event| event.record(stream).map(|()| event));
         made.map_err(|error| log::debug!("trace: {error}")).ok()

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr uint64_t kRoom = (uint64_t(1) << 32) + 77;
+constexpr uint64_t kSampleLimit = (uint64_t(1) << 32) + 77;
 
 // The ranks' finite outcomes of a step, as judge_sums leaves them for the kernels after it.
 struct Finished {
@@ -114,7 +114,7 @@ void test_sharded(const Launch& launch, bool only_target) {
     head.arrays.margin.offset = 2.5;
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
     const uint32_t capacity = head.arrays.label_capacity, rows = head.block.rows;
     std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     double cosines = 0;
@@ -166,7 +166,7 @@ void test_sharded_failures() {
     double* const loss = loss_cell(head);
     const uint32_t capacity = head.arrays.label_capacity;
     // This rank fails: nothing but the error travels.
-    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kRoom);
+    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kSampleLimit);
     std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     for (uint32_t i = 0; i < sums.size(); ++i) {
         EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
@@ -194,7 +194,7 @@ void test_sharded_failures() {
         wrong.put(head);
         head.put_block();
         head.put_ledger();
-        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
         judge(head, {1, 96}, loss);
         const uint32_t place = head.origins[row];
         expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.arrays.max_batch),
@@ -206,7 +206,7 @@ void test_sharded_failures() {
     head.block.row = 4;
     head.block.rows = 0;
     head.put_block();
-    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kRoom);
+    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kSampleLimit);
     sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     EXPECT(sums[2 * capacity + 1] == 1, "the loss's place, all the same");
     sums[2 * capacity + 1] = 0;
@@ -226,7 +226,7 @@ void test_replicated(const Launch& launch) {
     head.put_block();
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
     const size_t count = kTotals + kSlot * head.arrays.ranks;
     std::vector<double> sums = head.memory.get(head.arrays.replicated_sums, count);
     const Finished truth = forward.finish(head);
@@ -238,11 +238,11 @@ void test_replicated(const Launch& launch) {
     EXPECT(sums[1] == double(head.block.own_valid_rows), "valid");
     EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == -1, "cosines");
     for (size_t i = kTotals; i < count; ++i) {
-        const bool sample = i == kTotals + kSlot + 2, room = i == kTotals + kSlot + 3;
-        EXPECT(sums[i] == (sample ? 12345 : room ? double(kRoom) : 0.0), "slots");
+        const bool sample = i == kTotals + kSlot + 2, limit = i == kTotals + kSlot + 3;
+        EXPECT(sums[i] == (sample ? 12345 : limit ? double(kSampleLimit) : 0.0), "slots");
     }
     check_rows(head, truth, "replicated");
-    // The other ranks' parts.
+    // The other ranks' terms.
     std::vector<double> all = sums;
     all[0] += 100;
     all[1] += 50;
@@ -276,19 +276,20 @@ void test_replicated(const Launch& launch) {
     bad[kTotals] = 5;
     judged(bad, head.block);
     expect_failure(head, loss, kRemote, kFaultSums, 0, 0, 5, 1, "status");
-    // This rank's own bad row: told to the others, and judged with theirs.
+    // This rank's own bad row is sent to the others, and judged with theirs.
     StepBlock own = head.block;
     own.status = kNotFinite;
     own.fault = kFaultEmbedding;
     own.rank = 1;
     own.row = 6;
     head.memory.put(head.arrays.block, std::vector<StepBlock>{own});
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
     std::vector<double> mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
            "own row");
     EXPECT(mine[3] == -1, "place");
-    EXPECT(mine[kTotals + kSlot + 2] == 0 && mine[kTotals + kSlot + 3] == double(kRoom), "room");
+    EXPECT(mine[kTotals + kSlot + 2] == 0, "digest");
+    EXPECT(mine[kTotals + kSlot + 3] == double(kSampleLimit), "sample limit");
     judged(mine, own);
     expect_failure(head, loss, kNotFinite, kFaultEmbedding, 1, 6, 0, 1, "own row");
     mine[kTotals] = 3;
@@ -303,7 +304,7 @@ void test_replicated(const Launch& launch) {
     wrong.sums[row] = 0;
     wrong.put(head);
     head.put_block();
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
     mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
     EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");

@@ -363,8 +363,8 @@ void test_failed_steps() {
         rig.memory().launch("key_histogram", launch.grid, launch.block, 8192, rig.arrays(), 0u);
         rig.begin(kNotFinite);
         rig.draw(launch);
-        EXPECT(rig.block().classes == 0, "late failure");
-        rig.clean("late failure");
+        EXPECT(rig.block().classes == 0, "failure after the histogram");
+        rig.clean("failure after the histogram");
         rig.begin(kOk);
         rig.draw(launch);
         rig.compare(sample, "after failures");

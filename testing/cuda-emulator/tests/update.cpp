@@ -20,8 +20,8 @@ void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
         const std::vector<float> squares =
             head.memory.get(head.arrays.center_squares, training.squares.size());
         for (size_t column = 0; column < squares.size(); ++column) {
-            const double spare = 1e-6 * training.unprojected[column];
-            EXPECT(close(squares[column], training.squares[column], 1e-6, spare), what);
+            const double tolerance = 1e-6 * training.unprojected[column];
+            EXPECT(close(squares[column], training.squares[column], 1e-6, tolerance), what);
         }
         if (i == updates / 2) {
             training.update(launch, true);

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUpoint
 use super::{call, describe, driver, driver_result, failure, log_failure};
 use crate::{ensure, Result};
 
-/// The context that a caller works in. Never destroyed: it is not ours.
+/// The context that a caller works in. It is never destroyed: it belongs to the caller.
 pub(crate) struct Context {
     raw: CUcontext,
     device: CUdevice,
@@ -22,14 +22,14 @@ pub(crate) struct Context {
 unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
-/// Whose memory a pointer points to.
+/// Where memory lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MemorySpace {
     Host,
     Device,
 }
 
-/// What the driver knows of a pointer.
+/// A pointer's attributes in the driver.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pointer {
     pub on_device: bool,
@@ -167,7 +167,7 @@ impl Context {
         unsafe { call!(self.ordinal, cuCtxSynchronize()) }
     }
 
-    /// Whose memory `pointer` is: what the driver does not know is the host's, managed memory the device's.
+    /// Where the memory at `pointer` lies. Memory that the driver does not know is the host's, managed memory is the device's.
     ///
     /// Errors: INVALID_ARGUMENT, naming the argument, for memory of another GPU or another context.
     pub fn memory_space(&self, name: &str, pointer: *const c_void) -> Result<MemorySpace> {
@@ -178,7 +178,7 @@ impl Context {
             CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(MemorySpace::Host),
             result => return Err(failure(result, "cuPointerGetAttribute", self.ordinal)),
         }
-        // What the driver does not tell is as if it were ours: not all memory has all of these.
+        // Not all memory has all of these attributes. A missing one counts as this device's.
         let (mut managed, mut ordinal, mut context) = (0u32, self.ordinal, self.raw);
         let is_managed = CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED;
         if self.pointer_attribute(is_managed, pointer, &mut managed) != CUresult::CUDA_SUCCESS {
@@ -235,7 +235,7 @@ impl Drop for Context {
     }
 }
 
-/// While it lives its context is the thread's current one; then what was current before is again.
+/// While it lives its context is the thread's current one; its drop restores the one before.
 #[must_use]
 pub(crate) struct CurrentContext<'a> {
     context: &'a Context,

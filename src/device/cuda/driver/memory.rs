@@ -113,7 +113,7 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
             return;
         }
         let free = || {
-            // A failure of a kernel is told by a call that has someone to tell; the memory is given back all the same.
+            // The next call that waits returns a kernel's failure; the memory is freed all the same.
             log_failure("before freeing device memory", self.context.synchronize());
             let _current = self.context.enter()?;
             // SAFETY: made by `zeroed`; nothing under way uses it.
@@ -123,8 +123,8 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
     }
 }
 
-/// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything under
-/// way in its context.
+/// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything
+/// under way in its context.
 pub(crate) struct PinnedBuffer<T: Plain> {
     data: *mut T,
     len: usize,
@@ -170,7 +170,8 @@ impl<T: Plain> Deref for PinnedBuffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: data points to len initialised values (dangling for 0); whoever enqueues a copy answers for its time.
+        // SAFETY: data points to len initialized values (dangling for 0); the code that enqueues a copy keeps it apart from the
+        // slice.
         unsafe { std::slice::from_raw_parts(self.data, self.len) }
     }
 }

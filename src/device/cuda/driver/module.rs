@@ -23,7 +23,7 @@ unsafe impl Sync for Module {}
 impl Module {
     /// Loads a cubin, a fatbin or PTX. `name` is the image's, for messages.
     pub fn load(context: &Arc<Context>, name: &str, image: &[u8]) -> Result<Arc<Module>> {
-        // The driver is told where an image begins, not where it ends: a cubin and a fatbin say so themselves, a text needs its zero.
+        // The driver gets the start of an image, not its length: a cubin and a fatbin contain it, a text must end with a zero.
         let text: Vec<u8>;
         let binary = image.starts_with(b"\x7fELF") || image.starts_with(&[0x50, 0xed, 0x55, 0xba]);
         let start = if binary || image.last() == Some(&0) {
@@ -76,7 +76,7 @@ impl Drop for Module {
     }
 }
 
-/// How many blocks of how many threads, with how many bytes of dynamic shared memory each.
+/// A launch's blocks, the threads of each, and the bytes of dynamic shared memory of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub blocks: u32,
@@ -104,7 +104,7 @@ pub(crate) struct Kernel<A> {
 unsafe impl<A> Send for Kernel<A> {}
 unsafe impl<A> Sync for Kernel<A> {}
 
-/// What every block may have without asking.
+/// Shared memory that every block may have without `allow_shared`.
 const FREE_SHARED: u32 = 48 << 10;
 
 impl<A: Arguments> Kernel<A> {

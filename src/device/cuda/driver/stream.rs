@@ -54,7 +54,7 @@ impl Stream {
         &self.context
     }
 
-    /// As a communicator takes it.
+    /// The handle that a communicator takes.
     pub fn raw(&self) -> *mut c_void {
         self.raw.cast()
     }
@@ -103,8 +103,8 @@ impl Stream {
 
     /// Copies on the device, in stream order.
     ///
-    /// # Safety
-    /// `bytes` bytes may be read at `source` and written at `destination`, both on the device, until the stream has done it; no overlap.
+    /// # Safety `bytes` bytes may be read at `source` and written at `destination`, both on the device, until the stream has done
+    /// it; no overlap.
     pub unsafe fn copy(&self, destination: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());

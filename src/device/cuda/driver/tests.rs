@@ -316,7 +316,7 @@ fn the_failure_of_a_kernel_comes_with_the_call_that_waits() {
     assert_eq!(_after.findings(), "");
 }
 
-/// The emulator runs streams as late as it may, in an order that only events bind: here is none.
+/// The emulator delays streams as long as it may, in an order that only events bind: here is none.
 #[test]
 fn a_missing_event_is_found() {
     let turn = turn(13);

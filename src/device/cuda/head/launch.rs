@@ -1,4 +1,4 @@
-//! How a head enqueues work: launches and exchanges on its streams, each a span of the trace, and the error of the first that failed.
+//! A head's launches and exchanges on its streams: each is a span of the trace, and the first error is remembered.
 
 use super::super::context::Gpu;
 use super::super::driver::{Event, Stream};
@@ -28,7 +28,7 @@ pub(super) struct OpenExchange {
     name: &'static str,
 }
 
-/// Where a collective reads and writes.
+/// The buffers of a collective.
 pub(super) struct ExchangeBuffers<T> {
     pub send: *mut T,
     pub recv: *mut T,

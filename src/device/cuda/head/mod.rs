@@ -1,8 +1,8 @@
 //! One head on a GPU: the phases of a step as launches.
 //!
-//! Everything is enqueued. The host learns the outcome where the caller asks for it (a host loss, a gradient in host memory, figures,
-//! `wait`). The real sizes and the verdict of a step are in its [`StepBlock`] on the device, where every kernel reads them. streams.rs
-//! says which stream runs which work.
+//! Everything is enqueued. The host learns the outcome where the caller asks for it (a host loss, a gradient in host memory,
+//! figures, `wait`). The real sizes and the verdict of a step are in its [`StepBlock`] on the device, where every kernel reads
+//! them. streams.rs says which stream runs which work.
 
 mod launch;
 mod rows;
@@ -45,7 +45,7 @@ struct Outgrown {
 pub(super) struct CudaHead {
     gpu: Arc<Gpu>,
     spec: HeadSpec,
-    /// Of the two steps: they differ while a caller's sample has outgrown the step before it.
+    /// The sizes of the two steps: they differ while a caller's sample has outgrown the step before it.
     sizes: [Sizes; 2],
     streams: HeadStreams,
     /// Its pointers, like the drafts, are those of the current step and of the next one, as `current` says.

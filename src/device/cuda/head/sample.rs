@@ -222,8 +222,8 @@ impl CudaHead {
         Ok(())
     }
 
-    /// How many rows of dW the ranks add up: the same number on all, whatever samples they were given. Only a rank whose caller chose
-    /// more classes than any draw has reads the other ranks' limits from the sums, and waits for them.
+    /// The number of rows of dW that the ranks add up, the same on all, whatever samples they were given. Only a rank whose caller
+    /// chose more classes than any draw has reads the other ranks' limits from the sums, and waits for them.
     ///
     /// It is the least of the limits. Where all ranks have the same sample it fits; else the step has failed, and the rows do not
     /// matter. A rank that does not read the limits has that of a draw, and no rank has less.

@@ -12,7 +12,7 @@ pub(in crate::device::cuda) struct HeadMemory {
     pub buffers: Vec<DeviceBuffer<u8>>,
 }
 
-/// What [`HeadMemory::grow`] has made of a head's memory.
+/// The result of [`HeadMemory::grow`].
 pub(in crate::device::cuda) struct Grown {
     /// The pointers of both steps, with the new arrays.
     pub arrays: [HeadArrays; 2],
@@ -42,8 +42,8 @@ impl HeadMemory {
         Ok(HeadMemory { arrays, buffers })
     }
 
-    /// Replaces the arrays that have another size in `sizes`, zeroed in the order of `stream`. W and the state keep their memory, and
-    /// so do the arrays that labels are sorted in. `arrays` stays as it is.
+    /// Replaces the arrays that have another size in `sizes`, zeroed in the order of `stream`. W and the state keep their memory,
+    /// and so do the arrays that labels are sorted in. `arrays` stays as it is.
     ///
     /// Errors: OUT_OF_MEMORY, naming the array; nothing is changed then.
     pub fn grow(&mut self, sizes: &Sizes, stream: &Stream) -> Result<Grown> {

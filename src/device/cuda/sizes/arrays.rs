@@ -8,7 +8,7 @@ use crate::optimizer::Optimizer;
 use crate::options::RowUpdate;
 use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 
-/// What memory is for, as `Memory` counts it.
+/// The purpose of an array, as `Memory` counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     Weight,
@@ -22,7 +22,7 @@ pub(super) enum Purpose {
 pub(super) struct Array {
     /// The field of `HeadArrays`.
     pub name: &'static str,
-    /// Of one of its copies.
+    /// The bytes of one copy.
     pub bytes: u64,
     /// 2 where each of the two steps in progress has its own.
     pub copies: usize,

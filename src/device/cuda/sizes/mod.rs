@@ -29,8 +29,8 @@ pub(super) struct Sizes {
 impl Sizes {
     /// For samples of `int(rate * rows)` classes, of all positives, and of `least_sample`.
     ///
-    /// P is kept where it fits into the workspace limit (0: three quarters of the memory that W and the state leave free); else it is
-    /// computed twice, by chunks.
+    /// P is kept where it fits into the workspace limit (0: three quarters of the memory that W and the state leave free); else it
+    /// is computed twice, by chunks.
     ///
     /// Errors: INVALID_ARGUMENT, for a limit that leaves no room for one tile of columns, naming the need; or for more rows than
     /// are numbered in 32 bits.

@@ -13,11 +13,11 @@ use crate::{ensure, Result};
 /// Arrays of a workspace begin at multiples of it, as the kernels' vector accesses require.
 pub(super) const ALIGNMENT: u64 = 16;
 
-/// Memory that a device keeps for its stateless calls: it grows to the largest so far. One call at a time fills it; the stream orders
-/// the calls' uses of it.
+/// Memory that a device keeps for its stateless calls: it grows to the largest so far. One call at a time fills it; the stream
+/// orders the calls' uses of it.
 #[derive(Default)]
 pub(super) struct StagingPool {
-    /// By the number of a call's argument.
+    /// One for each argument of a call.
     staging: Vec<Staging>,
     pub draw: DrawBuffers,
 }

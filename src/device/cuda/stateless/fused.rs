@@ -22,7 +22,8 @@ struct FusedArrays {
 
 /// The rows of the batch by their class, as the center gradient takes them.
 struct Positives {
-    /// The columns of all rows; then for those that have one, by column and row: columns, rows; distinct columns; where each begins.
+    /// The columns of all rows; then for those that have one, by column and row: columns, rows; distinct columns; where each
+    /// begins.
     lists: Vec<u32>,
     rows: u32,
     classes: u32,

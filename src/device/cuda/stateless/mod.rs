@@ -129,7 +129,8 @@ pub(in crate::device) struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// Errors: UNSUPPORTED without a driver, with one too old, or without kernels for the GPU; INVALID_ARGUMENT for a wrong ordinal.
+    /// Errors: UNSUPPORTED without a driver, with one too old, or without kernels for the GPU; INVALID_ARGUMENT for a wrong
+    /// ordinal.
     ///
     /// # Safety
     /// `stream` is a stream of the driver's, or NULL.
