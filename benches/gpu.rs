@@ -32,7 +32,7 @@ use partialfc::trace;
 mod driver;
 #[path = "gpu/floor.rs"]
 mod floor;
-use cuda_emulator as simt;
+use partialfc_testing::emulator;
 
 use driver::{Memory, Stream};
 use floor::{Floor, Rates, Shape};
@@ -160,7 +160,7 @@ fn title(Shape { batch, sample, dim }: Shape, keeps: bool) -> String {
 
 fn on_gpu(run: &Run) -> Result<(), String> {
     if std::env::var_os("PFC_TEST_DRIVER").is_some() {
-        simt::ready();
+        emulator::ready();
     }
     driver::enter()?;
     let stream = Stream::new();

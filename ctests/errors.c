@@ -335,7 +335,7 @@ static void steps(pfc_head *head) {
         "centers.rows must be 2, the count from class 0, got 4");
   FAILS(pfc_head_read_state(head, 9, 0, BATCH, &a), PFC_ERROR_INVALID_ARGUMENT, "(2), got 9");
 
-  /* Nothing of all this has changed a class centre, and the head still works. */
+  /* Nothing of all this has changed a class center, and the head still works. */
   WORKS(pfc_head_read_centers(head, 0, BATCH, &a));
   EXPECT(memcmp(before, after, sizeof before) == 0);
   WORKS(pfc_head_step(head, &e, labels, 0.1, &g, &loss));

@@ -1,6 +1,6 @@
 /*
  * Takes the address of every function that the header declares: it links only if all are there.
- * functions.inc is made from the header by tests/c_programs.rs, a line FUNCTION(name) for each.
+ * functions.inc is made from the header by tests/capi/programs.rs, a line FUNCTION(name) for each.
  */
 #include <stdio.h>
 

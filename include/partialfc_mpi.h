@@ -1,4 +1,4 @@
-// partialfc over MPI: a communicator made of the caller's MPI_Comm, for C99 and C++11 and later.
+// partialfc over MPI: makes a communicator of the caller's MPI_Comm. For C99 and C++11 and later.
 //
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //
@@ -8,32 +8,34 @@
 //   pfc_comm_free(comm);
 //   MPI_Finalize();
 //
-// The program compiles this header with its own MPI (mpicc); libpartialfc links with none, so that
-// one build of it serves all. What is here fills a pfc_comm_ops with functions that take host
-// memory; what a GPU exchanges the library copies to host memory and back.
+// The program compiles this header with its own MPI (mpicc). libpartialfc links with no MPI, so one
+// build of it serves every MPI. The header fills a pfc_comm_ops with functions that take host
+// memory; for a head on a GPU the library copies to host memory and back.
 //
-// HOW. All operations are messages from rank to rank (MPI_Isend, MPI_Irecv), each rank to each
-// other one, which suits tens of ranks. MPI's own collectives are left aside for four reasons:
-// - Sums are taken in the ranks' order, so that the bits are those of pfc_comm_threads, with every
-//   MPI, and the maximum of a NaN and a number is the NaN.
-// - A wait is a loop around MPI_Testsome that looks whether the library's deadline has passed or
-//   pfc_comm_abort was called. An error's text names the ranks that it waited for.
-// - A rank that fails says so to the others in its last messages: they fail at once. Every message
-//   carries its operation and its length, and ranks in different operations are told apart.
-// - After a failure MPI may still read and write what was under way. All messages lie in memory of
-//   this header's, PFC_MPI_STAGE bytes each way, which is then kept; the caller's is copied. Larger
-//   buffers travel in pieces of at most 1 MiB, so that no count comes near 2^31.
+// HOW. Every operation is a set of messages from each rank to each other rank (MPI_Isend,
+// MPI_Irecv), which suits tens of ranks. The header does not use MPI's own collectives, for four
+// reasons:
+// - Sums are taken in the order of the ranks. So every MPI gives the bits of pfc_comm_threads, and
+//   the maximum of a NaN and a number is the NaN.
+// - A wait is a loop around MPI_Testsome that also checks the deadline and pfc_comm_abort. The text
+//   of the error names the ranks that it waited for.
+// - A rank that fails tells the other ranks in its last messages, so they fail at once. Every
+//   message carries its operation and its length, so ranks in different operations are detected.
+// - After a failure MPI may still read and write the messages in flight. All messages lie in this
+//   header's own memory, PFC_MPI_STAGE bytes each way, which is then kept; the caller's data are
+//   copied. Larger buffers are sent in messages of at most 1 MiB, so no count comes near 2^31.
 //
-// THREADS. MPI is called by the thread that is inside a pfc_ call alone, and by pfc_comm_abort if
-// that is called on MPI's main thread or under MPI_THREAD_MULTIPLE: MPI_THREAD_FUNNELED is enough,
-// with all pfc_ calls on the communicator from MPI's main thread. From other threads
-// pfc_comm_abort stops a running operation; with none running the other ranks hear of it when the
-// communicator is freed.
+// THREADS. MPI is called only by a thread that is inside a pfc_ call, and by pfc_comm_abort if that
+// runs on MPI's main thread or under MPI_THREAD_MULTIPLE. So MPI_THREAD_FUNNELED is enough if all
+// pfc_ calls on the communicator come from MPI's main thread. From another thread pfc_comm_abort
+// stops a running operation; if none is running, the other ranks are told when the communicator is
+// freed.
 //
-// AFTER A FAILURE (COMM, TIMEOUT, ABORTED) the duplicate of the MPI_Comm is not freed, since that
-// is collective. If a rank is gone MPI_Finalize may wait for it: end with MPI_Abort.
+// AFTER A FAILURE (COMM, TIMEOUT, ABORTED) the duplicate of the MPI_Comm is not freed, because that
+// is collective. If a rank is gone, MPI_Finalize may wait for it: end the program with MPI_Abort.
 //
-// Do not compile with -ffast-math: it takes NaN for a number. The ranks have one byte order.
+// Do not compile with -ffast-math, which treats NaN as a number. All ranks must have the same byte
+// order.
 
 #ifndef PARTIALFC_MPI_H
 #define PARTIALFC_MPI_H
@@ -57,65 +59,65 @@
 
 #include "partialfc.h"
 
-// Bytes of memory for messages each way, of which each rank gets an equal part. It is touched as
-// messages need it. May be defined before this header is included, the same on all ranks.
+// Bytes of memory for messages each way, divided equally among the ranks. It is touched only as
+// messages need it. You may define it before including this header, the same on all ranks.
 #ifndef PFC_MPI_STAGE
 #define PFC_MPI_STAGE (32u << 20)
 #endif
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// What a program calls.
+// Functions for programs.
 
-// Makes a communicator of an MPI communicator's ranks. Collective over comm; not bounded by a
-// timeout.
+// Makes a communicator of the ranks of an MPI communicator. Collective over comm. No timeout
+// applies.
 //
-// The MPI communicator is duplicated and stays the caller's. Free the result with pfc_comm_free
+// The MPI communicator is duplicated; the caller keeps it. Free the result with pfc_comm_free
 // before MPI_Finalize.
 //
 // @param comm an intracommunicator
 // @param out the communicator
-// @return INVALID_ARGUMENT if MPI is not initialised, or initialised for a thread that is not this
-//   one; COMM if MPI fails; REMOTE if another rank could not make its end; the text is that of
-//   pfc_mpi_last_error
+// @return INVALID_ARGUMENT if MPI is not initialized, or does not allow calls from this thread;
+//   COMM if MPI fails; REMOTE if another rank could not make its communicator. pfc_mpi_last_error
+//   has the text.
 static inline pfc_status pfc_comm_mpi(MPI_Comm comm, pfc_comm **out);
 
-// Fills the table of pfc_comm_mpi without making a communicator of it, for programs that want to
-// wrap its functions. Collective, as pfc_comm_mpi.
+// Fills the functions of pfc_comm_mpi without making a communicator, for programs that wrap them.
+// Collective, as pfc_comm_mpi.
 //
-// @param ops written; its ctx is given back by ops->free(ops->ctx), which the communicator made of
-//   it calls, or else the caller
+// @param ops written. ops->free(ops->ctx) frees its ctx: a communicator made of it calls that, else
+//   the caller must.
 static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops);
 
-// Hands the id of an NCCL communicator from rank 0 to all ranks. Collective over comm; not bounded
-// by a timeout.
+// Sends the id of an NCCL communicator from rank 0 to all ranks. Collective over comm. No timeout
+// applies.
 //
 //   status = rank == 0 ? pfc_nccl_unique_id(id) : PFC_OK;
 //   if ((status = pfc_mpi_share_nccl_id(MPI_COMM_WORLD, status, id)) == PFC_OK)
 //     status = pfc_comm_nccl(id, rank, size, device, &comm);
 //
-// Ends with a barrier: a rank that goes on into NCCL makes no progress in MPI, on which others may
-// still depend for their copy.
+// Ends with a barrier: a rank that enters NCCL makes no more progress in MPI, and other ranks may
+// still need it for their copy.
 //
-// @param made rank 0: what came of making the id; elsewhere ignored
-// @param id 128 bytes, read on rank 0 and written elsewhere, if made is OK
-// @return made on rank 0, and REMOTE elsewhere if that is an error; COMM if MPI fails
+// @param made rank 0: the status of making the id; ignored on other ranks
+// @param id 128 bytes, read on rank 0 and written on the others, if made is OK
+// @return made on rank 0, and REMOTE on the others if made is an error; COMM if MPI fails
 static inline pfc_status pfc_mpi_share_nccl_id(MPI_Comm comm, pfc_status made, uint8_t id[128]);
 
-// The text of the last failure of the three functions above in this source file; for a failure of
-// the library's that of pfc_last_error.
+// The text of the last error of the three functions above in this source file, or of
+// pfc_last_error if the library failed.
 static inline const char *pfc_mpi_last_error(void);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// How it is done. Names that end in _ are this header's own.
+// Implementation. Names that end in _ are internal.
 
-// What the functions return beside MPI's own error codes, which are positive.
+// Codes that the functions return, beside MPI's own error codes, which are positive.
 enum {
-  PFC_MPI_ENDED_ = -1,   // The deadline has passed, or somebody called abort.
+  PFC_MPI_ENDED_ = -1,   // The deadline has passed, or abort was called.
   PFC_MPI_REMOTE_ = -2,  // Another rank has ended the communicator.
-  PFC_MPI_PARTED_ = -3   // Another rank is in another operation, or sends another length.
+  PFC_MPI_MISMATCH_ = -3   // Another rank is in another operation, or sends another length.
 };
 
-// What a message belongs to, the lowest bits of its tag.
+// The operation of a message: the lowest bits of its tag.
 enum {
   PFC_MPI_ALL_GATHER_ = 1,
   PFC_MPI_ALL_REDUCE_ = 2,
@@ -125,26 +127,26 @@ enum {
   PFC_MPI_FAREWELL_ = 6  // A failed rank's last message: a text.
 };
 
-// The longest text of a failure, with its terminating zero.
+// Bytes of the longest error text, with its terminating zero.
 enum { PFC_MPI_TEXT_ = 256 };
 
-// A rank's end.
+// A rank's side of the communicator.
 struct pfc_mpi_ {
-  MPI_Comm comm;  // A duplicate: messages meet no others.
+  MPI_Comm comm;  // A duplicate, so that its messages meet no others.
   int rank, size, level;
-  // Bytes from one rank's part of the staging memory to the next, and the most a message has.
-  size_t room, piece;
+  // Bytes of one rank's slot in the staging memory, and of the largest message.
+  size_t slot, message_bytes;
   unsigned char *out, *in;
-  // Bytes that each rank is sent and sends in an exchange; -1: no message.
+  // Bytes sent to and received from each rank in an operation; -1: no message.
   int *sent, *received;
-  // Receives by rank, sends by rank, farewells by rank.
+  // Receives by rank, then sends by rank, then farewells by rank.
   MPI_Request *requests;
   MPI_Status *statuses;
   int *indices;
   int kind, tag;
   unsigned sequence;
-  // Set by abort from any thread; the farewells are sent once.
-  int ended, told, running;
+  // Set by abort, from any thread. The farewells are sent once.
+  int ended, farewells_sent, running;
   char text[PFC_MPI_TEXT_];
   char farewell[PFC_MPI_TEXT_];
 };
@@ -164,7 +166,7 @@ static inline const char *pfc_mpi_kind_name_(int kind) {
   return names[kind & 7];
 }
 
-// Writes "what: MPI's text of the code" and gives the code.
+// Writes "what: MPI's text of the code" and returns the code.
 static inline int32_t pfc_mpi_explain_(char *text, size_t size, const char *what, int code) {
   char reason[MPI_MAX_ERROR_STRING + 1];
   int length = 0;
@@ -174,8 +176,8 @@ static inline int32_t pfc_mpi_explain_(char *text, size_t size, const char *what
   return code;
 }
 
-// The ranks that a stopped exchange waits for: those whose message has not come or, if all have,
-// those that have not taken theirs.
+// The ranks that a stopped operation waits for: those whose message has not come or, if all have
+// come, those that have not received this rank's.
 static inline void pfc_mpi_name_the_late_(struct pfc_mpi_ *self) {
   int half, r, length, late = 0;
   length = snprintf(self->text, sizeof self->text, "%s waits for rank",
@@ -193,7 +195,7 @@ static inline void pfc_mpi_name_the_late_(struct pfc_mpi_ *self) {
   }
 }
 
-// Sends the text of the failure to all other ranks, once, and if this thread may call MPI.
+// Sends the text of the failure to all other ranks: once, and only if this thread may call MPI.
 static inline void pfc_mpi_tell_(struct pfc_mpi_ *self, int inside) {
   int r, flag = 0;
   if (!inside) {
@@ -203,7 +205,7 @@ static inline void pfc_mpi_tell_(struct pfc_mpi_ *self, int inside) {
       if (MPI_Is_thread_main(&flag) != MPI_SUCCESS || !flag) return;
     }
   }
-  if (__atomic_exchange_n(&self->told, 1, __ATOMIC_SEQ_CST)) return;
+  if (__atomic_exchange_n(&self->farewells_sent, 1, __ATOMIC_SEQ_CST)) return;
   if (self->text[0] != 0) {
     snprintf(self->farewell, sizeof self->farewell, "%.200s", self->text);
   } else {
@@ -211,13 +213,13 @@ static inline void pfc_mpi_tell_(struct pfc_mpi_ *self, int inside) {
   }
   for (r = 0; r < self->size; r++) {
     if (r == self->rank) continue;
-    // A rank that cannot be told finds out by itself.
+    // A rank that cannot be reached notices by its own timeout.
     (void)MPI_Isend(self->farewell, PFC_MPI_TEXT_, MPI_BYTE, r, PFC_MPI_FAREWELL_, self->comm,
                     &self->requests[2 * self->size + r]);
   }
 }
 
-// Leaves a failed exchange. What cannot be recalled stays under way in the staging memory.
+// Leaves a failed operation. Messages that cannot be cancelled stay in the staging memory.
 static inline int32_t pfc_mpi_leave_(struct pfc_mpi_ *self, int32_t code) {
   int r, done;
   for (r = 0; r < self->size; r++) {
@@ -237,9 +239,9 @@ static inline int32_t pfc_mpi_failed_(struct pfc_mpi_ *self, const char *functio
   return pfc_mpi_leave_(self, pfc_mpi_explain_(self->text, sizeof self->text, what, code));
 }
 
-// Looks at a message that has come from rank r: is it the one that this exchange is about?
+// Checks a message from rank r: does it belong to this operation, with the expected length?
 static inline int32_t pfc_mpi_judge_(struct pfc_mpi_ *self, int r, const MPI_Status *status) {
-  const unsigned char *words = self->in + (size_t)r * self->room;
+  const unsigned char *words = self->in + (size_t)r * self->slot;
   const char *mine = pfc_mpi_kind_name_(self->kind);
   const int kind = status->MPI_TAG & 7;
   int bytes = -1;
@@ -247,7 +249,7 @@ static inline int32_t pfc_mpi_judge_(struct pfc_mpi_ *self, int r, const MPI_Sta
   if (kind == PFC_MPI_FAREWELL_) {
     snprintf(self->text, sizeof self->text, "rank %d has ended the communicator: %.180s", r,
              bytes == PFC_MPI_TEXT_ ? (const char *)words : "?");
-    __atomic_store_n(&self->told, 1, __ATOMIC_SEQ_CST);  // It has told all.
+    __atomic_store_n(&self->farewells_sent, 1, __ATOMIC_SEQ_CST);  // Its farewell went to all.
     return pfc_mpi_leave_(self, PFC_MPI_REMOTE_);
   }
   if (status->MPI_TAG == self->tag && bytes == self->received[r]) return 0;
@@ -262,7 +264,7 @@ static inline int32_t pfc_mpi_judge_(struct pfc_mpi_ *self, int r, const MPI_Sta
              "rank %d sends %d bytes to this %s, rank %d waits for %d", r, bytes, mine, self->rank,
              self->received[r]);
   }
-  return pfc_mpi_leave_(self, PFC_MPI_PARTED_);
+  return pfc_mpi_leave_(self, PFC_MPI_MISMATCH_);
 }
 
 // Sends self->sent[r] bytes to every rank r, from the r-th part of the staging memory or (same)
@@ -273,8 +275,8 @@ static inline int32_t pfc_mpi_exchange_(struct pfc_mpi_ *self, int same) {
   for (k = 1; k < n; k++) {
     r = (self->rank + n - k) % n;
     if (self->received[r] < 0) continue;
-    // Room for any message, so that a farewell or a wrong length comes whole.
-    code = MPI_Irecv(self->in + (size_t)r * self->room, (int)self->room, MPI_BYTE, r, MPI_ANY_TAG,
+    // A whole slot, so that a farewell or a message of a wrong length fits.
+    code = MPI_Irecv(self->in + (size_t)r * self->slot, (int)self->slot, MPI_BYTE, r, MPI_ANY_TAG,
                      self->comm, &self->requests[r]);
     if (code != MPI_SUCCESS) return pfc_mpi_failed_(self, "MPI_Irecv", r, code);
     left++;
@@ -282,7 +284,7 @@ static inline int32_t pfc_mpi_exchange_(struct pfc_mpi_ *self, int same) {
   for (k = 1; k < n; k++) {
     r = (self->rank + k) % n;
     if (self->sent[r] < 0) continue;
-    code = MPI_Isend(self->out + (same ? 0 : (size_t)r * self->room), self->sent[r], MPI_BYTE, r,
+    code = MPI_Isend(self->out + (same ? 0 : (size_t)r * self->slot), self->sent[r], MPI_BYTE, r,
                      self->tag, self->comm, &self->requests[n + r]);
     if (code != MPI_SUCCESS) return pfc_mpi_failed_(self, "MPI_Isend", r, code);
     left++;
@@ -353,13 +355,13 @@ static inline int32_t pfc_mpi_all_gather_(void *ctx, const void *send, void *rec
   int32_t code = pfc_mpi_begin_(self, PFC_MPI_ALL_GATHER_);
   int r;
   (void)stream;
-  for (; code == 0 && at < bytes; at += self->piece) {
-    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+  for (; code == 0 && at < bytes; at += self->message_bytes) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->message_bytes);
     for (r = 0; r < self->size; r++) self->sent[r] = self->received[r] = (int)part;
     memcpy(self->out, (const char *)send + at, part);
     if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
     for (r = 0; r < self->size; r++) {
-      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->room;
+      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->slot;
       char *to = (char *)recv + (uint64_t)r * bytes + at;
       if (r != self->rank || to != (const char *)send + at) memcpy(to, from, part);
     }
@@ -404,16 +406,16 @@ static inline void pfc_mpi_combine_(void *sum, const void *part, size_t count, i
 #undef PFC_MPI_COMBINE_
 #undef PFC_MPI_SUM_
 
-// Combines what all ranks have sent, and this rank's own count elements, into `to`, which may be
+// Combines the elements of all ranks, and this rank's own count elements, into `to`, which may be
 // `own`.
 static inline void pfc_mpi_combine_all_(struct pfc_mpi_ *self, void *to, const void *own,
                                         size_t count, int32_t dtype, int32_t op) {
   const size_t bytes = count * (dtype == PFC_F64 || dtype == PFC_I64 ? 8 : 4);
-  // The sum grows in the staging memory: `own` is needed in its turn.
-  unsigned char *sum = self->in + (size_t)self->size * self->room;
+  // The sum is built in the staging memory, because `own` is still needed when its turn comes.
+  unsigned char *sum = self->in + (size_t)self->size * self->slot;
   int r;
   for (r = 0; r < self->size; r++) {
-    const void *part = r == self->rank ? own : self->in + (size_t)r * self->room;
+    const void *part = r == self->rank ? own : self->in + (size_t)r * self->slot;
     if (r == 0) pfc_mpi_copy_(sum, part, bytes);
     else pfc_mpi_combine_(sum, part, count, dtype, op);
   }
@@ -430,12 +432,12 @@ static inline int32_t pfc_mpi_reduce_scatter_(void *ctx, const void *send, void 
   int32_t code = pfc_mpi_begin_(self, PFC_MPI_REDUCE_SCATTER_);
   int r;
   (void)stream;
-  for (; code == 0 && at < bytes; at += self->piece) {
-    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+  for (; code == 0 && at < bytes; at += self->message_bytes) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->message_bytes);
     for (r = 0; r < self->size; r++) {
       self->sent[r] = self->received[r] = (int)part;
       if (r == self->rank) continue;
-      memcpy(self->out + (size_t)r * self->room, (const char *)send + (uint64_t)r * bytes + at,
+      memcpy(self->out + (size_t)r * self->slot, (const char *)send + (uint64_t)r * bytes + at,
              part);
     }
     if ((code = pfc_mpi_exchange_(self, 0)) != 0) break;
@@ -446,14 +448,14 @@ static inline int32_t pfc_mpi_reduce_scatter_(void *ctx, const void *send, void 
   return pfc_mpi_end_(self, code);
 }
 
-// Each rank combines a share of the elements and sends it to all. Where messages are so small that
-// their number counts, all ranks combine all: the same sums, in one exchange instead of two.
+// Each rank combines a share of the elements and sends it to all. For small messages, whose number
+// matters more than their size, every rank combines everything: the same sums in one exchange.
 static inline int32_t pfc_mpi_all_reduce_(void *ctx, const void *send, void *recv, uint64_t count,
                                           int32_t dtype, int32_t op, void *stream) {
   struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
   const size_t size = dtype == PFC_F64 || dtype == PFC_I64 ? 8 : 4;
   const uint64_t bytes = count * size;
-  const size_t few = self->piece < 16384 ? self->piece : 16384;
+  const size_t few = self->message_bytes < 16384 ? self->message_bytes : 16384;
   uint64_t at = 0;
   int32_t code = pfc_mpi_begin_(self, PFC_MPI_ALL_REDUCE_);
   int r;
@@ -467,7 +469,7 @@ static inline int32_t pfc_mpi_all_reduce_(void *ctx, const void *send, void *rec
     return pfc_mpi_end_(self, code);
   }
   while (code == 0 && at < bytes) {
-    const size_t whole = pfc_mpi_least_(bytes - at, self->piece * (size_t)self->size);
+    const size_t whole = pfc_mpi_least_(bytes - at, self->message_bytes * (size_t)self->size);
     const size_t elements = whole / size;
     const size_t share = (elements + (size_t)self->size - 1) / (size_t)self->size;
     const size_t own = pfc_mpi_least_((uint64_t)self->rank * share, elements);
@@ -478,7 +480,7 @@ static inline int32_t pfc_mpi_all_reduce_(void *ctx, const void *send, void *rec
       self->sent[r] = (int)part;
       self->received[r] = (int)(mine * size);
       if (r == self->rank) continue;
-      pfc_mpi_copy_(self->out + (size_t)r * self->room, (const char *)send + at + first * size,
+      pfc_mpi_copy_(self->out + (size_t)r * self->slot, (const char *)send + at + first * size,
                     part);
     }
     if ((code = pfc_mpi_exchange_(self, 0)) != 0) break;
@@ -489,7 +491,7 @@ static inline int32_t pfc_mpi_all_reduce_(void *ctx, const void *send, void *rec
     }
     if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
     for (r = 0; r < self->size; r++) {
-      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->room;
+      const unsigned char *from = r == self->rank ? self->out : self->in + (size_t)r * self->slot;
       const size_t first = pfc_mpi_least_((uint64_t)r * share, elements);
       pfc_mpi_copy_((char *)recv + at + first * size, from,
                     size * pfc_mpi_least_(elements - first, share));
@@ -507,15 +509,15 @@ static inline int32_t pfc_mpi_broadcast_(void *ctx, void *buffer, uint64_t bytes
   int32_t code = pfc_mpi_begin_(self, PFC_MPI_BROADCAST_);
   int r;
   (void)stream;
-  for (; code == 0 && at < bytes; at += self->piece) {
-    const size_t part = pfc_mpi_least_(bytes - at, self->piece);
+  for (; code == 0 && at < bytes; at += self->message_bytes) {
+    const size_t part = pfc_mpi_least_(bytes - at, self->message_bytes);
     for (r = 0; r < self->size; r++) {
       self->sent[r] = is_root ? (int)part : -1;
       self->received[r] = r == (int)root ? (int)part : -1;
     }
     if (is_root) memcpy(self->out, (const char *)buffer + at, part);
     if ((code = pfc_mpi_exchange_(self, 1)) != 0) break;
-    if (!is_root) memcpy((char *)buffer + at, self->in + (size_t)root * self->room, part);
+    if (!is_root) memcpy((char *)buffer + at, self->in + (size_t)root * self->slot, part);
   }
   return pfc_mpi_end_(self, code);
 }
@@ -530,7 +532,7 @@ static inline int32_t pfc_mpi_barrier_(void *ctx) {
 static inline void pfc_mpi_abort_(void *ctx) {
   struct pfc_mpi_ *self = (struct pfc_mpi_ *)ctx;
   __atomic_store_n(&self->ended, 1, __ATOMIC_SEQ_CST);
-  // A running operation sees it and tells the others itself, with what it waited for.
+  // A running operation notices and tells the other ranks itself, with the ranks it waited for.
   if (!__atomic_load_n(&self->running, __ATOMIC_SEQ_CST)) pfc_mpi_tell_(self, 0);
 }
 
@@ -563,15 +565,15 @@ static inline void pfc_mpi_free_(void *ctx) {
   free(self);
 }
 
-// Allocates what an end needs beside the duplicate; 0 if there is not enough memory.
+// Allocates the memory of a communicator; 0 if there is not enough.
 static inline int pfc_mpi_allocate_(struct pfc_mpi_ *self) {
   const size_t n = (size_t)self->size;
-  size_t piece = PFC_MPI_STAGE / n / 64 * 64, i;
-  if (piece < 1024) piece = 1024;
-  if (piece > 1u << 20) piece = 1u << 20;
-  self->piece = self->room = piece;
-  self->out = (unsigned char *)malloc(n * self->room);
-  self->in = (unsigned char *)malloc((n + 1) * self->room);  // One more for sums.
+  size_t slot = PFC_MPI_STAGE / n / 64 * 64, i;
+  if (slot < 1024) slot = 1024;
+  if (slot > 1u << 20) slot = 1u << 20;
+  self->message_bytes = self->slot = slot;
+  self->out = (unsigned char *)malloc(n * self->slot);
+  self->in = (unsigned char *)malloc((n + 1) * self->slot);  // One more for sums.
   self->sent = (int *)calloc(n, sizeof *self->sent);
   self->received = (int *)calloc(n, sizeof *self->received);
   self->requests = (MPI_Request *)malloc(3 * n * sizeof *self->requests);
@@ -636,7 +638,7 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
     ready = ops != NULL && MPI_Comm_rank(duplicate, &self->rank) == MPI_SUCCESS &&
             MPI_Comm_size(duplicate, &self->size) == MPI_SUCCESS && pfc_mpi_allocate_(self);
   }
-  // All ranks have a communicator, or none has: nobody waits for one that is not there.
+  // All ranks get a communicator or none does, so that nobody waits for a missing rank.
   code = MPI_Allreduce(&ready, &all_ready, 1, MPI_INT, MPI_MIN, duplicate);
   if (code == MPI_SUCCESS && all_ready) {
     status = pfc_comm_ops_init(ops);

@@ -1,4 +1,4 @@
-// partialfc over the caller's own NCCL communicator, for C99 and C++11 and later.
+// partialfc over the caller's own NCCL communicator. For C99 and C++11 and later.
 //
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //
@@ -11,37 +11,38 @@
 //   pfc_comm_free(comm);
 //   if (nccl != NULL) ncclCommDestroy(nccl);
 //
-// For trainers that have a communicator; others let the library make one, by pfc_comm_nccl. The
-// program compiles this header with its own NCCL (2.14 or later) and CUDA runtime (11 or later), so
-// that there is no second libnccl in the process, and links with -lpartialfc -lnccl -lcudart.
+// For trainers that have an NCCL communicator already. Without one, let the library make it:
+// pfc_comm_nccl. The program compiles this header with its own NCCL (2.14 or later) and CUDA
+// runtime (11 or later), so that the process has one libnccl only, and links with -lpartialfc
+// -lnccl -lcudart.
 //
-// WHOSE IT IS. The communicator stays the caller's: pfc_comm_free leaves it alone. But what hangs
-// on a stream only ncclCommAbort can end, and that frees the communicator. So when an operation
-// runs beyond pfc_comm_set_timeout, when a head fails on this rank, and in pfc_comm_abort, the
-// communicator is aborted and the caller's variable becomes NULL, from whichever thread. Hence:
-// - The functions take a pointer to the variable, which must outlive the pfc_comm.
-// - After any failure, and before ncclCommDestroy, look whether it is NULL.
-// - What the trainer itself sends had better go over another communicator (ncclCommSplit), which no
-//   failure of a head takes away while the trainer is inside NCCL with it. If both share one,
-//   they call in the same order on all ranks, and never two threads at once.
+// OWNERSHIP. You keep the communicator: pfc_comm_free does not free it. But only ncclCommAbort can
+// end an operation that hangs on a stream, and it frees the communicator. So if an operation runs
+// longer than pfc_comm_set_timeout, if a head fails on this rank, and in pfc_comm_abort, the
+// library aborts the communicator and sets your variable to NULL, from any thread. Therefore:
+// - The functions take a pointer to your variable, which must outlive the pfc_comm.
+// - After any failure, and before ncclCommDestroy, check whether the variable is NULL.
+// - Use another communicator for the trainer's own operations (ncclCommSplit makes one), so that a
+//   failing head does not free it while the trainer is inside NCCL. If you share one communicator,
+//   call in the same order on all ranks, and never from two threads at once.
 //
-// BOUNDS. Make the communicator with config.blocking = 0: then no function of NCCL's waits, this
-// header does, until pfc_comm_set_timeout has passed. With a blocking communicator a call that
-// hangs inside NCCL cannot be ended, and the first operation, which makes connections, may; what
-// NCCL has taken can be ended with both.
+// TIMEOUTS. Make the communicator with config.blocking = 0. NCCL's functions then never wait; this
+// header waits, up to pfc_comm_set_timeout. With a blocking communicator, a call that hangs inside
+// NCCL cannot be ended; the first operation, which makes the connections, may be such a call. An
+// operation that NCCL has enqueued can be ended either way.
 //
-// An error that NCCL finds is reported by the next operation, or ends a wait for the GPU when
-// pfc_comm_set_timeout has passed (with pfc_comm_nccl: at once). The communicator's GPU is used in
-// its primary context, as the CUDA runtime does.
+// An error that NCCL reports is returned by the next operation. A wait for the GPU notices it only
+// when pfc_comm_set_timeout has passed (with pfc_comm_nccl: at once). The GPU is used in its
+// primary context, as the CUDA runtime does.
 //
-// HOW. Device memory goes to NCCL, on the stream that comes with it: nobody waits. Host memory goes
-// through a buffer on the GPU, 1 MiB or as much as the largest operation needs, on a stream of its
-// own, and waits. All ranks but for roundings get what pfc_comm_threads gives: NCCL adds in an
-// order of its own, the same for all ranks. NCCL's maximum of floats loses a NaN, which must win:
-// in host memory all values are gathered and the maximum is taken here; in device memory it is
-// refused (heads never ask for it).
+// HOW. Device memory goes to NCCL on the stream that comes with it, and no call waits. Host memory
+// goes through a buffer on the GPU (1 MiB, or as much as the largest operation needs) on a separate
+// stream, and the call waits. Sums equal those of pfc_comm_threads up to rounding: NCCL adds in its
+// own order, which is the same for all ranks. A maximum with a NaN must be NaN, which NCCL does not
+// give: in host memory this header gathers all values and takes the maximum itself; in device
+// memory it refuses the operation (heads never use it).
 //
-// Do not compile with -ffast-math: it takes NaN for a number.
+// Do not compile with -ffast-math, which treats NaN as a number.
 
 #ifndef PARTIALFC_NCCL_H
 #define PARTIALFC_NCCL_H
@@ -63,61 +64,61 @@
 #endif
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// What a program calls.
+// Functions for programs.
 
-// Makes a communicator of an NCCL communicator's ranks. Local: no other rank takes part, and nobody
-// waits.
+// Makes a communicator of the ranks of an NCCL communicator. Local: no other rank takes part, and
+// the call does not wait.
 //
-// @param comm the caller's variable, which must outlive the result and becomes NULL where the
-//   communicator had to be aborted; see the head of this file
+// @param comm the caller's variable, which must outlive the result; set to NULL if the communicator
+//   had to be aborted, see the top of this file
 // @param out the communicator; free with pfc_comm_free
-// @return INVALID_ARGUMENT if comm or *comm is NULL, or the communicator is still being made (ask
-//   ncclCommGetAsyncError until that is over); COMM if it has failed; DEVICE or OUT_OF_MEMORY if
-//   CUDA fails; the text is that of pfc_nccl_last_error
+// @return INVALID_ARGUMENT if comm or *comm is NULL, or if the communicator is still being made
+//   (call ncclCommGetAsyncError until it is done); COMM if it has failed; DEVICE or OUT_OF_MEMORY
+//   if CUDA fails. pfc_nccl_last_error has the text.
 static inline pfc_status pfc_comm_from_nccl(ncclComm_t *comm, pfc_comm **out);
 
-// Fills the table of pfc_comm_from_nccl without making a communicator of it, for programs that want
-// to wrap its functions.
+// Fills the functions of pfc_comm_from_nccl without making a communicator, for programs that wrap
+// them.
 //
-// @param ops written; its ctx is given back by ops->free(ops->ctx), which the communicator made of
-//   it calls, or else the caller
+// @param ops written. ops->free(ops->ctx) frees its ctx: a communicator made of it calls that, else
+//   the caller must.
 static inline pfc_status pfc_nccl_ops(ncclComm_t *comm, pfc_comm_ops *ops);
 
-// The text of this thread's last failure of the two functions above in this source file; for a
-// failure of the library's that of pfc_last_error.
+// The text of this thread's last error of the two functions above in this source file, or of
+// pfc_last_error if the library failed.
 static inline const char *pfc_nccl_last_error(void);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// How it is done. Names that end in _ are this header's own.
+// Implementation. Names that end in _ are internal.
 
-// What the functions return beside NCCL's own results, which are positive.
+// Codes that the functions return, beside NCCL's own results, which are positive.
 enum {
   PFC_NCCL_ENDED_ = -1,    // The communicator was aborted.
-  PFC_NCCL_MAXIMUM_ = -2,  // The largest of floats in device memory.
+  PFC_NCCL_MAXIMUM_ = -2,  // A maximum of floats in device memory.
   PFC_NCCL_MEMORY_ = -3,   // No host memory.
-  PFC_NCCL_TYPE_ = -4,     // An element type or a reduction that is unknown here.
-  PFC_NCCL_CUDA_ = 1 << 16  // And more: an error of CUDA's, added to it.
+  PFC_NCCL_TYPE_ = -4,     // An element type or a reduction that this header does not know.
+  PFC_NCCL_CUDA_ = 1 << 16  // Plus an error code of CUDA's.
 };
 
 enum { PFC_NCCL_TEXT_ = 256 };
 
-// Bytes of the buffer on the GPU at first; more than heads agree on by host memory. To grow it may
-// wait for all that is on the GPU.
-enum { PFC_NCCL_ROOM_ = 1 << 20 };
+// First size in bytes of the buffer on the GPU; heads need less in host memory. Growing it may wait
+// for everything on the GPU.
+enum { PFC_NCCL_BUFFER_ = 1 << 20 };
 
-// Bytes that the largest of floats gathers from each rank at a time.
-enum { PFC_NCCL_PIECE_ = 1 << 20 };
+// Bytes that a maximum of floats gathers from each rank at a time.
+enum { PFC_NCCL_MAXIMUM_BYTES_ = 1 << 20 };
 
-// A rank's end.
+// A rank's side of the communicator.
 struct pfc_nccl_ {
-  // The caller's; NULL behind it once it is aborted. Under the mutex, as is what is called with it.
+  // The caller's variable; *comm is NULL once it is aborted. Read and used under the mutex.
   ncclComm_t *comm;
   pthread_mutex_t mutex;
   int ended;  // Set by abort, before it waits for the mutex.
   int rank, size, device;
   // For host memory.
   cudaStream_t stream;
-  unsigned char *room;
+  unsigned char *buffer;
   size_t bytes;
 };
 
@@ -174,8 +175,7 @@ static inline void pfc_nccl_describe_(int32_t code, char *buffer, size_t size) {
   snprintf(buffer, size, "%.80s: %.160s", ncclGetErrorString((ncclResult_t)code), last);
 }
 
-// Lets the others run: most of what there is to wait for takes microseconds, a rank that has yet to
-// come seconds.
+// Yields: most waits take microseconds, but a rank that has not come yet takes seconds.
 static inline void pfc_nccl_rest_(int *idle) {
   if ((*idle)++ < 1000) sched_yield();
   else poll(NULL, 0, 1);
@@ -189,7 +189,7 @@ static inline int32_t pfc_nccl_cuda_(cudaError_t error) {
   return error == cudaSuccess ? 0 : PFC_NCCL_CUDA_ + (int32_t)error;
 }
 
-// Makes the communicator's GPU this thread's, until pfc_nccl_leave_.
+// Makes the communicator's GPU current on this thread, until pfc_nccl_leave_.
 static inline int32_t pfc_nccl_enter_(int device, int *before) {
   const int32_t code = pfc_nccl_cuda_(cudaGetDevice(before));
   return code != 0 ? code : pfc_nccl_cuda_(cudaSetDevice(device));
@@ -199,7 +199,7 @@ static inline void pfc_nccl_leave_(int device, int before) {
   if (before != device) (void)cudaSetDevice(before);
 }
 
-// What ncclCommGetAsyncError tells.
+// The result of ncclCommGetAsyncError.
 static inline int32_t pfc_nccl_state_(struct pfc_nccl_ *self) {
   int32_t code = PFC_NCCL_ENDED_;
   pthread_mutex_lock(&self->mutex);
@@ -212,7 +212,7 @@ static inline int32_t pfc_nccl_state_(struct pfc_nccl_ *self) {
   return code;
 }
 
-// Hands NCCL an operation, and returns when NCCL has taken it.
+// Passes an operation to NCCL, and returns when NCCL has enqueued it.
 static inline int32_t pfc_nccl_enqueue_(struct pfc_nccl_ *self, const struct pfc_nccl_call_ *call,
                                         const void *send, void *recv, cudaStream_t stream) {
   int32_t code = PFC_NCCL_ENDED_;
@@ -239,21 +239,21 @@ static inline int32_t pfc_nccl_enqueue_(struct pfc_nccl_ *self, const struct pfc
   }
   pthread_mutex_unlock(&self->mutex);
   while (code == (int32_t)ncclInProgress) {
-    // Between two looks abort gets the mutex.
+    // Between two polls abort can take the mutex.
     pfc_nccl_rest_(&idle);
     code = pfc_nccl_has_ended_(self) ? PFC_NCCL_ENDED_ : pfc_nccl_state_(self);
   }
   return code;
 }
 
-// Waits for what NCCL does on a stream.
+// Waits for NCCL's work on a stream.
 static inline int32_t pfc_nccl_wait_(struct pfc_nccl_ *self, cudaStream_t stream) {
   int idle = 0;
   for (;;) {
     const cudaError_t state = cudaStreamQuery(stream);
     if (state == cudaSuccess) break;
     if (state != cudaErrorNotReady) return pfc_nccl_cuda_(state);
-    (void)cudaGetLastError();  // Being asked too early is no failure of the program's.
+    (void)cudaGetLastError();  // A query that came too early is not an error of the program.
     if (!pfc_nccl_has_ended_(self)) {
       const int32_t code = pfc_nccl_state_(self);
       if (code != 0 && code != (int32_t)ncclInProgress) return code;
@@ -262,31 +262,31 @@ static inline int32_t pfc_nccl_wait_(struct pfc_nccl_ *self, cudaStream_t stream
     }
     pfc_nccl_rest_(&idle);
   }
-  // What was aborted is over too.
+  // An aborted operation has also ended.
   return pfc_nccl_has_ended_(self) ? PFC_NCCL_ENDED_ : 0;
 }
 
-// Sees to a buffer of so many bytes on the GPU.
-static inline int32_t pfc_nccl_make_room_(struct pfc_nccl_ *self, size_t bytes) {
-  size_t room = PFC_NCCL_ROOM_;
+// Makes the buffer on the GPU at least so large.
+static inline int32_t pfc_nccl_reserve_(struct pfc_nccl_ *self, size_t bytes) {
+  size_t needed = PFC_NCCL_BUFFER_;
   cudaError_t error;
-  if (self->room != NULL && bytes <= self->bytes) return 0;
-  while (room < bytes && room <= SIZE_MAX / 2) room *= 2;
-  if (room < bytes) room = bytes;
-  // The old one first: two need not fit.
-  if (self->room != NULL) (void)cudaFree(self->room);
-  self->room = NULL;
-  error = cudaMalloc((void **)&self->room, room);
+  if (self->buffer != NULL && bytes <= self->bytes) return 0;
+  while (needed < bytes && needed <= SIZE_MAX / 2) needed *= 2;
+  if (needed < bytes) needed = bytes;
+  // Free the old one first: both might not fit.
+  if (self->buffer != NULL) (void)cudaFree(self->buffer);
+  self->buffer = NULL;
+  error = cudaMalloc((void **)&self->buffer, needed);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();
-    self->room = NULL;
+    self->buffer = NULL;
     return pfc_nccl_cuda_(error);
   }
-  self->bytes = room;
+  self->bytes = needed;
   return 0;
 }
 
-// A copy by the stream for host memory, which has nothing on it that could hang.
+// A copy on the stream for host memory, where nothing can hang.
 static inline int32_t pfc_nccl_copy_(struct pfc_nccl_ *self, void *to, const void *from,
                                      size_t bytes, enum cudaMemcpyKind direction) {
   int32_t code;
@@ -295,29 +295,29 @@ static inline int32_t pfc_nccl_copy_(struct pfc_nccl_ *self, void *to, const voi
   return code != 0 ? code : pfc_nccl_cuda_(cudaStreamSynchronize(self->stream));
 }
 
-// An operation on host memory, in place in the buffer on the GPU.
+// An operation on host memory, done in place in the buffer on the GPU.
 static inline int32_t pfc_nccl_through_device_(struct pfc_nccl_ *self,
                                                const struct pfc_nccl_call_ *call) {
   const size_t block = call->count * call->element, own = (size_t)self->rank * block;
   const size_t whole = (size_t)self->size * block;
-  // What goes into the buffer, and what comes out of it: bytes, and where they are in it.
-  size_t sent = block, put = 0, received = block, get = 0, room = block;
+  // Bytes copied into the buffer and out of it, and their offsets.
+  size_t sent = block, put = 0, received = block, get = 0, needed = block;
   int32_t code;
   switch (call->kind) {
-    case PFC_NCCL_ALL_GATHER_: put = own; received = room = whole; break;
+    case PFC_NCCL_ALL_GATHER_: put = own; received = needed = whole; break;
     case PFC_NCCL_ALL_REDUCE_: break;
-    case PFC_NCCL_REDUCE_SCATTER_: get = own; sent = room = whole; break;
+    case PFC_NCCL_REDUCE_SCATTER_: get = own; sent = needed = whole; break;
     default: *(self->rank == call->root ? &received : &sent) = 0; break;
   }
-  if ((code = pfc_nccl_make_room_(self, room)) != 0) return code;
-  code = pfc_nccl_copy_(self, self->room + put, call->send, sent, cudaMemcpyHostToDevice);
+  if ((code = pfc_nccl_reserve_(self, needed)) != 0) return code;
+  code = pfc_nccl_copy_(self, self->buffer + put, call->send, sent, cudaMemcpyHostToDevice);
   if (code == 0) {
-    code = pfc_nccl_enqueue_(self, call, self->room + put, self->room + get, self->stream);
+    code = pfc_nccl_enqueue_(self, call, self->buffer + put, self->buffer + get, self->stream);
   }
-  // It is copied back when NCCL is through: after an abort nobody writes to the caller's memory.
+  // Copied back only when NCCL is done: after an abort nothing writes to the caller's memory.
   if (code == 0) code = pfc_nccl_wait_(self, self->stream);
   if (code != 0) return code;
-  return pfc_nccl_copy_(self, call->recv, self->room + get, received, cudaMemcpyDeviceToHost);
+  return pfc_nccl_copy_(self, call->recv, self->buffer + get, received, cudaMemcpyDeviceToHost);
 }
 
 #define PFC_NCCL_LARGEST_(type)                                                     \
@@ -334,7 +334,7 @@ static inline int32_t pfc_nccl_through_device_(struct pfc_nccl_ *self,
     }                                                                               \
   } while (0)
 
-// The largest of `size` blocks of `count` floats.
+// The element-wise maximum of `size` blocks of `count` floats.
 static inline void pfc_nccl_combine_(void *largest, const void *blocks, size_t size, size_t count,
                                      size_t element) {
   size_t i, r;
@@ -343,10 +343,10 @@ static inline void pfc_nccl_combine_(void *largest, const void *blocks, size_t s
 }
 #undef PFC_NCCL_LARGEST_
 
-// The largest of floats in host memory.
+// A maximum of floats in host memory.
 static inline int32_t pfc_nccl_largest_(struct pfc_nccl_ *self, const struct pfc_nccl_call_ *call) {
-  const size_t size = (size_t)self->size, piece = PFC_NCCL_PIECE_ / call->element;
-  const size_t longest = call->count < piece ? call->count : piece;
+  const size_t size = (size_t)self->size, most = PFC_NCCL_MAXIMUM_BYTES_ / call->element;
+  const size_t longest = call->count < most ? call->count : most;
   const size_t parts = call->kind == PFC_NCCL_REDUCE_SCATTER_ ? size : 1;
   unsigned char *blocks = (unsigned char *)malloc(size * longest * call->element);
   size_t part, first;
@@ -361,7 +361,7 @@ static inline int32_t pfc_nccl_largest_(struct pfc_nccl_ *self, const struct pfc
       gather.recv = blocks;
       gather.count = count;
       code = pfc_nccl_through_device_(self, &gather);
-      // All ranks' parts are gathered by all; recv may be this rank's own part of send.
+      // Every rank gathers all blocks; recv may be this rank's own block of send.
       if (code == 0 && (parts == 1 || part == (size_t)self->rank)) {
         pfc_nccl_combine_((unsigned char *)call->recv + first * call->element, blocks, size, count,
                           call->element);
@@ -372,7 +372,7 @@ static inline int32_t pfc_nccl_largest_(struct pfc_nccl_ *self, const struct pfc
   return code;
 }
 
-// Runs an operation where its memory is.
+// Runs an operation in the kind of memory that it was given.
 static inline int32_t pfc_nccl_run_(struct pfc_nccl_ *self, const struct pfc_nccl_call_ *call,
                                     void *stream) {
   const int floats = call->type == ncclFloat32 || call->type == ncclFloat64;
@@ -385,14 +385,14 @@ static inline int32_t pfc_nccl_run_(struct pfc_nccl_ *self, const struct pfc_ncc
   if (call->count == 0) return 0;  // On all ranks.
   if ((code = pfc_nccl_enter_(self->device, &before)) != 0) return code;
   if (cudaPointerGetAttributes(&attributes, call->recv) == cudaSuccess) where = attributes.type;
-  else (void)cudaGetLastError();  // Older runtimes do not know the host's.
+  else (void)cudaGetLastError();  // Older runtimes do not know host memory.
   if (where != cudaMemoryTypeDevice && where != cudaMemoryTypeManaged) {
     code = loses_nan ? pfc_nccl_largest_(self, call) : pfc_nccl_through_device_(self, call);
   } else if (loses_nan) {
     code = PFC_NCCL_MAXIMUM_;
   } else {
     code = pfc_nccl_enqueue_(self, call, call->send, call->recv, (cudaStream_t)stream);
-    // Managed memory may be what a caller of the host's functions has, who does not know a stream.
+    // Managed memory may come from a caller of the host functions, who passes no stream.
     if (code == 0 && where == cudaMemoryTypeManaged && stream == NULL) {
       code = pfc_nccl_wait_(self, NULL);
     }
@@ -469,7 +469,7 @@ static inline void pfc_nccl_abort_(void *ctx) {
   pthread_mutex_lock(&self->mutex);
   if (*self->comm != NULL) {
     entered = pfc_nccl_enter_(self->device, &before) == 0;
-    // Where it fails the communicator is gone all the same.
+    // Even if this fails, the communicator is gone.
     (void)ncclCommAbort(*self->comm);
     *self->comm = NULL;
     if (entered) pfc_nccl_leave_(self->device, before);
@@ -490,18 +490,18 @@ static inline void pfc_nccl_error_string_(void *ctx, int32_t code, char *buffer,
 static inline void pfc_nccl_free_(void *ctx) {
   struct pfc_nccl_ *self = (struct pfc_nccl_ *)ctx;
   int before = 0;
-  // Without these it may not even be known which GPU it is.
-  const int used = self->stream != NULL || self->room != NULL;
+  // Without these not even the GPU may be known.
+  const int used = self->stream != NULL || self->buffer != NULL;
   if (used && pfc_nccl_enter_(self->device, &before) == 0) {
     if (self->stream != NULL) (void)cudaStreamDestroy(self->stream);
-    if (self->room != NULL) (void)cudaFree(self->room);
+    if (self->buffer != NULL) (void)cudaFree(self->buffer);
     pfc_nccl_leave_(self->device, before);
   }
   pthread_mutex_destroy(&self->mutex);
   free(self);
 }
 
-// Tells what has failed while an end was made.
+// Sets the text of what failed while a communicator was being made.
 static inline pfc_status pfc_nccl_refuse_(pfc_status status, const char *what, int32_t code) {
   char reason[PFC_NCCL_TEXT_];
   pfc_nccl_describe_(code, reason, sizeof reason);
@@ -509,7 +509,7 @@ static inline pfc_status pfc_nccl_refuse_(pfc_status status, const char *what, i
   return status;
 }
 
-// What the communicator is, and whether it can be used.
+// Reads rank, size and GPU of the communicator, and checks that it can be used.
 static inline pfc_status pfc_nccl_look_(struct pfc_nccl_ *self) {
   ncclResult_t state = ncclSuccess, result = ncclCommGetAsyncError(*self->comm, &state);
   const char *what = "ncclCommGetAsyncError";
@@ -547,7 +547,7 @@ static inline pfc_status pfc_nccl_prepare_(struct pfc_nccl_ *self) {
     code = pfc_nccl_cuda_(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));
     if (code == 0) {
       what = "1 MiB on the GPU";
-      code = pfc_nccl_make_room_(self, PFC_NCCL_ROOM_);
+      code = pfc_nccl_reserve_(self, PFC_NCCL_BUFFER_);
     }
     pfc_nccl_leave_(self->device, before);
   }

@@ -15,7 +15,6 @@ pub mod optimizer;
 pub mod options;
 pub mod plan;
 pub mod random;
-pub mod reference;
 pub mod sample;
 pub mod shard;
 pub mod stream;

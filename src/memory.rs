@@ -4,7 +4,7 @@ use std::alloc::{alloc_zeroed, dealloc, Layout};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
-use crate::{ensure, error, Result};
+use crate::{error, Result};
 
 /// Wide enough for any vector load and for whole cache lines.
 const ALIGNMENT: usize = 64;
@@ -128,12 +128,17 @@ unsafe fn release(data: *mut u8, bytes: usize) {
 
 /// A tensor of zeros, or what it would have taken.
 pub(crate) fn zeros<T: Clone + Default>(shape: &[usize], what: &str) -> Result<Vec<T>> {
-    let length = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
+    let length = shape.iter().fold(1usize, |product, &side| product.saturating_mul(side));
     let mut values = Vec::new();
-    let reserved = length.is_some_and(|length| values.try_reserve_exact(length).is_ok());
-    ensure!(reserved, OutOfMemory, "cannot allocate {shape:?} elements of {} bytes for {what}", std::mem::size_of::<T>());
-    values.resize(length.unwrap_or(0), T::default());
+    reserve(&mut values, length, what)?;
+    values.resize(length, T::default());
     Ok(values)
+}
+
+/// Makes room for exactly `more` values, or says what they would have taken.
+pub(crate) fn reserve<T>(values: &mut Vec<T>, more: usize, what: &str) -> Result<()> {
+    let bytes = more.saturating_mul(std::mem::size_of::<T>());
+    values.try_reserve_exact(more).map_err(|_| error!(OutOfMemory, "cannot allocate {bytes} bytes for {what}"))
 }
 
 /// A mutable array, lent to several threads that promise to touch different parts.

@@ -6,10 +6,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use crate::memory::reserve;
 use crate::random::{sample_keys_on, KEYS};
 use crate::shard::Shard;
 use crate::simd::Simd;
-use crate::{error, Error, Result};
+use crate::Result;
 
 /// Runs `body(0)` to `body(tasks - 1)`, each once, possibly on several threads, and returns when all are done.
 pub type Parallel<'a> = dyn Fn(usize, &(dyn Fn(usize) + Sync)) + 'a;
@@ -18,6 +19,8 @@ pub type Parallel<'a> = dyn Fn(usize, &(dyn Fn(usize) + Sync)) + 'a;
 const TASK: u64 = 1 << 16;
 /// Classes whose keys are made at a time; their keys stay in the nearest cache.
 const CHUNK: usize = 32 * KEYS;
+/// What memory is for, in messages.
+const SAMPLE: &str = "the sample";
 
 /// Classes in a shard's sample before positives outnumber it: `rate * rows` rounded down, 0 <= rate <= 1.
 pub fn sample_size(rate: f64, rows: u64) -> u64 {
@@ -50,7 +53,7 @@ pub fn draw(draw: &Draw, parallel: &Parallel, ids: &mut Vec<i64>) -> Result<()> 
     debug_assert!(draw.positives.iter().all(|&id| draw.shard.contains(id)), "positives lie in the shard");
     ids.clear();
     let wanted = (draw.size as u64).min(rows).saturating_sub(positives);
-    reserve(ids, (wanted + positives) as usize)?;
+    reserve(ids, (wanted + positives) as usize, SAMPLE)?;
     if wanted == 0 {
         ids.extend_from_slice(draw.positives);
     } else if wanted + positives == rows {
@@ -111,7 +114,7 @@ fn select(draw: &Draw, wanted: u64, mut threshold: u32, parallel: &Parallel, ids
 /// The `wanted`-th smallest key, and how many candidates with that very key are among the `wanted`.
 fn last_winner(candidates: &[Candidates], wanted: usize) -> Result<(u32, usize)> {
     let mut keys = Vec::new();
-    reserve(&mut keys, candidates.iter().map(|task| task.keys.len()).sum())?;
+    reserve(&mut keys, candidates.iter().map(|task| task.keys.len()).sum(), SAMPLE)?;
     for task in candidates {
         keys.extend_from_slice(&task.keys);
     }
@@ -148,8 +151,8 @@ fn collect_task(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<C
     let (begin, end) = (draw.shard.first.max(first), draw.shard.end().min(first + TASK));
     let expected = (end - begin) as f64 * (f64::from(threshold) + 1.0) / 2f64.powi(32);
     let likely = ((expected + 6.0 * expected.sqrt()) as usize + 8).min((end - begin) as usize);
-    reserve(&mut found.keys, likely)?;
-    reserve(&mut found.offsets, likely)?;
+    reserve(&mut found.keys, likely, SAMPLE)?;
+    reserve(&mut found.offsets, likely, SAMPLE)?;
     let mut positives = &draw.positives[draw.positives.partition_point(|&id| (id as u64) < begin)..];
 
     let mut keys = [0u32; CHUNK];
@@ -197,19 +200,13 @@ fn remove(positives: &[i64], first: u64, keys: &mut [u32], offsets: &mut [u32]) 
 }
 
 fn extend<T: Copy>(list: &mut Vec<T>, more: &[T]) -> Result<()> {
-    if list.capacity() - list.len() < more.len() {
-        list.try_reserve(more.len()).map_err(|_| out_of_memory::<T>(list.len() + more.len()))?;
+    let full = list.capacity() - list.len() < more.len();
+    if full {
+        // Twice what there is, so that many small pieces do not copy it many times.
+        reserve(list, list.len().max(more.len()), SAMPLE)?;
     }
     list.extend_from_slice(more);
     Ok(())
-}
-
-fn reserve<T>(list: &mut Vec<T>, count: usize) -> Result<()> {
-    list.try_reserve_exact(count).map_err(|_| out_of_memory::<T>(count))
-}
-
-fn out_of_memory<T>(count: usize) -> Error {
-    error!(OutOfMemory, "cannot allocate {} bytes for a sample of {count} classes", count.saturating_mul(std::mem::size_of::<T>()))
 }
 
 #[cfg(test)]

@@ -110,7 +110,7 @@ fn add(span: Span) {
     // The log's callback may be the caller's.
     drop(spans);
     if full {
-        log::warn!("the trace is full at {MOST_SPANS} spans: later spans are dropped");
+        log::warn!("the trace is full: it keeps its first {MOST_SPANS} spans");
     }
 }
 

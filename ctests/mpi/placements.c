@@ -1,5 +1,5 @@
 /*
- * All placements over MPI: the losses and class centres of a run on threads, bit for bit, and the
+ * All placements over MPI: the losses and class centers of a run on threads, bit for bit, and the
  * traffic that pfc_plan foretells, byte for byte.
  *
  *   mpicc -std=c99 placements.c -lpartialfc -lpthread && mpirun -n 3 ./a.out
@@ -113,7 +113,7 @@ static int traffic_is_as_planned(const struct job *job, uint32_t ranks) {
   wrong |= expect("all bytes",
                   t->all_gather_bytes + t->all_reduce_bytes + t->reduce_scatter_bytes,
                   STEPS * plan.traffic_bytes);
-  /* Sharded: A to D. Replicated: labels, sums, and the class centres' gradient. */
+  /* Sharded: A to D. Replicated: labels, sums, and the class centers' gradient. */
   wrong |= expect("all_gathers", t->all_gather_calls, STEPS * (sharded ? 2 : 1));
   wrong |= expect("all_reduces", t->all_reduce_calls, STEPS * (sharded ? 1 : 2));
   wrong |= expect("reduce_scatters", t->reduce_scatter_calls, STEPS * (sharded ? 1 : 0));

@@ -1,64 +1,68 @@
 //! Communicators.
 
 use std::ffi::{c_char, c_void};
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::device::pfc_device;
-use super::status::{fail, pfc_status, PFC_OK};
+use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
-use super::{boundary, output, panicked, required};
+use super::{boundary, caught, output, required};
 use crate::comm::{
     all_reduce_rows, unique_id, Communicator, CustomOps, MemorySpace, Operation, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
 };
 use crate::matrix::{DType, ReduceOp};
-use crate::{ensure, error, Result};
+use crate::{ensure, error, Result, Status};
 
 /// Sum over the ranks.
 pub const PFC_SUM: i32 = 1;
-/// Largest over the ranks.
+/// Maximum over the ranks.
 pub const PFC_MAX: i32 = 2;
 
-/// For pfc_comm_ops.flags: the functions take host memory. Always needed.
+/// For pfc_comm_ops.flags: the functions accept host memory. Always required.
 pub const PFC_COMM_HOST_MEMORY: u32 = 1;
-/// For pfc_comm_ops.flags: the functions take device memory too, and tell by the pointer which one they have.
+/// For pfc_comm_ops.flags: the functions also accept device memory, and can tell from a pointer which kind it is.
 pub const PFC_COMM_DEVICE_MEMORY: u32 = 2;
-/// For pfc_comm_ops.flags: with device memory the functions return once the work is on the stream. Needs PFC_COMM_DEVICE_MEMORY.
+/// For pfc_comm_ops.flags: with device memory the functions return as soon as the work is on the stream. Requires
+/// PFC_COMM_DEVICE_MEMORY.
 pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 
-/// One rank's end of a group of ranks.
+/// One rank of a group of ranks.
 ///
-/// All ranks call the same collectives in the same order. A failure of one ends the communicator: the other ranks get it at once
-/// where they can be told (ABORTED, TIMEOUT, MISMATCH or COMM, naming the cause), later collectives get ABORTED. That holds for a
-/// wrong argument too, since the other ranks are waiting by then.
+/// All ranks call the same collectives in the same order. If a collective fails on one rank, the communicator ends: running
+/// collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH or COMM and name the cause, and later collectives fail with
+/// ABORTED. A wrong argument ends it too, because the other ranks are already waiting.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
 
-/// A communicator made of the caller's functions, for pfc_comm_custom. Fill with pfc_comm_ops_init, then set fields.
+/// The caller's functions, of which pfc_comm_custom makes a communicator. Fill with pfc_comm_ops_init, then set fields.
 ///
-/// Functions get ctx first and return 0, or a code of their own that appears in the error's text (status COMM). They are called
-/// only from a thread that is inside a pfc_ call, never from two at once; abort and error_string may be called from any thread.
-/// Counts are in elements of dtype (PFC_F32, PFC_F64, PFC_I32, PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send may equal
-/// recv (all_gather: recv + rank * bytes; reduce_scatter: recv may be send + rank * count). A reduction gives the same bits on
-/// every rank. A function that waits longer than pfc_comm_set_timeout has abort called from another thread; it must then return,
-/// and the pfc_ call gives TIMEOUT. abort is called once at most, also after a failure of this rank. No function may unwind (throw)
-/// or call pfc_ functions on this communicator.
+/// CALLS. A function gets ctx as its first argument and returns 0, or its own error code, which appears in the text of the error
+/// (status COMM). Functions are called only from a thread that is inside a pfc_ call, and never from two threads at once; abort and
+/// error_string may be called from any thread. No function may throw, or call pfc_ functions on this communicator.
 ///
-/// stream is NULL with host memory, whose functions return when the work is done. What a head on a device with streams exchanges
-/// is that device's memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host memory, waits, calls the function, and
-/// copies back. With it the function gets device pointers and the device's stream: all that is on the stream has run when it is
-/// called, and the function returns when its work is done; or, with PFC_COMM_STREAM_ORDERED, it enqueues its work on the stream,
-/// after what is there, and returns without waiting. Work that is still on the stream when pfc_comm_set_timeout has passed has
-/// abort called, which must make the stream go on; the next pfc_ call that waits for it gives TIMEOUT. Where reduce_scatter or
-/// broadcast is NULL, their replacements go through host memory.
+/// ARGUMENTS. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send
+/// may equal recv; in all_gather it may be recv + rank * bytes, and in reduce_scatter recv may be send + rank * count. A reduction
+/// must give the same bits on every rank.
+///
+/// TIMEOUT. If a function runs longer than pfc_comm_set_timeout, the library calls abort from another thread. The function must
+/// then return, and the pfc_ call returns TIMEOUT. abort is called at most once, also after a failure of this rank.
+///
+/// HOST MEMORY. stream is NULL, and a function returns when its work is done.
+///
+/// DEVICE MEMORY. A head on a CUDA device exchanges device memory. Without PFC_COMM_DEVICE_MEMORY the library copies it to host
+/// memory, waits, calls the function and copies the result back. With it, the function gets device pointers and the device's
+/// stream; everything enqueued on the stream before has run, and the function returns when its work is done. With
+/// PFC_COMM_STREAM_ORDERED the function enqueues its work on the stream and returns without waiting. If that work is still on the
+/// stream after pfc_comm_set_timeout, abort is called and must let the stream continue; the next pfc_ call that waits for it
+/// returns TIMEOUT. If reduce_scatter or broadcast is NULL, its replacement goes through host memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_comm_ops {
     /// sizeof(pfc_comm_ops), set by pfc_comm_ops_init.
     pub struct_size: u64,
-    /// Handed to every function.
+    /// Passed to every function.
     pub ctx: *mut c_void,
     /// This rank, 0 to size - 1.
     pub rank: u32,
@@ -67,13 +71,13 @@ pub struct pfc_comm_ops {
     /// PFC_COMM_* flags. Without PFC_COMM_HOST_MEMORY, or with PFC_COMM_STREAM_ORDERED but not PFC_COMM_DEVICE_MEMORY: UNSUPPORTED.
     /// (default: PFC_COMM_HOST_MEMORY)
     pub flags: u32,
-    /// 0.
+    /// Must be 0.
     pub reserved: u32,
-    /// Mandatory. Gathers `bytes` bytes from every rank into size * bytes at recv, in rank order.
+    /// Required. Gathers `bytes` bytes from every rank into size * bytes at recv, in rank order.
     pub all_gather: Option<
         unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, stream: *mut c_void) -> i32,
     >,
-    /// Mandatory. Combines count elements over the ranks into recv of every rank.
+    /// Required. Combines count elements over the ranks into recv on every rank.
     pub all_reduce: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,
@@ -85,7 +89,7 @@ pub struct pfc_comm_ops {
             stream: *mut c_void,
         ) -> i32,
     >,
-    /// NULL: built from all_reduce. Combines size * count elements; rank r gets the r-th count of them.
+    /// Combines size * count elements over the ranks; rank r gets the r-th block of count. NULL: built from all_reduce.
     pub reduce_scatter: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,
@@ -97,18 +101,18 @@ pub struct pfc_comm_ops {
             stream: *mut c_void,
         ) -> i32,
     >,
-    /// NULL: built from all_gather. Copies root's bytes to all ranks.
+    /// Copies the bytes of rank root to all ranks. NULL: built from all_gather.
     pub broadcast:
         Option<unsafe extern "C" fn(ctx: *mut c_void, buffer: *mut c_void, bytes: u64, root: u32, stream: *mut c_void) -> i32>,
-    /// NULL: built from all_gather.
+    /// Returns when all ranks have called it. NULL: built from all_gather.
     pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
-    /// NULL: a function that never returns cannot be stopped. Makes running and later operations return an error, from any thread.
+    /// Makes running and later operations return an error; called from any thread. NULL: a function that hangs cannot be stopped.
     pub abort: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
-    /// NULL: none. A failure that came up behind the caller's back, 0 if none; asked before each operation.
+    /// Returns the code of a failure that happened in the background, 0 if none. Asked before each operation. NULL: never asked.
     pub async_error: Option<unsafe extern "C" fn(ctx: *mut c_void) -> i32>,
-    /// NULL: the code alone is told. The text of a code, at most size bytes with its terminating zero.
+    /// Writes the text of an error code, at most size bytes including its terminating zero. NULL: errors show the code only.
     pub error_string: Option<unsafe extern "C" fn(ctx: *mut c_void, code: i32, buffer: *mut c_char, size: u64)>,
-    /// NULL: nothing to free. Called once, when the communicator's last holder lets go.
+    /// Frees ctx. Called once, when the communicator is no longer used. NULL: nothing to free.
     pub free: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
 }
 
@@ -133,9 +137,9 @@ sized!(
     }
 );
 
-/// Bytes and calls by operation since the communicator was made.
+/// Calls and bytes of each operation since the communicator was made.
 ///
-/// Counted is what a rank hands to an operation: its own block of an all_gather, the buffer of an all_reduce or broadcast, the
+/// Bytes are what this rank passes to an operation: its own block of an all_gather, the buffer of an all_reduce or broadcast, the
 /// whole input of a reduce_scatter.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -155,7 +159,7 @@ fn handle(comm: Arc<Communicator>) -> *mut pfc_comm {
     Box::into_raw(Box::new(pfc_comm { comm }))
 }
 
-/// Fills the table with defaults; see pfc_head_options_init_sized.
+/// Fills the struct with defaults; see pfc_head_options_init_sized.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_size: u64) -> pfc_status {
     boundary(|| init_sized(ops, struct_size))
@@ -173,7 +177,7 @@ pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
     })
 }
 
-/// Makes a group of n ranks in this process; give each end to a thread of its own.
+/// Makes a group of n ranks in this process. Give each communicator to a thread of its own.
 ///
 /// @param n ranks, 1 to 4096
 /// @param comms n pointers, written in rank order; free each with pfc_comm_free
@@ -188,7 +192,7 @@ pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> 
     })
 }
 
-/// Makes a communicator of the caller's functions. The table is copied; ctx and the functions must outlive the communicator.
+/// Makes a communicator of the caller's functions. The struct is copied; ctx and the functions must outlive the communicator.
 ///
 /// @param ops the functions
 /// @param out the communicator; free with pfc_comm_free. On failure ops->free is not called.
@@ -223,29 +227,32 @@ impl pfc_comm_ops {
     }
 }
 
-/// Makes this rank's end of a communicator that NCCL carries, of one GPU for each rank. Collective; returns when all ranks have
-/// come, or with TIMEOUT after 10 minutes.
+/// Makes this rank's communicator over NCCL, with one GPU for each rank. Collective. Returns when all ranks have joined, or with
+/// TIMEOUT after 10 minutes.
 ///
-/// NCCL 2.18 or later is loaded at run time: what PFC_NCCL_LIB in the environment names, else a libnccl.so.2 that the process has
-/// loaded already, else the libnccl.so.2 or libnccl.so that the loader finds. What heads exchange stays on the GPU and on its
-/// streams: no call waits for it. A watchdog does, and ends the communicator when NCCL reports an error or an operation has been
-/// on its stream longer than pfc_comm_set_timeout; the streams then go on, and the next pfc_ call gives the status. NCCL does not
-/// tell which rank is missing. Other ranks hear of a lost one when NCCL does, or after their own timeout.
+/// LOADING. NCCL 2.18 or later is loaded at run time: the library that PFC_NCCL_LIB in the environment names, else a libnccl.so.2
+/// that the process has loaded already, else the libnccl.so.2 or libnccl.so that the loader finds.
 ///
-/// The functions of pfc_comm_ take host memory here too, and wait. Two ranks cannot share a GPU unless NCCL is 2.30 or later and
-/// NCCL_MULTI_RANK_GPU_ENABLE is 1; then they had better be processes. Threads of one process that share a GPU need devices on
-/// streams of their own, since on a common one a rank's work would come after another rank's wait for it; and what frees memory
-/// of the GPU (pfc_head_free, pfc_head_top_k, growing buffers) waits for all that is in its context, another rank's wait
-/// included: such ranks can keep each other until the timeout.
+/// FAILURES. The messages of heads stay on the GPU and its streams, and no call waits for them. A watchdog thread ends the
+/// communicator when NCCL reports an error, or when an operation has been on its stream longer than pfc_comm_set_timeout. The
+/// streams then continue, and the next pfc_ call returns the error. NCCL does not say which rank is missing. The other ranks notice
+/// a lost rank when NCCL does, or after their own timeout.
 ///
-/// @param id 128 bytes from pfc_nccl_unique_id of one rank, brought to all by the trainer
+/// HOST MEMORY. The collectives of this header (pfc_comm_all_gather and the like) take host memory here too, and wait.
+///
+/// SHARING A GPU. Two ranks cannot share a GPU unless NCCL is 2.30 or later and NCCL_MULTI_RANK_GPU_ENABLE is 1. Make such ranks
+/// processes if possible. If they are threads of one process, give each a device on its own stream: on a common stream one rank's
+/// work would be enqueued behind another rank's wait for it. Calls that free GPU memory (pfc_head_free, pfc_head_top_k, growing
+/// buffers) wait for everything in the GPU's context, so such threads can block each other until the timeout.
+///
+/// @param id 128 bytes from pfc_nccl_unique_id of one rank, sent to all ranks by the trainer
 /// @param rank this rank, 0 to size - 1
 /// @param size number of ranks
-/// @param device the CUDA device that this rank computes on, on a stream of the GPU's primary context, which is the one that the
-///        CUDA runtime and NCCL use; the communicator keeps it alive
+/// @param device the CUDA device of this rank, on a stream of the GPU's primary context (the one that the CUDA runtime and NCCL
+///   use); the communicator keeps it alive
 /// @param out the communicator; free with pfc_comm_free
-/// @return UNSUPPORTED without NCCL (the text names what was looked for); INVALID_ARGUMENT for wrong arguments, which the other
-///         ranks do not hear of: they wait; TIMEOUT; COMM, with NCCL's own text
+/// @return UNSUPPORTED without NCCL, naming what was looked for; TIMEOUT; COMM, with NCCL's own text; INVALID_ARGUMENT for wrong
+///   arguments of this rank, while the other ranks keep waiting for it
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_nccl(
     id: *const u8,
@@ -263,11 +270,11 @@ pub unsafe extern "C" fn pfc_comm_nccl(
     })
 }
 
-/// Makes the id that all ranks of an NCCL communicator share; call it on one rank, and bring it to the others by what the trainer
-/// has (MPI: pfc_mpi_share_nccl_id). Each communicator takes a new one.
+/// Makes the id that all ranks of one NCCL communicator share. Call it on one rank and send the bytes to the others (over MPI:
+/// pfc_mpi_share_nccl_id). Each communicator needs a new id.
 ///
 /// @param id 128 bytes, written
-/// @return UNSUPPORTED without NCCL; COMM where NCCL finds no network to be reached by
+/// @return UNSUPPORTED without NCCL; COMM if NCCL finds no network interface
 #[no_mangle]
 pub unsafe extern "C" fn pfc_nccl_unique_id(id: *mut u8) -> pfc_status {
     boundary(|| {
@@ -373,24 +380,23 @@ pub unsafe extern "C" fn pfc_comm_barrier(comm: *mut pfc_comm) -> pfc_status {
 
 /// Sums sampled gradient rows over the ranks by class id. Collective; blocks.
 ///
-/// Every rank gets the ascending union of the ranks' ids and, for each id, the sum of the rows that the ranks have for it. Sums are
-/// float32 in a fixed order, rounded once to the type of rows_out. The outputs may be the inputs (the
-/// same data, dtype and row_stride), or lie apart from them. In this version all memory is the
-/// host's: what lies in the CUDA device's is refused. An error in the arguments leaves the outputs
-/// alone and the communicator in use.
+/// Every rank gets the ascending union of all ranks' ids and, for each id, the sum of the rows that the ranks have for it. Sums are
+/// float32 in a fixed order, rounded once to the type of rows_out. Outputs must be the inputs (the same data, dtype and row_stride)
+/// or not overlap them. This version takes host memory only. After an error in the arguments the outputs are unchanged and the
+/// communicator remains usable.
 ///
 /// @param comm the ranks
 /// @param device where the rows live
 /// @param ids count ids, ascending, each once; NULL when count is 0
-/// @param count ids of this rank
+/// @param count number of ids of this rank
 /// @param rows at least count rows, f32, f16 or bf16; cols equal on all ranks
-/// @param ids_out room for capacity ids, written; NULL on all ranks asserts that the ids are equal on all ranks
-/// @param capacity ids and rows there is room for
+/// @param ids_out capacity ids, written; NULL on all ranks asserts that the ids are equal on all ranks
+/// @param capacity number of ids and rows that the outputs hold
 /// @param rows_out at least capacity rows; its first *count_out are written
-/// @param count_out written: ids in the union
-/// @return MISMATCH on all ranks where ids should be equal and are not, or cols differ; INVALID_ARGUMENT on all ranks if the union
-///         is larger than a rank's capacity (the message names the need); INVALID_ARGUMENT for a rank's own arguments, and REMOTE
-///         on the others
+/// @param count_out written: number of ids in the union
+/// @return MISMATCH on all ranks if cols differ, or if ids_out is NULL and the ids differ; INVALID_ARGUMENT on all ranks if the
+///   union is larger than a rank's capacity, naming the size needed; INVALID_ARGUMENT for a rank's own arguments, with REMOTE on
+///   the others
 #[no_mangle]
 pub unsafe extern "C" fn pfc_all_reduce_rows(
     comm: *mut pfc_comm,
@@ -430,19 +436,19 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
 
 /// Runs a collective. A panic ends the communicator, so that the other ranks do not wait for this one.
 unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
-    let comm = match required("comm", comm) {
-        Ok(handle) => &*handle.comm,
-        Err(error) => return fail(&error),
-    };
-    match catch_unwind(AssertUnwindSafe(|| body(comm))) {
-        Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&error),
-        Err(panic) => {
-            let error = panicked(panic.as_ref());
-            comm.abort(&error);
-            fail(&error)
+    boundary(|| {
+        let comm = &*required("comm", comm)?.comm;
+        abort_on_panic(comm, || body(comm))
+    })
+}
+
+/// Runs what a panic leaves other ranks waiting for.
+pub(super) fn abort_on_panic<T>(comm: &Communicator, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    caught(body).inspect_err(|error| {
+        if error.status == Status::Panic {
+            comm.abort(error);
         }
-    }
+    })
 }
 
 fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {
@@ -469,7 +475,7 @@ fn reduction(
     Ok((element, op))
 }
 
-/// Bytes and calls so far, this rank's.
+/// Calls and bytes of this rank so far.
 ///
 /// @param out written
 #[no_mangle]
@@ -495,7 +501,7 @@ pub unsafe extern "C" fn pfc_comm_traffic(comm: *const pfc_comm, out: *mut pfc_t
     })
 }
 
-/// Bounds every later wait of this rank.
+/// Sets the longest time that a later wait of this rank may take.
 ///
 /// @param timeout_ms milliseconds, at least 1 (default: 600000)
 #[no_mangle]
@@ -507,7 +513,7 @@ pub unsafe extern "C" fn pfc_comm_set_timeout(comm: *mut pfc_comm, timeout_ms: u
     })
 }
 
-/// Ends the communicator: running and later operations fail with ABORTED on every rank that can be told. From any thread.
+/// Ends the communicator: running and later operations fail with ABORTED, on every rank that can be reached. From any thread.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_abort(comm: *const pfc_comm) -> pfc_status {
     boundary(|| {
@@ -518,7 +524,7 @@ pub unsafe extern "C" fn pfc_comm_abort(comm: *const pfc_comm) -> pfc_status {
     })
 }
 
-/// Gives this rank's end back. Heads on it keep it alive. NULL is fine.
+/// Frees this rank's communicator. Heads on it keep it alive until they are freed. NULL is fine.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_comm_free(comm: *mut pfc_comm) {
     if !comm.is_null() {

@@ -7,16 +7,16 @@ use super::status::pfc_status;
 use super::{boundary, output, required};
 use crate::device::{self, Device};
 
-/// Where a head's rows live and its arithmetic runs. Made by pfc_device_cpu or pfc_device_cuda.
+/// Where the rows of a head live and where it computes. Made by pfc_device_cpu or pfc_device_cuda.
 pub struct pfc_device {
     pub(super) device: Arc<dyn Device>,
 }
 
-/// Makes a CPU device with a pool of threads of its own, which start with the first step.
+/// Makes a CPU device with its own pool of threads, which start with the first step.
 ///
-/// Results have the same bits whatever the number of threads.
+/// Results have the same bits with any number of threads.
 ///
-/// @param threads threads that compute, the calling one among them; 0: one for each core this process may use
+/// @param threads number of computing threads, 0 to 4096, including the calling one; 0: one for each core this process may use
 /// @param out the device; free with pfc_device_free
 #[no_mangle]
 pub unsafe extern "C" fn pfc_device_cpu(threads: u32, out: *mut *mut pfc_device) -> pfc_status {
@@ -28,17 +28,18 @@ pub unsafe extern "C" fn pfc_device_cpu(threads: u32, out: *mut *mut pfc_device)
     })
 }
 
-/// Makes a CUDA device on the caller's stream and its context. All work is enqueued there, or on streams that wait for it.
+/// Makes a CUDA device on the caller's stream and in its context. All work is enqueued on that stream, or on the device's own
+/// streams, which are ordered with it.
 ///
-/// Embeddings, labels, gradients and the loss may be in the GPU's memory or in the host's; a call waits for what it writes to the
-/// host's. With a loss in the GPU's memory pfc_head_forward returns once all is enqueued: a failure then leaves rows and state alone,
-/// makes the loss NaN and the gradients zero, and comes from pfc_head_wait, with the step's number.
+/// Embeddings, labels, gradients and the loss may be in the GPU's memory or in host memory. A call that writes to host memory waits
+/// for the result. With a loss in the GPU's memory pfc_head_forward returns once its work is enqueued. A step that fails then
+/// updates nothing, writes NaN to the loss and zeros to the gradients, and pfc_head_wait reports it with the step's number.
 ///
 /// @param ordinal the GPU, as the CUDA driver numbers it
-/// @param stream a cudaStream_t or CUstream, which outlives the device; NULL: the legacy default stream;
-///   CU_STREAM_PER_THREAD, which is another one in each thread, is refused
+/// @param stream a cudaStream_t or CUstream that outlives the device; NULL: the legacy default stream. CU_STREAM_PER_THREAD is
+///   refused, because it is a different stream in each thread.
 /// @param out the device; free with pfc_device_free
-/// @return UNSUPPORTED without a driver, with one older than 580, or in a build without kernels for this GPU
+/// @return UNSUPPORTED without a driver, with a driver older than 580, or in a build without kernels for this GPU
 #[no_mangle]
 pub unsafe extern "C" fn pfc_device_cuda(ordinal: i32, stream: *mut c_void, out: *mut *mut pfc_device) -> pfc_status {
     boundary(|| {
@@ -58,7 +59,7 @@ pub unsafe extern "C" fn pfc_device_info(device: *const pfc_device) -> *const c_
     }
 }
 
-/// Gives the device back. Heads on it keep it alive. NULL is fine.
+/// Frees the device. Heads on it keep it alive until they are freed. NULL is fine.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_device_free(device: *mut pfc_device) {
     if !device.is_null() {

@@ -1,44 +1,51 @@
 //! Heads.
 //!
-//! A step is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order, or pfc_head_step, which is all three.
-//! pfc_head_prepare may begin a step early, pfc_head_set_sample replaces its draw. Without pfc_head_update the class centres stay as
-//! they are.
+//! A STEP is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order; pfc_head_step is all three in one call.
+//! pfc_head_prepare may begin the next step early. pfc_head_set_sample replaces the draw of its sample. If pfc_head_update is never
+//! called, the class centers stay as they are. All ranks make the same calls in the same order.
 //!
-//! LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY in pfc_head_prepare, _forward and _step leave the head usable and nothing
-//! updated; the other ranks get the same status, or REMOTE. pfc_head_backward and _update have no message for a rank's own mistake: it
-//! is that rank's alone, and ranks that then differ in their steps get MISMATCH in the next one. After that, after COMM, TIMEOUT,
-//! ABORTED, DEVICE or PANIC, or a failure inside an update, the head is POISONED and its communicator aborted: free both.
+//! The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather), `embeddings` (all-gather), `sums`
+//! (all-reduce), `gradient` (reduce-scatter). Replicated: `labels`, `replicated sums` (all-reduce), `center gradient` (all-reduce).
 //!
-//! On a CUDA device work is enqueued on its stream. pfc_head_prepare does not wait for the other ranks' labels: LABEL, MISMATCH and
-//! REMOTE come from the forward that follows. What is wrong with a rank's own arguments it hears at once, and the others with that
-//! forward, which it has to call as they do.
+//! ERRORS BEFORE THE UPDATE. LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY in pfc_head_prepare, pfc_head_forward and
+//! pfc_head_step update nothing and leave the head usable. Every rank gets an error: the same status, or REMOTE where only another
+//! rank's own arguments were wrong. pfc_head_backward and pfc_head_update exchange no status: a wrong argument there is an error on
+//! its own rank only. If the ranks have then done different numbers of updates, the next step is MISMATCH on all of them.
 //!
-//! All ranks keep the loss of a step on the host, or all in the device's memory. With a loss in the device's memory no call waits, and
-//! a failed step is known to nobody until pfc_head_wait tells it, once and with the step's number, on all ranks: its gradients are
-//! zeros, its loss is NaN, it updates nothing, and the steps after it go on. A rank whose own arguments were wrong hears so from
-//! pfc_head_forward, too; but its peers go on with the step, and it has to make the calls that they make: pfc_head_backward and
-//! pfc_head_update then take part in what the others wait for, write nothing and give that error again. A rank whose loss pointer
-//! is what was wrong does as its peers do, too: its pfc_head_forward waits for theirs, to hear where they have their loss.
+//! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update, or a MISMATCH of steps or
+//! operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
+//! ids of pfc_head_set_sample or of the k of pfc_head_top_k leaves the head usable.)
+//!
+//! ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not wait for the other ranks' labels:
+//! LABEL, MISMATCH and REMOTE come from the forward that follows. If this rank's own arguments were wrong, pfc_head_prepare says so
+//! at once, and the rank still has to call pfc_head_forward, as the other ranks do.
+//!
+//! A LOSS IN DEVICE MEMORY. In one step all ranks keep the loss in host memory, or all in device memory. With a loss in device
+//! memory no call waits for the GPU. A step that fails then becomes a no-op on every rank: its loss is NaN, its gradients are
+//! zeros, it updates nothing, and the steps after it go on. pfc_head_wait reports it once on every rank, with the step's number. A
+//! rank whose own arguments were wrong also gets the error from pfc_head_forward. The other ranks go on with the step, so this rank
+//! must go on too: its pfc_head_backward and pfc_head_update take part in the exchanges, write nothing and return that error again.
+//! If the loss pointer itself is invalid, this rank uses the location that the other ranks chose; its pfc_head_forward waits for
+//! theirs.
 
 use std::ffi::c_char;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use super::comm::pfc_comm;
+use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
-use super::status::{fail, pfc_status, PFC_OK};
+use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
-use super::{boundary, output, panicked, required};
+use super::{boundary, caught, output, required};
 use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
-use crate::{ensure, error, Error, Result, Status};
+use crate::{ensure, error, Result, Status};
 
 /// SGD: m. AdamW: the first moment.
 pub const PFC_STATE_MOMENTUM: i32 = 1;
 /// AdamW: the second moment.
 pub const PFC_STATE_SECOND_MOMENT: i32 = 2;
 
-/// A classification head: a shard of the class centres, their optimizer state, and the step that trains them.
+/// A classification head: a shard of the class centers, their optimizer state, and the step that trains them.
 pub struct pfc_head {
     head: Mutex<Head>,
     /// A call that needs the head alone is inside.
@@ -47,23 +54,23 @@ pub struct pfc_head {
     process: u32,
 }
 
-/// What pfc_head_metrics tells of the last step. Fill with pfc_metrics_init.
+/// Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
 ///
-/// Seconds are the calling thread's. On a CUDA device they are what it takes to enqueue a phase, not to run it, beside what a
-/// communicator waits for; with a loss in host memory seconds_reduce has the wait for all that was enqueued up to the loss.
-/// PFC_TRACE tells when the device ran what.
+/// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to enqueue a phase and to wait for
+/// the communicator, not how long the GPU worked. With a loss in host memory, seconds_reduce includes the wait for everything that
+/// was enqueued before the loss. Set PFC_TRACE to see when the GPU ran what.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_metrics {
     /// sizeof(pfc_metrics), set by pfc_metrics_init.
     pub struct_size: u64,
-    /// Updates done.
+    /// Updates done since the head was made.
     pub updates: u64,
-    /// Samples drawn.
-    pub samples: u64,
+    /// Samples drawn since the head was made. A step that pfc_head_prepare or pfc_head_forward begins draws one.
+    pub draws: u64,
     /// Rows of the global batch.
     pub rows: u64,
-    /// Those whose label is not ignore_label.
+    /// Rows of the global batch whose label is not ignore_label.
     pub valid_rows: u64,
     /// Classes in this rank's sample.
     pub sample_size: u64,
@@ -73,21 +80,22 @@ pub struct pfc_metrics {
     pub top1: f64,
     /// Mean target cosine, without margin, of the valid rows.
     pub mean_target_cosine: f64,
-    /// L2 norm of the gradient of all ranks' embeddings as handed out; 0 before backward.
+    /// L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
     pub grad_embeddings_norm: f64,
-    /// L2 norm of the gradient of all ranks' sampled class centres; 0 before update.
+    /// L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
     pub grad_centers_norm: f64,
-    /// Seconds this rank spent in phase 1: gathering labels and embeddings.
+    /// Seconds in phase 1: gathering labels and embeddings.
     pub seconds_gather: f64,
-    /// Phase 2: sampling.
+    /// Seconds in phase 2: drawing the sample.
     pub seconds_sample: f64,
-    /// Phases 3 and 4: rows, cosines, numerators, P @ W^.
+    /// Seconds in phases 3 and 4: reading rows, cosines, numerators, P @ W^.
     pub seconds_forward: f64,
-    /// The all-reduce of the sums and the loss.
+    /// Seconds in the all-reduce of the sums, and the loss.
     pub seconds_reduce: f64,
-    /// Phase 5: the embeddings' gradient, its reduce-scatter included (in pfc_head_step that runs beside the update, and is counted there).
+    /// Seconds in phase 5 for the embeddings: their gradient and its reduce-scatter. In pfc_head_step the reduce-scatter runs
+    /// beside the update and counts as seconds_update.
     pub seconds_backward: f64,
-    /// The class centres' gradient and the optimizer.
+    /// Seconds in phase 5 for the class centers: their gradient and the optimizer.
     pub seconds_update: f64,
 }
 
@@ -96,7 +104,7 @@ sized!(
     pfc_metrics {
         struct_size: 0,
         updates: 0,
-        samples: 0,
+        draws: 0,
         rows: 0,
         valid_rows: 0,
         sample_size: 0,
@@ -114,7 +122,7 @@ sized!(
     }
 );
 
-/// For pfc_head_save. Fields come with checkpoints.
+/// Options of pfc_head_save. Fields will come with checkpoints.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_save_options {
@@ -122,7 +130,7 @@ pub struct pfc_save_options {
     pub struct_size: u64,
 }
 
-/// For pfc_head_load. Fields come with checkpoints.
+/// Options of pfc_head_load. Fields will come with checkpoints.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_load_options {
@@ -132,49 +140,40 @@ pub struct pfc_load_options {
 
 /// Runs a call on a head that needs it alone.
 unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
-    let handle = match required("head", head) {
-        Ok(handle) => handle,
-        Err(error) => return fail(&error),
-    };
-    if let Err(error) = own_process(handle) {
-        return fail(&error);
-    }
-    if handle.busy.swap(true, Ordering::Acquire) {
-        return fail(&Error::new(Status::InvalidArgument, "head is in use by another thread"));
-    }
-    let status = with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), body);
-    handle.busy.store(false, Ordering::Release);
-    status
+    boundary(|| {
+        let handle = required("head", head)?;
+        check_process(handle)?;
+        ensure!(!handle.busy.swap(true, Ordering::Acquire), InvalidArgument, "head is in use by another thread");
+        let outcome = run_locked(handle, body);
+        handle.busy.store(false, Ordering::Release);
+        outcome
+    })
 }
 
-fn own_process(handle: &pfc_head) -> Result<()> {
+/// Runs a call that several threads may make at once: they take turns.
+unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
+    boundary(|| {
+        let handle = required("head", head)?;
+        check_process(handle)?;
+        run_locked(handle, |head| body(head))
+    })
+}
+
+fn check_process(handle: &pfc_head) -> Result<()> {
     let (made_in, this) = (handle.process, std::process::id());
     ensure!(made_in == this, Forked, "the head was made in process {made_in} and cannot be used in process {this}");
     Ok(())
 }
 
-/// Runs a call that several threads may make at once: they take turns.
-unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
-    match required("head", head) {
-        Ok(handle) => match own_process(handle) {
-            Ok(()) => with_locked(handle.head.lock().unwrap_or_else(PoisonError::into_inner), |head| body(head)),
-            Err(error) => fail(&error),
-        },
-        Err(error) => fail(&error),
-    }
-}
-
 /// A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
-fn with_locked(mut guard: MutexGuard<'_, Head>, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
-    match catch_unwind(AssertUnwindSafe(|| body(&mut guard))) {
-        Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&guard.name_rank(&error)),
-        Err(panic) => {
-            let error = panicked(panic.as_ref());
-            guard.poison(&error);
-            fail(&error)
+fn run_locked(handle: &pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> Result<()> {
+    let mut head = handle.head.lock().unwrap_or_else(PoisonError::into_inner);
+    caught(|| body(&mut head)).map_err(|error| {
+        if error.status == Status::Panic {
+            head.poison(&error);
         }
-    }
+        head.name_rank(&error)
+    })
 }
 
 /// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
@@ -183,13 +182,14 @@ pub unsafe extern "C" fn pfc_metrics_init_sized(metrics: *mut pfc_metrics, struc
     boundary(|| init_sized(metrics, struct_size))
 }
 
-/// Makes a head: its shard gets start values that depend on seed, class and column alone, whatever the number of ranks.
+/// Makes a head. Collective.
 ///
-/// Collective. All ranks compare their options: a difference is MISMATCH on every rank.
+/// The start value of a class center depends on the seed, the class and the column alone, not on the number of ranks. The ranks
+/// compare their options: a difference is MISMATCH on every rank, with the field and both values.
 ///
-/// @param device where it computes; the head keeps a reference
-/// @param comm the ranks; the head keeps a reference; several heads may share it
-/// @param options what it is; borrowed for the call
+/// @param device where the head computes; the head keeps a reference
+/// @param comm the ranks; the head keeps a reference; several heads may share one communicator
+/// @param options borrowed for the call
 /// @param out the head; free with pfc_head_free
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_create(
@@ -206,21 +206,14 @@ pub unsafe extern "C" fn pfc_head_create(
             output("out", out)?;
             Ok((device, read_sized(options)?.to_options()?))
         })();
-        let head = match catch_unwind(AssertUnwindSafe(|| Head::create(comm.clone(), request))) {
-            Ok(head) => head?,
-            Err(panic) => {
-                let error = panicked(panic.as_ref());
-                comm.abort(&error);
-                return Err(error);
-            }
-        };
+        let head = abort_on_panic(&comm, || Head::create(comm.clone(), request))?;
         let process = head.process();
         *output("out", out)? = Box::into_raw(Box::new(pfc_head { head: Mutex::new(head), busy: AtomicBool::new(false), process }));
         Ok(())
     })
 }
 
-/// Gives the head back. NULL is fine. Not collective.
+/// Frees the head. NULL is fine. Not collective.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_free(head: *mut pfc_head) {
     if !head.is_null() {
@@ -231,10 +224,10 @@ pub unsafe extern "C" fn pfc_head_free(head: *mut pfc_head) {
     }
 }
 
-/// Begins the next step early: gathers the labels and draws the sample. Collective; optional; any time after the last forward.
+/// Begins the next step early: gathers the labels and draws the sample. Collective. Optional; any time after the last forward.
 ///
-/// The step that follows gives the same bits as without it. A second call before forward replaces the first, which has drawn its
-/// sample (or taken the ids of pfc_head_set_sample) all the same.
+/// The step gives the same bits as without this call. A second call before forward replaces the first one; the first one's draw (or
+/// the ids of pfc_head_set_sample) is used up.
 ///
 /// @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
 /// @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
@@ -243,15 +236,17 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
     with_head(head, |head| head.prepare(label_argument(labels, batch)))
 }
 
-/// Gives the ids that the next sample consists of instead of a draw; positives missing from it are added. Not collective. They are
-/// used up once a step's labels were good (CUDA: once they were given), whatever becomes of that step.
+/// Sets the class ids of the next sample, instead of a draw. Not collective. Positives that are missing are added.
 ///
-/// CUDA: more ids than any draw has take memory and wait: the step's pfc_head_prepare or _forward for the device, and a replicated
-/// head's pfc_head_update for the ranks' forwards.
+/// The ids serve one step. They are used up when that step's labels have been accepted (CUDA: when they have been handed over),
+/// even if the step fails later.
 ///
-/// @param ids ascending, without repeats, of this rank's shard (replicated: the same on all ranks, checked in forward); copied;
-///   CUDA: in host memory, or in the device's, and then waited for
-/// @param count ids
+/// CUDA: with more ids than a draw can have, the head allocates memory and waits: pfc_head_prepare or pfc_head_forward waits for
+/// the GPU, and pfc_head_update of a replicated head waits for the other ranks' forwards.
+///
+/// @param ids ascending, without repeats, all in this rank's shard; copied. Replicated: the same on all ranks, which forward
+///   checks. CUDA: in host memory or in device memory; the call waits for ids in device memory.
+/// @param count number of ids
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
     with_head(head, |head| {
@@ -274,14 +269,14 @@ pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i6
 
 /// Phases 1 to 4 of a step, up to the loss. Collective.
 ///
-/// Called again before pfc_head_update it abandons the step before: nothing of that one is updated.
+/// A second forward before pfc_head_update abandons the step before it, which then updates nothing.
 ///
-/// @param embeddings batch x embedding_dim, f32, f16 or bf16; not normalised
+/// @param embeddings batch x embedding_dim, f32, f16 or bf16; not normalized
 /// @param labels one for each row; NULL: those of pfc_head_prepare
-/// @param loss written: the mean over the valid rows of all ranks, the same on every rank; CUDA: in host memory, or in the device's,
-///   and then nothing is waited for
-/// @return LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable; with a loss in the device's memory they come
-///   from pfc_head_wait
+/// @param loss written: the mean over the valid rows of all ranks, the same on every rank. CUDA: in host memory, or in device
+///   memory, and then the call does not wait.
+/// @return LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable. With a loss in device memory they come from
+///   pfc_head_wait.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_forward(
     head: *mut pfc_head,
@@ -305,11 +300,13 @@ pub unsafe extern "C" fn pfc_head_forward(
 
 /// Phase 5 for the embeddings: writes their gradient. Collective. After pfc_head_forward.
 ///
-/// @param loss_weight multiplies the loss, for this step's class centres too; 1 for one head, 1/k for k micro-batches
-/// @param loss_scale multiplies grad_embeddings only, as AMP has it
-/// @param grad_embeddings written: batch x embedding_dim, times loss_weight * loss_scale * gradient_scale, rounded to its dtype. A
-///   wrong one is an error on this rank alone, after its part in the exchange: pfc_head_update may follow. A wrong factor abandons the step.
-/// @return with a loss in the device's memory, on a rank whose own forward failed: that failure, after its part in the exchange
+/// @param loss_weight multiplies the loss, so also this step's gradient of the class centers; 1 for one head, 1/k for k
+///   micro-batches
+/// @param loss_scale multiplies grad_embeddings only, as the loss scale of mixed precision
+/// @param grad_embeddings batch x embedding_dim, written: the gradient times loss_weight * loss_scale * gradient_scale, rounded to
+///   its dtype. A wrong matrix is an error on this rank only, which still takes part in the exchange; pfc_head_update may follow. A
+///   wrong loss_weight or loss_scale abandons the step.
+/// @return with a loss in device memory, on a rank whose own forward failed: that error, after its part in the exchange
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_backward(
     head: *mut pfc_head,
@@ -323,17 +320,17 @@ pub unsafe extern "C" fn pfc_head_backward(
     })
 }
 
-/// Phase 5 for the class centres: updates the sampled rows. After pfc_head_backward. Collective when replicated.
+/// Phase 5 for the class centers: updates the sampled rows. After pfc_head_backward. Collective when replicated.
 ///
-/// With a loss in the device's memory, on a rank whose own forward failed: gives that failure, after its part in the exchange.
-///
-/// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be made again
+/// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be repeated
+/// @return with a loss in device memory, on a rank whose own forward failed: that error, after its part in the exchange
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_update(head: *mut pfc_head, learning_rate: f64) -> pfc_status {
     with_head(head, |head| head.update(learning_rate))
 }
 
-/// Forward, backward (loss_weight 1, loss_scale 1) and update in one call, with communication under the update. Collective.
+/// Forward, backward (loss_weight 1, loss_scale 1) and update in one call. Collective. The reduce-scatter of the embeddings'
+/// gradient runs beside the update.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_step(
     head: *mut pfc_head,
@@ -358,17 +355,19 @@ pub unsafe extern "C" fn pfc_head_step(
     })
 }
 
-/// The verdict of everything enqueued. On the CPU device every call has given its own: returns OK, POISONED or FORKED.
+/// Waits for the device and reports what failed since the last call.
 ///
-/// CUDA: waits for the device. The failure of the first step with a loss in the device's memory that came to nothing since the last
-/// call, with the step's number, counted from 0 as samples are drawn, and how many came after it; the same status on all ranks, but
-/// where it was one rank's own: then that one, and REMOTE on the others. Told once.
+/// CPU: every call has returned its own status already; this one returns OK, POISONED or FORKED.
+///
+/// CUDA: for steps with a loss in device memory, returns the error of the first step that became a no-op. The text has the number
+/// of that step, which counts draws from 0, and how many steps failed after it. All ranks get the same status; if one rank's own
+/// arguments were wrong, that rank gets its error and the others get REMOTE. Each failure is reported once.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_wait(head: *mut pfc_head) -> pfc_status {
     with_head(head, |head| head.wait())
 }
 
-/// What the last step was like. Collective.
+/// Measurements of the last step. Collective.
 ///
 /// @param metrics prepared with pfc_metrics_init; written
 #[no_mangle]
@@ -381,7 +380,7 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
         let value = pfc_metrics {
             struct_size: 0,
             updates: m.updates,
-            samples: m.draws,
+            draws: m.draws,
             rows: m.rows,
             valid_rows: m.valid_rows,
             sample_size: m.sample_size,
@@ -401,12 +400,13 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
     })
 }
 
-/// The k class centres nearest to each embedding, over all classes of all ranks. Collective; for evaluation; changes nothing.
-/// The arrays are in host memory or, each by itself, in the CUDA device's.
+/// Finds the k class centers nearest to each embedding, over all classes of all ranks. Collective. For evaluation; changes nothing.
+/// Each array may be in host memory or in the CUDA device's memory. Up to k = 128 a CUDA device searches by itself; a larger k is
+/// searched on the host.
 ///
 /// @param embeddings rows x embedding_dim; rows may differ between ranks, may be 0 and need not keep to max_batch
 /// @param k 1 to num_classes, equal on all ranks
-/// @param ids rows x k, written: class ids, nearest first, equal cosines by ascending id
+/// @param ids rows x k, written: class ids, nearest first; equal cosines in ascending order of id
 /// @param cosines rows x k, written
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_top_k(
@@ -434,9 +434,9 @@ pub unsafe extern "C" fn pfc_head_top_k(
 
 /// The class ids of this rank's last sample, ascending. After pfc_head_prepare or pfc_head_forward.
 ///
-/// @param ids where to, in host memory or the CUDA device's, or NULL to ask for the count
-/// @param capacity ids that fit
-/// @param count written: ids in the sample
+/// @param ids written, in host memory or in the CUDA device's memory; NULL to ask for the count only
+/// @param capacity number of ids that fit
+/// @param count written: number of ids in the sample
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i64, capacity: u64, count: *mut u64) -> pfc_status {
     with_shared_head(head, |head| {
@@ -471,12 +471,13 @@ pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, 
     })
 }
 
-/// Reads class centres of this rank's shard, replayed up to the last update. Not collective.
+/// Reads class centers of this rank's shard as of the last update. Not collective. With dense row updates the rows are first
+/// replayed.
 ///
-/// @param first class id
-/// @param count classes
-/// @param centers count x embedding_dim, written; CUDA: in the device's memory that is only enqueued, on the stream the device
-///   was made with, and nothing is waited for: the rows count once pfc_head_wait has given PFC_OK
+/// @param first id of the first class
+/// @param count number of classes
+/// @param centers count x embedding_dim, written. CUDA: into device memory the copy is only enqueued, on the stream that the device
+///   was made with; the rows are valid once pfc_head_wait has returned PFC_OK.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_read_centers(
     head: *mut pfc_head,
@@ -487,11 +488,11 @@ pub unsafe extern "C" fn pfc_head_read_centers(
     rows(head, first, count, "centers", centers, |head, rows| head.read_rows(StateTensor::Centers, first, &rows))
 }
 
-/// Overwrites class centres of this rank's shard. Not collective. Between forward and update it abandons the step: call it on all ranks
-/// then, or on none.
+/// Overwrites class centers of this rank's shard. Not collective. Between forward and update it abandons the step, so then call it
+/// on all ranks or on none.
 ///
-/// @param centers count x embedding_dim, finite: all are looked at before any is written
-/// @return an error leaves the rows and a step under way alone; but DEVICE, after which the head is POISONED
+/// @param centers count x embedding_dim, all finite, which is checked before any row is written
+/// @return after an error the rows and a step under way are unchanged, except after DEVICE, which makes the head POISONED
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_write_centers(
     head: *mut pfc_head,
@@ -532,7 +533,7 @@ pub unsafe extern "C" fn pfc_head_write_state(
 
 /// Writes a checkpoint. Collective.
 ///
-/// @return UNSUPPORTED in this version: pfc_head_read_centers and pfc_head_read_state give all there is to save
+/// @return UNSUPPORTED in this version; pfc_head_read_centers and pfc_head_read_state return everything there is to save
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_save(
     head: *mut pfc_head,
@@ -550,7 +551,7 @@ pub unsafe extern "C" fn pfc_head_save(
 
 /// Reads a checkpoint. Collective.
 ///
-/// @return UNSUPPORTED in this version: pfc_head_write_centers and pfc_head_write_state put back what was read
+/// @return UNSUPPORTED in this version; pfc_head_write_centers and pfc_head_write_state restore what was read
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_load(
     head: *mut pfc_head,

@@ -1,16 +1,16 @@
-//! The head's kernels by themselves: stateless, on a device, over the caller's memory.
+//! Kernels without a head: stateless functions on a device, over the caller's memory.
 //!
-//! E is B x d, W is S x d, both raw; E^ and W^ are their rows divided by their norms (a norm below 1e-12 gives a row of zeros).
-//! Arithmetic is in float32.
+//! E is B x d and W is S x d, both as they are; E^ and W^ are their rows divided by their L2 norms (a norm below 1e-12 gives a row
+//! of zeros). Arithmetic is in float32.
 //!
-//! MEMORY. On a CPU device all memory is the host's. On a CUDA device each matrix and each array is in the GPU's memory or in the
-//! host's, by itself; the workspace is in the GPU's, at a multiple of 16 bytes (on a CPU: of 8), else INVALID_ARGUMENT. What is in
-//! the host's memory is copied to room that the device keeps, and back.
+//! MEMORY. On a CPU device all memory is host memory. On a CUDA device each matrix and each array may be in GPU memory or in host
+//! memory; arguments in host memory are copied to buffers of the device, and results are copied back. The workspace is in GPU
+//! memory. It must be aligned to 16 bytes on a CUDA device and to 8 bytes on a CPU device, else INVALID_ARGUMENT.
 //!
-//! WAITING. On a CUDA device the work is enqueued on the device's stream, and memory of the GPU's is borrowed until the stream has
-//! done it. A call waits for the stream in three cases: it writes to the host's memory; it checks what is in an array (targets,
-//! positives, ids, and pfc_fused_backward the row sums and target logits) and that is in the GPU's memory; it returns a count.
-//! Arrays that it only checks are best in the host's memory.
+//! WAITING. On a CUDA device the work is enqueued on the device's stream, and GPU memory is borrowed until the stream has run it. A
+//! call waits for the stream if it writes to host memory, if it returns a count, or if it checks the contents of an array in GPU
+//! memory. The arrays that are checked are targets, positives and ids, and in pfc_fused_backward row_sums and target_logits: keep
+//! them in host memory if you can.
 
 use std::ffi::c_void;
 
@@ -22,7 +22,7 @@ use crate::device::{Device, FusedBackward, FusedForward, RowState, SampleDraw, W
 use crate::margin::Margin;
 use crate::{ensure, Result};
 
-/// Divides rows by their L2 norms.
+/// Divides each row by its L2 norm.
 ///
 /// @param rows n x d
 /// @param normalized n x d, written; may be rows
@@ -134,11 +134,12 @@ pub unsafe extern "C" fn pfc_margin_backward(
     })
 }
 
-/// Cosines to the softmax's numerators, in place, with the row's target left out: P = exp(scale * cos - c), c = max(0, scale - 64).
+/// Turns cosines into softmax numerators, in place: P = exp(scale * cos - c) with c = max(0, scale - 64). The target of each row is
+/// left out.
 ///
 /// @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
 /// @param targets B: the column of the row's own class, or -1
-/// @param row_sums B, written: N, the sum of the row's numerators (a filtered negative adds exp(-c))
+/// @param row_sums B, written: the sum of each row's numerators (a filtered negative adds exp(-c))
 #[no_mangle]
 pub unsafe extern "C" fn pfc_partial_softmax(
     device: *const pfc_device,
@@ -160,14 +161,14 @@ pub unsafe extern "C" fn pfc_partial_softmax(
     })
 }
 
-/// One rank's forward without a head: row sums, target logits and P @ W^; no logits are kept.
+/// One rank's forward without a head: row sums, target logits and P @ W^. No logits are kept.
 ///
-/// Over several ranks, sum row_sums and target_logits before pfc_fused_backward.
+/// With several ranks, sum row_sums and target_logits over the ranks before pfc_fused_backward.
 ///
 /// @param embeddings B x d
 /// @param centers S x d
-/// @param targets B: the row of centers that is the row's own class, or -1 where another rank has it
-/// @param row_sums B, written: N
+/// @param targets B: the row of centers that holds the row's own class, or -1 if another rank has it
+/// @param row_sums B, written: the sum of each row's numerators
 /// @param target_logits B, written: the target logit with margin, 0 where targets is -1
 /// @param weighted B x d in f32, written: P @ W^
 /// @param workspace pfc_fused_workspace bytes
@@ -210,12 +211,12 @@ pub unsafe extern "C" fn pfc_fused_forward(
     })
 }
 
-/// One rank's backward without a head: this rank's part of the gradients of E and the gradient of W.
+/// One rank's backward without a head: this rank's part of the gradient of E, and the gradient of W.
 ///
-/// Over several ranks, sum grad_embeddings. A row whose N is 0 gets no gradient; one whose N is no finite number is NOT_FINITE, with
-/// nothing written.
+/// With several ranks, sum grad_embeddings over the ranks. A row whose row sum is 0 gets no gradient. A row sum that is NaN or
+/// infinite gives NOT_FINITE, with nothing written.
 ///
-/// @param row_sums B: N, summed over ranks
+/// @param row_sums B, summed over ranks
 /// @param target_logits B, summed over ranks
 /// @param weighted B x d in f32: P @ W^ of this rank, from pfc_fused_forward
 /// @param loss_weight multiplies both gradients; 1 / B for a mean
@@ -272,7 +273,7 @@ pub unsafe extern "C" fn pfc_fused_backward(
 
 /// Bytes of workspace that pfc_fused_forward and pfc_fused_backward need for B x d and S x d.
 ///
-/// They do not grow with B x S. On a CUDA device d is at most 1024, else UNSUPPORTED.
+/// The size does not grow with B x S. On a CUDA device d is at most 1024, else UNSUPPORTED.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_fused_workspace(
     device: *const pfc_device,
@@ -287,19 +288,19 @@ pub unsafe extern "C" fn pfc_fused_workspace(
     })
 }
 
-/// Draws a sample: all positives, and negatives uniformly without replacement until there are `sample_size` classes.
+/// Draws a sample: all positives, then negatives uniformly without replacement up to `sample_size` classes.
 ///
-/// The same ids as a head of that seed draws in that step, on every device.
+/// Gives the ids that a head with that seed draws in that step, on every device.
 ///
 /// @param seed as pfc_head_options.seed
-/// @param step samples drawn before
-/// @param first first class of the shard
-/// @param rows classes of the shard, at most 2^40; on a CUDA device 2^32 - 8192
+/// @param step number of draws before this one
+/// @param first id of the first class of the shard
+/// @param rows number of classes in the shard, at most 2^40; on a CUDA device at most 2^32 - 8192
 /// @param positives class ids of the shard, ascending, without repeats
-/// @param positive_count ids; if more than sample_size, the sample is the positives
-/// @param sample_size classes wanted, at most rows
-/// @param ids capacity of max(positive_count, sample_size) ids, written: ascending
-/// @param count written: ids in the sample
+/// @param positive_count number of positives; if more than sample_size, the sample is the positives
+/// @param sample_size number of classes wanted, at most rows
+/// @param ids max(positive_count, sample_size) ids, written, ascending
+/// @param count written: number of ids in the sample
 #[no_mangle]
 pub unsafe extern "C" fn pfc_sample_classes(
     device: *const pfc_device,
@@ -328,15 +329,15 @@ pub unsafe extern "C" fn pfc_sample_classes(
     })
 }
 
-/// Updates rows of W by their gradients: row `ids[i]` of centers gets row i of gradients.
+/// Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
 ///
 /// @param centers n x d in f32, updated
-/// @param momentum n x d in f32, updated: SGD's m or AdamW's first moment
-/// @param second_moment n x d in f32, updated: AdamW's; NULL for SGD
+/// @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment
+/// @param second_moment n x d in f32, updated: AdamW's second moment; NULL for SGD
 /// @param ids count row numbers of centers, without repeats
 /// @param gradients count x d
 /// @param learning_rate 0 or more
-/// @param update 1 for the first update; AdamW's bias correction
+/// @param update number of this update, from 1; for AdamW's bias correction
 #[no_mangle]
 pub unsafe extern "C" fn pfc_update_rows(
     device: *const pfc_device,

@@ -1,27 +1,27 @@
-//! Where the library's log lines go.
+//! Log lines.
 
 use std::ffi::{c_char, c_void, CString};
 use std::sync::{OnceLock, RwLock};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use super::boundary;
 use super::status::pfc_status;
-use super::{boundary, Status};
-use crate::Error;
+use crate::error;
 
-/// Log nothing.
+/// Nothing.
 pub const PFC_LOG_OFF: i32 = 0;
-/// What failed.
+/// Failures.
 pub const PFC_LOG_ERROR: i32 = 1;
-/// What will surprise.
+/// Surprises: what works, but perhaps not as intended.
 pub const PFC_LOG_WARN: i32 = 2;
-/// One line for each handle made, with what was decided.
+/// One line for each handle made, with the choices that the library made.
 pub const PFC_LOG_INFO: i32 = 3;
-/// One line for each phase.
+/// Details, for debugging the library.
 pub const PFC_LOG_DEBUG: i32 = 4;
 
-/// Receives a log line: level is PFC_LOG_*, message is valid for the call only. Called from any thread; must not call pfc_ functions
-/// on handles. It may still be running on another thread when pfc_set_log has replaced it: what user points to stays.
+/// Receives a log line: level is PFC_LOG_*; message is valid during the call only. Called from any thread. Must not call pfc_
+/// functions on handles. It may still be running on another thread after pfc_set_log has replaced it, so keep what user points to.
 pub type pfc_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, message: *const c_char)>;
 
 struct Sink {
@@ -60,12 +60,12 @@ impl Log for Forward {
     fn flush(&self) {}
 }
 
-/// Sends log lines up to a level to a function; the library is silent until this is called. Any thread; the last call counts.
+/// Sends log lines up to a level to a function. The library is silent until this is called. Any thread; the last call counts.
 ///
 /// @param function receives the lines, or NULL to be silent again
-/// @param user handed to the function as it is
+/// @param user passed to the function unchanged
 /// @param level PFC_LOG_OFF to PFC_LOG_DEBUG
-/// @return UNSUPPORTED where a Rust program has installed a logger of its own
+/// @return UNSUPPORTED if the program is in Rust and has installed its own logger
 #[no_mangle]
 pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, level: i32) -> pfc_status {
     boundary(|| {
@@ -75,15 +75,10 @@ pub unsafe extern "C" fn pfc_set_log(function: pfc_log_fn, user: *mut c_void, le
             PFC_LOG_WARN => LevelFilter::Warn,
             PFC_LOG_INFO => LevelFilter::Info,
             PFC_LOG_DEBUG => LevelFilter::Debug,
-            _ => {
-                return Err(Error::new(
-                    Status::InvalidArgument,
-                    format!("level must be PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4), got {level}"),
-                ))
-            }
+            _ => return Err(error!(InvalidArgument, "level must be PFC_LOG_OFF (0) to PFC_LOG_DEBUG (4), got {level}")),
         };
         if !INSTALLED.get_or_init(|| log::set_logger(&Forward).is_ok()) {
-            return Err(Error::new(Status::Unsupported, "this program has installed a logger of its own: use that one"));
+            return Err(error!(Unsupported, "this program has installed a logger of its own: use that one"));
         }
         *SINK.write().unwrap_or_else(|e| e.into_inner()) = function.map(|function| Sink { function, user: user as usize });
         log::set_max_level(if function.is_some() { filter } else { LevelFilter::Off });

@@ -1,7 +1,7 @@
 //! The C interface: `include/partialfc.h` is generated from here, one file for each object.
 //!
 //! No logic: an entry checks its pointers, calls the library and turns an error into a status and a text. A wrong argument of a
-//! call that begins a step does not return at once; it is handed on as an error, so that the other ranks hear of it.
+//! call that begins a step does not return at once; it is handed on as a contribution, so that the other ranks learn of it.
 
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
@@ -17,29 +17,30 @@ pub mod types;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::status::{fail, pfc_status, PFC_OK};
-use crate::{Error, Result, Status};
+use crate::{error, Result};
 
-/// Runs an entry: no panic crosses, an error becomes a status.
+/// Runs an entry: no panic crosses, and an error becomes a status and a text.
 fn boundary(body: impl FnOnce() -> Result<()>) -> pfc_status {
-    match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => PFC_OK,
-        Ok(Err(error)) => fail(&error),
-        Err(panic) => fail(&panicked(panic.as_ref())),
+    match caught(body) {
+        Ok(()) => PFC_OK,
+        Err(error) => fail(&error),
     }
 }
 
-/// The error a panic becomes.
-fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
-    Error::new(Status::Panic, format!("the library panicked: {text}"))
+/// Runs what may panic; a panic becomes the error PANIC.
+fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+        Err(error!(Panic, "the library panicked: {}", text.unwrap_or("no message")))
+    })
 }
 
 /// A pointer argument, or the error that names it.
 unsafe fn required<'a, T>(name: &str, pointer: *const T) -> Result<&'a T> {
-    pointer.as_ref().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} must not be NULL")))
+    pointer.as_ref().ok_or_else(|| error!(InvalidArgument, "{name} must not be NULL"))
 }
 
 /// An output argument, or the error that names it.
 unsafe fn output<'a, T>(name: &str, pointer: *mut T) -> Result<&'a mut T> {
-    pointer.as_mut().ok_or_else(|| Error::new(Status::InvalidArgument, format!("{name} must not be NULL")))
+    pointer.as_mut().ok_or_else(|| error!(InvalidArgument, "{name} must not be NULL"))
 }

@@ -1,11 +1,12 @@
-//! What a head will need, before there is one.
+//! Prediction of the memory and the traffic of a head.
 
 use super::boundary;
 use super::status::pfc_status;
 use super::types::{init_sized, pfc_head_options, read_sized, sized, write_sized, Sized64};
 use crate::plan;
 
-/// Bytes of memory of the largest rank, and bytes a step that one rank hands to each collective. Fill with pfc_plan_report_init.
+/// Bytes of memory on the rank that owns most, and bytes that one rank passes to each collective in a step. Prepare with
+/// pfc_plan_report_init.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_plan_report {
@@ -13,29 +14,30 @@ pub struct pfc_plan_report {
     pub struct_size: u64,
     /// Rows of W on the rank that owns most.
     pub shard_rows: u64,
-    /// Classes in a step's sample on that rank: int(sample_rate * rows) or, if more, the batch's positives at most.
+    /// Most classes that a step's sample can have on that rank: the larger of int(sample_rate * rows) and the most positives that a
+    /// batch can have.
     pub sample_capacity: u64,
-    /// W.
+    /// Bytes of W.
     pub weight_bytes: u64,
-    /// Optimizer state and, for dense rows, the rows' last steps.
+    /// Bytes of optimizer state and, for dense row updates, the number of the last update of each row.
     pub state_bytes: u64,
-    /// Embeddings, their gradient and the accumulators.
+    /// Bytes of embeddings, their gradient and the accumulators.
     pub activation_bytes: u64,
-    /// The softmax's numerators P that are kept from forward to update.
+    /// Bytes of the softmax numerators P that are kept from forward to update.
     pub probability_bytes: u64,
-    /// All of these.
+    /// The sum of the four fields before.
     pub total_bytes: u64,
-    /// Labels and statuses (all_gather), a step.
+    /// Message `labels`: labels and statuses, an all-gather.
     pub labels_bytes: u64,
-    /// Embeddings (all_gather), a step.
+    /// Message `embeddings`, an all-gather; 0 when replicated.
     pub embeddings_bytes: u64,
-    /// Row sums and target logits, or loss and statuses (all_reduce), a step.
+    /// Message `sums`: row sums and target logits; when replicated `replicated sums`: losses and statuses. An all-reduce.
     pub sums_bytes: u64,
-    /// Embeddings' gradient (reduce_scatter), a step.
+    /// Message `gradient`: of the embeddings, a reduce-scatter; 0 when replicated.
     pub grad_embeddings_bytes: u64,
-    /// Class centres' gradient (all_reduce, replicated), a step.
+    /// Message `center gradient`, an all-reduce; 0 when sharded.
     pub grad_centers_bytes: u64,
-    /// All of these: what pfc_comm_traffic counts in a step.
+    /// The sum of the five messages: what pfc_comm_traffic counts in a step.
     pub traffic_bytes: u64,
 }
 
@@ -65,13 +67,13 @@ pub unsafe extern "C" fn pfc_plan_report_init_sized(report: *mut pfc_plan_report
     boundary(|| init_sized(report, struct_size))
 }
 
-/// Predicts memory and traffic of a head on the CPU device, before there is one. Not collective.
+/// Predicts the memory and the traffic of a head, before it is made. Not collective.
 ///
-/// Precision auto counts as the CPU's, f32, of which gather_dtype auto is f32. The traffic of a CUDA device, for which precision
-/// auto is half and gather_dtype auto then f16, is that of the precision it computes in, PFC_PRECISION_HALF or PFC_PRECISION_F32,
-/// for a batch of max_batch: it hands over as much, whatever the batch.
+/// Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if precision is auto. For the
+/// traffic of a CUDA device set precision to what it computes in (half, unless you choose f32), and batch to max_batch: a CUDA
+/// device always passes max_batch rows to the collectives, whatever the batch is.
 ///
-/// @param options the head
+/// @param options the options of the head
 /// @param ranks number of ranks
 /// @param batch rows on each rank
 /// @param report prepared with pfc_plan_report_init; written

@@ -1,4 +1,4 @@
-//! Statuses, the last error, and what the library says of itself.
+//! Statuses, the text of the last error, the version of the library.
 
 use std::cell::RefCell;
 use std::ffi::{c_char, CStr, CString};
@@ -14,17 +14,17 @@ pub const PFC_OK: pfc_status = 0;
 pub const PFC_ERROR_INVALID_ARGUMENT: pfc_status = 1;
 /// Not in this build, on this machine, or not yet; the message says which.
 pub const PFC_ERROR_UNSUPPORTED: pfc_status = 2;
-/// Memory could not be had; the message names the bytes.
+/// An allocation failed; the message names the bytes.
 pub const PFC_ERROR_OUT_OF_MEMORY: pfc_status = 3;
 /// The device failed.
 pub const PFC_ERROR_DEVICE: pfc_status = 4;
-/// The communicator failed on this rank; a custom one's own code is in the message.
+/// The communicator failed on this rank; for a custom one the message has its own code.
 pub const PFC_ERROR_COMM: pfc_status = 5;
 /// Another rank failed; the message names it and its status.
 pub const PFC_ERROR_REMOTE: pfc_status = 6;
-/// A collective waited longer than pfc_comm_set_timeout allows; the message names it and, where known, the missing rank.
+/// A collective took longer than pfc_comm_set_timeout allows; the message names it and, where known, the missing rank.
 pub const PFC_ERROR_TIMEOUT: pfc_status = 7;
-/// The communicator had been aborted.
+/// The communicator was aborted earlier.
 pub const PFC_ERROR_ABORTED: pfc_status = 8;
 /// Reading or writing a file failed.
 pub const PFC_ERROR_IO: pfc_status = 9;
@@ -38,9 +38,9 @@ pub const PFC_ERROR_LABEL: pfc_status = 12;
 pub const PFC_ERROR_NOT_FINITE: pfc_status = 13;
 /// An earlier failure left the handle unusable: free it and load a checkpoint.
 pub const PFC_ERROR_POISONED: pfc_status = 14;
-/// The handle belongs to the parent of this process.
+/// The handle was made by the parent of this process, before a fork().
 pub const PFC_ERROR_FORKED: pfc_status = 15;
-/// A bug in the library: it panicked, the handle is poisoned and its communicator aborted.
+/// A bug in the library: it panicked. The handle is poisoned and its communicator aborted.
 pub const PFC_ERROR_PANIC: pfc_status = 16;
 
 thread_local! {
@@ -61,7 +61,7 @@ pub extern "C" fn pfc_version() -> u32 {
     part(env!("CARGO_PKG_VERSION_MAJOR")) << 16 | part(env!("CARGO_PKG_VERSION_MINOR")) << 8 | part(env!("CARGO_PKG_VERSION_PATCH"))
 }
 
-/// Version, commit, target and the backends in this build, as one line of text that lives for ever. Any thread.
+/// Version, commit, target and backends of this build, as one line of text that stays valid. Any thread.
 #[no_mangle]
 pub extern "C" fn pfc_build_info() -> *const c_char {
     concat!(
@@ -79,7 +79,7 @@ pub extern "C" fn pfc_build_info() -> *const c_char {
     .cast()
 }
 
-/// The name of a status, such as "PFC_ERROR_LABEL"; "PFC_ERROR_UNKNOWN" for a number that is none. Lives for ever. Any thread.
+/// The name of a status, such as "PFC_ERROR_LABEL"; "PFC_ERROR_UNKNOWN" for any other number. Stays valid. Any thread.
 #[no_mangle]
 pub extern "C" fn pfc_status_name(status: pfc_status) -> *const c_char {
     let name: &CStr = match status {
@@ -111,11 +111,11 @@ pub extern "C" fn pfc_last_error() -> *const c_char {
     LAST_ERROR.with(|last| last.borrow().as_ptr())
 }
 
-/// Copies the text of this thread's last error, cut to `size` bytes with its terminating zero. For managed languages.
+/// Copies the text of this thread's last error, cut to `size` bytes including its terminating zero. For managed languages.
 ///
-/// @param buffer where to, or NULL to ask for the size
+/// @param buffer written, or NULL to ask for the size only
 /// @param size bytes at buffer
-/// @return the bytes of the whole text with its terminating zero
+/// @return bytes of the whole text, including its terminating zero
 #[no_mangle]
 pub unsafe extern "C" fn pfc_last_error_copy(buffer: *mut c_char, size: u64) -> u64 {
     LAST_ERROR.with(|last| {

@@ -1,14 +1,14 @@
-//! The structs that callers fill: matrices and options.
+//! Structs that callers fill: matrices and options.
 
 use std::ffi::c_char;
 
+use super::boundary;
 use super::status::pfc_status;
-use super::{boundary, Status};
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::{Adamw, Optimizer, Sgd};
 use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
-use crate::{ensure, error, Error, Result};
+use crate::{ensure, error, Result};
 
 /// 32-bit float.
 pub const PFC_F32: i32 = 1;
@@ -23,34 +23,35 @@ pub const PFC_I32: i32 = 5;
 /// 64-bit signed integer; in collectives only.
 pub const PFC_I64: i32 = 6;
 
-/// Each class centre lives on one rank.
+/// Each class center lives on one rank.
 pub const PFC_PLACEMENT_SHARDED: i32 = 1;
-/// Every rank holds all class centres.
+/// Every rank holds all class centers.
 pub const PFC_PLACEMENT_REPLICATED: i32 = 2;
 
 /// The derivative of the margin's formula.
 pub const PFC_MARGIN_GRADIENT_EXACT: i32 = 1;
-/// 1, as the reference implementation has had it since 2022-12.
+/// 1, as in insightface's arcface_torch: the gradient passes the margin unchanged.
 pub const PFC_MARGIN_GRADIENT_STRAIGHT_THROUGH: i32 = 2;
 
-/// The margin's formula as it stands.
+/// The margin's formula everywhere.
 pub const PFC_MARGIN_GUARD_OFF: i32 = 1;
-/// Beyond m1 * theta + m2 = pi the target logit goes on falling.
+/// Where m1 * theta + m2 exceeds pi, the target logit keeps falling instead of rising again.
 pub const PFC_MARGIN_GUARD_ON: i32 = 2;
 
 /// m = momentum * m + (g + weight_decay * w); w -= lr * m.
 pub const PFC_OPTIMIZER_SGD: i32 = 1;
-/// Adam with decoupled weight decay; bias correction by the head's count of updates.
+/// Adam with decoupled weight decay. Bias correction uses the head's count of updates.
 pub const PFC_OPTIMIZER_ADAMW: i32 = 2;
 
-/// Only sampled rows move.
+/// Only the sampled rows change.
 pub const PFC_ROW_UPDATE_LAZY: i32 = 1;
-/// Unsampled rows also get weight decay and momentum, replayed when a row is next touched or read.
+/// All rows also get weight decay and momentum in every update. Rows outside the sample get theirs when they are next sampled or
+/// read.
 pub const PFC_ROW_UPDATE_DENSE: i32 = 2;
 
 /// The device's own: f32 on the CPU, half on CUDA.
 pub const PFC_PRECISION_AUTO: i32 = 1;
-/// float32-accurate products.
+/// Products as accurate as float32.
 pub const PFC_PRECISION_F32: i32 = 2;
 /// 16-bit operands, float32 sums. CUDA only.
 pub const PFC_PRECISION_HALF: i32 = 3;
@@ -65,7 +66,7 @@ pub const PFC_RESIDENCY_HOST: i32 = 2;
 /// W and optimizer state in a file at storage_path.
 pub const PFC_RESIDENCY_FILE: i32 = 3;
 
-/// A matrix of the caller's, row after row. Borrowed for the call.
+/// A matrix in the caller's memory, row by row. Borrowed for the call.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_matrix {
@@ -73,7 +74,7 @@ pub struct pfc_matrix {
     pub data: *mut std::ffi::c_void,
     /// PFC_F32, PFC_F16 or PFC_BF16.
     pub dtype: i32,
-    /// 0.
+    /// Must be 0.
     pub reserved: u32,
     pub rows: u64,
     pub cols: u64,
@@ -81,35 +82,36 @@ pub struct pfc_matrix {
     pub row_stride: u64,
 }
 
-/// What a head is. Fill with pfc_head_options_init, then set at least num_classes, embedding_dim and max_batch.
+/// Options of a head. Fill with pfc_head_options_init, then set at least num_classes, embedding_dim and max_batch.
 ///
-/// All ranks give the same values, storage_path, workspace_limit and residency apart.
+/// All ranks must give the same values, except for storage_path, workspace_limit and residency.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_head_options {
     /// sizeof(pfc_head_options), set by pfc_head_options_init.
     pub struct_size: u64,
-    /// C, classes over all ranks; at least the number of ranks when sharded. (default: 0, must be set)
+    /// C: classes over all ranks. When sharded, at least the number of ranks. (default: 0, must be set)
     pub num_classes: u64,
-    /// d, elements of an embedding; on a CUDA device 1024 at most, else UNSUPPORTED. (default: 0, must be set)
+    /// d: elements of an embedding, 1 to 65536; on a CUDA device at most 1024, else UNSUPPORTED. (default: 0, must be set)
     pub embedding_dim: u32,
     /// PFC_PLACEMENT_*. (default: sharded)
     pub placement: i32,
-    /// Share of a shard's classes that take part in a step, 0 to 1; positives always do. 1: all, 0: positives only. (default: 1)
+    /// Share of a shard's classes that take part in a step, 0 to 1. Positives always take part. 1: all classes; 0: positives only.
+    /// (default: 1)
     pub sample_rate: f64,
-    /// Seeds the start values and the sampling. (default: 0)
+    /// Seed of the start values and of the sampling. (default: 0)
     pub seed: u64,
-    /// Largest batch on any rank, rows. (default: 0, must be set)
+    /// Rows of the largest batch on any rank, 1 to 2^24. (default: 0, must be set)
     pub max_batch: u64,
-    /// s: the cosines are multiplied by it; above 0, at most 128. (default: 64)
+    /// Factor of the cosines, above 0 and at most 128. (default: 64)
     pub scale: f64,
-    /// Target logit = scale * (cos(m1 * theta + m2) - m3). (default: 1)
+    /// Target logit = scale * (cos(m1 * theta + m2) - m3). Above 0, at most 16. (default: 1)
     pub m1: f64,
-    /// Radians, 0 to pi. (default: 0.5)
+    /// In radians, 0 to pi. (default: 0.5)
     pub m2: f64,
     /// 0 to 2. (default: 0)
     pub m3: f64,
-    /// A negative's cosine above it becomes 0 (it still counts exp(0)), with no gradient. 0: off. (default: 0)
+    /// Inter-class filter: a negative whose cosine is above it counts as cosine 0 and gets no gradient. 0: off. (default: 0)
     pub interclass_filter: f64,
     /// PFC_MARGIN_GRADIENT_*. (default: exact)
     pub margin_gradient: i32,
@@ -119,44 +121,44 @@ pub struct pfc_head_options {
     pub optimizer: i32,
     /// PFC_ROW_UPDATE_*. (default: lazy)
     pub row_update: i32,
-    /// SGD: 0 to below 1. (default: 0.9)
+    /// SGD: 0 or more, below 1. (default: 0.9)
     pub momentum: f64,
-    /// Per step and learning rate; SGD: added to the gradient, AdamW: decoupled. (default: 5e-4)
+    /// SGD: added to the gradient. AdamW: decoupled. Multiplied by the learning rate in each update. (default: 5e-4)
     pub weight_decay: f64,
-    /// AdamW. (default: 0.9)
+    /// AdamW: 0 or more, below 1. (default: 0.9)
     pub beta1: f64,
-    /// AdamW. (default: 0.999)
+    /// AdamW: 0 or more, below 1. (default: 0.999)
     pub beta2: f64,
     /// AdamW: 1e-30 to 1e30. (default: 1e-8)
     pub epsilon: f64,
-    /// Multiplies the embeddings' gradient; the number of ranks for a trainer that averages gradients over ranks. (default: 1)
+    /// Factor of the embeddings' gradient. A trainer that averages the backbone's gradients over ranks sets the number of ranks.
+    /// (default: 1)
     pub gradient_scale: f64,
-    /// Standard deviation of the class centres' start values. (default: 0.01)
+    /// Standard deviation of the start values of the class centers. (default: 0.01)
     pub init_std: f64,
-    /// Rows with this label count for nothing and may hold NaN; no class id. (default: INT64_MIN, none)
+    /// Rows with this label are ignored and may hold NaN. It must not be a class id. (default: INT64_MIN, none)
     pub ignore_label: i64,
     /// PFC_PRECISION_*. (default: auto)
     pub precision: i32,
-    /// The type embeddings travel in between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. In f16 a row travels with its
-    /// largest element scaled to 1 to 2 by a power of two, which its gradient does not see: no row is too long or too short.
-    /// (default: auto)
+    /// The type in which embeddings are sent between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. In f16 each row is
+    /// scaled by a power of two so that it cannot overflow or underflow; gradients are not affected. (default: auto)
     pub gather_dtype: i32,
-    /// Storage of W; PFC_F32 is what is supported. (default: f32)
+    /// Storage type of W; this version supports PFC_F32 only. (default: f32)
     pub weight_dtype: i32,
-    /// Storage of the optimizer state; PFC_F32 is what is supported. (default: f32)
+    /// Storage type of the optimizer state; this version supports PFC_F32 only. (default: f32)
     pub state_dtype: i32,
-    /// PFC_RESIDENCY_*; device is what is supported. (default: device)
+    /// PFC_RESIDENCY_*; this version supports device only. (default: device)
     pub residency: i32,
-    /// 0.
+    /// Must be 0.
     pub reserved: u32,
-    /// Bytes beside W and optimizer state. Where the softmax's numerators do not fit they are computed twice. 0: the library decides.
-    /// (default: 0)
+    /// Bytes of working memory that the head may use beside W and the optimizer state. If the softmax numerators do not fit, they
+    /// are computed twice instead of kept. 0: the library decides. (default: 0)
     pub workspace_limit: u64,
-    /// For residency file. Borrowed for pfc_head_create. (default: NULL)
+    /// Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
     pub storage_path: *const c_char,
 }
 
-/// Scale, margin and filter for the functions that need no head; the fields are those of pfc_head_options.
+/// Scale, margin and filter for functions that need no head. The fields mean what they mean in pfc_head_options.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_margin {
@@ -178,7 +180,7 @@ pub struct pfc_margin {
     pub margin_guard: i32,
 }
 
-/// An optimizer for pfc_update_rows; the fields are those of pfc_head_options.
+/// An optimizer for pfc_update_rows. The fields mean what they mean in pfc_head_options.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_optimizer {
@@ -186,7 +188,7 @@ pub struct pfc_optimizer {
     pub struct_size: u64,
     /// PFC_OPTIMIZER_*. (default: sgd)
     pub kind: i32,
-    /// 0.
+    /// Must be 0.
     pub reserved: u32,
     /// (default: 0.9)
     pub momentum: f64,
@@ -351,9 +353,9 @@ sized!(pfc_optimizer, {
     }
 });
 
-/// Fills options with defaults; FFI users without the header's inline function pass the size of their struct.
+/// Fills options with defaults. For FFI users, who cannot call the header's inline function pfc_head_options_init.
 ///
-/// @param options where to, `struct_size` bytes
+/// @param options written: `struct_size` bytes
 /// @param struct_size the caller's sizeof(pfc_head_options)
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_options_init_sized(options: *mut pfc_head_options, struct_size: u64) -> pfc_status {
@@ -505,12 +507,8 @@ impl pfc_head_options {
 pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
     ensure!(!matrix.is_null(), InvalidArgument, "{name} must not be NULL");
     let m = *matrix;
-    let dtype = DType::from_code(m.dtype).ok_or_else(|| {
-        Error::new(
-            Status::InvalidArgument,
-            format!("{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype),
-        )
-    })?;
+    let dtype = DType::from_code(m.dtype)
+        .ok_or_else(|| error!(InvalidArgument, "{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype))?;
     ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved must be 0, got {}", m.reserved);
     let view =
         Matrix { data: m.data.cast(), dtype, rows: m.rows as usize, cols: m.cols as usize, row_stride: m.row_stride as usize };

@@ -17,7 +17,7 @@ pub(super) fn is_on() -> bool {
         Ok("1") => true,
         Ok("" | "0") | Err(_) => false,
         Ok(other) => {
-            log::warn!("PFC_CHECK must be 0 or 1, got {other:?}");
+            log::warn!("PFC_CHECK must be 0 or 1, got {other:?}: it is off");
             false
         }
     }

@@ -3,6 +3,7 @@
 use super::handshake::{gather_words, require_equal};
 use super::Communicator;
 use crate::matrix::{Matrix, ReduceOp};
+use crate::memory::{reserve, zeros};
 use crate::{ensure, error, Contribution, Result};
 
 /// Bytes of float32 sums that travel in one all-reduce: large enough for bandwidth, small beside the rows.
@@ -44,7 +45,7 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
         // The same on all ranks; no union beyond the capacity gets that far.
         let piece_rows = (PIECE / 4 / mine.rows.cols.max(1)).max(1);
         let room = piece_rows.min(mine.capacity).saturating_mul(mine.rows.cols);
-        Ok((zeroed::<f32>(room, rank)?, piece_rows, mine))
+        Ok((zeros::<f32>(&[room], &format!("sums of rows (rank {rank})"))?, piece_rows, mine))
     });
     let words = match &prepared {
         Ok((.., m)) => Ok([m.count as u64, m.capacity as u64, m.rows.cols as u64, u64::from(m.ids_out.is_null())]),
@@ -118,9 +119,9 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     let layout = |m: &Matrix| (m.data, m.dtype, m.row_stride);
     let range = |m: &Matrix| m.data as usize..m.data as usize + m.rows * m.row_stride * m.dtype.size();
     let (from, to) = (range(&mine.rows), range(&mine.rows_out));
-    let apart = from.end <= to.start || to.end <= from.start;
+    let disjoint = from.end <= to.start || to.end <= from.start;
     ensure!(
-        apart || layout(&mine.rows) == layout(&mine.rows_out),
+        disjoint || layout(&mine.rows) == layout(&mine.rows_out),
         InvalidArgument,
         "rows_out must not overlap rows unless data, dtype and row_stride are the same (rank {rank})"
     );
@@ -136,8 +137,9 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
 
 /// All ranks' ids, `widest` places for each rank.
 unsafe fn gather_ids(comm: &Communicator, mine: &SampledRows, widest: usize) -> Result<Vec<i64>> {
-    let mut block = zeroed::<i64>(widest, comm.rank())?;
-    let mut blocks = zeroed::<i64>(widest.saturating_mul(comm.size() as usize), comm.rank())?;
+    let what = format!("ids (rank {})", comm.rank());
+    let mut block: Vec<i64> = zeros(&[widest], &what)?;
+    let mut blocks: Vec<i64> = zeros(&[widest, comm.size() as usize], &what)?;
     if mine.count > 0 {
         std::ptr::copy_nonoverlapping(mine.ids, block.as_mut_ptr(), mine.count);
     }
@@ -159,10 +161,7 @@ fn equal(ids: &[&[i64]]) -> Result<()> {
 fn union(ids: &[&[i64]], rank: u32) -> Result<Vec<i64>> {
     let total: usize = ids.iter().map(|ids| ids.len()).sum();
     let mut union = Vec::new();
-    let room = union.try_reserve_exact(total);
-    room.map_err(|_| {
-        error!(OutOfMemory, "cannot allocate {} bytes for the union of the ids (rank {rank})", total.saturating_mul(8))
-    })?;
+    reserve(&mut union, total, &format!("the union of the ids (rank {rank})"))?;
     ids.iter().for_each(|ids| union.extend_from_slice(ids));
     // Ascending runs one after the other: the standard stable sort finds and merges them.
     union.sort();
@@ -172,13 +171,4 @@ fn union(ids: &[&[i64]], rank: u32) -> Result<Vec<i64>> {
 
 fn row(values: &mut [f32], row: usize, cols: usize) -> &mut [f32] {
     &mut values[row * cols..][..cols]
-}
-
-fn zeroed<T: Copy + Default>(count: usize, rank: u32) -> Result<Vec<T>> {
-    let mut memory = Vec::new();
-    let bytes = count.saturating_mul(std::mem::size_of::<T>());
-    let room = memory.try_reserve_exact(count);
-    room.map_err(|_| error!(OutOfMemory, "cannot allocate {bytes} bytes for sums of rows (rank {rank})"))?;
-    memory.resize(count, T::default());
-    Ok(memory)
 }

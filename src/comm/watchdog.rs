@@ -192,8 +192,8 @@ impl Shared {
             reason => {
                 drop(state);
                 log::error!(
-                    "{label} runs beyond its deadline on rank {rank}; {}",
-                    reason.unwrap_or("its abort has been called before")
+                    "{label} exceeded its timeout on rank {rank} and cannot be stopped: {}",
+                    reason.unwrap_or("abort was called before")
                 );
             }
         }

@@ -10,34 +10,64 @@ pub(super) fn inverse_norm(sum_of_squares: f64) -> f64 {
     }
 }
 
-/// destination [m, n] (+)= left [m, k] @ right [k, n] on the calling thread; operands as (data, row stride, column stride).
-pub(super) fn gemm(
-    m: usize,
-    n: usize,
-    k: usize,
-    destination: (&mut [f32], usize),
-    left: (&[f32], usize, usize),
-    right: (&[f32], usize, usize),
-    accumulate: bool,
-) {
+/// An operand of [`gemm`]: element (i, j) is `data[i * row_stride + j * column_stride]`.
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a> {
+    data: &'a [f32],
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Operand<'a> {
+    /// Rows of elements side by side, `pitch` apart.
+    pub fn rows(data: &'a [f32], pitch: usize) -> Operand<'a> {
+        Operand { data, row_stride: pitch, column_stride: 1 }
+    }
+
+    /// The transpose of such rows.
+    pub fn transposed(data: &'a [f32], pitch: usize) -> Operand<'a> {
+        Operand { data, row_stride: 1, column_stride: pitch }
+    }
+
+    /// The number of the last element of rows x columns.
+    fn last(&self, rows: usize, columns: usize) -> usize {
+        (rows.max(1) - 1) * self.row_stride + (columns.max(1) - 1) * self.column_stride
+    }
+}
+
+/// What a product does to what its destination holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Store {
+    Replace,
+    Add,
+}
+
+/// The sizes of a product: [m, n] = [m, k] @ [k, n].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GemmShape {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// destination [m, n] (+)= left [m, k] @ right [k, n] on the calling thread. Rows of the destination are `pitch` apart.
+pub(super) fn gemm(shape: GemmShape, destination: &mut [f32], pitch: usize, left: Operand<'_>, right: Operand<'_>, store: Store) {
+    let GemmShape { m, n, k } = shape;
     if m == 0 || n == 0 {
         return;
     }
     if k == 0 {
         // An empty sum; the product below would leave the destination as it is.
-        if !accumulate {
-            (0..m).for_each(|row| destination.0[row * destination.1..row * destination.1 + n].fill(0.0));
+        if store == Store::Replace {
+            (0..m).for_each(|row| destination[row * pitch..row * pitch + n].fill(0.0));
         }
         return;
     }
-    let last = |rows: usize, columns: usize, row_stride: usize, column_stride: usize| {
-        (rows.max(1) - 1) * row_stride + (columns.max(1) - 1) * column_stride
-    };
-    assert!(last(m, n, destination.1, 1) < destination.0.len(), "destination of {m} x {n}");
-    assert!(last(m, k, left.1, left.2) < left.0.len(), "left of {m} x {k}");
-    assert!(last(k, n, right.1, right.2) < right.0.len(), "right of {k} x {n}");
+    assert!((m - 1) * pitch + n <= destination.len(), "destination of {m} x {n}");
+    assert!(left.last(m, k) < left.data.len(), "left of {m} x {k}");
+    assert!(right.last(k, n) < right.data.len(), "right of {k} x {n}");
     // SAFETY: the strides keep every access inside the slices, as checked above; the destination is borrowed alone.
-    unsafe { gemm_into(m, n, k, (destination.0.as_mut_ptr(), destination.1), left, right, accumulate) }
+    unsafe { gemm_into(shape, destination.as_mut_ptr(), pitch, left, right, store) }
 }
 
 /// [`gemm`] into memory that is not one slice of ours.
@@ -45,28 +75,27 @@ pub(super) fn gemm(
 /// # Safety
 /// The strides keep every access inside the operands and the destination, of which nobody else uses these elements.
 pub(super) unsafe fn gemm_into(
-    m: usize,
-    n: usize,
-    k: usize,
-    destination: (*mut f32, usize),
-    left: (&[f32], usize, usize),
-    right: (&[f32], usize, usize),
-    accumulate: bool,
+    shape: GemmShape,
+    destination: *mut f32,
+    pitch: usize,
+    left: Operand<'_>,
+    right: Operand<'_>,
+    store: Store,
 ) {
     gemm::gemm(
-        m,
-        n,
-        k,
-        destination.0,
+        shape.m,
+        shape.n,
+        shape.k,
+        destination,
         1,
-        destination.1 as isize,
-        accumulate,
-        left.0.as_ptr(),
-        left.2 as isize,
-        left.1 as isize,
-        right.0.as_ptr(),
-        right.2 as isize,
-        right.1 as isize,
+        pitch as isize,
+        store == Store::Add,
+        left.data.as_ptr(),
+        left.column_stride as isize,
+        left.row_stride as isize,
+        right.data.as_ptr(),
+        right.column_stride as isize,
+        right.row_stride as isize,
         1.0f32,
         1.0f32,
         false,

@@ -21,7 +21,7 @@ use crate::exchange::Exchange;
 use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::{Optimizer, StateTensor};
-use crate::options::{HeadOptions, Precision};
+use crate::options::{HeadOptions, Placement, Precision};
 use crate::protocol::{Counters, LossPlace};
 use crate::shard::Shard;
 use crate::stream::StreamDevice;
@@ -54,6 +54,12 @@ pub struct HeadSpec {
     pub ranks: u32,
     pub rank: u32,
     pub shard: Shard,
+}
+
+impl HeadSpec {
+    fn is_sharded(&self) -> bool {
+        self.options.placement == Placement::Sharded
+    }
 }
 
 /// Labels of one rank's batch, borrowed for a call.

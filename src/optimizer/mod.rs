@@ -84,36 +84,36 @@ impl Optimizer {
 #[derive(Clone, Copy, Debug)]
 pub struct UpdateRule {
     simd: Simd,
-    pub(crate) step: Step,
+    pub(crate) coefficients: Coefficients,
 }
 
 /// The coefficients, rounded.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Step {
-    Sgd(SgdStep),
-    Adamw(AdamwStep),
+pub(crate) enum Coefficients {
+    Sgd(SgdCoefficients),
+    Adamw(AdamwCoefficients),
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct SgdStep {
+pub(crate) struct SgdCoefficients {
     pub momentum: f32,
     pub weight_decay: f32,
     pub learning_rate: f32,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AdamwStep {
+pub(crate) struct AdamwCoefficients {
     pub beta1: f32,
     pub beta2: f32,
     /// 1 - beta1 and 1 - beta2, rounded once.
-    pub rest1: f32,
-    pub rest2: f32,
+    pub one_minus_beta1: f32,
+    pub one_minus_beta2: f32,
     /// Learning rate * weight decay.
-    pub decay: f32,
+    pub decay_factor: f32,
     /// Learning rate / (1 - beta1^t).
-    pub rate: f32,
+    pub corrected_rate: f32,
     /// 1 / sqrt(1 - beta2^t).
-    pub root: f32,
+    pub sqrt_v_scale: f32,
     pub epsilon: f32,
 }
 
@@ -128,27 +128,27 @@ impl UpdateRule {
     /// If `update` is 0.
     pub fn new(optimizer: &Optimizer, learning_rate: f64, update: u64) -> UpdateRule {
         assert!(update > 0, "update is 0; updates are numbered from 1");
-        let step = match *optimizer {
-            Optimizer::Sgd(Sgd { momentum, weight_decay }) => Step::Sgd(SgdStep {
+        let coefficients = match *optimizer {
+            Optimizer::Sgd(Sgd { momentum, weight_decay }) => Coefficients::Sgd(SgdCoefficients {
                 momentum: momentum as f32,
                 weight_decay: weight_decay as f32,
                 learning_rate: learning_rate as f32,
             }),
             Optimizer::Adamw(adamw) => {
-                let (rate, root) = bias_corrected(&adamw, learning_rate, update);
-                Step::Adamw(AdamwStep {
+                let (corrected_rate, sqrt_v_scale) = bias_corrected(&adamw, learning_rate, update);
+                Coefficients::Adamw(AdamwCoefficients {
                     beta1: adamw.beta1 as f32,
                     beta2: adamw.beta2 as f32,
-                    rest1: (1.0 - adamw.beta1) as f32,
-                    rest2: (1.0 - adamw.beta2) as f32,
-                    decay: (learning_rate * adamw.weight_decay) as f32,
-                    rate: rate as f32,
-                    root: root as f32,
+                    one_minus_beta1: (1.0 - adamw.beta1) as f32,
+                    one_minus_beta2: (1.0 - adamw.beta2) as f32,
+                    decay_factor: (learning_rate * adamw.weight_decay) as f32,
+                    corrected_rate: corrected_rate as f32,
+                    sqrt_v_scale: sqrt_v_scale as f32,
                     epsilon: adamw.epsilon as f32,
                 })
             }
         };
-        UpdateRule { simd: Simd::best(), step }
+        UpdateRule { simd: Simd::best(), coefficients }
     }
 
     /// Moves one row by its gradient `g`. `v` is empty for SGD. The same bits on every instruction set.
@@ -156,12 +156,12 @@ impl UpdateRule {
     /// # Panics
     /// If the lengths differ.
     pub fn apply(&self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-        assert!(m.len() == w.len() && g.len() == w.len(), "a step needs rows of one length");
-        match &self.step {
-            Step::Sgd(step) => sgd_on(self.simd, step, w, m, g),
-            Step::Adamw(step) => {
-                assert_eq!(v.len(), w.len(), "a step needs rows of one length");
-                adamw_on(self.simd, step, w, m, v, g)
+        assert!(m.len() == w.len() && g.len() == w.len(), "an update needs rows of one length");
+        match &self.coefficients {
+            Coefficients::Sgd(sgd) => sgd_on(self.simd, sgd, w, m, g),
+            Coefficients::Adamw(adamw) => {
+                assert_eq!(v.len(), w.len(), "an update needs rows of one length");
+                adamw_on(self.simd, adamw, w, m, v, g)
             }
         }
     }
@@ -174,12 +174,12 @@ fn bias_corrected(adamw: &Adamw, learning_rate: f64, update: u64) -> (f64, f64) 
 }
 
 clones! {
-    fn sgd_on(step: &SgdStep, w: &mut [f32], m: &mut [f32], g: &[f32]) = sgd;
+    fn sgd_on(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) = sgd;
 }
 
 #[inline(always)]
-fn sgd(step: &SgdStep, w: &mut [f32], m: &mut [f32], g: &[f32]) {
-    let SgdStep { momentum, weight_decay, learning_rate } = *step;
+fn sgd(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) {
+    let SgdCoefficients { momentum, weight_decay, learning_rate } = *coefficients;
     for ((w, m), g) in w.iter_mut().zip(m).zip(g) {
         *m = momentum * *m + (*g + weight_decay * *w);
         *w -= learning_rate * *m;
@@ -187,17 +187,18 @@ fn sgd(step: &SgdStep, w: &mut [f32], m: &mut [f32], g: &[f32]) {
 }
 
 clones! {
-    fn adamw_on(step: &AdamwStep, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) = adamw;
+    fn adamw_on(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) = adamw;
 }
 
 #[inline(always)]
-fn adamw(step: &AdamwStep, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    let AdamwStep { beta1, beta2, rest1, rest2, decay, rate, root, epsilon } = *step;
+fn adamw(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    let AdamwCoefficients { beta1, beta2, one_minus_beta1, one_minus_beta2, decay_factor, corrected_rate, sqrt_v_scale, epsilon } =
+        *coefficients;
     for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-        *m = beta1 * *m + rest1 * *g;
-        *v = beta2 * *v + rest2 * (*g * *g);
+        *m = beta1 * *m + one_minus_beta1 * *g;
+        *v = beta2 * *v + one_minus_beta2 * (*g * *g);
         // One small term, subtracted once: w * (1 - decay) would round the decay away.
-        *w -= decay * *w + rate * *m / (v.sqrt() * root + epsilon);
+        *w -= decay_factor * *w + corrected_rate * *m / (v.sqrt() * sqrt_v_scale + epsilon);
     }
 }
 

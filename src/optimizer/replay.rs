@@ -62,11 +62,11 @@ pub struct Replay {
     simd: Simd,
     oldest: u64,
     now: u64,
-    gaps: Gaps,
+    missed_updates: MissedUpdates,
 }
 
 #[derive(Clone, Debug)]
-enum Gaps {
+enum MissedUpdates {
     /// By last - oldest.
     Sgd(Vec<SgdGap>),
     Adamw {
@@ -94,9 +94,9 @@ struct SgdGap {
 #[derive(Clone, Copy, Debug)]
 struct AdamwUpdate {
     /// Learning rate / (1 - beta1^t).
-    rate: f64,
+    corrected_rate: f64,
     /// 1 / sqrt(1 - beta2^t).
-    root: f64,
+    sqrt_v_scale: f64,
 }
 
 /// Missed updates of AdamW after which a row's own moves no longer count: the least k with (beta1 / sqrt(beta2))^k < 5e-8, 161 for
@@ -128,21 +128,21 @@ impl Replay {
         let oldest = history.oldest();
         assert!((oldest..=history.updates()).contains(&now), "now is {now}; the history is {oldest} to {}", history.updates());
         let rates = &history.rates()[..(now - oldest) as usize];
-        let gaps = match *optimizer {
-            Optimizer::Sgd(sgd) => Gaps::Sgd(sgd_gaps(&sgd, rates)),
+        let missed_updates = match *optimizer {
+            Optimizer::Sgd(sgd) => MissedUpdates::Sgd(sgd_gaps(&sgd, rates)),
             Optimizer::Adamw(adamw) => {
                 let numbered = rates.iter().zip(oldest + 1..);
                 let updates = numbered
                     .map(|(&rate, update)| bias_corrected(&adamw, rate, update))
-                    .map(|(rate, root)| AdamwUpdate { rate, root });
+                    .map(|(corrected_rate, sqrt_v_scale)| AdamwUpdate { corrected_rate, sqrt_v_scale });
                 let mut decays = vec![1.0; rates.len() + 1];
                 for (index, rate) in rates.iter().enumerate().rev() {
                     decays[index] = decays[index + 1] * (1.0 - rate * adamw.weight_decay);
                 }
-                Gaps::Adamw { optimizer: adamw, replayed: replayed_updates(&adamw), updates: updates.collect(), decays }
+                MissedUpdates::Adamw { optimizer: adamw, replayed: replayed_updates(&adamw), updates: updates.collect(), decays }
             }
         };
-        Replay { simd: Simd::best(), oldest, now, gaps }
+        Replay { simd: Simd::best(), oldest, now, missed_updates }
     }
 
     /// Whether a row last touched at `last` missed nothing.
@@ -167,9 +167,9 @@ impl Replay {
             return;
         }
         let index = (last - self.oldest) as usize;
-        match &self.gaps {
-            Gaps::Sgd(gaps) => sgd_gap_on(self.simd, &gaps[index], w, m),
-            Gaps::Adamw { optimizer, replayed, updates, decays } => {
+        match &self.missed_updates {
+            MissedUpdates::Sgd(gaps) => sgd_gap_on(self.simd, &gaps[index], w, m),
+            MissedUpdates::Adamw { optimizer, replayed, updates, decays } => {
                 assert_eq!(v.len(), w.len(), "a row and its state have one length");
                 let missed = &updates[index..];
                 let count = missed.len().min((*replayed).min(usize::MAX as u64) as usize);
@@ -185,16 +185,16 @@ impl Replay {
         let gap = (decays.len() - 1) as f64;
         let sqrt_beta2 = optimizer.beta2.sqrt();
         let (mut beta1_k, mut sqrt_beta2_k) = (1.0, 1.0);
-        // w_now = decays[0] * w - m * sum_k move_k / (root_k * sqrt(v) + epsilon), with m and v of the gap's start: what decays
+        // w_now = decays[0] * w - m * sum_k move_k / (sqrt_v_scale_k * sqrt(v) + epsilon), with m and v of the gap's start: what decays
         // after move k goes into its factor. Later pieces of the sum go straight into w, whose decay comes first.
         let mut decay = (decays[0] - 1.0) as f32;
-        let mut moves = [AdamwMove { rate: 0.0, root: 0.0 }; MOVES];
+        let mut moves = [AdamwMove { rate: 0.0, sqrt_v_scale: 0.0 }; MOVES];
         for (updates, decays) in moving.chunks(MOVES).zip(decays[1..].chunks(MOVES)) {
             for (made, (update, decay)) in moves.iter_mut().zip(updates.iter().zip(decays)) {
                 beta1_k *= optimizer.beta1;
                 sqrt_beta2_k *= sqrt_beta2;
-                made.rate = (update.rate * beta1_k * decay) as f32;
-                made.root = (update.root * sqrt_beta2_k) as f32;
+                made.rate = (update.corrected_rate * beta1_k * decay) as f32;
+                made.sqrt_v_scale = (update.sqrt_v_scale * sqrt_beta2_k) as f32;
             }
             adamw_moves_on(self.simd, decay, &moves[..updates.len()], optimizer.epsilon as f32, w, m, v);
             decay = 0.0;
@@ -206,7 +206,7 @@ impl Replay {
 }
 
 /// A missed update is (w, m) -> (w - lr * m', m') with m' = momentum * m + weight_decay * w: one matrix for all elements of all
-/// rows. Gaps end at the same update, so that their matrices are the products of the last ones: each gap's from the next shorter
+/// rows. MissedUpdates end at the same update, so that their matrices are the products of the last ones: each gap's from the next shorter
 /// one's.
 fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
     let (mu, wd) = (sgd.momentum, sgd.weight_decay);
@@ -240,11 +240,11 @@ fn sgd_gap(gap: &SgdGap, w: &mut [f32], m: &mut [f32]) {
     }
 }
 
-/// w -= rate * m / (root * sqrt(v) + epsilon)
+/// w -= rate * m / (sqrt_v_scale * sqrt(v) + epsilon)
 #[derive(Clone, Copy, Debug)]
 struct AdamwMove {
     rate: f32,
-    root: f32,
+    sqrt_v_scale: f32,
 }
 
 clones! {
@@ -262,7 +262,7 @@ fn adamw_moves(decay: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: 
         root_v.iter_mut().for_each(|v| *v = v.sqrt());
         for made in moves {
             for lane in 0..LANES {
-                sum[lane] += made.rate / (made.root * root_v[lane] + epsilon);
+                sum[lane] += made.rate / (made.sqrt_v_scale * root_v[lane] + epsilon);
             }
         }
         for ((w, m), sum) in w[start..].iter_mut().zip(&m[start..]).zip(sum) {

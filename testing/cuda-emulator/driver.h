@@ -20,7 +20,7 @@ void lock_again(unsigned depth);
 void wait_for_others(unsigned microseconds);
 void wake_others();
 
-// Counts a call; false where the driver was not initialised.
+// Counts a call; false where the driver was not initialized.
 bool count_call(const char* name);
 // What a test has a call or a launch give instead of doing anything; 0: nothing.
 CUresult planned_failure(const char* name);

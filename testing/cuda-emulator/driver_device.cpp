@@ -37,7 +37,7 @@ Context primary[kMostDevices];
 std::set<CUcontext> made;  // by cuCtxCreate
 int devices = 1;
 int version = 13000;
-bool initialised;
+bool initialized;
 // A failure to come: of which call, and in how many.
 std::string failing;
 uint64_t until_failure;
@@ -108,7 +108,7 @@ void wake_others() { pthread_cond_broadcast(&condition); }
 
 bool count_call(const char* name) {
     ++calls()[name];
-    return initialised;
+    return initialized;
 }
 
 CUresult planned_failure(const char* name) {
@@ -174,9 +174,9 @@ uint64_t simt_count(const char* name) {
 
 CUresult cuInit(unsigned flags) {
     Lock lock;
-    const char* told = initialised ? nullptr : getenv("PFC_SIMT_DEVICES");
+    const char* told = initialized ? nullptr : getenv("PFC_SIMT_DEVICES");
     if (told) set_devices(told);
-    initialised = true;
+    initialized = true;
     count_call(__func__);
     return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }

@@ -48,7 +48,7 @@ functions! {
     struct Simt {
         seed: "simt_seed" = fn(u64),
         report: "simt_report" = fn(*mut c_char, usize) -> usize,
-        forgive: "simt_forgive" = fn(),
+        forget: "simt_forgive" = fn(),
         count: "simt_count" = fn(*const c_char) -> u64,
         memory: "simt_memory" = fn(u64),
         profile: "simt_profile" = fn(i32, i32),
@@ -60,7 +60,7 @@ functions! {
 
 /// A turn at the driver. Turns do not overlap within a process: the emulator's seed, findings and counts are the process's.
 ///
-/// At its end there must be no finding, but what was forgiven.
+/// At its end there must be no finding, but what was forgotten.
 pub struct Turn {
     simt: Option<&'static Simt>,
     _alone: MutexGuard<'static, ()>,
@@ -72,7 +72,7 @@ pub fn turn(seed: u64) -> Turn {
     // A test that failed in its turn has told so itself.
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let turn = Turn { simt: load(), _alone: alone };
-    turn.forgive();
+    turn.forget_findings();
     turn.seed(seed);
     turn
 }
@@ -95,10 +95,10 @@ impl Turn {
     }
 
     /// Forgets the findings, and the error that they left in the context.
-    pub fn forgive(&self) {
+    pub fn forget_findings(&self) {
         if let Some(simt) = self.simt {
             // SAFETY: as simt.h declares it.
-            unsafe { (simt.forgive)() };
+            unsafe { (simt.forget)() };
         }
     }
 
@@ -165,7 +165,7 @@ fn findings_of(simt: &Simt) -> String {
 impl Drop for Turn {
     fn drop(&mut self) {
         let findings = self.findings();
-        self.forgive();
+        self.forget_findings();
         self.fail("", 0, 0);
         // A second panic would hide the first.
         if !std::thread::panicking() {
@@ -240,7 +240,7 @@ impl Loaded {
     /// Once loaded by its path, the emulator is what every later look for `libcuda.so` finds: it has that name inside.
     pub fn open(library: &Path) -> Result<Loaded, String> {
         let name = CString::new(library.as_os_str().as_encoded_bytes()).expect("a path without zeros");
-        // SAFETY: a driver's initialisers may run; the error's text is read before the next call.
+        // SAFETY: a driver's initializers may run; the error's text is read before the next call.
         unsafe {
             let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
             match handle.is_null() {

@@ -2,7 +2,7 @@
 // words in memory that the stream was told to wait for, and for nothing else: which of several
 // ready ones runs is the seed's choice.
 //
-// The host has a clock too: it comes after what it synchronised with, and whatever it enqueues
+// The host has a clock too: it comes after what it synchronized with, and whatever it enqueues
 // comes after that. One clock for all host threads: how they order each other is not seen here.
 //
 // The time that events tell is that of a GPU with room for everything at once: an operation begins
@@ -26,7 +26,7 @@ namespace {
 std::vector<Stream*> streams;  // by slot; null: free
 std::vector<uint32_t> counts;  // of a slot's operations, over all streams that had it
 std::vector<uint32_t> host_clock;
-thread_local uint64_t host_time;  // when what this thread last synchronised with had ended
+thread_local uint64_t host_time;  // when what this thread last synchronized with had ended
 uint32_t next_id = 1;
 Stream* legacy;
 thread_local Stream* own;

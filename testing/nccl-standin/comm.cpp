@@ -140,7 +140,7 @@ ncclResult_t start(const CommPointer& comm, const std::string& name) {
     if (!cuda) return fail(ncclUnhandledCudaError, "no CUDA driver");
     if (cuda->cuCtxGetCurrent(&comm->context) != CUDA_SUCCESS || !comm->context
         || cuda->cuCtxGetDevice(&comm->device) != CUDA_SUCCESS) {
-        finding(format("rank %d of %d: initialised with no current context", comm->rank,
+        finding(format("rank %d of %d: initialized with no current context", comm->rank,
                        comm->ranks));
         return fail(ncclUnhandledCudaError, "no current context");
     }

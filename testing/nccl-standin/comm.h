@@ -109,7 +109,7 @@ private:
 
 // The communicator's state as ncclCommGetAsyncError tells it; goes on with what is in progress.
 ncclResult_t poll(Comm& comm);
-// Waits for the initialisation of one that blocks.
+// Waits for the initialization of one that blocks.
 ncclResult_t wait_until_ready(const CommPointer& comm);
 // With the communicator's lock: enqueues, or says what is in its way.
 ncclResult_t issue(Comm& comm, const Call& call);

@@ -43,7 +43,7 @@ STANDIN_API void standin_version(int version);
 // the environment included. Communicators stay.
 STANDIN_API void standin_reset(void);
 // Plans a fault for the collective number `operation` of a communicator's rank `rank`, counted from
-// 0 over that communicator's life; -1: its initialisation (enqueue, async, hang and delay; the rank
+// 0 over that communicator's life; -1: its initialization (enqueue, async, hang and delay; the rank
 // that hangs or fails does not join, so that its peers' never completes either). It happens once,
 // to the first communicator that comes to it. A rank below 0: to whichever rank does.
 STANDIN_API void standin_plan(int rank, int operation, int fault, int value);

@@ -2,10 +2,10 @@
 
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 
-use crate::common::ffi::{options, Device, Head, Rows, LEAST};
-use crate::common::numbers::{assert_close, relative_l2};
-use crate::common::ranks::on_ranks;
-use crate::common::training::{assert_same_bits, batch_rows, learning_rate, train, train_step, Batch, Trace, ADAMW};
+use partialfc_testing::capi::{options, Device, Head, Rows, LEAST};
+use partialfc_testing::numbers::{assert_close, relative_l2};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, train, train_step, Batch, Trace, ADAMW};
 
 /// Heads that differ where their code does: placement, sampling, optimizer, rows.
 fn kinds(classes: u64, dim: u32, max_batch: u64) -> Vec<HeadOptions> {
@@ -195,7 +195,7 @@ fn two_heads_on_one_communicator_do_not_meet() {
 }
 
 #[test]
-fn without_update_the_class_centres_stay() {
+fn without_update_the_class_centers_stay() {
     for options in kinds(50, 11, 12) {
         on_ranks(2, |place| {
             let device = Device::under_test(2);
@@ -271,7 +271,7 @@ fn sharded_and_replicated_train_alike() {
 }
 
 /// Training on a global batch of 10 rows, dealt out to the ranks.
-fn train_all(place: &crate::common::ranks::Rank, options: &HeadOptions, steps: usize) -> Trace {
+fn train_all(place: &partialfc_testing::ranks::Rank, options: &HeadOptions, steps: usize) -> Trace {
     let device = Device::under_test(1);
     let mut head = Head::new(&device, &place.comm, options);
     let mut trace = Trace::default();

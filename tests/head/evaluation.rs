@@ -1,16 +1,16 @@
-//! What a head tells of itself: metrics, and the class centres nearest to a row.
+//! What a head tells of itself: metrics, and the class centers nearest to a row.
 
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
-use partialfc::reference::{self, RankInput, Step};
+use partialfc_testing::reference::{self, RankInput, Step};
 
-use crate::common::ffi::{options, pfc_metrics, Comm, Device, Head, Rows};
-use crate::common::numbers::{assert_close, norm, widen, Random};
-use crate::common::ranks::on_ranks;
-use crate::common::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
+use partialfc_testing::capi::{options, pfc_metrics, Comm, Device, Head, Rows};
+use partialfc_testing::numbers::{assert_close, norm, widen, Random};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
 
 const IGNORED: i64 = -7;
 
-/// A rank's batch with every fourth row ignored and every third row near its class centre, so that top-1 is neither 0 nor 1.
+/// A rank's batch with every fourth row ignored and every third row near its class center, so that top-1 is neither 0 nor 1.
 fn batch(options: &HeadOptions, rank: usize, step: usize, centers: &[f32]) -> Batch {
     let d = options.embedding_dim as usize;
     let mut batch = Batch::draw(options, rank, step, batch_rows(options, rank, step));
@@ -67,9 +67,9 @@ fn metrics_are_those_of_the_reference() {
             for (rank, (sample, metrics)) in seen.iter().enumerate() {
                 for (at, m) in metrics.iter().enumerate() {
                     let what = |field: &str| format!("{placement:?} rate {sample_rate} rank {rank} reading {at}: {field}");
-                    let counts = (m.rows, m.valid_rows, m.sample_size, m.samples, m.updates);
+                    let counts = (m.rows, m.valid_rows, m.sample_size, m.draws, m.updates);
                     let expected = (rows as u64, step.valid_rows as u64, sample.len() as u64, 1, u64::from(at == 2));
-                    assert_eq!(counts, expected, "{}", what("rows, valid rows, sample size, samples, updates"));
+                    assert_eq!(counts, expected, "{}", what("rows, valid rows, sample size, draws, updates"));
                     assert_close(&what("loss"), &[m.loss], &[step.loss], 5e-5);
                     assert_close(&what("top1"), &[m.top1], &[step.top1], 1e-6);
                     assert_close(&what("mean_target_cosine"), &[m.mean_target_cosine], &[cosines], 1e-5);
@@ -91,14 +91,14 @@ fn metrics_before_any_step_are_zeros() {
         on_ranks(2, |place| {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &HeadOptions { placement, ..options(10, 4, 3) });
             let m = head.metrics().expect("metrics");
-            assert_eq!((m.updates, m.samples, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
+            assert_eq!((m.updates, m.draws, m.rows, m.valid_rows, m.sample_size), (0, 0, 0, 0, 0), "{placement:?}");
             let figures = [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm];
             assert_eq!(figures, [0.0; 5], "{placement:?}");
         });
     }
 }
 
-/// Cosines of a row with all class centres; 0 where either has no direction.
+/// Cosines of a row with all class centers; 0 where either has no direction.
 fn cosines(query: &[f32], centers: &[f32]) -> Vec<f64> {
     let query = widen(query);
     let rows = centers.chunks_exact(query.len()).map(widen);
@@ -131,7 +131,7 @@ fn check_nearest(what: &str, ids: &[i64], found: &[f32], truth: &[f64]) {
 }
 
 #[test]
-fn top_k_finds_the_nearest_class_centres() {
+fn top_k_finds_the_nearest_class_centers() {
     const CLASSES: usize = 45;
     const DIM: usize = 6;
     let mut random = Random(9);
@@ -141,7 +141,7 @@ fn top_k_finds_the_nearest_class_centres() {
         centers.copy_within(from * DIM..(from + 1) * DIM, to * DIM);
     }
     centers[20 * DIM..21 * DIM].fill(0.0);
-    // More rows than max_batch, and none; one that is a class centre, one without direction.
+    // More rows than max_batch, and none; one that is a class center, one without direction.
     let queries: Vec<Vec<f32>> = [5, 0, 2, 1]
         .iter()
         .map(|&rows| {
@@ -169,7 +169,7 @@ fn top_k_finds_the_nearest_class_centres() {
                         check_nearest(&what, &ids[range.clone()], &found[range], &cosines(query, &centers));
                     }
                     if place.rank == 0 {
-                        assert_eq!(ids[..k.min(3)], [2, 3, 30][..k.min(3)], "equal class centres come by id");
+                        assert_eq!(ids[..k.min(3)], [2, 3, 30][..k.min(3)], "equal class centers come by id");
                         let none: Vec<i64> = (0..k as i64).collect();
                         assert_eq!(ids[k..2 * k], none, "a row without direction is as near to all");
                     }
@@ -200,7 +200,7 @@ fn top_k_of_many_classes_is_theirs_and_the_same_every_time() {
             let range = row * k..(row + 1) * k;
             check_nearest(&format!("row {row} k {k}"), &ids[range.clone()], &found[range], &cosines(query, &centers));
         }
-        assert_eq!(ids[..k.min(3)], [17, 4100, 8999][..k.min(3)], "equal class centres come by id");
+        assert_eq!(ids[..k.min(3)], [17, 4100, 8999][..k.min(3)], "equal class centers come by id");
         let again = head.top_k(&mut query, k as u64).expect("top k");
         assert_eq!(again, (ids, found), "k {k}");
     }
@@ -220,7 +220,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
             let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let mut trace = Trace::default();
             for step in 0..4 {
-                crate::common::training::train_step(&mut head, place, &options, step, &mut trace);
+                partialfc_testing::training::train_step(&mut head, place, &options, step, &mut trace);
             }
             let query = Random(1).normals(6, 1.0);
             let (ids, found) = head.top_k(&mut Rows::f32(&query, 6), 40).expect("top k");
@@ -235,7 +235,7 @@ fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
 }
 
 /// Training with a question after every call.
-fn ask_between(place: &crate::common::ranks::Rank, options: &HeadOptions) -> Trace {
+fn ask_between(place: &partialfc_testing::ranks::Rank, options: &HeadOptions) -> Trace {
     let mut head = Head::new(&Device::under_test(1), &place.comm, options);
     let mut trace = Trace::default();
     let query = Random(1).normals(6 * (1 + place.rank), 1.0);

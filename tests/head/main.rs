@@ -1,10 +1,10 @@
-//! What a head promises beyond the numbers of one step: the same bits however it is run, its sampling, its rows between steps, what it
-//! tells of itself.
+//! The head: that its numbers are right, and what it promises beyond those of one step.
 
 mod bits;
-#[path = "../common/mod.rs"]
-mod common;
+mod conformance;
 mod evaluation;
+mod faults;
+mod reference;
 mod rows;
 mod sampling;
 mod start;

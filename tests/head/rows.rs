@@ -2,11 +2,11 @@
 
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
-use partialfc::reference::{self, RankInput};
+use partialfc_testing::reference::{self, RankInput};
 
-use crate::common::ffi::{options, Device, Head, Rows};
-use crate::common::numbers::{assert_close, widen, Random};
-use crate::common::ranks::on_ranks;
+use partialfc_testing::capi::{options, Device, Head, Rows};
+use partialfc_testing::numbers::{assert_close, widen, Random};
+use partialfc_testing::ranks::on_ranks;
 
 const CLASSES: usize = 7;
 const DIM: usize = 5;

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use partialfc::options::{HeadOptions, Placement};
 
-use crate::common::ffi::{options, outcome, Device, Head, Rows};
-use crate::common::numbers::Random;
-use crate::common::ranks::on_ranks;
-use crate::common::training::{assert_same_bits, Batch, Trace};
+use partialfc_testing::capi::{options, outcome, Device, Head, Rows};
+use partialfc_testing::numbers::Random;
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{assert_same_bits, Batch, Trace};
 
 const STEPS: usize = 400;
 
@@ -57,10 +57,10 @@ fn negatives_are_uniform_without_repeats_and_steps_are_independent() {
             let mean = shared as f64 / (drawn.len() - lag) as f64;
             assert!((mean - 2500.0 / rows as f64).abs() < 0.55, "rank {rank}: steps {lag} apart share {mean:.2} ids");
         }
-        // Neighbours come four from one counter: they must not come together.
+        // Neighbors come four from one counter: they must not come together.
         let pairs = drawn.iter().map(|sample| sample.windows(2).filter(|pair| pair[1] == pair[0] + 1).count()).sum::<usize>();
         let expected = STEPS as f64 * (rows - 1) as f64 * (50.0 * 49.0) / (rows as f64 * (rows - 1) as f64);
-        assert!((pairs as f64 - expected).abs() < 5.0 * expected.sqrt(), "rank {rank}: {pairs} neighbours, expected {expected:.0}");
+        assert!((pairs as f64 - expected).abs() < 5.0 * expected.sqrt(), "rank {rank}: {pairs} neighbors, expected {expected:.0}");
     }
 }
 
@@ -193,7 +193,7 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
                 (Placement::Replicated, _) => vec![0, 5, 12, 14],
             };
             head.set_sample(&given).expect("a sample");
-            head.forward(&mut crate::common::ffi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
+            head.forward(&mut partialfc_testing::capi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
             let expected = match (placement, place.rank) {
                 (Placement::Sharded, 0) => vec![0, 3, 5],
                 (Placement::Sharded, _) => vec![12, 14, 19],
@@ -201,7 +201,7 @@ fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
             };
             assert_eq!(head.sample_ids().expect("ids"), expected, "{placement:?} rank {}", place.rank);
             // For one step only: the next one draws again.
-            head.forward(&mut crate::common::ffi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
+            head.forward(&mut partialfc_testing::capi::Rows::f32(&embeddings, 2), Some(&labels)).expect("forward");
             let drawn = head.sample_ids().expect("ids").len();
             assert_eq!(drawn, if placement == Placement::Sharded { 5 } else { 10 }, "{placement:?} rank {}", place.rank);
         });

@@ -2,8 +2,8 @@
 
 use partialfc::options::{HeadOptions, Placement};
 
-use crate::common::ffi::{options, Comm, Device, Head};
-use crate::common::ranks::on_ranks;
+use partialfc_testing::capi::{options, Comm, Device, Head};
+use partialfc_testing::ranks::on_ranks;
 
 fn start(options: &HeadOptions, ranks: usize) -> Vec<f32> {
     let shards = on_ranks(ranks, |place| Head::new(&Device::under_test(1), &place.comm, options).centers());
@@ -44,7 +44,7 @@ fn start_values_are_normal_with_the_standard_deviation_asked_for() {
         assert!((moment(2) - 1.0).abs() < 0.023, "variance {}", moment(2));
         assert!(moment(3).abs() < 0.06, "skewness {}", moment(3));
         assert!((moment(4) - 3.0).abs() < 0.155, "kurtosis {}", moment(4));
-        // Neighbours by column and by class are independent.
+        // Neighbors by column and by class are independent.
         for lag in [1, 50] {
             let together: f64 = unit.iter().zip(&unit[lag..]).map(|(a, b)| a * b).sum::<f64>() / n;
             assert!(together.abs() < 0.016, "correlation {together} at lag {lag}");
@@ -62,7 +62,7 @@ fn written_rows_are_read_back_and_the_others_stay() {
     assert_eq!(after[12..18], [1.5, -2.0, 0.25, 4.0, 5.0, 6.0]);
     assert_eq!((&after[..12], &after[18..]), (&before[..12], &before[18..]));
     assert_eq!(head.read_centers(5, 1).expect("one row"), [4.0, 5.0, 6.0]);
-    head.write_state(crate::common::ffi::PFC_STATE_MOMENTUM, 8, &[7.0, 8.0, 9.0]).expect("state");
+    head.write_state(partialfc_testing::capi::PFC_STATE_MOMENTUM, 8, &[7.0, 8.0, 9.0]).expect("state");
     assert_eq!(head.momentum()[24..], [7.0, 8.0, 9.0]);
     assert_eq!(head.centers(), after);
 }

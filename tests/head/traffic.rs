@@ -3,9 +3,9 @@
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 
-use crate::common::ffi::{options, plan, to_c, traffic_between, Device, Head, Rows};
-use crate::common::ranks::on_ranks;
-use crate::common::training::{Batch, ADAMW};
+use partialfc_testing::capi::{options, plan, to_c, traffic_between, Device, Head, Rows};
+use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::training::{Batch, ADAMW};
 
 #[test]
 fn a_step_hands_over_the_bytes_that_the_plan_names() {
@@ -91,7 +91,7 @@ fn what_moves_between_ranks_is_what_the_design_says() {
     assert_eq!(sharded.grad_centers_bytes, 0);
     assert!(sharded.labels_bytes >= 128 * 8 && sharded.labels_bytes < 128 * 8 + 256, "{}", sharded.labels_bytes);
     assert!(sharded.sums_bytes < 16 * 8 * 128, "{}", sharded.sums_bytes);
-    // Replicated: the gradient of the sampled class centres, and no embeddings.
+    // Replicated: the gradient of the sampled class centers, and no embeddings.
     let base = HeadOptions { placement: Placement::Replicated, ..options(10_000, 512, 128) };
     let replicated = plan(&to_c(&base), 8, 128).expect("a plan");
     assert_eq!(replicated.grad_centers_bytes, 10_000 * 512 * 4);

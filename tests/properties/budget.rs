@@ -1,9 +1,9 @@
 //! How far a float32 head may be from the float64 one: row by row, from the sizes of the terms that were added up.
 
 use partialfc::optimizer::Optimizer;
-use partialfc::reference::{Head, Step};
+use partialfc_testing::reference::{Head, Step};
 
-use crate::common::numbers::norm;
+use partialfc_testing::numbers::norm;
 
 /// Relative error of a float32 operation, with some to spare.
 const ROUNDING: f64 = 2.5e-7;

@@ -3,20 +3,17 @@
 //! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test properties` draws others than the ordinary run.
 
 mod budget;
-mod case;
-#[path = "../common/mod.rs"]
-mod common;
 
 use budget::{floor, Budget};
-use case::{cases, large_cases, Calls, Case, Input, Sizes};
-use common::ffi::{Device, Failure, Head, Rows};
-use common::numbers::{distance, norm};
-use common::ranks::{on_ranks, Rank};
 use half::{bf16, f16};
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
-use partialfc::reference::{self, RankInput, Step};
 use partialfc::Status;
+use partialfc_testing::capi::{Device, Failure, Head, Rows};
+use partialfc_testing::cases::{cases, large_cases, Calls, Case, Input, Sizes};
+use partialfc_testing::numbers::{distance, norm};
+use partialfc_testing::ranks::{on_ranks, Rank};
+use partialfc_testing::reference::{self, RankInput, Step};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
@@ -262,7 +259,7 @@ fn compare_rows(
 }
 
 fn widen(values: &[f32]) -> Vec<f64> {
-    common::numbers::widen(values)
+    partialfc_testing::numbers::widen(values)
 }
 
 fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<(), String> {
@@ -296,7 +293,7 @@ fn agree(count: u32, cases: impl Strategy<Value = Case>) {
 
 /// Fewer where every thread of every kernel is emulated.
 fn count(cases: u32) -> u32 {
-    if common::ffi::on_cuda() {
+    if partialfc_testing::capi::on_cuda() {
         cases / 30
     } else {
         cases
@@ -336,7 +333,7 @@ fn plain() -> Case {
         momentum: 0.9,
         weight_decay: 5e-4,
         rows: Lazy,
-        labels: case::Labels::Any,
+        labels: partialfc_testing::cases::Labels::Any,
         ignore_label: None,
         ignored: 0.0,
         embeddings: DType::F32,

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::comm::watchdog::{aborted, OperationOutcome, Stop, Watchdog};
 use crate::comm::{Call, MemorySpace, Transport};
 use crate::matrix::{DType, ReduceOp};
+use crate::memory::zeros;
 use crate::stream::StreamMemory;
 use crate::{ensure, error, Error, Result};
 
@@ -75,7 +76,7 @@ struct Staging<'a> {
 }
 
 impl Staging<'_> {
-    /// The buffer, if need be with more room.
+    /// The buffer, grown if need be.
     fn reserve(&mut self, bytes: usize) -> std::result::Result<*mut u8, Failure> {
         if self.buffer.len() < bytes.div_ceil(8) {
             // The old one first: two need not fit.
@@ -442,10 +443,5 @@ fn code(function: &'static str, returned: i32) -> Outcome {
 
 /// Zeroed memory, aligned for every element type.
 fn temporary(bytes: usize) -> std::result::Result<Vec<u64>, Failure> {
-    let words = bytes.div_ceil(8);
-    let mut memory = Vec::new();
-    let room = memory.try_reserve_exact(words);
-    room.map_err(|_| Failure::Ours(error!(OutOfMemory, "cannot allocate {bytes} bytes for a temporary")))?;
-    memory.resize(words, 0);
-    Ok(memory)
+    zeros(&[bytes.div_ceil(8)], "a temporary").map_err(Failure::Ours)
 }

@@ -2,21 +2,22 @@
 
 use std::sync::Arc;
 
-use super::draft::{Draft, Sample};
+use super::buffers::{Activations, Messages};
 use super::pool::Pool;
 use super::products::{self, Shape};
 use super::rows::HostRows;
-use super::sizes::Sizes;
+use super::sample::{Draft, Sample};
+use super::sizes::{available_memory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::inverse_norm;
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{zeros, Buffer, Parts};
+use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
-use crate::options::{Placement, Precision};
-use crate::protocol::{self, Counters, LossPlace, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::options::Precision;
+use crate::protocol::{self, Counters, LossPlace, HEADER};
 use crate::{error, Contribution, Error, Result};
 
 /// Rows of a batch that one task normalises or finishes.
@@ -30,45 +31,23 @@ pub(super) struct CpuHead {
     pub(super) spec: HeadSpec,
     pub(super) pool: Arc<Pool>,
     pub(super) softmax: Softmax,
-    pub(super) table: HostRows,
+    pub(super) rows: HostRows,
     pub(super) sizes: Sizes,
     pub(super) gather_dtype: DType,
-
-    pub(super) labels_send: Vec<i64>,
-    pub(super) labels_recv: Vec<i64>,
     pub(super) own_labels: Vec<i64>,
     pub(super) own_failure: Option<Error>,
     pub(super) next: Option<Draft>,
-    pub(super) step: Step,
+    pub(super) step: StepState,
     /// Brings dense rows to the current step.
     pub(super) replay: Replay,
 
-    pub(super) embeddings_send: Buffer<u8>,
-    pub(super) embeddings_recv: Buffer<u8>,
-    /// What each own row was multiplied by to travel in f16; empty where rows travel as they are.
-    pub(super) send_scales: Vec<f32>,
-    pub(super) sums: Vec<f32>,
-    pub(super) replicated_sums: Vec<f64>,
-    pub(super) gradient_send: Buffer<f32>,
-    pub(super) gradient_recv: Buffer<f32>,
-    pub(super) center_gradient: Buffer<f32>,
-
-    /// E^: [rows, row_pitch].
-    pub(super) embeddings: Buffer<f32>,
-    /// E^ transposed: [d, batch_pitch].
-    pub(super) embeddings_t: Buffer<f32>,
-    /// E': [rows, row_pitch].
-    pub(super) scaled: Buffer<f32>,
-    pub(super) weighted: Buffer<f32>,
-    pub(super) slice_sums: Buffer<f64>,
-    pub(super) slice_best: Buffer<f32>,
-    pub(super) kept: Buffer<f32>,
-    pub(super) scratch: Buffer<f32>,
+    pub(super) messages: Messages,
+    pub(super) activations: Activations,
 }
 
 /// The current step: its draft, and what its phases found for each row.
 #[derive(Default)]
-pub(super) struct Step {
+pub(super) struct StepState {
     pub(super) draft: Draft,
     pub(super) shape: Shape,
     /// The first row, in the order of the batch, whose embedding is not finite.
@@ -102,49 +81,29 @@ impl CpuHead {
             // Twice the arithmetic beats swapping.
             sizes.kept_chunks = 0;
         }
-        let Shape { rows, dim, classes } = sizes.capacity;
-        let sharded = options.placement == Placement::Sharded;
-        let (ranks, max_batch) = (spec.ranks as usize, options.max_batch as usize);
         let gather_dtype = options.gathered_dtype(Precision::F32);
-        let label_block = protocol::label_block(options.max_batch);
-        let exchanged = |elements: usize| if sharded { elements } else { 0 };
-        let table = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
+        let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
             gather_dtype,
-            labels_send: zeros(&[label_block], "labels")?,
-            labels_recv: zeros(&[ranks, label_block], "labels")?,
             own_labels: Vec::new(),
             own_failure: None,
             next: None,
-            step: Step::default(),
-            replay: table.replay(),
-            table,
-            embeddings_send: Buffer::zeroed(exchanged(max_batch * dim * gather_dtype.size()), "embeddings to gather")?,
-            embeddings_recv: Buffer::zeroed(exchanged(ranks * max_batch * dim * gather_dtype.size()), "gathered embeddings")?,
-            send_scales: zeros(&[if gather_dtype == DType::F16 { exchanged(max_batch) } else { 0 }], "scales of rows to gather")?,
-            sums: zeros(&[exchanged(2 * rows + TOTALS)], "row sums")?,
-            replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
-            gradient_send: Buffer::zeroed(exchanged(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
-            gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
-            center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centers' gradient")?,
-            embeddings: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
-            embeddings_t: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
-            scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
-            weighted: Buffer::zeroed(sizes.weighted, "accumulators")?,
-            slice_sums: Buffer::zeroed(sizes.slice_rows, "row sums by slice")?,
-            slice_best: Buffer::zeroed(sizes.slice_rows, "row maxima by slice")?,
-            kept: Buffer::zeroed(sizes.kept_elements(), "softmax numerators")?,
-            scratch: Buffer::zeroed(sizes.scratch, "scratch")?,
+            step: StepState::default(),
+            replay: rows.replay(),
+            rows,
+            messages: Messages::new(&spec, &sizes, gather_dtype)?,
+            activations: Activations::new(&sizes)?,
             sizes,
             pool,
             spec,
         };
         log::info!(
-            "rank {} of {}: {} class centers of dimension {dim} from {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
+            "rank {} of {}: {} class centers of dimension {} from class {}, {} MiB for rows and state, {} of {} chunks of numerators kept",
             head.spec.rank,
-            ranks,
+            head.spec.ranks,
             head.spec.shard.rows,
+            head.sizes.capacity.dim,
             head.spec.shard.first,
             (memory.weight + memory.state) >> 20,
             head.sizes.kept_chunks,
@@ -154,7 +113,7 @@ impl CpuHead {
     }
 
     fn sharded(&self) -> bool {
-        self.spec.options.placement == Placement::Sharded
+        self.spec.is_sharded()
     }
 
     /// This rank's rows in the current step.
@@ -192,9 +151,9 @@ impl CpuHead {
         step.best_negatives.fill(ELSEWHERE);
         (step.bad_row, step.valid_rows, step.loss, step.target_cosine_sum) = (None, 0, 0.0, 0.0);
         (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
-        if !self.sharded() && shape.classes * shape.dim > self.center_gradient.len() {
+        if !self.sharded() && shape.classes * shape.dim > self.messages.center_gradient.len() {
             // A caller's sample beyond every draw.
-            self.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
+            self.messages.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
         }
         Ok(())
     }
@@ -202,26 +161,27 @@ impl CpuHead {
     /// Phase 3 for E: judges the rows, normalises them into E^ and finds the angle of each target in this rank's sample.
     fn embed(&mut self, own: &Matrix) {
         let gathered = Matrix {
-            data: self.embeddings_recv.as_ptr().cast_mut(),
+            data: self.messages.embeddings_recv.as_ptr().cast_mut(),
             dtype: self.gather_dtype,
             rows: self.spec.ranks as usize * self.padded_rows(),
             cols: self.sizes.capacity.dim,
             row_stride: self.sizes.capacity.dim,
         };
         let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead { spec, pool, table, step, replay, scratch, embeddings, .. } = self;
-        let Step { draft, shape, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
+        let CpuHead { spec, pool, rows: centers, step, replay, activations, .. } = self;
+        let Activations { units, scratch, .. } = activations;
+        let StepState { draft, shape, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let margin = &spec.options.margin;
         let tasks = rows.div_ceil(ROWS_A_TASK);
         let mut bad = vec![u64::MAX; tasks];
         let bad_rows = Parts::of(&mut bad);
-        let (scratch, normalized, inverse_norms) = (scratch.parts(), embeddings.parts(), Parts::of(inverse_norms));
+        let (scratch, normalized, inverse_norms) = (scratch.parts(), units.parts(), Parts::of(inverse_norms));
         let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
         pool.run(tasks, &|task, worker| {
             // SAFETY: a worker number belongs to one thread, a row to one task.
             let (raw, rest) = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
-            let (center, spare) = rest.split_at_mut(dim);
+            let (center, scratch_rows) = rest.split_at_mut(dim);
             for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
                 let cell = |values: &Parts<'_, f32>, value: f32| unsafe { values.range(row..row + 1)[0] = value };
                 let out = unsafe { normalized.range(row * pitch..row * pitch + dim) };
@@ -253,7 +213,7 @@ impl CpuHead {
                 cell(&inverse_norms, inverse as f32);
                 vector::scale_into(raw, inverse as f32, out);
                 if let Some(column) = draft.column(row) {
-                    table.read(replay, draft.sample.row(column), center, spare);
+                    centers.read(replay, draft.sample.row(column), center, scratch_rows);
                     let angle = margin::angle(raw, inverse, center, inverse_norm(vector::sum_of_squares(center)));
                     let target = margin.target(angle);
                     cell(&logits, target.logit as f32);
@@ -263,7 +223,7 @@ impl CpuHead {
             }
         });
         step.bad_row = bad.into_iter().find(|&row| row != u64::MAX).map(|row| row as usize);
-        transpose(pool, &self.embeddings, pitch, &mut self.embeddings_t, rows, dim);
+        transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
     }
 
     /// What a loss weight becomes: the mean is over the valid rows of the global batch.
@@ -286,22 +246,27 @@ impl HeadDevice for CpuHead {
             Err(error) => self.own_failure = Some(error),
         }
         match &self.own_failure {
-            Some(cause) => protocol::pack_failure(&mut self.labels_send, counters, cause),
-            None => protocol::pack_labels(&mut self.labels_send, counters, &self.own_labels),
+            Some(cause) => protocol::pack_failure(&mut self.messages.labels_send, counters, cause),
+            None => protocol::pack_labels(&mut self.messages.labels_send, counters, &self.own_labels),
         }
-        Exchange::host(self.labels_send.as_ptr(), self.labels_recv.as_mut_ptr(), self.labels_send.len(), DType::I64)
+        Exchange::host(
+            self.messages.labels_send.as_ptr(),
+            self.messages.labels_recv.as_mut_ptr(),
+            self.messages.labels_send.len(),
+            DType::I64,
+        )
     }
 
     fn judge_labels(&mut self) -> Result<()> {
         let options = &self.spec.options;
         let batches = protocol::judge_labels(
-            &self.labels_recv,
+            &self.messages.labels_recv,
             self.spec.ranks as usize,
             self.own_failure.as_ref(),
             options.num_classes,
             options.ignore_label,
         )?;
-        let blocks = self.labels_recv.chunks_exact(self.labels_send.len());
+        let blocks = self.messages.labels_recv.chunks_exact(self.messages.labels_send.len());
         let labels = blocks.zip(&batches).flat_map(|(block, &batch)| block[HEADER..HEADER + batch].iter().copied()).collect();
         self.next = Some(Draft::new(options, self.spec.rank as usize, batches, labels));
         Ok(())
@@ -349,8 +314,13 @@ impl HeadDevice for CpuHead {
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
         let dim = self.sizes.capacity.dim;
         let padded = self.padded_rows();
-        let block =
-            Matrix { data: self.embeddings_send.as_mut_ptr(), dtype: self.gather_dtype, rows: padded, cols: dim, row_stride: dim };
+        let block = Matrix {
+            data: self.messages.embeddings_send.as_mut_ptr(),
+            dtype: self.gather_dtype,
+            rows: padded,
+            cols: dim,
+            row_stride: dim,
+        };
         let mut row = vec![0.0; dim];
         let rows = embeddings.map_or(0, |matrix| matrix.rows);
         for i in 0..padded {
@@ -360,18 +330,23 @@ impl HeadDevice for CpuHead {
                     Some(matrix) if i < rows => matrix.read_row(i, &mut row),
                     _ => row.fill(0.0),
                 }
-                if let Some(scale) = self.send_scales.get_mut(i) {
+                if let Some(scale) = self.messages.send_scales.get_mut(i) {
                     *scale = vector::send_scale(&row);
                     vector::scale(&mut row, *scale);
                 }
                 block.write_row(i, &row);
             }
         }
-        Exchange::host(self.embeddings_send.as_ptr(), self.embeddings_recv.as_mut_ptr(), padded * dim, self.gather_dtype)
+        Exchange::host(
+            self.messages.embeddings_send.as_ptr(),
+            self.messages.embeddings_recv.as_mut_ptr(),
+            padded * dim,
+            self.gather_dtype,
+        )
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
-        self.replay = self.table.replay();
+        self.replay = self.rows.replay();
         self.embed(embeddings);
         if let Some(row) = self.step.bad_row {
             let (rank, number) = if self.sharded() { self.step.draft.origin(row) } else { (self.spec.rank as usize, row) };
@@ -400,10 +375,12 @@ impl HeadDevice for CpuHead {
 
     fn backward(&mut self) -> Exchange {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead { pool, table, step, replay, scratch, embeddings, scaled, weighted, gradient_send, gradient_recv, .. } = self;
-        let Step { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
+        let CpuHead { pool, rows: centers, step, replay, messages, activations, .. } = self;
+        let Messages { gradient_send, gradient_recv, .. } = messages;
+        let Activations { units, scaled, weighted_centers, scratch, .. } = activations;
+        let StepState { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
-        let slices = shape.slices();
+        let splits = shape.splits();
         if sharded {
             // Rows beyond a rank's batch travel too, and a stale number would reach no one but might be a NaN in a sum.
             for (rank, &batch) in draft.batches.iter().enumerate() {
@@ -414,33 +391,33 @@ impl HeadDevice for CpuHead {
         let (scratch, scaled) = (scratch.parts(), scaled.parts());
         pool.run(rows.div_ceil(ROWS_A_TASK), &|task, worker| {
             // SAFETY: a worker number belongs to one thread, a row to one task.
-            let (center, spare) =
+            let (center, scratch_rows) =
                 unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
             for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
-                let place = if sharded {
+                let position = if sharded {
                     let (origin, number) = draft.origin(row);
                     origin * padded + number
                 } else {
                     row
                 };
-                let out = unsafe { target.range(place * dim..(place + 1) * dim) };
+                let out = unsafe { target.range(position * dim..(position + 1) * dim) };
                 out.fill(0.0);
                 let scaled = unsafe { scaled.range(row * pitch..row * pitch + dim) };
-                vector::scale_into(&embeddings[row * pitch..row * pitch + dim], factors[row], scaled);
+                vector::scale_into(&units[row * pitch..row * pitch + dim], factors[row], scaled);
                 if factors[row] == 0.0 {
                     continue;
                 }
-                for slice in 0..slices {
-                    let at = (slice * rows + row) * pitch;
-                    vector::add_scaled(out, factors[row], &weighted[at..at + dim]);
+                for split in 0..splits {
+                    let at = (split * rows + row) * pitch;
+                    vector::add_scaled(out, factors[row], &weighted_centers[at..at + dim]);
                 }
                 if let Some(column) = draft.column(row) {
-                    table.read(replay, draft.sample.row(column), center, spare);
+                    centers.read(replay, draft.sample.row(column), center, scratch_rows);
                     vector::add_scaled(out, coefficients[row] * center_inverse_norms[column], center);
                 }
             }
         });
-        Exchange::host(self.gradient_send.as_ptr(), self.gradient_recv.as_mut_ptr(), padded * dim, DType::F32)
+        Exchange::host(self.messages.gradient_send.as_ptr(), self.messages.gradient_recv.as_mut_ptr(), padded * dim, DType::F32)
     }
 
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
@@ -449,10 +426,10 @@ impl HeadDevice for CpuHead {
         let weight = self.weight(factor) as f32;
         let mut squares = 0.0;
         for (i, row) in own.enumerate() {
-            let out = &mut self.gradient_recv[i * dim..(i + 1) * dim];
-            let unit = &self.embeddings[row * pitch..row * pitch + dim];
+            let out = &mut self.messages.gradient_recv[i * dim..(i + 1) * dim];
+            let unit = &self.activations.units[row * pitch..row * pitch + dim];
             // The row's own, of which the one that travelled is a multiple.
-            let inverse_norm = self.step.inverse_norms[row] * self.send_scales.get(i).unwrap_or(&1.0);
+            let inverse_norm = self.step.inverse_norms[row] * self.messages.send_scales.get(i).unwrap_or(&1.0);
             squares += vector::normalize_backward(out, unit, 1.0, inverse_norm * weight);
             if let Some(matrix) = gradient {
                 // SAFETY: the caller's matrix holds this rank's batch.
@@ -467,27 +444,27 @@ impl HeadDevice for CpuHead {
         let weight = self.weight(loss_weight);
         let outcome = self.update_pass(learning_rate, weight, beside);
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.table.count_update(learning_rate);
+        self.rows.count_update(learning_rate);
         outcome
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
         let weight = self.weight(loss_weight);
         self.gradient_pass(weight);
-        let data = self.center_gradient.as_mut_ptr();
+        let data = self.messages.center_gradient.as_mut_ptr();
         Exchange::host(data, data, self.step.shape.classes * self.step.shape.dim, DType::F32)
     }
 
     fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
-        let CpuHead { pool, table, step, replay, center_gradient, .. } = self;
-        let Step { draft, shape, totals, .. } = step;
+        let CpuHead { pool, rows: centers, step, replay, messages, .. } = self;
+        let StepState { draft, shape, totals, .. } = step;
         let dim = shape.dim;
-        let rows = table.rows(replay, learning_rate);
+        let rows = centers.updating(replay, learning_rate);
         let totals = Parts::of(totals);
         pool.run(shape.chunks(), &|chunk, _| {
             let mut squares = 0.0;
             for column in shape.chunk(chunk) {
-                let gradient = &center_gradient[column * dim..(column + 1) * dim];
+                let gradient = &messages.center_gradient[column * dim..(column + 1) * dim];
                 squares += vector::sum_of_squares(gradient);
                 // SAFETY: a column is in one chunk, a chunk in one task.
                 unsafe { rows.apply(draft.sample.row(column), gradient) };
@@ -495,14 +472,14 @@ impl HeadDevice for CpuHead {
             unsafe { totals.range(chunk..chunk + 1)[0] = squares };
         });
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.table.count_update(learning_rate);
+        self.rows.count_update(learning_rate);
         Ok(())
     }
 
     fn figures(&mut self) -> Result<StepFigures> {
         let step = &self.step;
         Ok(StepFigures {
-            updates: self.table.updates(),
+            updates: self.rows.updates(),
             rows: step.draft.batches.iter().sum::<usize>() as u64,
             valid_rows: step.valid_rows,
             sample_size: step.draft.sample.len() as u64,
@@ -516,15 +493,15 @@ impl HeadDevice for CpuHead {
     }
 
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.table.read_rows(tensor, first, rows)
+        self.rows.read_rows(tensor, first, rows)
     }
 
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.table.write_rows(tensor, first, rows)
+        self.rows.write_rows(tensor, first, rows)
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        super::nearest::nearest(&self.pool, &self.table, self.spec.shard, queries, k)
+        super::nearest::nearest(&self.pool, &self.rows, self.spec.shard, queries, k)
     }
 }
 
@@ -550,8 +527,7 @@ fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut
 /// The ascending union of two ascending lists.
 fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     let mut ids = Vec::new();
-    ids.try_reserve_exact(chosen.len() + positives.len())
-        .map_err(|_| error!(OutOfMemory, "cannot allocate {} bytes for the sample", 8 * (chosen.len() + positives.len())))?;
+    reserve(&mut ids, chosen.len() + positives.len(), "the sample")?;
     ids.extend_from_slice(chosen);
     ids.extend_from_slice(positives);
     ids.sort_unstable();
@@ -565,16 +541,4 @@ fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> 
     }
     vector.resize(length, T::default());
     Ok(())
-}
-
-/// Bytes that can be had without swapping; unbounded where the system does not tell.
-fn available_memory() -> u64 {
-    let number = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    // A container's own limit, where there is one: "max" is no number.
-    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
-    let own = limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0));
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10).min(own)
 }

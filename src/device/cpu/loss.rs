@@ -16,13 +16,13 @@ impl CpuHead {
             return Ok(0.0);
         }
         let (sum, logit, offset) = (f64::from(sum), f64::from(logit), margin.offset());
-        let whole = sum + (logit - offset).exp();
-        let factor = (margin.scale / whole) as f32;
-        if sum.is_nan() || sum <= 0.0 || whole.is_infinite() || !factor.is_finite() {
+        let denominator = sum + (logit - offset).exp();
+        let factor = (margin.scale / denominator) as f32;
+        if sum.is_nan() || sum <= 0.0 || denominator.is_infinite() || !factor.is_finite() {
             return Err(());
         }
         step.factors[row] = factor;
-        step.coefficients[row] = (-margin.scale * (sum / whole) * f64::from(step.derivatives[row])) as f32;
+        step.coefficients[row] = (-margin.scale * (sum / denominator) * f64::from(step.derivatives[row])) as f32;
         let excess = sum.ln() + offset - logit;
         Ok(excess.max(0.0) + (-excess.abs()).exp().ln_1p())
     }
@@ -30,7 +30,7 @@ impl CpuHead {
     /// This rank's part of *sums*: its own N and zt, or zeros and an error.
     pub(super) fn pack_sharded_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
         let rows = self.step.draft.labels.len();
-        let sums = &mut self.sums[..2 * rows + TOTALS];
+        let sums = &mut self.messages.sums[..2 * rows + TOTALS];
         sums.fill(0.0);
         // NOT_FINITE was found in what all ranks gathered: all know it already.
         match outcome {
@@ -45,13 +45,13 @@ impl CpuHead {
             }
             Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
         }
-        let data = self.sums.as_mut_ptr();
+        let data = self.messages.sums.as_mut_ptr();
         Exchange::host(data, data, 2 * rows + TOTALS, DType::F32)
     }
 
-    /// This rank's loss, valid rows and target cosines, and in its slot how it fared.
+    /// This rank's loss, valid rows and target cosines, and in its slot its outcome.
     pub(super) fn pack_replicated_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
-        self.replicated_sums.fill(0.0);
+        self.messages.replicated_sums.fill(0.0);
         let slot = REPLICATED_TOTALS + REPLICATED_SLOT * rank;
         let verdict = match outcome {
             Ok(()) => self.own_loss(),
@@ -60,18 +60,18 @@ impl CpuHead {
         match verdict {
             Ok(loss) => {
                 let cosines = self.step.target_cosines.iter().filter(|cosine| cosine.abs() < IGNORED);
-                self.replicated_sums[2] = cosines.map(|&cosine| f64::from(cosine)).sum();
-                self.replicated_sums[0] = loss;
-                self.replicated_sums[1] = self.step.draft.valid_rows as f64;
-                self.replicated_sums[slot + 2] = self.step.draft.sample.digest();
+                self.messages.replicated_sums[2] = cosines.map(|&cosine| f64::from(cosine)).sum();
+                self.messages.replicated_sums[0] = loss;
+                self.messages.replicated_sums[1] = self.step.draft.valid_rows as f64;
+                self.messages.replicated_sums[slot + 2] = self.step.draft.sample.digest();
             }
             Err((status, row)) => {
-                self.replicated_sums[slot] = f64::from(status as i32);
-                self.replicated_sums[slot + 1] = row;
+                self.messages.replicated_sums[slot] = f64::from(status as i32);
+                self.messages.replicated_sums[slot + 1] = row;
             }
         }
-        let data = self.replicated_sums.as_mut_ptr();
-        Exchange::host(data, data, self.replicated_sums.len(), DType::F64)
+        let data = self.messages.replicated_sums.as_mut_ptr();
+        Exchange::host(data, data, self.messages.replicated_sums.len(), DType::F64)
     }
 
     /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32.
@@ -88,14 +88,14 @@ impl CpuHead {
     /// N and zt are this rank's in `row_sums` and `target_logits`; a sharded head's become all ranks' in `judge_sums`.
     pub(super) fn judge_sharded_sums(&mut self) -> Result<f64> {
         let rows = self.step.shape.rows;
-        let totals = &self.sums[2 * rows..2 * rows + TOTALS];
+        let totals = &self.messages.sums[2 * rows..2 * rows + TOTALS];
         let (cosines, errors, classes) = (totals[0], totals[2], totals[3]);
         protocol::judge_errors(errors, self.spec.rank as usize)?;
         self.step.valid_rows = self.step.draft.valid_rows as u64;
         self.step.target_cosine_sum = f64::from(cosines);
         let mut loss = 0.0;
         for row in 0..rows {
-            let (sum, logit) = (self.sums[row], self.sums[rows + row]);
+            let (sum, logit) = (self.messages.sums[row], self.messages.sums[rows + row]);
             loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|()| {
                 let (origin, number) = self.step.draft.origin(row);
                 protocol::bad_sum(number, origin)
@@ -107,7 +107,7 @@ impl CpuHead {
     pub(super) fn judge_replicated_sums(&mut self) -> Result<f64> {
         let slot = |other: usize| REPLICATED_TOTALS + REPLICATED_SLOT * other;
         for other in 0..self.spec.ranks as usize {
-            let (status, row) = (self.replicated_sums[slot(other)], self.replicated_sums[slot(other) + 1]);
+            let (status, row) = (self.messages.replicated_sums[slot(other)], self.messages.replicated_sums[slot(other) + 1]);
             match Status::from_code(status as i64) {
                 None => {}
                 Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other)),
@@ -116,12 +116,12 @@ impl CpuHead {
             }
         }
         for other in 1..self.spec.ranks as usize {
-            if self.replicated_sums[slot(other) + 2] != self.replicated_sums[slot(0) + 2] {
+            if self.messages.replicated_sums[slot(other) + 2] != self.messages.replicated_sums[slot(0) + 2] {
                 return Err(protocol::samples_differ(other));
             }
         }
-        self.step.valid_rows = self.replicated_sums[1] as u64;
-        self.step.target_cosine_sum = self.replicated_sums[2];
-        Ok(self.replicated_sums[0])
+        self.step.valid_rows = self.messages.replicated_sums[1] as u64;
+        self.step.target_cosine_sum = self.messages.replicated_sums[2];
+        Ok(self.messages.replicated_sums[0])
     }
 }

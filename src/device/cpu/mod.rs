@@ -1,6 +1,6 @@
 //! The CPU backend.
 
-mod draft;
+mod buffers;
 mod head;
 mod loss;
 mod nearest;
@@ -8,6 +8,7 @@ mod passes;
 mod pool;
 mod products;
 mod rows;
+mod sample;
 mod sizes;
 mod stateless;
 mod vector;

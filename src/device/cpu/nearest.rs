@@ -4,7 +4,7 @@ use super::pool::Pool;
 use super::products::{pitch, CHUNK};
 use super::rows::HostRows;
 use super::vector;
-use crate::device::host_math::{gemm, inverse_norm};
+use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::memory::{zeros, Buffer, Parts};
 use crate::shard::Shard;
@@ -18,15 +18,15 @@ const CANDIDATES: usize = 1 << 22;
 /// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
 ///
 /// `k` is at most the shard's rows. `queries` are raw embeddings, [queries, d]; one without a direction is at cosine 0 of everything.
-pub(super) fn nearest(pool: &Pool, table: &HostRows, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {
-    let dim = table.dim();
+pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {
+    let dim = rows_of_shard.dim();
     let (count, row_pitch) = (queries.len() / dim, pitch(dim));
     let queries_a_task = (CANDIDATES / k).clamp(1, QUERIES);
     let tasks = count.div_ceil(queries_a_task);
     let scratch_length = QUERIES * row_pitch + CHUNK * row_pitch + QUERIES * CHUNK + 2 * dim;
     let mut scratch = Buffer::<f32>::zeroed(pool.threads() * scratch_length, "scratch of top_k")?;
     let mut found = Nearest { ids: zeros(&[count, k], "ids of top_k")?, cosines: zeros(&[count, k], "cosines of top_k")? };
-    let replay = table.replay();
+    let replay = rows_of_shard.replay();
     let (scratch, all_cosines, all_ids) = (scratch.parts(), Parts::of(&mut found.cosines), Parts::of(&mut found.ids));
     pool.run(tasks, &|task, worker| {
         let range = task * queries_a_task..((task + 1) * queries_a_task).min(count);
@@ -46,11 +46,13 @@ pub(super) fn nearest(pool: &Pool, table: &HostRows, shard: Shard, queries: &[f3
             let columns = first..(first + CHUNK).min(rows);
             for (slot, row) in columns.clone().enumerate() {
                 let center = &mut centers[slot * row_pitch..slot * row_pitch + dim];
-                table.read(&replay, row, center, spare);
+                rows_of_shard.read(&replay, row, center, spare);
                 let inverse = inverse_norm(vector::sum_of_squares(center)) as f32;
                 vector::scale(center, inverse);
             }
-            gemm(range.len(), columns.len(), dim, (products, CHUNK), (units, row_pitch, 1), (centers, 1, row_pitch), false);
+            let shape = GemmShape { m: range.len(), n: columns.len(), k: dim };
+            let (queries, chunk) = (Operand::rows(units, row_pitch), Operand::transposed(centers, row_pitch));
+            gemm(shape, products, CHUNK, queries, chunk, Store::Replace);
             for (slot, best) in best.iter_mut().enumerate() {
                 for (column, row) in columns.clone().enumerate() {
                     offer(best, k, (products[slot * CHUNK + column], shard.first as i64 + row as i64));

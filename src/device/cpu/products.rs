@@ -4,8 +4,8 @@
 //! its own, takes exp and sums while the numerators are in its cache, and multiplies again; so no thread waits for another inside a
 //! product, and the logits of the whole batch never exist unless the workspace keeps the numerators for the update.
 //!
-//! What is summed over chunks (N, P @ W^) is summed in slices: runs of chunks, their number fixed by the shape, each in order, then
-//! slice after slice. So the bits do not depend on which thread did what.
+//! What is summed over chunks (N, P @ W^) is summed in splits: each split is a number of chunks that the shape fixes, summed in order,
+//! and then the splits are summed in order. So the bits do not depend on which thread did what.
 //!
 //! Numerators are stored transposed, P^T [classes, rows]: then the three products read their operands along memory, once E^ is
 //! transposed, and the row sums are sums of vectors. Floor: 2BSd flop a product, three of them (a fourth where P is recomputed);
@@ -15,16 +15,16 @@ use std::ops::Range;
 
 use super::pool::Pool;
 use super::vector::{self, Softmax};
-use crate::device::host_math::{gemm, inverse_norm};
+use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::memory::Parts;
 
 /// Columns of a chunk: W^ and P^T of a chunk fit a core's second-level cache at d = 512, B = 256, and larger chunks gain nothing.
 pub(super) const CHUNK: usize = 256;
 
-/// Accumulators of P @ W^ take at most this unless the slices would be too few to share out: 16 of them at B = 1024, d = 512.
+/// Accumulators of P @ W^ take at most this unless the splits would be too few to share out: 16 of them at B = 1024, d = 512.
 const ACCUMULATOR_BYTES: usize = 36 << 20;
-const FEWEST_SLICES: usize = 8;
-const MOST_SLICES: usize = 64;
+const FEWEST_SPLITS: usize = 8;
+const MOST_SPLITS: usize = 64;
 
 /// Elements from one row to the next: whole cache lines, an odd number of them, so that a column does not fall into one cache set.
 pub(super) fn pitch(length: usize) -> usize {
@@ -61,23 +61,23 @@ impl Shape {
         CHUNK * self.batch_pitch()
     }
 
-    pub fn slices(&self) -> usize {
+    pub fn splits(&self) -> usize {
         let accumulator = (self.rows * self.row_pitch() * 4).max(1);
-        let fitting = (ACCUMULATOR_BYTES / accumulator).clamp(FEWEST_SLICES, MOST_SLICES);
+        let fitting = (ACCUMULATOR_BYTES / accumulator).clamp(FEWEST_SPLITS, MOST_SPLITS);
         // A power of two: shared out evenly among most numbers of threads.
         (1 << fitting.ilog2()).min(self.chunks())
     }
 
-    /// The most that slices times rows can be in a step of at most these sizes.
-    pub fn slice_row_capacity(&self) -> usize {
-        let most = self.chunks().min(MOST_SLICES);
-        (ACCUMULATOR_BYTES / (4 * self.row_pitch())).max(FEWEST_SLICES * self.rows).min(most * self.rows)
+    /// The most that splits times rows can be in a step of at most these sizes.
+    pub fn split_row_capacity(&self) -> usize {
+        let most = self.chunks().min(MOST_SPLITS);
+        (ACCUMULATOR_BYTES / (4 * self.row_pitch())).max(FEWEST_SPLITS * self.rows).min(most * self.rows)
     }
 
-    /// The chunks of a slice.
-    pub fn slice(&self, slice: usize) -> Range<usize> {
-        let (chunks, slices) = (self.chunks(), self.slices());
-        slice * chunks / slices..(slice + 1) * chunks / slices
+    /// The chunks of a split.
+    pub fn split(&self, split: usize) -> Range<usize> {
+        let (chunks, splits) = (self.chunks(), self.splits());
+        split * chunks / splits..(split + 1) * chunks / splits
     }
 
     /// Elements of a thread's scratch: a chunk of W^ or dW^, a chunk of P^T, row sums and maxima, and rows to catch up in.
@@ -104,9 +104,9 @@ impl Targets {
 }
 
 /// Where the sample's rows come from.
-pub(super) trait Rows: Sync {
-    /// Writes a column's raw row, as it is at this step, into `out`; `spare` holds two rows of scratch.
-    fn read(&self, column: usize, out: &mut [f32], spare: &mut [f32]);
+pub(super) trait RowSource: Sync {
+    /// Writes a column's raw row, as it is at this step, into `out`; `scratch_rows` holds two rows of scratch.
+    fn read(&self, column: usize, out: &mut [f32], scratch_rows: &mut [f32]);
     /// Hints that a column will be read soon.
     fn prefetch(&self, _column: usize) {}
 }
@@ -120,11 +120,11 @@ pub(super) struct Pass<'a> {
     pub shape: Shape,
     pub softmax: Softmax,
     /// E^ transposed: [d, batch_pitch].
-    pub embeddings_t: &'a [f32],
+    pub units_transposed: &'a [f32],
     pub targets: &'a Targets,
-    pub rows: &'a dyn Rows,
+    pub rows: &'a dyn RowSource,
     /// P^T of the first chunks: `kept_chunks` whole chunks.
-    pub kept: Parts<'a, f32>,
+    pub numerators: Parts<'a, f32>,
     pub kept_chunks: usize,
     /// `scratch_elements` for each thread.
     pub scratch: Parts<'a, f32>,
@@ -136,7 +136,7 @@ struct Scratch<'a> {
     numerators: &'a mut [f32],
     sums: &'a mut [f32],
     best: &'a mut [f32],
-    spare: &'a mut [f32],
+    scratch_rows: &'a mut [f32],
 }
 
 impl<'a> Pass<'a> {
@@ -150,12 +150,12 @@ impl<'a> Pass<'a> {
         let (centers, rest) = all.split_at_mut(CHUNK * self.shape.row_pitch());
         let (numerators, rest) = rest.split_at_mut(self.shape.chunk_elements());
         let (sums, rest) = rest.split_at_mut(self.shape.batch_pitch());
-        let (best, spare) = rest.split_at_mut(self.shape.batch_pitch());
-        Scratch { centers, numerators, sums, best, spare }
+        let (best, scratch_rows) = rest.split_at_mut(self.shape.batch_pitch());
+        Scratch { centers, numerators, sums, best, scratch_rows }
     }
 
     /// W^ of a chunk, and the inverse norms of its rows.
-    fn gather(&self, columns: &Range<usize>, centers: &mut [f32], spare: &mut [f32], mut norms: impl FnMut(usize, f32)) {
+    fn gather(&self, columns: &Range<usize>, centers: &mut [f32], scratch_rows: &mut [f32], mut norms: impl FnMut(usize, f32)) {
         let (dim, pitch) = (self.shape.dim, self.shape.row_pitch());
         for ahead in columns.clone().take(PREFETCH) {
             self.rows.prefetch(ahead);
@@ -165,7 +165,7 @@ impl<'a> Pass<'a> {
                 self.rows.prefetch(column + PREFETCH);
             }
             let row = &mut centers[slot * pitch..slot * pitch + dim];
-            self.rows.read(column, row, spare);
+            self.rows.read(column, row, scratch_rows);
             let inverse = inverse_norm(vector::sum_of_squares(row)) as f32;
             vector::scale(row, inverse);
             norms(column, inverse);
@@ -178,13 +178,12 @@ impl<'a> Pass<'a> {
         let (row_pitch, batch_pitch) = (self.shape.row_pitch(), self.shape.batch_pitch());
         // [columns, rows] = W^ [columns, d] @ E^.T [d, rows]
         gemm(
-            columns.len(),
-            rows,
-            dim,
-            (numerators, batch_pitch),
-            (centers, row_pitch, 1),
-            (self.embeddings_t, batch_pitch, 1),
-            false,
+            GemmShape { m: columns.len(), n: rows, k: dim },
+            numerators,
+            batch_pitch,
+            Operand::rows(centers, row_pitch),
+            Operand::rows(self.units_transposed, batch_pitch),
+            Store::Replace,
         );
         for &(column, row) in self.targets.of_columns(columns) {
             numerators[(column as usize - columns.start) * batch_pitch + row as usize] = f32::NEG_INFINITY;
@@ -200,12 +199,12 @@ impl<'a> Pass<'a> {
 pub(super) struct ForwardOutput<'a> {
     /// 1 / |W_j| of the sample: [classes].
     pub inverse_norms: Parts<'a, f32>,
-    /// N by slice: [slices, rows].
+    /// N by split: [splits, rows].
     pub sums: Parts<'a, f64>,
-    /// The largest cosine of a negative by slice: [slices, rows], -2 where there is none.
+    /// The largest cosine of a negative by split: [splits, rows], -2 where there is none.
     pub best: Parts<'a, f32>,
-    /// P @ W^ by slice: [slices, rows, row_pitch].
-    pub weighted: Parts<'a, f32>,
+    /// P @ W^ by split: [splits, rows, row_pitch].
+    pub weighted_centers: Parts<'a, f32>,
 }
 
 /// Phases 3 and 4 over the whole sample.
@@ -213,21 +212,21 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
     let shape = pass.shape;
     let (rows, dim) = (shape.rows, shape.dim);
     let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
-    pool.run(shape.slices(), &|slice, worker| {
-        // SAFETY: a worker number belongs to one thread, a slice to one task, a chunk and a column to one slice.
+    pool.run(shape.splits(), &|split, worker| {
+        // SAFETY: a worker number belongs to one thread, a split to one task, a chunk and a column to one split.
         let scratch = unsafe { pass.worker_scratch(worker) };
-        let slice_sums = unsafe { output.sums.range(slice * rows..(slice + 1) * rows) };
-        let slice_best = unsafe { output.best.range(slice * rows..(slice + 1) * rows) };
-        let weighted = unsafe { output.weighted.range(slice * rows * row_pitch..(slice + 1) * rows * row_pitch) };
-        slice_sums.fill(0.0);
-        slice_best.fill(-2.0);
-        for (turn, chunk) in shape.slice(slice).enumerate() {
+        let split_sums = unsafe { output.sums.range(split * rows..(split + 1) * rows) };
+        let split_best = unsafe { output.best.range(split * rows..(split + 1) * rows) };
+        let weighted_centers = unsafe { output.weighted_centers.range(split * rows * row_pitch..(split + 1) * rows * row_pitch) };
+        split_sums.fill(0.0);
+        split_best.fill(-2.0);
+        for (turn, chunk) in shape.split(split).enumerate() {
             let columns = shape.chunk(chunk);
             let norms = unsafe { output.inverse_norms.range(columns.clone()) };
-            pass.gather(&columns, scratch.centers, scratch.spare, |column, inverse| norms[column - columns.start] = inverse);
+            pass.gather(&columns, scratch.centers, scratch.scratch_rows, |column, inverse| norms[column - columns.start] = inverse);
             let numerators = if chunk < pass.kept_chunks {
                 let elements = shape.chunk_elements();
-                unsafe { pass.kept.range(chunk * elements..(chunk + 1) * elements) }
+                unsafe { pass.numerators.range(chunk * elements..(chunk + 1) * elements) }
             } else {
                 &mut *scratch.numerators
             };
@@ -235,32 +234,31 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
             scratch.best[..rows].fill(-2.0);
             pass.numerators(&columns, scratch.centers, numerators, scratch.sums, scratch.best);
             for row in 0..rows {
-                slice_sums[row] += f64::from(scratch.sums[row]);
-                slice_best[row] = slice_best[row].max(scratch.best[row]);
+                split_sums[row] += f64::from(scratch.sums[row]);
+                split_best[row] = split_best[row].max(scratch.best[row]);
             }
             // [rows, d] += P [rows, columns] @ W^ [columns, d]
             gemm(
-                rows,
-                dim,
-                columns.len(),
-                (weighted, row_pitch),
-                (numerators, 1, batch_pitch),
-                (scratch.centers, row_pitch, 1),
-                turn > 0,
+                GemmShape { m: rows, n: dim, k: columns.len() },
+                weighted_centers,
+                row_pitch,
+                Operand::transposed(numerators, batch_pitch),
+                Operand::rows(scratch.centers, row_pitch),
+                if turn == 0 { Store::Replace } else { Store::Add },
             );
         }
     });
 }
 
 /// Takes (column, dW^ of it, two rows of scratch); returns what to add to its chunk's total.
-pub(super) type Sink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync + 'a;
+pub(super) type GradientSink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync + 'a;
 
 /// What the update pass reads beside the pass itself.
 pub(super) struct UpdateInput<'a> {
     /// E' = scale * E^ / L: [rows, row_pitch].
     pub scaled: &'a [f32],
     /// E^: [rows, row_pitch].
-    pub embeddings: &'a [f32],
+    pub units: &'a [f32],
     /// coef_i of the rows whose target is here.
     pub coefficients: &'a [f32],
 }
@@ -271,7 +269,7 @@ pub(super) fn update<R>(
     pass: &Pass<'_>,
     input: &UpdateInput<'_>,
     totals: &Parts<'_, f64>,
-    sink: &Sink<'_>,
+    sink: &GradientSink<'_>,
     prefetch: &(dyn Fn(usize) + Sync),
     beside: impl FnOnce() -> R,
 ) -> R {
@@ -284,15 +282,22 @@ pub(super) fn update<R>(
         let scratch = unsafe { pass.worker_scratch(worker) };
         let numerators = if chunk < pass.kept_chunks {
             let elements = shape.chunk_elements();
-            unsafe { pass.kept.range(chunk * elements..(chunk + 1) * elements) }
+            unsafe { pass.numerators.range(chunk * elements..(chunk + 1) * elements) }
         } else {
-            pass.gather(&columns, scratch.centers, scratch.spare, |_, _| ());
+            pass.gather(&columns, scratch.centers, scratch.scratch_rows, |_, _| ());
             pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
             &mut *scratch.numerators
         };
         // [columns, d] = P^T [columns, rows] @ E' [rows, d]
         let gradients = &mut *scratch.centers;
-        gemm(columns.len(), dim, rows, (gradients, row_pitch), (numerators, batch_pitch, 1), (input.scaled, row_pitch, 1), false);
+        gemm(
+            GemmShape { m: columns.len(), n: dim, k: rows },
+            gradients,
+            row_pitch,
+            Operand::rows(numerators, batch_pitch),
+            Operand::rows(input.scaled, row_pitch),
+            Store::Replace,
+        );
         let mut targets = pass.targets.of_columns(&columns).iter().peekable();
         let mut total = 0.0;
         for ahead in columns.clone().take(PREFETCH) {
@@ -305,9 +310,9 @@ pub(super) fn update<R>(
             let gradient = &mut gradients[slot * row_pitch..slot * row_pitch + dim];
             while let Some(&(_, row)) = targets.next_if(|target| target.0 as usize == column) {
                 let row = row as usize;
-                vector::add_scaled(gradient, input.coefficients[row], &input.embeddings[row * row_pitch..row * row_pitch + dim]);
+                vector::add_scaled(gradient, input.coefficients[row], &input.units[row * row_pitch..row * row_pitch + dim]);
             }
-            total += sink(column, gradient, scratch.spare);
+            total += sink(column, gradient, scratch.scratch_rows);
         }
         unsafe { totals.range(chunk..chunk + 1)[0] = total };
     };

@@ -1,4 +1,4 @@
-//! The rows of a shard in host memory: class centres, optimizer state, and when each row was last brought up to date.
+//! The rows of a shard in host memory: class centers, optimizer state, and when each row was last brought up to date.
 
 use crate::matrix::Matrix;
 use crate::memory::{Buffer, Parts};
@@ -23,19 +23,19 @@ pub(super) struct HostRows {
     /// Empty for an optimizer with one tensor of state.
     second_moment: Buffer<f32>,
     /// Dense rows: the update each row was last brought to. Empty for lazy rows.
-    last: Buffer<u64>,
+    last_update: Buffer<u64>,
     history: History,
     trim_at: usize,
     updates: u64,
 }
 
-/// A table's rows for several threads, each of which touches rows of its own.
+/// The rows while an update runs, for several threads, each of which touches other rows.
 pub(super) struct UpdatingRows<'a> {
     dim: usize,
     centers: Parts<'a, f32>,
     momentum: Parts<'a, f32>,
     second_moment: Option<Parts<'a, f32>>,
-    last: Option<Parts<'a, u64>>,
+    last_update: Option<Parts<'a, u64>>,
     replay: &'a Replay,
     rule: UpdateRule,
     /// The number of the update that is being done.
@@ -52,19 +52,19 @@ impl HostRows {
             .ok_or_else(|| error!(OutOfMemory, "cannot allocate {rows} x {dim} elements for class centers"))?;
         let dense = options.row_update == RowUpdate::Dense;
         let second = options.optimizer.state_tensors() > 1;
-        let mut table = HostRows {
+        let mut made = HostRows {
             shard,
             dim,
             optimizer: options.optimizer,
             centers: Buffer::zeroed(elements, "class centers")?,
             momentum: Buffer::zeroed(elements, "momentum")?,
             second_moment: Buffer::zeroed(if second { elements } else { 0 }, "second moment")?,
-            last: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
+            last_update: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
             history: History::default(),
             trim_at: SHORTEST_HISTORY,
             updates: 0,
         };
-        let centers = table.centers.parts();
+        let centers = made.centers.parts();
         // A task of some hundred kilobytes: long enough to be worth handing out, short enough to share evenly.
         let rows_a_task = (1 << 17) / dim + 1;
         parallel(rows.div_ceil(rows_a_task), &|task| {
@@ -74,7 +74,7 @@ impl HostRows {
                 random::start_values(options.seed, shard.first + row as u64, options.init_std, values);
             }
         });
-        Ok(table)
+        Ok(made)
     }
 
     pub fn dim(&self) -> usize {
@@ -86,7 +86,7 @@ impl HostRows {
     }
 
     fn dense(&self) -> bool {
-        !self.last.is_empty()
+        !self.last_update.is_empty()
     }
 
     /// What brings rows of any age to now; made once, before rows are read.
@@ -95,13 +95,13 @@ impl HostRows {
         Replay::new(&self.optimizer, &self.history, self.history.updates())
     }
 
-    /// Copies row `row` (from the shard's first) into `out` as it is now; `spare` holds two rows.
-    pub fn read(&self, replay: &Replay, row: usize, out: &mut [f32], spare: &mut [f32]) {
+    /// Copies row `row` (from the shard's first) into `out` as it is now; `scratch_rows` holds two rows.
+    pub fn read(&self, replay: &Replay, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
         let at = row * self.dim..(row + 1) * self.dim;
         out.copy_from_slice(&self.centers[at.clone()]);
-        if self.dense() && self.last[row] != self.updates {
+        if self.dense() && self.last_update[row] != self.updates {
             let second_moment = if self.second_moment.is_empty() { &[][..] } else { &self.second_moment[at.clone()] };
-            catch_up_copy(replay, self.last[row], out, &self.momentum[at], second_moment, spare);
+            catch_up_copy(replay, self.last_update[row], out, &self.momentum[at], second_moment, scratch_rows);
         }
     }
 
@@ -111,14 +111,14 @@ impl HostRows {
     }
 
     /// The rows for update number `updates() + 1`.
-    pub fn rows<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> UpdatingRows<'a> {
+    pub fn updating<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> UpdatingRows<'a> {
         let update = self.updates + 1;
         let dense = self.dense();
         UpdatingRows {
             dim: self.dim,
             rule: UpdateRule::new(&self.optimizer, learning_rate, update),
             second_moment: (!self.second_moment.is_empty()).then(|| self.second_moment.parts()),
-            last: dense.then(|| self.last.parts()),
+            last_update: dense.then(|| self.last_update.parts()),
             centers: self.centers.parts(),
             momentum: self.momentum.parts(),
             replay,
@@ -135,7 +135,7 @@ impl HostRows {
                 if self.trim_at >= LONGEST_HISTORY {
                     self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2);
                 }
-                let oldest = self.last.iter().copied().min().unwrap_or(self.updates);
+                let oldest = self.last_update.iter().copied().min().unwrap_or(self.updates);
                 self.history.trim(oldest);
                 self.trim_at = (2 * self.history.rates().len()).clamp(SHORTEST_HISTORY, LONGEST_HISTORY);
             }
@@ -145,12 +145,12 @@ impl HostRows {
     /// Brings the rows last touched before `update` to now.
     fn catch_up_before(&mut self, update: u64) {
         let (replay, dim) = (self.replay(), self.dim);
-        for row in 0..self.last.len() {
-            if self.last[row] < update {
+        for row in 0..self.last_update.len() {
+            if self.last_update[row] < update {
                 let at = row * dim..(row + 1) * dim;
                 let v: &mut [f32] = if self.second_moment.is_empty() { &mut [] } else { &mut self.second_moment[at.clone()] };
-                replay.catch_up(self.last[row], &mut self.centers[at.clone()], &mut self.momentum[at], v);
-                self.last[row] = self.updates;
+                replay.catch_up(self.last_update[row], &mut self.centers[at.clone()], &mut self.momentum[at], v);
+                self.last_update[row] = self.updates;
             }
         }
     }
@@ -170,7 +170,7 @@ impl HostRows {
             m.copy_from_slice(&self.momentum[at.clone()]);
             v.copy_from_slice(if v.is_empty() { &[] } else { &self.second_moment[at] });
             if self.dense() {
-                replay.catch_up(self.last[r], w, m, v);
+                replay.catch_up(self.last_update[r], w, m, v);
             }
             // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
             unsafe {
@@ -206,8 +206,8 @@ impl HostRows {
             unsafe { rows.read_row(i, &mut values) };
             if self.dense() {
                 let v: &mut [f32] = if self.second_moment.is_empty() { &mut [] } else { &mut self.second_moment[at.clone()] };
-                replay.catch_up(self.last[r], &mut self.centers[at.clone()], &mut self.momentum[at.clone()], v);
-                self.last[r] = updates;
+                replay.catch_up(self.last_update[r], &mut self.centers[at.clone()], &mut self.momentum[at.clone()], v);
+                self.last_update[r] = updates;
             }
             match tensor {
                 StateTensor::Centers => self.centers[at].copy_from_slice(&values),
@@ -229,18 +229,18 @@ impl HostRows {
 }
 
 impl UpdatingRows<'_> {
-    /// Copies a row into `out` as it is before this update; `spare` holds two rows.
+    /// Copies a row into `out` as it is before this update; `scratch_rows` holds two rows.
     ///
     /// # Safety
     /// No other thread writes this row.
-    pub unsafe fn read(&self, row: usize, out: &mut [f32], spare: &mut [f32]) {
+    pub unsafe fn read(&self, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
         let at = row * self.dim..(row + 1) * self.dim;
         out.copy_from_slice(self.centers.range(at.clone()));
-        if let Some(last) = &self.last {
+        if let Some(last) = &self.last_update {
             let last = last.range(row..row + 1)[0];
             if last + 1 != self.update {
                 let second_moment = self.second_moment.as_ref().map_or(&[][..], |all| all.range(at.clone()));
-                catch_up_copy(self.replay, last, out, self.momentum.range(at), second_moment, spare);
+                catch_up_copy(self.replay, last, out, self.momentum.range(at), second_moment, scratch_rows);
             }
         }
     }
@@ -267,7 +267,7 @@ impl UpdatingRows<'_> {
             Some(second_moment) => second_moment.range(at),
             None => &mut [],
         };
-        if let Some(last) = &self.last {
+        if let Some(last) = &self.last_update {
             let last = &mut last.range(row..row + 1)[0];
             if *last + 1 != self.update {
                 self.replay.catch_up(*last, w, m, v);
@@ -296,8 +296,8 @@ impl UpdatingRows<'_> {
 }
 
 /// Brings a copied row to now with copies of its state, so that reading a row early or twice changes nothing.
-fn catch_up_copy(replay: &Replay, last: u64, w: &mut [f32], momentum: &[f32], second_moment: &[f32], spare: &mut [f32]) {
-    let (m, v) = spare.split_at_mut(w.len());
+fn catch_up_copy(replay: &Replay, last: u64, w: &mut [f32], momentum: &[f32], second_moment: &[f32], scratch_rows: &mut [f32]) {
+    let (m, v) = scratch_rows.split_at_mut(w.len());
     let v = &mut v[..second_moment.len()];
     m.copy_from_slice(momentum);
     v.copy_from_slice(second_moment);

@@ -15,10 +15,10 @@ const ROW_FIGURES: usize = 16;
 pub(super) struct Sizes {
     /// The largest step.
     pub capacity: Shape,
-    /// Accumulators of P @ W^, over all slices.
-    pub weighted: usize,
-    /// Row sums and maxima, over all slices.
-    pub slice_rows: usize,
+    /// Accumulators of P @ W^, over all splits.
+    pub weighted_centers: usize,
+    /// Row sums and maxima, over all splits.
+    pub split_rows: usize,
     /// Scratch of all threads.
     pub scratch: usize,
     /// Chunks of P^T that are kept.
@@ -34,11 +34,11 @@ impl Sizes {
         };
         let dim = options.embedding_dim as usize;
         let capacity = Shape { rows, dim, classes: sample_capacity(options, ranks, shard) as usize };
-        let slice_rows = Shape { classes: shard.rows as usize, ..capacity }.slice_row_capacity();
+        let split_rows = Shape { classes: shard.rows as usize, ..capacity }.split_row_capacity();
         let mut sizes = Sizes {
             capacity,
-            weighted: slice_rows * pitch(dim),
-            slice_rows,
+            weighted_centers: split_rows * pitch(dim),
+            split_rows,
             scratch: threads * capacity.scratch_elements(),
             kept_chunks: capacity.chunks().min(isize::MAX as usize / 4 / capacity.chunk_elements().max(1)),
         };
@@ -63,18 +63,19 @@ impl Sizes {
         let max_batch = options.max_batch as usize;
         let embeddings = 2 * rows * pitch(dim) + dim * pitch(rows);
         let block = (max_batch + ranks * max_batch) * dim;
-        // D's blocks, or the replicated gradient; and B's.
+        // Blocks of the gradient and of the embeddings, or the replicated gradient.
         let exchanges = if sharded { block } else { max_batch * dim + classes * dim };
         let embedded = if sharded { block * options.gathered_dtype(Precision::F32).size() } else { 0 };
-        let elements = embeddings + exchanges + self.weighted + self.scratch + self.slice_rows + classes + ROW_FIGURES * rows;
+        let elements =
+            embeddings + exchanges + self.weighted_centers + self.scratch + self.split_rows + classes + ROW_FIGURES * rows;
         // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
         let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
         let labels = 4 * ranks * max_batch + max_batch;
         let scales = if sharded && options.gathered_dtype(Precision::F32) == DType::F16 { max_batch } else { 0 };
-        (4 * (elements + scales) + embedded) as u64 + 8 * (self.slice_rows + ids + labels) as u64
+        (4 * (elements + scales) + embedded) as u64 + 8 * (self.split_rows + ids + labels) as u64
     }
 
-    /// The probabilities' elements.
+    /// Elements of the numerators that are kept.
     pub fn kept_elements(&self) -> usize {
         self.kept_chunks * self.capacity.chunk_elements()
     }
@@ -95,4 +96,16 @@ impl Sizes {
 pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, threads: usize) -> Result<Memory> {
     let shard = options.shard(ranks, 0);
     Ok(Sizes::new(options, ranks, shard, threads)?.memory(options, ranks, shard))
+}
+
+/// Bytes that can be had without swapping; unbounded where the system does not tell.
+pub(super) fn available_memory() -> u64 {
+    let number = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    // A container's own limit, where there is one: "max" is no number.
+    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
+    let own = limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0));
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10).min(own)
 }

@@ -4,7 +4,7 @@ use super::head::CpuHead;
 use super::products::{self, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
 use super::vector::{self, Softmax};
 use super::Cpu;
-use crate::device::host_math::{gemm_into, inverse_norm};
+use crate::device::host_math::{gemm_into, inverse_norm, GemmShape, Operand, Store};
 use crate::device::stateless::{checked_shape, checked_sums, checked_targets, checked_weight, denominator_and_factor, must_be_f32};
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
@@ -21,7 +21,7 @@ const ROWS: usize = 64;
 /// The rows of a caller's matrix as a sample.
 struct MatrixRows<'a>(&'a Matrix);
 
-impl products::Rows for MatrixRows<'_> {
+impl products::RowSource for MatrixRows<'_> {
     fn read(&self, column: usize, out: &mut [f32], _: &mut [f32]) {
         // SAFETY: the caller of the kernel gave a matrix of its host memory; columns are its rows.
         unsafe { self.0.read_row(column, out) }
@@ -89,12 +89,12 @@ impl Cpu {
     /// Bytes of a fused kernel's workspace: f64s first, then E^ and its transpose, and what forward or backward needs beside the
     /// threads' scratch, whichever is more.
     fn fused_bytes(&self, shape: &Shape) -> u64 {
-        let slice_rows = shape.slices() * shape.rows;
+        let split_rows = shape.splits() * shape.rows;
         let embedded = shape.rows * shape.row_pitch() + shape.dim * shape.batch_pitch() + shape.rows;
-        let forward = slice_rows * shape.row_pitch() + slice_rows + shape.classes;
+        let forward = split_rows * shape.row_pitch() + split_rows + shape.classes;
         let backward = shape.rows * shape.row_pitch() + shape.rows;
         let elements = embedded + forward.max(backward) + self.pool.threads() * shape.scratch_elements();
-        (8 * slice_rows.max(shape.chunks()) + 4 * elements) as u64
+        (8 * split_rows.max(shape.chunks()) + 4 * elements) as u64
     }
 
     /// A pass over a caller's matrix that keeps no numerators.
@@ -110,10 +110,10 @@ impl Cpu {
         Pass {
             shape: *shape,
             softmax: Softmax::new(margin),
-            embeddings_t: embedded.transposed,
+            units_transposed: embedded.transposed,
             targets,
             rows,
-            kept: Parts::of(&mut []),
+            numerators: Parts::of(&mut []),
             kept_chunks: 0,
             scratch: Parts::of(carve.take(self.pool.threads() * shape.scratch_elements())),
         }
@@ -242,7 +242,9 @@ impl Device for Cpu {
             // SAFETY: the caller's matrix has these columns of its rows; the columns are in one task.
             unsafe {
                 let out = all_cosines.0.add(columns.start);
-                gemm_into(rows, columns.len(), dim, (out, cosines.row_stride), (unit, row_pitch, 1), (block, 1, row_pitch), false);
+                let shape = GemmShape { m: rows, n: columns.len(), k: dim };
+                let (unit, block) = (Operand::rows(unit, row_pitch), Operand::transposed(block, row_pitch));
+                gemm_into(shape, out, cosines.row_stride, unit, block, Store::Replace);
             }
         });
         Ok(())
@@ -316,11 +318,11 @@ impl Device for Cpu {
         };
         checked_targets(targets, shape.classes)?;
         let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
-        let slice_rows = shape.slices() * shape.rows;
-        let sums = carve.take_f64(slice_rows);
+        let split_rows = shape.splits() * shape.rows;
+        let sums = carve.take_f64(split_rows);
         let embedded = Embedded::new(embeddings, &shape, &mut carve);
-        let accumulators = carve.take(slice_rows * shape.row_pitch());
-        let best = carve.take(slice_rows);
+        let accumulators = carve.take(split_rows * shape.row_pitch());
+        let best = carve.take(split_rows);
         let inverse_norms = carve.take(shape.classes);
         let pairs = target_pairs(targets);
         let rows = MatrixRows(centers);
@@ -332,12 +334,12 @@ impl Device for Cpu {
                 inverse_norms: Parts::of(inverse_norms),
                 sums: Parts::of(sums),
                 best: Parts::of(best),
-                weighted: Parts::of(accumulators),
+                weighted_centers: Parts::of(accumulators),
             },
         );
         let (mut raw, mut center) = (vec![0.0; shape.dim], vec![0.0; shape.dim]);
         for row in 0..shape.rows {
-            row_sums[row] = (0..shape.slices()).map(|slice| sums[slice * shape.rows + row]).sum::<f64>() as f32;
+            row_sums[row] = (0..shape.splits()).map(|split| sums[split * shape.rows + row]).sum::<f64>() as f32;
             logits[row] = 0.0;
             // SAFETY: the caller's matrices have these rows.
             unsafe {
@@ -348,8 +350,8 @@ impl Device for Cpu {
                 }
                 let out = row_of(weighted, row);
                 out.fill(0.0);
-                for slice in 0..shape.slices() {
-                    let at = (slice * shape.rows + row) * shape.row_pitch();
+                for split in 0..shape.splits() {
+                    let at = (split * shape.rows + row) * shape.row_pitch();
                     vector::add_scaled(out, 1.0, &accumulators[at..at + shape.dim]);
                 }
             }
@@ -383,7 +385,7 @@ impl Device for Cpu {
         for row in 0..shape.rows {
             let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
             let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
-            let (whole, factor) = denominator_and_factor(margin, sum, logit);
+            let (denominator, factor) = denominator_and_factor(margin, sum, logit);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
             // SAFETY: the caller's matrices have these rows.
             unsafe {
@@ -394,7 +396,7 @@ impl Device for Cpu {
                     embeddings.read_row(row, &mut raw);
                     centers.read_row(targets[row] as usize, &mut center);
                     let slope = margin.target(angle_of(&raw, &center)).derivative;
-                    coefficients[row] = (-margin.scale * (sum / whole) * slope) as f32;
+                    coefficients[row] = (-margin.scale * (sum / denominator) * slope) as f32;
                     normalize(&mut center);
                     vector::add_scaled(&mut gradient, coefficients[row], &center);
                 }
@@ -405,9 +407,9 @@ impl Device for Cpu {
         let pairs = target_pairs(targets);
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
-        let input = UpdateInput { scaled, embeddings: embedded.unit, coefficients };
-        let sink = |column: usize, gradient: &mut [f32], spare: &mut [f32]| {
-            let center = &mut spare[..shape.dim];
+        let input = UpdateInput { scaled, units: embedded.unit, coefficients };
+        let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
+            let center = &mut scratch_rows[..shape.dim];
             // SAFETY: the caller's matrices have these rows; a column is in one task.
             unsafe {
                 centers.read_row(column, center);

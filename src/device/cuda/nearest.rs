@@ -7,7 +7,7 @@ use super::context::Gpu;
 use super::driver::DeviceBuffer;
 use super::shared_structs::{HeadArrays, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::staging::fetch;
-use crate::device::host_math::{gemm, inverse_norm};
+use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Plain};
@@ -107,7 +107,8 @@ impl CenterSource<'_> {
             let centers = &mut centers[..rows_here * dim];
             (self.read)(first, &Matrix::of_f32(centers, rows_here, dim))?;
             centers.chunks_exact_mut(dim).for_each(normalize);
-            gemm(count, rows_here, dim, (&mut cosines, rows_here), (&units, dim, 1), (centers, 1, dim), false);
+            let shape = GemmShape { m: count, n: rows_here, k: dim };
+            gemm(shape, &mut cosines, rows_here, Operand::rows(&units, dim), Operand::transposed(centers, dim), Store::Replace);
             for (query, best) in best.iter_mut().enumerate() {
                 for (slot, &cosine) in cosines[query * rows_here..(query + 1) * rows_here].iter().enumerate() {
                     offer(best, k, (cosine, (self.arrays.first_class as usize + first + slot) as i64));

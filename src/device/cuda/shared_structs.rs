@@ -3,7 +3,7 @@
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::Matrix;
 use crate::memory::Plain;
-use crate::optimizer::{replayed_updates, AdamwStep, Optimizer, SgdStep, Step, UpdateRule};
+use crate::optimizer::{replayed_updates, AdamwCoefficients, Coefficients, Optimizer, SgdCoefficients, UpdateRule};
 use crate::options::RowUpdate;
 use crate::stream::MOST_REDUCED;
 
@@ -329,18 +329,27 @@ impl OptimizerSettings {
 
 impl From<&UpdateRule> for Rule {
     fn from(rule: &UpdateRule) -> Rule {
-        match rule.step {
-            Step::Sgd(SgdStep { momentum, weight_decay, learning_rate }) => {
+        match rule.coefficients {
+            Coefficients::Sgd(SgdCoefficients { momentum, weight_decay, learning_rate }) => {
                 Rule { momentum, weight_decay, learning_rate, ..Rule::zeroed() }
             }
-            Step::Adamw(AdamwStep { beta1, beta2, rest1, rest2, decay, rate, root, epsilon }) => Rule {
+            Coefficients::Adamw(AdamwCoefficients {
                 beta1,
                 beta2,
-                one_minus_beta1: rest1,
-                one_minus_beta2: rest2,
-                decay_factor: decay,
-                corrected_rate: rate,
-                sqrt_v_scale: root,
+                one_minus_beta1,
+                one_minus_beta2,
+                decay_factor,
+                corrected_rate,
+                sqrt_v_scale,
+                epsilon,
+            }) => Rule {
+                beta1,
+                beta2,
+                one_minus_beta1,
+                one_minus_beta2,
+                decay_factor,
+                corrected_rate,
+                sqrt_v_scale,
                 epsilon,
                 ..Rule::zeroed()
             },

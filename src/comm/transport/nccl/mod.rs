@@ -19,6 +19,7 @@ use super::number::Number;
 use crate::comm::watchdog::{aborted, Stop, Watchdog};
 use crate::comm::{Call, Element, MemorySpace, Transport};
 use crate::matrix::{DType, ReduceOp};
+use crate::memory::zeros;
 use crate::stream::{Scratch, StreamDevice, StreamMemory};
 use crate::{ensure, error, Error, Result, Status};
 
@@ -164,7 +165,7 @@ impl Nccl {
     unsafe fn largest<T: Number + Element>(&self, send: *const u8, recv: *mut u8, count: usize, call: &Call<'_>) -> Result<()> {
         let size = self.group.size as usize;
         let piece = (PIECE / size_of::<T>()).min(count);
-        let mut blocks: Vec<T> = temporary(size * piece, call)?;
+        let mut blocks: Vec<T> = zeros(&[size * piece], "a temporary").map_err(|error| error.during(&call.label()))?;
         for first in (0..count).step_by(piece.max(1)) {
             let length = piece.min(count - first);
             self.all_gather(send.cast::<T>().add(first).cast(), blocks.as_mut_ptr().cast(), length * size_of::<T>(), call)?;
@@ -281,20 +282,10 @@ impl Stop for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Err(error) = self.leave() {
-            log::debug!("rank {}: aborting the NCCL communicator: {error}", self.rank);
+            log::debug!("rank {}: the NCCL communicator is aborted: {error}", self.rank);
             self.stop();
         }
     }
-}
-
-fn temporary<T: Copy + Default>(count: usize, call: &Call<'_>) -> Result<Vec<T>> {
-    let mut memory = Vec::new();
-    let room = memory.try_reserve_exact(count);
-    room.map_err(|_| {
-        error!(OutOfMemory, "{}: cannot allocate {} bytes for a temporary", call.label(), count.saturating_mul(size_of::<T>()))
-    })?;
-    memory.resize(count, T::default());
-    Ok(memory)
 }
 
 fn on_rank(error: Error, rank: u32) -> Error {
@@ -404,7 +395,8 @@ impl Transport for Nccl {
                 self.enqueue(call, (memory, stream), NAME, |comm| launch(comm, send, recv, stream))
             }
             MemorySpace::Host if loses_nan(dtype, op) => {
-                let mut whole: Vec<u64> = temporary((bytes * size as usize).div_ceil(8), call)?;
+                let mut whole: Vec<u64> =
+                    zeros(&[(bytes * size as usize).div_ceil(8)], "a temporary").map_err(|error| error.during(&call.label()))?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
                 self.all_reduce(send, whole, count * size as usize, dtype, op, call)?;
                 std::ptr::copy(whole.add(rank as usize * bytes), recv, bytes);

@@ -337,7 +337,7 @@ fn a_missing_event_is_found() {
     }
     error_of(context.synchronize(), Status::Device);
     assert_names(&turn.findings(), &["trivial_scale", "stream"]);
-    turn.forgive();
+    turn.forget_findings();
 }
 
 #[test]

@@ -27,7 +27,7 @@ use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
 use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
-use crate::options::{Placement, RowUpdate};
+use crate::options::RowUpdate;
 use crate::protocol::{Counters, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, Contribution, Error, Result};
 
@@ -118,7 +118,7 @@ impl CudaHead {
         // The other streams read memory that was cleared on this one.
         head.gpu.stream.synchronize()?;
         log::info!(
-            "rank {} of {}: {} class centers of dimension {} from {} on {}, {} MiB, chunks of {} columns of {}",
+            "rank {} of {}: {} class centers of dimension {} from class {}, on {}, {} MiB, chunks of {} of {} columns",
             head.spec.rank,
             head.spec.ranks,
             head.spec.shard.rows,
@@ -133,7 +133,7 @@ impl CudaHead {
     }
 
     fn sharded(&self) -> bool {
-        self.spec.options.placement == Placement::Sharded
+        self.spec.is_sharded()
     }
 
     fn dim(&self) -> usize {
@@ -558,7 +558,7 @@ impl Drop for CudaHead {
             return;
         }
         if let Err(error) = self.streams.synchronize() {
-            log::warn!("rank {}: a head was freed after its work had failed: {error}", self.spec.rank);
+            log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }
 }

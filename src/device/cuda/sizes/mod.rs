@@ -11,7 +11,6 @@ use self::arrays::Array;
 use super::context::GpuCapacity;
 use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
-use crate::options::Placement;
 use crate::{ensure, Result};
 
 pub(super) use allocation::{Grown, HeadMemory};
@@ -118,11 +117,5 @@ impl Sizes {
             gather_dtype: capacities.gather_dtype as i32,
             ..HeadArrays::zeroed()
         }
-    }
-}
-
-impl HeadSpec {
-    fn is_sharded(&self) -> bool {
-        self.options.placement == Placement::Sharded
     }
 }

@@ -1,0 +1,53 @@
+//! Devices, and which of them a suite runs on.
+
+use partialfc::capi::device::{pfc_device, pfc_device_cpu, pfc_device_cuda, pfc_device_free};
+
+use super::outcome;
+use crate::emulator;
+
+pub struct Device(pub *mut pfc_device);
+
+// SAFETY: a device may be used from several threads at once.
+unsafe impl Send for Device {}
+unsafe impl Sync for Device {}
+
+impl Device {
+    pub fn cpu(threads: u32) -> Device {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: an output that outlives the call.
+        outcome(unsafe { pfc_device_cpu(threads, &mut raw) }).expect("a CPU device");
+        Device(raw)
+    }
+
+    /// What a suite runs on: the CPU, with so many threads; with `PFC_TEST_DEVICE=cuda` GPU 0 of the driver that [`emulator`] names.
+    pub fn under_test(threads: u32) -> Device {
+        if !on_cuda() {
+            return Device::cpu(threads);
+        }
+        emulator::ready();
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: an output that outlives the call; the default stream.
+        outcome(unsafe { pfc_device_cuda(0, std::ptr::null_mut(), &mut raw) }).expect("GPU 0");
+        Device(raw)
+    }
+}
+
+/// Whether suites that take any device run on a GPU.
+pub fn on_cuda() -> bool {
+    match std::env::var("PFC_TEST_DEVICE").as_deref() {
+        Ok("cuda") => true,
+        Ok("cpu") | Err(std::env::VarError::NotPresent) => false,
+        other => panic!("PFC_TEST_DEVICE is {other:?}; it is cpu or cuda"),
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if on_cuda() && !std::thread::panicking() {
+            let findings = emulator::findings();
+            assert!(findings.is_empty(), "the emulator's findings:\n{findings}");
+        }
+        // SAFETY: made by pfc_device_cpu, freed once.
+        unsafe { pfc_device_free(self.0) };
+    }
+}

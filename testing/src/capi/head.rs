@@ -1,0 +1,212 @@
+//! Heads.
+
+use partialfc::capi::head as c_head;
+use partialfc::capi::head::{pfc_metrics, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+use partialfc::capi::plan as c_plan;
+use partialfc::capi::plan::pfc_plan_report;
+use partialfc::capi::types::pfc_head_options;
+use partialfc::options::{HeadOptions, Precision};
+
+use super::{on_cuda, outcome, to_c, Comm, Device, Outcome, Rows};
+
+/// As workspace_limit of `Head::with`: no room for the softmax's numerators, which are then computed twice.
+pub const LEAST: u64 = 1;
+
+pub fn plan(options: &pfc_head_options, ranks: u32, batch: u64) -> Outcome<pfc_plan_report> {
+    // SAFETY: all zeros is a value of it; the size is its own.
+    unsafe {
+        let mut report: pfc_plan_report = std::mem::zeroed();
+        outcome(c_plan::pfc_plan_report_init_sized(&mut report, std::mem::size_of::<pfc_plan_report>() as u64))?;
+        outcome(c_plan::pfc_plan(options, ranks, batch, &mut report))?;
+        Ok(report)
+    }
+}
+
+pub struct Head {
+    pub raw: *mut c_head::pfc_head,
+    pub dim: usize,
+}
+
+// SAFETY: a head may move between threads; it is used by one at a time.
+unsafe impl Send for Head {}
+
+impl Head {
+    pub fn create(device: &Device, comm: &Comm, options: &pfc_head_options) -> Outcome<Head> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: live handles; an output that outlives the call.
+        let result = outcome(unsafe { c_head::pfc_head_create(device.0, comm.0, options, &mut raw) });
+        assert_eq!(result.is_ok(), !raw.is_null(), "an output is written on success only: {result:?}");
+        result.map(|()| Head { raw, dim: options.embedding_dim as usize })
+    }
+
+    /// A head from the library's own options, or a failed test.
+    pub fn new(device: &Device, comm: &Comm, options: &HeadOptions) -> Head {
+        Head::with(device, comm, options).expect("a head")
+    }
+
+    /// A head from the library's own options. A workspace limit counts from the least that the head takes: `LEAST` is it, `LEAST` + n is
+    /// n bytes more. Collective.
+    pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
+        let mut c = to_c(options);
+        if on_cuda() && options.precision == Precision::Auto {
+            // The suites hold every device to float32.
+            c.precision = Precision::F32 as i32;
+        }
+        if options.workspace_limit > 0 {
+            c.workspace_limit = 1;
+            let refusal = Head::create(device, comm, &c).err().expect("a byte is too little");
+            let needed = refusal.message.rsplit("at least ").next().and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+            let Some(needed) = needed else {
+                return Err(refusal); // of something else
+            };
+            c.workspace_limit = needed + options.workspace_limit - LEAST;
+        }
+        Head::create(device, comm, &c)
+    }
+
+    pub fn prepare(&mut self, labels: &[i64]) -> Outcome {
+        // SAFETY: a live handle; labels are copied.
+        outcome(unsafe { c_head::pfc_head_prepare(self.raw, labels.as_ptr(), labels.len() as u64) })
+    }
+
+    pub fn set_sample(&mut self, ids: &[i64]) -> Outcome {
+        // SAFETY: a live handle; ids are copied.
+        outcome(unsafe { c_head::pfc_head_set_sample(self.raw, ids.as_ptr(), ids.len() as u64) })
+    }
+
+    pub fn forward(&mut self, embeddings: &mut Rows, labels: Option<&[i64]>) -> Outcome<f64> {
+        let view = embeddings.view();
+        let mut loss = -321.0;
+        if let Some(labels) = labels {
+            assert_eq!(labels.len(), embeddings.rows, "a label for each row");
+        }
+        let pointer = labels.map_or(std::ptr::null(), <[i64]>::as_ptr);
+        // SAFETY: a live handle; as many labels as rows.
+        let result = outcome(unsafe { c_head::pfc_head_forward(self.raw, &view, pointer, &mut loss) });
+        written(result, loss, -321.0)
+    }
+
+    pub fn backward(&mut self, loss_weight: f64, loss_scale: f64, grad: &mut Rows) -> Outcome {
+        let view = grad.view();
+        // SAFETY: a live handle; a matrix that owns its memory.
+        outcome(unsafe { c_head::pfc_head_backward(self.raw, loss_weight, loss_scale, &view) })
+    }
+
+    pub fn update(&mut self, learning_rate: f64) -> Outcome {
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_update(self.raw, learning_rate) })
+    }
+
+    pub fn step(&mut self, embeddings: &mut Rows, labels: &[i64], learning_rate: f64, grad: &mut Rows) -> Outcome<f64> {
+        assert_eq!(labels.len(), embeddings.rows, "a label for each row");
+        let (from, to) = (embeddings.view(), grad.view());
+        let mut loss = -321.0;
+        // SAFETY: a live handle; matrices that own their memory.
+        let result = outcome(unsafe { c_head::pfc_head_step(self.raw, &from, labels.as_ptr(), learning_rate, &to, &mut loss) });
+        written(result, loss, -321.0)
+    }
+
+    pub fn wait(&mut self) -> Outcome {
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_wait(self.raw) })
+    }
+
+    pub fn metrics(&mut self) -> Outcome<pfc_metrics> {
+        // SAFETY: all zeros is a value of it; the size is its own.
+        unsafe {
+            let mut metrics: pfc_metrics = std::mem::zeroed();
+            outcome(c_head::pfc_metrics_init_sized(&mut metrics, std::mem::size_of::<pfc_metrics>() as u64))?;
+            outcome(c_head::pfc_head_metrics(self.raw, &mut metrics))?;
+            Ok(metrics)
+        }
+    }
+
+    pub fn top_k(&mut self, embeddings: &mut Rows, k: u64) -> Outcome<(Vec<i64>, Vec<f32>)> {
+        let view = embeddings.view();
+        let count = embeddings.rows * k as usize;
+        let (mut ids, mut cosines) = (vec![-5i64; count], vec![-5f32; count]);
+        // SAFETY: a live handle; rows x k of both outputs.
+        outcome(unsafe { c_head::pfc_head_top_k(self.raw, &view, k, ids.as_mut_ptr(), cosines.as_mut_ptr()) })?;
+        Ok((ids, cosines))
+    }
+
+    /// The ids of the last sample, asked for as a C program does: first how many, then which.
+    pub fn sample_ids(&self) -> Outcome<Vec<i64>> {
+        let mut count = 0;
+        // SAFETY: a live handle; NULL asks for the count.
+        outcome(unsafe { c_head::pfc_head_sample_ids(self.raw, std::ptr::null_mut(), 0, &mut count) })?;
+        let mut ids = vec![-5i64; count as usize];
+        let mut written = 0;
+        // SAFETY: as many ids as asked for.
+        outcome(unsafe { c_head::pfc_head_sample_ids(self.raw, ids.as_mut_ptr(), count, &mut written) })?;
+        assert_eq!(written, count, "the sample changed between two questions");
+        Ok(ids)
+    }
+
+    /// First class and number of classes.
+    pub fn shard(&self) -> (u64, u64) {
+        let (mut first, mut count) = (0, 0);
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_shard(self.raw, &mut first, &mut count) }).expect("a shard");
+        (first, count)
+    }
+
+    pub fn read_centers(&mut self, first: u64, count: u64) -> Outcome<Vec<f32>> {
+        let mut rows = Rows::output(count as usize, self.dim);
+        let view = rows.view();
+        // SAFETY: a live handle; a matrix that owns its memory.
+        outcome(unsafe { c_head::pfc_head_read_centers(self.raw, first, count, &view) })?;
+        Ok(rows.values_f32())
+    }
+
+    pub fn write_centers(&mut self, first: u64, values: &[f32]) -> Outcome {
+        let mut rows = Rows::f32(values, self.dim);
+        let view = rows.view();
+        // SAFETY: a live handle; a matrix that owns its memory.
+        outcome(unsafe { c_head::pfc_head_write_centers(self.raw, first, rows.rows as u64, &view) })
+    }
+
+    pub fn read_state(&mut self, tensor: i32, first: u64, count: u64) -> Outcome<Vec<f32>> {
+        let mut rows = Rows::output(count as usize, self.dim);
+        let view = rows.view();
+        // SAFETY: a live handle; a matrix that owns its memory.
+        outcome(unsafe { c_head::pfc_head_read_state(self.raw, tensor, first, count, &view) })?;
+        Ok(rows.values_f32())
+    }
+
+    pub fn write_state(&mut self, tensor: i32, first: u64, values: &[f32]) -> Outcome {
+        let mut rows = Rows::f32(values, self.dim);
+        let view = rows.view();
+        // SAFETY: a live handle; a matrix that owns its memory.
+        outcome(unsafe { c_head::pfc_head_write_state(self.raw, tensor, first, rows.rows as u64, &view) })
+    }
+
+    /// All of this rank's class centers.
+    pub fn centers(&mut self) -> Vec<f32> {
+        let (first, count) = self.shard();
+        self.read_centers(first, count).expect("class centers")
+    }
+
+    pub fn momentum(&mut self) -> Vec<f32> {
+        let (first, count) = self.shard();
+        self.read_state(PFC_STATE_MOMENTUM, first, count).expect("momentum")
+    }
+
+    pub fn second_moment(&mut self) -> Vec<f32> {
+        let (first, count) = self.shard();
+        self.read_state(PFC_STATE_SECOND_MOMENT, first, count).expect("second moment")
+    }
+}
+
+/// A written value, or an error with the output untouched.
+fn written(result: Outcome, value: f64, untouched: f64) -> Outcome<f64> {
+    assert!(result.is_ok() || value == untouched, "the loss is {value} after {result:?}: outputs are written on success only");
+    result.map(|()| value)
+}
+
+impl Drop for Head {
+    fn drop(&mut self) {
+        // SAFETY: made by pfc_head_create, freed once.
+        unsafe { c_head::pfc_head_free(self.raw) };
+    }
+}

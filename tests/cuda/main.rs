@@ -1,0 +1,8 @@
+//! What a GPU has that a CPU has not: its faults, its memory, its precision. On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
+
+mod device;
+mod faults;
+mod half;
+mod kernels;
+mod loss;
+mod pointers;

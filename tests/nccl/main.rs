@@ -1,0 +1,7 @@
+//! Ranks that NCCL joins: in one process, in several, and over a trainer's own communicator.
+
+mod communicator;
+mod head;
+mod header;
+mod processes;
+mod standin;

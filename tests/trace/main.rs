@@ -1,0 +1,150 @@
+//! What the trace says of steps: the phases on the host, what runs beside what on a GPU, and the file.
+
+use partialfc::options::{HeadOptions, Placement};
+use partialfc::trace::{self, Span};
+use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
+use partialfc_testing::emulator;
+use partialfc_testing::gpu::gpu_apart;
+use partialfc_testing::nccl;
+use partialfc_testing::processes::run_alone;
+use partialfc_testing::ranks::on_comms;
+use partialfc_testing::training::{learning_rate, Batch};
+
+const BATCH: usize = 40;
+
+fn small() -> HeadOptions {
+    HeadOptions { sample_rate: 0.5, ..options(600, 24, BATCH as u64) }
+}
+
+/// Two ranks, two steps in three calls each, the second prepared in the middle of the first, and a third in one call.
+fn train(comms: Vec<Comm>, options: &HeadOptions, device: impl Fn() -> Device + Sync) {
+    on_comms(comms, |place| {
+        let mut head = Head::new(&device(), &place.comm, options);
+        let batch = |step| Batch::draw(options, place.rank, step, BATCH);
+        let mut grad = Rows::output(BATCH, head.dim);
+        for step in 0..2 {
+            let labels = if step == 0 { Some(batch(0).labels) } else { None };
+            head.forward(&mut batch(step).rows(head.dim), labels.as_deref()).expect("forward");
+            if step == 0 {
+                head.prepare(&batch(1).labels).expect("prepare");
+            }
+            head.backward(1.0, 1.0, &mut grad).expect("backward");
+            head.update(learning_rate(step)).expect("update");
+        }
+        head.step(&mut batch(2).rows(head.dim), &batch(2).labels, 0.1, &mut grad).expect("step");
+    });
+}
+
+fn end(span: &Span) -> f64 {
+    span.start_us + span.duration_us
+}
+
+fn intersect(a: &Span, b: &Span) -> bool {
+    a.start_us < end(b) && b.start_us < end(a)
+}
+
+/// A rank's span of a step; the first of several.
+fn find<'a>(spans: &'a [Span], rank: u32, step: u64, track: &str, name: &str) -> &'a Span {
+    let mut found: Vec<&Span> = spans
+        .iter()
+        .filter(|span| (span.rank, span.step, span.track.as_str(), span.name.as_str()) == (rank, step, track, name))
+        .collect();
+    found.sort_by(|a, b| a.start_us.total_cmp(&b.start_us));
+    found.first().unwrap_or_else(|| panic!("no {name} of step {step} on the {track} of rank {rank}"))
+}
+
+/// Traces what runs in its turn: the trace and the emulator are the process's.
+fn traced(run: impl FnOnce()) -> Vec<Span> {
+    trace::start();
+    trace::take();
+    run();
+    trace::take()
+}
+
+#[test]
+fn the_host_s_phases_follow_each_other() {
+    let _turn = emulator::turn(3);
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        let spans = traced(|| train(Comm::threads(2), &HeadOptions { placement, ..small() }, || Device::cpu(1)));
+        let phases: &[&str] = match placement {
+            Placement::Sharded => {
+                &["all_gather labels", "sample", "all_gather embeddings", "forward", "all_reduce sums", "loss", "backward"]
+            }
+            Placement::Replicated => {
+                &["all_gather labels", "sample", "forward", "all_reduce sums", "loss", "backward", "center gradient", "update"]
+            }
+        };
+        for (rank, step) in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)] {
+            let ends = phases.iter().map(|phase| find(&spans, rank, step, "host", phase));
+            let ends: Vec<(f64, f64)> = ends.map(|span| (span.start_us, end(span))).collect();
+            assert!(ends.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{phases:?} of step {step} on rank {rank}: {ends:?}");
+        }
+        assert!(spans.iter().all(|span| span.ranks == 2 && span.duration_us >= 0.0));
+    }
+}
+
+/// The emulator's clock is that of a GPU with room for everything: what overlaps there is what nothing orders. On a GPU it would be
+/// a matter of timing.
+#[test]
+fn collectives_and_the_next_draw_run_beside_the_products() {
+    let turn = emulator::turn(3);
+    let spans = traced(|| train(Comm::threads(2), &small(), gpu_apart));
+    if turn.is_emulator() {
+        assert_overlaps(&spans);
+    }
+}
+
+#[test]
+fn so_they_do_over_nccl() {
+    let turn = emulator::turn(4);
+    let Some(_standin) = nccl::emulated(&turn) else { return };
+    let spans = traced(|| train(nccl::group(2), &small(), gpu_apart));
+    assert_overlaps(&spans);
+}
+
+fn assert_overlaps(spans: &[Span]) {
+    for rank in 0..2 {
+        let on = |step, track: &str, name: &str| find(spans, rank, step, track, name).clone();
+        let all = |step, track| spans.iter().filter(move |span| (span.rank, span.step, span.track.as_str()) == (rank, step, track));
+        for step in 0..3 {
+            let (reduce, weighted) =
+                (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "gemm_weighted_centers"));
+            assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
+        }
+        // One call: the embeddings' gradient is exchanged beside what makes the class centers'.
+        let scatter = on(2, "exchange stream", "reduce_scatter gradient");
+        assert!(all(2, "centers stream").any(|span| intersect(&scatter, span)), "{scatter:?}");
+        // Prepared in the middle of step 0: drawn beside its update, gathered before its own embeddings are.
+        assert!(all(1, "draw stream").any(|draw| all(0, "centers stream").any(|update| intersect(draw, update))));
+        for step in 0..3 {
+            let gathers = |track| all(step, track).filter(|span| span.name == "gather_centers").count();
+            assert_eq!((gathers("centers stream"), gathers("main stream")), (1, 0), "step {step}");
+        }
+    }
+}
+
+/// In a process of its own, which reads PFC_TRACE when its first head is made.
+#[test]
+fn the_file_holds_the_spans_of_all_heads() {
+    if std::env::var_os("PFC_TRACE").is_some() {
+        train(Comm::threads(2), &small(), || Device::cpu(1));
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("pfc-trace-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = folder.join("trace.json");
+    run_alone(module_path!(), "the_file_holds_the_spans_of_all_heads", "PFC_TRACE", &file);
+    let text = std::fs::read_to_string(&file).expect("the trace");
+    std::fs::remove_dir_all(&folder).expect("the folder goes");
+    assert!(text.starts_with("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n") && text.ends_with("\n]}\n"));
+    for rank in 0..2 {
+        let steps = (0..3).filter(|step| {
+            text.lines().any(|line| {
+                line.contains("\"name\":\"forward\"")
+                    && line.contains(&format!("\"pid\":{rank},"))
+                    && line.contains(&format!("\"step\":{step}}}"))
+            })
+        });
+        assert_eq!(steps.count(), 3, "rank {rank}: {text}");
+    }
+}
