@@ -4,7 +4,7 @@ use crate::device::cuda::shared_structs::TILE_COLUMNS;
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::DType;
 use crate::optimizer::{Adamw, Optimizer, Sgd};
-use crate::options::{HeadOptions, Precision, RowUpdate};
+use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
 use crate::shard::Shard;
 use crate::Status;
 
