@@ -2,7 +2,7 @@
 // came before: many copies are under way at a time, and no register waits for them.
 //
 // A window belongs to one warp: 8 rows of kTiles tiles of 8 floats, the shape of that many
-// accumulators of mma.sync. Whole lines are copied, 16 bytes a lane. Lane l then reads columns
+// accumulators of mma.sync. Whole lines are copied, 16 bytes a lane. Then lane l reads columns
 // 2 (l % 4) and the next of row l / 4. Tiles are rotated by the row, so that the lanes of a quarter
 // of the bytes do not meet in a bank.
 #pragma once
