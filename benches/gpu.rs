@@ -12,7 +12,7 @@
 //!   of rows, operands and P, and each kernel finds in them what the step before it left.
 //! - `step, prepared` is forward to the end of the update, with the draw and the gathering of the rows done before; `step` has them in
 //!   it; `step in a row` is one of many steps, each prepared beside the one before.
-//! - Memory is what the GPU has less of, beyond W and its momentum; the driver counts in pieces of 2 MiB.
+//! - Memory is what the GPU has less of, beyond W and its momentum; the driver counts in units of 2 MiB.
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
@@ -233,7 +233,7 @@ struct Batch {
     labels: Memory,
     gradient: Memory,
     loss: Memory,
-    /// For one class centre.
+    /// For one class center.
     row: Memory,
 }
 
@@ -276,7 +276,7 @@ impl Batch {
         head.update(0.1).expect("an update");
     }
 
-    /// Makes the caller's stream wait for the update, as whoever reads a class centre does.
+    /// Makes the caller's stream wait for the update, as whoever reads a class center does.
     fn join(&self, head: &mut Head) {
         let row = Matrix { rows: 1, ..self.matrix(&self.row) };
         head.read_rows(StateTensor::Centers, 0, &row).expect("a row");
@@ -408,8 +408,7 @@ impl Bench<'_> {
         self.line("step", steps.whole, Some(launches), floor, self.torch(shape, "step_us"));
         self.line("step in a row", steps.in_a_row, None, floor, None);
         for Kernel { name, time, launches } in kernels {
-            let is = |product: &&str| name.starts_with(&format!("multiply_{product}"));
-            let product = ["numerators", "weighted", "centers"].into_iter().find(is).filter(|_| keeps);
+            let product = name.strip_prefix("gemm_").filter(|_| keeps);
             let torch = product.and_then(|product| self.torch(shape, &format!("{product}_us")));
             self.line(name, *time, Some(*launches), floor::of_kernel(name, shape, keeps), torch);
         }

@@ -291,7 +291,7 @@ fn options(shape: &Shape) -> HeadOptions {
         workspace_limit: 0,
     };
     if shape.recompute {
-        // Room for everything but the numerators.
+        // Enough for everything but the numerators.
         let plan = partialfc::plan::plan(&options, shape.ranks as u32, options.max_batch).expect("a plan");
         options.workspace_limit = plan.memory.activation;
     }

@@ -1,6 +1,8 @@
 //! Compiles kernels/*.cu with nvcc into one image for each source and architecture, and writes the table of them that
 //! src/device/cuda/images.rs includes. Without nvcc the table is empty, and the library computes on the CPU alone.
 //!
+//! The `// launch:` lines of the sources become the constants that src/device/cuda/entries.rs includes.
+//!
 //! `PFC_CUDA=require` makes a missing nvcc or a failed compile an error of the build; `PFC_CUDA=off` does not look for one.
 //! `PFC_CUDA_ARCHS` (such as "90a" or "80,90a,ptx80") replaces the architectures of kernels/nvcc.conf.
 
@@ -66,7 +68,7 @@ impl Arch {
         Ok(list)
     }
 
-    /// Of one image of this architecture alone, and of what ptxas is to tell of it (kernels/gates reads that).
+    /// The options for one image of this architecture alone, with the report of ptxas, which kernels/gates reads.
     fn nvcc_options(self) -> [String; 3] {
         let number = format!("{}{}{}", self.major, self.minor, if self.exact { "a" } else { "" });
         let code = if self.ptx { "compute" } else { "sm" };
@@ -117,6 +119,42 @@ struct Source {
     options: Vec<String>,
     /// Its line `// architectures: ..`; None: all.
     only: Option<Vec<Arch>>,
+    launches: Vec<Launch>,
+}
+
+/// A line `// launch: ..`, which kernels/ptx/shim.h explains.
+struct Launch {
+    entry: String,
+    blocks: u32,
+    per_multiprocessor: bool,
+    threads: u32,
+    shared: u32,
+}
+
+impl Launch {
+    fn parse(text: &str) -> Result<Launch, String> {
+        let (grid, per_multiprocessor) = (text.replacen(" per SM ", " ", 1), text.contains(" per SM "));
+        let words = words(&grid);
+        let number = |word: &String| word.parse::<u32>().ok();
+        match words.as_slice() {
+            [entry, b, blocks, t, threads, s, shared] if [b, t, s] == ["blocks", "threads", "shared"] => {
+                if let [Some(blocks), Some(threads), Some(shared)] = [blocks, threads, shared].map(number) {
+                    return Ok(Launch { entry: entry.clone(), blocks, per_multiprocessor, threads, shared });
+                }
+            }
+            _ => {}
+        }
+        Err(format!("a launch line is `// launch: entry blocks N [per SM] threads N shared N`, got {text:?}"))
+    }
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Launch { entry, blocks, per_multiprocessor, threads, shared } = self;
+        let grid = if *per_multiprocessor { "PerMultiprocessor" } else { "Fixed" };
+        let shape = format!("LaunchShape {{ blocks: Blocks::{grid}({blocks}), threads: {threads}, shared: {shared} }}");
+        write!(f, "pub(super) const {entry}: LaunchShape = {shape};")
+    }
 }
 
 impl Source {
@@ -140,13 +178,15 @@ impl Source {
 
     fn new(path: PathBuf, text: &str) -> Result<Source, String> {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let mut source = Source { path, stem, options: Vec::new(), only: None };
+        let mut source = Source { path, stem, options: Vec::new(), only: None, launches: Vec::new() };
         for line in text.lines() {
             if let Some(options) = line.strip_prefix("// nvcc:") {
                 source.options.extend(words(options));
             } else if let Some(list) = line.strip_prefix("// architectures:") {
                 let list = Arch::list(list).map_err(|e| format!("{}: {e}", source.path.display()))?;
                 source.only = Some(list);
+            } else if let Some(launch) = line.strip_prefix("// launch:") {
+                source.launches.push(Launch::parse(launch.trim()).map_err(|e| format!("{}: {e}", source.path.display()))?);
             }
         }
         Ok(source)
@@ -168,7 +208,8 @@ impl Job<'_> {
         self.file("fatbin")
     }
 
-    /// Compiles, unless the image that lies there is of the same text, options and compiler. What the compiler says is kept beside it.
+    /// Compiles, unless the image that lies there is of the same text, options and compiler. What the compiler says is kept beside
+    /// it.
     fn run(&self, nvcc: &Nvcc, settings: &Settings, folder: &Path) -> Result<(), String> {
         let start = Instant::now();
         let (image, log, key_file) = (folder.join(self.image()), folder.join(self.file("log")), folder.join(self.file("key")));
@@ -212,7 +253,7 @@ impl Job<'_> {
     }
 }
 
-/// Makes the images and their table, and tells what they are in PFC_CUDA_IMAGES.
+/// Makes the images, their table and the launch shapes, and sets PFC_CUDA_IMAGES to the architectures.
 pub fn build() {
     // Cargo looks into folders too.
     println!("cargo:rerun-if-changed={FOLDER}");
@@ -236,16 +277,19 @@ pub fn build() {
             (Made::default(), "no working nvcc was found when it was built".to_owned())
         }
     };
-    let told = match archs.archs.as_slice() {
+    let architectures = match archs.archs.as_slice() {
         [] => "none".to_owned(),
         list => list.iter().map(Arch::to_string).collect::<Vec<_>>().join(" "),
     };
-    println!("cargo:rustc-env=PFC_CUDA_IMAGES={told}");
+    println!("cargo:rustc-env=PFC_CUDA_IMAGES={architectures}");
     let table = table(&sources, &archs, &absent);
-    fs::write(out.join("images.rs"), table).unwrap_or_else(|e| stop(&format!("{}: {e}", out.join("images.rs").display())));
+    let launches: String = sources.iter().flat_map(|source| &source.launches).map(|launch| format!("{launch}\n")).collect();
+    for (name, text) in [("images.rs", table), ("launches.rs", launches)] {
+        fs::write(out.join(name), text).unwrap_or_else(|e| stop(&format!("{}: {e}", out.join(name).display())));
+    }
 }
 
-/// What was compiled, and by which release of nvcc.
+/// The compiled architectures, and the release of nvcc that compiled them.
 #[derive(Default)]
 struct Made {
     archs: Vec<Arch>,
@@ -267,9 +311,6 @@ fn make(sources: &[Source], folder: &Path) -> Result<Made, Missing> {
     };
     // A wrong list of architectures is a mistake of who builds, whatever there is to build.
     let settings = Settings::read().unwrap_or_else(|e| stop(&e));
-    if sources.is_empty() && !required {
-        return Err(Missing::Chosen("it was built from sources without kernels".to_owned()));
-    }
     let fail = |reason: String| match required {
         true => stop(&format!("PFC_CUDA=require: {reason}")),
         false => Missing::Failed(reason),

@@ -9,8 +9,8 @@
 
 namespace angle {
 
-// `e` and `w` give a lane's group at a column. A whole warp comes here with the same two rows, and
-// its lanes go round together, as a dense row's replay asks for it.
+// `e` and `w` return a lane's group at a column. A whole warp calls this with the same two rows,
+// and its lanes loop together, as the replay of a dense row requires.
 template <class E, class W>
 PFC_DEVICE double between(uint32_t dim, const E& e, const W& w) {
     const uint32_t lane = threadIdx.x % 32;
@@ -21,8 +21,8 @@ PFC_DEVICE double between(uint32_t dim, const E& e, const W& w) {
         e_squares = rows::add_squares(e_squares, e(column));
         w_squares = rows::add_squares(w_squares, center);
     }
-    const double e_inverse = rows::inverse_norm(rows::sum_of_warp(e_squares));
-    const double w_inverse = rows::inverse_norm(rows::sum_of_warp(w_squares));
+    const double e_inverse = rows::inverse_norm(warp_sum(e_squares));
+    const double w_inverse = rows::inverse_norm(warp_sum(w_squares));
     if (e_inverse == 0.0 || w_inverse == 0.0) {
         return margin::kHalfPi;
     }
@@ -38,7 +38,7 @@ PFC_DEVICE double between(uint32_t dim, const E& e, const W& w) {
             plus += (a + b) * (a + b);
         }
     }
-    return 2.0 * atan2(sqrt(rows::sum_of_warp(minus)), sqrt(rows::sum_of_warp(plus)));
+    return 2.0 * atan2(sqrt(warp_sum(minus)), sqrt(warp_sum(plus)));
 }
 
 }  // namespace angle

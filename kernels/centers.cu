@@ -1,144 +1,149 @@
-// Class centres: gathered and normalised for the products, read and written for callers, brought to
-// now.
+// Class centers: gathered and normalized for the products, read and written for callers, brought up
+// to date.
 //
 //     W^_j = W_j / |W_j| of a chunk of the sample's columns, as operands; dense rows as they are
 //     after the latest update
 //
-// Fused: the row's replay, its norm, both operands. A copy is brought to now, never the row itself:
-// gathering twice changes nothing. Floor of a gather: 4 d bytes read and 4 d (half) or 6 d (f32)
-// written a row, 512 MB for 125000 rows of 512 in half; dense rows that are behind also read their
-// state. Agrees with src/table.rs and Pass::gather of src/device/cpu/fused.rs.
+// Fused: the row's replay, its norm, both operands. The gather brings a copy up to date, never the
+// row itself: gathering twice changes nothing. Floor of a gather: 4 d bytes read and 4 d (half) or
+// 6 d (f32) written a row, 512 MB for 125000 rows of 512 in half; dense rows that are behind also
+// read their state. Agrees with src/device/cpu/rows.rs and `gather` of src/device/cpu/products.rs.
 #include "replay.h"
 
 namespace {
 
-PFC_DEVICE float* tensor_of(const HeadView& view, int32_t tensor) {
-    return tensor == 0 ? view.centers : tensor == 1 ? view.momentum : view.second_moment;
+PFC_DEVICE float* tensor_of(const HeadArrays& head, int32_t tensor) {
+    return tensor == 0 ? head.centers : tensor == 1 ? head.momentum : head.second_moment;
 }
 
 }  // namespace
 
+// launch: gather_centers blocks 8 per SM threads 256 shared 0
 // gate: gather_centers registers <= 72
-PFC_KERNEL(gather_centers, (const PFC_GRID_CONSTANT HeadView view, uint32_t first)) {
-    if (view.block->status != kOk || first >= view.block->classes) {
+PFC_KERNEL(gather_centers, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first)) {
+    if (head.block->status != kOk || first >= head.block->classes) {
         return;
     }
-    const uint32_t count = rows::least(view.chunk_capacity, view.block->classes - first),
+    const uint32_t count = smaller(head.chunk_capacity, head.block->classes - first),
                    lane = threadIdx.x % 32;
-    // Rows to the end of the last tile are zero: the products read them.
-    for (uint32_t slot = rows::first_row(); slot < rows::round_up(count, kTileColumns);
+    // The products read rows to the end of the last tile: those beyond `count` are zero.
+    for (uint32_t slot = rows::first_row(); slot < round_up(count, kTileColumns);
          slot += rows::row_stride()) {
         const bool counts = slot < count;
         uint32_t row = 0;
         replay::Missed missed = {};
         float inverse = 0.0f;
         if (counts) {
-            row = view.sample[first + slot];
-            missed = replay::missed(view, row);
+            row = head.sample[first + slot];
+            missed = replay::missed(head, row);
             double squares = 0.0;
-            for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
+            for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
                 squares = rows::add_squares(
-                    squares, replay::center(view, missed, row, base + rows::kGroup * lane));
+                    squares, replay::center(head, missed, row, base + rows::kGroup * lane));
             }
-            inverse = float(rows::inverse_norm(rows::sum_of_warp(squares)));
+            inverse = float(rows::inverse_norm(warp_sum(squares)));
             if (lane == 0) {
-                view.center_inverse_norms[first + slot] = inverse;
+                head.center_inverse_norms[first + slot] = inverse;
             }
         }
-        for (uint32_t base = 0; base < view.depth_pitch; base += rows::kSpan) {
+        for (uint32_t base = 0; base < head.depth_pitch; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 unit = rows::zeros();
             if (counts) {
-                unit = rows::scaled(inverse, replay::center(view, missed, row, column));
+                unit = rows::scaled(inverse, replay::center(head, missed, row, column));
             }
-            if (column >= view.depth_pitch) {
+            if (column >= head.depth_pitch) {
                 continue;
             }
-            if (column >= view.master_pitch) {
-                unit = rows::zeros();  // not a NaN of a row that overflowed
+            if (column >= head.master_pitch) {
+                unit = rows::zeros();  // a row that overflowed would give NaNs here
             }
-            const uint64_t at = uint64_t(slot) * view.depth_pitch + column;
-            if (view.split_operands) {
-                rows::write_split(view.center_operand + at, view.plane_centers, unit);
+            const uint64_t at = uint64_t(slot) * head.depth_pitch + column;
+            if (head.split_operands) {
+                rows::write_split(head.center_operand + at, head.plane_centers, unit);
             } else {
-                rows::write_half(view.center_operand + at, unit);
-                rows::write_bfloat(view.center_wide + at, unit);
+                rows::write_half(head.center_operand + at, unit);
+                rows::write_bfloat(head.center_wide + at, unit);
             }
         }
     }
 }
 
-// Rows first .. of W (tensor 0), m (1) or v (2) as they are now.
+// Writes rows first .. of W (tensor 0), m (1) or v (2), brought up to date, to `out`.
+// launch: read_rows blocks 4 per SM threads 256 shared 0
 // gate: read_rows registers <= 72
-PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadView view, int32_t tensor, uint32_t first,
+PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadArrays head, int32_t tensor, uint32_t first,
                        MatrixView out)) {
     const uint32_t lane = threadIdx.x % 32;
     for (uint64_t i = rows::first_row(); i < out.rows; i += rows::row_stride()) {
         const uint32_t row = first + uint32_t(i);
-        const uint64_t start = uint64_t(row) * view.master_pitch;
-        const replay::Missed missed = replay::missed(view, row);
-        for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
+        const uint64_t start = uint64_t(row) * head.master_pitch;
+        const replay::Missed missed = replay::missed(head, row);
+        for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 values;
-            if (missed.gap == 0) {
+            if (missed.count == 0) {
                 values =
-                    rows::read_group(tensor_of(view, tensor) + start, column, view.master_pitch);
+                    rows::read_group(tensor_of(head, tensor) + start, column, head.master_pitch);
             } else {
-                ptx::Float4 w = rows::read_group(view.centers + start, column, view.master_pitch);
-                ptx::Float4 m = rows::read_group(view.momentum + start, column, view.master_pitch);
+                ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
+                ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
                 ptx::Float4 v = rows::zeros();
-                if (view.optimizer.adamw) {
-                    v = rows::read_group(view.second_moment + start, column, view.master_pitch);
+                if (head.optimizer.adamw) {
+                    v = rows::read_group(head.second_moment + start, column, head.master_pitch);
                 }
-                replay::catch_up(view, missed, w, m, v);
+                replay::catch_up(head, missed, w, m, v);
                 values = tensor == 0 ? w : tensor == 1 ? m : v;
             }
-            rows::write_typed(out.data, i * out.stride, out.dtype, column, view.dim, values);
+            rows::write_typed(out.data, i * out.stride, out.dtype, column, head.dim, values);
         }
     }
 }
 
-// Overwrites rows of one tensor; the other tensors of a dense row are brought to now first.
+// Overwrites rows of one tensor; the other tensors of a dense row are brought up to date first.
+// launch: write_rows blocks 4 per SM threads 256 shared 0
 // gate: write_rows registers <= 88
 PFC_KERNEL(write_rows,
-           (const PFC_GRID_CONSTANT HeadView view, int32_t tensor, uint32_t first, MatrixView in)) {
+           (const PFC_GRID_CONSTANT HeadArrays head, int32_t tensor, uint32_t first,
+            MatrixView in)) {
     const uint32_t lane = threadIdx.x % 32;
     for (uint64_t i = rows::first_row(); i < in.rows; i += rows::row_stride()) {
         const uint32_t row = first + uint32_t(i);
-        const uint64_t start = uint64_t(row) * view.master_pitch;
-        const replay::Missed missed = replay::missed(view, row);
-        if (missed.gap != 0) {
-            replay::catch_up_row(view, missed, row);
-            ptx::sync_warp();  // every lane has read `last`
+        const uint64_t start = uint64_t(row) * head.master_pitch;
+        const replay::Missed missed = replay::missed(head, row);
+        if (missed.count != 0) {
+            replay::catch_up_row(head, missed, row);
+            ptx::sync_warp();  // every lane has read last_update
             if (lane == 0) {
-                view.last[row] = uint32_t(view.ledger->updates);
+                head.last_update[row] = uint32_t(head.ledger->updates);
             }
         }
-        for (uint32_t column = rows::kGroup * lane; column < view.master_pitch;
+        for (uint32_t column = rows::kGroup * lane; column < head.master_pitch;
              column += rows::kSpan) {
             const ptx::Float4 values =
-                rows::read_typed(in.data, i * in.stride, in.dtype, column, view.dim);
-            rows::write_group(tensor_of(view, tensor) + start, column, view.master_pitch, values);
+                rows::read_typed(in.data, i * in.stride, in.dtype, column, head.dim);
+            rows::write_group(tensor_of(head, tensor) + start, column, head.master_pitch, values);
         }
     }
 }
 
-// Brings the dense rows last touched before update `before` to now, so that the ring of gaps may
-// forget what they missed.
+// Brings the dense rows last touched before update `before` up to date, so that the ring of missed
+// updates can reuse their slots.
+// launch: catch_up_rows blocks 8 per SM threads 256 shared 0
 // gate: catch_up_rows registers <= 80
-PFC_KERNEL(catch_up_rows, (const PFC_GRID_CONSTANT HeadView view, uint64_t before)) {
-    if (!view.optimizer.dense) {
+PFC_KERNEL(catch_up_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t before)) {
+    if (!head.optimizer.dense) {
         return;
     }
-    for (uint32_t row = rows::first_row(); row < view.shard_rows; row += rows::row_stride()) {
-        const replay::Missed missed = replay::missed(view, row);
-        if (missed.gap == 0 || missed.last >= before) {
+    for (uint32_t row = rows::first_row(); row < head.shard_rows; row += rows::row_stride()) {
+        const replay::Missed missed = replay::missed(head, row);
+        if (missed.count == 0 || missed.last_update >= before) {
             continue;
         }
-        replay::catch_up_row(view, missed, row);
-        ptx::sync_warp();  // every lane has read `last`
+        replay::catch_up_row(head, missed, row);
+        ptx::sync_warp();  // every lane has read last_update
         if (threadIdx.x % 32 == 0) {
-            view.last[row] = uint32_t(view.ledger->updates);
+            head.last_update[row] = uint32_t(head.ledger->updates);
         }
     }
 }

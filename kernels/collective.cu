@@ -2,15 +2,15 @@
 //
 //     destination[r][i] = source[0][i] op source[1][i] op ... for first <= i < first + count
 //
-// The ranks' numbers meet in rank order, so that every rank gets the same bits. A destination may
-// be its rank's source: an element is read from all ranks before it is written to any. Sums of
-// integers wrap; a NaN is every maximum. Floor: ranks * count elements read, and as many written.
-// Agrees with src/comm/threads.rs.
+// The ranks' numbers are combined in rank order, so that every rank gets the same bits. A
+// destination may be its rank's source: an element is read from all ranks before it is written to
+// any. Sums of integers wrap; a NaN wins every maximum. Floor: ranks * count elements read, and as
+// many written. Agrees with src/comm/transport/threads.rs.
 #include "collective.h"
 
 namespace {
 
-// Once a is NaN, only another NaN takes its place.
+// Once a is NaN, only another NaN replaces it.
 template <class T>
 PFC_DEVICE T larger(T a, T b) {
     return b > a || b != b ? b : a;
@@ -38,6 +38,7 @@ PFC_DEVICE void reduce(const RankPointers& sources, const RankPointers& destinat
 
 }  // namespace
 
+// launch: reduce_ranks blocks 2 per SM threads 256 shared 0
 // gate: reduce_ranks registers <= 64
 PFC_KERNEL(reduce_ranks, (const PFC_GRID_CONSTANT RankPointers sources,
                           const PFC_GRID_CONSTANT RankPointers destinations, uint64_t first,

@@ -3,10 +3,10 @@
 
 #include "ptx/shim.h"
 
-constexpr uint32_t kMostRanks = 16;
+constexpr uint32_t kMaxRanks = 16;
 
 struct RankPointers {
-    void* of[kMostRanks];
+    void* of[kMaxRanks];
 };
 
 // pfc_dtype and pfc_op values that collectives know.

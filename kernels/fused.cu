@@ -1,14 +1,14 @@
-// What pfc_fused_forward and pfc_fused_backward do between a head's products, over a caller's rows:
-// target angles, row sums, gradients in the caller's types.
+// The kernels of pfc_fused_forward and pfc_fused_backward between a head's products, over a
+// caller's rows: target angles, row sums, gradients in the caller's types.
 //
 //     zt_i = scale * psi(angle(E_i, W_y)),  N_i = sum of the chunks' partial sums
 //     L_i = N_i + exp(zt_i - c),  factor_i = scale / L_i
 //     coefficient_i = -scale * (N_i / L_i) * psi'_i
 //     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y
-//     dE_i of dE^_i and dW_j of the third product's dW^_j by the backward of normalize
+//     dE_i of dE^_i and dW_j of the center gradient's dW^_j by the backward of normalize
 //
-// Floor: B d elements of E, of P @ W^ and of dE, S d of W, dW^ and dW, each once or twice. Agrees with
-// Cpu::fused_forward and fused_backward (src/device/cpu/kernels.rs).
+// Floor: B d elements of E, of P @ W^ and of dE, S d of W, dW^ and dW, each once or twice. Agrees
+// with `fused_forward` and `fused_backward` of src/device/cpu/stateless.rs.
 #include "angle.h"
 
 namespace {
@@ -20,104 +20,110 @@ PFC_DEVICE ptx::Float4 group_of(const MatrixView& matrix, uint64_t row, uint32_t
 
 }  // namespace
 
-// target_logits, where there are any, and derivatives of the rows whose class is among the centres;
-// 0 of the others.
+// Writes derivatives and, unless null, target_logits: 0 for rows whose class is not among the
+// centers.
+// launch: find_given_targets blocks 4 per SM threads 256 shared 0
 // gate: find_given_targets registers <= 128
 PFC_KERNEL_OF(find_given_targets, 256, 2,
-              (const PFC_GRID_CONSTANT HeadView view, MatrixView embeddings, MatrixView centers)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView embeddings,
+               MatrixView centers)) {
     const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t row = rows::first_row(); row < view.block->rows; row += rows::row_stride()) {
-        const uint32_t target = view.columns[row];
+    for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
+        const uint32_t target = head.columns[row];
         margin::Target found = {0.0, 0.0};
         if (target != kNone) {
             const double angle = angle::between(
-                view.dim, [&](uint32_t column) { return group_of(embeddings, row, column); },
+                head.dim, [&](uint32_t column) { return group_of(embeddings, row, column); },
                 [&](uint32_t column) { return group_of(centers, target, column); });
-            found = margin::target(view.margin, angle);
+            found = margin::target(head.margin, angle);
         }
         if (lane == 0) {
-            if (view.target_logits != nullptr) {
-                view.target_logits[row] = float(found.logit);
+            if (head.target_logits != nullptr) {
+                head.target_logits[row] = float(found.logit);
             }
-            view.derivatives[row] = float(found.derivative);
+            head.derivatives[row] = float(found.derivative);
         }
     }
 }
 
-// Adds the chunk's row sums to `totals`, tile by tile, and rounds what there is by then to
-// row_sums. partial_sums begins at the chunk's first tile; `tiles` may be 0.
+// Adds the chunk's row sums to `totals`, tile by tile, and rounds the totals so far to row_sums.
+// partial_sums begins at the chunk's first tile; `tiles` may be 0.
+// launch: add_row_sums blocks 4 per SM threads 256 shared 0
 // gate: add_row_sums registers <= 64
 PFC_KERNEL_OF(add_row_sums, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, uint32_t tiles, int32_t is_first,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint32_t tiles, int32_t is_first,
                double* totals)) {
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-    for (uint32_t row = thread; row < view.block->rows; row += gridDim.x * blockDim.x) {
+    for (uint32_t row = thread; row < head.block->rows; row += gridDim.x * blockDim.x) {
         double sum = is_first ? 0.0 : totals[row];
 #pragma unroll 8
         for (uint32_t tile = 0; tile < tiles; ++tile) {
-            sum += double(view.partial_sums[uint64_t(tile) * view.row_capacity + row]);
+            sum += double(head.partial_sums[uint64_t(tile) * head.row_capacity + row]);
         }
         totals[row] = sum;
-        view.row_sums[row] = float(sum);
+        head.row_sums[row] = float(sum);
     }
 }
 
-// P @ W^ from its parts, in the caller's float32 matrix.
-// gate: write_weighted registers <= 64
-PFC_KERNEL_OF(write_weighted, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, MatrixView weighted)) {
-    for (uint32_t row = rows::first_row(); row < view.block->rows; row += rows::row_stride()) {
-        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < view.dim;
+// Adds the splits of P @ W^ and writes the sum to the caller's float32 matrix.
+// launch: write_weighted_centers blocks 4 per SM threads 256 shared 0
+// gate: write_weighted_centers registers <= 64
+PFC_KERNEL_OF(write_weighted_centers, 256, 4,
+              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView weighted_centers)) {
+    for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
+        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.dim;
              column += rows::kSpan) {
             ptx::Float4 sum = rows::zeros();
-            for (uint32_t split = 0; split < view.splits; ++split) {
-                const uint64_t part =
-                    (uint64_t(split) * view.row_capacity + row) * view.depth_pitch;
+            for (uint32_t split = 0; split < head.splits; ++split) {
+                const uint64_t start =
+                    (uint64_t(split) * head.row_capacity + row) * head.depth_pitch;
                 const ptx::Float4 more =
-                    rows::read_group(view.weighted + part, column, view.depth_pitch);
+                    rows::read_group(head.weighted_centers + start, column, head.depth_pitch);
                 sum = ptx::Float4{sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
             }
-            rows::write_typed(weighted.data, row * weighted.stride, weighted.dtype, column,
-                              view.dim, sum);
+            rows::write_typed(weighted_centers.data, row * weighted_centers.stride,
+                              weighted_centers.dtype, column, head.dim, sum);
         }
     }
 }
 
-// factors and coefficients from the sums over the ranks, which the host has judged.
+// Computes factors and coefficients from the sums over the ranks, which the host has checked.
+// launch: weigh_rows blocks 4 per SM threads 256 shared 0
 // gate: weigh_rows registers <= 64
 PFC_KERNEL_OF(weigh_rows, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, const float* row_sums,
+              (const PFC_GRID_CONSTANT HeadArrays head, const float* row_sums,
                const float* target_logits)) {
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-    for (uint32_t row = thread; row < view.block->rows; row += gridDim.x * blockDim.x) {
+    for (uint32_t row = thread; row < head.block->rows; row += gridDim.x * blockDim.x) {
         const double sum = double(row_sums[row]);
-        const double whole = sum + exp(double(target_logits[row]) - view.margin.offset);
+        const double denominator = sum + exp(double(target_logits[row]) - head.margin.offset);
         // A row without negatives gets no gradient.
         const bool counts = sum > 0.0;
-        view.factors[row] = counts ? float(view.margin.scale / whole) : 0.0f;
-        view.coefficients[row] =
-            counts ? float(-view.margin.scale * (sum / whole) * double(view.derivatives[row]))
+        head.factors[row] = counts ? float(head.margin.scale / denominator) : 0.0f;
+        head.coefficients[row] =
+            counts ? float(-head.margin.scale * (sum / denominator) * double(head.derivatives[row]))
                    : 0.0f;
     }
 }
 
-// dE in the caller's matrix. Comes after all chunks of W^, whose norms it takes.
+// Writes dE to the caller's matrix. Comes after all chunks of W^, whose norms it reads.
+// launch: finish_given_rows blocks 4 per SM threads 256 shared 0
 // gate: finish_given_rows registers <= 64
 PFC_KERNEL_OF(finish_given_rows, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, MatrixView centers, MatrixView weighted,
-               double loss_weight, MatrixView gradient)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView centers,
+               MatrixView weighted_centers, double loss_weight, MatrixView gradient)) {
     const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t row = rows::first_row(); row < view.block->rows; row += rows::row_stride()) {
-        const float factor = view.factors[row];
-        const uint32_t target = view.columns[row];
+    for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
+        const float factor = head.factors[row];
+        const uint32_t target = head.columns[row];
         const bool pulled = factor != 0.0f && target != kNone;
         const float share =
-            pulled ? view.coefficients[row] * view.center_inverse_norms[target] : 0.0f;
-        // Of the unit row; made twice rather than kept.
+            pulled ? head.coefficients[row] * head.center_inverse_norms[target] : 0.0f;
+        // The gradient of the unit row, computed twice rather than kept.
         auto unit_gradient = [&](uint32_t column) {
             ptx::Float4 sum = rows::zeros();
             if (factor != 0.0f) {
-                sum = rows::scaled(factor, group_of(weighted, row, column));
+                sum = rows::scaled(factor, group_of(weighted_centers, row, column));
             }
             if (pulled) {
                 const ptx::Float4 w = group_of(centers, target, column);
@@ -126,45 +132,46 @@ PFC_KERNEL_OF(finish_given_rows, 256, 4,
             }
             return sum;
         };
-        const float* const unit = view.units + uint64_t(row) * view.depth_pitch;
+        const float* const unit = head.units + uint64_t(row) * head.depth_pitch;
         double dot = 0.0;
-        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+        for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
             dot = rows::add_products(dot, unit_gradient(column),
-                                     rows::read_group(unit, column, view.depth_pitch));
+                                     rows::read_group(unit, column, head.depth_pitch));
         }
-        const float along = float(rows::sum_of_warp(dot));
-        const float length = view.inverse_norms[row] * float(loss_weight);
-        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+        const float along = float(warp_sum(dot));
+        const float length = head.inverse_norms[row] * float(loss_weight);
+        for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
             const ptx::Float4 g = unit_gradient(column);
-            const ptx::Float4 u = rows::read_group(unit, column, view.depth_pitch);
+            const ptx::Float4 u = rows::read_group(unit, column, head.depth_pitch);
             rows::write_typed(gradient.data, row * gradient.stride, gradient.dtype, column,
-                              view.dim, rows::subtract_along(g, along, u, length));
+                              head.dim, rows::subtract_along(g, along, u, length));
         }
     }
 }
 
-// dW of a chunk, from its dW^ in center_gradient, to rows first .. of the caller's matrix.
+// Writes dW of a chunk, from its dW^ in center_gradient, to rows first .. of the caller's matrix.
+// launch: write_center_rows blocks 4 per SM threads 256 shared 0
 // gate: write_center_rows registers <= 64
 PFC_KERNEL_OF(write_center_rows, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, uint64_t first, uint32_t count,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint64_t first, uint32_t count,
                MatrixView centers, MatrixView gradient)) {
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t slot = rows::first_row(); slot < count; slot += rows::row_stride()) {
         const uint64_t row = first + slot;
-        const float* const unit_gradient = view.center_gradient + uint64_t(slot) * view.dim;
+        const float* const unit_gradient = head.center_gradient + uint64_t(slot) * head.dim;
         double dot = 0.0;
-        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
-            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, view.dim),
+        for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
+            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, head.dim),
                                      group_of(centers, row, column));
         }
-        const float inverse = view.center_inverse_norms[row];
-        const float along = float(rows::sum_of_warp(dot) * double(inverse)) * inverse;
-        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+        const float inverse = head.center_inverse_norms[row];
+        const float along = float(warp_sum(dot) * double(inverse)) * inverse;
+        for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
             const ptx::Float4 made =
-                rows::subtract_along(rows::read_floats(unit_gradient, column, view.dim), along,
+                rows::subtract_along(rows::read_floats(unit_gradient, column, head.dim), along,
                                      group_of(centers, row, column), inverse);
             rows::write_typed(gradient.data, row * gradient.stride, gradient.dtype, column,
-                              view.dim, made);
+                              head.dim, made);
         }
     }
 }

@@ -1,21 +1,25 @@
-// GEMM1: P = exp(scale E^ W^.T - c), masked, for the columns of a chunk, with the sums of its rows.
+// The numerators, P = exp(scale E^ W^.T - c), masked, for the columns of a chunk, with the sums of
+// their rows.
 //
 //   cos[i, j] = sum over k of E^[i, k] W^[j, k]
-//   p[i, j]   = exp(scale cos[i, j] - c); 0 for targets, ignored rows, and whatever does not exist
+//   p[i, j]   = exp(scale cos[i, j] - c); 0 for targets, ignored rows, and columns or rows that do
+//               not exist
 //   partial_sums[tile][i] = sum over the tile's columns of p; partial_best[tile][i] = largest cos
 //
 // Fused: the exponential, the target mask, the inter-class filter, row sums and maxima, the
 // rounding to bf16. No logits are stored. Half: fp16 operands (unit vectors need no range, and fp16
 // has three bits more than bf16); f32: three planes of bf16, P likewise.
 // Floor: 2 B S d flop (f32: 6 times that); bytes: W^ and E^ once, P once (2 B S; f32: 6 B S).
-// Agrees with src/device/cpu/fused.rs `numerators` and src/device/cpu/vector.rs `softmax_column`.
+// Agrees with src/device/cpu/products.rs `numerators` and src/device/cpu/vector.rs
+// `softmax_column`.
 //
-// Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs; each takes every
-// gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share the rows of
-// W^, and E^ stays in the second-level cache.
+// Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs. The tile scheduler gives
+// a CTA every gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share
+// the rows of W^, and E^ stays in the second-level cache.
 #include "epilogue/numerators.h"
-#include "tile/product.h"
-#include "view.h"
+#include "integers.h"
+#include "shared_structs.h"
+#include "tile/mainloop.h"
 
 namespace {
 
@@ -23,19 +27,19 @@ struct Shape {
     static constexpr GemmTile kTile = gemm_tile(Gemm::kNumerators);
 };
 
-// Where tile number `tile` lies; nothing where there is no such tile.
-struct Place {
-    uint32_t row, column;  // its first; the column in the chunk
+struct TileIndex {
+    uint32_t row, column;  // the tile's first ones; the column counts from the chunk's first
     uint32_t columns;      // of the chunk from `column` on
     bool exists;
 };
 
-PFC_DEVICE Place place_of(const HeadView& view, uint32_t first, uint32_t tile) {
+// The tile scheduler: the index of tile number `tile`.
+PFC_DEVICE TileIndex tile_index_of(const HeadArrays& head, uint32_t first, uint32_t tile) {
     constexpr uint32_t kRows = Shape::kTile.m, kColumns = Shape::kTile.n;
-    const StepBlock& block = *view.block;
+    const StepBlock& block = *head.block;
     const uint32_t left = block.classes > first ? block.classes - first : 0;
-    const uint32_t columns = left < view.chunk_capacity ? left : view.chunk_capacity;
-    const uint32_t row_blocks = (block.rows + kRows - 1) / kRows;
+    const uint32_t columns = smaller(left, head.chunk_capacity);
+    const uint32_t row_blocks = ceil_div(block.rows, kRows);
     if (row_blocks == 0) {
         return {0, 0, 0, false};
     }
@@ -44,54 +48,55 @@ PFC_DEVICE Place place_of(const HeadView& view, uint32_t first, uint32_t tile) {
 }
 
 template <tile::Type kType, int kPlanes>
-PFC_DEVICE void multiply_numerators(const HeadView& view, uint32_t first, unsigned char* shared) {
-    using Product = tile::Product<Shape, kType, tile::Depth::kAlong, tile::Depth::kAlong, kPlanes>;
-    using Kept = epilogue::Kept<Product::kM>;
-    static_assert(sizeof(Kept) == 4 * kNumeratorWords, "");
-    Kept& kept = *reinterpret_cast<Kept*>(shared + Product::kPipelineBytes);
-    if (view.block->status != kOk) {
+PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, unsigned char* shared) {
+    using Mainloop =
+        tile::Mainloop<Shape, kType, tile::Depth::kAlong, tile::Depth::kAlong, kPlanes>;
+    using Beside = epilogue::BesidePipeline<Mainloop::kM>;
+    static_assert(sizeof(Beside) == 4 * kNumeratorWords, "");
+    Beside& beside = *reinterpret_cast<Beside*>(shared + Mainloop::kPipelineBytes);
+    if (head.block->status != kOk) {
         return;
     }
     if (threadIdx.x == 0) {
-        kept.softmax = epilogue::softmax_of(view.margin);
+        beside.softmax = epilogue::softmax_of(head.margin);
     }
 #pragma unroll 1
     for (uint32_t tile = blockIdx.x;; tile += gridDim.x) {
-        Place place = place_of(view, first, tile);
-        if (!place.exists) {
+        TileIndex index = tile_index_of(head, first, tile);
+        if (!index.exists) {
             return;
         }
-        // Used after the product, whose barriers make it known to all.
-        if (threadIdx.x < uint32_t(Product::kM)) {
-            kept.masks[threadIdx.x] = epilogue::row_mask(view, place.row + threadIdx.x,
-                                                         first + place.column, place.columns);
+        // The epilogue reads them; the mainloop's barriers publish them before that.
+        if (threadIdx.x < uint32_t(Mainloop::kM)) {
+            beside.masks[threadIdx.x] = epilogue::row_mask(head, index.row + threadIdx.x,
+                                                           first + index.column, index.columns);
         }
-        const uint32_t pitch = view.depth_pitch;
-        Product product;
-        product.run(shared,
-                    {view.unit_operand + uint64_t(place.row) * pitch, view.plane_rows, pitch, 0},
-                    {view.center_operand + uint64_t(place.column) * pitch, view.plane_centers,
-                     pitch, 0},
-                    pitch);
-        epilogue::exponentiate(product, shared, kept);
+        const uint32_t pitch = head.depth_pitch;
+        Mainloop mainloop;
+        mainloop.run(shared,
+                     {head.unit_operand + uint64_t(index.row) * pitch, head.plane_rows, pitch, 0},
+                     {head.center_operand + uint64_t(index.column) * pitch, head.plane_centers,
+                      pitch, 0},
+                     pitch);
+        epilogue::exponentiate(mainloop, shared, beside);
         __syncthreads();
-        // Where the tile lies is found again rather than kept: the registers are needed between.
-        place = place_of(view, first, tile);
-        epilogue::write_numerators<Product, kPlanes>(view, product, shared, place.row,
-                                                     first + place.column, place.column);
+        // The index is computed again rather than kept: the mainloop needs the registers.
+        index = tile_index_of(head, first, tile);
+        epilogue::write_numerators<Mainloop, kPlanes>(head, mainloop, shared, index.row,
+                                                      first + index.column, index.column);
     }
 }
 
 }  // namespace
 
-PFC_KERNEL_OF(multiply_numerators_half, Shape::kTile.threads(), Shape::kTile.blocks,
-              (const PFC_GRID_CONSTANT HeadView view, uint32_t first)) {
+PFC_KERNEL_OF(gemm_numerators_half, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first)) {
     PFC_DYNAMIC_SHARED(shared);
-    multiply_numerators<tile::Type::kHalf, 1>(view, first, shared);
+    numerators<tile::Type::kHalf, 1>(head, first, shared);
 }
 
-PFC_KERNEL_OF(multiply_numerators_f32, Shape::kTile.threads(), Shape::kTile.blocks,
-              (const PFC_GRID_CONSTANT HeadView view, uint32_t first)) {
+PFC_KERNEL_OF(gemm_numerators_f32, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first)) {
     PFC_DYNAMIC_SHARED(shared);
-    multiply_numerators<tile::Type::kBfloat, 3>(view, first, shared);
+    numerators<tile::Type::kBfloat, 3>(head, first, shared);
 }

@@ -6,70 +6,71 @@
 // where sent_i = s_i E_i is the row as it travelled (embeddings.cu), so that s_i / |sent_i| is
 // 1 / |E_i|.
 //
-// Fused: the sum over the splits of the second product, the target's term, the places of D. Floor:
-// splits * B * pitch floats and B target rows read, ranks * max_batch * d floats written (16 MB at
-// 4096 rows of 512 and one split). Agrees with CpuHead::backward and finish_gradient
-// (src/device/cpu/step.rs) and normalize_backward (src/device/cpu/vector.rs).
+// Fused: the sum over the splits of the weighted centers, the target's term, the order of rows in
+// the gradient message. Floor: splits * B * pitch floats and B target rows read, ranks * max_batch
+// * d floats written (16 MB at 4096 rows of 512 and one split). Agrees with `backward` and
+// `finish_gradient` of src/device/cpu/head.rs and normalize_backward (src/device/cpu/vector.rs).
 #include "replay.h"
 
 namespace {
 
-// Which row came from this place of B and D, rank * max_batch + number; kNone: none did.
-PFC_DEVICE uint32_t row_of(const HeadView& view, uint32_t place) {
-    const uint32_t count = view.block->rows;
-    const uint32_t* origins = view.origins + view.block->first_computed;
-    // Where all batches are full a place is its row; else origins are searched, as they ascend.
-    if (place < count && origins[place] == place) {
-        return place;
+// The row with this origin, or kNone.
+PFC_DEVICE uint32_t row_of(const HeadArrays& head, uint32_t origin) {
+    const uint32_t count = head.block->rows;
+    const uint32_t* origins = head.origins + head.block->first_computed;
+    // Where all batches are full the origin is the row; else origins, which ascend, are searched.
+    if (origin < count && origins[origin] == origin) {
+        return origin;
     }
     uint32_t low = 0, high = count;
     while (low < high) {
         const uint32_t middle = low + (high - low) / 2;
-        if (origins[middle] < place) {
+        if (origins[middle] < origin) {
             low = middle + 1;
         } else {
             high = middle;
         }
     }
-    return low < count && origins[low] == place ? low : kNone;
+    return low < count && origins[low] == origin ? low : kNone;
 }
 
 }  // namespace
 
-// Sharded: gradient_send, a row for each place, zeros where no row came from. Replicated:
-// gradient_recv. A failed step sends zeros.
+// Sharded: writes gradient_send, a row for each origin, with zeros where there is no row.
+// Replicated: writes gradient_recv. A failed step sends zeros.
+// launch: embedding_gradient blocks 4 per SM threads 256 shared 0
 // gate: embedding_gradient registers <= 120
-PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadView view)) {
-    const bool failed = view.block->status != kOk;
+PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    const bool failed = head.block->status != kOk;
     const uint32_t lane = threadIdx.x % 32;
-    float* const gradient = view.sharded ? view.gradient_send : view.gradient_recv;
-    const uint32_t places = view.sharded ? view.label_capacity : view.max_batch;
-    for (uint32_t place = rows::first_row(); place < places; place += rows::row_stride()) {
+    float* const gradient = head.sharded ? head.gradient_send : head.gradient_recv;
+    const uint32_t count = head.sharded ? head.label_capacity : head.max_batch;
+    for (uint32_t out = rows::first_row(); out < count; out += rows::row_stride()) {
         uint32_t row = kNone;
         if (!failed) {
-            row = view.sharded ? row_of(view, place) : place < view.block->rows ? place : kNone;
+            row = head.sharded ? row_of(head, out) : out < head.block->rows ? out : kNone;
         }
-        const float factor = row == kNone ? 0.0f : view.factors[row];
+        const float factor = row == kNone ? 0.0f : head.factors[row];
         uint32_t target = kNone, center = 0;
         replay::Missed missed = {};
         float share = 0.0f;
         if (factor != 0.0f) {
-            target = view.columns[view.block->first_computed + row];
+            target = head.columns[head.block->first_computed + row];
             if (target != kNone) {
-                center = view.sample[target];
-                missed = replay::missed(view, center);
-                share = view.coefficients[row] * view.center_inverse_norms[target];
+                center = head.sample[target];
+                missed = replay::missed(head, center);
+                share = head.coefficients[row] * head.center_inverse_norms[target];
             }
         }
-        for (uint32_t base = 0; base < view.dim; base += rows::kSpan) {
+        for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 sum = rows::zeros();
             if (factor != 0.0f) {
-                for (uint32_t split = 0; split < view.splits; ++split) {
-                    const uint64_t part =
-                        (uint64_t(split) * view.row_capacity + row) * view.depth_pitch;
+                for (uint32_t split = 0; split < head.splits; ++split) {
+                    const uint64_t start =
+                        (uint64_t(split) * head.row_capacity + row) * head.depth_pitch;
                     const ptx::Float4 more =
-                        rows::read_group(view.weighted + part, column, view.depth_pitch);
+                        rows::read_group(head.weighted_centers + start, column, head.depth_pitch);
                     sum.x += more.x;
                     sum.y += more.y;
                     sum.z += more.z;
@@ -77,80 +78,83 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadView view)) {
                 }
                 sum = rows::scaled(factor, sum);
                 if (target != kNone) {
-                    const ptx::Float4 w = replay::center(view, missed, center, column);
+                    const ptx::Float4 w = replay::center(head, missed, center, column);
                     sum.x += share * w.x;
                     sum.y += share * w.y;
                     sum.z += share * w.z;
                     sum.w += share * w.w;
                 }
             }
-            rows::write_floats(gradient + uint64_t(place) * view.dim, column, view.dim, sum);
+            rows::write_floats(gradient + uint64_t(out) * head.dim, column, head.dim, sum);
         }
     }
 }
 
-// This rank's own rows from gradient_recv to the caller's matrix, which may be null: then for the
-// squares alone. A failed step gives zeros.
+// Writes this rank's own rows from gradient_recv to the caller's matrix. The matrix may be null:
+// the kernel then computes the squares alone. A failed step gives zeros.
+// launch: finish_gradient blocks 4 per SM threads 256 shared 0
 // gate: finish_gradient registers <= 56
 PFC_KERNEL(finish_gradient,
-           (const PFC_GRID_CONSTANT HeadView view, double factor, MatrixView out)) {
-    const StepBlock& block = *view.block;
+           (const PFC_GRID_CONSTANT HeadArrays head, double factor, MatrixView out)) {
+    const StepBlock& block = *head.block;
     const bool failed = block.status != kOk;
     const uint32_t lane = threadIdx.x % 32;
     const double weight = block.valid_rows == 0 ? 0.0 : factor / double(block.valid_rows);
     for (uint32_t i = rows::first_row(); i < block.own_rows; i += rows::row_stride()) {
-        const uint64_t unit_start = uint64_t(block.first_own + i) * view.depth_pitch;
-        const float* const from = view.gradient_recv + uint64_t(i) * view.dim;
+        const uint64_t unit_start = uint64_t(block.first_own + i) * head.depth_pitch;
+        const float* const from = head.gradient_recv + uint64_t(i) * head.dim;
         double along = 0.0, squares = 0.0;
         float length = 0.0f;
         if (!failed) {
-            for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+            for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
                 const ptx::Float4 unit =
-                    rows::read_group(view.units + unit_start, column, view.depth_pitch);
-                along = rows::add_products(along, rows::read_floats(from, column, view.dim), unit);
+                    rows::read_group(head.units + unit_start, column, head.depth_pitch);
+                along = rows::add_products(along, rows::read_floats(from, column, head.dim), unit);
             }
-            along = rows::sum_of_warp(along);
-            const float scale = view.send_scales == nullptr ? 1.0f : view.send_scales[i];
-            length = view.inverse_norms[block.first_own + i] * scale * float(weight);
+            along = warp_sum(along);
+            const float scale = head.send_scales == nullptr ? 1.0f : head.send_scales[i];
+            length = head.inverse_norms[block.first_own + i] * scale * float(weight);
         }
-        for (uint32_t column = rows::kGroup * lane; column < view.dim; column += rows::kSpan) {
+        for (uint32_t column = rows::kGroup * lane; column < head.dim; column += rows::kSpan) {
             ptx::Float4 made = rows::zeros();
             if (!failed) {
                 const ptx::Float4 unit =
-                    rows::read_group(view.units + unit_start, column, view.depth_pitch);
-                const ptx::Float4 g = rows::read_floats(from, column, view.dim);
+                    rows::read_group(head.units + unit_start, column, head.depth_pitch);
+                const ptx::Float4 g = rows::read_floats(from, column, head.dim);
                 made = rows::subtract_along(g, float(along), unit, length);
             }
             squares = rows::add_squares(squares, made);
             if (out.data != nullptr) {
-                rows::write_typed(out.data, i * out.stride, out.dtype, column, view.dim, made);
+                rows::write_typed(out.data, i * out.stride, out.dtype, column, head.dim, made);
             }
         }
-        squares = rows::sum_of_warp(squares);
+        squares = warp_sum(squares);
         if (lane == 0) {
-            view.squares[i] = float(squares);
+            head.squares[i] = float(squares);
         }
     }
 }
 
-// block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns). One CTA, of
-// up to 1024 threads: a sample's squares are many for the loads that fewer have under way.
+// Computes block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns).
+// One CTA of up to 1024 threads: a sample has many squares, and fewer threads would have too few
+// loads under way.
+// launch: sum_squares blocks 1 threads 1024 shared 256
 // gate: sum_squares registers <= 32
 PFC_KERNEL_OF(sum_squares, 1024, 1,
-              (const PFC_GRID_CONSTANT HeadView view, int32_t which)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, int32_t which)) {
     PFC_DYNAMIC_SHARED(dynamic);
-    StepBlock& block = *view.block;
+    StepBlock& block = *head.block;
     if (blockIdx.x != 0 || block.status != kOk) {
         return;
     }
     const uint32_t count = which == 0 ? block.own_rows : block.classes;
-    const float* const squares = which == 0 ? view.squares : view.center_squares;
+    const float* const squares = which == 0 ? head.squares : head.center_squares;
     double sum = 0.0;
 #pragma unroll 8
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
         sum += double(squares[i]);
     }
-    sum = rows::sum_of_block(sum, reinterpret_cast<double*>(dynamic));
+    sum = block_sum(sum, dynamic);
     if (threadIdx.x == 0) {
         (which == 0 ? block.grad_embeddings : block.grad_centers) = sum;
     }

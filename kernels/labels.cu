@@ -1,8 +1,8 @@
-// Block A of a step: packing this rank's labels, the verdict on all ranks' labels, and what follows
+// The labels of a step: packs this rank's, judges those of all ranks, and computes what follows
 // from the labels alone:
 //
 //   verdict    the first fault in the order of src/protocol.rs judge_labels, or the step's sizes
-//   rows       label, origin and class of each global row (src/device/cpu/draft.rs Draft)
+//   rows       label, origin and class of each global row (src/device/cpu/sampling.rs)
 //   sort       (class, global row) by class, then row: a stable radix sort, 8 bits a pass
 //   positives  the distinct classes of this shard, ascending, and where in the sorted rows each
 //              one's begin
@@ -10,76 +10,73 @@
 // All is integer work on G rows; nothing depends on the grid. Floor: about 32 G bytes of labels and
 // 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch.
 //
-// Launch, on one stream, in this order (blocks of 256 threads unless said, or any smaller multiple
-// of 32; grids of any size; the last column is dynamic shared memory in bytes):
+// Launch, on one stream, in this order (`launch:` lines: ptx/shim.h):
 //
-//   pack_labels                 any grid       0       then the all-gather into labels_recv
-//   judge_labels                1 CTA of 1024  256
-//   spread_labels               any grid       0
+//   pack_labels, then the all-gather into labels_recv
+//   judge_labels
+//   spread_labels
 //   for (shift, from) in (0, 0) (8, 1) (16, 0) (24, 1):
-//     sort_labels_count         any grid       1024
-//     sort_labels_scan          1 CTA of 1024  256
-//     sort_labels_scatter       any grid       1024 for each warp of a block: 8192 at 256 threads
-//   find_positives_count        any grid       256
-//   find_positives_scan         1 CTA of 1024  256
-//   find_positives_scatter      any grid       256
+//     sort_labels_count, sort_labels_scan, sort_labels_scatter
+//   find_positives_count, find_positives_scan, find_positives_scatter
 //
-// Always all four passes: kNone has to end up last, and the result in [0]. A grid has work for
+// All four passes always run: kNone has to end up last, and the result in [0]. A grid has work for
 // ceil(label_capacity / 1024) CTAs. No other kernel may set the block's status while one of these
-// runs. With a fault all after judge_labels do nothing.
+// runs. With a fault, the kernels after judge_labels do nothing.
 //
 // Counters: after the kHistogramBins of sample.cu, 256 for each tile of 1024 global rows. With what
 // sample.cu needs (its head has the same formula):
 //
 //   count_capacity = 2048 + max(256 * ceil(label_capacity / 1024), ceil(shard_rows / 512))
+#include "integers.h"
 #include "ptx/arithmetic.h"
 #include "ptx/atomic.h"
 #include "ptx/warp.h"
-#include "scan.h"
-#include "view.h"
+#include "reduce.h"
+#include "shared_structs.h"
 
 constexpr uint32_t kSortTile = 1024;       // global rows of one counter
 constexpr uint32_t kDigits = 256;          // 8 bits a pass
 constexpr uint32_t kHistogramBins = 2048;  // at the head of counts: sample.cu's, zero between draws
 constexpr int64_t kNoLabelIgnored = INT64_MIN;
 
-// Block r of A: {status, samples, updates, batch, labels}.
-PFC_DEVICE const int64_t* block_of(const HeadView& view, uint32_t rank) {
-    return view.labels_recv + (uint64_t)rank * (kLabelHeader + view.max_batch);
+// Rank r's block of the labels message: {status, draws, updates, batch, labels}.
+PFC_DEVICE const int64_t* block_of(const HeadArrays& head, uint32_t rank) {
+    return head.labels_recv + (uint64_t)rank * (kLabelHeader + head.max_batch);
 }
 
-PFC_DEVICE bool is_ignored(const HeadView& view, int64_t label) {
-    return view.ignore_label != kNoLabelIgnored && label == view.ignore_label;
+PFC_DEVICE bool is_ignored(const HeadArrays& head, int64_t label) {
+    return head.ignore_label != kNoLabelIgnored && label == head.ignore_label;
 }
 
 PFC_DEVICE uint32_t sort_tiles(const StepBlock& block) {
-    return (block.global_rows + kSortTile - 1) / kSortTile;
+    return ceil_div(block.global_rows, kSortTile);
 }
 
-// labels_send = {status, samples, updates, batch, labels .., 0 ..}; a rank that fails has no
-// labels. `updates` are those the host has asked for: the ledger's may still be on their way, and
-// ranks are to differ only where their callers did.
+// labels_send = {status, draws, updates, batch, labels .., 0 ..}; a rank that fails has no labels.
+// `updates` counts the updates that the host has enqueued: the ledger may be behind, and ranks must
+// differ only where their callers did.
+// launch: pack_labels blocks 1 per SM threads 256 shared 0
 // gate: pack_labels registers <= 24
-PFC_KERNEL(pack_labels, (const PFC_GRID_CONSTANT HeadView view, uint64_t samples,
+PFC_KERNEL(pack_labels, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t draws,
                          uint64_t updates, int32_t status, uint64_t batch,
                          const int64_t* __restrict__ labels)) {
     if (status != 0) batch = 0;
-    const uint32_t count = kLabelHeader + view.max_batch;
+    const uint32_t count = kLabelHeader + head.max_batch;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
          i += gridDim.x * blockDim.x) {
         int64_t value = 0;
         if (i == 0) value = status;
-        if (i == 1) value = (int64_t)samples;
+        if (i == 1) value = (int64_t)draws;
         if (i == 2) value = (int64_t)updates;
         if (i == 3) value = (int64_t)batch;
         if (i >= kLabelHeader && i - kLabelHeader < batch) value = labels[i - kLabelHeader];
-        view.labels_send[i] = value;
+        head.labels_send[i] = value;
     }
 }
 
-// By thread 0 of judge_labels: a block without a fault and without rows.
+// Called by thread 0 of judge_labels: a block without a fault and without rows.
 PFC_DEVICE void clear_block(StepBlock& block) {
-    block.samples = 0;
+    block.draws = 0;
     block.status = kOk;
     block.fault = kNoFault;
     block.rank = 0;
@@ -109,37 +106,40 @@ PFC_DEVICE void clear_block(StepBlock& block) {
     block.digest = 0;
 }
 
-// What every rank concludes from the gathered blocks of A: src/protocol.rs judge_labels. A rank's
-// own failure is in its own block: the host knows its message and does not need the verdict's.
+// The verdict that every rank reaches from the gathered labels message: src/protocol.rs
+// judge_labels. A rank's own failure is in its own block: the host has its message and does not
+// need the verdict's.
+// launch: judge_labels blocks 1 threads 1024 shared 256
 // gate: judge_labels registers <= 32
-PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
+PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    const int64_t* const first = block_of(view, 0);
-    uint32_t failed = kNone, parted = kNone, before = 0, total = 0;
-    for (uint32_t rank = threadIdx.x; rank < view.ranks; rank += blockDim.x) {
-        const int64_t* const header = block_of(view, rank);
+    const int64_t* const first = block_of(head, 0);
+    uint32_t failed = kNone, out_of_step = kNone, before = 0, total = 0;
+    for (uint32_t rank = threadIdx.x; rank < head.ranks; rank += blockDim.x) {
+        const int64_t* const header = block_of(head, rank);
         if (header[0] != 0 && failed == kNone) failed = rank;
-        if ((header[1] != first[1] || header[2] != first[2]) && parted == kNone) parted = rank;
-        before += rank < view.rank ? (uint32_t)header[3] : 0u;
+        const bool differs = header[1] != first[1] || header[2] != first[2];
+        if (differs && out_of_step == kNone) out_of_step = rank;
+        before += rank < head.rank ? (uint32_t)header[3] : 0u;
         total += (uint32_t)header[3];
     }
     failed = block_min(failed, shared);
-    parted = block_min(parted, shared);
+    out_of_step = block_min(out_of_step, shared);
     before = block_sum(before, shared);
     total = block_sum(total, shared);
 
     // Slots of all ranks in turn: the first wrong one is that of the lowest (rank, row).
     uint32_t wrong = kNone, valid = 0, own_valid = 0;
-    if (failed == kNone && parted == kNone) {
-        for (uint32_t slot = threadIdx.x; slot < view.label_capacity; slot += blockDim.x) {
-            const uint32_t rank = slot / view.max_batch, row = slot % view.max_batch;
-            const int64_t* const block = block_of(view, rank);
+    if (failed == kNone && out_of_step == kNone) {
+        for (uint32_t slot = threadIdx.x; slot < head.label_capacity; slot += blockDim.x) {
+            const uint32_t rank = slot / head.max_batch, row = slot % head.max_batch;
+            const int64_t* const block = block_of(head, rank);
             if (row >= (uint64_t)block[3]) continue;
             const int64_t label = block[kLabelHeader + row];
-            if (is_ignored(view, label)) continue;
-            if ((label < 0 || (uint64_t)label >= view.num_classes) && wrong == kNone) wrong = slot;
+            if (is_ignored(head, label)) continue;
+            if ((label < 0 || (uint64_t)label >= head.num_classes) && wrong == kNone) wrong = slot;
             valid++;
-            own_valid += rank == view.rank ? 1u : 0u;
+            own_valid += rank == head.rank ? 1u : 0u;
         }
     }
     wrong = block_min(wrong, shared);
@@ -147,86 +147,89 @@ PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
     own_valid = block_sum(own_valid, shared);
     if (threadIdx.x != 0) return;
 
-    StepBlock& block = *view.block;
+    StepBlock& block = *head.block;
     clear_block(block);
-    const int64_t* const own = block_of(view, view.rank);
-    block.samples = (uint64_t)own[1];
+    const int64_t* const own = block_of(head, head.rank);
+    block.draws = (uint64_t)own[1];
     block.own_rows = (uint32_t)own[3];
     if (failed != kNone) {
         block.status = kRemote;
         block.fault = kFaultRemote;
         block.rank = (int32_t)failed;
-        block.value = block_of(view, failed)[0];
-    } else if (parted != kNone) {
-        const int64_t* const other = block_of(view, parted);
+        block.value = block_of(head, failed)[0];
+    } else if (out_of_step != kNone) {
+        const int64_t* const other = block_of(head, out_of_step);
         block.status = kMismatch;
-        block.fault = kFaultParted;
-        block.rank = (int32_t)parted;
+        block.fault = kFaultOutOfStep;
+        block.rank = (int32_t)out_of_step;
         block.detail[0] = first[1];
         block.detail[1] = first[2];
         block.detail[2] = other[1];
         block.detail[3] = other[2];
     } else if (wrong != kNone) {
-        const uint32_t rank = wrong / view.max_batch, row = wrong % view.max_batch;
+        const uint32_t rank = wrong / head.max_batch, row = wrong % head.max_batch;
         block.status = kLabel;
         block.fault = kFaultLabel;
         block.rank = (int32_t)rank;
         block.row = row;
-        block.value = block_of(view, rank)[kLabelHeader + row];
+        block.value = block_of(head, rank)[kLabelHeader + row];
     } else {
         block.global_rows = total;
-        block.rows = view.sharded ? total : (uint32_t)own[3];
-        block.first_computed = view.sharded ? 0u : before;
-        block.first_own = view.sharded ? before : 0u;
-        block.own_valid_rows = view.sharded ? valid : own_valid;
+        block.rows = head.sharded ? total : (uint32_t)own[3];
+        block.first_computed = head.sharded ? 0u : before;
+        block.first_own = head.sharded ? before : 0u;
+        block.own_valid_rows = head.sharded ? valid : own_valid;
     }
 }
 
 // Label, origin and class of each global row. A warp takes 256 slots of one rank and adds up the
 // batches of the ranks before it.
+// launch: spread_labels blocks 4 per SM threads 256 shared 0
 // gate: spread_labels registers <= 56
-PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadView view)) {
-    if (view.block->status != 0) return;
+PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    if (head.block->status != 0) return;
     constexpr uint32_t kEach = 256;
-    const uint32_t pieces = (view.max_batch + kEach - 1) / kEach;
-    const uint64_t items = (uint64_t)view.ranks * pieces;
+    const uint32_t items_of_rank = ceil_div(head.max_batch, kEach);
+    const uint64_t items = (uint64_t)head.ranks * items_of_rank;
     const uint32_t warps = blockDim.x / 32;
     for (uint64_t item = (uint64_t)blockIdx.x * warps + ptx::warp(); item < items;
          item += (uint64_t)gridDim.x * warps) {
-        const uint32_t rank = (uint32_t)(item / pieces), begin = (uint32_t)(item % pieces) * kEach;
+        const uint32_t rank = (uint32_t)(item / items_of_rank);
+        const uint32_t begin = (uint32_t)(item % items_of_rank) * kEach;
         uint32_t before = 0;
         for (uint32_t other = ptx::lane(); other < rank; other += 32)
-            before += (uint32_t)block_of(view, other)[3];
+            before += (uint32_t)block_of(head, other)[3];
         before = warp_sum(before);
-        const int64_t* const block = block_of(view, rank);
+        const int64_t* const block = block_of(head, rank);
         const uint32_t batch = (uint32_t)block[3];
-        const uint32_t end = begin + kEach < batch ? begin + kEach : batch;
+        const uint32_t end = smaller(begin + kEach, batch);
         for (uint32_t row = begin + ptx::lane(); row < end; row += 32) {
             const int64_t label = block[kLabelHeader + row];
-            const uint64_t offset = (uint64_t)label - view.first_class;
-            const bool here = !is_ignored(view, label) && (uint64_t)label >= view.first_class &&
-                              offset < view.shard_rows;
+            const uint64_t offset = (uint64_t)label - head.first_class;
+            const bool here = !is_ignored(head, label) && (uint64_t)label >= head.first_class &&
+                              offset < head.shard_rows;
             const uint32_t global = before + row;
-            view.labels[global] = label;
-            view.origins[global] = rank * view.max_batch + row;
-            view.sort_keys[0][global] = here ? (uint32_t)offset : kNone;
-            view.sort_rows[0][global] = global;
-            view.columns[global] = kNone;
+            head.labels[global] = label;
+            head.origins[global] = rank * head.max_batch + row;
+            head.sort_keys[0][global] = here ? (uint32_t)offset : kNone;
+            head.sort_rows[0][global] = global;
+            head.columns[global] = kNone;
         }
     }
 }
 
-// How many keys of each tile have each digit: counters [digit][tile], so that their running sum is
-// where in the output the keys of a tile with a digit begin.
+// Counts the keys of each tile with each digit: counters [digit][tile]. Their running sum is the
+// index in the output at which the keys of a tile with a digit begin.
+// launch: sort_labels_count blocks 4 per SM threads 256 shared 1024
 // gate: sort_labels_count registers <= 40
 PFC_KERNEL(sort_labels_count,
-           (const PFC_GRID_CONSTANT HeadView view, uint32_t shift, uint32_t from)) {
+           (const PFC_GRID_CONSTANT HeadArrays head, uint32_t shift, uint32_t from)) {
     PFC_DYNAMIC_SHARED(shared);
     uint32_t* const bins = (uint32_t*)shared;
-    if (view.block->status != 0) return;
-    const uint32_t rows = view.block->global_rows, tiles = sort_tiles(*view.block);
-    const uint32_t* const keys = from == 0 ? view.sort_keys[0] : view.sort_keys[1];
-    uint32_t* const counts = view.counts + kHistogramBins;
+    if (head.block->status != 0) return;
+    const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
+    const uint32_t* const keys = from == 0 ? head.sort_keys[0] : head.sort_keys[1];
+    uint32_t* const counts = head.counts + kHistogramBins;
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         for (uint32_t digit = threadIdx.x; digit < kDigits; digit += blockDim.x) bins[digit] = 0;
         __syncthreads();
@@ -242,37 +245,40 @@ PFC_KERNEL(sort_labels_count,
     }
 }
 
+// launch: sort_labels_scan blocks 1 threads 1024 shared 256
 // gate: sort_labels_scan registers <= 32
-PFC_KERNEL_OF(sort_labels_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
+PFC_KERNEL_OF(sort_labels_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    if (view.block->status != 0) return;
-    scan_in_place(view.counts + kHistogramBins, kDigits * sort_tiles(*view.block), shared);
+    if (head.block->status != 0) return;
+    scan_in_place(head.counts + kHistogramBins, kDigits * sort_tiles(*head.block), shared);
 }
 
-// Moves a tile's keys to where they belong. A warp has consecutive keys of the tile, in rounds of
-// 32; keys of equal digits keep their order: by warp (running sums over the warps' counts), by
-// round (the warp's own counter), by lane (a ballot of peers).
+// Moves a tile's keys to their sorted indices. A warp has consecutive keys of the tile, in rounds
+// of 32. Keys of equal digits keep their order: by warp (running sums over the warps' counts), by
+// round (the warp's own counter), by lane (a ballot of peers). The dynamic shared memory is 1024
+// bytes for each warp.
+// launch: sort_labels_scatter blocks 4 per SM threads 256 shared 8192
 // gate: sort_labels_scatter registers <= 56
 PFC_KERNEL(sort_labels_scatter,
-           (const PFC_GRID_CONSTANT HeadView view, uint32_t shift, uint32_t from)) {
+           (const PFC_GRID_CONSTANT HeadArrays head, uint32_t shift, uint32_t from)) {
     PFC_DYNAMIC_SHARED(shared);
     uint32_t* const bins = (uint32_t*)shared;  // [warps][kDigits]
-    if (view.block->status != 0) return;
-    const uint32_t rows = view.block->global_rows, tiles = sort_tiles(*view.block);
+    if (head.block->status != 0) return;
+    const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
     const bool forth = from == 0;
-    const uint32_t* const keys = forth ? view.sort_keys[0] : view.sort_keys[1];
-    const uint32_t* const ids = forth ? view.sort_rows[0] : view.sort_rows[1];
-    uint32_t* const out_keys = forth ? view.sort_keys[1] : view.sort_keys[0];
-    uint32_t* const out_ids = forth ? view.sort_rows[1] : view.sort_rows[0];
-    const uint32_t* const counts = view.counts + kHistogramBins;
+    const uint32_t* const keys = forth ? head.sort_keys[0] : head.sort_keys[1];
+    const uint32_t* const ids = forth ? head.sort_rows[0] : head.sort_rows[1];
+    uint32_t* const out_keys = forth ? head.sort_keys[1] : head.sort_keys[0];
+    uint32_t* const out_ids = forth ? head.sort_rows[1] : head.sort_rows[0];
+    const uint32_t* const counts = head.counts + kHistogramBins;
     const uint32_t warps = blockDim.x / 32, lane = ptx::lane(), warp = ptx::warp();
-    const uint32_t each = (kSortTile / 32 + warps - 1) / warps * 32;
+    const uint32_t each = ceil_div(kSortTile / 32, warps) * 32;
     uint32_t* const own = bins + warp * kDigits;
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const uint32_t tile_end =
             rows - tile * kSortTile < kSortTile ? rows : (tile + 1) * kSortTile;
         const uint32_t begin = tile * kSortTile + warp * each;
-        const uint32_t end = begin + each < tile_end ? begin + each : tile_end;
+        const uint32_t end = smaller(begin + each, tile_end);
         for (uint32_t digit = lane; digit < kDigits; digit += 32) own[digit] = 0;
         ptx::sync_warp();
         for (uint32_t i = begin + lane; i < end; i += 32) {
@@ -318,62 +324,65 @@ PFC_DEVICE bool begins_run(const uint32_t* keys, uint32_t i) {
     return keys[i] != kNone && (i == 0 || keys[i - 1] != keys[i]);
 }
 
+// launch: find_positives_count blocks 4 per SM threads 256 shared 256
 // gate: find_positives_count registers <= 24
-PFC_KERNEL(find_positives_count, (const PFC_GRID_CONSTANT HeadView view)) {
+PFC_KERNEL(find_positives_count, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    if (view.block->status != 0) return;
-    const uint32_t rows = view.block->global_rows, tiles = sort_tiles(*view.block);
+    if (head.block->status != 0) return;
+    const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const uint32_t begin = tile * kSortTile,
                        end = rows - begin < kSortTile ? rows : begin + kSortTile;
         uint32_t found = 0;
         for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x)
-            found += begins_run(view.sort_keys[0], i) ? 1u : 0u;
+            found += begins_run(head.sort_keys[0], i) ? 1u : 0u;
         found = block_sum(found, shared);
-        if (threadIdx.x == 0) view.counts[kHistogramBins + tile] = found;
+        if (threadIdx.x == 0) head.counts[kHistogramBins + tile] = found;
     }
 }
 
+// launch: find_positives_scan blocks 1 threads 1024 shared 256
 // gate: find_positives_scan registers <= 32
-PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadView view)) {
+PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    if (view.block->status != 0) return;
-    const uint32_t rows = view.block->global_rows;
+    if (head.block->status != 0) return;
+    const uint32_t rows = head.block->global_rows;
     const uint32_t positives =
-        scan_in_place(view.counts + kHistogramBins, sort_tiles(*view.block), shared);
+        scan_in_place(head.counts + kHistogramBins, sort_tiles(*head.block), shared);
     if (threadIdx.x != 0) return;
-    // The rows of other shards are at the end: the first of them is found by bisection.
+    // The rows of other shards are at the end: bisection finds the first of them.
     uint32_t low = 0, high = rows;
     while (low < high) {
         const uint32_t middle = low + (high - low) / 2;
-        if (view.sort_keys[0][middle] == kNone) {
+        if (head.sort_keys[0][middle] == kNone) {
             high = middle;
         } else {
             low = middle + 1;
         }
     }
-    view.block->positives = positives;
-    view.block->positive_rows = low;
-    view.positive_starts[positives] = low;
+    head.block->positives = positives;
+    head.block->positive_rows = low;
+    head.positive_starts[positives] = low;
 }
 
+// launch: find_positives_scatter blocks 4 per SM threads 256 shared 256
 // gate: find_positives_scatter registers <= 32
-PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadView view)) {
+PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    if (view.block->status != 0) return;
-    const uint32_t rows = view.block->global_rows, tiles = sort_tiles(*view.block);
+    if (head.block->status != 0) return;
+    const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const uint32_t begin = tile * kSortTile,
                        end = rows - begin < kSortTile ? rows : begin + kSortTile;
-        uint32_t positive = view.counts[kHistogramBins + tile];
+        uint32_t positive = head.counts[kHistogramBins + tile];
         for (uint32_t round = begin; round < end; round += blockDim.x) {
             const uint32_t i = round + threadIdx.x;
-            const bool begins = i < end && begins_run(view.sort_keys[0], i);
+            const bool begins = i < end && begins_run(head.sort_keys[0], i);
             uint32_t total;
             const uint32_t before = block_scan(begins ? 1u : 0u, total, shared);
             if (begins) {
-                view.positive_classes[positive + before] = view.sort_keys[0][i];
-                view.positive_starts[positive + before] = i;
+                head.positive_classes[positive + before] = head.sort_keys[0][i];
+                head.positive_starts[positive + before] = i;
             }
             positive += total;
         }

@@ -1,13 +1,15 @@
-// What the ranks add up between forward and backward, and the loss each of them finds in it.
+// The sums message, which the ranks add up between forward and backward, and the loss that each of
+// them computes from it.
 //
 //     L_i = N_i + exp(zt_i - c),  loss_i = log1p(exp(-|x|)) + max(x, 0) with x = ln N_i + c - zt_i
 //     factor_i = scale / L_i,  coefficient_i = -scale * (N_i / L_i) * psi'_i,  E' = factor_i * E^_i
 //
-// Agrees with src/device/cpu/sums.rs and src/protocol.rs. All in double where the CPU has doubles.
+// Agrees with src/device/cpu/loss.rs and src/protocol.rs, in double where the CPU has doubles.
 // reduce_rows reads the tiles' sums, 8 bytes for 128 columns of a row: 32 MB at 4096 rows and
 // 125000 columns; scale_embeddings B * pitch floats and as many operands; the others are one CTA
 // each and wait for latency.
 #include "ptx/atomic.h"
+#include "reduce.h"
 #include "rows.h"
 
 namespace {
@@ -15,95 +17,97 @@ namespace {
 constexpr float kOneError = 65536.0f;  // protocol.rs ONE_ERROR
 constexpr uint32_t kLanesOfRow = 4;    // reduce_rows: lanes that share a row, 8 rows a warp
 
-// Shared memory of the kernels of one CTA.
+// Shared memory of the kernels of one CTA: kReduceBytes, then bad_row.
 struct Shared {
-    double* parts;      // [32]
-    uint32_t* bad_row;  // least row whose sum leaves float32
+    void* reduce;
+    uint32_t* bad_row;  // first row whose sum leaves float32
 };
 
 PFC_DEVICE Shared shared_of(unsigned char* dynamic) {
-    return Shared{reinterpret_cast<double*>(dynamic), reinterpret_cast<uint32_t*>(dynamic + 256)};
+    return Shared{dynamic, reinterpret_cast<uint32_t*>(dynamic + kReduceBytes)};
 }
 
 PFC_DEVICE float pack_error(uint32_t rank) {
-    return kOneError + float(rows::least(rank, 65534) + 1);
+    return kOneError + float(smaller(rank, 65534) + 1);
 }
 
-// Loss, coefficient and factor of a row from its reduced sums; NaN where they leave float32.
-PFC_DEVICE double finish_row(const HeadView& view, uint32_t row, float sum, float logit,
+// Computes loss, coefficient and factor of a row from its reduced sums; NaN where they leave
+// float32.
+PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, float sum, float logit,
                              bool only_target) {
-    if (view.target_cosines[row] == kIgnored || only_target) {
-        view.coefficients[row] = 0.0f;
-        view.factors[row] = 0.0f;
+    if (head.target_cosines[row] == kIgnored || only_target) {
+        head.coefficients[row] = 0.0f;
+        head.factors[row] = 0.0f;
         return 0.0;
     }
-    const double offset = view.margin.offset, over = double(logit) - offset;
-    const double whole = double(sum) + exp(over);
-    const float factor = float(view.margin.scale / whole);
-    if (!(double(sum) > 0.0) || !rows::is_finite(whole) || !rows::is_finite(double(factor))) {
+    const double offset = head.margin.offset, over = double(logit) - offset;
+    const double denominator = double(sum) + exp(over);
+    const float factor = float(head.margin.scale / denominator);
+    if (!(double(sum) > 0.0) || !rows::is_finite(denominator) ||
+        !rows::is_finite(double(factor))) {
         return nan("");
     }
-    view.factors[row] = factor;
-    view.coefficients[row] =
-        float(-view.margin.scale * (double(sum) / whole) * double(view.derivatives[row]));
+    head.factors[row] = factor;
+    head.coefficients[row] =
+        float(-head.margin.scale * (double(sum) / denominator) * double(head.derivatives[row]));
     const double excess = log(double(sum)) - over;
     return (excess > 0.0 ? excess : 0.0) + log1p(exp(-fabs(excess)));
 }
 
-// finish_row of all rows: the sum of their losses, in every thread. `sums` and `logits` are those
-// of C or this rank's own.
-PFC_DEVICE double finish_rows(const HeadView& view, const float* sums, const float* logits,
+// Calls finish_row for all rows; returns the sum of their losses, in every thread. `sums` and
+// `logits` are those of the sums message or this rank's own.
+PFC_DEVICE double finish_rows(const HeadArrays& head, const float* sums, const float* logits,
                               bool only_target, const Shared& shared) {
     if (threadIdx.x == 0) {
         *shared.bad_row = kNone;
     }
     __syncthreads();
     double loss = 0.0;
-    for (uint32_t row = threadIdx.x; row < view.block->rows; row += blockDim.x) {
-        const double own = finish_row(view, row, sums[row], logits[row], only_target);
-        if (own != own) {
+    for (uint32_t row = threadIdx.x; row < head.block->rows; row += blockDim.x) {
+        const double row_loss = finish_row(head, row, sums[row], logits[row], only_target);
+        if (row_loss != row_loss) {
             ptx::atomic_min(shared.bad_row, row);
         }
-        loss += own;
+        loss += row_loss;
     }
-    return rows::sum_of_block(loss, shared.parts);  // its barriers also publish bad_row
+    return block_sum(loss, shared.reduce);  // its barriers also publish bad_row
 }
 
-// Sum of the target cosines of the rows whose class centre this rank has.
-PFC_DEVICE double sum_cosines(const HeadView& view, const Shared& shared) {
+// Sum of the target cosines of the rows whose class center this rank has.
+PFC_DEVICE double sum_cosines(const HeadArrays& head, const Shared& shared) {
     double sum = 0.0;
-    for (uint32_t row = threadIdx.x; row < view.block->rows; row += blockDim.x) {
-        const float cosine = view.target_cosines[row];
+    for (uint32_t row = threadIdx.x; row < head.block->rows; row += blockDim.x) {
+        const float cosine = head.target_cosines[row];
         sum += fabsf(cosine) < kIgnored ? double(cosine) : 0.0;
     }
-    return rows::sum_of_block(sum, shared.parts);
+    return block_sum(sum, shared.reduce);
 }
 
-PFC_DEVICE void pack_sharded(const HeadView& view, int32_t own_status, int32_t place,
+PFC_DEVICE void pack_sharded(const HeadArrays& head, int32_t own_status, int32_t loss_place,
                              const Shared& shared) {
-    const StepBlock& block = *view.block;
-    // A verdict in the block is one that all ranks reach: they wait for this sum, but not its
+    const StepBlock& block = *head.block;
+    // All ranks reach the verdict that is in the block: they wait for this sum, but ignore its
     // terms.
     const bool counts = own_status == kOk && block.status == kOk;
-    for (uint32_t i = threadIdx.x; i < view.label_capacity; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < head.label_capacity; i += blockDim.x) {
         const bool row = counts && i < block.rows;
-        view.sums[i] = row ? view.row_sums[i] : 0.0f;
-        view.sums[view.label_capacity + i] = row ? view.target_logits[i] : 0.0f;
+        head.sums[i] = row ? head.row_sums[i] : 0.0f;
+        head.sums[head.label_capacity + i] = row ? head.target_logits[i] : 0.0f;
     }
-    const double cosines = counts ? sum_cosines(view, shared) : 0.0;
+    const double cosines = counts ? sum_cosines(head, shared) : 0.0;
     if (threadIdx.x == 0) {
-        float* totals = view.sums + 2 * uint64_t(view.label_capacity);
+        float* totals = head.sums + 2 * uint64_t(head.label_capacity);
         totals[0] = float(cosines);
-        totals[1] = float(place);
-        totals[2] = own_status == kOk ? 0.0f : pack_error(view.rank);
-        // Whether a row's sample holds more than its target: two classes are as good as any number.
-        totals[3] = counts ? float(rows::least(block.classes, 2)) : 0.0f;
+        totals[1] = float(loss_place);
+        totals[2] = own_status == kOk ? 0.0f : pack_error(head.rank);
+        // Ranks ask whether the sample has more than one class: 2 stands for any larger number.
+        totals[3] = counts ? float(smaller(block.classes, 2)) : 0.0f;
     }
 }
 
-PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, int32_t place,
-                                uint64_t room, const Shared& shared) {
-    const StepBlock& block = *view.block;
+PFC_DEVICE void pack_replicated(const HeadArrays& head, int32_t own_status, int32_t loss_place,
+                                uint64_t sample_limit, const Shared& shared) {
+    const StepBlock& block = *head.block;
     double loss = 0.0, cosines = 0.0, status = double(own_status), row = 0.0;
     if (own_status != kOk) {
         row = 0.0;
@@ -111,27 +115,27 @@ PFC_DEVICE void pack_replicated(const HeadView& view, int32_t own_status, int32_
         status = double(block.status);
         row = block.fault == kFaultEmbedding ? double(block.row) : 0.0;
     } else {
-        loss = finish_rows(view, view.row_sums, view.target_logits, block.classes <= 1, shared);
-        cosines = sum_cosines(view, shared);
+        loss = finish_rows(head, head.row_sums, head.target_logits, block.classes <= 1, shared);
+        cosines = sum_cosines(head, shared);
         if (*shared.bad_row != kNone) {
             status = double(kNotFinite);
             row = -1.0 - double(*shared.bad_row);
         }
     }
-    for (uint32_t i = threadIdx.x; i < kTotals + kSlot * view.ranks; i += blockDim.x) {
-        view.replicated_sums[i] = 0.0;
+    for (uint32_t i = threadIdx.x; i < kTotals + kSlot * head.ranks; i += blockDim.x) {
+        head.replicated_sums[i] = 0.0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        double* slot = view.replicated_sums + kTotals + kSlot * view.rank;
+        double* slot = head.replicated_sums + kTotals + kSlot * head.rank;
         slot[0] = status;
         slot[1] = row;
-        slot[3] = double(room);
-        view.replicated_sums[3] = double(place);
+        slot[3] = double(sample_limit);
+        head.replicated_sums[3] = double(loss_place);
         if (status == double(kOk)) {
-            view.replicated_sums[0] = loss;
-            view.replicated_sums[1] = double(block.own_valid_rows);
-            view.replicated_sums[2] = cosines;
+            head.replicated_sums[0] = loss;
+            head.replicated_sums[1] = double(block.own_valid_rows);
+            head.replicated_sums[2] = cosines;
             slot[2] = block.digest;
         }
     }
@@ -146,15 +150,15 @@ PFC_DEVICE void fail(StepBlock& block, Status status, Fault fault, int64_t rank,
     block.value = value;
 }
 
-PFC_DEVICE double judge_sharded(const HeadView& view, const Shared& shared) {
-    StepBlock& block = *view.block;
-    const float* totals = view.sums + 2 * uint64_t(view.label_capacity);
+PFC_DEVICE double judge_sharded(const HeadArrays& head, const Shared& shared) {
+    StepBlock& block = *head.block;
+    const float* totals = head.sums + 2 * uint64_t(head.label_capacity);
     const float cosines = totals[0], errors = totals[2], classes = totals[3];
     double loss = 0.0;
     const bool failed = !(errors < kOneError);
     if (!failed) {
         loss =
-            finish_rows(view, view.sums, view.sums + view.label_capacity, classes <= 1.0f, shared);
+            finish_rows(head, head.sums, head.sums + head.label_capacity, classes <= 1.0f, shared);
     }
     if (threadIdx.x == 0) {
         if (failed) {
@@ -162,11 +166,12 @@ PFC_DEVICE double judge_sharded(const HeadView& view, const Shared& shared) {
             const int64_t rank = one ? int64_t(errors - kOneError) - 1 : 0;
             fail(block, kRemote, kFaultForward, rank, 0, int64_t(errors));
         } else if (*shared.bad_row != kNone) {
-            const uint32_t place = view.origins[block.first_computed + *shared.bad_row];
-            fail(block, kNotFinite, kFaultSum, place / view.max_batch, place % view.max_batch, 0);
+            const uint32_t origin = head.origins[block.first_computed + *shared.bad_row];
+            fail(block, kNotFinite, kFaultSum, origin / head.max_batch, origin % head.max_batch,
+                 0);
         } else {
-            block.valid_rows =
-                block.own_valid_rows;  // the rows computed here are those of all ranks
+            // The rows computed here are those of all ranks.
+            block.valid_rows = block.own_valid_rows;
             block.target_cosines = double(cosines);
             block.only_target = classes <= 1.0f ? 1 : 0;
         }
@@ -174,14 +179,14 @@ PFC_DEVICE double judge_sharded(const HeadView& view, const Shared& shared) {
     return loss;
 }
 
-// By thread 0: what the ranks brought is judged in rank order, as every rank does it alike.
-PFC_DEVICE void judge_replicated(const HeadView& view) {
-    StepBlock& block = *view.block;
-    const double* sums = view.replicated_sums;
+// Called by thread 0. Every rank judges the ranks' sums in the same order, by rank.
+PFC_DEVICE void judge_replicated(const HeadArrays& head) {
+    StepBlock& block = *head.block;
+    const double* sums = head.replicated_sums;
     // A rank's own bad row is in its slot, and a lower rank's fault comes before it.
     block.status = kOk;
     block.fault = kNoFault;
-    for (uint32_t rank = 0; rank < view.ranks; ++rank) {
+    for (uint32_t rank = 0; rank < head.ranks; ++rank) {
         const double* slot = sums + kTotals + kSlot * rank;
         const int32_t status = int32_t(slot[0]);
         if (status == kOk) {
@@ -196,7 +201,7 @@ PFC_DEVICE void judge_replicated(const HeadView& view) {
         }
         return;
     }
-    for (uint32_t rank = 1; rank < view.ranks; ++rank) {
+    for (uint32_t rank = 1; rank < head.ranks; ++rank) {
         if (sums[kTotals + kSlot * rank + 2] != sums[kTotals + 2]) {
             fail(block, kMismatch, kFaultSamples, rank, 0, 0);
             return;
@@ -209,25 +214,27 @@ PFC_DEVICE void judge_replicated(const HeadView& view) {
 
 }  // namespace
 
-// row_sums and best_negatives from the tiles of columns. Four lanes share a row, each taking every
-// fourth tile, and 8 rows go side by side: whole sectors, and an order that no grid changes.
+// Adds up row_sums and best_negatives over the tiles of columns. Four lanes share a row, each
+// taking every fourth tile, and a warp has 8 rows side by side: it reads whole sectors, and the
+// order does not depend on the grid.
+// launch: reduce_rows blocks 4 per SM threads 256 shared 0
 // gate: reduce_rows registers <= 64
-PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
-    if (view.block->status != kOk) {
+PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    if (head.block->status != kOk) {
         return;
     }
-    const uint32_t count = view.block->rows, part = threadIdx.x % 32 / 8;
-    const uint32_t tiles = (view.block->classes + kTileColumns - 1) / kTileColumns;
+    const uint32_t count = head.block->rows, lane_of_row = threadIdx.x % 32 / 8;
+    const uint32_t tiles = ceil_div(head.block->classes, kTileColumns);
     for (uint32_t group = rows::first_row(); group * 8 < count; group += rows::row_stride()) {
         const uint32_t row = group * 8 + threadIdx.x % 8;
         double sum = 0.0;
         float best = kElsewhere;
         if (row < count) {
 #pragma unroll 4
-            for (uint32_t tile = part; tile < tiles; tile += kLanesOfRow) {
-                const uint64_t at = uint64_t(tile) * view.row_capacity + row;
-                sum += double(view.partial_sums[at]);
-                const float found = view.partial_best[at];
+            for (uint32_t tile = lane_of_row; tile < tiles; tile += kLanesOfRow) {
+                const uint64_t at = uint64_t(tile) * head.row_capacity + row;
+                sum += double(head.partial_sums[at]);
+                const float found = head.partial_best[at];
                 best = found > best ? found : best;
             }
         }
@@ -236,50 +243,53 @@ PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadView view)) {
             const float other = ptx::shuffle_xor(best, mask);
             best = other > best ? other : best;
         }
-        if (part == 0 && row < count) {
-            view.row_sums[row] = float(sum);
-            view.best_negatives[row] = best;
+        if (lane_of_row == 0 && row < count) {
+            head.row_sums[row] = float(sum);
+            head.best_negatives[row] = best;
         }
     }
 }
 
-// This rank's part of C, whatever became of the step: the other ranks wait for it. `place`: 1
-// for a loss in the device's memory, -1 for one of the host's, 0 for none. `room`: classes that a
-// replicated head's dW has rows for. Both are for hosts that have to know of the others'.
+// Writes this rank's terms of the sums message, also for a failed step: the other ranks wait for
+// them. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
+// no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
+// other ranks' hosts read both.
+// launch: pack_sums blocks 1 threads 256 shared 272
 // gate: pack_sums registers <= 56
-PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadView view, int32_t own_status, int32_t place,
-                       uint64_t room)) {
+PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status,
+                       int32_t loss_place, uint64_t sample_limit)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
         return;
     }
-    if (view.sharded) {
-        pack_sharded(view, own_status, place, shared_of(dynamic));
+    if (head.sharded) {
+        pack_sharded(head, own_status, loss_place, shared_of(dynamic));
     } else {
-        pack_replicated(view, own_status, place, room, shared_of(dynamic));
+        pack_replicated(head, own_status, loss_place, sample_limit, shared_of(dynamic));
     }
 }
 
-// The verdict on the reduced sums and the loss; `loss` may be null. The last word on a step's
-// forward: a step that failed anywhere is counted here.
+// The verdict on the reduced sums, and the loss; `loss` may be null. This ends a step's forward: it
+// counts a step that failed anywhere.
+// launch: judge_sums blocks 1 threads 256 shared 272
 // gate: judge_sums registers <= 56
-PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadView view, double* loss)) {
+PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
         return;
     }
     const Shared shared = shared_of(dynamic);
-    StepBlock& block = *view.block;
+    StepBlock& block = *head.block;
     const int32_t status = block.status;
-    // A replicated rank's own bad embedding is no verdict yet: the others have to hear of it.
-    const bool open = status == kOk || (!view.sharded && block.fault == kFaultEmbedding);
+    // A replicated rank's own bad embedding is no verdict yet: the other ranks must learn of it.
+    const bool open = status == kOk || (!head.sharded && block.fault == kFaultEmbedding);
     __syncthreads();  // all have read the status
     double sum = 0.0;
-    if (open && view.sharded) {
-        sum = judge_sharded(view, shared);
+    if (open && head.sharded) {
+        sum = judge_sharded(head, shared);
     } else if (open && threadIdx.x == 0) {
-        judge_replicated(view);
-        sum = view.replicated_sums[0];
+        judge_replicated(head);
+        sum = head.replicated_sums[0];
     }
     if (threadIdx.x != 0) {
         return;
@@ -288,7 +298,7 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadView view, double* loss)) {
         block.loss = block.valid_rows == 0 ? 0.0 : sum / double(block.valid_rows);
     } else {
         block.loss = nan("");
-        Ledger& ledger = *view.ledger;
+        Ledger& ledger = *head.ledger;
         if (ledger.failed == 0) {
             ledger.first_failure = block;
         }
@@ -299,28 +309,29 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadView view, double* loss)) {
     }
 }
 
-// E' as GEMM3's operand; rows to the end of the last tile are zero.
+// Writes E', the operand of the center gradient; rows to the end of the last tile are zero.
+// launch: scale_embeddings blocks 4 per SM threads 256 shared 0
 // gate: scale_embeddings registers <= 40
-PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadView view)) {
-    if (view.block->status != kOk) {
+PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    if (head.block->status != kOk) {
         return;
     }
-    const uint32_t count = view.block->rows;
-    const uint32_t end = rows::round_up(count, kTileRows);
+    const uint32_t count = head.block->rows;
+    const uint32_t end = round_up(count, kTileRows);
     for (uint32_t row = rows::first_row(); row < end; row += rows::row_stride()) {
-        const float factor = row < count ? view.factors[row] : 0.0f;
-        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < view.depth_pitch;
+        const float factor = row < count ? head.factors[row] : 0.0f;
+        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.depth_pitch;
              column += rows::kSpan) {
-            const uint64_t at = uint64_t(row) * view.depth_pitch + column;
+            const uint64_t at = uint64_t(row) * head.depth_pitch + column;
             ptx::Float4 values = rows::zeros();
             if (factor != 0.0f) {
-                const ptx::Float4 unit = *reinterpret_cast<const ptx::Float4*>(view.units + at);
+                const ptx::Float4 unit = *reinterpret_cast<const ptx::Float4*>(head.units + at);
                 values = rows::scaled(factor, unit);
             }
-            if (view.split_operands) {
-                rows::write_split(view.scaled_operand + at, view.plane_rows, values);
+            if (head.split_operands) {
+                rows::write_split(head.scaled_operand + at, head.plane_rows, values);
             } else {
-                rows::write_bfloat(view.scaled_operand + at, values);
+                rows::write_bfloat(head.scaled_operand + at, values);
             }
         }
     }

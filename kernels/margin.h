@@ -2,12 +2,13 @@
 //
 //     psi = cos(m1 * theta + m2) - m3,  psi' = m1 * sin(m1 * theta + m2) / max(sin(theta), 1e-4)
 //
-// Sine and cosine are ours: the library's reduce arguments of any size, through a table on the
-// stack, while these angles are at most 17 pi. Within an ulp or two of the library's there.
+// Sine and cosine are our own. The library's take arguments of any size, through a table on the
+// stack, while these angles are at most 17 pi. There ours differ from the library's by an ulp or
+// two.
 #pragma once
 
 #include "ptx/shim.h"
-#include "view.h"
+#include "shared_structs.h"
 
 namespace margin {
 
@@ -42,7 +43,7 @@ PFC_DEVICE Turn turn(double angle) {
     c = c * z + 4.16666666666666019037e-02;
     const double half = 0.5 * z, head = 1.0 - half;
     const double cosine = head + ((1.0 - head - half) + z * z * c);
-    // A NaN passes both comparisons by and stays one.
+    // A NaN fails both comparisons and stays one.
     const int quarter = quarters > -1e9 && quarters < 1e9 ? int(quarters) & 3 : 0;
     const double a = quarter & 1 ? cosine : sine, b = quarter & 1 ? sine : cosine;
     return Turn{quarter & 2 ? -a : a, (quarter + 1) & 2 ? -b : b};
@@ -56,7 +57,7 @@ struct Target {
     double derivative;  // psi' by cos(theta), without the scale
 };
 
-PFC_DEVICE Target target(const MarginView& margin, double theta) {
+PFC_DEVICE Target target(const MarginSettings& margin, double theta) {
     const double turned = margin.m1 * theta + margin.m2;
     const Turn at = turn(turned);
     double psi = turned == kHalfPi ? 0.0 : at.cosine;

@@ -1,15 +1,15 @@
-// The class centres nearest to each query: the k largest cosines of a row, chunk after chunk,
+// The class centers nearest to each query: the k largest cosines of a row, chunk after chunk,
 // nearest first, equal cosines by ascending class.
 //
 //     key = (cosine in an order of unsigned integers) << 32 | (2^32 - 1 - class)
 //
 // No two keys are equal, so that the k largest are the same whoever finds them in whatever order:
 // the result depends on the cosines alone. A warp keeps the kLongest largest keys of its columns in
-// registers, in descending order over the lanes, and shifts a larger one in; of n keys in any order
-// about k ln(n / k) are, the rest cost one comparison. A row's columns are divided among `parts`
-// warps, whose lists are merged at the end.
-// Floor: 4 bytes a cosine, read once. Agrees with src/device/cpu/nearest.rs, where a NaN that
-// arithmetic made comes last too.
+// registers, in descending order over the lanes, and shifts a larger one in. Of n keys in any order
+// about k ln(n / k) are larger; the rest cost one comparison. A row's columns are divided among
+// `warps_per_row` warps, whose lists are merged at the end.
+// Floor: 4 bytes a cosine, read once. Agrees with src/device/nearest.rs, where a NaN also comes
+// last.
 #include "ptx/arithmetic.h"
 #include "rows.h"
 
@@ -36,12 +36,12 @@ PFC_DEVICE float cosine_of(uint64_t key) {
         uint32_t bits;
         float value;
     } cell;
-    // What began as a NaN is one again: ~0.
+    // The order 0 of a NaN becomes ~0, a NaN again.
     cell.bits = order >> 31 != 0 ? order & 0x7fffffffu : ~order;
     return cell.value;
 }
 
-// A warp's: entry 32 r + lane is entries[r] of that lane. An empty entry is 0, below every key.
+// A warp's list: entry 32 r + lane is entries[r] of that lane. An empty entry is 0, below all keys.
 struct List {
     uint64_t entries[kWords];
     uint64_t worst;  // the k-th, in every lane
@@ -72,7 +72,7 @@ struct List {
         while (better != 0) {
             const uint64_t candidate = ptx::shuffle(key, int(ptx::find_first(better) - 1));
             better &= better - 1;
-            // One before it may have raised the bar.
+            // A candidate before it may have raised `worst`.
             if (candidate > worst) {
                 insert(candidate);
                 find_worst(k);
@@ -83,20 +83,21 @@ struct List {
 
 }  // namespace
 
-// Offers the cosines of a chunk's classes, from class `first` on, to the lists, [rows][parts]
-// [kLongest], which begin empty where first is 0. k is 1 to kLongest.
+// Offers the cosines of a chunk's classes, from class `first` on, to the lists,
+// [rows][warps_per_row][kLongest], which begin empty where first is 0. k is 1 to kLongest.
+// launch: keep_nearest blocks 4 per SM threads 256 shared 0
 // gate: keep_nearest registers <= 64
 PFC_KERNEL_OF(keep_nearest, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, MatrixView cosines, uint32_t first,
-               uint32_t k, uint32_t parts, uint64_t* lists)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView cosines, uint32_t first,
+               uint32_t k, uint32_t warps_per_row, uint64_t* lists)) {
     const uint32_t lane = ptx::lane(), columns = uint32_t(cosines.columns);
-    const uint32_t share = rows::round_up((columns + parts - 1) / parts, 32);
-    const uint64_t tasks = cosines.rows * parts;
+    const uint32_t share = round_up(ceil_div(columns, warps_per_row), 32);
+    const uint64_t tasks = cosines.rows * warps_per_row;
     for (uint64_t task = rows::first_row(); task < tasks; task += rows::row_stride()) {
         const float* const row =
-            reinterpret_cast<const float*>(cosines.data) + task / parts * cosines.stride;
-        const uint32_t begin = rows::least(uint32_t(task % parts) * share, columns);
-        const uint32_t end = rows::least(begin + share, columns);
+            reinterpret_cast<const float*>(cosines.data) + task / warps_per_row * cosines.stride;
+        const uint32_t begin = smaller(uint32_t(task % warps_per_row) * share, columns);
+        const uint32_t end = smaller(begin + share, columns);
         uint64_t* const kept = lists + task * kLongest;
         List list;
         list.worst = 0;
@@ -116,14 +117,15 @@ PFC_KERNEL_OF(keep_nearest, 256, 4,
     }
 }
 
-// The k best of each row's lists: ids and cosines, [count][k]. There are at least k classes.
+// Writes the k best of each row's lists: ids and cosines, [count][k]. There are at least k classes.
+// launch: merge_nearest blocks 4 per SM threads 256 shared 0
 // gate: merge_nearest registers <= 64
 PFC_KERNEL_OF(merge_nearest, 256, 4,
-              (const PFC_GRID_CONSTANT HeadView view, uint64_t count, uint32_t k, uint32_t parts,
-               const uint64_t* lists, int64_t* ids, float* cosines)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, uint64_t count, uint32_t k,
+               uint32_t warps_per_row, const uint64_t* lists, int64_t* ids, float* cosines)) {
     const uint32_t lane = ptx::lane();
     for (uint64_t row = rows::first_row(); row < count; row += rows::row_stride()) {
-        const uint64_t* const own = lists + row * parts * kLongest;
+        const uint64_t* const own = lists + row * warps_per_row * kLongest;
         List list;
         list.worst = 0;
 #pragma unroll
@@ -131,16 +133,16 @@ PFC_KERNEL_OF(merge_nearest, 256, 4,
             list.entries[r] = own[32 * r + lane];
         }
         list.find_worst(k);
-        for (uint32_t at = kLongest; at < parts * kLongest; at += 32) {
+        for (uint32_t at = kLongest; at < warps_per_row * kLongest; at += 32) {
             list.offer(own[at + lane], k);
         }
 #pragma unroll
         for (uint32_t r = 0; r < kWords; ++r) {
-            const uint32_t place = 32 * r + lane;
-            if (place < k) {
+            const uint32_t rank = 32 * r + lane;
+            if (rank < k) {
                 const uint32_t class_here = 0xffffffffu - uint32_t(list.entries[r]);
-                ids[row * k + place] = int64_t(view.first_class + class_here);
-                cosines[row * k + place] = cosine_of(list.entries[r]);
+                ids[row * k + rank] = int64_t(head.first_class + class_here);
+                cosines[row * k + rank] = cosine_of(list.entries[r]);
             }
         }
     }

@@ -1,4 +1,4 @@
-// Random numbers as pure functions of what they are for, bit for bit those of src/random.rs:
+// Random numbers as pure functions of their purpose, bit for bit those of src/random.rs:
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
 // keys that sample classes.
 //
@@ -56,7 +56,7 @@ constexpr uint32_t kRunClasses = kRunSegments * kSegment;
 // For the classes first .. first + kRunClasses - 1 (global ids) in segments: body(segment, keys),
 // keys of this lane's four classes.
 //
-// Where `first` is no multiple of 4 a lane's classes lie in two blocks of the generator. A lane
+// If `first` is no multiple of 4, a lane's classes lie in two blocks of the generator. A lane
 // then takes the rest from the lane above, and the last lane from the first of the next segment,
 // which comes next anyway: 5 blocks a lane and run, not 8.
 template <class Body>

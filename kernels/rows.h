@@ -1,5 +1,5 @@
-// Rows of a matrix, a warp each: typed reads and writes, sums in a fixed order, operands of the
-// products.
+// Rows of a matrix, one warp for each: typed reads and writes, sums in a fixed order, operands of
+// the products.
 //
 // A lane owns the columns 4 * lane .. 4 * lane + 3 of every 128. Rows of the shard and of the
 // operands are padded so that such a group is whole and aligned; a caller's rows are read one
@@ -7,11 +7,13 @@
 // ascending order, then over the lanes by a fixed tree: the same bits for any grid.
 #pragma once
 
+#include "integers.h"
 #include "ptx/arithmetic.h"
 #include "ptx/convert.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
-#include "view.h"
+#include "reduce.h"
+#include "shared_structs.h"
 
 namespace rows {
 
@@ -19,48 +21,15 @@ constexpr uint32_t kGroup = 4;           // columns of a lane
 constexpr uint32_t kSpan = 32 * kGroup;  // columns of a warp
 constexpr double kShortest = 1e-12;      // a row with a smaller norm has no direction
 
-struct alignas(8) Pair {
-    uint32_t low, high;
-};
-
-PFC_DEVICE uint32_t round_up(uint32_t value, uint32_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-PFC_DEVICE uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
-
 // This warp's number in the grid, and how many there are: rows are dealt out warp by warp.
 PFC_DEVICE uint32_t first_row() { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
 PFC_DEVICE uint32_t row_stride() { return gridDim.x * (blockDim.x / 32); }
-
-template <typename T>
-PFC_DEVICE T sum_of_warp(T value) {
-    for (int mask = 16; mask > 0; mask /= 2) {
-        value += ptx::shuffle_xor(value, mask);
-    }
-    return value;
-}
-
-// The sum over a block, in every thread; `shared` holds 32 numbers. The order depends on the number
-// of threads alone.
-PFC_DEVICE double sum_of_block(double value, double* shared) {
-    value = sum_of_warp(value);
-    __syncthreads();  // the sum before may still be read
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = value;
-    }
-    __syncthreads();
-    double total = 0;
-    for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) {
-        total += shared[warp];
-    }
-    return total;
-}
 
 PFC_DEVICE bool is_finite(double value) {
     return value >= -1.7976931348623157e308 && value <= 1.7976931348623157e308;
 }
 
-// src/device/cpu/fused.rs inverse_norm. A NaN stays one.
+// src/device/host_math.rs inverse_norm. A NaN stays one.
 PFC_DEVICE double inverse_norm(double sum_of_squares) {
     const double norm = sqrt(sum_of_squares);
     return norm < kShortest ? 0.0 : 1.0 / norm;
@@ -105,7 +74,7 @@ PFC_DEVICE void write_typed(uint8_t* data, uint64_t start, int32_t dtype, uint32
     }
 }
 
-// The same of float rows without alignment.
+// The same for float rows without alignment.
 PFC_DEVICE ptx::Float4 read_floats(const float* row, uint32_t column, uint32_t end) {
     return read_typed(reinterpret_cast<const uint8_t*>(row), 0, kF32, column, end);
 }
@@ -114,7 +83,7 @@ PFC_DEVICE void write_floats(float* row, uint32_t column, uint32_t end, const pt
     write_typed(reinterpret_cast<uint8_t*>(row), 0, kF32, column, end, group);
 }
 
-// Of rows padded to whole groups, `pitch` columns long: `column` is a multiple of 4.
+// For rows padded to whole groups, `pitch` columns long: `column` is a multiple of 4.
 PFC_DEVICE ptx::Float4 read_group(const float* row, uint32_t column, uint32_t pitch) {
     return column < pitch ? *reinterpret_cast<const ptx::Float4*>(row + column) : zeros();
 }
@@ -139,7 +108,7 @@ PFC_DEVICE double add_products(double sum, const ptx::Float4& a, const ptx::Floa
     return sum + double(a.w) * double(b.w);
 }
 
-// What the backward of normalize makes of a gradient g of the unit row: factor * (g - along * row).
+// The backward of normalize for a gradient g of the unit row: factor * (g - along * row), as
 // src/device/cpu/vector.rs normalize_backward.
 PFC_DEVICE ptx::Float4 subtract_along(const ptx::Float4& g, float along, const ptx::Float4& row,
                                       float factor) {
@@ -153,16 +122,16 @@ PFC_DEVICE ptx::Float4 scaled(float factor, const ptx::Float4& group) {
 }
 
 PFC_DEVICE void write_half(uint16_t* to, const ptx::Float4& group) {
-    *reinterpret_cast<Pair*>(to) =
-        Pair{ptx::pack_half(group.x, group.y), ptx::pack_half(group.z, group.w)};
+    *reinterpret_cast<ptx::Word2*>(to) =
+        ptx::Word2{ptx::pack_half(group.x, group.y), ptx::pack_half(group.z, group.w)};
 }
 
 PFC_DEVICE void write_bfloat(uint16_t* to, const ptx::Float4& group) {
-    *reinterpret_cast<Pair*>(to) =
-        Pair{ptx::pack_bfloat(group.x, group.y), ptx::pack_bfloat(group.z, group.w)};
+    *reinterpret_cast<ptx::Word2*>(to) =
+        ptx::Word2{ptx::pack_bfloat(group.x, group.y), ptx::pack_bfloat(group.z, group.w)};
 }
 
-// What a value loses when it becomes bf16: exact in float32.
+// The part of a value that its rounding to bf16 loses: exact in float32.
 PFC_DEVICE ptx::Float4 lost_in_bfloat(const ptx::Float4& group) {
     return ptx::Float4{group.x - ptx::from_bfloat(ptx::to_bfloat(group.x)),
                        group.y - ptx::from_bfloat(ptx::to_bfloat(group.y)),

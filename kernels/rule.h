@@ -1,30 +1,62 @@
-// What an update does to an element with a gradient: src/optimizer.rs StepRule::apply.
+// An optimizer's update of elements that have a gradient: src/optimizer UpdateRule::apply.
 //
-// SGD:   m = momentum * m + (g + weight_decay * w);  w -= learning_rate * m
-// AdamW: m = beta1 * m + rest1 * g;  v = beta2 * v + rest2 * g^2;  w -= decay * w + rate * m /
-// (sqrt(v) * root + epsilon)
+// SGD:   m = momentum * m + (g + weight_decay * w)
+//        w -= learning_rate * m
+// AdamW: m = beta1 * m + one_minus_beta1 * g
+//        v = beta2 * v + one_minus_beta2 * g^2
+//        w -= decay_factor * w + corrected_rate * m / (sqrt(v) * sqrt_v_scale + epsilon)
 //
 // Each operation is rounded by itself, as on the CPU: a row has the same bits whichever kernel
 // updates it.
 #pragma once
 
 #include "ptx/arithmetic.h"
-#include "view.h"
+#include "ptx/memory.h"
+#include "shared_structs.h"
 
 namespace rule {
 
-PFC_DEVICE void sgd(const Rule& step, float& w, float& m, float g) {
-    m = ptx::add(ptx::multiply(step.momentum, m), ptx::add(g, ptx::multiply(step.weight_decay, w)));
-    w = ptx::subtract(w, ptx::multiply(step.learning_rate, m));
+PFC_DEVICE void sgd(const Rule& rule, float& w, float& m, float g) {
+    m = ptx::add(ptx::multiply(rule.momentum, m), ptx::add(g, ptx::multiply(rule.weight_decay, w)));
+    w = ptx::subtract(w, ptx::multiply(rule.learning_rate, m));
 }
 
-PFC_DEVICE void adamw(const Rule& step, float& w, float& m, float& v, float g) {
-    m = ptx::add(ptx::multiply(step.beta1, m), ptx::multiply(step.rest1, g));
-    v = ptx::add(ptx::multiply(step.beta2, v), ptx::multiply(step.rest2, ptx::multiply(g, g)));
-    const float size = ptx::add(ptx::multiply(ptx::square_root(v), step.root), step.epsilon);
+PFC_DEVICE void adamw(const Rule& rule, float& w, float& m, float& v, float g) {
+    m = ptx::add(ptx::multiply(rule.beta1, m), ptx::multiply(rule.one_minus_beta1, g));
+    v = ptx::add(ptx::multiply(rule.beta2, v),
+                 ptx::multiply(rule.one_minus_beta2, ptx::multiply(g, g)));
+    const float size =
+        ptx::add(ptx::multiply(ptx::square_root(v), rule.sqrt_v_scale), rule.epsilon);
     // One small term, subtracted once: w * (1 - decay) would round the decay away.
-    w = ptx::subtract(
-        w, ptx::add(ptx::multiply(step.decay, w), ptx::divide(ptx::multiply(step.rate, m), size)));
+    w = ptx::subtract(w, ptx::add(ptx::multiply(rule.decay_factor, w),
+                                  ptx::divide(ptx::multiply(rule.corrected_rate, m), size)));
+}
+
+// The same for the elements that a thread holds of a row.
+PFC_DEVICE void sgd(const Rule& rule, ptx::Float2& w, ptx::Float2& m, const ptx::Float2& g) {
+    sgd(rule, w.x, m.x, g.x);
+    sgd(rule, w.y, m.y, g.y);
+}
+
+PFC_DEVICE void sgd(const Rule& rule, ptx::Float4& w, ptx::Float4& m, const ptx::Float4& g) {
+    sgd(rule, w.x, m.x, g.x);
+    sgd(rule, w.y, m.y, g.y);
+    sgd(rule, w.z, m.z, g.z);
+    sgd(rule, w.w, m.w, g.w);
+}
+
+PFC_DEVICE void adamw(const Rule& rule, ptx::Float2& w, ptx::Float2& m, ptx::Float2& v,
+                      const ptx::Float2& g) {
+    adamw(rule, w.x, m.x, v.x, g.x);
+    adamw(rule, w.y, m.y, v.y, g.y);
+}
+
+PFC_DEVICE void adamw(const Rule& rule, ptx::Float4& w, ptx::Float4& m, ptx::Float4& v,
+                      const ptx::Float4& g) {
+    adamw(rule, w.x, m.x, v.x, g.x);
+    adamw(rule, w.y, m.y, v.y, g.y);
+    adamw(rule, w.z, m.z, v.z, g.z);
+    adamw(rule, w.w, m.w, v.w, g.w);
 }
 
 // base^exponent by squaring: at most `exponent` roundings of a double, and unlike pow no stack.

@@ -1,4 +1,4 @@
-// Start values of the class centres: normal with mean 0 and a given standard deviation, a pure
+// The start values of class centers: normal with mean 0 and a given standard deviation, a pure
 // function of (seed, class, column).
 //
 // Columns 4k to 4k + 3 come from Philox with key = seed and counter = (class lo, class hi, k, 1 <<
@@ -77,24 +77,25 @@ PFC_DEVICE void normal_pair(uint32_t radius, uint32_t angle, float std, float& f
 
 }  // namespace
 
+// launch: start_values blocks 8 per SM threads 256 shared 0
 // gate: start_values registers <= 40
-PFC_KERNEL(start_values, (const PFC_GRID_CONSTANT HeadView view, double std)) {
-    for (uint32_t row = rows::first_row(); row < view.shard_rows; row += rows::row_stride()) {
-        const uint64_t number = view.first_class + row;
-        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < view.master_pitch;
+PFC_KERNEL(start_values, (const PFC_GRID_CONSTANT HeadArrays head, double std)) {
+    for (uint32_t row = rows::first_row(); row < head.shard_rows; row += rows::row_stride()) {
+        const uint64_t number = head.first_class + row;
+        for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.master_pitch;
              column += rows::kSpan) {
             const RandomWords counter = {uint32_t(number), uint32_t(number >> 32), column / 4,
                                          kPurposeInit};
-            const RandomWords words = philox(counter, view.seed);
+            const RandomWords words = philox(counter, head.seed);
             float values[4];
             normal_pair(words.w0, words.w1, float(std), values[0], values[1]);
             normal_pair(words.w2, words.w3, float(std), values[2], values[3]);
             for (uint32_t i = 0; i < 4; ++i) {
-                values[i] = column + i < view.dim ? values[i] : 0.0f;  // a row's padding is zero
+                values[i] = column + i < head.dim ? values[i] : 0.0f;  // a row's padding is zero
             }
             const ptx::Float4 group = {values[0], values[1], values[2], values[3]};
-            rows::write_group(view.centers + uint64_t(row) * view.master_pitch, column,
-                              view.master_pitch, group);
+            rows::write_group(head.centers + uint64_t(row) * head.master_pitch, column,
+                              head.master_pitch, group);
         }
     }
 }

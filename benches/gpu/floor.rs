@@ -39,13 +39,13 @@ pub const KERNELS: [&str; 10] = [
     "pack_embeddings",
     "normalize_embeddings",
     "gather_centers",
-    "multiply_numerators",
-    "multiply_weighted",
+    "gemm_numerators",
+    "gemm_weighted_centers",
     "reduce_rows",
     "scale_embeddings",
     "embedding_gradient",
     "finish_gradient",
-    "multiply_centers",
+    "gemm_center_gradient",
 ];
 
 /// Of all launches of a kernel in one step: half precision, one rank, lazy SGD with momentum, embeddings and gradients in float32.
@@ -56,13 +56,13 @@ pub const KERNELS: [&str; 10] = [
 /// - pack_embeddings: E 4Bd -> 4Bd
 /// - normalize_embeddings: E 4Bd -> E^ 4Bd, operand 2Bd
 /// - gather_centers: W 4Sd -> W^ in fp16 2Sd, in bf16 2Sd
-/// - multiply_numerators (2BSd flop): E^ 2Bd, W^ 2Sd -> P 2BS, sums and maxima of 128 columns 8BS/128
-/// - multiply_weighted (2BSd flop): P 2BS, W^ 2Sd -> 4Bd
+/// - gemm_numerators (2BSd flop): E^ 2Bd, W^ 2Sd -> P 2BS, sums and maxima of 128 columns 8BS/128
+/// - gemm_weighted_centers (2BSd flop): P 2BS, W^ 2Sd -> 4Bd
 /// - reduce_rows: 8BS/128 -> 8B
 /// - scale_embeddings: E^ 4Bd -> E' 2Bd
 /// - embedding_gradient: P W^ 4Bd, target rows 4Bd -> 4Bd
 /// - finish_gradient: dE^ 4Bd, E^ 4Bd -> 4Bd
-/// - multiply_centers (2BSd flop): P 2BS, E' 2Bd, W and m 8Sd -> W and m 8Sd
+/// - gemm_center_gradient (2BSd flop): P 2BS, E' 2Bd, W and m 8Sd -> W and m 8Sd
 pub fn of_kernel(name: &str, shape: Shape, keeps: bool) -> Option<Floor> {
     let [b, s, d] = [shape.batch, shape.sample, shape.dim].map(|n| n as f64);
     let kernel = KERNELS.iter().find(|kernel| name.starts_with(*kernel))?;
@@ -71,15 +71,15 @@ pub fn of_kernel(name: &str, shape: Shape, keeps: bool) -> Option<Floor> {
         "pack_embeddings" => (0.0, 8.0 * b * d),
         "normalize_embeddings" => (0.0, 10.0 * b * d),
         "gather_centers" => (0.0, 8.0 * s * d),
-        "multiply_numerators" => (product, 2.0 * b * d + 2.0 * s * d + 2.0 * b * s + b * s / 16.0),
-        "multiply_weighted" => (product, 2.0 * b * s + 2.0 * s * d + 4.0 * b * d),
+        "gemm_numerators" => (product, 2.0 * b * d + 2.0 * s * d + 2.0 * b * s + b * s / 16.0),
+        "gemm_weighted_centers" => (product, 2.0 * b * s + 2.0 * s * d + 4.0 * b * d),
         "reduce_rows" => (0.0, b * s / 16.0 + 8.0 * b),
         "scale_embeddings" => (0.0, 6.0 * b * d),
         "embedding_gradient" | "finish_gradient" => (0.0, 12.0 * b * d),
-        "multiply_centers" => (product, 2.0 * b * s + 2.0 * b * d + 16.0 * s * d),
+        "gemm_center_gradient" => (product, 2.0 * b * s + 2.0 * b * d + 16.0 * s * d),
         other => unreachable!("{other} has no floor"),
     };
-    let again = !keeps && matches!(*kernel, "gather_centers" | "multiply_numerators");
+    let again = !keeps && matches!(*kernel, "gather_centers" | "gemm_numerators");
     Some(Floor { flops, bytes }.times(if again { 2.0 } else { 1.0 }))
 }
 

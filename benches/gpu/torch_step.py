@@ -9,12 +9,12 @@ Measured, medians of CUDA events in microseconds, on random data:
 
   gemm_tflops, copy_gbs   torch.mm of 8192 x 8192 x 8192 (the better of fp16 and bf16); a copy of 1 GiB, read and written
   numerators_us           [B, d] @ [S, d].T in fp16      the three products of a step, by cuBLAS, nothing fused;
-  weighted_us             [B, S] @ [S, d] in bf16        operands in turn of sets that together are 256 MiB at least
-  centers_us              [B, S].T @ [B, d] in bf16
+  weighted_centers_us     [B, S] @ [S, d] in bf16        operands in turn of sets that together are 256 MiB at least
+  center_gradient_us      [B, S].T @ [B, d] in bf16
   prepared_us, step_us    a plain PartialFC step without and with the draw of its sample
   peak_mb                 what the step allocates beyond W and momentum, at most
 
-The step is PartialFC as one would write it: the sampled rows are gathered into a contiguous matrix, normalised, multiplied in half
+The step is PartialFC as one would write it: the sampled rows are gathered into a contiguous matrix, normalized, multiplied in half
 precision by autocast; ArcFace's margin on the target by acos and cos, cross entropy over the sample, autograd, SGD with momentum on
 the sampled rows, which are written back. Written for this comparison.
 """
@@ -156,8 +156,8 @@ def shape_figures(torch, timer, device, batch, sample, dim):
     figures = {"batch": batch, "sample": sample, "dim": dim}
     half, wide = torch.float16, torch.bfloat16
     figures["numerators_us"] = product(torch, timer, device, (batch, dim), (dim, sample), half, transposed=(1,))
-    figures["weighted_us"] = product(torch, timer, device, (batch, sample), (sample, dim), wide)
-    figures["centers_us"] = product(torch, timer, device, (sample, batch), (batch, dim), wide, transposed=(0,))
+    figures["weighted_centers_us"] = product(torch, timer, device, (batch, sample), (sample, dim), wide)
+    figures["center_gradient_us"] = product(torch, timer, device, (sample, batch), (batch, dim), wide, transposed=(0,))
 
     head = Head(torch, device, sample, dim)
     embeddings = [torch.randn(batch, dim, device=device) for _ in range(4)]

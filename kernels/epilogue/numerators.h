@@ -1,20 +1,22 @@
-// What becomes of a tile of cosines: exponentials, row sums, largest negatives, and P in bf16.
+// The epilogue of the numerators. It turns a tile of cosines into exponentials, row sums, largest
+// negatives, and P in bf16.
 //
 // p = exp(scale cos - c) = 2^(cos scale log2(e) - c log2(e)), one fused multiply-add and one ex2 an
-// element. |scale cos| <= scale bounds it, so that no running maximum is needed. Nothing (0, and no
-// part of the sum) are a row's target, columns beyond the sample, ignored rows and rows beyond the
-// batch; a negative above the filter counts as cosine 0 and is stored as 0. The sum takes p before
-// it is rounded.
+// element. |scale cos| <= scale bounds it, so that no running maximum is needed. p is 0 and outside
+// the sum for a row's target, columns beyond the sample, ignored rows and rows beyond the batch. A
+// negative above the filter counts as cosine 0 in the sum and is stored as 0. The sum takes p
+// before it is rounded.
 #pragma once
 
 #include "epilogue/planes.h"
+#include "ptx/memory.h"
 #include "ptx/warp.h"
 #include "tile/layout.h"
-#include "view.h"
+#include "shared_structs.h"
 
 namespace epilogue {
 
-// What of a row counts in a tile: columns below `limit`, but not `target`.
+// The columns of a tile that count in a row: those below `limit`, but not `target`.
 struct alignas(4) RowMask {
     uint16_t target;  // column of the tile, or kNoTarget
     uint16_t limit;
@@ -22,33 +24,33 @@ struct alignas(4) RowMask {
 
 constexpr uint16_t kNoTarget = 0xffff;
 
-// That of row `row` in a tile that begins at column `column` and of which `columns` exist.
-PFC_DEVICE RowMask row_mask(const HeadView& view, uint32_t row, uint32_t column,
+// The mask of row `row` in a tile that begins at column `column` and of which `columns` exist.
+PFC_DEVICE RowMask row_mask(const HeadArrays& head, uint32_t row, uint32_t column,
                             uint32_t columns) {
-    const StepBlock& block = *view.block;
-    if (row >= block.rows || view.target_cosines[row] == kIgnored) {
+    const StepBlock& block = *head.block;
+    if (row >= block.rows || head.target_cosines[row] == kIgnored) {
         return {kNoTarget, 0};
     }
-    const uint32_t target = view.columns[row + block.first_computed];
+    const uint32_t target = head.columns[row + block.first_computed];
     const bool within = target >= column && target - column < kTileColumns;
     return {within ? uint16_t(target - column) : kNoTarget,
             uint16_t(columns < kTileColumns ? columns : kTileColumns)};
 }
 
-// In shared memory from the kernel's beginning: four registers less during the products.
+// In shared memory from the kernel's beginning: that saves the mainloop four registers.
 struct Softmax {
     float slope, shift;   // exponent of 2 = cosine * slope + shift
     float filter, floor;  // a cosine above filter adds floor
 };
 
-// What is kept beside the pipeline.
+// Shared memory beside the pipeline.
 template <int kRows>
-struct Kept {
+struct BesidePipeline {
     RowMask masks[kRows];
     Softmax softmax;
 };
 
-PFC_DEVICE Softmax softmax_of(const MarginView& margin) {
+PFC_DEVICE Softmax softmax_of(const MarginSettings& margin) {
     constexpr double kLog2E = 1.4426950408889634;
     Softmax softmax;
     softmax.slope = float(margin.scale * kLog2E);
@@ -58,22 +60,22 @@ PFC_DEVICE Softmax softmax_of(const MarginView& margin) {
     return softmax;
 }
 
-// How the epilogue divides the pipeline's memory, which is its own from the end of the product to
-// its last barrier.
-template <class Product>
+// How the epilogue divides the pipeline's memory, which it owns from the end of the mainloop to its
+// own last barrier.
+template <class Mainloop>
 struct NumeratorScratch {
-    static constexpr uint32_t kRows = Product::kM, kColumns = Product::kN;
-    static constexpr uint32_t kWarps = Product::kWarpsN;
+    static constexpr uint32_t kRows = Mainloop::kM, kColumns = Mainloop::kN;
+    static constexpr uint32_t kWarps = Mainloop::kWarpsN;
     using Stage = tile::Layout<kRows, kColumns>;
-    static_assert(Stage::kBytes + 4 * kRows * 2 * kWarps <= Product::kPipelineBytes, "");
+    static_assert(Stage::kBytes + 4 * kRows * 2 * kWarps <= Mainloop::kPipelineBytes, "");
 
-    // Takes one plane of a thread's two cells; see Product::sum.
-    static PFC_DEVICE void stage(Product& product, unsigned char* scratch, int i, int h, int j) {
+    // Takes one plane from two of a thread's accumulators; see Mainloop::sum.
+    static PFC_DEVICE void stage(Mainloop& mainloop, unsigned char* scratch, int i, int h, int j) {
         const uint32_t lane = ptx::lane();
-        const uint32_t at = Stage::at(Product::warp_row() + lane / 4,
-                                      (Product::warp_column() + 8 * j) / tile::kPiece) +
+        const uint32_t at = Stage::at(Mainloop::warp_row() + lane / 4,
+                                      (Mainloop::warp_column() + 8 * j) / tile::kVector) +
                             (16 * i + 8 * h) * Stage::kRowBytes;
-        float* const cells = &product.sum[i][j][2 * h];
+        float* const cells = &mainloop.sum[i][j][2 * h];
         *reinterpret_cast<uint32_t*>(scratch + at + 4 * (lane % 4)) =
             take_plane(cells[0], cells[1]);
     }
@@ -86,37 +88,37 @@ struct NumeratorScratch {
     }
 };
 
-// Cosines to p in the accumulators, its first plane to shared memory; each warp's part of a row's
-// sum and maximum to shared memory.
-template <class Product>
-PFC_DEVICE void exponentiate(Product& product, unsigned char* scratch,
-                             const Kept<Product::kM>& kept) {
-    using Scratch = NumeratorScratch<Product>;
+// Turns the cosines in the accumulators into p. The first plane of p goes to shared memory, and so
+// do each warp's sum and maximum of a row.
+template <class Mainloop>
+PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
+                             const BesidePipeline<Mainloop::kM>& beside) {
+    using Scratch = NumeratorScratch<Mainloop>;
     float* const sums = Scratch::sums(scratch);
     float* const best = Scratch::best(scratch);
-    const Softmax softmax = kept.softmax;
+    const Softmax softmax = beside.softmax;
     const uint32_t lane = ptx::lane();
-    const uint32_t warp_row = Product::warp_row() + lane / 4;
-    const uint32_t warp_column = Product::warp_column() + 2 * (lane % 4);
-    const uint32_t part = Product::warp_column() / Product::kWarpN * Scratch::kRows;
+    const uint32_t warp_row = Mainloop::warp_row() + lane / 4;
+    const uint32_t warp_column = Mainloop::warp_column() + 2 * (lane % 4);
+    const uint32_t own = Mainloop::warp_column() / Mainloop::kWarpN * Scratch::kRows;
 #pragma unroll
-    for (int i = 0; i < Product::kRowTiles; ++i) {
+    for (int i = 0; i < Mainloop::kRowTiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const uint32_t at = warp_row + 16 * i + 8 * h;
-            // Relative to the thread's first column, so that its columns are constants. From shared
-            // memory row by row: what all rows have in common the compiler would keep in registers.
-            const RowMask mask = kept.masks[at];
+            // Relative to the thread's first column, so that its columns are constants. Read from
+            // shared memory row by row: the compiler would keep values of all rows in registers.
+            const RowMask mask = beside.masks[at];
             const uint32_t target = mask.target - warp_column;
             const int32_t limit = int32_t(mask.limit) - int32_t(warp_column);
             float row_sum = 0.0f, row_best = kElsewhere;
 #pragma unroll
-            for (int j = 0; j < Product::kColumnTiles; ++j) {
+            for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    float& cell = product.sum[i][j][2 * h + e];
-                    const int place = 8 * j + e;
-                    const bool keep = place < limit && uint32_t(place) != target;
+                    float& cell = mainloop.sum[i][j][2 * h + e];
+                    const int column = 8 * j + e;
+                    const bool keep = column < limit && uint32_t(column) != target;
                     const float cosine = cell;
                     const float power =
                         ptx::exp2_approximate(fmaf(cosine, softmax.slope, softmax.shift));
@@ -127,8 +129,8 @@ PFC_DEVICE void exponentiate(Product& product, unsigned char* scratch,
                 }
             }
 #pragma unroll
-            for (int j = 0; j < Product::kColumnTiles; ++j) {
-                Scratch::stage(product, scratch, i, h, j);
+            for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
+                Scratch::stage(mainloop, scratch, i, h, j);
             }
 #pragma unroll
             for (int across = 1; across <= 2; across *= 2) {
@@ -137,19 +139,19 @@ PFC_DEVICE void exponentiate(Product& product, unsigned char* scratch,
                 row_best = other > row_best ? other : row_best;
             }
             if (lane % 4 == 0) {
-                sums[part + at] = row_sum;
-                best[part + at] = row_best;
+                sums[own + at] = row_sum;
+                best[own + at] = row_best;
             }
         }
     }
 }
 
-// P and the rows' sums to memory: the tile at `row` and at column `local` of the chunk, `column` of
-// the sample. P goes through shared memory, so that it leaves in whole pieces of 16 bytes.
-template <class Product, int kPlanes>
-PFC_DEVICE void write_numerators(const HeadView& view, Product& product, unsigned char* scratch,
+// Writes P and the rows' sums to memory: the tile at `row` and at column `local` of the chunk,
+// `column` of the sample. P goes through shared memory, so that it leaves in vectors of 16 bytes.
+template <class Mainloop, int kPlanes>
+PFC_DEVICE void write_numerators(const HeadArrays& head, Mainloop& mainloop, unsigned char* scratch,
                                  uint32_t row, uint32_t column, uint32_t local) {
-    using Scratch = NumeratorScratch<Product>;
+    using Scratch = NumeratorScratch<Mainloop>;
     using Stage = typename Scratch::Stage;
     constexpr uint32_t kRows = Scratch::kRows;
     const float* const sums = Scratch::sums(scratch);
@@ -159,27 +161,27 @@ PFC_DEVICE void write_numerators(const HeadView& view, Product& product, unsigne
         // The first plane is there already.
         if (plane > 0) {
 #pragma unroll
-            for (int i = 0; i < Product::kRowTiles; ++i) {
+            for (int i = 0; i < Mainloop::kRowTiles; ++i) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
 #pragma unroll
-                    for (int j = 0; j < Product::kColumnTiles; ++j) {
-                        Scratch::stage(product, scratch, i, h, j);
+                    for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
+                        Scratch::stage(mainloop, scratch, i, h, j);
                     }
                 }
             }
             __syncthreads();
         }
-        constexpr uint32_t kStep = Product::kThreads / Stage::kPieces;
-        static_assert(Product::kThreads % Stage::kPieces == 0 && kRows % kStep == 0, "");
-        const uint32_t from = threadIdx.x / Stage::kPieces, piece = threadIdx.x % Stage::kPieces;
-        uint16_t* out = view.numerators + plane * view.plane_numerators +
-                        uint64_t(row + from) * view.chunk_capacity + local + piece * tile::kPiece;
+        constexpr uint32_t kStep = Mainloop::kThreads / Stage::kVectors;
+        static_assert(Mainloop::kThreads % Stage::kVectors == 0 && kRows % kStep == 0, "");
+        const uint32_t from = threadIdx.x / Stage::kVectors, vector = threadIdx.x % Stage::kVectors;
+        uint16_t* out = head.numerators + plane * head.plane_numerators +
+                        uint64_t(row + from) * head.chunk_capacity + local + vector * tile::kVector;
 #pragma unroll 2
         for (uint32_t at = from; at < kRows; at += kStep) {
-            *reinterpret_cast<Sixteen*>(out) =
-                *reinterpret_cast<const Sixteen*>(scratch + Stage::at(at, piece));
-            out += kStep * view.chunk_capacity;
+            *reinterpret_cast<ptx::Word4*>(out) =
+                *reinterpret_cast<const ptx::Word4*>(scratch + Stage::at(at, vector));
+            out += kStep * head.chunk_capacity;
         }
         if (plane == 0 && threadIdx.x < kRows) {
             float row_sum = 0.0f, row_best = kElsewhere;
@@ -190,9 +192,9 @@ PFC_DEVICE void write_numerators(const HeadView& view, Product& product, unsigne
                 row_best = other > row_best ? other : row_best;
             }
             const uint64_t to =
-                uint64_t(column / Scratch::kColumns) * view.row_capacity + row + threadIdx.x;
-            view.partial_sums[to] = row_sum;
-            view.partial_best[to] = row_best;
+                uint64_t(column / Scratch::kColumns) * head.row_capacity + row + threadIdx.x;
+            head.partial_sums[to] = row_sum;
+            head.partial_best[to] = row_best;
         }
         __syncthreads();
     }

@@ -7,15 +7,7 @@
 
 namespace epilogue {
 
-struct alignas(8) Two {
-    float x, y;
-};
-
-struct alignas(16) Sixteen {
-    uint32_t words[4];
-};
-
-// Rounds two values to one plane, packed, and leaves in them what is still to be stored.
+// Rounds two values to one plane, packed, and leaves their remainders in them for the next plane.
 PFC_DEVICE uint32_t take_plane(float& low, float& high) {
     const uint32_t packed = ptx::pack_bfloat(low, high);
     low -= ptx::from_bfloat(uint16_t(packed));

@@ -1,6 +1,6 @@
 // Four 8 x 8 matrices of 16-bit values from shared memory into the registers that mma takes.
 //
-// Lane l names the row l % 8 (16 bytes, 16-byte aligned) of matrix l / 8. r[m] is, for lane l, the
+// In each lane l, `row` is row l % 8 (16 bytes, 16-byte aligned) of matrix l / 8, and r[m] gets the
 // two values at row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1 of matrix m; transposed: rows and
 // columns exchanged.
 #pragma once

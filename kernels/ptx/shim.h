@@ -6,6 +6,12 @@
 //       `blocks` fit an SM; under g++ also registered with the emulator, which refuses larger ones
 //   PFC_KERNEL(name, (parameters)) { body }
 //       the same for the blocks of most kernels: any multiple of 32 up to 256 threads
+//   // launch: name blocks 4 per SM threads 256 shared 1024
+//   // launch: name blocks 1 threads 1024 shared 256
+//       the grid, the threads of a block and the bytes of dynamic shared memory that the host
+//       launches an entry with: build/kernels.rs reads these lines. Results do not depend on the
+//       grid, nor on the threads but for the order in which block_sum adds doubles. The GEMM
+//       kernels have theirs in tune.h.
 //   PFC_DEVICE
 //       a function of kernels: always inlined
 //   PFC_DYNAMIC_SHARED(name)

@@ -1,6 +1,6 @@
-// What the 32 threads of a warp tell one another: shuffles, votes, and the warp's own barrier.
+// Communication among the 32 threads of a warp: shuffles, votes, and the warp's own barrier.
 //
-// All take the full mask: every thread of a warp comes to them together. Only sync_warp() orders
+// All take the full mask: every thread of a warp calls them together. Only sync_warp() orders
 // memory; a shuffle or a vote does not, although all threads meet there.
 #pragma once
 
@@ -37,9 +37,9 @@ PFC_DEVICE uint64_t shuffle_up(uint64_t v, unsigned delta) {
     return __shfl_up_sync(kFullMask, (unsigned long long)v, delta);
 }
 
-// Bit i: what the thread of lane i says.
-PFC_DEVICE uint32_t ballot(bool said) { return __ballot_sync(kFullMask, said); }
-PFC_DEVICE bool any(bool said) { return __any_sync(kFullMask, said) != 0; }
+// Bit i: the value of lane i.
+PFC_DEVICE uint32_t ballot(bool value) { return __ballot_sync(kFullMask, value); }
+PFC_DEVICE bool any(bool value) { return __any_sync(kFullMask, value) != 0; }
 PFC_DEVICE void sync_warp() { __syncwarp(); }
 
 #else
@@ -66,9 +66,9 @@ PFC_SHUFFLES(int32_t)
 PFC_SHUFFLES(uint64_t)
 #undef PFC_SHUFFLES
 
-// Bit i: what the thread of lane i says.
-PFC_DEVICE uint32_t ballot(bool said) { return simt::ballot(said); }
-PFC_DEVICE bool any(bool said) { return simt::ballot(said) != 0; }
+// Bit i: the value of lane i.
+PFC_DEVICE uint32_t ballot(bool value) { return simt::ballot(value); }
+PFC_DEVICE bool any(bool value) { return simt::ballot(value) != 0; }
 PFC_DEVICE void sync_warp() { simt::sync_warp(); }
 
 #endif

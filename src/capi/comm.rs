@@ -538,6 +538,7 @@ pub unsafe extern "C" fn pfc_comm_free(comm: *mut pfc_comm) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capi::status::PFC_OK;
     use crate::capi::status::{PFC_ERROR_ABORTED, PFC_ERROR_INVALID_ARGUMENT, PFC_ERROR_PANIC};
 
     #[test]

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::{Call, MemorySpace, Operation, Transport};
+use super::transport::{Call, MemorySpace, Operation, Reduction, Signature, Transport};
 use crate::matrix::{DType, ReduceOp};
 use crate::{error, Result};
 
@@ -26,31 +26,20 @@ pub(super) fn is_on() -> bool {
 /// How long ranks that do not agree wait for each other.
 const PARTING: Duration = Duration::from_secs(1);
 
-/// What all ranks must agree on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Signature {
-    pub operation: Operation,
-    /// Bytes of a gather's block and a broadcast's buffer, else elements.
-    pub count: u64,
-    pub reduction: Option<(DType, ReduceOp)>,
-    pub root: u32,
-}
-
 /// As it travels: operation, sequence, count, dtype, operation of a reduction, root.
 type Words = [u64; 6];
 
-impl Signature {
-    fn words(&self, sequence: u64) -> Words {
-        let (dtype, op) = self.reduction.map_or((0, 0), |(dtype, op)| (dtype as u64, op as u64));
-        [self.operation as u64, sequence, self.count, dtype, op, self.root.into()]
-    }
+fn words(signature: &Signature, sequence: u64) -> Words {
+    let (dtype, op) = signature.reduction.map_or((0, 0), |Reduction { dtype, op }| (dtype as u64, op as u64));
+    [signature.operation as u64, sequence, signature.count, dtype, op, signature.root.into()]
 }
 
 /// Refuses an operation that the ranks do not agree on, with the same error on all.
-pub(super) fn agree(transport: &dyn Transport, signature: Signature, call: &Call<'_>) -> Result<()> {
-    let own = signature.words(call.sequence);
+pub(super) fn agree(transport: &dyn Transport, call: &Call<'_>) -> Result<()> {
+    let own = words(&call.signature, call.sequence);
     let mut all = vec![Words::default(); transport.size() as usize];
-    let gather = Call { operation: Operation::AllGather, space: MemorySpace::Host, ..*call };
+    let signature = Signature { operation: Operation::AllGather, count: size_of::<Words>() as u64, reduction: None, root: 0 };
+    let gather = Call { signature, space: MemorySpace::Host, ..*call };
     // SAFETY: host memory of a block and of one for each rank.
     unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &gather) }
         .map_err(|error| error.during(&format!("PFC_CHECK before {}", call.label())))?;

@@ -9,154 +9,22 @@ mod exchange;
 mod handshake;
 mod sampled_rows;
 mod transport;
-mod watchdog;
 
-use std::ffi::c_void;
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use compare_calls::Signature;
 pub use handshake::{agree, gather_words};
 pub use sampled_rows::{all_reduce_rows, SampledRows};
 pub use transport::custom::CustomOps;
 pub use transport::nccl::{unique_id, ID_BYTES};
-use transport::{custom, nccl, single, threads};
+use transport::{custom, nccl, single, threads, Reduction, Signature};
+pub use transport::{Call, Element, MemorySpace, Operation, Transport};
 
 use crate::matrix::{DType, ReduceOp};
-use crate::stream::{StreamDevice, StreamMemory};
+use crate::stream::StreamDevice;
 use crate::{ensure, error, Error, Result};
-
-/// Which collective: names it in messages and indexes the traffic counters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Operation {
-    AllGather,
-    AllReduce,
-    ReduceScatter,
-    Broadcast,
-    Barrier,
-}
-
-impl Operation {
-    pub const ALL: [Operation; 5] =
-        [Operation::AllGather, Operation::AllReduce, Operation::ReduceScatter, Operation::Broadcast, Operation::Barrier];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Operation::AllGather => "all_gather",
-            Operation::AllReduce => "all_reduce",
-            Operation::ReduceScatter => "reduce_scatter",
-            Operation::Broadcast => "broadcast",
-            Operation::Barrier => "barrier",
-        }
-    }
-}
-
-/// In whose memory an operation's buffers are.
-#[derive(Clone, Copy, Debug)]
-pub enum MemorySpace<'a> {
-    Host,
-    /// In memory that `stream` orders the accesses to: the operation follows all that is on the stream when it is called, and what
-    /// comes onto the stream when it has returned follows the operation.
-    Device {
-        memory: &'a dyn StreamMemory,
-        stream: *mut c_void,
-    },
-}
-
-impl MemorySpace<'_> {
-    /// Names it in messages.
-    fn kind(&self) -> &'static str {
-        match self {
-            MemorySpace::Host => "host",
-            MemorySpace::Device { memory, .. } => memory.kind(),
-        }
-    }
-
-    /// Copies between buffers that are the same or apart; NULL with no bytes is fine.
-    unsafe fn copy(&self, destination: *mut u8, source: *const u8, bytes: usize) -> Result<()> {
-        if bytes == 0 || std::ptr::eq(source, destination) {
-            return Ok(());
-        }
-        match self {
-            MemorySpace::Host => std::ptr::copy_nonoverlapping(source, destination, bytes),
-            MemorySpace::Device { memory, stream } => memory.copy(destination, source, bytes, *stream)?,
-        }
-        Ok(())
-    }
-}
-
-/// One operation on its way: which one of the communicator's life, where, until when.
-#[derive(Clone, Copy, Debug)]
-pub struct Call<'a> {
-    pub operation: Operation,
-    /// 1 for the communicator's first operation; the same on all ranks as long as they call in one order.
-    pub sequence: u64,
-    pub space: MemorySpace<'a>,
-    pub deadline: Instant,
-    pub timeout: Duration,
-}
-
-impl Call<'_> {
-    /// "all_reduce #17": how messages name the operation.
-    pub fn label(&self) -> String {
-        format!("{} #{}", self.operation.name(), self.sequence)
-    }
-}
-
-/// What carries the collectives between ranks.
-///
-/// Every method is called by one thread at a time (`abort` apart, which may come from any thread at any time and must make a
-/// waiting operation return). The only overlap of `send` and `recv` is the one that each method names.
-/// Results of reductions have the same bits on every rank.
-///
-/// # Safety
-/// The pointers are valid for the sizes named, in the memory of the call's space: host memory until the method returns, a device's
-/// until the stream has run what the method put on it.
-#[allow(clippy::missing_safety_doc)] // The one above is every method's.
-pub trait Transport: Send + Sync {
-    fn kind(&self) -> &'static str;
-    fn rank(&self) -> u32;
-    fn size(&self) -> u32;
-    /// Gathers `bytes` bytes from every rank, in rank order, into `size * bytes` bytes at `recv`. `send` may be
-    /// `recv + rank * bytes`.
-    unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()>;
-    /// Combines `count` elements over the ranks; every rank gets the result. `send` may be `recv`.
-    unsafe fn all_reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()>;
-    /// Combines `size * count` elements over the ranks; rank r gets elements `r * count ..`, `count` of them. `recv` may be
-    /// element `rank * count` of `send`.
-    unsafe fn reduce_scatter(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()>;
-    /// Copies `bytes` bytes at `buffer` of rank `root` to all ranks.
-    unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()>;
-    fn barrier(&self, call: &Call<'_>) -> Result<()>;
-    /// Refuses a head's device that it cannot work on; `None`: the device has no streams.
-    fn check_device(&self, _device: Option<&dyn StreamDevice>) -> Result<()> {
-        Ok(())
-    }
-    /// What has become known of operations that were left on a stream: they failed, did not end in time, or were aborted.
-    fn poll_failure(&self) -> Result<()> {
-        Ok(())
-    }
-    /// Makes running and later operations fail on every rank that can be told. What was left on streams ends, undone.
-    fn abort(&self, cause: &Error);
-}
 
 /// Bytes by operation since the communicator was made, as `pfc_comm_traffic` tells them.
 ///
@@ -329,8 +197,9 @@ impl Communicator {
             self.check_overlap((send as usize, bytes), (recv as usize, bytes), std::ptr::eq(send, recv), "send is recv")?;
             Ok(bytes)
         });
-        let signature = Signature { operation: Operation::AllReduce, count: count as u64, reduction: Some((dtype, op)), root: 0 };
-        self.run(signature, checked, space, |call| self.transport.all_reduce(send, recv, count, dtype, op, call))
+        let reduction = Reduction { dtype, op };
+        let signature = Signature { operation: Operation::AllReduce, count: count as u64, reduction: Some(reduction), root: 0 };
+        self.run(signature, checked, space, |call| self.transport.all_reduce(send, recv, count, reduction, call))
     }
 
     /// # Safety
@@ -355,9 +224,9 @@ impl Communicator {
             )?;
             Ok(total)
         });
-        let signature =
-            Signature { operation: Operation::ReduceScatter, count: count as u64, reduction: Some((dtype, op)), root: 0 };
-        self.run(signature, checked, space, |call| self.transport.reduce_scatter(send, recv, count, dtype, op, call))
+        let reduction = Reduction { dtype, op };
+        let signature = Signature { operation: Operation::ReduceScatter, count: count as u64, reduction: Some(reduction), root: 0 };
+        self.run(signature, checked, space, |call| self.transport.reduce_scatter(send, recv, count, reduction, call))
     }
 
     /// # Safety
@@ -463,10 +332,10 @@ impl Communicator {
         self.or_abort(self.transport.poll_failure())?;
         *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let call = Call { operation, sequence: *sequence, space, deadline: deadline_after(timeout), timeout };
+        let call = Call { signature, sequence: *sequence, space, deadline: deadline_after(timeout), timeout };
         let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
         if self.compares_calls {
-            self.or_abort(compare_calls::agree(&**self.transport, signature, &call))?;
+            self.or_abort(compare_calls::agree(&**self.transport, &call))?;
         }
         self.calls[operation as usize].fetch_add(1, Ordering::Relaxed);
         self.bytes[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);
@@ -489,13 +358,3 @@ fn deadline_after(timeout: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(1 << 33))
 }
-
-/// Numbers that a collective may carry.
-pub trait Element: Copy + Send + Sync + 'static {
-    const DTYPE: DType;
-}
-
-macro_rules! elements {
-    ($($t:ty => $dtype:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$dtype; })* };
-}
-elements!(f32 => F32, f64 => F64, i32 => I32, i64 => I64);

@@ -12,6 +12,7 @@ mod host_math;
 mod nearest;
 mod sizes;
 mod stateless;
+mod workspace;
 
 use std::ffi::{c_void, CStr};
 use std::sync::Arc;
@@ -43,7 +44,7 @@ pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
 /// # Safety
 /// `stream` is a stream of the driver's, or NULL for the default stream, and outlives the device.
 pub unsafe fn cuda(ordinal: i32, stream: *mut c_void) -> Result<Arc<dyn Device>> {
-    Ok(Arc::new(cuda::CudaDevice(Arc::new(cuda::Cuda::new(ordinal, stream)?))))
+    Ok(Arc::new(cuda::CudaDevice::new(ordinal, stream)?))
 }
 
 /// What a head device is made for.

@@ -202,7 +202,7 @@ fn load() -> Option<&'static Simt> {
                 // SAFETY: the functions are of these types, which simt.h declares.
                 Some(unsafe { Simt::of(library) })
             }
-            other => panic!("PFC_TEST_DRIVER is {other:?}; it is simt or real"),
+            other => panic!("PFC_TEST_DRIVER must be simt or real, got {other:?}"),
         })
         .as_ref()
 }

@@ -70,7 +70,7 @@ impl Sources {
         };
         while let Some(name) = names.first().cloned() {
             names.remove(0);
-            let deeper = [&here[..], &[name.clone()]].concat();
+            let deeper = [&here[..], std::slice::from_ref(&name)].concat();
             if name == "super" {
                 here.pop();
             } else if self.0.contains_key(&deeper) {

@@ -241,7 +241,7 @@ fn an_old_library_is_unsupported() {
         standin.version(21701);
         let error = unique_id().expect_err("an old library");
         assert_eq!(error.status, Status::Unsupported);
-        assert!(error.message.contains("is NCCL 2.17.1; 2.18.0 or later is needed"), "{error}");
+        assert!(error.message.contains("NCCL must be 2.18.0 or later, got 2.17.1"), "{error}");
         return;
     }
     run_alone(module_path!(), "an_old_library_is_unsupported", OLD, "1");

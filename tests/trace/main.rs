@@ -107,7 +107,8 @@ fn assert_overlaps(spans: &[Span]) {
         let on = |step, track: &str, name: &str| find(spans, rank, step, track, name).clone();
         let all = |step, track| spans.iter().filter(move |span| (span.rank, span.step, span.track.as_str()) == (rank, step, track));
         for step in 0..3 {
-            let (reduce, weighted) = (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "multiply_weighted"));
+            let (reduce, weighted) =
+                (on(step, "exchange stream", "all_reduce sums"), on(step, "main stream", "gemm_weighted_centers"));
             assert!(intersect(&reduce, &weighted), "{reduce:?}, {weighted:?}");
         }
         // One call: the embeddings' gradient is exchanged beside what makes the class centers'.

@@ -11,9 +11,8 @@ use std::ffi::{c_char, c_void, CStr};
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::comm::watchdog::{aborted, OperationOutcome, Stop, Watchdog};
-use crate::comm::{Call, MemorySpace, Transport};
-use crate::matrix::{DType, ReduceOp};
+use super::watchdog::{aborted, OperationOutcome, Stop, Watchdog};
+use super::{Call, MemorySpace, Reduction, Transport};
 use crate::memory::zeros;
 use crate::stream::StreamMemory;
 use crate::{ensure, error, Error, Result};
@@ -217,40 +216,25 @@ impl Custom {
         code("all_gather", (self.all_gather)(self.callbacks.ops.ctx, send.cast(), recv.cast(), bytes as u64, stream))
     }
 
-    unsafe fn reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        stream: *mut c_void,
-    ) -> Outcome {
-        let ctx = self.callbacks.ops.ctx;
-        let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
+    unsafe fn reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, stream: *mut c_void) -> Outcome {
+        let (ctx, dtype, op) = (self.callbacks.ops.ctx, reduction.dtype as i32, reduction.op as i32);
+        let returned = (self.all_reduce)(ctx, send.cast(), recv.cast(), count as u64, dtype, op, stream);
         code("all_reduce", returned)
     }
 
-    unsafe fn scatter(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        stream: *mut c_void,
-    ) -> Outcome {
+    unsafe fn scatter(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, stream: *mut c_void) -> Outcome {
         let CustomOps { ctx, rank, size, reduce_scatter, .. } = self.callbacks.ops;
         match reduce_scatter {
             Some(f) => {
-                let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype as i32, op as i32, stream);
+                let (dtype, op) = (reduction.dtype as i32, reduction.op as i32);
+                let returned = f(ctx, send.cast(), recv.cast(), count as u64, dtype, op, stream);
                 code("reduce_scatter", returned)
             }
             None => {
-                let bytes = count * dtype.size();
+                let bytes = reduction.bytes(count);
                 let mut whole = temporary(size as usize * bytes)?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
-                self.reduce(send, whole, size as usize * count, dtype, op, stream)?;
+                self.reduce(send, whole, size as usize * count, reduction, stream)?;
                 std::ptr::copy_nonoverlapping(whole.add(rank as usize * bytes), recv, bytes);
                 Ok(())
             }
@@ -339,22 +323,14 @@ impl Transport for Custom {
         })
     }
 
-    unsafe fn all_reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()> {
-        let bytes = count * dtype.size();
+    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, call: &Call<'_>) -> Result<()> {
+        let bytes = reduction.bytes(count);
         self.operate(call, || match self.route(call, true)? {
-            Route::Direct(stream) => self.reduce(send, recv, count, dtype, op, stream),
+            Route::Direct(stream) => self.reduce(send, recv, count, reduction, stream),
             Route::Staged(mut staging) => {
                 let host = staging.reserve(bytes)?;
                 staging.fetch(host, send, bytes)?;
-                self.reduce(host, host, count, dtype, op, std::ptr::null_mut())?;
+                self.reduce(host, host, count, reduction, std::ptr::null_mut())?;
                 staging.put(recv, host, bytes)
             }
         })
@@ -365,19 +341,18 @@ impl Transport for Custom {
         send: *const u8,
         recv: *mut u8,
         count: usize,
-        dtype: DType,
-        op: ReduceOp,
+        reduction: Reduction,
         call: &Call<'_>,
     ) -> Result<()> {
         let CustomOps { rank, size, reduce_scatter, .. } = self.callbacks.ops;
-        let bytes = count * dtype.size();
+        let bytes = reduction.bytes(count);
         self.operate(call, || match self.route(call, reduce_scatter.is_some())? {
-            Route::Direct(stream) => self.scatter(send, recv, count, dtype, op, stream),
+            Route::Direct(stream) => self.scatter(send, recv, count, reduction, stream),
             Route::Staged(mut staging) => {
                 let host = staging.reserve(size as usize * bytes)?;
                 let own = host.add(rank as usize * bytes);
                 staging.fetch(host, send, size as usize * bytes)?;
-                self.scatter(host, own, count, dtype, op, std::ptr::null_mut())?;
+                self.scatter(host, own, count, reduction, std::ptr::null_mut())?;
                 staging.put(recv, own, bytes)
             }
         })

@@ -1,4 +1,6 @@
-//! The numbers that reductions combine on the host.
+//! The numbers that collectives carry, and how reductions combine them on the host.
+
+use crate::matrix::DType;
 
 pub(super) trait Number: Copy + Default {
     fn sum(self, other: Self) -> Self;
@@ -31,3 +33,13 @@ macro_rules! integers {
     })* };
 }
 integers!(i32, i64);
+
+/// Numbers that a collective may carry.
+pub trait Element: Copy + Send + Sync + 'static {
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($t:ty => $dtype:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$dtype; })* };
+}
+elements!(f32 => F32, f64 => F64, i32 => I32, i64 => I64);

@@ -1,7 +1,6 @@
 //! A group of one rank: every collective is a copy.
 
-use crate::comm::{Call, Transport};
-use crate::matrix::{DType, ReduceOp};
+use super::{Call, Reduction, Transport};
 use crate::{Error, Result};
 
 pub struct Single;
@@ -23,16 +22,8 @@ impl Transport for Single {
         call.space.copy(recv, send, bytes)
     }
 
-    unsafe fn all_reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        _: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()> {
-        call.space.copy(recv, send, count * dtype.size())
+    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, call: &Call<'_>) -> Result<()> {
+        call.space.copy(recv, send, reduction.bytes(count))
     }
 
     unsafe fn reduce_scatter(
@@ -40,11 +31,10 @@ impl Transport for Single {
         send: *const u8,
         recv: *mut u8,
         count: usize,
-        dtype: DType,
-        _: ReduceOp,
+        reduction: Reduction,
         call: &Call<'_>,
     ) -> Result<()> {
-        call.space.copy(recv, send, count * dtype.size())
+        call.space.copy(recv, send, reduction.bytes(count))
     }
 
     unsafe fn broadcast(&self, _: *mut u8, _: usize, _: u32, _: &Call<'_>) -> Result<()> {
@@ -55,6 +45,6 @@ impl Transport for Single {
         Ok(())
     }
 
-    /// Nobody waits here, and [`crate::comm::Communicator`] starts nothing after an abort.
+    /// Nobody waits here, and `Communicator` starts nothing after an abort.
     fn abort(&self, _: &Error) {}
 }

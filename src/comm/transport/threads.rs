@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::number::Number;
-use crate::comm::{Call, MemorySpace, Operation, Transport};
+use super::{Call, MemorySpace, Operation, Reduction, Signature, Transport};
 use crate::matrix::{DType, ReduceOp};
 use crate::stream::{Event, StreamMemory, MOST_REDUCED};
 use crate::{ensure, error, Error, Result, Status};
@@ -52,7 +52,7 @@ pub fn group(size: u32) -> Result<Vec<ThreadComm>> {
             ..Meeting::default()
         }),
         changed: Condvar::new(),
-        // With more ranks than cores a polling rank only keeps a late one from running.
+        // With more ranks than cores a polling rank only keeps an overdue one from running.
         spin: if size as usize <= cores { SPIN } else { Duration::ZERO },
     });
     Ok((0..size).map(|rank| ThreadComm { group: group.clone(), rank, turn: AtomicU64::new(0) }).collect())
@@ -107,50 +107,18 @@ struct Meeting {
     failure: Option<Error>,
 }
 
-/// What all ranks must agree on.
-#[derive(Clone, Copy)]
+/// What all ranks must agree on: the operation, and the kind of memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Request {
-    operation: Operation,
-    /// Bytes, or elements if there is a type.
-    length: usize,
-    dtype: Option<DType>,
-    op: Option<ReduceOp>,
-    root: Option<u32>,
-    /// The kind of the memory.
+    signature: Signature,
     memory: &'static str,
 }
 
 impl Request {
-    fn bytes(length: usize, root: Option<u32>, call: &Call<'_>) -> Request {
-        Request { operation: call.operation, length, dtype: None, op: None, root, memory: call.space.kind() }
-    }
-
-    fn elements(length: usize, dtype: DType, op: ReduceOp, call: &Call<'_>) -> Request {
-        Request { dtype: Some(dtype), op: Some(op), ..Request::bytes(length, None, call) }
-    }
-
     /// The first field in which two ranks differ, and both values.
     fn difference(&self, other: &Request) -> Option<(&'static str, String, String)> {
-        if self.operation != other.operation {
-            return Some(("operation", self.operation.name().to_owned(), other.operation.name().to_owned()));
-        }
-        let length = if self.dtype.is_some() { "count" } else { "bytes" };
-        let dtype = |r: &Request| r.dtype.map_or("none", DType::name).to_owned();
-        let op = |r: &Request| r.op.map_or("none", ReduceOp::name).to_owned();
-        let root = |r: &Request| r.root.map_or_else(|| "none".to_owned(), |root| root.to_string());
-        let fields = [
-            ("dtype", dtype(self), dtype(other)),
-            ("op", op(self), op(other)),
-            ("root", root(self), root(other)),
-            (length, self.length.to_string(), other.length.to_string()),
-            ("memory", self.memory.to_owned(), other.memory.to_owned()),
-        ];
-        fields.into_iter().find(|(_, a, b)| a != b)
-    }
-
-    fn same(&self, other: &Request) -> bool {
-        let fields = |r: &Request| (r.operation, r.length, r.dtype, r.op, r.root, r.memory);
-        fields(self) == fields(other)
+        let memory = || ("memory", self.memory.to_owned(), other.memory.to_owned());
+        self.signature.difference(&other.signature).or_else(|| (self.memory != other.memory).then(memory))
     }
 }
 
@@ -202,18 +170,12 @@ impl Group {
 
 impl ThreadComm {
     /// One operation: begin, this rank's share of the work, done. The work does not wait; in host memory it does not fail either.
-    fn operate(
-        &self,
-        request: Request,
-        send: *const u8,
-        recv: *mut u8,
-        call: &Call<'_>,
-        work: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+    fn operate(&self, send: *const u8, recv: *mut u8, call: &Call<'_>, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let named = |error: Error| self.report(&error, call);
+        let request = Request { signature: call.signature, memory: call.space.kind() };
         let MemorySpace::Device { memory, stream } = call.space else {
             let turn = self.begin(request, send, recv, None, call)?;
-            if request.operation != Operation::Barrier {
+            if call.signature.operation != Operation::Barrier {
                 work()?;
                 self.done(turn);
             }
@@ -288,7 +250,7 @@ impl ThreadComm {
         }
         match meeting.first {
             None => meeting.first = Some((self.rank, request)),
-            Some((rank, first)) if !first.same(&request) => {
+            Some((rank, first)) if first != request => {
                 let (low, high) =
                     if rank < self.rank { ((rank, first), (self.rank, request)) } else { ((self.rank, request), (rank, first)) };
                 let cause = match low.1.difference(&high.1) {
@@ -308,7 +270,7 @@ impl ThreadComm {
             meeting.arrived.fill(false);
             meeting.arrivals = 0;
             meeting.first = None;
-            if request.operation == Operation::Barrier {
+            if call.signature.operation == Operation::Barrier {
                 group.done.store(turn, Ordering::Release);
             } else {
                 meeting.working = group.posts.len();
@@ -467,23 +429,16 @@ impl Transport for ThreadComm {
     }
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
-        self.operate(Request::bytes(bytes, None, call), send, recv, call, || {
+        self.operate(send, recv, call, || {
             self.senders().enumerate().try_for_each(|(rank, block)| call.space.copy(recv.wrapping_add(rank * bytes), block, bytes))
         })
     }
 
-    unsafe fn all_reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()> {
+    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, call: &Call<'_>) -> Result<()> {
+        let Reduction { dtype, op } = reduction;
         self.reducible(dtype)?;
         let range = share(count, self.rank as usize, self.group.posts.len());
-        self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
+        self.operate(send, recv, call, || {
             match (call.space, dtype) {
                 (MemorySpace::Device { memory, stream }, _) => self.reduce_share_on(memory, stream, range, dtype, op)?,
                 (_, DType::F32) => self.reduce_share::<f32>(range, op),
@@ -501,12 +456,12 @@ impl Transport for ThreadComm {
         send: *const u8,
         recv: *mut u8,
         count: usize,
-        dtype: DType,
-        op: ReduceOp,
+        reduction: Reduction,
         call: &Call<'_>,
     ) -> Result<()> {
+        let Reduction { dtype, op } = reduction;
         self.reducible(dtype)?;
-        self.operate(Request::elements(count, dtype, op, call), send, recv, call, || {
+        self.operate(send, recv, call, || {
             match (call.space, dtype) {
                 (MemorySpace::Device { memory, stream }, _) => self.reduce_block_on(memory, stream, recv, count, dtype, op)?,
                 (_, DType::F32) => self.reduce_block::<f32>(recv, count, op),
@@ -520,7 +475,7 @@ impl Transport for ThreadComm {
     }
 
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
-        self.operate(Request::bytes(bytes, Some(root), call), buffer, buffer, call, || {
+        self.operate(buffer, buffer, call, || {
             let from = self.group.posts[root as usize].send.load(Ordering::Relaxed);
             match self.rank == root {
                 true => Ok(()),
@@ -531,7 +486,7 @@ impl Transport for ThreadComm {
 
     fn barrier(&self, call: &Call<'_>) -> Result<()> {
         let none = std::ptr::null_mut();
-        self.operate(Request::bytes(0, None, call), none, none, call, || Ok(()))
+        self.operate(none, none, call, || Ok(()))
     }
 
     fn abort(&self, cause: &Error) {
@@ -551,22 +506,22 @@ impl Drop for ThreadComm {
 
 /// Why a rank could not do its share on a stream.
 enum Failure {
-    Told(Error),
-    /// It goes on unwinding when the peers have been told.
+    Error(Error),
+    /// It goes on unwinding when the peers know.
     Panicked(Box<dyn Any + Send>),
 }
 
 impl Failure {
     fn error(&self) -> Error {
         match self {
-            Failure::Told(error) => error.clone(),
+            Failure::Error(error) => error.clone(),
             Failure::Panicked(_) => error!(Panic, "it panicked"),
         }
     }
 
     fn resume(self) -> Error {
         match self {
-            Failure::Told(error) => error,
+            Failure::Error(error) => error,
             Failure::Panicked(panic) => resume_unwind(panic),
         }
     }
@@ -575,7 +530,7 @@ impl Failure {
 /// A rank that has begun must come to done, whatever happens.
 fn caught<T>(body: impl FnOnce() -> Result<T>) -> std::result::Result<T, Failure> {
     match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(outcome) => outcome.map_err(Failure::Told),
+        Ok(outcome) => outcome.map_err(Failure::Error),
         Err(panic) => Err(Failure::Panicked(panic)),
     }
 }

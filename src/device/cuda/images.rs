@@ -32,7 +32,7 @@ impl Arch {
         }
     }
 
-    /// Of two that run on a device, the better one is greater: no compiling, made for this very device, the later.
+    /// Orders images that run on a device, the best last: compiled before PTX, made for this very device, then the later.
     fn rank(self) -> (bool, bool, u32, u32) {
         (!self.ptx, self.exact, self.major, self.minor)
     }
@@ -59,7 +59,7 @@ pub struct Image {
     pub bytes: Cow<'static, [u8]>,
 }
 
-/// What one device loads.
+/// The images that one device loads.
 #[derive(Debug)]
 pub struct Images {
     pub list: Vec<Image>,
@@ -163,7 +163,7 @@ mod tests {
     ];
     const ROWS: Stem = Stem { name: "rows", everywhere: true };
 
-    /// `rows` for all of ALL, each image's bytes telling its place there.
+    /// `rows` for all of ALL, each image's bytes being its index there.
     fn rows() -> Vec<Embedded> {
         const PLACES: [&[u8]; 7] = [&[0], &[1], &[2], &[3], &[4], &[5], &[6]];
         ALL.iter().zip(PLACES).map(|(&arch, bytes)| Embedded { stem: "rows", arch, bytes }).collect()
@@ -184,11 +184,11 @@ mod tests {
             ((12, 1), 5),
             ((13, 0), 6),
         ];
-        for (capability, place) in expect {
+        for (capability, index) in expect {
             let images = Images::choose(&[ROWS], &rows(), capability).unwrap();
             assert_eq!(images.list.len(), 1);
             assert_eq!(images.list[0].stem, "rows");
-            assert_eq!(*images.list[0].bytes, [place], "{capability:?}");
+            assert_eq!(*images.list[0].bytes, [index], "{capability:?}");
         }
     }
 

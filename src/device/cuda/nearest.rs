@@ -1,14 +1,12 @@
-//! The class centres nearest to each query: cosines chunk by chunk, and the best of each row kept in lists on the GPU.
+//! The class centers nearest to each query: cosines chunk by chunk, and the best of each row kept in lists on the GPU.
 //!
-//! Lists of more than [`LONGEST`] do not fit a warp's registers: for those the host reads the rows once, a piece at a time, and
+//! Lists of more than [`LONGEST`] do not fit a warp's registers: for those the host reads the rows once, some at a time, and
 //! searches itself.
 
+use super::context::Gpu;
 use super::driver::DeviceBuffer;
-use super::kernels::BLOCK;
+use super::shared_structs::{HeadArrays, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::staging::fetch;
-use super::stateless::BLOCKS;
-use super::view::{HeadView, MatrixView, TILE_COLUMNS, TILE_ROWS};
-use super::Cuda;
 use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::matrix::{DType, Matrix};
@@ -17,57 +15,56 @@ use crate::Result;
 
 /// kernels/nearest.cu kLongest: what evaluation asks for (1, 5, 100) fits four 64-bit registers a lane.
 const LONGEST: usize = 128;
-/// Columns and queries that go at a time: 33 MB of cosines.
+/// Columns and queries that are handled at once: 33 MB of cosines.
 const COLUMNS: u32 = 4096;
 const QUERIES: usize = 2048;
-/// Warps that share a row at most: a longer list of lists costs more to merge than it spares.
-const MOST_PARTS: u32 = 32;
-/// Rows of a piece of the host's.
-const PIECE: usize = 4096;
+/// The most warps that share a row: more lists would cost more to merge than they save.
+const MAX_WARPS_PER_ROW: u32 = 32;
+/// Rows that the host reads at once.
+const HOST_ROWS: usize = 4096;
 
-/// Where a head's rows are, and what numbers they have.
-pub(super) struct Rows<'a> {
-    pub cuda: &'a Cuda,
-    /// The head's: what numbers and sizes it has.
-    pub view: HeadView,
-    /// Reads rows from the one named on, as they are now, into a matrix of the host's or the GPU's.
+/// A head's class centers, as a search reads them.
+pub(super) struct CenterSource<'a> {
+    pub gpu: &'a Gpu,
+    /// The head's, for its class numbers and sizes.
+    pub arrays: HeadArrays,
+    /// Reads rows from the one named on, brought up to date, into a matrix in host or device memory.
     pub read: &'a dyn Fn(usize, &Matrix) -> Result<()>,
 }
 
-impl Rows<'_> {
-    /// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
+impl CenterSource<'_> {
+    /// For each query its `k` nearest centers of the shard, nearest first, equal cosines by ascending id: [queries, k].
     pub fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         if k > LONGEST {
             return self.nearest_on_host(queries, k);
         }
         let mut found = Nearest::default();
-        for some in queries.chunks(QUERIES * self.view.dim as usize) {
-            let (ids, cosines) = self.nearest_of(some, k as u32)?;
+        for some in queries.chunks(QUERIES * self.arrays.dim as usize) {
+            let Nearest { ids, cosines } = self.nearest_of(some, k as u32)?;
             found.ids.extend(ids);
             found.cosines.extend(cosines);
         }
         Ok(found)
     }
 
-    fn nearest_of(&self, queries: &[f32], k: u32) -> Result<(Vec<i64>, Vec<f32>)> {
-        let HeadView { dim, depth_pitch: pitch, shard_rows, first_class, .. } = self.view;
-        let (cuda, stream) = (self.cuda, &self.cuda.stream);
+    fn nearest_of(&self, queries: &[f32], k: u32) -> Result<Nearest> {
+        let HeadArrays { dim, depth_pitch: pitch, shard_rows, first_class, .. } = self.arrays;
+        let (gpu, stream) = (self.gpu, &self.gpu.stream);
         let count = queries.len() / dim as usize;
         let rows = (count as u64).next_multiple_of(TILE_ROWS);
         let columns = u64::from(shard_rows.min(COLUMNS)).next_multiple_of(TILE_COLUMNS);
-        let warps = cuda.grid(BLOCKS) * (BLOCK / 32);
-        let parts = (warps / count as u32).clamp(1, MOST_PARTS);
+        let warps_per_row = (gpu.entries.keep_nearest.warps() / count as u32).clamp(1, MAX_WARPS_PER_ROW);
 
-        let raw = buffer::<f32>(cuda, queries.len() as u64, "queries of top_k")?;
-        let centers = buffer::<f32>(cuda, columns * u64::from(dim), "rows of top_k")?;
-        let unit_operand = buffer::<u16>(cuda, 3 * rows * u64::from(pitch), "queries of top_k")?;
-        let center_operand = buffer::<u16>(cuda, 3 * columns * u64::from(pitch), "rows of top_k")?;
-        let products = buffer::<f32>(cuda, count as u64 * columns, "cosines of top_k")?;
-        let lists = buffer::<u64>(cuda, count as u64 * u64::from(parts) * LONGEST as u64, "lists of top_k")?;
-        let ids = buffer::<i64>(cuda, count as u64 * u64::from(k), "ids of top_k")?;
-        let cosines = buffer::<f32>(cuda, count as u64 * u64::from(k), "cosines of top_k")?;
+        let raw = buffer::<f32>(gpu, queries.len() as u64, "queries of top_k")?;
+        let centers = buffer::<f32>(gpu, columns * u64::from(dim), "rows of top_k")?;
+        let unit_operand = buffer::<u16>(gpu, 3 * rows * u64::from(pitch), "queries of top_k")?;
+        let center_operand = buffer::<u16>(gpu, 3 * columns * u64::from(pitch), "rows of top_k")?;
+        let products = buffer::<f32>(gpu, count as u64 * columns, "cosines of top_k")?;
+        let lists = buffer::<u64>(gpu, count as u64 * u64::from(warps_per_row) * LONGEST as u64, "lists of top_k")?;
+        let ids = buffer::<i64>(gpu, count as u64 * u64::from(k), "ids of top_k")?;
+        let cosines = buffer::<f32>(gpu, count as u64 * u64::from(k), "cosines of top_k")?;
 
-        let view = HeadView {
+        let arrays = HeadArrays {
             unit_operand: unit_operand.as_mut_ptr(),
             center_operand: center_operand.as_mut_ptr(),
             plane_rows: rows * u64::from(pitch),
@@ -75,45 +72,46 @@ impl Rows<'_> {
             first_class,
             dim,
             depth_pitch: pitch,
-            ..HeadView::zeroed()
+            ..HeadArrays::zeroed()
         };
-        cuda.put(raw.as_mut_ptr(), queries)?;
-        let given = MatrixView::from(&whole(raw.as_mut_ptr(), count, dim as usize));
-        cuda.unit_rows(&view, given, count as u32)?;
+        gpu.upload(raw.as_mut_ptr(), queries)?;
+        let given = MatrixView::from(&f32_matrix(raw.as_mut_ptr(), count, dim as usize));
+        gpu.write_unit_rows(&arrays, given, count as u32)?;
         for first in (0..shard_rows).step_by(COLUMNS as usize) {
             let here = COLUMNS.min(shard_rows - first);
-            let piece = whole(centers.as_mut_ptr(), here as usize, dim as usize);
-            let some = MatrixView::from(&whole(products.as_mut_ptr(), count, here as usize));
-            (self.read)(first as usize, &piece)?;
-            cuda.unit_centers(&view, MatrixView::from(&piece), 0, here)?;
-            cuda.products.units(stream, view, count as u32, here, 0, some)?;
-            cuda.run(&cuda.kernels.keep_nearest, (view, some, first, k, parts, lists.as_mut_ptr().cast()))?;
+            let rows_here = f32_matrix(centers.as_mut_ptr(), here as usize, dim as usize);
+            let some = MatrixView::from(&f32_matrix(products.as_mut_ptr(), count, here as usize));
+            (self.read)(first as usize, &rows_here)?;
+            gpu.write_unit_centers(&arrays, MatrixView::from(&rows_here), 0, here)?;
+            gpu.products.cosines(stream, arrays, count as u32, here, 0, some)?;
+            gpu.run(&gpu.entries.keep_nearest, (arrays, some, first, k, warps_per_row, lists.as_mut_ptr().cast()))?;
         }
-        let (kept, to) = (lists.as_mut_ptr().cast(), (ids.as_mut_ptr().cast(), cosines.as_mut_ptr().cast()));
-        cuda.run(&cuda.kernels.merge_nearest, (view, count as u64, k, parts, kept, to.0, to.1))?;
+        let lists = lists.as_mut_ptr().cast();
+        let (id_list, cosine_list) = (ids.as_mut_ptr().cast(), cosines.as_mut_ptr().cast());
+        gpu.run(&gpu.entries.merge_nearest, (arrays, count as u64, k, warps_per_row, lists, id_list, cosine_list))?;
         let all = count * k as usize;
-        Ok((fetch(stream, ids.as_mut_ptr(), all)?, fetch(stream, cosines.as_mut_ptr(), all)?))
+        Ok(Nearest { ids: fetch(stream, ids.as_mut_ptr(), all)?, cosines: fetch(stream, cosines.as_mut_ptr(), all)? })
     }
 
     fn nearest_on_host(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let (dim, rows) = (self.view.dim as usize, self.view.shard_rows as usize);
+        let (dim, rows) = (self.arrays.dim as usize, self.arrays.shard_rows as usize);
         let count = queries.len() / dim;
         let mut units = zeros(&[count, dim], "queries of top_k")?;
         units.copy_from_slice(queries);
         units.chunks_exact_mut(dim).for_each(normalize);
-        let mut centers = zeros(&[PIECE.min(rows), dim], "rows of top_k")?;
-        let mut cosines = zeros(&[count, PIECE.min(rows)], "cosines of top_k")?;
+        let mut centers = zeros(&[HOST_ROWS.min(rows), dim], "rows of top_k")?;
+        let mut cosines = zeros(&[count, HOST_ROWS.min(rows)], "cosines of top_k")?;
         let mut best = vec![Vec::new(); count];
-        for first in (0..rows).step_by(PIECE) {
-            let piece = PIECE.min(rows - first);
-            let centers = &mut centers[..piece * dim];
-            (self.read)(first, &Matrix::of_f32(centers, piece, dim))?;
+        for first in (0..rows).step_by(HOST_ROWS) {
+            let rows_here = HOST_ROWS.min(rows - first);
+            let centers = &mut centers[..rows_here * dim];
+            (self.read)(first, &Matrix::of_f32(centers, rows_here, dim))?;
             centers.chunks_exact_mut(dim).for_each(normalize);
-            let shape = GemmShape { m: count, n: piece, k: dim };
-            gemm(shape, &mut cosines, piece, Operand::rows(&units, dim), Operand::transposed(centers, dim), Store::Replace);
+            let shape = GemmShape { m: count, n: rows_here, k: dim };
+            gemm(shape, &mut cosines, rows_here, Operand::rows(&units, dim), Operand::transposed(centers, dim), Store::Replace);
             for (query, best) in best.iter_mut().enumerate() {
-                for (slot, &cosine) in cosines[query * piece..(query + 1) * piece].iter().enumerate() {
-                    offer(best, k, (cosine, (self.view.first_class as usize + first + slot) as i64));
+                for (slot, &cosine) in cosines[query * rows_here..(query + 1) * rows_here].iter().enumerate() {
+                    offer(best, k, (cosine, (self.arrays.first_class as usize + first + slot) as i64));
                 }
             }
         }
@@ -127,12 +125,12 @@ impl Rows<'_> {
     }
 }
 
-fn whole(data: *mut f32, rows: usize, cols: usize) -> Matrix {
+fn f32_matrix(data: *mut f32, rows: usize, cols: usize) -> Matrix {
     Matrix { data: data.cast(), dtype: DType::F32, rows, cols, row_stride: cols }
 }
 
-fn buffer<T: Plain>(cuda: &Cuda, count: u64, what: &str) -> Result<DeviceBuffer<T>> {
-    DeviceBuffer::zeroed(&cuda.stream, count as usize, what)
+fn buffer<T: Plain>(gpu: &Gpu, count: u64, what: &str) -> Result<DeviceBuffer<T>> {
+    DeviceBuffer::zeroed(&gpu.stream, count as usize, what)
 }
 
 fn normalize(row: &mut [f32]) {

@@ -1,49 +1,77 @@
-//! The GEMM-shaped kernels: which entry a head takes, and how it is launched. The numbers are those of kernels/tune.h.
+//! The products of a step, by the GEMM kernels: which entry a head takes, and how it is launched. The numbers are those of
+//! kernels/tune.h; a test compares them.
 
 use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::view::{HeadView, MatrixView};
+use super::shared_structs::{HeadArrays, MatrixView};
 use crate::Result;
 
 /// Threads of a block of each of them.
 const THREADS: u32 = 256;
-/// Dynamic shared memory of GEMM1 and GEMM2.
+/// Dynamic shared memory.
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
-/// Of the cosines: the pipeline of GEMM1 alone.
-const UNITS_SHARED: u32 = 49_152;
+const COSINES_SHARED: u32 = 49_152;
 
-/// The stages of GEMM3's pipeline and the dynamic shared memory that they take.
+/// The stages of the center gradient's pipeline and the dynamic shared memory that they take.
 #[derive(Clone, Copy)]
 struct Pipeline {
     stages: u32,
     shared: u32,
 }
 
-/// GEMM3 by the widest row it takes, with a deeper pipeline for GPUs that have room for it.
-struct Width {
-    most: u32,
+/// An entry of the center gradient.
+struct CenterGradientEntry {
+    /// The longest row that it takes.
+    max_dim: u32,
+    half: &'static str,
+    f32: &'static str,
     pipeline: Pipeline,
+    /// For GPUs whose blocks may have as much shared memory.
     deep: Option<Pipeline>,
 }
 
-const WIDTHS: [Width; 4] = [
-    Width { most: 128, pipeline: Pipeline { stages: 4, shared: 49_920 }, deep: None },
-    Width { most: 256, pipeline: Pipeline { stages: 4, shared: 99_840 }, deep: None },
-    Width { most: 512, pipeline: Pipeline { stages: 2, shared: 74_496 }, deep: Some(Pipeline { stages: 4, shared: 148_224 }) },
-    Width { most: 1024, pipeline: Pipeline { stages: 2, shared: 67_968 }, deep: Some(Pipeline { stages: 4, shared: 135_552 }) },
+const CENTER_GRADIENT: [CenterGradientEntry; 4] = [
+    CenterGradientEntry {
+        max_dim: 128,
+        half: "gemm_center_gradient_half_128",
+        f32: "gemm_center_gradient_f32_128",
+        pipeline: Pipeline { stages: 4, shared: 49_920 },
+        deep: None,
+    },
+    CenterGradientEntry {
+        max_dim: 256,
+        half: "gemm_center_gradient_half_256",
+        f32: "gemm_center_gradient_f32_256",
+        pipeline: Pipeline { stages: 4, shared: 99_840 },
+        deep: None,
+    },
+    CenterGradientEntry {
+        max_dim: 512,
+        half: "gemm_center_gradient_half_512",
+        f32: "gemm_center_gradient_f32_512",
+        pipeline: Pipeline { stages: 2, shared: 74_496 },
+        deep: Some(Pipeline { stages: 4, shared: 148_224 }),
+    },
+    CenterGradientEntry {
+        max_dim: 1024,
+        half: "gemm_center_gradient_half_1024",
+        f32: "gemm_center_gradient_f32_1024",
+        pipeline: Pipeline { stages: 2, shared: 67_968 },
+        deep: Some(Pipeline { stages: 4, shared: 135_552 }),
+    },
 ];
 
-impl Width {
+/// The largest embedding_dim that the accumulators of a block hold.
+pub(super) const LARGEST_DIM: u32 = 1024;
+
+impl CenterGradientEntry {
     fn pipeline(&self, largest_shared: u32) -> Pipeline {
         self.deep.filter(|deep| deep.shared <= largest_shared).unwrap_or(self.pipeline)
     }
 }
-
-/// The largest embedding_dim that a row of accumulators holds.
-pub(super) const LARGEST_WIDTH: u32 = 1024;
 
 /// A kernel, and the blocks that fill a multiprocessor.
 struct Product<A> {
@@ -53,89 +81,120 @@ struct Product<A> {
 }
 
 impl<A: Arguments> Product<A> {
-    fn load(module: &Arc<Module>, name: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
-        let kernel = module.kernel::<A>(name)?;
+    fn load(module: &Arc<Module>, entry: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
+        let kernel = module.kernel::<A>(entry)?;
         kernel.allow_shared(shared)?;
         let blocks = kernel.blocks_per_multiprocessor(THREADS, shared)?.max(1);
         Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads: THREADS, shared } })
     }
 
-    /// On all multiprocessors but `spared`; a small GPU spares an eighth of its own at most.
-    fn launch(&self, stream: &Stream, arguments: A, spared: u32) -> Result<()> {
-        let used = self.multiprocessors - spared.min(self.multiprocessors / 8);
+    /// On all multiprocessors but `reserved`, which are left to other work; a small GPU reserves an eighth of its own at most.
+    fn launch(&self, stream: &Stream, arguments: A, reserved: u32) -> Result<()> {
+        let used = self.multiprocessors - reserved.min(self.multiprocessors / 8);
         let grid = Grid { blocks: used * self.grid.blocks, ..self.grid };
-        // SAFETY: the arrays of a head, as large as its view says.
+        // SAFETY: the arrays of a head, which are as large as its sizes say.
         unsafe { self.kernel.launch(stream, grid, arguments) }
     }
 }
 
-/// The view, the chunk's first column, the loss weight, whether to update the rows, and the stages.
-type CentersArguments = (HeadView, u32, f64, i32, u32);
+/// The arrays and the chunk's first column.
+type ChunkArguments = (HeadArrays, u32);
+/// The same, the loss weight, whether to update the rows, and the stages of the pipeline.
+type CenterGradientArguments = (HeadArrays, u32, f64, i32, u32);
+/// The arrays, rows, columns, the first column in the matrix, and the matrix.
+type CosinesArguments = (HeadArrays, u32, u32, u64, MatrixView);
 
-/// One precision's; GEMM1 and GEMM2 take the view and the chunk's first column.
+/// An entry of the center gradient for this GPU.
+struct CenterGradient {
+    product: Product<CenterGradientArguments>,
+    stages: u32,
+}
+
+/// The products of one precision.
 struct Precision {
-    numerators: Product<(HeadView, u32)>,
-    weighted: Product<(HeadView, u32)>,
-    /// In the order of `WIDTHS`, with the stages.
-    centers: Vec<(Product<CentersArguments>, u32)>,
+    numerators: Product<ChunkArguments>,
+    weighted_centers: Product<ChunkArguments>,
+    /// In the order of `CENTER_GRADIENT`.
+    center_gradient: Vec<CenterGradient>,
 }
 
 pub(super) struct Products {
     half: Precision,
     f32: Precision,
-    units: Product<(HeadView, u32, u32, u64, MatrixView)>,
+    cosines: Product<CosinesArguments>,
 }
 
 impl Products {
     pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Products> {
         let module = |source: &str| Module::load(context, source, images.of(source)?);
-        let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted")?);
-        let largest = context.largest_shared()?;
-        let precision = |suffix: &str| -> Result<Precision> {
-            let entry = |gemm: &str| format!("multiply_{gemm}_{suffix}");
-            let centers = module(&format!("gemm_centers_{suffix}"))?;
-            let centers = WIDTHS.iter().map(|width| {
-                let (Pipeline { stages, shared }, name) = (width.pipeline(largest), entry("centers"));
-                Ok((Product::load(&centers, &format!("{name}_{}", width.most), shared, multiprocessors)?, stages))
-            });
-            Ok(Precision {
-                numerators: Product::load(&numerators, &entry("numerators"), NUMERATORS_SHARED, multiprocessors)?,
-                weighted: Product::load(&weighted, &entry("weighted"), WEIGHTED_SHARED, multiprocessors)?,
-                centers: centers.collect::<Result<_>>()?,
-            })
+        let largest_shared = context.largest_shared()?;
+        let center_gradient = |module: &Arc<Module>, name: fn(&CenterGradientEntry) -> &'static str| {
+            let load = |entry: &CenterGradientEntry| {
+                let Pipeline { stages, shared } = entry.pipeline(largest_shared);
+                let product = Product::load(module, name(entry), shared, multiprocessors)?;
+                Ok(CenterGradient { product, stages })
+            };
+            CENTER_GRADIENT.iter().map(load).collect::<Result<Vec<_>>>()
         };
-        let units = Product::load(&module("gemm_cosines")?, "multiply_units", UNITS_SHARED, multiprocessors)?;
-        Ok(Products { half: precision("half")?, f32: precision("f32")?, units })
+        let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted_centers")?);
+        let half = Precision {
+            numerators: Product::load(&numerators, "gemm_numerators_half", NUMERATORS_SHARED, multiprocessors)?,
+            weighted_centers: Product::load(&weighted, "gemm_weighted_centers_half", WEIGHTED_SHARED, multiprocessors)?,
+            center_gradient: center_gradient(&module("gemm_center_gradient_half")?, |entry| entry.half)?,
+        };
+        let f32 = Precision {
+            numerators: Product::load(&numerators, "gemm_numerators_f32", NUMERATORS_SHARED, multiprocessors)?,
+            weighted_centers: Product::load(&weighted, "gemm_weighted_centers_f32", WEIGHTED_SHARED, multiprocessors)?,
+            center_gradient: center_gradient(&module("gemm_center_gradient_f32")?, |entry| entry.f32)?,
+        };
+        let cosines = Product::load(&module("gemm_cosines")?, "gemm_cosines", COSINES_SHARED, multiprocessors)?;
+        Ok(Products { half, f32, cosines })
     }
 
-    fn of(&self, view: &HeadView) -> &Precision {
-        if view.split_operands != 0 {
+    fn of(&self, arrays: &HeadArrays) -> &Precision {
+        if arrays.split_operands != 0 {
             &self.f32
         } else {
             &self.half
         }
     }
 
-    /// GEMM1: P of the chunk that begins at column `first`, and its row sums.
-    pub fn numerators(&self, stream: &Stream, view: HeadView, first: u32) -> Result<()> {
-        self.of(&view).numerators.launch(stream, (view, first), 0)
+    /// P of the chunk that begins at column `first`, and its row sums.
+    pub fn numerators(&self, stream: &Stream, arrays: HeadArrays, first: u32) -> Result<()> {
+        self.of(&arrays).numerators.launch(stream, (arrays, first), 0)
+    }
+
+    /// P W^ of the chunk, beside other work on the reserved multiprocessors.
+    pub fn weighted_centers(&self, stream: &Stream, arrays: HeadArrays, first: u32, reserved: u32) -> Result<()> {
+        self.of(&arrays).weighted_centers.launch(stream, (arrays, first), reserved)
+    }
+
+    /// dW^ of the chunk: `fuse` 1 updates the rows by their dW, 0 writes dW^, the gradient of their directions.
+    pub fn center_gradient(
+        &self,
+        stream: &Stream,
+        arrays: HeadArrays,
+        first: u32,
+        loss_weight: f64,
+        fuse: i32,
+        reserved: u32,
+    ) -> Result<()> {
+        let narrowest = CENTER_GRADIENT.iter().position(|entry| arrays.dim <= entry.max_dim).unwrap_or(CENTER_GRADIENT.len() - 1);
+        let CenterGradient { product, stages } = &self.of(&arrays).center_gradient[narrowest];
+        product.launch(stream, (arrays, first, loss_weight, fuse, *stages), reserved)
     }
 
     /// Cosines of the first `count` rows of E^ with the `columns` of the chunk, to the matrix from column `first` on.
-    pub fn units(&self, stream: &Stream, view: HeadView, count: u32, columns: u32, first: u64, cosines: MatrixView) -> Result<()> {
-        self.units.launch(stream, (view, count, columns, first, cosines), 0)
-    }
-
-    /// GEMM2: P @ W^ of the chunk, beside what runs on the multiprocessors that it spares.
-    pub fn weighted(&self, stream: &Stream, view: HeadView, first: u32, spared: u32) -> Result<()> {
-        self.of(&view).weighted.launch(stream, (view, first), spared)
-    }
-
-    /// GEMM3: `fuse` 1 updates the rows of the chunk by their dW, 0 writes dW^, the gradient of their directions.
-    pub fn centers(&self, stream: &Stream, view: HeadView, first: u32, loss_weight: f64, fuse: i32, spared: u32) -> Result<()> {
-        let narrowest = WIDTHS.iter().position(|width| view.dim <= width.most).unwrap_or(WIDTHS.len() - 1);
-        let (product, stages) = &self.of(&view).centers[narrowest];
-        product.launch(stream, (view, first, loss_weight, fuse, *stages), spared)
+    pub fn cosines(
+        &self,
+        stream: &Stream,
+        arrays: HeadArrays,
+        count: u32,
+        columns: u32,
+        first: u64,
+        cosines: MatrixView,
+    ) -> Result<()> {
+        self.cosines.launch(stream, (arrays, count, columns, first, cosines), 0)
     }
 }
 
@@ -146,22 +205,24 @@ mod tests {
     #[test]
     fn launches_are_what_the_kernels_say() {
         let header = include_str!("../../../kernels/tune.h");
-        let says = |gemm: &str, bytes: u32| {
-            let line = format!("gemm_shared_bytes(Gemm::{gemm}) == {bytes}");
-            assert!(header.contains(&line), "tune.h does not say {line}");
-        };
-        says("kNumerators", NUMERATORS_SHARED);
-        says("kWeighted", WEIGHTED_SHARED);
+        let says = |line: String| assert!(header.contains(&line), "tune.h does not say {line}");
+        let shared = |name: &str, bytes: u32| says(format!("static_assert({name} == {bytes}, "));
+        says(format!("static_assert(kSquareTile.threads() == {THREADS}, "));
+        shared("kNumeratorsShared", NUMERATORS_SHARED);
+        shared("kWeightedShared", WEIGHTED_SHARED);
+        shared("kCosinesShared", COSINES_SHARED);
         let stages = |width: &str, stages: u32| {
-            let line = format!("gemm_tile(Gemm::kCenters, {width}).stages == {stages}");
-            assert!(header.contains(&line), "tune.h does not say {line}");
+            says(format!("static_assert(gemm_tile(Gemm::kCenterGradient, {width}).stages == {stages}, "));
         };
-        for Width { most, pipeline, deep } in WIDTHS {
-            says(&format!("kCenters, {most}"), pipeline.shared);
-            stages(&most.to_string(), pipeline.stages);
+        for CenterGradientEntry { max_dim, half, f32, pipeline, deep } in CENTER_GRADIENT {
+            says(format!("// gate: {half} registers "));
+            says(format!("// gate: {f32} registers "));
+            assert!(half.ends_with(&format!("_half_{max_dim}")) && f32.ends_with(&format!("_f32_{max_dim}")));
+            shared(&format!("kGradShared{max_dim}"), pipeline.shared);
+            stages(&max_dim.to_string(), pipeline.stages);
             if let Some(deep) = deep {
-                says(&format!("kCenters, {most}, true"), deep.shared);
-                stages(&format!("{most}, true"), deep.stages);
+                shared(&format!("kGradShared{max_dim}Deep"), deep.shared);
+                stages(&format!("{max_dim}, true"), deep.stages);
             }
         }
     }

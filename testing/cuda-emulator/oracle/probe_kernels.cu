@@ -30,7 +30,7 @@ PFC_DEVICE void list_places(bool wrong, uint32_t* out) {
 
 }  // namespace
 
-// A product a block, one warp each. Lane l has a[4 l], b[2 l], c[4 l] and on, of its block.
+// A product a block, one warp each: lane l has a[4 l], b[2 l], c[4 l] and on, of its block.
 // Wrong: 1 A's middle registers exchanged, 2 B's two, 3 the sums' on their way in, 4 out.
 PFC_KERNEL(probe_mma, (int32_t half, int32_t wrong, const uint32_t* a, const uint32_t* b,
                        const float* c, float* d)) {

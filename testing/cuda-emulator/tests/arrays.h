@@ -1,4 +1,4 @@
-// For tests of kernels that fill a HeadView's arrays one by one: memory that was never written but
+// For tests of kernels that fill a HeadArrays one by one: memory that was never written but
 // where the test wrote it, so that the emulator sees what a kernel should have written and did not.
 #pragma once
 

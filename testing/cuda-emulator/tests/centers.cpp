@@ -39,11 +39,12 @@ void test_start_values() {
             Shape shape;
             shape.dim = dim;
             RowHead head(shape);
-            head.view.seed = each.seed;
-            head.view.first_class = each.number - 2;
+            head.arrays.seed = each.seed;
+            head.arrays.first_class = each.number - 2;
             head.launch(kLaunches[dim % 4], "start_values", each.std);
-            const uint32_t pitch = head.view.master_pitch;
-            const std::vector<float> rows = head.memory.get(head.view.centers, size_t(300) * pitch);
+            const uint32_t pitch = head.arrays.master_pitch;
+            const std::vector<float> rows =
+                head.memory.get(head.arrays.centers, size_t(300) * pitch);
             for (uint32_t i = 0; i < pitch; ++i) {
                 const float truth = i < dim ? float_of(each.bits[i]) : 0.0f;
                 EXPECT(bits_of(rows[2 * pitch + i]) == bits_of(truth), "start values");
@@ -54,10 +55,10 @@ void test_start_values() {
     Shape shape;
     shape.dim = 64;
     RowHead head(shape);
-    head.view.seed = 42 + (7ull << 32);
+    head.arrays.seed = 42 + (7ull << 32);
     head.launch(kLaunches[0], "start_values", 0.05);
     uint64_t hash = 0xcbf29ce484222325u;
-    for (float value : head.memory.get(head.view.centers, size_t(300) * 64)) {
+    for (float value : head.memory.get(head.arrays.centers, size_t(300) * 64)) {
         hash = (hash ^ bits_of(value)) * 0x100000001b3u;
     }
     EXPECT(hash == 0x57db79993d847518u, "start values");
@@ -66,15 +67,16 @@ void test_start_values() {
 // Gathers every chunk and compares it with the rows in double precision, `current` [rows][d].
 void check_gather(RowHead& head, const std::vector<double>& current, double tolerance,
                   const Launch& launch, const std::string& what) {
-    const uint32_t d = head.shape.dim, pitch = head.view.depth_pitch;
-    const uint64_t plane = head.view.plane_centers;
+    const uint32_t d = head.shape.dim, pitch = head.arrays.depth_pitch;
+    const uint64_t plane = head.arrays.plane_centers;
     for (uint32_t first = 0; first < head.block.classes; first += head.shape.chunk) {
         head.launch(launch, "gather_centers", first);
         const uint32_t count = std::min(head.shape.chunk, head.block.classes - first);
-        const std::vector<uint16_t> operand = head.memory.get(head.view.center_operand, 3 * plane);
-        const std::vector<uint16_t> wide = head.memory.get(head.view.center_wide, plane);
+        const std::vector<uint16_t> operand =
+            head.memory.get(head.arrays.center_operand, 3 * plane);
+        const std::vector<uint16_t> wide = head.memory.get(head.arrays.center_wide, plane);
         const std::vector<float> norms =
-            head.memory.get(head.view.center_inverse_norms + first, count);
+            head.memory.get(head.arrays.center_inverse_norms + first, count);
         bool right = true;
         for (uint32_t slot = 0; slot < up(count, 128); ++slot) {
             const double* row = nullptr;
@@ -113,27 +115,27 @@ void test_gathering(const Shape& shape, const Launch& launch) {
     RowHead head(shape, shape.dim);
     // A row without direction.
     std::vector<float> centers = head.w;
-    const size_t start = size_t(head.sample[5]) * head.view.master_pitch;
-    std::fill(&centers[start], &centers[start] + head.view.master_pitch, 0.0f);
+    const size_t start = size_t(head.sample[5]) * head.arrays.master_pitch;
+    std::fill(&centers[start], &centers[start] + head.arrays.master_pitch, 0.0f);
     head.w = centers;
-    head.memory.put(head.view.centers, centers);
+    head.memory.put(head.arrays.centers, centers);
     Training training(head);
     check_gather(head, training.w, 2e-7, launch, shape.text());
     for (int i = 0; i < 6; ++i) {
         training.update(launch);
     }
-    const std::vector<float> before = head.memory.get(head.view.centers, centers.size());
+    const std::vector<float> before = head.memory.get(head.arrays.centers, centers.size());
     check_gather(head, training.w, 4e-6, launch, shape.text() + " trained");
-    EXPECT(before == head.memory.get(head.view.centers, centers.size()), shape.text());
+    EXPECT(before == head.memory.get(head.arrays.centers, centers.size()), shape.text());
 }
 
 void test_a_failed_step_is_not_gathered() {
     RowHead head((Shape()));
     head.block.status = kLabel;
     head.put_block();
-    head.fill(head.view.center_inverse_norms, head.shape.classes, 3.0f);
+    head.fill(head.arrays.center_inverse_norms, head.shape.classes, 3.0f);
     head.launch(kLaunches[0], "gather_centers", 0u);
-    EXPECT(head.memory.get(head.view.center_inverse_norms, 4) == std::vector<float>(4, 3.0f), "");
+    EXPECT(head.memory.get(head.arrays.center_inverse_norms, 4) == std::vector<float>(4, 3.0f), "");
 }
 
 // Rows of one tensor are overwritten; the others are as if nothing had been written.
@@ -172,7 +174,7 @@ void test_reading_types() {
         bool right = true;
         for (uint32_t row = 0; row < 30; ++row) {
             for (uint32_t i = 0; i < 67; ++i) {
-                const float held = head.w[size_t(100 + row) * head.view.master_pitch + i];
+                const float held = head.w[size_t(100 + row) * head.arrays.master_pitch + i];
                 right = right && element(bytes, row * 70 + i, dtype) == rounded(held, dtype);
             }
         }

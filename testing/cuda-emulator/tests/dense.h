@@ -1,5 +1,5 @@
 // Updates of dense or lazy rows for tests: the kernels beside an optimizer in double precision that
-// steps every row at every update. Gradients are those of the rows as the kernels have them, so that
+// steps every row at every update. Gradients are those of the kernels' rows, so that
 // what rows are off by does not grow by way of their gradients.
 #pragma once
 
@@ -13,7 +13,7 @@ class Training {
     explicit Training(RowHead& head) : head(head) {
         for (uint32_t row = 0; row < head.shape.shard_rows; ++row) {
             for (uint32_t i = 0; i < head.shape.dim; ++i) {
-                w.push_back(head.w[size_t(row) * head.view.master_pitch + i]);
+                w.push_back(head.w[size_t(row) * head.arrays.master_pitch + i]);
             }
         }
         m.assign(w.size(), 0.0);
@@ -34,7 +34,7 @@ class Training {
         std::shuffle(all.begin(), all.begin() + drawn, head.random);
         head.sample.assign(all.begin(), all.begin() + head.block.classes);
         std::sort(head.sample.begin(), head.sample.end());
-        head.memory.put(head.view.sample, head.sample);
+        head.memory.put(head.arrays.sample, head.sample);
         head.block.status = fail ? kNotFinite : kOk;
         head.put_block();
         const double lr = rate(updates_ + 1);
@@ -75,8 +75,8 @@ class Training {
                 squares.push_back(sum);
                 unprojected.push_back(whole);
             }
-            head.memory.put(head.view.center_inverse_norms, inverse_norms);
-            head.memory.put(head.view.center_gradient, chunk);
+            head.memory.put(head.arrays.center_inverse_norms, inverse_norms);
+            head.memory.put(head.arrays.center_gradient, chunk);
             head.launch(launch, "update_rows", first, head.shape.chunk);
         }
         head.launch(launch, "advance_history");
@@ -125,7 +125,7 @@ class Training {
     uint64_t updates_ = 0;
 
     void step(const std::vector<double>& gradients, double lr) {
-        const OptimizerView& optimizer = head.view.optimizer;
+        const OptimizerSettings& optimizer = head.arrays.optimizer;
         const double t = double(updates_);
         const uint32_t d = head.shape.dim;
         for (size_t i = 0; i < w.size(); ++i) {

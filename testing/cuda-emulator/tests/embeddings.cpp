@@ -55,9 +55,9 @@ void test_packing() {
                 head.put_block();
                 const MatrixView source = head.matrix(values, dim + 3, from);
                 head.launch(kLaunches[dim % 4], "pack_embeddings", source, uint64_t(batch));
-                const size_t count = size_t(head.view.max_batch) * dim;
+                const size_t count = size_t(head.arrays.max_batch) * dim;
                 const std::vector<uint8_t> sent =
-                    head.memory.get(head.view.embeddings_send, count * size_of(to));
+                    head.memory.get(head.arrays.embeddings_send, count * size_of(to));
                 bool right = true;
                 for (size_t i = 0; i < count; ++i) {
                     const bool held = i < values.size();
@@ -70,7 +70,7 @@ void test_packing() {
                 if (to != kF16) {
                     continue;
                 }
-                const std::vector<float> scales = head.memory.get(head.view.send_scales, batch);
+                const std::vector<float> scales = head.memory.get(head.arrays.send_scales, batch);
                 for (uint32_t row = 0; row < batch; ++row) {
                     float largest = 0;
                     for (uint32_t i = 0; i < dim; ++i) {
@@ -92,7 +92,7 @@ struct Truth {
     double cosine, logit, derivative;
 };
 
-Truth target_of(const MarginView& margin, const float* e, const float* w, uint32_t dim) {
+Truth target_of(const MarginSettings& margin, const float* e, const float* w, uint32_t dim) {
     long double ee = 0, ww = 0, minus = 0, plus = 0;
     for (uint32_t i = 0; i < dim; ++i) {
         ee += (long double)e[i] * e[i];
@@ -129,7 +129,7 @@ void check_operand(RowHead& head, const std::vector<uint16_t>& operand,
     bool right = true;
     for (size_t i = 0; i < units.size(); ++i) {
         if (head.shape.split) {
-            const uint64_t plane = head.view.plane_rows;
+            const uint64_t plane = head.arrays.plane_rows;
             const double sum = double(of_bfloat(operand[i])) + of_bfloat(operand[i + plane]) +
                                of_bfloat(operand[i + 2 * plane]);
             right = right && sum == double(units[i]);
@@ -140,7 +140,7 @@ void check_operand(RowHead& head, const std::vector<uint16_t>& operand,
     EXPECT(right, what);
 }
 
-// E with rows that have no direction, rows along and against their class centre, and, if asked,
+// E with rows that have no direction, rows along and against their class center, and, if asked,
 // rows that are no numbers.
 std::vector<float> draw(RowHead& head, bool bad, int32_t dtype) {
     const uint32_t dim = head.shape.dim;
@@ -151,7 +151,7 @@ std::vector<float> draw(RowHead& head, bool bad, int32_t dtype) {
             float& value = e[size_t(row) * dim + i];
             value = 10 * head.uniform();
             if (column != kNone && row % 9 < 2) {
-                const size_t at = size_t(head.sample[column]) * head.view.master_pitch + i;
+                const size_t at = size_t(head.sample[column]) * head.arrays.master_pitch + i;
                 value = (row % 9 == 0 ? 4.0f : -2.0f) * head.w[at];
             }
             if (row % 9 == 5) {
@@ -169,11 +169,11 @@ std::vector<float> draw(RowHead& head, bool bad, int32_t dtype) {
     return e;
 }
 
-void test_a_batch(const Shape& shape, const MarginView& margin, int32_t dtype, bool bad,
+void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtype, bool bad,
                   const Launch& launch) {
     const std::string what = shape.text() + (bad ? " bad" : "");
     RowHead head(shape, shape.dim + 7);
-    head.view.margin = margin;
+    head.arrays.margin = margin;
     const uint32_t dim = shape.dim, rows = head.block.rows;
     if (bad) {
         // The rows that are no numbers count.
@@ -181,19 +181,19 @@ void test_a_batch(const Shape& shape, const MarginView& margin, int32_t dtype, b
             head.labels[head.global(row)] = 7;
             head.columns[head.global(row)] = kNone;
         }
-        head.memory.put(head.view.labels, head.labels);
-        head.memory.put(head.view.columns, head.columns);
+        head.memory.put(head.arrays.labels, head.labels);
+        head.memory.put(head.arrays.columns, head.columns);
     }
     const int32_t held = shape.sharded ? shape.gather : dtype;
     const std::vector<float> e = draw(head, bad, held);
     MatrixView source{};
     if (shape.sharded) {
-        std::vector<float> gathered(size_t(head.view.label_capacity) * dim, 0.0f);
+        std::vector<float> gathered(size_t(head.arrays.label_capacity) * dim, 0.0f);
         for (uint32_t row = 0; row < rows; ++row) {
             std::copy(&e[size_t(row) * dim], &e[size_t(row) * dim] + dim,
                       &gathered[size_t(head.origins[row]) * dim]);
         }
-        head.memory.put(head.view.embeddings_recv, packed(gathered, dim, dim, held));
+        head.memory.put(head.arrays.embeddings_recv, packed(gathered, dim, dim, held));
     } else {
         source = head.matrix(e, dim + 1, held);
     }
@@ -211,12 +211,12 @@ void test_a_batch(const Shape& shape, const MarginView& margin, int32_t dtype, b
     } else {
         EXPECT(block.status == kOk && block.fault == kNoFault && block.bad_row == kNone, what);
     }
-    const uint32_t padded = up(rows, 128), pitch = head.view.depth_pitch;
-    const std::vector<float> units = head.memory.get(head.view.units, size_t(padded) * pitch);
-    const std::vector<float> norms = head.memory.get(head.view.inverse_norms, padded);
-    const std::vector<float> logits = head.memory.get(head.view.target_logits, padded);
-    const std::vector<float> cosines = head.memory.get(head.view.target_cosines, padded);
-    const std::vector<float> derivatives = head.memory.get(head.view.derivatives, padded);
+    const uint32_t padded = up(rows, 128), pitch = head.arrays.depth_pitch;
+    const std::vector<float> units = head.memory.get(head.arrays.units, size_t(padded) * pitch);
+    const std::vector<float> norms = head.memory.get(head.arrays.inverse_norms, padded);
+    const std::vector<float> logits = head.memory.get(head.arrays.target_logits, padded);
+    const std::vector<float> cosines = head.memory.get(head.arrays.target_cosines, padded);
+    const std::vector<float> derivatives = head.memory.get(head.arrays.derivatives, padded);
     for (uint32_t row = 0; row < padded; ++row) {
         const bool counts = row < rows && !head.ignored(row);
         double squares = 0;
@@ -238,14 +238,15 @@ void test_a_batch(const Shape& shape, const MarginView& margin, int32_t dtype, b
             EXPECT(cosines[row] == (counts ? kElsewhere : kIgnored), what);
             continue;
         }
-        const float* w = &head.w[size_t(head.sample[column]) * head.view.master_pitch];
+        const float* w = &head.w[size_t(head.sample[column]) * head.arrays.master_pitch];
         const Truth truth = target_of(margin, &e[size_t(row) * dim], w, dim);
         EXPECT(close(logits[row], truth.logit, 2e-7, 1e-5), what);
         EXPECT(close(cosines[row], truth.cosine, 2e-7, 1e-9), what);
         // At theta = 0 and pi the sine is floored: what is left of it is noise of the last digits.
         EXPECT(close(derivatives[row], truth.derivative, 1e-6, 1e-5), what);
     }
-    check_operand(head, head.memory.get(head.view.unit_operand, 3 * head.view.plane_rows), units,
+    check_operand(head, head.memory.get(head.arrays.unit_operand, 3 * head.arrays.plane_rows),
+                  units,
                   what);
 }
 
@@ -253,13 +254,14 @@ void test_a_failed_step_is_left_alone() {
     RowHead head((Shape()));
     head.block.status = kLabel;
     head.put_block();
-    head.fill(head.view.units, 64, 3.0f);
-    head.fill(head.view.target_cosines, head.view.row_capacity, 3.0f);
+    head.fill(head.arrays.units, 64, 3.0f);
+    head.fill(head.arrays.target_cosines, head.arrays.row_capacity, 3.0f);
     head.launch(kLaunches[0], "normalize_embeddings", MatrixView{});
     head.launch(kLaunches[0], "judge_embeddings");
     head.launch(kLaunches[0], "find_targets", MatrixView{});
-    EXPECT(head.memory.get(head.view.units, 64) == std::vector<float>(64, 3.0f), "units");
-    EXPECT(head.memory.get(head.view.target_cosines, 4) == std::vector<float>(4, 3.0f), "cosines");
+    EXPECT(head.memory.get(head.arrays.units, 64) == std::vector<float>(64, 3.0f), "units");
+    EXPECT(head.memory.get(head.arrays.target_cosines, 4) == std::vector<float>(4, 3.0f),
+           "cosines");
     EXPECT(head.get_block().status == kLabel, "status");
 }
 
@@ -267,7 +269,7 @@ void test_a_failed_step_is_left_alone() {
 
 int main() {
     test_packing();
-    const MarginView margins[] = {{64, 1, 0.5, 0, 0, 0, 0, 0},      {64, 1, 0, 0.35, 0, 0, 1, 0},
+    const MarginSettings margins[] = {{64, 1, 0.5, 0, 0, 0, 0, 0}, {64, 1, 0, 0.35, 0, 0, 1, 0},
                                   {30, 1.35, 0.2, 0.1, 0, 0, 0, 1}, {64, 1, 0.5, 0, 0, 0, 0, 1},
                                   {10, 16, 3.1, 2, 0, 0, 0, 0},     {64, 1, 3.0, 0, 0, 0, 0, 1}};
     unsigned turn = 0;

@@ -1,5 +1,5 @@
 // What the tests of the GEMM-shaped kernels share: random operands with what is rounded of them, a
-// view of exactly the arrays that a test fills, and float64 comparison.
+// HeadArrays of exactly the arrays that a test fills, and float64 comparison.
 //
 // Whatever a kernel must neither read nor write is NaN: rows and columns beyond the next multiple
 // of 128 (up to it they are zero, as the kernels' contract says), pads of master rows, outputs.
@@ -17,7 +17,7 @@
 
 #include "gemm_device.h"
 #include "tune.h"
-#include "view.h"
+#include "shared_structs.h"
 
 constexpr uint16_t kNaN16 = 0x7fff;  // a NaN as fp16 and as bf16
 constexpr double kNaN = NAN;
@@ -164,20 +164,20 @@ struct Distance {
     }
 };
 
-// A view whose sizes are those of a head with these capacities.
-inline HeadView view_of(uint32_t rows_at_most, uint32_t classes_at_most, uint32_t dim,
+// HeadArrays whose sizes are those of a head with these capacities.
+inline HeadArrays arrays_of(uint32_t rows_at_most, uint32_t classes_at_most, uint32_t dim,
                         uint32_t chunk) {
-    HeadView view;
-    memset(&view, 0, sizeof view);
-    view.row_capacity = round_up(rows_at_most, kTileRows);
-    view.sample_capacity = round_up(classes_at_most, kTileColumns);
-    view.chunk_capacity = chunk;
-    view.column_tiles = view.sample_capacity / kTileColumns;
-    view.dim = dim;
-    view.depth_pitch = round_up(dim, 64);
-    view.master_pitch = round_up(dim, 4);
-    view.splits = 1;
-    view.sharded = 1;
-    view.margin.scale = 64;
-    return view;
+    HeadArrays arrays;
+    memset(&arrays, 0, sizeof arrays);
+    arrays.row_capacity = round_up(rows_at_most, kTileRows);
+    arrays.sample_capacity = round_up(classes_at_most, kTileColumns);
+    arrays.chunk_capacity = chunk;
+    arrays.column_tiles = arrays.sample_capacity / kTileColumns;
+    arrays.dim = dim;
+    arrays.depth_pitch = round_up(dim, 64);
+    arrays.master_pitch = round_up(dim, 4);
+    arrays.splits = 1;
+    arrays.sharded = 1;
+    arrays.margin.scale = 64;
+    return arrays;
 }

@@ -1,4 +1,4 @@
-// GEMM1 against float64 loops over the same rounded operands.
+// The numerators against float64 loops over the same rounded operands.
 #include "gemm_case.h"
 
 namespace {
@@ -18,21 +18,21 @@ void run(const Case& c, uint64_t seed) {
              c.grid);
     case_name() = name;
     Draw random(seed);
-    HeadView view = view_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
-    view.margin.scale = c.scale;
-    view.margin.offset = c.scale > 64 ? c.scale - 64 : 0;
-    view.margin.filter = c.filter;
-    view.split_operands = c.split;
+    HeadArrays arrays = arrays_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
+    arrays.margin.scale = c.scale;
+    arrays.margin.offset = c.scale > 64 ? c.scale - 64 : 0;
+    arrays.margin.filter = c.filter;
+    arrays.split_operands = c.split;
     const Kind kind = c.split ? Kind::kPlanes : Kind::kHalf;
     const uint32_t planes = c.split ? 3 : 1;
     const uint32_t row_end = round_up(c.rows, kTileRows);
 
-    const Operand units(kind, random.units(c.rows, c.dim), c.rows, c.dim, view.row_capacity,
-                        view.depth_pitch, row_end, view.depth_pitch);
+    const Operand units(kind, random.units(c.rows, c.dim), c.rows, c.dim, arrays.row_capacity,
+                        arrays.depth_pitch, row_end, arrays.depth_pitch);
     const std::vector<float> centers = random.units(c.classes, c.dim);
     const uint32_t first_computed = 3;
-    std::vector<uint32_t> columns(first_computed + view.row_capacity, 0);
-    std::vector<float> cosines(view.row_capacity, NAN);
+    std::vector<uint32_t> columns(first_computed + arrays.row_capacity, 0);
+    std::vector<float> cosines(arrays.row_capacity, NAN);
     for (uint32_t row = 0; row < c.rows; ++row) {
         const uint32_t what = random.below(4);
         cosines[row] = what == 0 ? kIgnored : what == 1 ? kElsewhere : 0.25f;
@@ -45,15 +45,15 @@ void run(const Case& c, uint64_t seed) {
     block.first_computed = first_computed;
     block.classes = c.classes;
     Device device(seed);
-    view.block = device.upload(std::vector<StepBlock>{block});
-    view.unit_operand = device.upload(units.bits);
-    view.plane_rows = units.plane;
-    view.columns = device.upload(columns);
-    view.target_cosines = device.upload(cosines);
-    const size_t partials = size_t(view.column_tiles) * view.row_capacity;
-    view.partial_sums = device.upload(std::vector<float>(partials, NAN));
-    view.partial_best = device.upload(std::vector<float>(partials, NAN));
-    view.plane_numerators = uint64_t(view.row_capacity) * view.chunk_capacity + 64;
+    arrays.block = device.upload(std::vector<StepBlock>{block});
+    arrays.unit_operand = device.upload(units.bits);
+    arrays.plane_rows = units.plane;
+    arrays.columns = device.upload(columns);
+    arrays.target_cosines = device.upload(cosines);
+    const size_t partials = size_t(arrays.column_tiles) * arrays.row_capacity;
+    arrays.partial_sums = device.upload(std::vector<float>(partials, NAN));
+    arrays.partial_best = device.upload(std::vector<float>(partials, NAN));
+    arrays.plane_numerators = uint64_t(arrays.row_capacity) * arrays.chunk_capacity + 64;
 
     Distance stored, summed;
     for (uint32_t first = 0; first < c.classes; first += c.chunk) {
@@ -61,27 +61,27 @@ void run(const Case& c, uint64_t seed) {
         const uint32_t column_end = round_up(count, kTileColumns);
         const std::vector<float> part(centers.begin() + size_t(first) * c.dim,
                                       centers.begin() + size_t(first + count) * c.dim);
-        const Operand operand(kind, part, count, c.dim, c.chunk, view.depth_pitch, column_end,
-                              view.depth_pitch);
-        view.center_operand = device.upload(operand.bits);
-        view.plane_centers = operand.plane;
-        view.numerators =
-            device.upload(std::vector<uint16_t>(planes * view.plane_numerators, kNaN16));
-        device.launch(c.split ? "multiply_numerators_f32" : "multiply_numerators_half", c.grid,
+        const Operand operand(kind, part, count, c.dim, c.chunk, arrays.depth_pitch, column_end,
+                              arrays.depth_pitch);
+        arrays.center_operand = device.upload(operand.bits);
+        arrays.plane_centers = operand.plane;
+        arrays.numerators =
+            device.upload(std::vector<uint16_t>(planes * arrays.plane_numerators, kNaN16));
+        device.launch(c.split ? "gemm_numerators_f32" : "gemm_numerators_half", c.grid,
                       gemm_tile(Gemm::kNumerators).threads(), gemm_shared_bytes(Gemm::kNumerators),
-                      view, first);
-        const auto found = device.download(view.numerators, planes * view.plane_numerators);
-        const auto sums = device.download(view.partial_sums, partials);
-        const auto best = device.download(view.partial_best, partials);
+                      arrays, first);
+        const auto found = device.download(arrays.numerators, planes * arrays.plane_numerators);
+        const auto sums = device.download(arrays.partial_sums, partials);
+        const auto best = device.download(arrays.partial_best, partials);
 
-        for (uint32_t row = 0; row < view.row_capacity; ++row) {
+        for (uint32_t row = 0; row < arrays.row_capacity; ++row) {
             std::vector<double> tile_sum(column_end / kTileColumns, 0.0);
             std::vector<double> tile_best(column_end / kTileColumns, kElsewhere);
-            for (uint32_t column = 0; column < view.chunk_capacity; ++column) {
+            for (uint32_t column = 0; column < arrays.chunk_capacity; ++column) {
                 double value = 0;
                 for (uint32_t plane = 0; plane < planes; ++plane) {
-                    const uint16_t bits = found[plane * view.plane_numerators +
-                                                uint64_t(row) * view.chunk_capacity + column];
+                    const uint16_t bits = found[plane * arrays.plane_numerators +
+                                                uint64_t(row) * arrays.chunk_capacity + column];
                     value += from_bfloat(bits);
                 }
                 if (row >= row_end || column >= column_end) {
@@ -100,14 +100,14 @@ void run(const Case& c, uint64_t seed) {
                 double& sum = tile_sum[column / kTileColumns];
                 double& most = tile_best[column / kTileColumns];
                 most = cosine > most ? cosine : most;
-                const double power = exp(c.scale * cosine - view.margin.offset);
+                const double power = exp(c.scale * cosine - arrays.margin.offset);
                 if (c.filter > 0 && fabs(cosine - c.filter) < 1e-6) {
                     sum = NAN;  // either side of the filter is right
                     continue;
                 }
                 if (c.filter > 0 && cosine > c.filter) {
                     require(value == 0, "a filtered negative is stored");
-                    sum += exp(-view.margin.offset);
+                    sum += exp(-arrays.margin.offset);
                     continue;
                 }
                 sum += power;
@@ -116,7 +116,7 @@ void run(const Case& c, uint64_t seed) {
                 if (power > 1e-30) stored.add(value / power, truth / power);
             }
             for (uint32_t tile = 0; tile < column_end / kTileColumns; ++tile) {
-                const size_t at = size_t(first / kTileColumns + tile) * view.row_capacity + row;
+                const size_t at = size_t(first / kTileColumns + tile) * arrays.row_capacity + row;
                 if (row >= row_end) {
                     require(isnan(sums[at]) && isnan(best[at]), "a row beyond was summed");
                     continue;

@@ -9,14 +9,14 @@ struct Setting {
     std::vector<float> weighted, units, factors, coefficients, norms, inverse, scales;
 
     explicit Setting(RowHead& head) {
-        const uint32_t d = head.shape.dim, pitch = head.view.depth_pitch;
-        const uint32_t capacity = head.view.row_capacity;
-        weighted.assign(size_t(head.view.splits) * capacity * pitch, NAN);
+        const uint32_t d = head.shape.dim, pitch = head.arrays.depth_pitch;
+        const uint32_t capacity = head.arrays.row_capacity;
+        weighted.assign(size_t(head.arrays.splits) * capacity * pitch, NAN);
         units.assign(size_t(capacity) * pitch, 0.0f);
         for (uint32_t row = 0; row < head.block.rows; ++row) {
             double squares = 0;
             for (uint32_t i = 0; i < pitch; ++i) {
-                for (uint32_t split = 0; split < head.view.splits; ++split) {
+                for (uint32_t split = 0; split < head.arrays.splits; ++split) {
                     weighted[(size_t(split) * capacity + row) * pitch + i] =
                         i < d ? head.uniform() : 0.0f;
                 }
@@ -37,15 +37,15 @@ struct Setting {
         for (uint32_t i = 0; i < head.block.own_rows; ++i) {
             scales.push_back(std::ldexp(1.0f, int(head.random() % 5) - 2));
         }
-        if (head.view.send_scales != nullptr) {
-            head.memory.put(head.view.send_scales, scales);
+        if (head.arrays.send_scales != nullptr) {
+            head.memory.put(head.arrays.send_scales, scales);
         }
-        head.memory.put(head.view.weighted, weighted);
-        head.memory.put(head.view.units, units);
-        head.memory.put(head.view.factors, factors);
-        head.memory.put(head.view.coefficients, coefficients);
-        head.memory.put(head.view.inverse_norms, norms);
-        head.memory.put(head.view.center_inverse_norms, inverse);
+        head.memory.put(head.arrays.weighted_centers, weighted);
+        head.memory.put(head.arrays.units, units);
+        head.memory.put(head.arrays.factors, factors);
+        head.memory.put(head.arrays.coefficients, coefficients);
+        head.memory.put(head.arrays.inverse_norms, norms);
+        head.memory.put(head.arrays.center_inverse_norms, inverse);
     }
 
     double unit_gradient(const RowHead& head, const std::vector<double>& centers, uint32_t row,
@@ -54,9 +54,9 @@ struct Setting {
             return 0;
         }
         double sum = 0;
-        for (uint32_t split = 0; split < head.view.splits; ++split) {
-            const size_t part = size_t(split) * head.view.row_capacity + row;
-            sum += weighted[part * head.view.depth_pitch + i];
+        for (uint32_t split = 0; split < head.arrays.splits; ++split) {
+            const size_t part = size_t(split) * head.arrays.row_capacity + row;
+            sum += weighted[part * head.arrays.depth_pitch + i];
         }
         sum *= factors[row];
         const uint32_t column = head.columns[head.global(row)];
@@ -79,14 +79,14 @@ void test_embedding_gradient(const Shape& shape, bool failed, const Launch& laun
             training.update(launch);
         }
         head.sample = sample;
-        head.memory.put(head.view.sample, sample);
+        head.memory.put(head.arrays.sample, sample);
     }
     const Setting setting(head);
     head.block.status = failed ? kNotFinite : kOk;
     head.put_block();
     const uint32_t d = shape.dim;
-    const uint32_t places = shape.sharded ? head.view.label_capacity : head.view.max_batch;
-    float* const gradient = shape.sharded ? head.view.gradient_send : head.view.gradient_recv;
+    const uint32_t places = shape.sharded ? head.arrays.label_capacity : head.arrays.max_batch;
+    float* const gradient = shape.sharded ? head.arrays.gradient_send : head.arrays.gradient_recv;
     head.launch(launch, "embedding_gradient");
     const std::vector<float> found = head.memory.get(gradient, size_t(places) * d);
     std::vector<double> truth(found.size(), 0.0);
@@ -110,17 +110,17 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
     head.block.status = failed ? kNotFinite : kOk;
     head.block.valid_rows = 37;
     head.put_block();
-    const uint32_t d = shape.dim, own = head.block.own_rows, pitch = head.view.depth_pitch;
+    const uint32_t d = shape.dim, own = head.block.own_rows, pitch = head.arrays.depth_pitch;
     std::vector<float> gradient(size_t(own) * d);
     for (float& value : gradient) {
         value = head.uniform();
     }
-    head.memory.put(head.view.gradient_recv, gradient);
+    head.memory.put(head.arrays.gradient_recv, gradient);
     const double factor = 2.5;
     const MatrixView out = head.matrix(std::vector<float>(gradient.size(), NAN), d + 1, dtype);
     head.launch(launch, "finish_gradient", factor, out);
     const std::vector<uint8_t> bytes = head.memory.get(out.data, own * (d + 1) * size_of(dtype));
-    const std::vector<float> squares = head.memory.get(head.view.squares, own);
+    const std::vector<float> squares = head.memory.get(head.arrays.squares, own);
     const double error = dtype == kF32 ? 1e-6 : dtype == kF16 ? 6e-4 : 5e-3;
     double total = 0;
     for (uint32_t row = 0; row < own; ++row) {
@@ -131,7 +131,7 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
         }
         bool right = true;
         for (uint32_t i = 0; i < d; ++i) {
-            const double scale = head.view.send_scales ? setting.scales[row] : 1;
+            const double scale = head.arrays.send_scales ? setting.scales[row] : 1;
             const double length = setting.norms[head.block.first_own + row] * scale * factor / 37;
             const double g = gradient[size_t(row) * d + i];
             const double truth = failed ? 0 : (g - along * unit[i]) * length;
@@ -143,10 +143,10 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
         EXPECT(right && close(squares[row], sum, 1e-5, 1e-12), what);
     }
     // The squares alone.
-    head.fill(head.view.squares, own, -1.0f);
+    head.fill(head.arrays.squares, own, -1.0f);
     MatrixView none{};
     head.launch(launch, "finish_gradient", factor, none);
-    EXPECT(head.memory.get(head.view.squares, own) == squares, what);
+    EXPECT(head.memory.get(head.arrays.squares, own) == squares, what);
     head.launch({1, launch.block}, "sum_squares", int32_t(0));
     const double summed = head.get_block().grad_embeddings;
     EXPECT(close(summed, failed ? 0 : total, 1e-5, 1e-12), what);
@@ -154,7 +154,7 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
     head.block.valid_rows = 0;
     head.put_block();
     head.launch(launch, "finish_gradient", factor, out);
-    for (float square : head.memory.get(head.view.squares, own)) {
+    for (float square : head.memory.get(head.arrays.squares, own)) {
         EXPECT(square == 0, what);
     }
 }
@@ -167,11 +167,11 @@ void test_squares_of_centers() {
         squares.push_back(std::exp(10 * head.uniform()));
         sum += squares.back();
     }
-    head.memory.put(head.view.center_squares, squares);
+    head.memory.put(head.arrays.center_squares, squares);
     for (const Launch& launch : kLaunches) {
         head.put_block();
         head.launch({1, 4 * launch.block}, "sum_squares", int32_t(1));
-        EXPECT(close(head.get_block().grad_centers, sum, 1e-13), "squares of centres");
+        EXPECT(close(head.get_block().grad_centers, sum, 1e-13), "squares of centers");
     }
 }
 

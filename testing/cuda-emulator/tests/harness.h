@@ -1,5 +1,5 @@
-// For unit tests of kernels in C++: device buffers, launches by name, a HeadView with its arrays,
-// and comparison. A test is a program: it checks with CHECK, and returns finish().
+// For unit tests of kernels in C++: device buffers, launches by name, HeadArrays with memory behind
+// it, and comparison. A test is a program: it checks with CHECK, and returns finish().
 //
 //   Buffer<float> x(n, 1.0f);
 //   launch("scale", grid, block, shared_bytes, x.device(), 2.0f);   // arguments of the very types
@@ -18,7 +18,7 @@
 
 #include "cuda_api.h"
 #include "simt.h"
-#include "view.h"
+#include "shared_structs.h"
 
 inline int failures = 0;
 
@@ -138,7 +138,7 @@ private:
     size_t count_;
 };
 
-// The contents of device memory behind a pointer of a view, and back.
+// The contents of device memory behind a pointer of HeadArrays, and back.
 template <class T>
 std::vector<T> download(const T* at, size_t count) {
     std::vector<T> values(count);
@@ -190,7 +190,7 @@ private:
     uint64_t state_;
 };
 
-// What decides a head's sizes; see HeadView. Zeros are filled with the usual.
+// What decides a head's sizes; see HeadArrays. Zeros are filled with the usual.
 struct HeadShape {
     uint32_t ranks = 1, rank = 0, max_batch = 8, dim = 64, shard_rows = 300;
     uint32_t sample_size = 0;      // 0: the whole shard
@@ -201,14 +201,14 @@ struct HeadShape {
     uint64_t seed = 1;
 };
 
-// A HeadView with all its arrays allocated and, as the host makes them, zero.
+// HeadArrays with all arrays allocated and, as the host makes them, zero.
 class Head {
 public:
-    HeadView view{};
+    HeadArrays arrays{};
 
     explicit Head(const HeadShape& s) {
         module();
-        HeadView& v = view;
+        HeadArrays& v = arrays;
         auto up = [](uint32_t n, uint32_t to) { return (n + to - 1) / to * to; };
         const uint32_t wanted = s.sample_size ? s.sample_size : s.shard_rows;
         const uint32_t labels = s.ranks * s.max_batch;
@@ -230,7 +230,7 @@ public:
         v.history_capacity = s.history;
         v.count_capacity = 256 * ((labels + 1023) / 1024) + 4096 + (s.shard_rows + 31) / 32;
         v.sharded = !s.replicated;
-        v.whole = wanted == s.shard_rows;
+        v.whole_shard = wanted == s.shard_rows;
         v.split_operands = s.f32;
         v.gather_dtype = s.gather;
         v.first_class = s.replicated ? 0 : uint64_t(s.rank) * s.shard_rows;
@@ -289,7 +289,7 @@ public:
         else make(v.center_wide, v.plane_centers);
         make(v.center_inverse_norms, columns);
         make(v.numerators, planes * v.plane_numerators);
-        make(v.weighted, size_t(s.splits) * rows * v.depth_pitch);
+        make(v.weighted_centers, size_t(s.splits) * rows * v.depth_pitch);
         make(v.sums, 2 * size_t(labels) + kTotals);
         make(v.replicated_sums, kTotals + kSlot * size_t(s.ranks));
         make(v.gradient_send, size_t(labels) * s.dim);
@@ -300,9 +300,9 @@ public:
         make(v.centers, size_t(s.shard_rows) * v.master_pitch);
         make(v.momentum, size_t(s.shard_rows) * v.master_pitch);
         make(v.second_moment, size_t(s.shard_rows) * v.master_pitch);
-        make(v.last, s.shard_rows);
+        make(v.last_update, s.shard_rows);
         make(v.rule, 1);
-        make(v.gaps, s.history);
+        make(v.missed_updates, s.history);
     }
 
     ~Head() {
@@ -310,9 +310,9 @@ public:
     }
     Head(const Head&) = delete;
 
-    StepBlock block() const { return download(view.block, 1)[0]; }
-    void set_block(const StepBlock& block) const { upload(view.block, {block}); }
-    Ledger ledger() const { return download(view.ledger, 1)[0]; }
+    StepBlock block() const { return download(arrays.block, 1)[0]; }
+    void set_block(const StepBlock& block) const { upload(arrays.block, {block}); }
+    Ledger ledger() const { return download(arrays.ledger, 1)[0]; }
 
 private:
     template <class T>

@@ -1,4 +1,4 @@
-// kernels/labels.cu against plain code: the block of A, the verdict, the rows, the sort, the
+// kernels/labels.cu against plain code: the labels message, the verdict, the rows, the sort, the
 // positives.
 #include <algorithm>
 #include <cstdio>
@@ -16,13 +16,13 @@ struct Gathered {
     std::vector<int64_t> blocks;
     uint32_t ranks, max_batch, rank;
 
-    Gathered(uint32_t ranks, uint32_t max_batch, uint32_t rank, int64_t samples, int64_t updates)
+    Gathered(uint32_t ranks, uint32_t max_batch, uint32_t rank, int64_t draws, int64_t updates)
         : blocks(size_t(ranks) * (kLabelHeader + max_batch)),
           ranks(ranks),
           max_batch(max_batch),
           rank(rank) {
         for (uint32_t r = 0; r < ranks; ++r) {
-            of(r)[1] = samples;
+            of(r)[1] = draws;
             of(r)[2] = updates;
         }
     }
@@ -49,60 +49,60 @@ class Rig {
   public:
     Rig(const Gathered& gathered, const Options& options) : capacity_(gathered.blocks.size()) {
         const uint32_t labels = gathered.ranks * gathered.max_batch;
-        view_.ranks = gathered.ranks;
-        view_.rank = gathered.rank;
-        view_.max_batch = gathered.max_batch;
-        view_.label_capacity = labels;
-        view_.first_class = options.first_class;
-        view_.num_classes = options.num_classes;
-        view_.shard_rows = options.shard_rows;
-        view_.ignore_label = options.ignore_label;
-        view_.sharded = options.sharded;
-        view_.count_capacity =
+        arrays_.ranks = gathered.ranks;
+        arrays_.rank = gathered.rank;
+        arrays_.max_batch = gathered.max_batch;
+        arrays_.label_capacity = labels;
+        arrays_.first_class = options.first_class;
+        arrays_.num_classes = options.num_classes;
+        arrays_.shard_rows = options.shard_rows;
+        arrays_.ignore_label = options.ignore_label;
+        arrays_.sharded = options.sharded;
+        arrays_.count_capacity =
             2048 + std::max(256 * ((labels + 1023) / 1024), (options.shard_rows + 511) / 512);
-        view_.block = memory_.make<StepBlock>(1);
-        view_.ledger = memory_.make<Ledger>(1);
-        view_.labels_send = memory_.make<int64_t>(kLabelHeader + gathered.max_batch);
-        view_.labels_recv = memory_.make<int64_t>(capacity_);
-        view_.labels = memory_.make<int64_t>(labels);
-        view_.origins = memory_.make<uint32_t>(labels);
+        arrays_.block = memory_.make<StepBlock>(1);
+        arrays_.ledger = memory_.make<Ledger>(1);
+        arrays_.labels_send = memory_.make<int64_t>(kLabelHeader + gathered.max_batch);
+        arrays_.labels_recv = memory_.make<int64_t>(capacity_);
+        arrays_.labels = memory_.make<int64_t>(labels);
+        arrays_.origins = memory_.make<uint32_t>(labels);
         for (int i = 0; i < 2; ++i) {
-            view_.sort_keys[i] = memory_.make<uint32_t>(labels);
-            view_.sort_rows[i] = memory_.make<uint32_t>(labels);
+            arrays_.sort_keys[i] = memory_.make<uint32_t>(labels);
+            arrays_.sort_rows[i] = memory_.make<uint32_t>(labels);
         }
-        view_.positive_classes = memory_.make<uint32_t>(labels);
-        view_.positive_starts = memory_.make<uint32_t>(labels + 1);
-        view_.columns = memory_.make<uint32_t>(labels);
-        view_.counts = memory_.make<uint32_t>(view_.count_capacity);
-        memory_.put(view_.labels_recv, gathered.blocks);
-        memory_.put(view_.counts, std::vector<uint32_t>(2048, 0));
+        arrays_.positive_classes = memory_.make<uint32_t>(labels);
+        arrays_.positive_starts = memory_.make<uint32_t>(labels + 1);
+        arrays_.columns = memory_.make<uint32_t>(labels);
+        arrays_.counts = memory_.make<uint32_t>(arrays_.count_capacity);
+        memory_.put(arrays_.labels_recv, gathered.blocks);
+        memory_.put(arrays_.counts, std::vector<uint32_t>(2048, 0));
     }
 
     void run(const Launch& launch) {
         const unsigned scan = 256, warps = launch.block / 32;
-        memory_.launch("judge_labels", 1, launch.one, scan, view_);
-        memory_.launch("spread_labels", launch.grid, launch.block, 0, view_);
+        memory_.launch("judge_labels", 1, launch.one, scan, arrays_);
+        memory_.launch("spread_labels", launch.grid, launch.block, 0, arrays_);
         for (uint32_t pass = 0; pass < 4; ++pass) {
             const uint32_t shift = 8 * pass, from = pass % 2;
-            memory_.launch("sort_labels_count", launch.grid, launch.block, 1024, view_, shift,
+            memory_.launch("sort_labels_count", launch.grid, launch.block, 1024, arrays_, shift,
                            from);
-            memory_.launch("sort_labels_scan", 1, launch.one, scan, view_);
-            memory_.launch("sort_labels_scatter", launch.grid, launch.block, 1024 * warps, view_,
+            memory_.launch("sort_labels_scan", 1, launch.one, scan, arrays_);
+            memory_.launch("sort_labels_scatter", launch.grid, launch.block, 1024 * warps, arrays_,
                            shift, from);
         }
-        memory_.launch("find_positives_count", launch.grid, launch.block, scan, view_);
-        memory_.launch("find_positives_scan", 1, launch.one, scan, view_);
-        memory_.launch("find_positives_scatter", launch.grid, launch.block, scan, view_);
+        memory_.launch("find_positives_count", launch.grid, launch.block, scan, arrays_);
+        memory_.launch("find_positives_scan", 1, launch.one, scan, arrays_);
+        memory_.launch("find_positives_scatter", launch.grid, launch.block, scan, arrays_);
     }
 
-    const HeadView& view() const { return view_; }
+    const HeadArrays& arrays() const { return arrays_; }
     Memory& memory() { return memory_; }
-    StepBlock block() { return memory_.get(view_.block, 1)[0]; }
+    StepBlock block() { return memory_.get(arrays_.block, 1)[0]; }
 
   private:
     size_t capacity_;
     Memory memory_;
-    HeadView view_{};
+    HeadArrays arrays_{};
 };
 
 void expect_fault(const char* what, const StepBlock& block, int32_t status, int32_t fault,
@@ -115,12 +115,12 @@ void expect_fault(const char* what, const StepBlock& block, int32_t status, int3
     EXPECT(block.own_valid_rows == 0 && block.bad_row == kNone && block.classes == 0, what);
 }
 
-// Everything that a good block of A leads to.
+// Everything that follows from labels without a fault.
 void compare(const std::string& what, const Gathered& gathered, const Options& options,
              const Launch& launch) {
     Rig rig(gathered, options);
     rig.run(launch);
-    const HeadView& view = rig.view();
+    const HeadArrays& arrays = rig.arrays();
     const StepBlock block = rig.block();
 
     std::vector<int64_t> labels;
@@ -160,7 +160,7 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
 
     const uint32_t own = uint32_t(gathered.of(gathered.rank)[3]);
     EXPECT(block.status == kOk && block.fault == kNoFault, what);
-    EXPECT(block.samples == uint64_t(gathered.of(gathered.rank)[1]), what);
+    EXPECT(block.draws == uint64_t(gathered.of(gathered.rank)[1]), what);
     EXPECT(block.global_rows == rows && block.own_rows == own, what);
     EXPECT(block.rows == (options.sharded ? rows : own), what);
     EXPECT(block.first_computed == (options.sharded ? 0 : before), what);
@@ -169,14 +169,14 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
     EXPECT(block.bad_row == kNone && block.valid_rows == 0 && block.classes == 0, what);
     EXPECT(block.positives == positives.size() && block.positive_rows == positive_rows, what);
     Memory& memory = rig.memory();
-    EXPECT(memory.get(view.labels, rows) == labels, what);
-    EXPECT(memory.get(view.origins, rows) == origins, what);
-    EXPECT(memory.get(view.columns, rows) == std::vector<uint32_t>(rows, kNone), what);
-    EXPECT(memory.get(view.sort_keys[0], rows) == sorted, what);
-    EXPECT(memory.get(view.sort_rows[0], rows) == order, what);
-    EXPECT(memory.get(view.positive_classes, positives.size()) == positives, what);
-    EXPECT(memory.get(view.positive_starts, starts.size()) == starts, what);
-    EXPECT(memory.get(view.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
+    EXPECT(memory.get(arrays.labels, rows) == labels, what);
+    EXPECT(memory.get(arrays.origins, rows) == origins, what);
+    EXPECT(memory.get(arrays.columns, rows) == std::vector<uint32_t>(rows, kNone), what);
+    EXPECT(memory.get(arrays.sort_keys[0], rows) == sorted, what);
+    EXPECT(memory.get(arrays.sort_rows[0], rows) == order, what);
+    EXPECT(memory.get(arrays.positive_classes, positives.size()) == positives, what);
+    EXPECT(memory.get(arrays.positive_starts, starts.size()) == starts, what);
+    EXPECT(memory.get(arrays.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
 }
 
 void test_good_blocks() {
@@ -272,18 +272,18 @@ void test_faults() {
         const StepBlock second = judged(labels);
         expect_fault("second label", second, kLabel, kFaultLabel, 1, 10, INT64_MIN, 12);
 
-        Gathered parted = labels;
-        parted.of(3)[1] = 8;
-        const StepBlock samples = judged(parted);
-        expect_fault("samples", samples, kMismatch, kFaultParted, 3, 0, 0, 12);
-        EXPECT(samples.detail[0] == 5 && samples.detail[1] == 6, "samples");
-        EXPECT(samples.detail[2] == 8 && samples.detail[3] == 6, "samples");
-        parted.of(2)[2] = 7;
-        const StepBlock updates = judged(parted);
-        expect_fault("updates", updates, kMismatch, kFaultParted, 2, 0, 0, 12);
+        Gathered out_of_step = labels;
+        out_of_step.of(3)[1] = 8;
+        const StepBlock draws = judged(out_of_step);
+        expect_fault("draws", draws, kMismatch, kFaultOutOfStep, 3, 0, 0, 12);
+        EXPECT(draws.detail[0] == 5 && draws.detail[1] == 6, "draws");
+        EXPECT(draws.detail[2] == 8 && draws.detail[3] == 6, "draws");
+        out_of_step.of(2)[2] = 7;
+        const StepBlock updates = judged(out_of_step);
+        expect_fault("updates", updates, kMismatch, kFaultOutOfStep, 2, 0, 0, 12);
         EXPECT(updates.detail[2] == 5 && updates.detail[3] == 7, "updates");
 
-        Gathered failed = parted;
+        Gathered failed = out_of_step;
         failed.of(3)[0] = 4;
         expect_fault("remote", judged(failed), kRemote, kFaultRemote, 3, 0, 4, 12);
         failed.of(2)[0] = 2;
@@ -310,7 +310,7 @@ void test_a_good_step_after_a_fault() {
     rig.run(kLaunches[0]);
     EXPECT(rig.block().status == kRemote, "fault");
     gathered.of(1)[0] = 0;
-    rig.memory().put(rig.view().labels_recv, gathered.blocks);
+    rig.memory().put(rig.arrays().labels_recv, gathered.blocks);
     rig.run(kLaunches[0]);
     const StepBlock block = rig.block();
     EXPECT(block.status == kOk && block.fault == kNoFault && block.rank == 0, "good again");
@@ -328,18 +328,18 @@ void test_packing() {
                 int64_t* const source = memory.make<int64_t>(batch + 1);
                 memory.put(source, labels);
                 const uint64_t updates = (1ull << 40) + 1;
-                const uint64_t samples = (1ull << 50) + 7;
-                memory.launch("pack_labels", launch.grid, launch.block, 0, rig.view(), samples,
+                const uint64_t draws = (1ull << 50) + 7;
+                memory.launch("pack_labels", launch.grid, launch.block, 0, rig.arrays(), draws,
                               updates, status, batch, static_cast<const int64_t*>(source));
                 std::vector<int64_t> expected(kLabelHeader + 300);
                 expected[0] = status;
-                expected[1] = int64_t(samples);
+                expected[1] = int64_t(draws);
                 expected[2] = int64_t(updates);
                 if (status == 0) {
                     expected[3] = int64_t(batch);
                     std::copy(labels.begin(), labels.end(), expected.begin() + kLabelHeader);
                 }
-                EXPECT(memory.get(rig.view().labels_send, expected.size()) == expected, "pack");
+                EXPECT(memory.get(rig.arrays().labels_send, expected.size()) == expected, "pack");
             }
         }
     }

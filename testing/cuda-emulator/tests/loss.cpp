@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr uint64_t kRoom = (uint64_t(1) << 32) + 77;
+constexpr uint64_t kSampleLimit = (uint64_t(1) << 32) + 77;
 
 // The ranks' finite outcomes of a step, as judge_sums leaves them for the kernels after it.
 struct Finished {
@@ -28,10 +28,10 @@ struct Forward {
     }
 
     void put(RowHead& head) const {
-        head.memory.put(head.view.row_sums, sums);
-        head.memory.put(head.view.target_logits, logits);
-        head.memory.put(head.view.target_cosines, cosines);
-        head.memory.put(head.view.derivatives, derivatives);
+        head.memory.put(head.arrays.row_sums, sums);
+        head.memory.put(head.arrays.target_logits, logits);
+        head.memory.put(head.arrays.target_cosines, cosines);
+        head.memory.put(head.arrays.derivatives, derivatives);
     }
 
     Finished finish(const RowHead& head) const {
@@ -42,7 +42,7 @@ struct Forward {
             if (cosines[row] == kIgnored) {
                 continue;
             }
-            const MarginView& margin = head.view.margin;
+            const MarginSettings& margin = head.arrays.margin;
             const double target = std::exp(double(logits[row]) - margin.offset);
             const double whole = sums[row] + target;
             made.factors.back() = margin.scale / whole;
@@ -55,8 +55,8 @@ struct Forward {
 
 void check_rows(RowHead& head, const Finished& truth, const std::string& what) {
     const uint32_t rows = head.block.rows;
-    const std::vector<float> factors = head.memory.get(head.view.factors, rows);
-    const std::vector<float> coefficients = head.memory.get(head.view.coefficients, rows);
+    const std::vector<float> factors = head.memory.get(head.arrays.factors, rows);
+    const std::vector<float> coefficients = head.memory.get(head.arrays.coefficients, rows);
     for (uint32_t row = 0; row < rows; ++row) {
         EXPECT(close(factors[row], truth.factors[row], 2e-7), what);
         EXPECT(close(coefficients[row], truth.coefficients[row], 2e-7), what);
@@ -69,19 +69,19 @@ void test_reducing() {
         shape.classes = classes;
         shape.shard_rows = 1000;
         RowHead head(shape, classes);
-        const size_t tiles = head.view.column_tiles, rows = head.view.row_capacity;
+        const size_t tiles = head.arrays.column_tiles, rows = head.arrays.row_capacity;
         std::vector<float> sums, best;
         for (size_t i = 0; i < tiles * rows; ++i) {
             sums.push_back(std::exp(5 * head.uniform()));
             best.push_back(i % 5 == 0 ? kElsewhere : head.uniform());
         }
-        head.memory.put(head.view.partial_sums, sums);
-        head.memory.put(head.view.partial_best, best);
-        head.fill(head.view.row_sums, rows, -1.0f);
+        head.memory.put(head.arrays.partial_sums, sums);
+        head.memory.put(head.arrays.partial_best, best);
+        head.fill(head.arrays.row_sums, rows, -1.0f);
         head.launch(kLaunches[classes % 4], "reduce_rows");
-        const std::vector<float> found = head.memory.get(head.view.row_sums, rows);
+        const std::vector<float> found = head.memory.get(head.arrays.row_sums, rows);
         const std::vector<float> largest =
-            head.memory.get(head.view.best_negatives, head.block.rows);
+            head.memory.get(head.arrays.best_negatives, head.block.rows);
         for (uint32_t row = 0; row < head.block.rows; ++row) {
             double sum = 0;
             float most = kElsewhere;
@@ -111,12 +111,12 @@ void test_sharded(const Launch& launch, bool only_target) {
         shape.classes = 1;
     }
     RowHead head(shape, 3);
-    head.view.margin.offset = 2.5;
+    head.arrays.margin.offset = 2.5;
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
-    const uint32_t capacity = head.view.label_capacity, rows = head.block.rows;
-    std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    const uint32_t capacity = head.arrays.label_capacity, rows = head.block.rows;
+    std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     double cosines = 0;
     for (uint32_t i = 0; i < capacity; ++i) {
         const bool row = i < rows;
@@ -164,10 +164,10 @@ void test_sharded_failures() {
     const Forward forward(head);
     forward.put(head);
     double* const loss = loss_cell(head);
-    const uint32_t capacity = head.view.label_capacity;
+    const uint32_t capacity = head.arrays.label_capacity;
     // This rank fails: nothing but the error travels.
-    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kRoom);
-    std::vector<float> sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kSampleLimit);
+    std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     for (uint32_t i = 0; i < sums.size(); ++i) {
         EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
     }
@@ -176,7 +176,7 @@ void test_sharded_failures() {
     // Two ranks fail.
     head.put_block();
     sums[2 * capacity + 2] = 2 * 65536 + 1 + 3;
-    head.memory.put(head.view.sums, sums);
+    head.memory.put(head.arrays.sums, sums);
     judge(head, kLaunches[3], loss);
     expect_failure(head, loss, kRemote, kFaultForward, 0, 0, 2 * 65536 + 4, 2, "two errors");
     EXPECT(head.get_ledger().first_failure.value == 65538, "the first failure is kept");
@@ -194,11 +194,11 @@ void test_sharded_failures() {
         wrong.put(head);
         head.put_block();
         head.put_ledger();
-        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
+        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
         judge(head, {1, 96}, loss);
         const uint32_t place = head.origins[row];
-        expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.view.max_batch),
-                       place % head.view.max_batch, 0, 1, "sum " + std::to_string(bad));
+        expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.arrays.max_batch),
+                       place % head.arrays.max_batch, 0, 1, "sum " + std::to_string(bad));
     }
     // A verdict from before: zeros travel, it stays.
     head.block.status = kLabel;
@@ -206,8 +206,8 @@ void test_sharded_failures() {
     head.block.row = 4;
     head.block.rows = 0;
     head.put_block();
-    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kRoom);
-    sums = head.memory.get(head.view.sums, 2 * capacity + kTotals);
+    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kSampleLimit);
+    sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     EXPECT(sums[2 * capacity + 1] == 1, "the loss's place, all the same");
     sums[2 * capacity + 1] = 0;
     EXPECT(sums == std::vector<float>(sums.size(), 0.0f), "zeros");
@@ -226,9 +226,9 @@ void test_replicated(const Launch& launch) {
     head.put_block();
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
-    const size_t count = kTotals + kSlot * head.view.ranks;
-    std::vector<double> sums = head.memory.get(head.view.replicated_sums, count);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    const size_t count = kTotals + kSlot * head.arrays.ranks;
+    std::vector<double> sums = head.memory.get(head.arrays.replicated_sums, count);
     const Finished truth = forward.finish(head);
     double cosines = 0;
     for (float cosine : forward.cosines) {
@@ -238,16 +238,16 @@ void test_replicated(const Launch& launch) {
     EXPECT(sums[1] == double(head.block.own_valid_rows), "valid");
     EXPECT(close(sums[2], cosines, 1e-12, 1e-12) && sums[3] == -1, "cosines");
     for (size_t i = kTotals; i < count; ++i) {
-        const bool sample = i == kTotals + kSlot + 2, room = i == kTotals + kSlot + 3;
-        EXPECT(sums[i] == (sample ? 12345 : room ? double(kRoom) : 0.0), "slots");
+        const bool sample = i == kTotals + kSlot + 2, limit = i == kTotals + kSlot + 3;
+        EXPECT(sums[i] == (sample ? 12345 : limit ? double(kSampleLimit) : 0.0), "slots");
     }
     check_rows(head, truth, "replicated");
-    // The other ranks' parts.
+    // The other ranks' terms.
     std::vector<double> all = sums;
     all[0] += 100;
     all[1] += 50;
     all[kTotals + 2] = all[kTotals + 2 * kSlot + 2] = 12345;
-    head.memory.put(head.view.replicated_sums, all);
+    head.memory.put(head.arrays.replicated_sums, all);
     double* const loss = loss_cell(head);
     judge(head, launch, loss);
     const StepBlock block = head.get_block();
@@ -257,8 +257,8 @@ void test_replicated(const Launch& launch) {
 
     const size_t other = kTotals + 2 * kSlot;
     const auto judged = [&](std::vector<double> with, const StepBlock& before) {
-        head.memory.put(head.view.replicated_sums, with);
-        head.memory.put(head.view.block, std::vector<StepBlock>{before});
+        head.memory.put(head.arrays.replicated_sums, with);
+        head.memory.put(head.arrays.block, std::vector<StepBlock>{before});
         head.put_ledger();
         judge(head, launch, loss);
     };
@@ -276,19 +276,20 @@ void test_replicated(const Launch& launch) {
     bad[kTotals] = 5;
     judged(bad, head.block);
     expect_failure(head, loss, kRemote, kFaultSums, 0, 0, 5, 1, "status");
-    // This rank's own bad row: told to the others, and judged with theirs.
+    // This rank's own bad row is sent to the others, and judged with theirs.
     StepBlock own = head.block;
     own.status = kNotFinite;
     own.fault = kFaultEmbedding;
     own.rank = 1;
     own.row = 6;
-    head.memory.put(head.view.block, std::vector<StepBlock>{own});
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
-    std::vector<double> mine = head.memory.get(head.view.replicated_sums, count);
+    head.memory.put(head.arrays.block, std::vector<StepBlock>{own});
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    std::vector<double> mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
            "own row");
     EXPECT(mine[3] == -1, "place");
-    EXPECT(mine[kTotals + kSlot + 2] == 0 && mine[kTotals + kSlot + 3] == double(kRoom), "room");
+    EXPECT(mine[kTotals + kSlot + 2] == 0, "digest");
+    EXPECT(mine[kTotals + kSlot + 3] == double(kSampleLimit), "sample limit");
     judged(mine, own);
     expect_failure(head, loss, kNotFinite, kFaultEmbedding, 1, 6, 0, 1, "own row");
     mine[kTotals] = 3;
@@ -303,8 +304,8 @@ void test_replicated(const Launch& launch) {
     wrong.sums[row] = 0;
     wrong.put(head);
     head.put_block();
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kRoom);
-    mine = head.memory.get(head.view.replicated_sums, count);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
     EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");
 }
@@ -314,19 +315,19 @@ void test_scaling(bool split, uint32_t dim, const Launch& launch) {
     shape.dim = dim;
     shape.split = split;
     RowHead head(shape, dim);
-    const uint32_t rows = head.block.rows, pitch = head.view.depth_pitch;
-    std::vector<float> units(head.view.plane_rows, NAN), factors;
+    const uint32_t rows = head.block.rows, pitch = head.arrays.depth_pitch;
+    std::vector<float> units(head.arrays.plane_rows, NAN), factors;
     for (uint32_t row = 0; row < rows; ++row) {
         factors.push_back(row % 5 == 0 ? 0.0f : std::exp(30 * head.uniform()));
         for (uint32_t i = 0; i < pitch; ++i) {
             units[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
         }
     }
-    head.memory.put(head.view.units, units);
-    head.memory.put(head.view.factors, factors);
+    head.memory.put(head.arrays.units, units);
+    head.memory.put(head.arrays.factors, factors);
     head.launch(launch, "scale_embeddings");
-    const uint64_t plane = head.view.plane_rows;
-    const std::vector<uint16_t> operand = head.memory.get(head.view.scaled_operand, 3 * plane);
+    const uint64_t plane = head.arrays.plane_rows;
+    const std::vector<uint16_t> operand = head.memory.get(head.arrays.scaled_operand, 3 * plane);
     bool right = true;
     for (size_t i = 0; i < size_t(up(rows, 128)) * pitch; ++i) {
         const bool counts = i / pitch < rows && factors[i / pitch] != 0;

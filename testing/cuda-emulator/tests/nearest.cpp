@@ -8,7 +8,7 @@ namespace {
 constexpr uint32_t kLongest = 128;
 
 struct Case {
-    uint32_t rows, classes, chunk, k, parts;
+    uint32_t rows, classes, chunk, k, warps;
     uint64_t first_class;
 };
 
@@ -29,17 +29,17 @@ bool nearer(float a, float b) { return a > b || (b != b && a == a); }
 void run(const Case& c, const Launch& how, uint64_t seed) {
     const std::string what = "rows " + std::to_string(c.rows) + " classes " +
                              std::to_string(c.classes) + " chunk " + std::to_string(c.chunk) +
-                             " k " + std::to_string(c.k) + " parts " + std::to_string(c.parts);
+                             " k " + std::to_string(c.k) + " warps " + std::to_string(c.warps);
     Random random(seed);
     std::vector<float> cosines(size_t(c.rows) * c.classes);
     for (float& cosine : cosines) cosine = cosine_of(random);
 
     Memory memory;
-    HeadView view{};
-    view.first_class = c.first_class;
+    HeadArrays arrays{};
+    arrays.first_class = c.first_class;
     const uint32_t stride = c.chunk + 3;
     float* const chunk = memory.make<float>(size_t(c.rows) * stride);
-    uint64_t* const lists = memory.make<uint64_t>(size_t(c.rows) * c.parts * kLongest);
+    uint64_t* const lists = memory.make<uint64_t>(size_t(c.rows) * c.warps * kLongest);
     int64_t* const ids = memory.make<int64_t>(size_t(c.rows) * c.k);
     float* const found = memory.make<float>(size_t(c.rows) * c.k);
     for (uint32_t first = 0; first < c.classes; first += c.chunk) {
@@ -52,10 +52,10 @@ void run(const Case& c, const Launch& how, uint64_t seed) {
         memory.put(chunk, part);
         const MatrixView matrix = {reinterpret_cast<uint8_t*>(chunk), c.rows, columns, stride, kF32,
                                    0};
-        memory.launch("keep_nearest", how.grid, how.block, 0, view, matrix, first, c.k, c.parts,
+        memory.launch("keep_nearest", how.grid, how.block, 0, arrays, matrix, first, c.k, c.warps,
                       lists);
     }
-    memory.launch("merge_nearest", how.grid, how.block, 0, view, uint64_t(c.rows), c.k, c.parts,
+    memory.launch("merge_nearest", how.grid, how.block, 0, arrays, uint64_t(c.rows), c.k, c.warps,
                   static_cast<const uint64_t*>(lists), ids, found);
 
     const auto ids_found = memory.get(ids, size_t(c.rows) * c.k);

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../kernels/view.h"
+#include "../../../kernels/shared_structs.h"
 #include "harness.h"
 
 // A check that says which case it is of.
@@ -151,7 +151,7 @@ inline bool close(double value, double truth, double relative, double floor = 1e
 class RowHead {
   public:
     DeviceMemory memory;
-    HeadView view{};
+    HeadArrays arrays{};
     Shape shape;
     StepBlock block{};
     Ledger ledger{};
@@ -163,31 +163,32 @@ class RowHead {
 
     explicit RowHead(const Shape& shape, uint32_t seed = 1) : shape(shape), random(seed) {
         const uint32_t d = shape.dim;
-        view.ranks = shape.ranks;
-        view.rank = shape.rank;
-        view.max_batch = shape.max_batch;
-        view.label_capacity = shape.ranks * shape.max_batch;
-        view.row_capacity = up(shape.sharded ? view.label_capacity : shape.max_batch, 128);
-        view.dim = d;
-        view.depth_pitch = up(d, 64);
-        view.master_pitch = up(d, 4);
-        view.shard_rows = shape.shard_rows;
-        view.sample_capacity = up(shape.classes, 128);
-        view.chunk_capacity = shape.chunk;
-        view.column_tiles = view.sample_capacity / 128;
-        view.splits = shape.splits;
-        view.history_capacity = shape.history;
-        view.sharded = shape.sharded;
-        view.split_operands = shape.split;
-        view.gather_dtype = shape.gather;
-        view.ignore_label = -1;
-        view.first_class = 1000;
-        view.num_classes = 5000;
-        view.plane_rows = uint64_t(view.row_capacity) * view.depth_pitch;
-        view.plane_centers = uint64_t(view.chunk_capacity) * view.depth_pitch;
-        view.margin = MarginView{64.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0, 0};
-        view.optimizer = shape.adamw ? OptimizerView{0, 0.01, 0.9, 0.999, 1e-8, 161, 1, shape.dense}
-                                     : OptimizerView{0.9, 5e-4, 0, 0, 0, 0, 0, shape.dense};
+        arrays.ranks = shape.ranks;
+        arrays.rank = shape.rank;
+        arrays.max_batch = shape.max_batch;
+        arrays.label_capacity = shape.ranks * shape.max_batch;
+        arrays.row_capacity = up(shape.sharded ? arrays.label_capacity : shape.max_batch, 128);
+        arrays.dim = d;
+        arrays.depth_pitch = up(d, 64);
+        arrays.master_pitch = up(d, 4);
+        arrays.shard_rows = shape.shard_rows;
+        arrays.sample_capacity = up(shape.classes, 128);
+        arrays.chunk_capacity = shape.chunk;
+        arrays.column_tiles = arrays.sample_capacity / 128;
+        arrays.splits = shape.splits;
+        arrays.history_capacity = shape.history;
+        arrays.sharded = shape.sharded;
+        arrays.split_operands = shape.split;
+        arrays.gather_dtype = shape.gather;
+        arrays.ignore_label = -1;
+        arrays.first_class = 1000;
+        arrays.num_classes = 5000;
+        arrays.plane_rows = uint64_t(arrays.row_capacity) * arrays.depth_pitch;
+        arrays.plane_centers = uint64_t(arrays.chunk_capacity) * arrays.depth_pitch;
+        arrays.margin = MarginSettings{64.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0, 0};
+        arrays.optimizer = shape.adamw
+                               ? OptimizerSettings{0, 0.01, 0.9, 0.999, 1e-8, 161, 1, shape.dense}
+                               : OptimizerSettings{0.9, 5e-4, 0, 0, 0, 0, 0, shape.dense};
         static uint64_t made = 0;
         simt_seed(++made);  // another order of blocks and threads for each case
         allocate();
@@ -199,7 +200,7 @@ class RowHead {
 
     template <class... A>
     void launch(const Launch& launch, const char* name, const A&... parameters) {
-        memory.launch(name, launch.grid, launch.block, kSharedBytes, view, parameters...);
+        memory.launch(name, launch.grid, launch.block, kSharedBytes, arrays, parameters...);
     }
 
     template <class T>
@@ -207,14 +208,14 @@ class RowHead {
         memory.put(array, std::vector<T>(count, value));
     }
 
-    void put_block() { memory.put(view.block, std::vector<StepBlock>{block}); }
-    void put_ledger() { memory.put(view.ledger, std::vector<Ledger>{ledger}); }
-    StepBlock get_block() { return memory.get(view.block, 1)[0]; }
-    Ledger get_ledger() { return memory.get(view.ledger, 1)[0]; }
+    void put_block() { memory.put(arrays.block, std::vector<StepBlock>{block}); }
+    void put_ledger() { memory.put(arrays.ledger, std::vector<Ledger>{ledger}); }
+    StepBlock get_block() { return memory.get(arrays.block, 1)[0]; }
+    Ledger get_ledger() { return memory.get(arrays.ledger, 1)[0]; }
 
     // Global row of row i.
     uint32_t global(uint32_t row) const { return block.first_computed + row; }
-    bool ignored(uint32_t row) const { return labels[global(row)] == view.ignore_label; }
+    bool ignored(uint32_t row) const { return labels[global(row)] == arrays.ignore_label; }
 
     MatrixView matrix(const std::vector<float>& values, uint32_t stride, int32_t dtype) {
         const std::vector<uint8_t> bytes = packed(values, shape.dim, stride, dtype);
@@ -227,58 +228,59 @@ class RowHead {
   private:
     void allocate() {
         const uint32_t d = shape.dim;
-        const size_t places = view.label_capacity, rows = view.row_capacity;
-        const size_t columns = view.sample_capacity, pitch = view.depth_pitch;
-        const size_t centers = size_t(shape.shard_rows) * view.master_pitch;
-        view.block = memory.make<StepBlock>(1);
-        view.ledger = memory.make<Ledger>(1);
-        view.labels = memory.make<int64_t>(places);
-        view.origins = memory.make<uint32_t>(places);
-        view.sample = memory.make<uint32_t>(columns);
-        view.columns = memory.make<uint32_t>(places);
-        view.embeddings_send = memory.make<uint8_t>(size_t(shape.max_batch) * d * 4);
-        view.embeddings_recv = memory.make<uint8_t>(places * d * 4);
+        const size_t places = arrays.label_capacity, rows = arrays.row_capacity;
+        const size_t columns = arrays.sample_capacity, pitch = arrays.depth_pitch;
+        const size_t centers = size_t(shape.shard_rows) * arrays.master_pitch;
+        arrays.block = memory.make<StepBlock>(1);
+        arrays.ledger = memory.make<Ledger>(1);
+        arrays.labels = memory.make<int64_t>(places);
+        arrays.origins = memory.make<uint32_t>(places);
+        arrays.sample = memory.make<uint32_t>(columns);
+        arrays.columns = memory.make<uint32_t>(places);
+        arrays.embeddings_send = memory.make<uint8_t>(size_t(shape.max_batch) * d * 4);
+        arrays.embeddings_recv = memory.make<uint8_t>(places * d * 4);
         const bool scaled = shape.sharded && shape.gather == kF16;
-        view.send_scales = scaled ? memory.make<float>(shape.max_batch) : nullptr;
-        view.units = memory.make<float>(rows * pitch);
-        view.unit_operand = memory.make<uint16_t>(3 * rows * pitch);
-        view.scaled_operand = memory.make<uint16_t>(3 * rows * pitch);
+        arrays.send_scales = scaled ? memory.make<float>(shape.max_batch) : nullptr;
+        arrays.units = memory.make<float>(rows * pitch);
+        arrays.unit_operand = memory.make<uint16_t>(3 * rows * pitch);
+        arrays.scaled_operand = memory.make<uint16_t>(3 * rows * pitch);
         for (float** array :
-             {&view.inverse_norms, &view.target_logits, &view.target_cosines, &view.derivatives,
-              &view.coefficients, &view.factors, &view.row_sums, &view.best_negatives}) {
+             {&arrays.inverse_norms, &arrays.target_logits, &arrays.target_cosines,
+              &arrays.derivatives,
+              &arrays.coefficients, &arrays.factors, &arrays.row_sums, &arrays.best_negatives}) {
             *array = memory.make<float>(rows);
         }
-        view.partial_sums = memory.make<float>(view.column_tiles * rows);
-        view.partial_best = memory.make<float>(view.column_tiles * rows);
-        view.center_operand = memory.make<uint16_t>(3 * view.plane_centers);
-        view.center_wide = memory.make<uint16_t>(view.plane_centers);
-        view.center_inverse_norms = memory.make<float>(columns);
-        view.weighted = memory.make<float>(view.splits * rows * pitch);
-        view.sums = memory.make<float>(2 * places + kTotals);
-        view.replicated_sums = memory.make<double>(kTotals + kSlot * view.ranks);
-        view.gradient_send = memory.make<float>(places * d);
-        view.gradient_recv = memory.make<float>(size_t(shape.max_batch) * d);
-        view.center_gradient = memory.make<float>(columns * d);
-        view.squares = memory.make<float>(rows);
-        view.center_squares = memory.make<float>(columns);
-        view.centers = memory.make<float>(centers);
-        view.momentum = memory.make<float>(centers);
-        view.second_moment = shape.adamw ? memory.make<float>(centers) : nullptr;
-        view.last = shape.dense ? memory.make<uint32_t>(shape.shard_rows) : nullptr;
-        view.rule = memory.make<Rule>(1);
-        view.gaps = memory.make<Gap>(view.history_capacity);
-        memory.put(view.gaps, std::vector<Gap>(view.history_capacity));
+        arrays.partial_sums = memory.make<float>(arrays.column_tiles * rows);
+        arrays.partial_best = memory.make<float>(arrays.column_tiles * rows);
+        arrays.center_operand = memory.make<uint16_t>(3 * arrays.plane_centers);
+        arrays.center_wide = memory.make<uint16_t>(arrays.plane_centers);
+        arrays.center_inverse_norms = memory.make<float>(columns);
+        arrays.weighted_centers = memory.make<float>(arrays.splits * rows * pitch);
+        arrays.sums = memory.make<float>(2 * places + kTotals);
+        arrays.replicated_sums = memory.make<double>(kTotals + kSlot * arrays.ranks);
+        arrays.gradient_send = memory.make<float>(places * d);
+        arrays.gradient_recv = memory.make<float>(size_t(shape.max_batch) * d);
+        arrays.center_gradient = memory.make<float>(columns * d);
+        arrays.squares = memory.make<float>(rows);
+        arrays.center_squares = memory.make<float>(columns);
+        arrays.centers = memory.make<float>(centers);
+        arrays.momentum = memory.make<float>(centers);
+        arrays.second_moment = shape.adamw ? memory.make<float>(centers) : nullptr;
+        arrays.last_update = shape.dense ? memory.make<uint32_t>(shape.shard_rows) : nullptr;
+        arrays.rule = memory.make<Rule>(1);
+        arrays.missed_updates = memory.make<MissedUpdates>(arrays.history_capacity);
+        memory.put(arrays.missed_updates, std::vector<MissedUpdates>(arrays.history_capacity));
         if (shape.dense) {
-            fill(view.last, shape.shard_rows, 0u);
+            fill(arrays.last_update, shape.shard_rows, 0u);
         }
     }
 
     // Batches that are not full, targets here, in other shards, outside the sample, and ignored.
     void draw_step() {
-        for (uint32_t rank = 0; rank < view.ranks; ++rank) {
-            batches.push_back(view.max_batch - (rank * 7 + 3) % view.max_batch);
+        for (uint32_t rank = 0; rank < arrays.ranks; ++rank) {
+            batches.push_back(arrays.max_batch - (rank * 7 + 3) % arrays.max_batch);
             for (uint32_t i = 0; i < batches.back(); ++i) {
-                origins.push_back(rank * view.max_batch + i);
+                origins.push_back(rank * arrays.max_batch + i);
             }
         }
         std::vector<uint32_t> all(shape.shard_rows);
@@ -292,14 +294,14 @@ class RowHead {
             const uint32_t column = random() % shape.classes;
             const uint32_t kind = i == 2 ? 1 : i == 3 ? 0 : random() % 8;
             columns.push_back(kind < 2 ? kNone : column);
-            labels.push_back(kind == 1   ? view.ignore_label
+            labels.push_back(kind == 1   ? arrays.ignore_label
                              : kind == 0 ? 7
-                                         : int64_t(view.first_class) + sample[column]);
+                                         : int64_t(arrays.first_class) + sample[column]);
         }
         block.global_rows = uint32_t(origins.size());
-        block.own_rows = batches[view.rank];
+        block.own_rows = batches[arrays.rank];
         uint32_t before = 0;
-        for (uint32_t rank = 0; rank < view.rank; ++rank) {
+        for (uint32_t rank = 0; rank < arrays.rank; ++rank) {
             before += batches[rank];
         }
         block.rows = shape.sharded ? block.global_rows : block.own_rows;
@@ -310,25 +312,25 @@ class RowHead {
         for (uint32_t row = 0; row < block.rows; ++row) {
             block.own_valid_rows += ignored(row) ? 0 : 1;
         }
-        memory.put(view.labels, labels);
-        memory.put(view.origins, origins);
-        memory.put(view.columns, columns);
-        memory.put(view.sample, sample);
+        memory.put(arrays.labels, labels);
+        memory.put(arrays.origins, origins);
+        memory.put(arrays.columns, columns);
+        memory.put(arrays.sample, sample);
         put_block();
         put_ledger();
     }
 
     void draw_rows() {
-        const size_t count = size_t(shape.shard_rows) * view.master_pitch;
+        const size_t count = size_t(shape.shard_rows) * arrays.master_pitch;
         for (size_t i = 0; i < count; ++i) {
-            w.push_back(i % view.master_pitch < shape.dim ? 0.05f * uniform() : 0.0f);
+            w.push_back(i % arrays.master_pitch < shape.dim ? 0.05f * uniform() : 0.0f);
         }
         m.assign(count, 0.0f);
         v.assign(count, 0.0f);
-        memory.put(view.centers, w);
-        memory.put(view.momentum, m);
+        memory.put(arrays.centers, w);
+        memory.put(arrays.momentum, m);
         if (shape.adamw) {
-            memory.put(view.second_moment, v);
+            memory.put(arrays.second_moment, v);
         }
     }
 };

@@ -70,32 +70,33 @@ class Rig {
         : draw_(draw), random_(draw.rows) {
         positive_rows_ = uint32_t(draw.positives.size()) * repeats;
         rows_ = positive_rows_ + elsewhere;
-        view_.first_class = draw.first_class;
-        view_.num_classes = draw.first_class + draw.rows;
-        view_.seed = draw.seed;
-        view_.ranks = 1;
-        view_.label_capacity = view_.max_batch = std::max(rows_, 1u);
-        view_.shard_rows = draw.rows;
-        view_.sample_size = draw.size;
-        view_.sample_capacity = round_up(uint32_t(sample), kTileColumns);
-        view_.count_capacity =
-            2048 + std::max(256 * ((view_.label_capacity + 1023) / 1024), (draw.rows + 511) / 512);
-        view_.block = memory_.make<StepBlock>(1);
-        view_.sort_keys[0] = memory_.make<uint32_t>(view_.label_capacity);
-        view_.sort_rows[0] = memory_.make<uint32_t>(view_.label_capacity);
-        view_.positive_classes = memory_.make<uint32_t>(view_.label_capacity);
-        view_.positive_starts = memory_.make<uint32_t>(view_.label_capacity + 1);
-        view_.columns = memory_.make<uint32_t>(view_.label_capacity);
-        view_.sample = memory_.make<uint32_t>(std::max(view_.sample_capacity, 1u));
-        view_.positive_of = memory_.make<uint32_t>(std::max(view_.sample_capacity, 1u));
-        view_.counts = memory_.make<uint32_t>(view_.count_capacity);
+        arrays_.first_class = draw.first_class;
+        arrays_.num_classes = draw.first_class + draw.rows;
+        arrays_.seed = draw.seed;
+        arrays_.ranks = 1;
+        arrays_.label_capacity = arrays_.max_batch = std::max(rows_, 1u);
+        arrays_.shard_rows = draw.rows;
+        arrays_.sample_size = draw.size;
+        arrays_.sample_capacity = round_up(uint32_t(sample), kTileColumns);
+        arrays_.count_capacity =
+            2048 +
+            std::max(256 * ((arrays_.label_capacity + 1023) / 1024), (draw.rows + 511) / 512);
+        arrays_.block = memory_.make<StepBlock>(1);
+        arrays_.sort_keys[0] = memory_.make<uint32_t>(arrays_.label_capacity);
+        arrays_.sort_rows[0] = memory_.make<uint32_t>(arrays_.label_capacity);
+        arrays_.positive_classes = memory_.make<uint32_t>(arrays_.label_capacity);
+        arrays_.positive_starts = memory_.make<uint32_t>(arrays_.label_capacity + 1);
+        arrays_.columns = memory_.make<uint32_t>(arrays_.label_capacity);
+        arrays_.sample = memory_.make<uint32_t>(std::max(arrays_.sample_capacity, 1u));
+        arrays_.positive_of = memory_.make<uint32_t>(std::max(arrays_.sample_capacity, 1u));
+        arrays_.counts = memory_.make<uint32_t>(arrays_.count_capacity);
         words_ = (draw.rows + 31) / 32;
-        view_.selected = memory_.make<uint32_t>(words_ + 1);
+        arrays_.selected = memory_.make<uint32_t>(words_ + 1);
         // One word beyond, which must stay as it is.
         std::vector<uint32_t> bits(words_ + 1, 0);
         bits[words_] = 0xabcd1234;
-        memory_.put(view_.selected, bits);
-        memory_.put(view_.counts, std::vector<uint32_t>(2048, 0));
+        memory_.put(arrays_.selected, bits);
+        memory_.put(arrays_.counts, std::vector<uint32_t>(2048, 0));
 
         for (uint32_t i = 0; i < rows_; ++i) order_.push_back(i);
         std::shuffle(order_.begin(), order_.end(), random_);
@@ -107,17 +108,17 @@ class Rig {
         starts.push_back(positive_rows_);
         keys.resize(rows_, kNone);
         keys_ = keys;
-        memory_.put(view_.sort_keys[0], keys);
-        memory_.put(view_.sort_rows[0], order_);
-        memory_.put(view_.positive_classes, draw.positives);
-        memory_.put(view_.positive_starts, starts);
+        memory_.put(arrays_.sort_keys[0], keys);
+        memory_.put(arrays_.sort_rows[0], order_);
+        memory_.put(arrays_.positive_classes, draw.positives);
+        memory_.put(arrays_.positive_starts, starts);
         begin(kOk);
     }
 
     // A step as labels.cu leaves it.
     void begin(int32_t status) {
         StepBlock block{};
-        block.samples = draw_.step;
+        block.draws = draw_.step;
         block.status = status;
         block.bad_row = kNone;
         if (status == kOk) {
@@ -125,18 +126,18 @@ class Rig {
             block.positives = uint32_t(draw_.positives.size());
             block.positive_rows = positive_rows_;
         }
-        memory_.put(view_.block, std::vector<StepBlock>{block});
-        memory_.put(view_.columns, std::vector<uint32_t>(rows_, kNone));
+        memory_.put(arrays_.block, std::vector<StepBlock>{block});
+        memory_.put(arrays_.columns, std::vector<uint32_t>(rows_, kNone));
     }
 
     void draw(const Launch& launch) {
         go("mark_positives", launch, 0);
         for (uint32_t level = 0; level < 3; ++level) {
-            memory_.launch("key_histogram", launch.grid, launch.block, 8192, view_, level);
-            memory_.launch("pick_threshold", 1, launch.one, 256, view_, level);
+            memory_.launch("key_histogram", launch.grid, launch.block, 8192, arrays_, level);
+            memory_.launch("pick_threshold", 1, launch.one, 256, arrays_, level);
         }
         go("mark_below", launch, 0);
-        memory_.launch("mark_ties_scan", 1, launch.one, 256, view_);
+        memory_.launch("mark_ties_scan", 1, launch.one, 256, arrays_);
         go("mark_ties", launch, 0);
         list(launch);
     }
@@ -145,23 +146,23 @@ class Rig {
         uint32_t* const chosen = memory_.make<uint32_t>(classes.size() + 1);
         memory_.put(chosen, classes);
         go("mark_positives", launch, 0);
-        memory_.launch("mark_chosen", launch.grid, launch.block, 0, view_,
+        memory_.launch("mark_chosen", launch.grid, launch.block, 0, arrays_,
                        static_cast<const uint32_t*>(chosen), uint32_t(classes.size()));
         list(launch);
     }
 
     void whole(const Launch& launch) {
         go("list_whole", launch, 0);
-        go("place_targets", launch, 0);
+        go("find_target_columns", launch, 0);
     }
 
     // Compares all that a sample leaves; returns the digest.
     double compare(const std::vector<uint32_t>& sample, const std::string& what) {
-        const StepBlock block = memory_.get(view_.block, 1)[0];
+        const StepBlock block = memory_.get(arrays_.block, 1)[0];
         const uint32_t classes = uint32_t(sample.size());
         EXPECT(block.classes == classes, what);
         if (block.classes != classes) return -1;
-        EXPECT(memory_.get(view_.sample, classes) == sample, what);
+        EXPECT(memory_.get(arrays_.sample, classes) == sample, what);
         std::vector<uint32_t> positive_of(round_up(classes, kTileColumns), kNone);
         std::vector<uint32_t> columns(rows_, kNone);
         const auto column = [&](uint32_t id) {
@@ -173,8 +174,8 @@ class Rig {
         for (uint32_t i = 0; i < positive_rows_; ++i) {
             columns[order_[i]] = uint32_t(column(keys_[i]));
         }
-        EXPECT(memory_.get(view_.positive_of, positive_of.size()) == positive_of, what);
-        EXPECT(memory_.get(view_.columns, rows_) == columns, what);
+        EXPECT(memory_.get(arrays_.positive_of, positive_of.size()) == positive_of, what);
+        EXPECT(memory_.get(arrays_.columns, rows_) == columns, what);
         EXPECT(block.digest >= 0 && block.digest < std::ldexp(1.0, 48), what);
         EXPECT(block.digest == std::floor(block.digest), what);
         clean(what);
@@ -185,29 +186,29 @@ class Rig {
     void clean(const std::string& what) {
         std::vector<uint32_t> bits(words_ + 1, 0);
         bits[words_] = 0xabcd1234;
-        EXPECT(memory_.get(view_.selected, words_ + 1) == bits, what);
-        EXPECT(memory_.get(view_.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
+        EXPECT(memory_.get(arrays_.selected, words_ + 1) == bits, what);
+        EXPECT(memory_.get(arrays_.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
     }
 
-    StepBlock block() { return memory_.get(view_.block, 1)[0]; }
-    HeadView& view() { return view_; }
+    StepBlock block() { return memory_.get(arrays_.block, 1)[0]; }
+    HeadArrays& arrays() { return arrays_; }
     Memory& memory() { return memory_; }
 
   private:
     void go(const char* kernel, const Launch& launch, unsigned shared) {
-        memory_.launch(kernel, launch.grid, launch.block, shared, view_);
+        memory_.launch(kernel, launch.grid, launch.block, shared, arrays_);
     }
     void list(const Launch& launch) {
         go("list_sample_count", launch, 256);
-        memory_.launch("list_sample_scan", 1, launch.one, 256, view_);
+        memory_.launch("list_sample_scan", 1, launch.one, 256, arrays_);
         go("list_sample_scatter", launch, 256);
-        go("place_targets", launch, 0);
+        go("find_target_columns", launch, 0);
     }
 
     Draw draw_;
     std::mt19937 random_;
     Memory memory_;
-    HeadView view_{};
+    HeadArrays arrays_{};
     uint32_t rows_, positive_rows_, words_;
     std::vector<uint32_t> order_, keys_;
 };
@@ -358,12 +359,12 @@ void test_failed_steps() {
         EXPECT(rig.block().classes == 0, "failed whole");
         // A failure that comes when bits are set and keys are counted leaves nothing of them.
         rig.begin(kOk);
-        rig.memory().launch("mark_positives", launch.grid, launch.block, 0, rig.view());
-        rig.memory().launch("key_histogram", launch.grid, launch.block, 8192, rig.view(), 0u);
+        rig.memory().launch("mark_positives", launch.grid, launch.block, 0, rig.arrays());
+        rig.memory().launch("key_histogram", launch.grid, launch.block, 8192, rig.arrays(), 0u);
         rig.begin(kNotFinite);
         rig.draw(launch);
-        EXPECT(rig.block().classes == 0, "late failure");
-        rig.clean("late failure");
+        EXPECT(rig.block().classes == 0, "failure after the histogram");
+        rig.clean("failure after the histogram");
         rig.begin(kOk);
         rig.draw(launch);
         rig.compare(sample, "after failures");

@@ -53,37 +53,38 @@ void test_cosines(uint32_t rows, uint32_t classes, uint32_t dim, uint32_t chunk,
     Random random(seed);
     Memory memory;
     Given e(memory, random, rows, dim, 1), w(memory, random, classes, dim, 2);
-    HeadView view = view_of(rows, classes, dim, chunk);
-    view.plane_rows = uint64_t(view.row_capacity) * view.depth_pitch;
-    view.plane_centers = uint64_t(chunk) * view.depth_pitch;
-    view.unit_operand = memory.make<uint16_t>(3 * view.plane_rows);
-    view.center_operand = memory.make<uint16_t>(3 * view.plane_centers);
-    view.inverse_norms = memory.make<float>(rows);
-    view.units = memory.make<float>(view.plane_rows);
+    HeadArrays arrays = arrays_of(rows, classes, dim, chunk);
+    arrays.plane_rows = uint64_t(arrays.row_capacity) * arrays.depth_pitch;
+    arrays.plane_centers = uint64_t(chunk) * arrays.depth_pitch;
+    arrays.unit_operand = memory.make<uint16_t>(3 * arrays.plane_rows);
+    arrays.center_operand = memory.make<uint16_t>(3 * arrays.plane_centers);
+    arrays.inverse_norms = memory.make<float>(rows);
+    arrays.units = memory.make<float>(arrays.plane_rows);
     const uint32_t stride = classes + 5;
     float* const out = memory.make<float>(size_t(rows) * stride);
     memory.put(out, std::vector<float>(size_t(rows) * stride, -9.0f));
     const MatrixView cosines = {reinterpret_cast<uint8_t*>(out), rows, classes, stride, kF32, 0};
 
-    memory.launch("unit_operands", how.grid, how.block, 0, view, e.view(), uint64_t(0), rows, 0);
-    const auto planes = memory.get(view.unit_operand, 3 * view.plane_rows);
-    const auto units = memory.get(view.units, view.plane_rows);
+    memory.launch("write_unit_operands", how.grid, how.block, 0, arrays, e.view(), uint64_t(0),
+                  rows, 0);
+    const auto planes = memory.get(arrays.unit_operand, 3 * arrays.plane_rows);
+    const auto units = memory.get(arrays.units, arrays.plane_rows);
     for (uint32_t row = 0; row < round_up(rows, kTileRows); ++row) {
         const std::vector<double> truth = row < rows ? e.unit(row) : std::vector<double>(dim, 0.0);
-        for (uint32_t k = 0; k < view.depth_pitch; ++k) {
-            const uint64_t at = uint64_t(row) * view.depth_pitch + k;
+        for (uint32_t k = 0; k < arrays.depth_pitch; ++k) {
+            const uint64_t at = uint64_t(row) * arrays.depth_pitch + k;
             const double unit = k < dim ? truth[k] : 0.0;
             EXPECT(fabs(units[at] - unit) <= 3e-7 * fabs(unit), what);
-            EXPECT(fabs(operand_at(planes, view.plane_rows, at) - units[at]) <=
+            EXPECT(fabs(operand_at(planes, arrays.plane_rows, at) - units[at]) <=
                        1.2e-7 * fabs(units[at]),
                    what);
         }
     }
     for (uint32_t first = 0; first < classes; first += chunk) {
         const uint32_t count = std::min(chunk, classes - first);
-        memory.launch("unit_operands", how.grid, how.block, 0, view, w.view(), uint64_t(first),
-                      count, 1);
-        memory.launch("multiply_units", how.grid, 256, 49152, view, rows, count, uint64_t(first),
+        memory.launch("write_unit_operands", how.grid, how.block, 0, arrays, w.view(),
+                      uint64_t(first), count, 1);
+        memory.launch("gemm_cosines", how.grid, 256, 49152, arrays, rows, count, uint64_t(first),
                       cosines);
     }
     const auto found = memory.get(out, size_t(rows) * stride);
@@ -108,48 +109,48 @@ void test_sums(const Launch& how, uint64_t seed) {
     const uint32_t rows = 150, first_tiles = 3, last_tiles = 2;
     Random random(seed);
     Memory memory;
-    HeadView view = view_of(rows, 128 * first_tiles, 4, 128 * first_tiles);
-    view.margin.scale = 100;
-    view.margin.offset = 36;
+    HeadArrays arrays = arrays_of(rows, 128 * first_tiles, 4, 128 * first_tiles);
+    arrays.margin.scale = 100;
+    arrays.margin.offset = 36;
     StepBlock block{};
     block.rows = rows;
-    view.block = memory.make<StepBlock>(1);
-    memory.put(view.block, {block});
-    view.partial_sums = memory.make<float>(size_t(first_tiles) * view.row_capacity);
-    view.row_sums = memory.make<float>(rows);
-    view.derivatives = memory.make<float>(rows);
-    view.factors = memory.make<float>(rows);
-    view.coefficients = memory.make<float>(rows);
+    arrays.block = memory.make<StepBlock>(1);
+    memory.put(arrays.block, {block});
+    arrays.partial_sums = memory.make<float>(size_t(first_tiles) * arrays.row_capacity);
+    arrays.row_sums = memory.make<float>(rows);
+    arrays.derivatives = memory.make<float>(rows);
+    arrays.factors = memory.make<float>(rows);
+    arrays.coefficients = memory.make<float>(rows);
     double* const totals = memory.make<double>(rows);
     float* const logits_at = memory.make<float>(rows);
 
     std::vector<double> truth(rows, 0.0);
     for (uint32_t tiles : {first_tiles, last_tiles}) {
-        std::vector<float> partial(size_t(first_tiles) * view.row_capacity);
+        std::vector<float> partial(size_t(first_tiles) * arrays.row_capacity);
         for (float& sum : partial) sum = float(random.uniform());
         for (uint32_t tile = 0; tile < tiles; ++tile) {
             // The first row is without negatives.
-            partial[size_t(tile) * view.row_capacity] = 0.0f;
+            partial[size_t(tile) * arrays.row_capacity] = 0.0f;
             for (uint32_t row = 0; row < rows; ++row) {
-                truth[row] += partial[size_t(tile) * view.row_capacity + row];
+                truth[row] += partial[size_t(tile) * arrays.row_capacity + row];
             }
         }
-        memory.put(view.partial_sums, partial);
-        memory.launch("add_row_sums", how.grid, how.block, 0, view, tiles,
+        memory.put(arrays.partial_sums, partial);
+        memory.launch("add_row_sums", how.grid, how.block, 0, arrays, tiles,
                       int32_t(tiles == first_tiles), totals);
     }
-    const auto sums = memory.get(view.row_sums, rows);
+    const auto sums = memory.get(arrays.row_sums, rows);
     CHECK(near(sums, truth, 1e-7));
 
     std::vector<float> logits(rows), derivatives(rows);
     for (float& logit : logits) logit = float(36 + 3 * random.normal());
     for (float& derivative : derivatives) derivative = float(random.normal());
     memory.put(logits_at, logits);
-    memory.put(view.derivatives, derivatives);
-    memory.launch("weigh_rows", how.grid, how.block, 0, view,
-                  static_cast<const float*>(view.row_sums), static_cast<const float*>(logits_at));
-    const auto factors = memory.get(view.factors, rows);
-    const auto coefficients = memory.get(view.coefficients, rows);
+    memory.put(arrays.derivatives, derivatives);
+    memory.launch("weigh_rows", how.grid, how.block, 0, arrays,
+                  static_cast<const float*>(arrays.row_sums), static_cast<const float*>(logits_at));
+    const auto factors = memory.get(arrays.factors, rows);
+    const auto coefficients = memory.get(arrays.coefficients, rows);
     for (uint32_t row = 0; row < rows; ++row) {
         const double whole = double(sums[row]) + exp(double(logits[row]) - 36);
         const double factor = row == 0 ? 0.0 : 100 / whole;

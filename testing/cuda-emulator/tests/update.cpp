@@ -10,18 +10,18 @@ void test_training(const Shape& shape, const Launch& launch, uint32_t updates) {
     // A row without direction: it gets no gradient, and there is nothing to decay.
     const size_t zero = 7;
     for (uint32_t i = 0; i < shape.dim; ++i) {
-        head.w[zero * head.view.master_pitch + i] = 0.0f;
+        head.w[zero * head.arrays.master_pitch + i] = 0.0f;
     }
-    head.memory.put(head.view.centers, head.w);
+    head.memory.put(head.arrays.centers, head.w);
     Training training(head);
     for (uint32_t i = 0; i < updates; ++i) {
         training.update(launch);
         const uint64_t now = training.updates();
         const std::vector<float> squares =
-            head.memory.get(head.view.center_squares, training.squares.size());
+            head.memory.get(head.arrays.center_squares, training.squares.size());
         for (size_t column = 0; column < squares.size(); ++column) {
-            const double spare = 1e-6 * training.unprojected[column];
-            EXPECT(close(squares[column], training.squares[column], 1e-6, spare), what);
+            const double tolerance = 1e-6 * training.unprojected[column];
+            EXPECT(close(squares[column], training.squares[column], 1e-6, tolerance), what);
         }
         if (i == updates / 2) {
             training.update(launch, true);
@@ -72,7 +72,7 @@ void test_a_strong_decay() {
     shape.dense = true;
     shape.history = 64;
     RowHead head(shape, 5);
-    head.view.optimizer.weight_decay = 3.0;
+    head.arrays.optimizer.weight_decay = 3.0;
     Training training(head);
     for (uint32_t i = 0; i < 40; ++i) {
         training.update(kLaunches[0]);

@@ -37,7 +37,7 @@ pub fn on_cuda() -> bool {
     match std::env::var("PFC_TEST_DEVICE").as_deref() {
         Ok("cuda") => true,
         Ok("cpu") | Err(std::env::VarError::NotPresent) => false,
-        other => panic!("PFC_TEST_DEVICE is {other:?}; it is cpu or cuda"),
+        other => panic!("PFC_TEST_DEVICE must be cpu or cuda, got {other:?}"),
     }
 }
 

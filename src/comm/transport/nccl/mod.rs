@@ -16,8 +16,8 @@ use nccl_sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUnique
 
 use self::library::{call, library, Library};
 use super::number::Number;
-use crate::comm::watchdog::{aborted, Stop, Watchdog};
-use crate::comm::{Call, Element, MemorySpace, Transport};
+use super::watchdog::{aborted, Stop, Watchdog};
+use super::{Call, Element, MemorySpace, Reduction, Transport};
 use crate::matrix::{DType, ReduceOp};
 use crate::memory::zeros;
 use crate::stream::{Scratch, StreamDevice, StreamMemory};
@@ -347,17 +347,10 @@ impl Transport for Nccl {
         }
     }
 
-    unsafe fn all_reduce(
-        &self,
-        send: *const u8,
-        recv: *mut u8,
-        count: usize,
-        dtype: DType,
-        op: ReduceOp,
-        call: &Call<'_>,
-    ) -> Result<()> {
+    unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, call: &Call<'_>) -> Result<()> {
         const NAME: &str = "ncclAllReduce";
-        let (library, bytes) = (self.group.nccl, count * dtype.size());
+        let (library, bytes) = (self.group.nccl, reduction.bytes(count));
+        let Reduction { dtype, op } = reduction;
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclAllReduce(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
         };
@@ -379,13 +372,13 @@ impl Transport for Nccl {
         send: *const u8,
         recv: *mut u8,
         count: usize,
-        dtype: DType,
-        op: ReduceOp,
+        reduction: Reduction,
         call: &Call<'_>,
     ) -> Result<()> {
         const NAME: &str = "ncclReduceScatter";
         let Group { nccl: library, rank, size, .. } = *self.group;
-        let bytes = count * dtype.size();
+        let Reduction { dtype, op } = reduction;
+        let bytes = reduction.bytes(count);
         let launch = |comm, send: *const u8, recv: *mut u8, stream: *mut std::ffi::c_void| {
             call!(library, ncclReduceScatter(send.cast(), recv.cast(), count, data_type(dtype), operation(op), comm, stream.cast()))
         };
@@ -398,7 +391,7 @@ impl Transport for Nccl {
                 let mut whole: Vec<u64> =
                     zeros(&[(bytes * size as usize).div_ceil(8)], "a temporary").map_err(|error| error.during(&call.label()))?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
-                self.all_reduce(send, whole, count * size as usize, dtype, op, call)?;
+                self.all_reduce(send, whole, count * size as usize, reduction, call)?;
                 std::ptr::copy(whole.add(rank as usize * bytes), recv, bytes);
                 Ok(())
             }
@@ -425,7 +418,7 @@ impl Transport for Nccl {
         let mut token = [0i32; 1];
         let token = token.as_mut_ptr().cast::<u8>();
         // SAFETY: one integer of the host's, reduced in place.
-        unsafe { self.all_reduce(token, token, 1, DType::I32, ReduceOp::Sum, call) }
+        unsafe { self.all_reduce(token, token, 1, Reduction { dtype: DType::I32, op: ReduceOp::Sum }, call) }
     }
 
     fn check_device(&self, device: Option<&dyn StreamDevice>) -> Result<()> {

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult};
 
-use super::{call, check, describe, driver, failure, report};
+use super::{call, describe, driver, driver_result, failure, log_failure};
 use crate::{ensure, Result};
 
-/// The context that a caller works in. Never destroyed: it is not ours.
+/// The context that a caller works in. It is never destroyed: it belongs to the caller.
 pub(crate) struct Context {
     raw: CUcontext,
     device: CUdevice,
@@ -22,14 +22,14 @@ pub(crate) struct Context {
 unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
-/// Whose memory a pointer points to.
+/// Where memory lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum MemorySpace {
     Host,
     Device,
 }
 
-/// What the driver knows of a pointer.
+/// A pointer's attributes in the driver.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pointer {
     pub on_device: bool,
@@ -85,7 +85,7 @@ impl Context {
                 "stream must be a stream of the CUDA driver, got {stream:p}: {}",
                 describe(known)
             );
-            check(known, "cuStreamGetCtx", ordinal)?;
+            driver_result(known, "cuStreamGetCtx", ordinal)?;
             drop(current);
             if raw != context.raw {
                 context = Context { raw, device, ordinal, retained: false };
@@ -104,7 +104,7 @@ impl Context {
     }
 
     /// Makes this the thread's current context until the guard goes.
-    pub fn enter(&self) -> Result<Current<'_>> {
+    pub fn enter(&self) -> Result<CurrentContext<'_>> {
         let mut current: CUcontext = std::ptr::null_mut();
         // SAFETY: an output that outlives the call.
         unsafe { call!(self.ordinal, cuCtxGetCurrent(&mut current)) }?;
@@ -113,7 +113,7 @@ impl Context {
             // SAFETY: the caller's context lives as long as what is made in it.
             unsafe { call!(self.ordinal, cuCtxPushCurrent_v2(self.raw)) }?;
         }
-        Ok(Current { context: self, pushed, thread: PhantomData })
+        Ok(CurrentContext { context: self, pushed, thread: PhantomData })
     }
 
     pub fn ordinal(&self) -> i32 {
@@ -167,18 +167,18 @@ impl Context {
         unsafe { call!(self.ordinal, cuCtxSynchronize()) }
     }
 
-    /// Whose memory `pointer` is: what the driver does not know is the host's, managed memory the device's.
+    /// Where the memory at `pointer` lies. Memory that the driver does not know is the host's, managed memory is the device's.
     ///
     /// Errors: INVALID_ARGUMENT, naming the argument, for memory of another GPU or another context.
-    pub fn place(&self, name: &str, pointer: *const c_void) -> Result<Place> {
+    pub fn memory_space(&self, name: &str, pointer: *const c_void) -> Result<MemorySpace> {
         let _current = self.enter()?;
         let mut kind = 0u32;
         match self.pointer_attribute(CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, pointer, &mut kind) {
             CUresult::CUDA_SUCCESS => {}
-            CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(Place::Host),
+            CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(MemorySpace::Host),
             result => return Err(failure(result, "cuPointerGetAttribute", self.ordinal)),
         }
-        // What the driver does not tell is as if it were ours: not all memory has all of these.
+        // Not all memory has all of these attributes. A missing one counts as this device's.
         let (mut managed, mut ordinal, mut context) = (0u32, self.ordinal, self.raw);
         let is_managed = CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED;
         if self.pointer_attribute(is_managed, pointer, &mut managed) != CUresult::CUDA_SUCCESS {
@@ -193,15 +193,15 @@ impl Context {
             context = self.raw;
         }
         let on_device = kind == sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE as u32;
-        self.judge(name, Pointer { on_device, managed: managed != 0, ordinal, context })
+        self.judge_pointer(name, Pointer { on_device, managed: managed != 0, ordinal, context })
     }
 
-    pub(super) fn judge(&self, name: &str, pointer: Pointer) -> Result<Place> {
+    pub(super) fn judge_pointer(&self, name: &str, pointer: Pointer) -> Result<MemorySpace> {
         if pointer.managed {
-            return Ok(Place::Device);
+            return Ok(MemorySpace::Device);
         }
         if !pointer.on_device {
-            return Ok(Place::Host);
+            return Ok(MemorySpace::Host);
         }
         ensure!(
             pointer.ordinal == self.ordinal,
@@ -217,7 +217,7 @@ impl Context {
             "{name} must be memory of this device's context, got another context of GPU {}",
             self.ordinal
         );
-        Ok(Place::Device)
+        Ok(MemorySpace::Device)
     }
 
     fn pointer_attribute<T>(&self, attribute: CUpointer_attribute, pointer: *const c_void, value: &mut T) -> CUresult {
@@ -230,27 +230,27 @@ impl Drop for Context {
     fn drop(&mut self) {
         if self.retained {
             // SAFETY: retained once.
-            report("releasing a primary context", unsafe { call!(self.ordinal, cuDevicePrimaryCtxRelease_v2(self.device)) });
+            log_failure("releasing a primary context", unsafe { call!(self.ordinal, cuDevicePrimaryCtxRelease_v2(self.device)) });
         }
     }
 }
 
-/// While it lives its context is the thread's current one; then what was current before is again.
+/// While it lives its context is the thread's current one; its drop restores the one before.
 #[must_use]
-pub(crate) struct Current<'a> {
+pub(crate) struct CurrentContext<'a> {
     context: &'a Context,
     pushed: bool,
     /// The stack of contexts is the thread's.
     thread: PhantomData<*const ()>,
 }
 
-impl Drop for Current<'_> {
+impl Drop for CurrentContext<'_> {
     fn drop(&mut self) {
         if self.pushed {
             let mut popped: CUcontext = std::ptr::null_mut();
             // SAFETY: pushed by `enter`; guards are dropped in the reverse order of their making.
             let outcome = unsafe { call!(self.context.ordinal, cuCtxPopCurrent_v2(&mut popped)) };
-            report("leaving a context", outcome);
+            log_failure("leaving a context", outcome);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::{call, check, report, Context, Stream};
+use super::{call, driver_result, log_failure, Context, Stream};
 use crate::memory::Plain;
 use crate::{ensure, error, Error, Result};
 
@@ -37,7 +37,7 @@ impl<T: Plain> DeviceBuffer<T> {
         // SAFETY: an output that outlives the call.
         match unsafe { sys::cuMemAlloc_v2(&mut data, bytes) } {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(out_of_memory(context, bytes, what)),
-            result => check(result, "cuMemAlloc_v2", context.ordinal())?,
+            result => driver_result(result, "cuMemAlloc_v2", context.ordinal())?,
         }
         buffer.data = data as *mut T;
         // SAFETY: memory of this size, and nobody else's.
@@ -113,18 +113,18 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
             return;
         }
         let free = || {
-            // A failure of a kernel is told by a call that has someone to tell; the memory is given back all the same.
-            report("before freeing device memory", self.context.synchronize());
+            // The next call that waits returns a kernel's failure; the memory is freed all the same.
+            log_failure("before freeing device memory", self.context.synchronize());
             let _current = self.context.enter()?;
             // SAFETY: made by `zeroed`; nothing under way uses it.
             unsafe { call!(self.context.ordinal(), cuMemFree_v2(self.data as u64)) }
         };
-        report("freeing device memory", free());
+        log_failure("freeing device memory", free());
     }
 }
 
-/// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything under
-/// way in its context.
+/// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything
+/// under way in its context.
 pub(crate) struct PinnedBuffer<T: Plain> {
     data: *mut T,
     len: usize,
@@ -152,7 +152,7 @@ impl<T: Plain> PinnedBuffer<T> {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 return Err(error!(OutOfMemory, "cannot allocate {bytes} bytes of page-locked host memory for {what}"));
             }
-            result => check(result, "cuMemHostAlloc", context.ordinal())?,
+            result => driver_result(result, "cuMemHostAlloc", context.ordinal())?,
         }
         // SAFETY: memory of this size, and nobody else's.
         unsafe { std::ptr::write_bytes(data.cast::<u8>(), 0, bytes) };
@@ -170,7 +170,8 @@ impl<T: Plain> Deref for PinnedBuffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: data points to len initialised values (dangling for 0); whoever enqueues a copy answers for its time.
+        // SAFETY: data points to len initialized values (dangling for 0); the code that enqueues a copy keeps it apart from the
+        // slice.
         unsafe { std::slice::from_raw_parts(self.data, self.len) }
     }
 }
@@ -188,12 +189,12 @@ impl<T: Plain> Drop for PinnedBuffer<T> {
             return;
         }
         let free = || {
-            report("before freeing page-locked memory", self.context.synchronize());
+            log_failure("before freeing page-locked memory", self.context.synchronize());
             let _current = self.context.enter()?;
             // SAFETY: made by `zeroed`; nothing under way uses it.
             unsafe { call!(self.context.ordinal(), cuMemFreeHost(self.data.cast())) }
         };
-        report("freeing page-locked memory", free());
+        log_failure("freeing page-locked memory", free());
     }
 }
 

@@ -1,7 +1,7 @@
-//! The CUDA driver: found at run time, with owners that give back what they took and errors that say what failed.
+//! The CUDA driver: found at run time, with owners that free what they have allocated and errors that name the failed call.
 //!
 //! cudarc gives the declarations and the lazy loading. Its safe layer is not used: it destroys a caller's context on drop, waits
-//! where nothing asked it to, and synchronises in the making of a stream. And its loader panics where the library or a function is
+//! where nothing asked it to, and synchronizes when it makes a stream. And its loader panics where the library or a function is
 //! missing, so that [`driver`] looks for all of them before anything is called.
 
 mod context;
@@ -18,12 +18,12 @@ use cudarc::driver::sys::{self, CUresult};
 
 use crate::{ensure, error, Error, Result};
 
-pub(crate) use context::{Context, Current, Place};
+pub(crate) use context::{Context, CurrentContext, MemorySpace};
 pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
 pub(crate) use stream::{Event, Priority, Stream};
 
-/// What images from nvcc 13 need, as cuDriverGetVersion counts: 1000 * major + 10 * minor.
+/// The least driver for images from nvcc 13, as cuDriverGetVersion counts: 1000 * major + 10 * minor.
 const LEAST_VERSION: i32 = 13000;
 /// The first driver that has it.
 const LEAST_DRIVER: &str = "580";
@@ -80,12 +80,12 @@ const FUNCTIONS: &[&str] = &[
 /// `call!(ordinal, cuName(arguments))`: a driver function's result as ours. Needs `unsafe`.
 macro_rules! call {
     ($ordinal:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
-        $crate::device::cuda::driver::check(sys::$function($($argument),*), stringify!($function), $ordinal)
+        $crate::device::cuda::driver::driver_result(sys::$function($($argument),*), stringify!($function), $ordinal)
     };
 }
 use call;
 
-/// The driver's version, as cuDriverGetVersion counts, once it is loaded and initialised. What the first call finds holds for the
+/// The driver's version, as cuDriverGetVersion counts, once it is loaded and initialized. What the first call finds holds for the
 /// life of the process.
 ///
 /// Errors: UNSUPPORTED, where there is no driver, it is too old, or it has no GPU.
@@ -137,7 +137,7 @@ fn require_version(version: i32) -> Result<()> {
 }
 
 /// A driver function's result; `function` as the driver exports it.
-fn check(result: CUresult, function: &str, ordinal: i32) -> Result<()> {
+fn driver_result(result: CUresult, function: &str, ordinal: i32) -> Result<()> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
         result => Err(failure(result, function, ordinal)),
@@ -165,8 +165,8 @@ fn describe(result: CUresult) -> String {
     }
 }
 
-/// In a drop there is no one to tell but the log.
-fn report(what: &str, outcome: Result<()>) {
+/// A drop cannot return an error: it goes to the log.
+fn log_failure(what: &str, outcome: Result<()>) {
     if let Err(error) = outcome {
         log::debug!("{what}: {error}");
     }

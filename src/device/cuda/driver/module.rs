@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
-use super::{call, check, report, Context, Stream};
+use super::{call, driver_result, log_failure, Context, Stream};
 use crate::{ensure, error, Result};
 
 /// A loaded image.
@@ -23,7 +23,7 @@ unsafe impl Sync for Module {}
 impl Module {
     /// Loads a cubin, a fatbin or PTX. `name` is the image's, for messages.
     pub fn load(context: &Arc<Context>, name: &str, image: &[u8]) -> Result<Arc<Module>> {
-        // The driver is told where an image begins, not where it ends: a cubin and a fatbin say so themselves, a text needs its zero.
+        // The driver gets the start of an image, not its length: a cubin and a fatbin contain it, a text must end with a zero.
         let text: Vec<u8>;
         let binary = image.starts_with(b"\x7fELF") || image.starts_with(&[0x50, 0xed, 0x55, 0xba]);
         let start = if binary || image.last() == Some(&0) {
@@ -67,16 +67,16 @@ impl Drop for Module {
     fn drop(&mut self) {
         let unload = || {
             // Code that still runs must not go.
-            report("before unloading an image", self.context.synchronize());
+            log_failure("before unloading an image", self.context.synchronize());
             let _current = self.context.enter()?;
             // SAFETY: made by `load`.
             unsafe { call!(self.context.ordinal(), cuModuleUnload(self.raw)) }
         };
-        report("unloading an image", unload());
+        log_failure("unloading an image", unload());
     }
 }
 
-/// How many blocks of how many threads, with how many bytes of dynamic shared memory each.
+/// A launch's blocks, the threads of each, and the bytes of dynamic shared memory of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub blocks: u32,
@@ -84,6 +84,7 @@ pub(crate) struct Grid {
     pub shared: u32,
 }
 
+#[cfg(test)]
 impl Grid {
     /// Without shared memory.
     pub fn of(blocks: u32, threads: u32) -> Grid {
@@ -103,7 +104,7 @@ pub(crate) struct Kernel<A> {
 unsafe impl<A> Send for Kernel<A> {}
 unsafe impl<A> Sync for Kernel<A> {}
 
-/// What every block may have without asking.
+/// Shared memory that every block may have without `allow_shared`.
 const FREE_SHARED: u32 = 48 << 10;
 
 impl<A: Arguments> Kernel<A> {
@@ -187,7 +188,7 @@ impl<A: Arguments> Kernel<A> {
             match unsafe { sys::cuFuncGetParamInfo(self.raw, sizes.len(), &mut offset, &mut size) } {
                 // One past the last.
                 CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
-                result => check(result, "cuFuncGetParamInfo", self.module.context.ordinal())?,
+                result => driver_result(result, "cuFuncGetParamInfo", self.module.context.ordinal())?,
             }
             sizes.push(size);
         }

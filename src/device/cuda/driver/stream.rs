@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
 
-use super::{call, check, report, Context};
+use super::{call, driver_result, log_failure, Context};
 use crate::Result;
 
 /// Which of two streams' blocks goes first where both wait for a multiprocessor.
@@ -54,7 +54,7 @@ impl Stream {
         &self.context
     }
 
-    /// As a communicator takes it.
+    /// The handle that a communicator takes.
     pub fn raw(&self) -> *mut c_void {
         self.raw.cast()
     }
@@ -63,14 +63,14 @@ impl Stream {
         self.raw
     }
 
-    /// Waits, on the host, for everything enqueued so far. Here the failures of kernels come to light.
+    /// Waits, on the host, for everything enqueued so far. It returns the failures of kernels.
     pub fn synchronize(&self) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: a living stream.
         unsafe { call!(self.context.ordinal(), cuStreamSynchronize(self.raw)) }
     }
 
-    /// What is enqueued here from now on comes after what the event's last record came after.
+    /// Work that is enqueued here from now on runs after the event's last record.
     pub fn wait(&self, event: &Event) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: a living stream and a living event.
@@ -80,49 +80,49 @@ impl Stream {
     /// Copies to the device, in stream order.
     ///
     /// # Safety
-    /// `bytes` bytes may be read at `from` on the host and written at `to` on the device until the stream has done it.
-    pub unsafe fn upload(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+    /// `bytes` bytes may be read at `source` on the host and written at `destination` on the device until the stream has done it.
+    pub unsafe fn upload(&self, destination: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
         let _current = self.context.enter()?;
-        call!(self.context.ordinal(), cuMemcpyHtoDAsync_v2(to as u64, from, bytes, self.raw))
+        call!(self.context.ordinal(), cuMemcpyHtoDAsync_v2(destination as u64, source, bytes, self.raw))
     }
 
     /// Copies to the host, in stream order.
     ///
     /// # Safety
-    /// `bytes` bytes may be read at `from` on the device and written at `to` on the host until the stream has done it.
-    pub unsafe fn download(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+    /// `bytes` bytes may be read at `source` on the device and written at `destination` on the host until the stream has done it.
+    pub unsafe fn download(&self, destination: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
         let _current = self.context.enter()?;
-        call!(self.context.ordinal(), cuMemcpyDtoHAsync_v2(to, from as u64, bytes, self.raw))
+        call!(self.context.ordinal(), cuMemcpyDtoHAsync_v2(destination, source as u64, bytes, self.raw))
     }
 
     /// Copies on the device, in stream order.
     ///
-    /// # Safety
-    /// `bytes` bytes may be read at `from` and written at `to`, both on the device, until the stream has done it; no overlap.
-    pub unsafe fn copy(&self, to: *mut c_void, from: *const c_void, bytes: usize) -> Result<()> {
+    /// # Safety `bytes` bytes may be read at `source` and written at `destination`, both on the device, until the stream has done
+    /// it; no overlap.
+    pub unsafe fn copy(&self, destination: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
         let _current = self.context.enter()?;
-        call!(self.context.ordinal(), cuMemcpyDtoDAsync_v2(to as u64, from as u64, bytes, self.raw))
+        call!(self.context.ordinal(), cuMemcpyDtoDAsync_v2(destination as u64, source as u64, bytes, self.raw))
     }
 
     /// Fills device memory with a byte, in stream order.
     ///
     /// # Safety
-    /// `bytes` bytes may be written at `to` on the device until the stream has done it.
-    pub unsafe fn fill(&self, to: *mut c_void, byte: u8, bytes: usize) -> Result<()> {
+    /// `bytes` bytes may be written at `destination` on the device until the stream has done it.
+    pub unsafe fn fill(&self, destination: *mut c_void, byte: u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
         let _current = self.context.enter()?;
-        call!(self.context.ordinal(), cuMemsetD8Async(to as u64, byte, bytes, self.raw))
+        call!(self.context.ordinal(), cuMemsetD8Async(destination as u64, byte, bytes, self.raw))
     }
 }
 
@@ -134,12 +134,12 @@ impl Drop for Stream {
                 // SAFETY: made by `new`. The driver ends it once its work is done.
                 unsafe { call!(self.context.ordinal(), cuStreamDestroy_v2(self.raw)) }
             };
-            report("destroying a stream", destroy());
+            log_failure("destroying a stream", destroy());
         }
     }
 }
 
-/// A moment in a stream; only one made by `timed` has a time.
+/// A point in a stream; only one made by `timed` has a time.
 pub(crate) struct Event {
     raw: CUevent,
     context: Arc<Context>,
@@ -176,20 +176,20 @@ impl Event {
         Ok(f64::from(milliseconds) * 1e3)
     }
 
-    /// Makes it the moment after everything enqueued on `stream` so far.
+    /// Makes it the point after everything enqueued on `stream` so far.
     pub fn record(&self, stream: &Stream) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: a living event and a living stream.
         unsafe { call!(self.context.ordinal(), cuEventRecord(self.raw, stream.handle())) }
     }
 
-    /// Whether the moment has come; true before the first record.
+    /// Whether the stream has reached it; true before the first record.
     pub fn is_over(&self) -> Result<bool> {
         let _current = self.context.enter()?;
         // SAFETY: a living event.
         match unsafe { sys::cuEventQuery(self.raw) } {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            result => check(result, "cuEventQuery", self.context.ordinal()).map(|()| true),
+            result => driver_result(result, "cuEventQuery", self.context.ordinal()).map(|()| true),
         }
     }
 
@@ -208,6 +208,6 @@ impl Drop for Event {
             // SAFETY: made by `new`.
             unsafe { call!(self.context.ordinal(), cuEventDestroy_v2(self.raw)) }
         };
-        report("destroying an event", destroy());
+        log_failure("destroying an event", destroy());
     }
 }

@@ -316,7 +316,7 @@ fn the_failure_of_a_kernel_comes_with_the_call_that_waits() {
     assert_eq!(_after.findings(), "");
 }
 
-/// The emulator runs streams as late as it may, in an order that only events bind: here is none.
+/// The emulator delays streams as long as it may, in an order that only events bind: here is none.
 #[test]
 fn a_missing_event_is_found() {
     let turn = turn(13);
@@ -427,14 +427,14 @@ fn pointers_are_the_hosts_or_the_devices() {
     let _turn = turn(8);
     let context = context();
     let stream = Stream::new(&context, Priority::Least).expect("a stream");
-    let place = |pointer: *const c_void| context.place("rows.data", pointer).expect("a place");
+    let space = |pointer: *const c_void| context.memory_space("rows.data", pointer).expect("a memory space");
     let host = [0f32; 4];
-    assert_eq!(place(host.as_ptr().cast()), Place::Host);
+    assert_eq!(space(host.as_ptr().cast()), MemorySpace::Host);
     let device = DeviceBuffer::<f32>::zeroed(&stream, 100, "test").expect("memory");
-    assert_eq!(place(device.as_mut_ptr().cast()), Place::Device);
-    assert_eq!(place(device.as_mut_ptr().wrapping_add(99).cast()), Place::Device);
+    assert_eq!(space(device.as_mut_ptr().cast()), MemorySpace::Device);
+    assert_eq!(space(device.as_mut_ptr().wrapping_add(99).cast()), MemorySpace::Device);
     let pinned = PinnedBuffer::<f32>::zeroed(&context, 100, "test").expect("memory");
-    assert_eq!(place(pinned.as_raw().cast()), Place::Host);
+    assert_eq!(space(pinned.as_raw().cast()), MemorySpace::Host);
 }
 
 #[test]
@@ -446,11 +446,11 @@ fn foreign_memory_is_refused() {
     unsafe { call!(0, cuCtxGetCurrent(&mut ours)) }.expect("an answer");
     let other = std::ptr::dangling_mut::<u64>().cast();
     let own = Pointer { on_device: true, managed: false, ordinal: 0, context: ours };
-    let judge = |pointer| context.judge("rows.data", pointer);
-    assert_eq!(judge(own), Ok(Place::Device));
-    assert_eq!(judge(Pointer { context: std::ptr::null_mut(), ..own }), Ok(Place::Device));
-    assert_eq!(judge(Pointer { on_device: false, ordinal: 3, context: other, ..own }), Ok(Place::Host));
-    assert_eq!(judge(Pointer { on_device: false, managed: true, ordinal: 3, context: other }), Ok(Place::Device));
+    let judge = |pointer| context.judge_pointer("rows.data", pointer);
+    assert_eq!(judge(own), Ok(MemorySpace::Device));
+    assert_eq!(judge(Pointer { context: std::ptr::null_mut(), ..own }), Ok(MemorySpace::Device));
+    assert_eq!(judge(Pointer { on_device: false, ordinal: 3, context: other, ..own }), Ok(MemorySpace::Host));
+    assert_eq!(judge(Pointer { on_device: false, managed: true, ordinal: 3, context: other }), Ok(MemorySpace::Device));
     let message = error_of(judge(Pointer { ordinal: 3, context: other, ..own }), Status::InvalidArgument);
     assert_names(&message, &["rows.data", "GPU 3", "GPU 0"]);
     let message = error_of(judge(Pointer { context: other, ..own }), Status::InvalidArgument);
@@ -471,7 +471,7 @@ fn memory_of_another_context_is_refused() {
         let mut popped = std::ptr::null_mut();
         assert_eq!(sys::cuCtxPopCurrent_v2(&mut popped), CUresult::CUDA_SUCCESS);
     }
-    let message = error_of(context.place("rows.data", data as *const c_void), Status::InvalidArgument);
+    let message = error_of(context.memory_space("rows.data", data as *const c_void), Status::InvalidArgument);
     assert_names(&message, &["rows.data", "another context", "GPU 0"]);
     // SAFETY: made above.
     unsafe { assert_eq!(sys::cuCtxDestroy_v2(other), CUresult::CUDA_SUCCESS) };

@@ -1,10 +1,8 @@
-//! What a head tells of its rows and of its last step, and rows that are put in their place.
+//! Reads a head's sample, figures and rows, and overwrites rows.
 
-use super::super::driver::Grid;
-use super::super::kernels::BLOCK;
-use super::super::lanes::Lane;
+use super::super::shared_structs::{Ledger, StepBlock};
 use super::super::staging;
-use super::super::view::{Ledger, StepBlock};
+use super::super::streams::StreamRole;
 use super::{run, CudaHead};
 use crate::device::StepFigures;
 use crate::matrix::Matrix;
@@ -13,26 +11,26 @@ use crate::{ensure, error, Result};
 
 impl CudaHead {
     pub(super) fn listed_ids(&self) -> Result<Vec<i64>> {
-        // After whoever writes the block last.
-        self.lanes.join(Lane::Centers, Lane::Main)?;
-        let (view, lane) = match self.drafted {
-            true => (self.arrays.views[self.next()], Lane::Draw),
-            false => (self.view(), Lane::Centers),
+        // After the last kernel that writes the block.
+        self.streams.join(StreamRole::Centers, StreamRole::Main)?;
+        let (arrays, role) = match self.next_has_labels {
+            true => (self.memory.arrays[self.next()], StreamRole::Draw),
+            false => (self.arrays(), StreamRole::Centers),
         };
-        let stream = self.lanes.of(lane);
-        let block: StepBlock = staging::fetch(stream, view.block, 1)?[0];
-        let classes: Vec<u32> = staging::fetch(stream, view.sample, block.classes as usize)?;
+        let stream = self.streams.of(role);
+        let block: StepBlock = staging::fetch(stream, arrays.block, 1)?[0];
+        let classes: Vec<u32> = staging::fetch(stream, arrays.sample, block.classes as usize)?;
         Ok(classes.into_iter().map(|class| self.spec.shard.first as i64 + i64::from(class)).collect())
     }
 
     pub(super) fn step_figures(&mut self) -> Result<StepFigures> {
-        self.settled()?;
-        self.join(Lane::Main, Lane::Centers);
+        self.pending_error()?;
+        self.join(StreamRole::Main, StreamRole::Centers);
         self.read_block()?;
-        let (view, block) = (self.view(), self.block);
+        let (arrays, block) = (self.arrays(), self.block);
         let rows = block.rows as usize;
-        let stream = &self.cuda.stream;
-        let ledger: Ledger = staging::fetch(stream, view.ledger, 1)?[0];
+        let stream = &self.gpu.stream;
+        let ledger: Ledger = staging::fetch(stream, arrays.ledger, 1)?[0];
         Ok(StepFigures {
             updates: ledger.updates,
             rows: block.global_rows.into(),
@@ -40,8 +38,8 @@ impl CudaHead {
             sample_size: block.classes.into(),
             loss: block.loss,
             target_cosines: block.target_cosines,
-            best_negatives: staging::fetch(stream, view.best_negatives, rows)?,
-            own_target_cosines: staging::fetch(stream, view.target_cosines, rows)?,
+            best_negatives: staging::fetch(stream, arrays.best_negatives, rows)?,
+            own_target_cosines: staging::fetch(stream, arrays.target_cosines, rows)?,
             grad_embeddings: block.grad_embeddings,
             grad_centers: block.grad_centers,
         })
@@ -49,47 +47,45 @@ impl CudaHead {
 
     pub(super) fn fetch_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        self.lanes.join(Lane::Main, Lane::Centers)?;
-        // A piece at a time: a whole shard has no room beside itself.
-        let piece = self.rows_a_piece();
-        for start in (0..rows.rows).step_by(piece) {
-            let part = staging::part_of(rows, start, piece);
-            let target = self.staging.borrow_mut().target(&self.cuda.stream, "rows", &part)?;
-            let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
-            let grid = Grid::of(self.cuda.grid(4), BLOCK);
-            // SAFETY: the head's own arrays, and a target of as many rows.
-            unsafe { self.cuda.kernels.read_rows.launch(&self.cuda.stream, grid, (view, tensor, first, target)) }?;
-            self.staging.borrow().download(&self.cuda.stream, &target, &part)?;
+        self.streams.join(StreamRole::Main, StreamRole::Centers)?;
+        // Some rows at a time: a GPU may have no memory for a second copy of a shard.
+        let count = self.rows_at_once();
+        for start in (0..rows.rows).step_by(count) {
+            let some = staging::some_rows(rows, start, count);
+            let output = self.staging.borrow_mut().output(&self.gpu.stream, "rows", &some)?;
+            let (arrays, tensor, first) = (self.arrays(), tensor as i32, (first as usize + start) as u32);
+            self.gpu.run(&self.gpu.entries.read_rows, (arrays, tensor, first, output))?;
+            self.staging.borrow().download(&self.gpu.stream, &some, &output)?;
         }
         Ok(())
     }
 
     pub(super) fn put_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        if let Some(row) = staging::not_finite(&self.cuda.stream, "rows", rows)? {
+        if let Some(row) = staging::first_not_finite_row(&self.gpu.stream, "rows", rows)? {
             let class = self.spec.shard.first + first + row as u64;
             return Err(error!(InvalidArgument, "row {row} (class {class}) contains a NaN or an infinity"));
         }
-        self.join(Lane::Main, Lane::Centers);
+        self.join(StreamRole::Main, StreamRole::Centers);
         let next = self.next();
         self.drafts[next].gathered = false;
-        let piece = self.rows_a_piece();
-        for start in (0..rows.rows).step_by(piece) {
-            let part = staging::part_of(rows, start, piece);
-            let uploaded = self.staging.borrow_mut().upload(&self.cuda.stream, "rows", &part);
+        let count = self.rows_at_once();
+        for start in (0..rows.rows).step_by(count) {
+            let some = staging::some_rows(rows, start, count);
+            let uploaded = self.staging.borrow_mut().upload(&self.gpu.stream, "rows", &some);
             let source = match uploaded {
                 Err(error) if start > 0 => {
-                    // A head with rows half written is not to go on.
+                    // A head with some rows written and others not must not go on.
                     let (from, last) = (self.spec.shard.first + first, self.spec.shard.first + first + start as u64 - 1);
                     return Err(error!(Device, "classes {from} to {last} were written, the later ones were not: {error}"));
                 }
                 uploaded => uploaded?,
             };
-            let (view, tensor, first) = (self.view(), tensor as i32, (first as usize + start) as u32);
-            run!(self, Main, write_rows, self.cuda.grid(4), BLOCK, (view, tensor, first, source));
+            let (arrays, tensor, first) = (self.arrays(), tensor as i32, (first as usize + start) as u32);
+            run!(self, Main, write_rows, (arrays, tensor, first, source));
         }
-        self.settled()?;
-        self.cuda.stream.synchronize()
+        self.pending_error()?;
+        self.gpu.stream.synchronize()
     }
 
     fn check_state(&self, tensor: StateTensor) -> Result<()> {
@@ -101,8 +97,8 @@ impl CudaHead {
         Ok(())
     }
 
-    /// Rows that go at a time.
-    fn rows_a_piece(&self) -> usize {
-        (staging::PIECE / (4 * self.dim())).max(1)
+    /// Rows that are copied at a time.
+    fn rows_at_once(&self) -> usize {
+        (staging::COPIED_BYTES / (4 * self.dim())).max(1)
     }
 }

@@ -1,20 +1,35 @@
-//! What the device says of a step that came to nothing.
+//! Why a step failed, as the device reports it.
 
-use std::mem::size_of;
-
+use super::super::shared_structs::{fault, Ledger, StepBlock};
 use super::super::staging;
-use super::super::view::{fault, Ledger, StepBlock};
 use super::CudaHead;
 use crate::{error, protocol, Error, Result};
 
+/// A failure of this rank's own that a call has returned.
+pub(super) struct ReportedFailure {
+    pub step: u64,
+    pub error: Error,
+}
+
 impl CudaHead {
-    /// What a block says went wrong.
+    /// Waits for the step's block.
+    pub(super) fn read_block(&mut self) -> Result<()> {
+        let block = self.arrays().block;
+        // SAFETY: a block on the device; the verdict lives as long as the head and is read after the wait.
+        unsafe { self.gpu.stream.download(self.verdict.as_raw().cast(), block.cast(), size_of::<StepBlock>()) }?;
+        self.gpu.stream.synchronize()?;
+        self.streams.add_finished_spans();
+        self.block = self.verdict[0];
+        Ok(())
+    }
+
+    /// The error of a block.
     pub(super) fn fault(&self, block: &StepBlock) -> Result<()> {
         let (rank, row) = (block.rank.max(0) as usize, block.row as usize);
         Err(match block.fault {
             fault::NONE => return Ok(()),
             fault::REMOTE | fault::SUMS => Error::remote(rank, block.value),
-            fault::PARTED => protocol::ranks_out_of_step(block.detail, rank),
+            fault::OUT_OF_STEP => protocol::ranks_out_of_step(block.detail, rank),
             fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
             fault::EMBEDDING => protocol::bad_embedding(row, rank),
             fault::SUM => protocol::bad_sum(row, rank),
@@ -28,25 +43,26 @@ impl CudaHead {
     }
 
     /// Counts the failed steps from 0 again.
-    pub(super) fn forgive(&self) -> Result<()> {
-        let failed = self.view().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));
+    pub(super) fn reset_failure_count(&self) -> Result<()> {
+        let failed = self.arrays().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));
         // SAFETY: the head's own ledger.
-        unsafe { self.cuda.stream.fill(failed.cast(), 0, size_of::<u64>()) }
+        unsafe { self.gpu.stream.fill(failed.cast(), 0, size_of::<u64>()) }
     }
 
-    /// Counts the step that just failed no more; those before it, with their losses on the device, are still to be told.
-    pub(super) fn forgive_last(&mut self) -> Result<()> {
+    /// Takes the step that has just failed out of the count. Failures before it, of steps with their losses on the device, stay for
+    /// `wait` to return.
+    pub(super) fn discount_last_failure(&mut self) -> Result<()> {
         let step = self.drafts[self.current].step;
-        if self.told.as_ref().is_some_and(|(told, _)| *told == step) {
-            self.told = None;
+        if self.reported.as_ref().is_some_and(|reported| reported.step == step) {
+            self.reported = None;
         }
-        let ledger: Ledger = staging::fetch(&self.cuda.stream, self.view().ledger, 1)?[0];
+        let ledger: Ledger = staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0];
         if ledger.failed <= 1 {
-            return self.forgive();
+            return self.reset_failure_count();
         }
         let (failed, left) = (std::mem::offset_of!(Ledger, failed), ledger.failed - 1);
-        let target = self.view().ledger.cast::<u8>().wrapping_add(failed);
+        let destination = self.arrays().ledger.cast::<u8>().wrapping_add(failed);
         // SAFETY: the head's own ledger; the driver has copied pageable memory away when it returns.
-        unsafe { self.cuda.stream.upload(target.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }
+        unsafe { self.gpu.stream.upload(destination.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }
     }
 }

@@ -1,32 +1,17 @@
-//! What a communicator does with a GPU's memory: copies, sums and events on its streams.
+//! A GPU's memory as a communicator uses it: copies, sums and events on its streams.
 
 use std::any::Any;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::driver::{Current, DeviceBuffer, Event, Grid, Priority, Stream};
-use super::kernels::BLOCK;
-use super::Cuda;
+use super::context::Gpu;
+use super::driver::{CurrentContext, DeviceBuffer, Event, Priority, Stream};
+use super::shared_structs::RankPointers;
 use crate::matrix::{DType, ReduceOp};
-use crate::stream::{self, CurrentDeviceGuard, Scratch, StreamDevice, StreamEvent, StreamMemory, MOST_REDUCED};
+use crate::stream::{self, CurrentDeviceGuard, Scratch, StreamDevice, StreamEvent, StreamMemory};
 use crate::{error, Result};
 
-/// kernels/collective.h: one buffer of each rank; NULL: none.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct RankPointers {
-    of: [*mut u8; MOST_REDUCED],
-}
-
-impl RankPointers {
-    fn new(pointers: impl Iterator<Item = *mut u8>) -> RankPointers {
-        let mut all = RankPointers { of: [std::ptr::null_mut(); MOST_REDUCED] };
-        all.of.iter_mut().zip(pointers).for_each(|(slot, pointer)| *slot = pointer);
-        all
-    }
-}
-
-impl Cuda {
+impl Gpu {
     /// # Safety
     /// A stream of this context.
     unsafe fn borrowed(&self, stream: *mut c_void) -> Stream {
@@ -41,7 +26,7 @@ impl StreamEvent for Event {
 }
 
 // SAFETY of all methods: the trait's callers answer for the pointers and the stream.
-impl StreamMemory for Cuda {
+impl StreamMemory for Gpu {
     fn kind(&self) -> &'static str {
         "cuda"
     }
@@ -72,10 +57,11 @@ impl StreamMemory for Cuda {
         op: ReduceOp,
         stream: *mut c_void,
     ) -> Result<()> {
-        let from = RankPointers::new(sources.iter().map(|source| source.cast_mut()));
-        let to = RankPointers::new(destinations.iter().copied());
-        let arguments = (from, to, first as u64, count as u64, dtype as i32, op as i32, sources.len() as u32);
-        self.kernels.reduce_ranks.launch(&self.borrowed(stream), Grid::of(self.grid(2), BLOCK), arguments)
+        let ranks = sources.len() as u32;
+        let sources = RankPointers::new(sources.iter().map(|source| source.cast_mut()));
+        let destinations = RankPointers::new(destinations.iter().copied());
+        let arguments = (sources, destinations, first as u64, count as u64, dtype as i32, op as i32, ranks);
+        self.entries.reduce_ranks.launch(&self.borrowed(stream), arguments)
     }
 
     unsafe fn to_host(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()> {
@@ -87,7 +73,7 @@ impl StreamMemory for Cuda {
     unsafe fn to_device(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()> {
         let stream = self.borrowed(stream);
         stream.upload(destination.cast(), source.cast(), bytes)?;
-        // Page-locked memory is read late.
+        // The driver may still be reading page-locked memory when it returns.
         stream.synchronize()
     }
 
@@ -96,9 +82,9 @@ impl StreamMemory for Cuda {
     }
 }
 
-impl CurrentDeviceGuard for Current<'_> {}
+impl CurrentDeviceGuard for CurrentContext<'_> {}
 
-impl StreamDevice for Cuda {
+impl StreamDevice for Gpu {
     fn ordinal(&self) -> i32 {
         self.context.ordinal()
     }
@@ -108,18 +94,18 @@ impl StreamDevice for Cuda {
     }
 
     fn scratch(&self) -> Result<Box<dyn Scratch>> {
-        Ok(Box::new(CudaScratch { stream: Stream::new(&self.context, Priority::Greatest)?, buffers: Vec::new() }))
+        Ok(Box::new(GpuScratch { stream: Stream::new(&self.context, Priority::Greatest)?, buffers: Vec::new() }))
     }
 }
 
-struct CudaScratch {
+struct GpuScratch {
     stream: Stream,
     /// The last is the largest. Freeing one waits for all that is under way in the context, and that may be another rank's wait for
     /// this one: those outgrown stay, together no larger than the last.
     buffers: Vec<DeviceBuffer<u8>>,
 }
 
-impl Scratch for CudaScratch {
+impl Scratch for GpuScratch {
     fn stream(&self) -> *mut c_void {
         self.stream.raw()
     }

@@ -1,45 +1,90 @@
-//! The kernels that are no products, with the arguments that each takes after the head's view.
+//! The kernels that are no products: each with the arguments that it takes after the head's arrays, and with the launch shape that
+//! its source declares.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::driver::{Context, Kernel, Module};
+use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::memory::RankPointers;
-use super::view::{HeadView, MatrixView, Rule};
+use super::shared_structs::{HeadArrays, MatrixView, RankPointers, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
 
-/// Threads of a block of the row-wise kernels, and of those that one block runs alone.
-pub(super) const BLOCK: u32 = 256;
-pub(super) const ALONE: u32 = 1024;
-/// Dynamic shared memory: of a sum or a scan over a block's warps, and a flag; of the draw's bins.
-pub(super) const PARTS: u32 = 272;
-pub(super) const HISTOGRAM: u32 = 8192;
+/// The number of blocks of a launch.
+#[derive(Clone, Copy)]
+enum Blocks {
+    Fixed(u32),
+    PerMultiprocessor(u32),
+}
 
-macro_rules! kernels {
-    ($($source:literal { $($kernel:ident ( $($argument:ty),* );)* })*) => {
-        pub(super) struct Kernels {
-            $($(pub $kernel: Kernel<(HeadView, $($argument,)*)>,)*)*
-            pub reduce_ranks: Kernel<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
+/// A `// launch:` line of a kernel source.
+#[derive(Clone, Copy)]
+struct LaunchShape {
+    blocks: Blocks,
+    threads: u32,
+    shared: u32,
+}
+
+/// The launch shape of each kernel, by its name; build/kernels.rs reads them from the sources.
+#[allow(non_upper_case_globals)]
+mod launches {
+    use super::{Blocks, LaunchShape};
+
+    include!(concat!(env!("OUT_DIR"), "/launches.rs"));
+}
+
+/// A kernel with its launch shape on this GPU.
+pub(super) struct Entry<A> {
+    kernel: Kernel<A>,
+    grid: Grid,
+}
+
+impl<A: Arguments> Entry<A> {
+    fn load(module: &Arc<Module>, name: &str, shape: LaunchShape, multiprocessors: u32) -> Result<Entry<A>> {
+        let blocks = match shape.blocks {
+            Blocks::Fixed(blocks) => blocks,
+            Blocks::PerMultiprocessor(blocks) => blocks * multiprocessors,
+        };
+        let LaunchShape { threads, shared, .. } = shape;
+        Ok(Entry { kernel: module.kernel(name)?, grid: Grid { blocks, threads, shared } })
+    }
+
+    /// Warps of a launch.
+    pub fn warps(&self) -> u32 {
+        self.grid.blocks * (self.grid.threads / 32)
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    pub unsafe fn launch(&self, stream: &Stream, arguments: A) -> Result<()> {
+        self.kernel.launch(stream, self.grid, arguments)
+    }
+}
+
+macro_rules! entries {
+    ($($source:literal { $($entry:ident ( $($argument:ty),* );)* })*) => {
+        pub(super) struct Entries {
+            $($(pub $entry: Entry<(HeadArrays, $($argument,)*)>,)*)*
+            pub reduce_ranks: Entry<(RankPointers, RankPointers, u64, u64, i32, i32, u32)>,
         }
 
-        impl Kernels {
+        impl Entries {
             /// Loads every image and looks its kernels up.
-            pub fn load(context: &Arc<Context>, images: &Images) -> Result<Kernels> {
+            pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Entries> {
                 $(
                     let module = Module::load(context, $source, images.of($source)?)?;
-                    $(let $kernel = module.kernel(stringify!($kernel))?;)*
+                    $(let $entry = Entry::load(&module, stringify!($entry), launches::$entry, multiprocessors)?;)*
                 )*
                 let module = Module::load(context, "collective", images.of("collective")?)?;
-                Ok(Kernels { $($($kernel,)*)* reduce_ranks: module.kernel("reduce_ranks")? })
+                let reduce_ranks = Entry::load(&module, "reduce_ranks", launches::reduce_ranks, multiprocessors)?;
+                Ok(Entries { $($($entry,)*)* reduce_ranks })
             }
         }
     };
 }
 
-kernels! {
+entries! {
     "labels" {
         pack_labels(u64, u64, i32, u64, Address);
         judge_labels();
@@ -63,7 +108,7 @@ kernels! {
         list_sample_scan();
         list_sample_scatter();
         list_whole();
-        place_targets();
+        find_target_columns();
     }
     "embeddings" {
         pack_embeddings(MatrixView, u64);
@@ -99,7 +144,7 @@ kernels! {
     }
     "stateless" {
         normalize_matrix(MatrixView, MatrixView, Address);
-        unit_operands(MatrixView, u64, u32, i32);
+        write_unit_operands(MatrixView, u64, u32, i32);
         margin_forward(Address, u64, Address);
         margin_backward(Address, Address, u64, Address);
         partial_softmax(MatrixView, Address, Address);
@@ -109,7 +154,7 @@ kernels! {
     "fused" {
         find_given_targets(MatrixView, MatrixView);
         add_row_sums(u32, i32, Address);
-        write_weighted(MatrixView);
+        write_weighted_centers(MatrixView);
         weigh_rows(Address, Address);
         finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
         write_center_rows(u64, u32, MatrixView, MatrixView);

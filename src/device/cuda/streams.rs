@@ -1,8 +1,8 @@
 //! A head's streams, and what orders them.
 //!
-//! The caller's stream has the step from the embeddings to their gradient. Beside it run the draw of the next step; the class
-//! centres' own work (their gradient, the update, the gather for a step that is prepared); and, with several ranks, the collectives.
-//! Work on one lane comes after work on another only where `join` says so.
+//! The caller's stream has the step from the embeddings to their gradient. Beside it run the draw of the next step; the work on the
+//! class centers (their gradient, the update, the gather for a step that is prepared); and, with several ranks, the collectives.
+//! Work on one stream comes after work on another only where `join` says so.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::driver::{Context, Event, Priority, Stream};
 use crate::{trace, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lane {
+pub(super) enum StreamRole {
     /// The caller's.
     Main,
     Draw,
@@ -19,21 +19,21 @@ pub(super) enum Lane {
     Exchange,
 }
 
-const LANES: [Lane; 4] = [Lane::Main, Lane::Draw, Lane::Centers, Lane::Exchange];
+const ROLES: [StreamRole; 4] = [StreamRole::Main, StreamRole::Draw, StreamRole::Centers, StreamRole::Exchange];
 
-pub(super) struct Lanes {
-    /// In the order of `LANES`.
+pub(super) struct HeadStreams {
+    /// In the order of `ROLES`.
     streams: [Stream; 4],
     reached: [Event; 4],
-    alone: bool,
+    single_rank: bool,
     tracer: Option<RefCell<Tracer>>,
 }
 
-impl Lanes {
-    pub fn new(context: &Arc<Context>, main: &Stream, ranks: u32) -> Result<Lanes> {
+impl HeadStreams {
+    pub fn new(context: &Arc<Context>, main: &Stream, ranks: u32) -> Result<HeadStreams> {
         // SAFETY: the caller's stream outlives the device, and so its heads.
         let main = unsafe { Stream::borrowed(context, main.raw()) };
-        // Collectives are short, and other ranks wait for them; what a trainer waits for is on the caller's stream.
+        // Collectives are short, and other ranks wait for them; the work that a trainer waits for is on the caller's stream.
         let (draw, centers) = (Stream::new(context, Priority::Least)?, Stream::new(context, Priority::Least)?);
         let exchange = Stream::new(context, Priority::Greatest)?;
         let tracer = match trace::is_on() {
@@ -41,29 +41,29 @@ impl Lanes {
             false => None,
         };
         let event = || Event::new(context);
-        Ok(Lanes {
+        Ok(HeadStreams {
             streams: [main, draw, centers, exchange],
             reached: [event()?, event()?, event()?, event()?],
-            alone: ranks == 1,
+            single_rank: ranks == 1,
             tracer,
         })
     }
 
-    pub fn of(&self, lane: Lane) -> &Stream {
-        &self.streams[lane as usize]
+    pub fn of(&self, role: StreamRole) -> &Stream {
+        &self.streams[role as usize]
     }
 
-    /// Where ranks exchange what `from` has made: one that is alone has nothing to wait for.
-    pub fn exchange(&self, from: Lane) -> Lane {
-        if self.alone {
+    /// The stream of an exchange of what `from` has computed: a single rank has nothing to wait for.
+    pub fn exchange_role(&self, from: StreamRole) -> StreamRole {
+        if self.single_rank {
             from
         } else {
-            Lane::Exchange
+            StreamRole::Exchange
         }
     }
 
-    /// What is enqueued on `later` from here on comes after all that is on `earlier` now.
-    pub fn join(&self, later: Lane, earlier: Lane) -> Result<()> {
+    /// Work that is enqueued on `later` from here on comes after all that is on `earlier` now.
+    pub fn join(&self, later: StreamRole, earlier: StreamRole) -> Result<()> {
         if later == earlier {
             return Ok(());
         }
@@ -74,27 +74,27 @@ impl Lanes {
 
     /// Waits, on the host, for everything enqueued.
     pub fn synchronize(&self) -> Result<()> {
-        LANES.iter().try_for_each(|&lane| self.of(lane).synchronize())?;
-        self.settle();
+        ROLES.iter().try_for_each(|&role| self.of(role).synchronize())?;
+        self.add_finished_spans();
         Ok(())
     }
 
-    /// From here to `end`, what is enqueued on the lane is a span of the trace.
-    pub fn begin(&self, lane: Lane) -> Option<Event> {
+    /// Work that is enqueued on the stream from here to `end_span` is a span of the trace.
+    pub fn begin_span(&self, role: StreamRole) -> Option<Event> {
         let tracer = self.tracer.as_ref()?;
-        tracer.borrow().moment(self.of(lane))
+        tracer.borrow().record_event(self.of(role))
     }
 
-    pub fn end(&self, lane: Lane, begun: Option<Event>, scope: trace::Scope, name: &str) {
+    pub fn end_span(&self, role: StreamRole, begun: Option<Event>, scope: trace::Scope, name: &str) {
         if let (Some(tracer), Some(begin)) = (&self.tracer, begun) {
-            tracer.borrow_mut().end(self.of(lane), begin, scope, lane, name);
+            tracer.borrow_mut().end_span(self.of(role), begin, scope, role, name);
         }
     }
 
-    /// Hands the trace what is over.
-    pub fn settle(&self) {
+    /// Gives the trace the spans that are over.
+    pub fn add_finished_spans(&self) {
         if let Some(tracer) = &self.tracer {
-            tracer.borrow_mut().settle();
+            tracer.borrow_mut().add_finished_spans();
         }
     }
 }
@@ -102,16 +102,16 @@ impl Lanes {
 /// A span whose end the host may not know yet.
 struct Pending {
     name: String,
-    lane: Lane,
+    role: StreamRole,
     scope: trace::Scope,
     begin: Event,
     end: Event,
 }
 
-/// Spans by events around what a lane runs.
+/// Measures spans with events around the work of a stream.
 struct Tracer {
     context: Arc<Context>,
-    /// A moment of the device's, and where it is on the trace's time line.
+    /// An event, and its time on the trace's time line.
     base: Event,
     base_us: f64,
     pending: Vec<Pending>,
@@ -125,35 +125,35 @@ impl Tracer {
         Ok(Tracer { context: context.clone(), base, base_us: trace::now(), pending: Vec::new() })
     }
 
-    /// A trace does without a moment that cannot be had: the step goes on.
-    fn moment(&self, stream: &Stream) -> Option<Event> {
+    /// If an event fails, the trace lacks a span and the step goes on.
+    fn record_event(&self, stream: &Stream) -> Option<Event> {
         let made = Event::timed(&self.context).and_then(|event| event.record(stream).map(|()| event));
         made.map_err(|error| log::debug!("trace: {error}")).ok()
     }
 
-    fn end(&mut self, stream: &Stream, begin: Event, scope: trace::Scope, lane: Lane, name: &str) {
-        if let Some(end) = self.moment(stream) {
-            self.pending.push(Pending { name: name.into(), lane, scope, begin, end });
+    fn end_span(&mut self, stream: &Stream, begin: Event, scope: trace::Scope, role: StreamRole, name: &str) {
+        if let Some(end) = self.record_event(stream) {
+            self.pending.push(Pending { name: name.into(), role, scope, begin, end });
         }
     }
 
-    fn settle(&mut self) {
+    fn add_finished_spans(&mut self) {
         let spans = std::mem::take(&mut self.pending);
         let (over, pending): (Vec<_>, Vec<_>) = spans.into_iter().partition(|span| span.end.is_over().unwrap_or(true));
         self.pending = pending;
         for span in over {
-            if let Err(error) = self.tell(span) {
+            if let Err(error) = self.add_span(span) {
                 log::debug!("trace: {error}");
             }
         }
     }
 
-    fn tell(&mut self, span: Pending) -> Result<()> {
-        let track = match span.lane {
-            Lane::Main => "main stream",
-            Lane::Draw => "draw stream",
-            Lane::Centers => "centers stream",
-            Lane::Exchange => "exchange stream",
+    fn add_span(&mut self, span: Pending) -> Result<()> {
+        let track = match span.role {
+            StreamRole::Main => "main stream",
+            StreamRole::Draw => "draw stream",
+            StreamRole::Centers => "centers stream",
+            StreamRole::Exchange => "exchange stream",
         };
         let (start, duration) = (self.base_us + span.begin.since(&self.base)?, span.end.since(&span.begin)?);
         span.scope.add(&span.name, track, start, duration);

@@ -16,7 +16,7 @@ use crate::{error, Error, Result, Status};
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// How a transport ends its operations.
-pub(in crate::comm) trait Stop: Send + Sync {
+pub(super) trait Stop: Send + Sync {
     fn rank(&self) -> u32;
 
     /// Makes what runs, what is on streams, and what comes later end with an error. Called once, from any thread.
@@ -33,7 +33,7 @@ pub(in crate::comm) trait Stop: Send + Sync {
     }
 }
 
-pub(in crate::comm) struct Watchdog {
+pub(super) struct Watchdog {
     shared: Arc<Shared>,
 }
 
@@ -76,7 +76,7 @@ impl Deadline {
 }
 
 /// What became of a running operation while it ran.
-pub(in crate::comm) struct OperationOutcome {
+pub(super) struct OperationOutcome {
     /// It was stopped at its deadline.
     pub expired: bool,
     /// The transport was stopped, for whatever reason.
@@ -257,7 +257,7 @@ impl Drop for Watchdog {
 }
 
 /// The error of an operation that came upon a transport that was stopped.
-pub(in crate::comm) fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
+pub(super) fn aborted(call: &Call<'_>, cause: &Error, rank: u32) -> Error {
     let text = match cause.status {
         Status::Aborted => cause.message.clone(),
         _ => cause.to_string(),

@@ -1,32 +1,32 @@
-//! A stateless call's arguments: used where they are when they are on the GPU, copied there and back when they are the host's.
+//! A stateless call's arguments: used where they are when they are on the GPU, copied there and back when they are in host memory.
 
 use std::mem::size_of;
 
-use super::driver::{DeviceBuffer, Place, Stream};
-use super::staging::{self, Staging};
-use super::view::{MatrixView, StepBlock};
+use crate::device::cuda::driver::{DeviceBuffer, MemorySpace, Stream};
+use crate::device::cuda::shared_structs::{MatrixView, StepBlock};
+use crate::device::cuda::staging::{self, Staging};
 use crate::device::Workspace;
 use crate::matrix::{DType, Matrix};
 use crate::memory::Plain;
 use crate::{ensure, Result};
 
-/// Where the kernels' vector accesses ask a workspace to begin.
+/// Arrays of a workspace begin at multiples of it, as the kernels' vector accesses require.
 pub(super) const ALIGNMENT: u64 = 16;
 
-/// Memory that a device keeps for its stateless calls: it grows to the largest so far. One call at a time fills it; the stream keeps
-/// the calls' uses of it apart.
+/// Memory that a device keeps for its stateless calls: it grows to the largest so far. One call at a time fills it; the stream
+/// orders the calls' uses of it.
 #[derive(Default)]
-pub(super) struct Room {
-    /// By the number of a call's argument.
+pub(super) struct StagingPool {
+    /// One for each argument of a call.
     staging: Vec<Staging>,
-    pub draw: Draw,
+    pub draw: DrawBuffers,
 }
 
-/// What a draw needs beside the caller's arrays.
+/// The arrays of a draw beside the caller's.
 #[derive(Default)]
-pub(super) struct Draw {
+pub(super) struct DrawBuffers {
     pub block: Option<DeviceBuffer<StepBlock>>,
-    /// Zero between draws, as its users leave it.
+    /// Zero between draws: the kernels leave it so.
     pub counts: Option<DeviceBuffer<u32>>,
     pub selected: Option<DeviceBuffer<u32>>,
     pub sample: Option<DeviceBuffer<u32>>,
@@ -46,18 +46,25 @@ impl Element for i64 {
     const DTYPE: DType = DType::I64;
 }
 
+/// A matrix that the call writes for a host's caller.
+struct CallOutput {
+    /// Number of the argument.
+    slot: usize,
+    written: MatrixView,
+    destination: Matrix,
+}
+
 /// One call's arguments.
-pub(super) struct Lent<'a> {
+pub(super) struct CallArguments<'a> {
     stream: &'a Stream,
     staging: &'a mut Vec<Staging>,
     used: usize,
-    /// What was written for the host: the staging's number, where, and whose.
-    results: Vec<(usize, MatrixView, Matrix)>,
+    outputs: Vec<CallOutput>,
 }
 
-impl<'a> Lent<'a> {
-    pub fn new(stream: &'a Stream, room: &'a mut Room) -> (Lent<'a>, &'a mut Draw) {
-        (Lent { stream, staging: &mut room.staging, used: 0, results: Vec::new() }, &mut room.draw)
+impl<'a> CallArguments<'a> {
+    pub fn new(stream: &'a Stream, pool: &'a mut StagingPool) -> (CallArguments<'a>, &'a mut DrawBuffers) {
+        (CallArguments { stream, staging: &mut pool.staging, used: 0, outputs: Vec::new() }, &mut pool.draw)
     }
 
     fn slot(&mut self) -> usize {
@@ -77,16 +84,16 @@ impl<'a> Lent<'a> {
     /// A matrix that the call overwrites.
     pub fn write(&mut self, name: &str, matrix: &Matrix) -> Result<MatrixView> {
         let slot = self.slot();
-        let view = self.staging[slot].target(self.stream, name, matrix)?;
-        self.results.push((slot, view, *matrix));
-        Ok(view)
+        let written = self.staging[slot].output(self.stream, name, matrix)?;
+        self.outputs.push(CallOutput { slot, written, destination: *matrix });
+        Ok(written)
     }
 
     /// A matrix that the call changes.
     pub fn change(&mut self, name: &str, matrix: &Matrix) -> Result<MatrixView> {
-        let view = self.read(name, matrix)?;
-        self.results.push((self.used - 1, view, *matrix));
-        Ok(view)
+        let written = self.read(name, matrix)?;
+        self.outputs.push(CallOutput { slot: self.used - 1, written, destination: *matrix });
+        Ok(written)
     }
 
     pub fn read_array<T: Element>(&mut self, name: &str, data: *const T, count: usize) -> Result<*mut T> {
@@ -101,10 +108,10 @@ impl<'a> Lent<'a> {
         Ok(self.write(name, &array(name, data, count)?)?.data.cast())
     }
 
-    /// Numbers of the host's own making, where the call can read them.
+    /// A list of numbers that the host has computed, for the call to read.
     pub fn list(&mut self, numbers: &[u32]) -> Result<*mut u32> {
         let slot = self.slot();
-        self.staging[slot].classes(self.stream, numbers)
+        self.staging[slot].upload_classes(self.stream, numbers)
     }
 
     /// An array whose contents the host checks; waits for the stream where it is in device memory.
@@ -113,55 +120,35 @@ impl<'a> Lent<'a> {
         if array.rows == 0 {
             return Ok(Vec::new());
         }
-        match self.stream.context().place(name, data.cast())? {
+        match self.stream.context().memory_space(name, data.cast())? {
             // SAFETY: the caller's array of host memory.
-            Place::Host => Ok(unsafe { std::slice::from_raw_parts(data, count) }.to_vec()),
-            Place::Device => staging::fetch(self.stream, data, count),
+            MemorySpace::Host => Ok(unsafe { std::slice::from_raw_parts(data, count) }.to_vec()),
+            MemorySpace::Device => staging::fetch(self.stream, data, count),
         }
     }
 
-    /// Copies to the host what is the host's, and waits for it; without any returns at once.
+    /// Copies the outputs in host memory to the host and waits for them; returns at once if there are none.
     pub fn finish(self) -> Result<()> {
-        for (slot, view, matrix) in &self.results {
-            if matrix.cols > 0 {
-                self.staging[*slot].download(self.stream, view, matrix)?;
+        for CallOutput { slot, written, destination } in &self.outputs {
+            if destination.cols > 0 {
+                self.staging[*slot].download(self.stream, destination, written)?;
             }
         }
         Ok(())
     }
 }
 
-/// An array as a matrix of one row; none has no row.
+/// An array as a matrix of one row; an empty array has no row.
 fn array<T: Element>(name: &str, data: *mut T, count: usize) -> Result<Matrix> {
     ensure!(data.is_aligned(), InvalidArgument, "{name} must be aligned to its {}-byte elements, got {data:p}", size_of::<T>());
     Ok(Matrix { data: data.cast(), dtype: T::DTYPE, rows: count.min(1), cols: count, row_stride: count })
 }
 
-/// Cuts arrays off a workspace, or counts its bytes where there is none yet.
-pub(super) struct Cut {
-    start: *mut u8,
-    pub bytes: u64,
-}
-
-impl Cut {
-    pub fn new(start: *mut u8) -> Cut {
-        Cut { start, bytes: 0 }
-    }
-
-    /// The next `count` elements. What no memory holds stays more than any memory.
-    pub fn take<T>(&mut self, count: u64) -> *mut T {
-        let at = self.start.wrapping_add(self.bytes as usize);
-        let bytes = count.saturating_mul(size_of::<T>() as u64);
-        self.bytes = self.bytes.saturating_add(bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX));
-        at.cast()
-    }
-}
-
-/// That a workspace is what the call needs, and on the GPU.
+/// Checks that a workspace has the bytes that the call needs, and lies on the GPU.
 pub(super) fn check_workspace(stream: &Stream, workspace: Workspace, needed: u64) -> Result<()> {
     workspace.check(needed, ALIGNMENT as usize)?;
     ensure!(
-        stream.context().place("workspace", workspace.data.cast())? == Place::Device,
+        stream.context().memory_space("workspace", workspace.data.cast())? == MemorySpace::Device,
         InvalidArgument,
         "workspace must be in device memory, got host memory at {:p}",
         workspace.data

@@ -1,5 +1,5 @@
-// The skeleton of the GEMM-shaped kernels: sum[m, n] = sum over k of left[m, k] right[k, n] for the
-// tile of one CTA, by cp.async, ldmatrix and mma.sync m16n8k16 with float32 sums.
+// The mainloop of the GEMM kernels: sum[m, n] = sum over k of left[m, k] right[k, n] for the tile
+// of one CTA, by cp.async, ldmatrix and mma.sync m16n8k16 with float32 accumulators.
 //
 // An operand lies in memory with its depth k contiguous (kAlong) or with m or n contiguous
 // (kAcross, read by the transposing ldmatrix); both are stored as they lie.
@@ -38,12 +38,12 @@ struct Operand {
     const uint16_t* data;  // the tile's first value at k = 0, in the first plane
     uint64_t plane;        // values from plane to plane
     uint32_t pitch;        // values from row to row
-    uint32_t pieces;       // kAcross: pieces of a row that exist; zeros take the place of the rest
+    uint32_t vectors;      // kAcross: vectors of a row that exist; the rest are read as zeros
 };
 
 // `Shape` has a static constexpr GemmTile kTile.
 template <class Shape, Type kType, Depth kLeft, Depth kRight, int kPlanes>
-struct Product {
+struct Mainloop {
     static constexpr GemmTile kTile = Shape::kTile;
     static constexpr int kM = kTile.m, kN = kTile.n, kK = kTile.k;
     static constexpr int kThreads = kTile.threads();
@@ -75,22 +75,22 @@ struct Product {
         const uint16_t* a = left.data + Pair::left(pair) * left.plane;
         const uint16_t* b = right.data + Pair::right(pair) * right.plane;
         if constexpr (kLeft == Depth::kAlong) {
-            LeftLayout::template load<kThreads>(stage, a + k, left.pitch, kK / kPiece);
+            LeftLayout::template load<kThreads>(stage, a + k, left.pitch, kK / kVector);
         } else {
             LeftLayout::template load<kThreads>(stage, a + uint64_t(k) * left.pitch, left.pitch,
-                                                left.pieces);
+                                                left.vectors);
         }
         stage += LeftLayout::kBytes;
         if constexpr (kRight == Depth::kAlong) {
-            RightLayout::template load<kThreads>(stage, b + k, right.pitch, kK / kPiece);
+            RightLayout::template load<kThreads>(stage, b + k, right.pitch, kK / kVector);
         } else {
             RightLayout::template load<kThreads>(stage, b + uint64_t(k) * right.pitch, right.pitch,
-                                                 right.pieces);
+                                                 right.vectors);
         }
     }
 
-    // `meanwhile` runs while the first operands are on their way from shared memory: what it computes
-    // takes the time that they do.
+    // `meanwhile` runs while the first operands are on their way from shared memory: its
+    // instructions fill that latency.
     template <class Meanwhile>
     PFC_DEVICE void multiply_stage(const unsigned char* stage, const Meanwhile& meanwhile) {
         const unsigned char* left = stage;
@@ -104,11 +104,11 @@ struct Product {
             for (int i = 0; i < kRowTiles; ++i) {
                 if constexpr (kLeft == Depth::kAlong) {
                     const uint32_t at =
-                        LeftLayout::at(warp_row() + low + 8 * middle, k / kPiece + high);
+                        LeftLayout::at(warp_row() + low + 8 * middle, k / kVector + high);
                     ptx::ldmatrix_x4(a[i], left + at + 16 * i * LeftLayout::kRowBytes);
                 } else {
                     const uint32_t row = warp_row() + 16 * i;
-                    const uint32_t at = LeftLayout::at(low + 8 * high, row / kPiece + middle);
+                    const uint32_t at = LeftLayout::at(low + 8 * high, row / kVector + middle);
                     ptx::ldmatrix_x4_transposed(a[i], left + at + k * LeftLayout::kRowBytes);
                 }
             }
@@ -120,11 +120,11 @@ struct Product {
                 uint32_t b[4];
                 if constexpr (kRight == Depth::kAlong) {
                     const uint32_t at =
-                        RightLayout::at(warp_column() + low + 8 * high, k / kPiece + middle);
+                        RightLayout::at(warp_column() + low + 8 * high, k / kVector + middle);
                     ptx::ldmatrix_x4(b, right + at + 8 * j * RightLayout::kRowBytes);
                 } else {
                     const uint32_t column = warp_column() + 8 * j;
-                    const uint32_t at = RightLayout::at(low + 8 * middle, column / kPiece + high);
+                    const uint32_t at = RightLayout::at(low + 8 * middle, column / kVector + high);
                     ptx::ldmatrix_x4_transposed(b, right + at + k * RightLayout::kRowBytes);
                 }
 #pragma unroll
@@ -195,8 +195,8 @@ struct Product {
         const unsigned char* stage = pipeline;
 #pragma unroll 1
         for (uint32_t step = 0; step < steps; ++step) {
-            // One barrier a step: after it this stage is there for all, and the one before it,
-            // which the next load overwrites, is read no more.
+            // One barrier a step: after it all threads see this stage, and none reads the stage
+            // before it any more, which the next load overwrites.
             wait(stages);
             __syncthreads();
             multiply_stage(stage, load_next);

@@ -1,10 +1,11 @@
-//! The structures of kernels/view.h, field by field in the same order; what the fields mean is said there. A test compares the two.
+//! The structures of kernels/shared_structs.h, field by field in the same order. It explains the fields. A test compares the two.
 
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::Matrix;
 use crate::memory::Plain;
 use crate::optimizer::{replayed_updates, AdamwCoefficients, Coefficients, Optimizer, SgdCoefficients, UpdateRule};
 use crate::options::RowUpdate;
+use crate::stream::MOST_REDUCED;
 
 /// No column, no class, no positive.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -16,21 +17,21 @@ pub(crate) const TILE_COLUMNS: u64 = 128;
 /// The values of `StepBlock::fault`: what is wrong with a step.
 pub(crate) mod fault {
     pub(crate) const NONE: i32 = 0;
-    /// Rank `rank` came to A with status `value`.
+    /// Rank `rank` failed before the labels message, with status `value`.
     pub(crate) const REMOTE: i32 = 1;
-    /// Rank `rank` is at another step than rank 0: samples and updates of both in `detail`.
-    pub(crate) const PARTED: i32 = 2;
+    /// Rank `rank` is at another step than rank 0: the draws and updates of both in `detail`.
+    pub(crate) const OUT_OF_STEP: i32 = 2;
     /// Label `value` of row `row` of rank `rank`.
     pub(crate) const LABEL: i32 = 3;
     /// Row `row` of rank `rank` holds a NaN or an infinity.
     pub(crate) const EMBEDDING: i32 = 4;
     /// The softmax sum of row `row` of rank `rank` leaves float32.
     pub(crate) const SUM: i32 = 5;
-    /// Ranks failed in their forward: `value` is the sum that C carried.
+    /// Ranks failed in their forward: the sums message carried `value`.
     pub(crate) const FORWARD: i32 = 6;
     /// Replicated: the samples of rank 0 and rank `rank` differ.
     pub(crate) const SAMPLES: i32 = 7;
-    /// Replicated: rank `rank` brought status `value` to the sums.
+    /// Replicated: rank `rank` sent status `value` in the sums message.
     pub(crate) const SUMS: i32 = 8;
 }
 
@@ -54,7 +55,7 @@ macro_rules! structures {
             }
         )*
 
-        /// Of each structure its size, and of each field its place and size.
+        /// The size of each structure, and the offset and size of each field.
         #[cfg(test)]
         const LAYOUT: &[(&str, usize, &[(&str, usize, usize)])] = &[
             $((stringify!($name), std::mem::size_of::<$name>(), &[$((
@@ -77,7 +78,7 @@ structures! {
         reserved: i32,
     }
     /// `Margin`, with its offset.
-    pub(crate) struct MarginView {
+    pub(crate) struct MarginSettings {
         scale: f64,
         m1: f64,
         m2: f64,
@@ -87,9 +88,9 @@ structures! {
         straight_through: i32,
         guard: i32,
     }
-    /// What a step is, found out on the device.
+    /// A step's real sizes and its verdict, computed on the device.
     pub(crate) struct StepBlock {
-        samples: u64,
+        draws: u64,
         status: i32,
         fault: i32,
         rank: i32,
@@ -117,7 +118,7 @@ structures! {
         grad_centers: f64,
         digest: f64,
     }
-    /// What outlives a step.
+    /// Outlives the steps.
     pub(crate) struct Ledger {
         updates: u64,
         failed: u64,
@@ -130,34 +131,34 @@ structures! {
         learning_rate: f32,
         beta1: f32,
         beta2: f32,
-        rest1: f32,
-        rest2: f32,
-        decay: f32,
-        rate: f32,
-        root: f32,
+        one_minus_beta1: f32,
+        one_minus_beta2: f32,
+        decay_factor: f32,
+        corrected_rate: f32,
+        sqrt_v_scale: f32,
         epsilon: f32,
         reserved: f32,
     }
-    /// What a dense row missed since an update, made on the device.
-    pub(crate) struct Gap {
+    /// The updates that dense rows missed since one update, computed on the device.
+    pub(crate) struct MissedUpdates {
         shift_w: f64,
         w_m: f64,
         m_w: f64,
         m_m: f64,
     }
     /// `Optimizer` and `RowUpdate`.
-    pub(crate) struct OptimizerView {
+    pub(crate) struct OptimizerSettings {
         momentum: f64,
         weight_decay: f64,
         beta1: f64,
         beta2: f64,
         epsilon: f64,
-        replayed: u64,
+        replayed_updates: u64,
         adamw: i32,
         dense: i32,
     }
-    /// Where a head's arrays are and how large: what every kernel gets by value.
-    pub(crate) struct HeadView {
+    /// A head's arrays and sizes: every kernel gets it by value.
+    pub(crate) struct HeadArrays {
         block: *mut StepBlock,
         ledger: *mut Ledger,
         labels_send: *mut i64,
@@ -193,7 +194,7 @@ structures! {
         center_wide: *mut u16,
         center_inverse_norms: *mut f32,
         numerators: *mut u16,
-        weighted: *mut f32,
+        weighted_centers: *mut f32,
         sums: *mut f32,
         replicated_sums: *mut f64,
         gradient_send: *mut f32,
@@ -204,9 +205,9 @@ structures! {
         centers: *mut f32,
         momentum: *mut f32,
         second_moment: *mut f32,
-        last: *mut u32,
+        last_update: *mut u32,
         rule: *mut Rule,
-        gaps: *mut Gap,
+        missed_updates: *mut MissedUpdates,
         first_class: u64,
         num_classes: u64,
         seed: u64,
@@ -214,8 +215,8 @@ structures! {
         plane_rows: u64,
         plane_centers: u64,
         plane_numerators: u64,
-        margin: MarginView,
-        optimizer: OptimizerView,
+        margin: MarginSettings,
+        optimizer: OptimizerSettings,
         ranks: u32,
         rank: u32,
         max_batch: u32,
@@ -233,34 +234,49 @@ structures! {
         count_capacity: u32,
         history_capacity: u32,
         sharded: i32,
-        whole: i32,
+        whole_shard: i32,
         split_operands: i32,
         gather_dtype: i32,
     }
 }
 
+/// kernels/collective.h: one buffer of each rank; NULL: none.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct RankPointers {
+    of: [*mut u8; MOST_REDUCED],
+}
+
+impl RankPointers {
+    pub fn new(pointers: impl Iterator<Item = *mut u8>) -> RankPointers {
+        let mut all = RankPointers { of: [std::ptr::null_mut(); MOST_REDUCED] };
+        all.of.iter_mut().zip(pointers).for_each(|(slot, pointer)| *slot = pointer);
+        all
+    }
+}
+
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
-    assert!(std::mem::size_of::<MarginView>() == 56);
+    assert!(std::mem::size_of::<MarginSettings>() == 56);
     assert!(std::mem::size_of::<StepBlock>() == 176);
     assert!(std::mem::size_of::<Ledger>() == 192);
     assert!(std::mem::size_of::<Rule>() == 48);
-    assert!(std::mem::size_of::<Gap>() == 32);
-    assert!(std::mem::size_of::<OptimizerView>() == 56);
-    assert!(std::mem::size_of::<HeadView>() == 656);
+    assert!(std::mem::size_of::<MissedUpdates>() == 32);
+    assert!(std::mem::size_of::<OptimizerSettings>() == 56);
+    assert!(std::mem::size_of::<HeadArrays>() == 656);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.
 unsafe impl Plain for StepBlock {}
 unsafe impl Plain for Ledger {}
 unsafe impl Plain for Rule {}
-unsafe impl Plain for Gap {}
+unsafe impl Plain for MissedUpdates {}
 
 // SAFETY: descriptions of device memory; the host never follows their pointers.
 unsafe impl Send for MatrixView {}
 unsafe impl Sync for MatrixView {}
-unsafe impl Send for HeadView {}
-unsafe impl Sync for HeadView {}
+unsafe impl Send for HeadArrays {}
+unsafe impl Sync for HeadArrays {}
 
 impl From<&Matrix> for MatrixView {
     fn from(matrix: &Matrix) -> MatrixView {
@@ -275,9 +291,9 @@ impl From<&Matrix> for MatrixView {
     }
 }
 
-impl From<&Margin> for MarginView {
-    fn from(margin: &Margin) -> MarginView {
-        MarginView {
+impl From<&Margin> for MarginSettings {
+    fn from(margin: &Margin) -> MarginSettings {
+        MarginSettings {
             scale: margin.scale,
             m1: margin.m1,
             m2: margin.m2,
@@ -290,22 +306,22 @@ impl From<&Margin> for MarginView {
     }
 }
 
-impl OptimizerView {
-    pub(crate) fn new(optimizer: &Optimizer, rows: RowUpdate) -> OptimizerView {
+impl OptimizerSettings {
+    pub(crate) fn new(optimizer: &Optimizer, rows: RowUpdate) -> OptimizerSettings {
         let dense = (rows == RowUpdate::Dense).into();
         match optimizer {
             Optimizer::Sgd(sgd) => {
-                OptimizerView { momentum: sgd.momentum, weight_decay: sgd.weight_decay, dense, ..OptimizerView::zeroed() }
+                OptimizerSettings { momentum: sgd.momentum, weight_decay: sgd.weight_decay, dense, ..OptimizerSettings::zeroed() }
             }
-            Optimizer::Adamw(adamw) => OptimizerView {
+            Optimizer::Adamw(adamw) => OptimizerSettings {
                 weight_decay: adamw.weight_decay,
                 beta1: adamw.beta1,
                 beta2: adamw.beta2,
                 epsilon: adamw.epsilon,
-                replayed: replayed_updates(adamw),
+                replayed_updates: replayed_updates(adamw),
                 adamw: 1,
                 dense,
-                ..OptimizerView::zeroed()
+                ..OptimizerSettings::zeroed()
             },
         }
     }
@@ -320,13 +336,23 @@ impl From<&UpdateRule> for Rule {
             Coefficients::Adamw(AdamwCoefficients {
                 beta1,
                 beta2,
-                one_minus_beta1: rest1,
-                one_minus_beta2: rest2,
-                decay_factor: decay,
-                corrected_rate: rate,
-                sqrt_v_scale: root,
+                one_minus_beta1,
+                one_minus_beta2,
+                decay_factor,
+                corrected_rate,
+                sqrt_v_scale,
                 epsilon,
-            }) => Rule { beta1, beta2, rest1, rest2, decay, rate, root, epsilon, ..Rule::zeroed() },
+            }) => Rule {
+                beta1,
+                beta2,
+                one_minus_beta1,
+                one_minus_beta2,
+                decay_factor,
+                corrected_rate,
+                sqrt_v_scale,
+                epsilon,
+                ..Rule::zeroed()
+            },
         }
     }
 }
@@ -347,7 +373,8 @@ mod tests {
 
     #[test]
     fn layouts_are_those_of_the_header() {
-        let mut source = String::from("#include \"kernels/view.h\"\n#include <stddef.h>\n#include <stdio.h>\nint main() {\n");
+        let mut source =
+            String::from("#include \"kernels/shared_structs.h\"\n#include <stddef.h>\n#include <stdio.h>\nint main() {\n");
         let mut expected = String::new();
         for (name, size, fields) in LAYOUT {
             source += &format!("    printf(\"{name} %zu\\n\", sizeof({name}));\n");
@@ -364,7 +391,7 @@ mod tests {
             expected += &format!("{name} {value}\n");
         }
         source += "}\n";
-        let folder = std::env::temp_dir().join(format!("partialfc-view-{}", std::process::id()));
+        let folder = std::env::temp_dir().join(format!("partialfc-structs-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for the program");
         let (text, program) = (folder.join("layout.cpp"), folder.join("layout"));
         std::fs::write(&text, source).expect("the program's text");
@@ -377,9 +404,9 @@ mod tests {
             .output()
             .expect("a C++ compiler");
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let told = Command::new(&program).output().expect("the program's output");
+        let printed = Command::new(&program).output().expect("the program's output");
         std::fs::remove_dir_all(&folder).expect("to clean up");
-        similar(&String::from_utf8_lossy(&told.stdout), &expected);
+        similar(&String::from_utf8_lossy(&printed.stdout), &expected);
     }
 
     fn constants() -> Vec<(&'static str, i64)> {
@@ -397,7 +424,7 @@ mod tests {
             ("kNotFinite", Status::NotFinite as i64),
             ("kNoFault", fault::NONE.into()),
             ("kFaultRemote", fault::REMOTE.into()),
-            ("kFaultParted", fault::PARTED.into()),
+            ("kFaultOutOfStep", fault::OUT_OF_STEP.into()),
             ("kFaultLabel", fault::LABEL.into()),
             ("kFaultEmbedding", fault::EMBEDDING.into()),
             ("kFaultSum", fault::SUM.into()),
@@ -411,16 +438,16 @@ mod tests {
     }
 
     /// Names the first line that differs: the whole is long.
-    fn similar(told: &str, expected: &str) {
-        for (told, expected) in told.lines().zip(expected.lines()) {
-            assert_eq!(told, expected, "kernels/view.h on the left, view.rs on the right");
+    fn similar(printed: &str, expected: &str) {
+        for (printed, expected) in printed.lines().zip(expected.lines()) {
+            assert_eq!(printed, expected, "kernels/shared_structs.h on the left, shared_structs.rs on the right");
         }
-        assert_eq!(told.lines().count(), expected.lines().count());
+        assert_eq!(printed.lines().count(), expected.lines().count());
     }
 
     #[test]
     fn every_field_of_the_header_is_here() {
-        let header = std::fs::read_to_string("kernels/view.h").expect("the header");
+        let header = std::fs::read_to_string("kernels/shared_structs.h").expect("the header");
         let structs = header.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {"));
         let known: Vec<&str> = LAYOUT.iter().map(|(name, ..)| *name).collect();
         let mut found: Vec<&str> = structs.collect();
@@ -440,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn views_say_what_the_options_say() {
+    fn settings_are_those_of_the_options() {
         let margin = Margin {
             scale: 100.0,
             m1: 1.5,
@@ -450,15 +477,15 @@ mod tests {
             gradient: MarginGradient::StraightThrough,
             guard: true,
         };
-        let view = MarginView::from(&margin);
+        let view = MarginSettings::from(&margin);
         assert_eq!([view.scale, view.m1, view.m2, view.m3, view.filter, view.offset], [100.0, 1.5, 0.25, 0.125, 0.75, 36.0]);
         assert_eq!((view.straight_through, view.guard), (1, 1));
-        let sgd = OptimizerView::new(&Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }), RowUpdate::Dense);
-        assert_eq!((sgd.momentum, sgd.weight_decay, sgd.adamw, sgd.dense, sgd.replayed), (0.9, 5e-4, 0, 1, 0));
+        let sgd = OptimizerSettings::new(&Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }), RowUpdate::Dense);
+        assert_eq!((sgd.momentum, sgd.weight_decay, sgd.adamw, sgd.dense, sgd.replayed_updates), (0.9, 5e-4, 0, 1, 0));
         let adamw = Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-        let view = OptimizerView::new(&Optimizer::Adamw(adamw), RowUpdate::Lazy);
+        let view = OptimizerSettings::new(&Optimizer::Adamw(adamw), RowUpdate::Lazy);
         assert_eq!((view.beta1, view.beta2, view.epsilon, view.weight_decay), (0.9, 0.999, 1e-8, 0.01));
-        assert_eq!((view.adamw, view.dense, view.replayed), (1, 0, 161));
+        assert_eq!((view.adamw, view.dense, view.replayed_updates), (1, 0, 161));
         let matrix = Matrix { data: std::ptr::null_mut(), dtype: DType::Bf16, rows: 3, cols: 5, row_stride: 7 };
         let view = MatrixView::from(&matrix);
         assert_eq!((view.rows, view.columns, view.stride, view.dtype), (3, 5, 7, 3));

@@ -1,4 +1,5 @@
-// GEMM3 with its epilogue against float64 loops over the same rounded operands: dW^ of a chunk and
+// The center gradient with its epilogue against float64 loops over the same rounded operands: dW^
+// of a chunk and
 // of a replicated head's whole sample, and the fused updates.
 #include "gemm_case.h"
 
@@ -25,20 +26,20 @@ void run(const Case& c, uint64_t seed) {
              c.deep ? " deep" : "", c.grid);
     case_name() = name;
     Draw random(seed);
-    HeadView view = view_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
-    view.split_operands = c.split;
-    view.sharded = c.mode != Mode::kReplicated;
-    view.optimizer.adamw = c.mode == Mode::kAdamw;
+    HeadArrays arrays = arrays_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
+    arrays.split_operands = c.split;
+    arrays.sharded = c.mode != Mode::kReplicated;
+    arrays.optimizer.adamw = c.mode == Mode::kAdamw;
     const bool fuse = c.mode == Mode::kSgd || c.mode == Mode::kAdamw;
     const Kind kind = c.split ? Kind::kPlanes : Kind::kBfloat;
     const uint32_t row_end = round_up(c.rows, kTileRows);
-    const uint32_t pitch = view.depth_pitch, master = view.master_pitch, dim = c.dim;
+    const uint32_t pitch = arrays.depth_pitch, master = arrays.master_pitch, dim = c.dim;
 
     // The batch: units, E' and the coefficients of the targets.
     const std::vector<float> units = random.units(c.rows, dim);
-    std::vector<float> padded(size_t(view.row_capacity) * pitch, NAN);
+    std::vector<float> padded(size_t(arrays.row_capacity) * pitch, NAN);
     std::vector<float> scaled(units.size());
-    std::vector<float> coefficients(view.row_capacity, NAN);
+    std::vector<float> coefficients(arrays.row_capacity, NAN);
     for (uint32_t row = 0; row < c.rows; ++row) {
         coefficients[row] = -random.uniform() - 0.1f;
         for (uint32_t k = 0; k < pitch; ++k) {
@@ -47,11 +48,11 @@ void run(const Case& c, uint64_t seed) {
             if (k < dim) scaled[size_t(row) * dim + k] = value * (1 + float(row % 7));
         }
     }
-    const Operand right(kind, scaled, c.rows, dim, view.row_capacity, pitch, row_end, pitch);
+    const Operand right(kind, scaled, c.rows, dim, arrays.row_capacity, pitch, row_end, pitch);
 
     // Targets: some classes have several rows, and some rows are other ranks'.
     const uint32_t first_computed = 2, global = first_computed + c.rows + 3;
-    std::vector<uint32_t> positive_of(view.sample_capacity, kNone), starts, sort_rows;
+    std::vector<uint32_t> positive_of(arrays.sample_capacity, kNone), starts, sort_rows;
     std::vector<std::vector<uint32_t>> targets(c.classes);
     std::vector<uint32_t> class_of(global);
     for (uint32_t& column : class_of) {
@@ -77,8 +78,8 @@ void run(const Case& c, uint64_t seed) {
 
     // The shard: twice as many rows as the sample, every second one sampled.
     const uint32_t shard_rows = 2 * c.classes + 1;
-    view.shard_rows = shard_rows;
-    std::vector<uint32_t> sample(view.sample_capacity, kNone);
+    arrays.shard_rows = shard_rows;
+    std::vector<uint32_t> sample(arrays.sample_capacity, kNone);
     for (uint32_t column = 0; column < c.classes; ++column) {
         sample[column] = 2 * column + 1;
     }
@@ -94,7 +95,7 @@ void run(const Case& c, uint64_t seed) {
     };
     const std::vector<float> w = master_rows(0.5f, false), m = master_rows(0.1f, false);
     const std::vector<float> v = master_rows(0.3f, true);
-    std::vector<float> inverse(view.sample_capacity, NAN);
+    std::vector<float> inverse(arrays.sample_capacity, NAN);
     for (uint32_t column = 0; column < c.classes; ++column) {
         double squares = 0;
         for (uint32_t k = 0; k < dim; ++k) {
@@ -110,11 +111,11 @@ void run(const Case& c, uint64_t seed) {
     rule.learning_rate = 0.5f;
     rule.beta1 = 0.9f;
     rule.beta2 = 0.99f;
-    rule.rest1 = 0.1f;
-    rule.rest2 = 0.01f;
-    rule.decay = 0.02f;
-    rule.rate = 0.3f;
-    rule.root = 1.1f;
+    rule.one_minus_beta1 = 0.1f;
+    rule.one_minus_beta2 = 0.01f;
+    rule.decay_factor = 0.02f;
+    rule.corrected_rate = 0.3f;
+    rule.sqrt_v_scale = 1.1f;
     rule.epsilon = 1e-3f;
 
     StepBlock block;
@@ -125,27 +126,27 @@ void run(const Case& c, uint64_t seed) {
     block.valid_rows = 5;
     const double weight = float(kLossWeight / 5.0);
     Device device(seed);
-    view.block = device.upload(std::vector<StepBlock>{block});
-    view.rule = device.upload(std::vector<Rule>{rule});
-    view.units = device.upload(padded);
-    view.scaled_operand = device.upload(right.bits);
-    view.plane_rows = right.plane;
-    view.coefficients = device.upload(coefficients);
-    view.positive_of = device.upload(positive_of);
-    view.positive_starts = device.upload(starts);
-    view.sort_rows[0] = device.upload(sort_rows);
-    view.sample = device.upload(sample);
-    view.center_inverse_norms = device.upload(inverse);
-    view.centers = device.upload(w);
-    view.momentum = device.upload(m);
-    view.second_moment = device.upload(v);
-    view.center_squares = device.upload(std::vector<float>(view.sample_capacity, NAN));
-    const size_t gradient_rows = c.mode == Mode::kReplicated ? view.sample_capacity : c.chunk;
+    arrays.block = device.upload(std::vector<StepBlock>{block});
+    arrays.rule = device.upload(std::vector<Rule>{rule});
+    arrays.units = device.upload(padded);
+    arrays.scaled_operand = device.upload(right.bits);
+    arrays.plane_rows = right.plane;
+    arrays.coefficients = device.upload(coefficients);
+    arrays.positive_of = device.upload(positive_of);
+    arrays.positive_starts = device.upload(starts);
+    arrays.sort_rows[0] = device.upload(sort_rows);
+    arrays.sample = device.upload(sample);
+    arrays.center_inverse_norms = device.upload(inverse);
+    arrays.centers = device.upload(w);
+    arrays.momentum = device.upload(m);
+    arrays.second_moment = device.upload(v);
+    arrays.center_squares = device.upload(std::vector<float>(arrays.sample_capacity, NAN));
+    const size_t gradient_rows = c.mode == Mode::kReplicated ? arrays.sample_capacity : c.chunk;
 
-    const int width = center_width(int(dim));
+    const int width = row_width(int(dim));
     char entry[64];
-    snprintf(entry, sizeof entry, "multiply_centers_%s_%d", c.split ? "f32" : "half", width);
-    const GemmTile tile = gemm_tile(Gemm::kCenters, width, c.deep);
+    snprintf(entry, sizeof entry, "gemm_center_gradient_%s_%d", c.split ? "f32" : "half", width);
+    const GemmTile tile = gemm_tile(Gemm::kCenterGradient, width, c.deep);
     std::vector<double> truth(size_t(c.classes) * dim);  // dW^, or dW
     Distance gradient;
     for (uint32_t first = 0; first < c.classes; first += c.chunk) {
@@ -155,18 +156,18 @@ void run(const Case& c, uint64_t seed) {
         for (float& power : powers) {
             power = random.below(8) == 0 ? 0.0f : 0.1f * expf(random.normal());
         }
-        const Operand left(kind, powers, c.rows, count, view.row_capacity, c.chunk, row_end,
+        const Operand left(kind, powers, c.rows, count, arrays.row_capacity, c.chunk, row_end,
                            column_end);
-        view.numerators = device.upload(left.bits);
-        view.plane_numerators = left.plane;
+        arrays.numerators = device.upload(left.bits);
+        arrays.plane_numerators = left.plane;
         if (first == 0 || c.mode != Mode::kReplicated) {
-            view.center_gradient =
+            arrays.center_gradient =
                 device.upload(std::vector<float>(gradient_rows * dim + 8, NAN));
         }
         device.launch(entry, c.grid, tile.threads(),
-                      gemm_shared_bytes(Gemm::kCenters, width, c.deep), view, first, kLossWeight,
-                      int32_t(fuse), uint32_t(tile.stages));
-        const auto found = device.download(view.center_gradient, gradient_rows * dim + 8);
+                      gemm_shared_bytes(Gemm::kCenterGradient, width, c.deep), arrays, first,
+                      kLossWeight, int32_t(fuse), uint32_t(tile.stages));
+        const auto found = device.download(arrays.center_gradient, gradient_rows * dim + 8);
         for (uint32_t column = first; column < first + count; ++column) {
             double* const g = &truth[size_t(column) * dim];
             for (uint32_t row = 0; row < c.rows; ++row) {
@@ -204,10 +205,10 @@ void run(const Case& c, uint64_t seed) {
     }
     gradient.check(1e-5, "dW^");
 
-    const auto new_w = device.download(view.centers, w.size());
-    const auto new_m = device.download(view.momentum, m.size());
-    const auto new_v = device.download(view.second_moment, v.size());
-    const auto squares = device.download(view.center_squares, view.sample_capacity);
+    const auto new_w = device.download(arrays.centers, w.size());
+    const auto new_m = device.download(arrays.momentum, m.size());
+    const auto new_v = device.download(arrays.second_moment, v.size());
+    const auto squares = device.download(arrays.center_squares, arrays.sample_capacity);
     auto same = [](float a, float b) { return memcmp(&a, &b, 4) == 0; };
     Distance moved, momentum, second, sums;
     for (uint32_t row = 0; row < shard_rows; ++row) {
@@ -228,10 +229,11 @@ void run(const Case& c, uint64_t seed) {
                 step = rule.learning_rate * next_m;
                 require(same(new_v[at], v[at]), "SGD has no second moment");
             } else {
-                next_m = rule.beta1 * double(m[at]) + rule.rest1 * g;
-                next_v = rule.beta2 * double(v[at]) + rule.rest2 * g * g;
-                step = rule.decay * double(w[at]) +
-                       rule.rate * next_m / (sqrt(next_v) * rule.root + rule.epsilon);
+                next_m = rule.beta1 * double(m[at]) + rule.one_minus_beta1 * g;
+                next_v = rule.beta2 * double(v[at]) + rule.one_minus_beta2 * g * g;
+                step = rule.decay_factor * double(w[at]) +
+                       rule.corrected_rate * next_m /
+                           (sqrt(next_v) * rule.sqrt_v_scale + rule.epsilon);
             }
             moved.add(double(new_w[at]) - w[at], -step);
             momentum.add(new_m[at], next_m);
@@ -250,7 +252,7 @@ void run(const Case& c, uint64_t seed) {
         second.check(limit, "v");
         sums.check(3e-5, "squares");
     }
-    for (uint32_t column = fuse ? c.classes : 0; column < view.sample_capacity; ++column) {
+    for (uint32_t column = fuse ? c.classes : 0; column < arrays.sample_capacity; ++column) {
         require(isnan(squares[column]), "a sum of squares was written where there is none");
     }
     device.finish();
@@ -276,6 +278,6 @@ int main() {
     }
     run({33, 40, 1024, 128, false, Mode::kSgd, false, 2}, 120);
     run({33, 140, 255, 128, true, Mode::kAdamw, false, 2}, 121);
-    puts("gemm_centers: all right");
+    puts("gemm_center_gradient: all right");
     return 0;
 }

@@ -1,13 +1,14 @@
-// Sums and running sums over the threads of one CTA, of integers: any order gives the same bits.
+// Sums, minima and running sums over the threads of a warp and of a CTA.
 //
-// `shared` is scratch of kScanBytes. All threads of the CTA take part; its size is a multiple of
-// 32, up to 1024.
+// `shared` is scratch of kReduceBytes. All threads of the warp or the CTA take part; a CTA has a
+// multiple of 32 threads, up to 1024. Integers add up to the same bits in any order. Doubles do
+// not: their order depends on the number of threads alone.
 #pragma once
 
 #include "ptx/shim.h"
 #include "ptx/warp.h"
 
-constexpr uint32_t kScanBytes = 256;  // 32 warps of 8 bytes
+constexpr uint32_t kReduceBytes = 256;  // 32 warps of 8 bytes
 
 template <class T>
 PFC_DEVICE T warp_sum(T value) {
@@ -35,38 +36,51 @@ PFC_DEVICE uint32_t warp_scan(uint32_t value) {
     return value;
 }
 
-// Sum over the CTA, in all threads.
+// Sum of an integer over the CTA, in all threads.
 template <class T>
 PFC_DEVICE T block_sum(T value, void* shared) {
-    T* const parts = (T*)shared;
+    T* const partial = (T*)shared;
     value = warp_sum(value);
-    if (ptx::lane() == 0) parts[ptx::warp()] = value;
+    if (ptx::lane() == 0) partial[ptx::warp()] = value;
     __syncthreads();
-    value = warp_sum((uint32_t)ptx::lane() < blockDim.x / 32 ? parts[ptx::lane()] : T(0));
+    value = warp_sum((uint32_t)ptx::lane() < blockDim.x / 32 ? partial[ptx::lane()] : T(0));
     __syncthreads();
     return value;
 }
 
+// Sum of a double over the CTA, in all threads: the warps' sums are added in warp order.
+PFC_DEVICE double block_sum(double value, void* shared) {
+    double* const partial = (double*)shared;
+    value = warp_sum(value);
+    __syncthreads();  // threads may still be reading the previous sum
+    if (ptx::lane() == 0) partial[ptx::warp()] = value;
+    __syncthreads();
+    double total = 0;
+    for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) total += partial[warp];
+    return total;
+}
+
 // Least value of the CTA, in all threads.
 PFC_DEVICE uint32_t block_min(uint32_t value, void* shared) {
-    uint32_t* const parts = (uint32_t*)shared;
+    uint32_t* const partial = (uint32_t*)shared;
     value = warp_min(value);
-    if (ptx::lane() == 0) parts[ptx::warp()] = value;
+    if (ptx::lane() == 0) partial[ptx::warp()] = value;
     __syncthreads();
-    value = warp_min((uint32_t)ptx::lane() < blockDim.x / 32 ? parts[ptx::lane()] : 0xffffffffu);
+    value =
+        warp_min((uint32_t)ptx::lane() < blockDim.x / 32 ? partial[ptx::lane()] : 0xffffffffu);
     __syncthreads();
     return value;
 }
 
 // Sum of the values of the threads before this one; `total`: of all.
 PFC_DEVICE uint32_t block_scan(uint32_t value, uint32_t& total, void* shared) {
-    uint32_t* const parts = (uint32_t*)shared;
+    uint32_t* const partial = (uint32_t*)shared;
     const uint32_t inclusive = warp_scan(value);
-    if (ptx::lane() == 31) parts[ptx::warp()] = inclusive;
+    if (ptx::lane() == 31) partial[ptx::warp()] = inclusive;
     __syncthreads();
     // Every warp adds up the warps' sums for itself: cheaper than another barrier.
     const uint32_t warps =
-        warp_scan((uint32_t)ptx::lane() < blockDim.x / 32 ? parts[ptx::lane()] : 0u);
+        warp_scan((uint32_t)ptx::lane() < blockDim.x / 32 ? partial[ptx::lane()] : 0u);
     total = ptx::shuffle(warps, 31);
     const uint32_t before = ptx::shuffle(warps, (int)((ptx::warp() + 31) % 32));
     __syncthreads();
@@ -74,7 +88,7 @@ PFC_DEVICE uint32_t block_scan(uint32_t value, uint32_t& total, void* shared) {
 }
 
 // Replaces values[0 .. count] with the sums of those before each, by one CTA; returns the sum of
-// all. What it wrote may be read by other threads after the next barrier or in the next kernel.
+// all. Other threads may read the results after the next barrier or in the next kernel.
 PFC_DEVICE uint32_t scan_in_place(uint32_t* values, uint32_t count, void* shared) {
     constexpr uint32_t kEach = 4;
     uint32_t carry = 0;

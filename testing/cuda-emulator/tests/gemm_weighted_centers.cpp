@@ -1,4 +1,5 @@
-// GEMM2 against float64 loops over the same rounded operands: chunks, splits, and what stays alone.
+// The weighted centers against float64 loops over the same rounded operands: chunks, splits, and
+// what stays as it was.
 #include "gemm_case.h"
 
 namespace {
@@ -16,21 +17,21 @@ void run(const Case& c, uint64_t seed) {
              c.classes, c.dim, c.chunk, c.splits, c.split ? "f32" : "half", c.grid);
     case_name() = name;
     Draw random(seed);
-    HeadView view = view_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
-    view.splits = c.splits;
-    view.split_operands = c.split;
+    HeadArrays arrays = arrays_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
+    arrays.splits = c.splits;
+    arrays.split_operands = c.split;
     const Kind kind = c.split ? Kind::kPlanes : Kind::kBfloat;
     const uint32_t row_end = round_up(c.rows, kTileRows);
-    const uint32_t pitch = view.depth_pitch;
+    const uint32_t pitch = arrays.depth_pitch;
 
     StepBlock block;
     memset(&block, 0, sizeof block);
     block.rows = c.rows;
     block.classes = c.classes;
     Device device(seed);
-    view.block = device.upload(std::vector<StepBlock>{block});
-    const size_t part = size_t(view.row_capacity) * pitch;
-    view.weighted = device.upload(std::vector<float>(c.splits * part, NAN));
+    arrays.block = device.upload(std::vector<StepBlock>{block});
+    const size_t part = size_t(arrays.row_capacity) * pitch;
+    arrays.weighted_centers = device.upload(std::vector<float>(c.splits * part, NAN));
     const uint32_t share = round_up((c.chunk + c.splits - 1) / c.splits, kTileColumns);
 
     std::vector<double> truth(c.splits * part, 0.0);
@@ -45,17 +46,17 @@ void run(const Case& c, uint64_t seed) {
                                            : expf(20 * random.normal());
         }
         // Columns differ by orders of magnitude, rows do not: each row's error is its own.
-        const Operand numerators(kind, powers, c.rows, count, view.row_capacity, c.chunk, row_end,
+        const Operand numerators(kind, powers, c.rows, count, arrays.row_capacity, c.chunk, row_end,
                                  column_end);
         const Operand centers(kind, random.units(count, c.dim), count, c.dim, c.chunk, pitch,
                               column_end, pitch);
-        view.numerators = device.upload(numerators.bits);
-        view.plane_numerators = numerators.plane;
-        view.center_wide = device.upload(centers.bits);
-        view.plane_centers = centers.plane;
-        device.launch(c.split ? "multiply_weighted_f32" : "multiply_weighted_half", c.grid,
-                      gemm_tile(Gemm::kWeighted).threads(), gemm_shared_bytes(Gemm::kWeighted),
-                      view, first);
+        arrays.numerators = device.upload(numerators.bits);
+        arrays.plane_numerators = numerators.plane;
+        arrays.center_wide = device.upload(centers.bits);
+        arrays.plane_centers = centers.plane;
+        device.launch(c.split ? "gemm_weighted_centers_f32" : "gemm_weighted_centers_half", c.grid,
+                      gemm_tile(Gemm::kWeightedCenters).threads(),
+                      gemm_shared_bytes(Gemm::kWeightedCenters), arrays, first);
         for (uint32_t row = 0; row < c.rows; ++row) {
             for (uint32_t column = 0; column < count; ++column) {
                 double* const to = &truth[column / share * part + size_t(row) * pitch];
@@ -66,10 +67,10 @@ void run(const Case& c, uint64_t seed) {
             }
         }
     }
-    const auto found = device.download(view.weighted, c.splits * part);
+    const auto found = device.download(arrays.weighted_centers, c.splits * part);
     Distance distance;
     for (uint32_t split = 0; split < c.splits; ++split) {
-        for (uint32_t row = 0; row < view.row_capacity; ++row) {
+        for (uint32_t row = 0; row < arrays.row_capacity; ++row) {
             const size_t at = split * part + size_t(row) * pitch;
             double size = 0;
             for (uint32_t k = 0; k < pitch; ++k) {
@@ -110,6 +111,6 @@ int main() {
     run({40, 130, 600, 256, 1, true, 3}, 102);
     // In one chain the accumulators' cuts would add up to more.
     run({3, 12288, 3, 12288, 1, true, 1, true}, 103);
-    puts("gemm_weighted: all right");
+    puts("gemm_weighted_centers: all right");
     return 0;
 }

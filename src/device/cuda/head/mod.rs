@@ -1,0 +1,564 @@
+//! One head on a GPU: the phases of a step as launches.
+//!
+//! Everything is enqueued. The host learns the outcome where the caller asks for it (a host loss, a gradient in host memory,
+//! figures, `wait`). The real sizes and the verdict of a step are in its [`StepBlock`] on the device, where every kernel reads
+//! them. streams.rs says which stream runs which work.
+
+mod launch;
+mod rows;
+mod sample;
+mod verdict;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use self::launch::{run, ExchangeBuffers, OpenExchange};
+use self::sample::{Draft, LabelSlots};
+use self::verdict::ReportedFailure;
+use super::context::Gpu;
+use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
+use super::nearest::CenterSource;
+use super::products::LARGEST_DIM;
+use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
+use super::sizes::{HeadMemory, Sizes};
+use super::staging::{self, Staging};
+use super::streams::{HeadStreams, StreamRole};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::exchange::Exchange;
+use crate::matrix::{DType, Matrix};
+use crate::optimizer::StateTensor;
+use crate::options::RowUpdate;
+use crate::protocol::{Counters, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::{ensure, Contribution, Error, Result};
+
+/// Multiprocessors that the weighted centers and the center gradient leave to the collectives beside them.
+const RESERVED_BESIDE_WEIGHTED: u32 = 4;
+const RESERVED_BESIDE_GRADIENT: u32 = 8;
+
+/// Arrays that the next step has outgrown: the step in progress still uses them.
+struct Outgrown {
+    /// The pointers that the steps after the one in progress take.
+    arrays: HeadArrays,
+    buffers: Vec<DeviceBuffer<u8>>,
+}
+
+pub(super) struct CudaHead {
+    gpu: Arc<Gpu>,
+    spec: HeadSpec,
+    /// The sizes of the two steps: they differ while a caller's sample has outgrown the step before it.
+    sizes: [Sizes; 2],
+    streams: HeadStreams,
+    /// Its pointers, like the drafts, are those of the current step and of the next one, as `current` says.
+    memory: HeadMemory,
+    outgrown: Option<Outgrown>,
+    drafts: [Draft; 2],
+    current: usize,
+    /// The next step has its labels.
+    next_has_labels: bool,
+    /// A step has begun and has not been updated: the centers that it gathered are needed.
+    step_in_progress: bool,
+    /// The chunk whose weighted centers run later, beside the all-reduce.
+    deferred_chunk: Option<u32>,
+    open_exchange: Option<OpenExchange>,
+    /// First local failure since `wait`: already reported to the caller, still in the device's failure count.
+    reported: Option<ReportedFailure>,
+    label_slots: LabelSlots,
+    staging: RefCell<Staging>,
+    verdict: PinnedBuffer<StepBlock>,
+    /// The block of the last step that the host waited for.
+    block: StepBlock,
+    failed_in_labels: bool,
+    ranks_out_of_step: bool,
+    /// Why the embeddings could not be copied to the device.
+    upload_error: Option<Error>,
+    /// The first launch or copy that failed where no error can be returned.
+    first_error: Option<Error>,
+    updates: u64,
+}
+
+impl CudaHead {
+    pub fn new(gpu: Arc<Gpu>, spec: HeadSpec) -> Result<CudaHead> {
+        ensure!(
+            spec.options.embedding_dim <= LARGEST_DIM,
+            Unsupported,
+            "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
+            spec.options.embedding_dim
+        );
+        let sizes = Sizes::new(&spec, gpu.capacity()?, 0)?;
+        let memory = HeadMemory::allocate(&sizes, &gpu.stream)?;
+        let max_batch = spec.options.max_batch as usize;
+        let draft = || Draft::new(&gpu.context, &gpu.stream, max_batch);
+        let mut head = CudaHead {
+            drafts: [draft()?, draft()?],
+            streams: HeadStreams::new(&gpu.context, &gpu.stream, spec.ranks)?,
+            verdict: PinnedBuffer::zeroed(&gpu.context, 1, "the verdict")?,
+            staging: RefCell::new(Staging::new()),
+            label_slots: LabelSlots::new(&gpu.context, max_batch)?,
+            current: 0,
+            next_has_labels: false,
+            step_in_progress: false,
+            deferred_chunk: None,
+            open_exchange: None,
+            reported: None,
+            outgrown: None,
+            upload_error: None,
+            ranks_out_of_step: false,
+            block: StepBlock::zeroed(),
+            failed_in_labels: false,
+            first_error: None,
+            updates: 0,
+            memory,
+            sizes: [sizes.clone(), sizes],
+            spec,
+            gpu,
+        };
+        let std = head.spec.options.init_std;
+        run!(head, Main, start_values, (head.memory.arrays[0], std));
+        head.pending_error()?;
+        // The other streams read memory that was cleared on this one.
+        head.gpu.stream.synchronize()?;
+        log::info!(
+            "rank {} of {}: {} class centers of dimension {} from class {}, on {}, {} MiB, chunks of {} of {} columns",
+            head.spec.rank,
+            head.spec.ranks,
+            head.spec.shard.rows,
+            head.spec.options.embedding_dim,
+            head.spec.shard.first,
+            head.gpu.info.to_string_lossy(),
+            head.sizes[0].memory().total() >> 20,
+            head.sizes[0].chunks.columns,
+            head.sizes[0].capacities.sample,
+        );
+        Ok(head)
+    }
+
+    fn sharded(&self) -> bool {
+        self.spec.is_sharded()
+    }
+
+    fn dim(&self) -> usize {
+        self.spec.options.embedding_dim as usize
+    }
+
+    fn dense(&self) -> bool {
+        self.spec.options.row_update == RowUpdate::Dense
+    }
+
+    /// Whether the center gradient's kernel updates the rows; otherwise it writes their gradient, and another kernel updates them.
+    fn fused(&self) -> bool {
+        self.sharded() && !self.dense()
+    }
+
+    /// The pointers of the current step.
+    fn arrays(&self) -> HeadArrays {
+        self.memory.arrays[self.current]
+    }
+
+    fn sizes(&self) -> &Sizes {
+        &self.sizes[self.current]
+    }
+
+    fn next(&self) -> usize {
+        1 - self.current
+    }
+
+    /// The first column of each chunk.
+    fn chunks(&self) -> impl Iterator<Item = u32> {
+        let Sizes { capacities, chunks, .. } = self.sizes();
+        (0..capacities.sample as u32).step_by(chunks.columns as usize)
+    }
+
+    /// W^ of a chunk of a draft's step.
+    fn gather(&mut self, role: StreamRole, draft: usize, first: u32) {
+        let arrays = self.memory.arrays[draft];
+        // SAFETY: the head's own arrays, as large as its sizes say.
+        self.traced_for(draft, role, "gather_centers", |gpu, stream| unsafe {
+            gpu.entries.gather_centers.launch(stream, (arrays, first))
+        });
+    }
+
+    /// Gathers the next step's first chunk early, if it is drawn and nothing needs the one before.
+    fn gather_ahead(&mut self) {
+        let next = self.next();
+        if self.step_in_progress || !self.next_has_labels || self.drafts[next].gathered || self.first_error.is_some() {
+            return;
+        }
+        let waited = self.streams.of(StreamRole::Centers).wait(&self.drafts[next].drawn);
+        self.remember_error(waited);
+        self.gather(StreamRole::Centers, next, 0);
+        self.drafts[next].gathered = true;
+    }
+
+    /// W^ and P of a chunk of the current step.
+    fn numerators(&mut self, role: StreamRole, first: u32) {
+        let arrays = self.arrays();
+        if !(first == 0 && std::mem::take(&mut self.drafts[self.current].gathered)) {
+            self.gather(role, self.current, first);
+        }
+        self.product(role, "gemm_numerators", |products, stream| products.numerators(stream, arrays, first));
+    }
+
+    /// P @ W^ of a chunk.
+    fn weighted_centers(&mut self, first: u32) {
+        let (arrays, reserved) = (self.arrays(), self.reserved(RESERVED_BESIDE_WEIGHTED));
+        self.product(StreamRole::Main, "gemm_weighted_centers", |products, stream| {
+            products.weighted_centers(stream, arrays, first, reserved)
+        });
+    }
+
+    /// E', the operand of the center gradient.
+    fn scale_embeddings(&mut self) -> HeadArrays {
+        self.join(StreamRole::Centers, StreamRole::Main);
+        let arrays = self.arrays();
+        run!(self, Centers, scale_embeddings, (arrays,));
+        arrays
+    }
+
+    /// dW of a chunk into the rows, or dW^ into `center_gradient`.
+    fn chunk_center_gradient(&mut self, first: u32, loss_weight: f64, fuse: i32) {
+        let (arrays, reserved) = (self.arrays(), self.reserved(RESERVED_BESIDE_GRADIENT));
+        self.product(StreamRole::Centers, "gemm_center_gradient", |products, stream| {
+            products.center_gradient(stream, arrays, first, loss_weight, fuse, reserved)
+        });
+    }
+
+    /// A single rank has no collectives beside its products.
+    fn reserved(&self, multiprocessors: u32) -> u32 {
+        if self.spec.ranks == 1 {
+            0
+        } else {
+            multiprocessors
+        }
+    }
+
+    fn finish_update(&mut self) {
+        let arrays = self.arrays();
+        run!(self, Centers, sum_squares, (arrays, 1i32));
+        if self.dense() {
+            run!(self, Centers, advance_history, (arrays,));
+        }
+        run!(self, Centers, end_update, (arrays,));
+        self.updates += 1;
+        let half = self.sizes().capacities.history / 2;
+        if self.dense() && self.updates.is_multiple_of(half) {
+            // No row misses more updates than the ring holds: afterwards rows are at most half as old.
+            let before = self.updates - half / 2;
+            run!(self, Centers, catch_up_rows, (arrays, before));
+        }
+        self.step_in_progress = false;
+        self.gather_ahead();
+    }
+}
+
+impl HeadDevice for CudaHead {
+    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+        self.draft_labels(counters, labels)
+    }
+
+    fn judge_labels(&mut self) -> Result<()> {
+        self.received(StreamRole::Draw);
+        let arrays = self.memory.arrays[self.next()];
+        run!(self, Draw, judge_labels, (arrays,));
+        self.pending_error()
+    }
+
+    fn sample(&mut self, _draw: u64, chosen: Option<&[i64]>) -> Result<()> {
+        let drawn = self.draw(chosen);
+        // Recorded even if the draw failed: the step reads the verdict on the labels.
+        let recorded = self.drafts[self.next()].drawn.record(self.streams.of(StreamRole::Draw));
+        self.remember_error(recorded);
+        drawn?;
+        self.gather_ahead();
+        self.pending_error()?;
+        self.drafts[self.next()].own_failure.clone().map_or(Ok(()), Err)
+    }
+
+    fn sample_ids(&self) -> Result<Vec<i64>> {
+        self.listed_ids()
+    }
+
+    fn next_labels(&self) -> (usize, Option<&[i64]>) {
+        let Draft { batch, labels, .. } = &self.drafts[self.next()];
+        (*batch, if *batch == 0 { Some(&[]) } else { labels.as_deref() })
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        // The step before writes the rows that this one reads, and reads the arrays that it writes.
+        self.join(StreamRole::Main, StreamRole::Centers);
+        if self.next_has_labels {
+            let released = self.drafts[self.current].released.record(&self.gpu.stream);
+            self.remember_error(released);
+            self.current = self.next();
+            self.next_has_labels = false;
+            if let Some(Outgrown { arrays, buffers }) = self.outgrown.take() {
+                let before = self.next();
+                self.memory.arrays[before] = arrays;
+                self.sizes[before] = self.sizes().clone();
+                // Waits for the step before, which is the last one to use them.
+                drop(buffers);
+            }
+        }
+        self.step_in_progress = true;
+        self.streams.add_finished_spans();
+        let drawn = self.gpu.stream.wait(&self.drafts[self.current].drawn);
+        self.remember_error(drawn);
+        self.pending_error()
+    }
+
+    fn batch(&self) -> usize {
+        self.drafts[self.current].batch
+    }
+
+    fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange {
+        let source = match embeddings {
+            Some(matrix) => {
+                // A failure to stage them is this rank's own, not the device's: `forward` returns it.
+                let staged = self.staging.borrow_mut().upload(&self.gpu.stream, "embeddings", matrix);
+                staged.map_err(|error| self.upload_error = Some(error)).ok()
+            }
+            None => None,
+        };
+        let source = source.unwrap_or_else(MatrixView::zeroed);
+        let (arrays, batch) = (self.arrays(), source.rows);
+        run!(self, Main, pack_embeddings, (arrays, source, batch));
+        let dtype = self.sizes().capacities.gather_dtype;
+        let count = self.spec.options.max_batch as usize * self.dim();
+        let buffers = ExchangeBuffers { send: arrays.embeddings_send, recv: arrays.embeddings_recv, count };
+        self.exchange("all_gather embeddings", StreamRole::Main, buffers, dtype)
+    }
+
+    fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+        if let Some(error) = self.upload_error.take() {
+            return Err(error);
+        }
+        let source = match self.sharded() {
+            true => MatrixView::zeroed(),
+            false => self.staging.borrow_mut().upload(&self.gpu.stream, "embeddings", embeddings)?,
+        };
+        self.received(StreamRole::Main);
+        let arrays = self.arrays();
+        run!(self, Main, normalize_embeddings, (arrays, source));
+        run!(self, Main, judge_embeddings, (arrays,));
+        run!(self, Main, find_targets, (arrays, source));
+        for first in self.chunks() {
+            if let Some(before) = self.deferred_chunk.replace(first) {
+                self.weighted_centers(before);
+            }
+            self.numerators(StreamRole::Main, first);
+        }
+        run!(self, Main, reduce_rows, (arrays,));
+        self.pending_error()
+    }
+
+    fn pack_sums(&mut self, outcome: &Result<()>, loss_place: LossPlace) -> Exchange {
+        let status = outcome.as_ref().err().map_or(0i32, |error| error.status as i32);
+        if let Err(error) = outcome {
+            let failure = ReportedFailure { step: self.drafts[self.current].step, error: error.clone() };
+            self.reported.get_or_insert(failure);
+        }
+        let arrays = self.arrays();
+        let sample_limit = self.drafts[self.current].sample_limit;
+        run!(self, Main, pack_sums, (arrays, status, loss_place as i32, sample_limit));
+        let exchange = match self.sharded() {
+            true => {
+                let count = 2 * self.sizes().capacities.labels as usize + TOTALS;
+                let buffers = ExchangeBuffers { send: arrays.sums, recv: arrays.sums, count };
+                self.exchange("all_reduce sums", StreamRole::Main, buffers, DType::F32)
+            }
+            false => {
+                let count = REPLICATED_TOTALS + REPLICATED_SLOT * self.spec.ranks as usize;
+                let buffers = ExchangeBuffers { send: arrays.replicated_sums, recv: arrays.replicated_sums, count };
+                self.exchange("all_reduce sums", StreamRole::Main, buffers, DType::F64)
+            }
+        };
+        // Enqueued before the all-reduce, which a communicator may make the host wait for; they run side by side.
+        if let Some(last) = self.deferred_chunk.take() {
+            self.weighted_centers(last);
+        }
+        exchange
+    }
+
+    fn others_loss_place(&mut self) -> Result<LossPlace> {
+        self.received(StreamRole::Main);
+        self.pending_error()?;
+        let (arrays, stream) = (self.arrays(), &self.gpu.stream);
+        let sum = match self.sharded() {
+            true => {
+                let totals = arrays.sums.wrapping_add(2 * self.sizes().capacities.labels as usize);
+                f64::from(staging::fetch::<f32>(stream, totals, TOTALS)?[1])
+            }
+            false => staging::fetch::<f64>(stream, arrays.replicated_sums, REPLICATED_TOTALS)?[3],
+        };
+        Ok(LossPlace::from_sum(sum))
+    }
+
+    fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {
+        self.received(StreamRole::Main);
+        let (arrays, destination) = (self.arrays(), loss.unwrap_or(std::ptr::null_mut()));
+        run!(self, Main, judge_sums, (arrays, destination.cast()));
+        self.pending_error()?;
+        (self.failed_in_labels, self.ranks_out_of_step) = (false, false);
+        if loss.is_some() {
+            return Ok(f64::NAN);
+        }
+        self.read_block()?;
+        if self.block.status != 0 {
+            self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::OUT_OF_STEP | fault::LABEL);
+            self.ranks_out_of_step = self.block.fault == fault::OUT_OF_STEP;
+            // This call returns the failure; `wait` must not return it again.
+            self.discount_last_failure()?;
+            self.fault(&self.block)?;
+        }
+        Ok(self.block.loss)
+    }
+
+    fn failed_in_labels(&self) -> bool {
+        self.failed_in_labels
+    }
+
+    fn ranks_out_of_step(&self) -> bool {
+        self.ranks_out_of_step
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.pending_error()?;
+        self.ranks_out_of_step = false;
+        self.streams.synchronize()?;
+        let ledger: Ledger = staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0];
+        if ledger.failed == 0 {
+            return Ok(());
+        }
+        self.reset_failure_count()?;
+        let (first, reported) = (ledger.first_failure, self.reported.take());
+        self.ranks_out_of_step = first.fault == fault::OUT_OF_STEP;
+        let verdict = match reported {
+            // This rank has more of its own failure than the status that it sent.
+            Some(ReportedFailure { step, error }) if step == first.draws => Err(error),
+            _ => self.fault(&first),
+        };
+        let others = match ledger.failed {
+            1 => String::new(),
+            more => format!(", and {} steps after it", more - 1),
+        };
+        verdict.map_err(|error| Error::new(error.status, format!("step {}{others}: {}", first.draws, error.message)))
+    }
+
+    fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
+        Ok(self.gpu.context.memory_space(name, pointer.cast())? == MemorySpace::Device)
+    }
+
+    unsafe fn read_values(&self, name: &str, from: *const u8, to: &mut [u8]) -> Result<()> {
+        staging::read_values(&self.gpu.stream, name, to, from)
+    }
+
+    unsafe fn write_values(&self, name: &str, to: *mut u8, from: &[u8]) -> Result<()> {
+        staging::write_values(&self.gpu.stream, name, to, from)
+    }
+
+    fn backward(&mut self) -> Exchange {
+        let arrays = self.arrays();
+        run!(self, Main, embedding_gradient, (arrays,));
+        let count = self.spec.options.max_batch as usize * self.dim();
+        let buffers = ExchangeBuffers { send: arrays.gradient_send, recv: arrays.gradient_recv, count };
+        let exchange = self.exchange("reduce_scatter gradient", StreamRole::Main, buffers, DType::F32);
+        if !self.sharded() {
+            // A replicated head does not run it.
+            self.open_exchange = None;
+        }
+        exchange
+    }
+
+    fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
+        self.received(StreamRole::Main);
+        let arrays = self.arrays();
+        let output = match gradient {
+            Some(matrix) => self.staging.borrow_mut().output(&self.gpu.stream, "grad_embeddings", matrix),
+            None => Ok(MatrixView::zeroed()),
+        };
+        // Without staging memory the gradient cannot be copied to the host; its norm is computed all the same.
+        let written = output.as_ref().map_or(MatrixView::zeroed(), |&view| view);
+        run!(self, Main, finish_gradient, (arrays, factor, written));
+        run!(self, Main, sum_squares, (arrays, 0i32));
+        self.pending_error()?;
+        match (gradient, output?) {
+            (Some(matrix), output) => self.staging.borrow().download(&self.gpu.stream, matrix, &output),
+            (None, _) => Ok(()),
+        }
+    }
+
+    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let (arrays, fused) = (self.scale_embeddings(), self.fused());
+        run!(self, Centers, begin_update, (arrays, learning_rate));
+        for first in self.chunks() {
+            if !self.sizes().keeps_probabilities() {
+                self.numerators(StreamRole::Centers, first);
+            }
+            self.chunk_center_gradient(first, loss_weight, i32::from(fused));
+            if !fused {
+                let count = self.sizes().chunks.columns as u32;
+                run!(self, Centers, update_rows, (arrays, first, count));
+            }
+        }
+        self.finish_update();
+        // Enqueued before the exchange, which a communicator may make the host wait for; they run side by side.
+        beside()?;
+        self.pending_error()
+    }
+
+    fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
+        let (arrays, dim) = (self.scale_embeddings(), self.dim());
+        // Ranks add up as many rows as a sample can have; those beyond this one are zeros.
+        let bytes = size_of::<f32>() * self.sizes().capacities.sample as usize * dim;
+        // SAFETY: the head's own array, of this size.
+        let cleared = unsafe { self.streams.of(StreamRole::Centers).fill(arrays.center_gradient.cast(), 0, bytes) };
+        self.remember_error(cleared);
+        for first in self.chunks() {
+            if !self.sizes().keeps_probabilities() {
+                self.numerators(StreamRole::Centers, first);
+            }
+            self.chunk_center_gradient(first, loss_weight, 0);
+        }
+        let common = self.common_sample_limit();
+        let count = self.remember_error(common).unwrap_or(0) as usize * dim;
+        let buffers = ExchangeBuffers { send: arrays.center_gradient, recv: arrays.center_gradient, count };
+        self.exchange("all_reduce center gradient", StreamRole::Centers, buffers, DType::F32)
+    }
+
+    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
+        self.received(StreamRole::Centers);
+        let (arrays, first, count) = (self.arrays(), 0u32, self.sizes().capacities.sample as u32);
+        run!(self, Centers, begin_update, (arrays, learning_rate));
+        run!(self, Centers, update_rows, (arrays, first, count));
+        self.finish_update();
+        self.pending_error()
+    }
+
+    fn figures(&mut self) -> Result<StepFigures> {
+        self.step_figures()
+    }
+
+    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.fetch_rows(tensor, first, rows)
+    }
+
+    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+        self.put_rows(tensor, first, rows)
+    }
+
+    fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
+        let read = |first: usize, rows: &Matrix| self.read_rows(StateTensor::Centers, first as u64, rows);
+        CenterSource { gpu: &self.gpu, arrays: self.arrays(), read: &read }.nearest(queries, k)
+    }
+}
+
+impl Drop for CudaHead {
+    /// Enqueued work uses the buffers until it is done.
+    fn drop(&mut self) {
+        if self.gpu.process != std::process::id() {
+            return;
+        }
+        if let Err(error) = self.streams.synchronize() {
+            log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The next step's labels and its draw.
+
+use std::sync::Arc;
+
+use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, PinnedBuffer, Stream};
+use super::super::sizes::{Grown, Sizes};
+use super::super::staging;
+use super::super::streams::StreamRole;
+use super::{run, CudaHead, ExchangeBuffers, Outgrown};
+use crate::device::{sample_capacity, Labels};
+use crate::exchange::Exchange;
+use crate::matrix::DType;
+use crate::protocol::{Counters, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
+use crate::{Contribution, Error, Result};
+
+/// Copies of labels under way before the host waits for the oldest.
+const LABEL_SLOTS: usize = 4;
+
+/// A step's labels and draw, as far as the host knows them.
+pub(super) struct Draft {
+    /// This rank's labels on the device.
+    labels_in: DeviceBuffer<i64>,
+    /// Its sample is drawn.
+    pub drawn: Event,
+    /// No enqueued work uses it any more.
+    pub released: Event,
+    /// The number of its step: the same on all ranks.
+    pub step: u64,
+    /// Capacity of this step's sample; equal on all ranks unless callers chose samples of different sizes.
+    pub sample_limit: u64,
+    /// This rank's rows.
+    pub batch: usize,
+    /// This rank's labels where the host has them.
+    pub labels: Option<Vec<i64>>,
+    /// Why this rank sent no labels.
+    pub own_failure: Option<Error>,
+    /// Its first chunk of class centers is gathered, or will be before any work that is enqueued from here on.
+    pub gathered: bool,
+}
+
+impl Draft {
+    pub fn new(context: &Arc<Context>, stream: &Stream, max_batch: usize) -> Result<Draft> {
+        Ok(Draft {
+            labels_in: DeviceBuffer::zeroed(stream, max_batch, "labels")?,
+            drawn: Event::new(context)?,
+            released: Event::new(context)?,
+            step: 0,
+            sample_limit: 0,
+            batch: 0,
+            labels: None,
+            own_failure: None,
+            gathered: false,
+        })
+    }
+}
+
+/// Labels under way from the host.
+struct LabelSlot {
+    labels: PinnedBuffer<i64>,
+    /// The copy from it is done.
+    copied: Event,
+}
+
+/// Slots that are used in turn.
+pub(super) struct LabelSlots {
+    slots: Vec<LabelSlot>,
+    next: usize,
+}
+
+impl LabelSlots {
+    pub fn new(context: &Arc<Context>, max_batch: usize) -> Result<LabelSlots> {
+        let slot = || {
+            Ok(LabelSlot { labels: PinnedBuffer::zeroed(context, max_batch, "labels under way")?, copied: Event::new(context)? })
+        };
+        Ok(LabelSlots { slots: (0..LABEL_SLOTS).map(|_| slot()).collect::<Result<_>>()?, next: 0 })
+    }
+
+    /// # Safety
+    /// There is room for as many labels at `destination` on the device until the stream has done it.
+    unsafe fn upload(&mut self, stream: &Stream, destination: *mut i64, labels: &[i64]) -> Result<()> {
+        let slot = &mut self.slots[self.next];
+        if !slot.copied.is_over()? {
+            slot.copied.synchronize()?;
+        }
+        slot.labels[..labels.len()].copy_from_slice(labels);
+        // The slot is not written again before the event.
+        stream.upload(destination.cast(), slot.labels.as_raw().cast(), size_of_val(labels))?;
+        self.next = (self.next + 1) % LABEL_SLOTS;
+        slot.copied.record(stream)
+    }
+}
+
+impl CudaHead {
+    /// Phase 1: this rank's block of A, of its labels or of its failure.
+    pub(super) fn draft_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+        let next = self.next();
+        if self.drafts[next].gathered {
+            // No forward used this draft: its gather may not be over.
+            self.join(StreamRole::Draw, StreamRole::Centers);
+        }
+        let released = self.streams.of(StreamRole::Draw).wait(&self.drafts[next].released);
+        self.remember_error(released);
+        self.next_has_labels = true;
+        let draft = &mut self.drafts[next];
+        (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (counters.draws, 0, None, None, false);
+        let uploaded = labels.and_then(|labels| Ok((self.upload_labels(next, &labels)?, labels.count)));
+        let (source, batch, status) = match uploaded {
+            Ok((source, count)) => {
+                self.drafts[next].batch = count;
+                (source, count as u64, 0i32)
+            }
+            Err(error) => {
+                let status = error.status as i32;
+                self.drafts[next].own_failure = Some(error);
+                (std::ptr::null_mut(), 0u64, status)
+            }
+        };
+        let arrays = self.memory.arrays[next];
+        let (samples, updates) = (counters.draws, counters.updates);
+        run!(self, Draw, pack_labels, (arrays, samples, updates, status, batch, source.cast()));
+        let count = HEADER + self.spec.options.max_batch as usize;
+        let buffers = ExchangeBuffers { send: arrays.labels_send, recv: arrays.labels_recv, count };
+        self.exchange("all_gather labels", StreamRole::Draw, buffers, DType::I64)
+    }
+
+    fn upload_labels(&mut self, next: usize, labels: &Labels) -> Result<*mut i64> {
+        let destination = self.drafts[next].labels_in.as_mut_ptr();
+        if labels.count == 0 {
+            return Ok(destination);
+        }
+        let (draft, draw) = (&mut self.drafts[next], self.streams.of(StreamRole::Draw));
+        if self.gpu.context.memory_space("labels", labels.data.cast())? == MemorySpace::Device {
+            // In the order of the caller's stream: the caller may enqueue work there that overwrites them as soon as this returns.
+            self.gpu.stream.wait(&draft.drawn)?;
+            // SAFETY: the caller gave as many labels; the head's own have room for the largest batch.
+            unsafe { self.gpu.stream.copy(destination.cast(), labels.data.cast(), labels.count * size_of::<i64>()) }?;
+            draft.released.record(&self.gpu.stream)?;
+            draw.wait(&draft.released)?;
+            return Ok(destination);
+        }
+        // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
+        let given = unsafe { labels.as_slice() };
+        // SAFETY: as above.
+        unsafe { self.label_slots.upload(draw, destination, given) }?;
+        draft.labels = Some(given.to_vec());
+        Ok(destination)
+    }
+
+    /// The most classes of a drawn sample, on any rank.
+    fn drawn_sample_limit(&self) -> u64 {
+        sample_capacity(&self.spec.options, self.spec.ranks, self.spec.shard)
+    }
+
+    /// Makes room for a caller's sample that is larger than every draw. The step in progress keeps its arrays until it is over.
+    fn grow(&mut self, classes: usize) -> Result<()> {
+        let next = self.next();
+        if classes as u64 <= self.sizes[next].capacities.sample_limit {
+            return Ok(());
+        }
+        self.streams.synchronize()?;
+        let (held, mut gpu) = (self.sizes[next].memory(), self.gpu.capacity()?);
+        // Sizes are chosen as for a new head.
+        gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
+        let sizes = Sizes::new(&self.spec, gpu, classes as u64)?;
+        let Grown { arrays, replaced } = self.memory.grow(&sizes, &self.gpu.stream)?;
+        self.sizes[next] = sizes;
+        self.memory.arrays[next] = arrays[next];
+        let mut buffers = self.outgrown.take().map_or_else(Vec::new, |outgrown| outgrown.buffers);
+        buffers.extend(replaced);
+        self.outgrown = Some(Outgrown { arrays: arrays[self.current], buffers });
+        // The other streams use memory that is cleared on this one.
+        self.gpu.stream.synchronize()
+    }
+
+    /// The draw: sorts labels, finds positives, draws negatives, finds the targets' columns.
+    pub(super) fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
+        let draft = self.next();
+        let (first, label_capacity) = (self.spec.shard.first as i64, self.sizes[draft].capacities.labels as usize);
+        self.drafts[draft].sample_limit = self.drawn_sample_limit();
+        let list = match chosen {
+            Some(ids) => {
+                let limit = (ids.len() + label_capacity).min(self.spec.shard.rows as usize);
+                self.grow(limit)?;
+                self.drafts[draft].sample_limit = self.drafts[draft].sample_limit.max(limit as u64);
+                let classes: Vec<u32> = ids.iter().map(|&id| (id - first) as u32).collect();
+                let list = self.staging.borrow_mut().upload_classes(self.streams.of(StreamRole::Draw), &classes)?;
+                Some((list.cast(), classes.len() as u32))
+            }
+            None => None,
+        };
+        let arrays = self.memory.arrays[draft];
+        run!(self, Draw, spread_labels, (arrays,));
+        for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
+            let from = pass as u32 % 2;
+            run!(self, Draw, sort_labels_count, (arrays, shift, from));
+            run!(self, Draw, sort_labels_scan, (arrays,));
+            run!(self, Draw, sort_labels_scatter, (arrays, shift, from));
+        }
+        run!(self, Draw, find_positives_count, (arrays,));
+        run!(self, Draw, find_positives_scan, (arrays,));
+        run!(self, Draw, find_positives_scatter, (arrays,));
+        if chosen.is_none() && arrays.whole_shard != 0 {
+            run!(self, Draw, list_whole, (arrays,));
+        } else {
+            run!(self, Draw, mark_positives, (arrays,));
+            if let Some((classes, count)) = list {
+                run!(self, Draw, mark_chosen, (arrays, classes, count));
+            } else {
+                for level in 0..3u32 {
+                    run!(self, Draw, key_histogram, (arrays, level));
+                    run!(self, Draw, pick_threshold, (arrays, level));
+                }
+                run!(self, Draw, mark_below, (arrays,));
+                run!(self, Draw, mark_ties_scan, (arrays,));
+                run!(self, Draw, mark_ties, (arrays,));
+            }
+            run!(self, Draw, list_sample_count, (arrays,));
+            run!(self, Draw, list_sample_scan, (arrays,));
+            run!(self, Draw, list_sample_scatter, (arrays,));
+        }
+        run!(self, Draw, find_target_columns, (arrays,));
+        Ok(())
+    }
+
+    /// The number of rows of dW that the ranks add up, the same on all, whatever samples they were given. Only a rank whose caller
+    /// chose more classes than any draw has reads the other ranks' limits from the sums, and waits for them.
+    ///
+    /// It is the least of the limits. Where all ranks have the same sample it fits; else the step has failed, and the rows do not
+    /// matter. A rank that does not read the limits has that of a draw, and no rank has less.
+    pub(super) fn common_sample_limit(&self) -> Result<u64> {
+        let (own, drawn) = (self.drafts[self.current].sample_limit, self.drawn_sample_limit());
+        if self.spec.ranks == 1 || own <= drawn {
+            return Ok(own);
+        }
+        let count = REPLICATED_TOTALS + REPLICATED_SLOT * self.spec.ranks as usize;
+        let sums: Vec<f64> = staging::fetch(&self.gpu.stream, self.arrays().replicated_sums, count)?;
+        let limits = sums[REPLICATED_TOTALS..].chunks_exact(REPLICATED_SLOT).map(|slot| slot[3] as u64);
+        Ok(limits.fold(own, u64::min).max(drawn))
+    }
+}

@@ -1,0 +1,72 @@
+//! A head's memory: allocated once, and replaced in part where a caller's sample outgrows it.
+
+use super::Sizes;
+use crate::device::cuda::driver::{DeviceBuffer, Stream};
+use crate::device::cuda::shared_structs::HeadArrays;
+use crate::Result;
+
+/// A head's memory, and the pointers of the two steps that may be in progress.
+pub(in crate::device::cuda) struct HeadMemory {
+    pub arrays: [HeadArrays; 2],
+    /// In the order of the list of arrays, each copy after the other.
+    pub buffers: Vec<DeviceBuffer<u8>>,
+}
+
+/// The result of [`HeadMemory::grow`].
+pub(in crate::device::cuda) struct Grown {
+    /// The pointers of both steps, with the new arrays.
+    pub arrays: [HeadArrays; 2],
+    /// The arrays that were replaced: earlier `HeadArrays` still point to them.
+    pub replaced: Vec<DeviceBuffer<u8>>,
+}
+
+impl HeadMemory {
+    /// Makes all arrays, zeroed in the order of `stream`.
+    ///
+    /// Errors: OUT_OF_MEMORY, naming the array; the arrays made before it are freed.
+    pub fn allocate(sizes: &Sizes, stream: &Stream) -> Result<HeadMemory> {
+        let mut arrays = [sizes.head_arrays(); 2];
+        let mut buffers = Vec::new();
+        for array in sizes.list() {
+            let mut data = std::ptr::null_mut();
+            for (copy, of_step) in arrays.iter_mut().enumerate() {
+                if copy < array.copies {
+                    let bytes = usize::try_from(array.bytes).unwrap_or(usize::MAX);
+                    let buffer = DeviceBuffer::<u8>::zeroed(stream, bytes, array.name)?;
+                    data = buffer.as_mut_ptr();
+                    buffers.push(buffer);
+                }
+                (array.assign)(of_step, data);
+            }
+        }
+        Ok(HeadMemory { arrays, buffers })
+    }
+
+    /// Replaces the arrays that have another size in `sizes`, zeroed in the order of `stream`. W and the state keep their memory,
+    /// and so do the arrays that labels are sorted in. `arrays` stays as it is.
+    ///
+    /// Errors: OUT_OF_MEMORY, naming the array; nothing is changed then.
+    pub fn grow(&mut self, sizes: &Sizes, stream: &Stream) -> Result<Grown> {
+        let mut arrays = [sizes.head_arrays(); 2];
+        let (mut number, mut made) = (0, Vec::new());
+        for array in sizes.list() {
+            let mut data = std::ptr::null_mut();
+            for (copy, of_step) in arrays.iter_mut().enumerate() {
+                if copy < array.copies {
+                    let current = &self.buffers[number];
+                    data = current.as_mut_ptr();
+                    if current.len() as u64 != array.bytes {
+                        let bytes = usize::try_from(array.bytes).unwrap_or(usize::MAX);
+                        let buffer = DeviceBuffer::zeroed(stream, bytes, array.name)?;
+                        data = buffer.as_mut_ptr();
+                        made.push((number, buffer));
+                    }
+                    number += 1;
+                }
+                (array.assign)(of_step, data);
+            }
+        }
+        let replaced = made.into_iter().map(|(number, buffer)| std::mem::replace(&mut self.buffers[number], buffer)).collect();
+        Ok(Grown { arrays, replaced })
+    }
+}

@@ -1,0 +1,37 @@
+//! How the sample is divided into chunks, and a chunk into splits.
+
+use crate::device::cuda::context::GpuCapacity;
+use crate::device::cuda::shared_structs::{TILE_COLUMNS, TILE_ROWS};
+
+/// The most columns of a chunk where P is not kept: 69 MB of P at 4096 rows, and 66 tiles, which outnumber the multiprocessors'
+/// half.
+pub(in crate::device::cuda) const LARGEST_CHUNK: u64 = 8448;
+/// Columns of a tile of P @ W^, along d.
+const WEIGHTED_TILE: u64 = 128;
+/// Blocks of P @ W^ that a multiprocessor holds.
+const WEIGHTED_BLOCKS: u64 = 2;
+
+/// Columns that are handled at once, and into how many ordered sums P @ W^ splits them.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::device::cuda) struct Chunks {
+    pub columns: u64,
+    pub splits: u64,
+}
+
+impl Chunks {
+    pub fn of(columns: u64, rows: u64, depth_pitch: u64, gpu: GpuCapacity) -> Chunks {
+        Chunks { columns, splits: weighted_splits(rows, depth_pitch, columns, gpu.multiprocessors) }
+    }
+}
+
+/// The sizes of chunks to try, largest first: the whole sample, then the multiples of a tile.
+pub(super) fn chunk_sizes(sample: u64) -> impl Iterator<Item = u64> {
+    std::iter::once(sample).chain((1..=LARGEST_CHUNK.min(sample) / TILE_COLUMNS).rev().map(|tiles| tiles * TILE_COLUMNS))
+}
+
+/// The number of splits of a chunk's columns: as many as fill the GPU with blocks, each a tile of P @ W^ over its split.
+pub(in crate::device::cuda) fn weighted_splits(rows: u64, depth_pitch: u64, chunk: u64, multiprocessors: u32) -> u64 {
+    let tiles = (rows / TILE_ROWS) * depth_pitch.div_ceil(WEIGHTED_TILE);
+    let slots = WEIGHTED_BLOCKS * u64::from(multiprocessors);
+    (slots / tiles).clamp(1, chunk / TILE_COLUMNS)
+}

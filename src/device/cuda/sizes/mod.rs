@@ -1,0 +1,121 @@
+//! How much memory a head takes on a GPU: capacities, the chunk that fits the memory, the list of arrays, and their allocation.
+
+mod allocation;
+mod arrays;
+mod capacities;
+mod chunks;
+#[cfg(test)]
+mod tests;
+
+use self::arrays::Array;
+use super::context::GpuCapacity;
+use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
+use crate::device::{HeadSpec, Memory};
+use crate::{ensure, Result};
+
+pub(super) use allocation::{Grown, HeadMemory};
+pub(super) use capacities::{Capacities, COUNTED_CLASSES, DEPTH_MULTIPLE, HISTOGRAM_BINS};
+pub(super) use chunks::{weighted_splits, Chunks, LARGEST_CHUNK};
+
+/// The sizes of a head's arrays.
+#[derive(Clone, Debug)]
+pub(super) struct Sizes {
+    spec: HeadSpec,
+    pub capacities: Capacities,
+    pub chunks: Chunks,
+}
+
+impl Sizes {
+    /// For samples of `int(rate * rows)` classes, of all positives, and of `least_sample`.
+    ///
+    /// P is kept where it fits into the workspace limit (0: three quarters of the memory that W and the state leave free); else it
+    /// is computed twice, by chunks.
+    ///
+    /// Errors: INVALID_ARGUMENT, for a limit that leaves no room for one tile of columns, naming the need; or for more rows than
+    /// are numbered in 32 bits.
+    pub fn new(spec: &HeadSpec, gpu: GpuCapacity, least_sample: u64) -> Result<Sizes> {
+        let capacities = Capacities::new(spec, least_sample)?;
+        let of = |columns: u64| Chunks::of(columns, capacities.rows, capacities.depth_pitch, gpu);
+        let mut sizes = Sizes { spec: spec.clone(), chunks: of(capacities.sample), capacities: capacities.clone() };
+        let (limit, memory) = (spec.options.workspace_limit, sizes.memory());
+        let available = match limit {
+            0 => gpu.free_memory.saturating_sub(memory.weight.saturating_add(memory.state)) / 4 * 3,
+            limit => limit,
+        };
+        for columns in chunks::chunk_sizes(capacities.sample) {
+            sizes.chunks = of(columns);
+            if sizes.workspace() <= available {
+                return Ok(sizes);
+            }
+        }
+        // Without a limit the allocation itself says what is missing; and a caller's own sample goes before the limit.
+        ensure!(
+            limit == 0 || least_sample > 0,
+            InvalidArgument,
+            "workspace_limit must be 0 or at least {} bytes for max_batch {} on {} ranks of dimension {}, got {limit}",
+            sizes.workspace(),
+            spec.options.max_batch,
+            spec.ranks,
+            spec.options.embedding_dim
+        );
+        Ok(sizes)
+    }
+
+    /// Whether P is kept from the forward to the backward.
+    pub fn keeps_probabilities(&self) -> bool {
+        self.chunks.columns == self.capacities.sample
+    }
+
+    fn list(&self) -> Vec<Array> {
+        arrays::list(&self.spec, &self.capacities, self.chunks)
+    }
+
+    pub fn memory(&self) -> Memory {
+        arrays::memory(&self.list())
+    }
+
+    /// Bytes beside W and the state, which the workspace limit is about.
+    fn workspace(&self) -> u64 {
+        let memory = self.memory();
+        memory.activation.saturating_add(memory.probability)
+    }
+
+    /// All sizes, without pointers.
+    fn head_arrays(&self) -> HeadArrays {
+        let Sizes { spec: HeadSpec { options, ranks, rank, shard }, capacities, chunks } = self;
+        // All of them were checked: rows and classes here, the rest by the options.
+        let narrow = |count: u64| u32::try_from(count).expect("a size that was checked");
+        HeadArrays {
+            first_class: shard.first,
+            num_classes: options.num_classes,
+            seed: options.seed,
+            ignore_label: options.ignore_label.unwrap_or(i64::MIN),
+            plane_rows: capacities.rows * capacities.depth_pitch,
+            plane_centers: chunks.columns * capacities.depth_pitch,
+            plane_numerators: capacities.rows.saturating_mul(chunks.columns),
+            margin: MarginSettings::from(&options.margin),
+            optimizer: OptimizerSettings::new(&options.optimizer, options.row_update),
+            ranks: *ranks,
+            rank: *rank,
+            max_batch: narrow(options.max_batch),
+            label_capacity: narrow(capacities.labels),
+            row_capacity: narrow(capacities.rows),
+            dim: options.embedding_dim,
+            depth_pitch: narrow(capacities.depth_pitch),
+            master_pitch: narrow(capacities.master_pitch),
+            shard_rows: narrow(shard.rows),
+            sample_size: narrow(capacities.sample_size),
+            sample_capacity: narrow(capacities.sample),
+            chunk_capacity: narrow(chunks.columns),
+            column_tiles: narrow(capacities.column_tiles()),
+            splits: narrow(chunks.splits),
+            count_capacity: narrow(capacities.counts),
+            history_capacity: narrow(capacities.history),
+            sharded: self.spec.is_sharded().into(),
+            whole_shard: (capacities.sample_size == shard.rows).into(),
+            split_operands: capacities.split_operands.into(),
+            gather_dtype: capacities.gather_dtype as i32,
+            ..HeadArrays::zeroed()
+        }
+    }
+}

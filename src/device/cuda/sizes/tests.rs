@@ -1,0 +1,211 @@
+use super::*;
+use crate::device::cuda::driver::Stream;
+use crate::device::cuda::shared_structs::TILE_COLUMNS;
+use crate::margin::{Margin, MarginGradient};
+use crate::matrix::DType;
+use crate::optimizer::{Adamw, Optimizer, Sgd};
+use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
+use crate::shard::Shard;
+use crate::Status;
+
+const H200: GpuCapacity = GpuCapacity { multiprocessors: 132, free_memory: 140 << 30 };
+
+fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> HeadSpec {
+    let margin =
+        Margin { scale: 64.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: false };
+    let mut options = HeadOptions {
+        num_classes: classes,
+        embedding_dim: 512,
+        placement: Placement::Sharded,
+        sample_rate: 1.0,
+        seed: 1,
+        max_batch: batch,
+        margin,
+        row_update: RowUpdate::Lazy,
+        optimizer: Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }),
+        gradient_scale: 1.0,
+        init_std: 0.01,
+        ignore_label: None,
+        precision: Precision::Auto,
+        gather_dtype: None,
+        workspace_limit: 0,
+    };
+    change(&mut options);
+    let shard = options.shard(1, 0);
+    HeadSpec { options, ranks: 1, rank: 0, shard }
+}
+
+fn bytes(sizes: &Sizes, name: &str) -> u64 {
+    sizes.list().iter().find(|array| array.name == name).map_or(0, |array| array.bytes)
+}
+
+#[test]
+fn the_main_shapes_take_what_was_promised() {
+    let sizes = Sizes::new(&spec(125_000, 4096, |_| ()), H200, 0).expect("sizes");
+    assert!(sizes.keeps_probabilities());
+    assert!(sizes.workspace() < 1_400_000_000, "{}", sizes.workspace());
+    assert_eq!(sizes.memory().weight, 125_000 * 512 * 4);
+    assert_eq!(sizes.memory().probability, 4096 * 125_056 * 2);
+    assert_eq!((sizes.chunks.splits, sizes.capacities.column_tiles()), (2, 977));
+
+    let tight = spec(125_000, 4096, |options| options.workspace_limit = 192_000_000);
+    let sizes = Sizes::new(&tight, H200, 0).expect("sizes");
+    assert_eq!(sizes.chunks.columns, LARGEST_CHUNK);
+    assert!(sizes.workspace() < 192_000_000, "{}", sizes.workspace());
+}
+
+#[test]
+fn chunks_shrink_with_the_limit_until_it_is_refused() {
+    let mut last = u64::MAX;
+    let mut limit = 2_000_000_000u64;
+    let refused = loop {
+        match Sizes::new(&spec(125_000, 1024, |options| options.workspace_limit = limit), H200, 0) {
+            Ok(sizes) => {
+                assert!(sizes.workspace() <= limit && sizes.chunks.columns <= last);
+                assert!(sizes.chunks.columns.is_multiple_of(TILE_COLUMNS));
+                assert!(sizes.chunks.splits >= 1 && sizes.chunks.splits <= sizes.chunks.columns / TILE_COLUMNS);
+                last = sizes.chunks.columns;
+                limit = limit / 100 * 99;
+            }
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused.status, Status::InvalidArgument);
+    let words: Vec<&str> = refused.message.split(' ').collect();
+    let need: u64 = words[7].parse().expect("the need");
+    // The need that it names is the least that is taken.
+    let least = |limit| Sizes::new(&spec(125_000, 1024, |options| options.workspace_limit = limit), H200, 0);
+    assert_eq!(least(need).expect("enough").chunks.columns, TILE_COLUMNS);
+    assert!(least(need - 1).is_err());
+}
+
+#[test]
+fn without_a_limit_it_is_what_the_gpu_has() {
+    let weights = 2 * 125_000 * 512 * 4u64;
+    let at = |free_memory| Sizes::new(&spec(125_000, 4096, |_| ()), GpuCapacity { multiprocessors: 132, free_memory }, 0);
+    assert!(at(weights + 2_000_000_000).expect("sizes").keeps_probabilities());
+    assert_eq!(at(weights + 1_000_000_000).expect("sizes").chunks.columns, LARGEST_CHUNK);
+    // Nothing free: the allocation will say so.
+    assert_eq!(at(0).expect("sizes").chunks.columns, TILE_COLUMNS);
+}
+
+#[test]
+fn arrays_follow_the_options() {
+    let sharded = Sizes::new(&spec(1000, 10, |_| ()), H200, 0).expect("sizes");
+    assert_eq!((sharded.capacities.gather_dtype, sharded.capacities.rows, sharded.capacities.sample), (DType::F16, 128, 1024));
+    assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 2);
+    assert_eq!(bytes(&sharded, "send_scales"), 10 * 4);
+    assert_eq!(bytes(&sharded, "sums"), 4 * (20 + 4));
+    for name in ["replicated_sums", "center_gradient", "second_moment", "last_update", "missed_updates"] {
+        assert_eq!(bytes(&sharded, name), 0, "{name}");
+    }
+    let adamw = Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 });
+    let replicated = spec(1000, 10, |options| {
+        options.placement = Placement::Replicated;
+        options.optimizer = adamw;
+        options.row_update = RowUpdate::Dense;
+        options.precision = Precision::F32;
+        options.embedding_dim = 65;
+        options.sample_rate = 0.1;
+    });
+    let replicated = Sizes::new(&replicated, H200, 0).expect("sizes");
+    assert_eq!(
+        (replicated.capacities.depth_pitch, replicated.capacities.master_pitch, replicated.capacities.sample_size),
+        (128, 68, 100)
+    );
+    assert_eq!(replicated.capacities.sample, 128);
+    assert_eq!(bytes(&replicated, "center_operand"), 3 * 128 * 128 * 2);
+    assert_eq!(bytes(&replicated, "center_wide"), 0);
+    assert_eq!(bytes(&replicated, "center_gradient"), 128 * 65 * 4);
+    assert_eq!(bytes(&replicated, "second_moment"), 1000 * 68 * 4);
+    assert_eq!(bytes(&replicated, "last_update"), 4000);
+    for name in ["sums", "gradient_send", "embeddings_recv", "send_scales"] {
+        assert_eq!(bytes(&replicated, name), 0, "{name}");
+    }
+    assert_eq!(bytes(&replicated, "replicated_sums"), 8 * 8);
+    // What travels: as asked for, else as the products take it. Rows are scaled for f16 alone.
+    for (precision, gather, dtype) in [
+        (Precision::Auto, None, DType::F16),
+        (Precision::Half, None, DType::F16),
+        (Precision::F32, None, DType::F32),
+        (Precision::F32, Some(DType::F16), DType::F16),
+        (Precision::Half, Some(DType::F32), DType::F32),
+        (Precision::Auto, Some(DType::Bf16), DType::Bf16),
+    ] {
+        let spec = spec(1000, 10, |options| (options.precision, options.gather_dtype) = (precision, gather));
+        let sizes = Sizes::new(&spec, H200, 0).expect("sizes");
+        assert_eq!(sizes.capacities.gather_dtype, dtype, "{precision:?} {gather:?}");
+        assert_eq!(bytes(&sizes, "send_scales"), if dtype == DType::F16 { 40 } else { 0 }, "{precision:?} {gather:?}");
+    }
+    let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
+    assert_eq!(more.capacities.sample, 384);
+}
+
+#[test]
+fn every_pointer_has_an_array() {
+    let sizes = Sizes::new(&spec(1000, 10, |options| options.precision = Precision::F32), H200, 0).expect("sizes");
+    let mut arrays = sizes.head_arrays();
+    let list = sizes.list();
+    for (number, array) in list.iter().enumerate() {
+        (array.assign)(&mut arrays, (number + 1) as *mut u8);
+    }
+    let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
+    // SAFETY: the structure begins with as many pointers.
+    let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&arrays).cast::<u64>(), pointers) };
+    assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
+    // The three planes of W^ serve both products; all else is an array of its own.
+    assert_eq!(arrays.center_wide, arrays.center_operand);
+    assert_eq!(pointers.len(), list.len() + 1);
+}
+
+#[test]
+fn arrays_are_made_and_given_back() {
+    use crate::device::cuda::driver::{Context, Priority};
+
+    let turn = cuda_emulator::turn(1);
+    // SAFETY: the default stream.
+    let context = unsafe { Context::of(0, std::ptr::null_mut()) }.expect("GPU 0");
+    let stream = Stream::new(&context, Priority::Least).expect("a stream");
+    let before = context.free_memory().expect("a number");
+    let gpu = GpuCapacity { multiprocessors: context.multiprocessors().expect("a number"), free_memory: before };
+    let spec = spec(1000, 10, |options| options.row_update = RowUpdate::Dense);
+    let sizes = Sizes::new(&spec, gpu, 0).expect("sizes");
+    let memory = HeadMemory::allocate(&sizes, &stream).expect("memory");
+    let [one, two] = memory.arrays;
+    // Each step has its own labels and sample; the rest is shared.
+    assert!(one.block != two.block && one.sample != two.sample && one.sort_keys[1] != two.sort_keys[1]);
+    assert!(one.ledger == two.ledger && one.counts == two.counts && one.centers == two.centers);
+    assert!(one.second_moment.is_null() && two.second_moment.is_null() && !one.last_update.is_null());
+    let total: u64 = memory.buffers.iter().map(|buffer| buffer.bytes() as u64).sum();
+    assert_eq!(total, sizes.memory().total());
+    drop(memory);
+
+    // Where one array is refused, those before it are given back.
+    let huge = Sizes::new(&self::spec(400_000_000, 10, |_| ()), gpu, 0).expect("sizes");
+    let refused = HeadMemory::allocate(&huge, &stream).map(|_| ()).expect_err("more than there is");
+    assert_eq!(refused.status, Status::OutOfMemory);
+    if turn.is_emulator() {
+        assert_eq!(context.free_memory().expect("a number"), before);
+    }
+}
+
+#[test]
+fn head_arrays_have_the_sizes() {
+    let mut spec = spec(1001, 10, |options| options.sample_rate = 0.5);
+    (spec.ranks, spec.rank, spec.shard) = (3, 1, Shard::of(1001, 3, 1));
+    let arrays = Sizes::new(&spec, H200, 0).expect("sizes").head_arrays();
+    assert_eq!((arrays.ranks, arrays.rank, arrays.max_batch, arrays.label_capacity, arrays.row_capacity), (3, 1, 10, 30, 128));
+    assert_eq!((arrays.first_class, arrays.num_classes, arrays.shard_rows), (334, 1001, 334));
+    assert_eq!((arrays.sample_size, arrays.sample_capacity, arrays.column_tiles, arrays.whole_shard), (167, 256, 2, 0));
+    assert_eq!((arrays.plane_rows, arrays.plane_centers, arrays.plane_numerators), (128 * 512, 256 * 512, 128 * 256));
+    assert_eq!((arrays.ignore_label, arrays.sharded, arrays.split_operands, arrays.gather_dtype), (i64::MIN, 1, 0, 2));
+}
+
+#[test]
+fn sizes_beyond_any_memory_do_not_wrap() {
+    let huge = spec(u32::MAX.into(), 1 << 24, |options| options.embedding_dim = 1 << 16);
+    assert_eq!(Sizes::new(&huge, H200, 0).expect_err("too many classes").status, Status::InvalidArgument);
+    let large = spec(4_000_000_000, 1 << 24, |options| options.embedding_dim = 1 << 16);
+    let sizes = Sizes::new(&large, H200, 0).expect("sizes");
+    assert!(sizes.workspace() > 1 << 40 && sizes.chunks.columns == TILE_COLUMNS);
+}
