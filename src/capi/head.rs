@@ -69,7 +69,7 @@ pub struct pfc_metrics {
     pub struct_size: u64,
     /// Updates done since the head was made.
     pub updates: u64,
-    /// Samples drawn since the head was made. A step that pfc_head_prepare or pfc_head_forward begins draws one.
+    /// Samples drawn since the head was made. These are draws of classes, not training examples.
     pub draws: u64,
     /// Rows of the global batch.
     pub rows: u64,
