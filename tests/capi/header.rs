@@ -6,7 +6,9 @@
 //! file's own introduction); what is here puts the sections together and sets the lines to a width that C users read.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use partialfc_testing::programs::root;
 
 /// The sections, so that each names only what stands above it.
 const SECTIONS: [&str; 8] = ["status", "types", "device", "comm", "head", "kernels", "plan", "log"];
@@ -74,10 +76,6 @@ fn every_function_has_a_comment_above_it() {
         }
     }
     assert!(functions > 50, "found {functions} functions");
-}
-
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// The whole header.

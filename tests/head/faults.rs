@@ -1,10 +1,11 @@
 //! Every operation of a head's life going wrong on every rank in every way: each rank gets a status, nothing hangs, and a new head
 //! then trains as if nothing had been.
 //!
-//! The ranks are joined by functions of the caller's ([`partialfc_testing::transport`]), as MPI's or a trainer's own would be. `./test` runs all of it
-//! on the CPU, once more with `PFC_CHECK=1`, where each operation has another before it, and on the emulated GPU, whose messages go
+//! The ranks are joined by functions of the caller's ([`partialfc_testing::transport`]), as MPI's or a trainer's own would be. `./test`
+//! runs all of it on the CPU, once more with `PFC_CHECK=1`, where each operation has another before it, and on the emulated GPU, whose messages go
 //! through host memory; tests/nccl/head.rs has the same for messages that stay on a GPU's streams.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -77,16 +78,35 @@ fn status_of(found: &Result<Vec<u32>, Failure>) -> i32 {
     found.as_ref().map_or_else(|failure| failure.status, |_| 0)
 }
 
-/// Runs a case for every rank and operation, and a life without faults after each.
-fn for_all(fault: Fault, timeout_ms: u64, check: impl Fn(&str, usize, &[Result<Vec<u32>, Failure>], &[Result<Vec<u32>, Failure>])) {
+/// Cases at once: most of them only wait for a timeout. The emulator computes one at a time.
+fn workers() -> usize {
+    if on_cuda() {
+        2
+    } else {
+        16
+    }
+}
+
+/// Runs a case for every rank and operation, and a life without faults after them.
+fn for_all(
+    fault: Fault,
+    timeout_ms: u64,
+    check: impl Fn(&str, usize, &[Result<Vec<u32>, Failure>], &[Result<Vec<u32>, Failure>]) + Sync,
+) {
     for options in placements() {
         let sound = with_fault(&options, None, 20_000);
-        for rank in 0..size().0 {
-            for at in 0..operations(&options) {
-                let what = format!("{:?}: {fault:?} in operation {at} of rank {rank}", options.placement);
-                check(&what, rank, &with_fault(&options, Some((rank, at, fault)), timeout_ms), &sound);
+        let operations = operations(&options);
+        let next = AtomicI64::new(0);
+        let work = || loop {
+            let case = next.fetch_add(1, Ordering::Relaxed);
+            let (rank, at) = ((case / operations) as usize, case % operations);
+            if rank >= size().0 {
+                break;
             }
-        }
+            let what = format!("{:?}: {fault:?} in operation {at} of rank {rank}", options.placement);
+            check(&what, rank, &with_fault(&options, Some((rank, at, fault)), timeout_ms), &sound);
+        };
+        std::thread::scope(|scope| (0..workers()).for_each(|_| drop(scope.spawn(work))));
         let after: Vec<_> = with_fault(&options, None, 20_000).into_iter().map(|life| life.expect("a new head")).collect();
         assert_eq!(after, sound.into_iter().map(|life| life.expect("no fault")).collect::<Vec<_>>());
     }
