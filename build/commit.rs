@@ -11,7 +11,7 @@ pub struct Commit {
 }
 
 /// A packed crate says itself what it was packed from. Of git the answer counts only where the package is the repository's top
-/// folder: a crate that is unpacked inside another project's repository is not of that project's commit.
+/// folder: a crate whose sources lie inside another project's repository is not of that project's commit.
 pub fn commit(package: &Path) -> Commit {
     if let Some(digits) = packed_from(package) {
         return Commit { name: first(&digits), watched: Vec::new() };

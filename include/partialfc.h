@@ -39,7 +39,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// The version of this header; pfc_version() tells that of the library.
+// The version of this header; pfc_version() returns that of the library.
 #define PFC_VERSION_MAJOR 0
 #define PFC_VERSION_MINOR 1
 #define PFC_VERSION_PATCH 0
@@ -378,7 +378,7 @@ void pfc_device_free(pfc_device *device);
 // stream. Requires PFC_COMM_DEVICE_MEMORY.
 #define PFC_COMM_STREAM_ORDERED 4
 
-// One rank's end of a group of ranks.
+// One rank of a group of ranks.
 //
 // All ranks call the same collectives in the same order. If a collective fails on one rank, the
 // communicator ends: running collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH
@@ -679,7 +679,7 @@ typedef struct pfc_metrics {
   uint64_t struct_size;
   // Updates done since the head was made.
   uint64_t updates;
-  // Samples drawn since the head was made: one for each step begun.
+  // Samples drawn since the head was made. These are draws of classes, not training examples.
   uint64_t draws;
   // Rows of the global batch.
   uint64_t rows;

@@ -1,4 +1,4 @@
-//! The classification head of face recognition and extreme classification: millions of class centres, sharded over ranks, of which
+//! The classification head of face recognition and extreme classification: millions of class centers, sharded over ranks, of which
 //! each step touches the positives and a random sample of the negatives (PartialFC, arXiv:2010.05222 and arXiv:2203.15565).
 //!
 //! C and C++ programs use `include/partialfc.h`, which is generated from [`capi`]; the modules beneath it are the same library for

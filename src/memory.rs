@@ -67,7 +67,7 @@ impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: data points to len initialised values (dangling for 0).
+        // SAFETY: data points to len initialized values (dangling for 0).
         unsafe { std::slice::from_raw_parts(self.data, self.len) }
     }
 }

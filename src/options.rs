@@ -7,7 +7,7 @@ use crate::optimizer::Optimizer;
 use crate::shard::Shard;
 use crate::{ensure, Result};
 
-/// Where a class centre lives: on one rank (sharded) or on all (replicated).
+/// Where a class center lives: on one rank (sharded) or on all (replicated).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum Placement {

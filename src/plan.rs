@@ -35,7 +35,7 @@ pub struct Plan {
 /// embeddings travel in it. Precision half has the traffic of a CUDA device, where they travel in f16, for full batches: such a
 /// device hands over `max_batch` rows, whatever a batch has.
 ///
-/// The class centres' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
+/// The class centers' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
 /// that travels.
 pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     ensure!(ranks > 0, InvalidArgument, "ranks must be at least 1, got 0");

@@ -1,5 +1,5 @@
 //! Random numbers as pure functions of what they are for: a counter-based generator, the keys that sample classes, the start values
-//! of the class centres. Nothing here has a state, so that no rank count, thread count or device changes a number.
+//! of the class centers. Nothing here has a state, so that no rank count, thread count or device changes a number.
 
 use crate::simd::{clones, Simd};
 
@@ -9,7 +9,7 @@ use crate::simd::{clones, Simd};
 pub enum Purpose {
     /// Keys of classes in a step's draw.
     Sample = 0,
-    /// Start values of the class centres.
+    /// Start values of the class centers.
     Init = 1,
 }
 
@@ -67,7 +67,7 @@ pub fn sample_key(seed: u64, step: u64, class: u64) -> u32 {
     philox([low, high, step_low, step_high], halves(seed))[(class % 4) as usize]
 }
 
-/// Blocks of four words that one pass of the vectorised generators makes.
+/// Blocks of four words that one pass of the vectorized generators makes.
 const LANES: usize = 16;
 
 /// Classes whose keys [`sample_keys_on`] makes at a time.
@@ -95,7 +95,7 @@ fn sample_keys_body(seed: u64, step: u64, first: u64, keys: &mut [u32]) {
     }
 }
 
-/// Start values of one class centre: normal with mean 0 and standard deviation `std`, a pure function of (seed, class, column).
+/// Start values of one class center: normal with mean 0 and standard deviation `std`, a pure function of (seed, class, column).
 ///
 /// Columns 4k to 4k + 3 come from Philox with key = seed and counter = (class lo, class hi, k, purpose << 24): its words, in pairs,
 /// through Box and Muller. No value is beyond 6.67 standard deviations. Only additions, multiplications, square roots and integer
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_not_correlated() {
+    fn neighbors_are_not_correlated() {
         let rows = population();
         let five = 5.0 / ((rows.len() * 500) as f64).sqrt();
         let z = |x: f32| f64::from(x) / 0.5;

@@ -1,4 +1,4 @@
-//! Which class centres take part in a step: the positives, and negatives drawn without replacement.
+//! Which class centers take part in a step: the positives, and negatives drawn without replacement.
 //!
 //! Every class has a random key at every step ([`crate::random::sample_key`]); the negatives with the smallest (key, id) win. So
 //! all ranks and devices agree without a message. Keys are made and compared with a threshold in one pass, a little above the key

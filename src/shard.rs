@@ -1,9 +1,9 @@
-//! Shards: which contiguous range of class centres a rank owns.
+//! Shards: which contiguous range of class centers a rank owns.
 
 /// A contiguous range of classes: `first .. first + rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
-    /// Global id of the first class centre.
+    /// Global id of the first class center.
     pub first: u64,
     /// How many there are; may be 0 where there are more ranks than classes.
     pub rows: u64,
@@ -25,7 +25,7 @@ impl Shard {
         Shard { first: 0, rows: num_classes }
     }
 
-    /// One past the last class centre.
+    /// One past the last class center.
     pub fn end(&self) -> u64 {
         self.first + self.rows
     }

@@ -168,7 +168,7 @@ int main(int argc, char **argv) {
     MPI_Finalize(); /* nobody is lost */
     return 0;
   }
-  /* MPI cannot be finalised without the lost rank; and nobody goes before all have told. */
+  /* MPI cannot be finalized without the lost rank; and nobody goes before all have told. */
   for (waited = 0; !all_ended(gone) && waited < LONGEST_MS; waited += 20) sleep_ms(20);
   _exit(0);
 }

@@ -147,7 +147,7 @@ int main(int argc, char **argv) {
   pfc_comm_free(comm);
   pfc_device_free(device);
   note("end", text);
-  /* MPI cannot be finalised without the lost rank; and nobody goes before all have told. */
+  /* MPI cannot be finalized without the lost rank; and nobody goes before all have told. */
   for (waited = 0; !all_ended() && waited < LONGEST_MS; waited += 20) sleep_ms(20);
   _exit(0);
 }

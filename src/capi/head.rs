@@ -28,17 +28,20 @@
 //! If the loss pointer itself is invalid, this rank uses the location that the other ranks chose; its pfc_head_forward waits for
 //! theirs.
 
-use std::ffi::c_char;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+mod locked;
 
+use std::ffi::c_char;
+use std::sync::atomic::AtomicBool;
+use std::sync::Mutex;
+
+use self::locked::{with_head, with_shared_head};
 use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
-use super::{boundary, caught, output, required};
+use super::{boundary, output, required};
 use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
-use crate::{ensure, error, Result, Status};
+use crate::{ensure, error, Result};
 
 /// SGD: m. AdamW: the first moment.
 pub const PFC_STATE_MOMENTUM: i32 = 1;
@@ -66,7 +69,7 @@ pub struct pfc_metrics {
     pub struct_size: u64,
     /// Updates done since the head was made.
     pub updates: u64,
-    /// Samples drawn since the head was made. A step that pfc_head_prepare or pfc_head_forward begins draws one.
+    /// Samples drawn since the head was made. These are draws of classes, not training examples.
     pub draws: u64,
     /// Rows of the global batch.
     pub rows: u64,
@@ -136,44 +139,6 @@ pub struct pfc_save_options {
 pub struct pfc_load_options {
     /// sizeof(pfc_load_options).
     pub struct_size: u64,
-}
-
-/// Runs a call on a head that needs it alone.
-unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
-    boundary(|| {
-        let handle = required("head", head)?;
-        check_process(handle)?;
-        ensure!(!handle.busy.swap(true, Ordering::Acquire), InvalidArgument, "head is in use by another thread");
-        let outcome = run_locked(handle, body);
-        handle.busy.store(false, Ordering::Release);
-        outcome
-    })
-}
-
-/// Runs a call that several threads may make at once: they take turns.
-unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
-    boundary(|| {
-        let handle = required("head", head)?;
-        check_process(handle)?;
-        run_locked(handle, |head| body(head))
-    })
-}
-
-fn check_process(handle: &pfc_head) -> Result<()> {
-    let (made_in, this) = (handle.process, std::process::id());
-    ensure!(made_in == this, Forked, "the head was made in process {made_in} and cannot be used in process {this}");
-    Ok(())
-}
-
-/// A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
-fn run_locked(handle: &pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> Result<()> {
-    let mut head = handle.head.lock().unwrap_or_else(PoisonError::into_inner);
-    caught(|| body(&mut head)).map_err(|error| {
-        if error.status == Status::Panic {
-            head.poison(&error);
-        }
-        head.name_rank(&error)
-    })
 }
 
 /// Fills the struct with zeros and its size; see pfc_head_options_init_sized.

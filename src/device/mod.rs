@@ -98,7 +98,7 @@ pub struct StepFigures {
     pub own_target_cosines: Vec<f32>,
     /// Sum of the squares of the embeddings' gradient as handed out on this rank.
     pub grad_embeddings: f64,
-    /// Sum of the squares of the gradient of this rank's sampled class centres.
+    /// Sum of the squares of the gradient of this rank's sampled class centers.
     pub grad_centers: f64,
 }
 

@@ -193,7 +193,7 @@ impl RowState<'_> {
         Ok(())
     }
 
-    /// Row numbers of the centres, without repeats.
+    /// Row numbers of the centers, without repeats.
     pub(super) fn check_ids(&self, ids: &[i64]) -> Result<()> {
         let rows = self.centers.rows;
         let mut seen = vec![false; rows];

@@ -1,5 +1,7 @@
 //! How a workspace is divided into arrays.
 
+use crate::memory::Plain;
+
 /// Cuts arrays off a workspace, one after the other; counts their bytes where there is no workspace yet.
 pub(super) struct WorkspaceCutter {
     start: *mut u8,
@@ -19,6 +21,18 @@ impl WorkspaceCutter {
         let bytes = count.saturating_mul(size_of::<T>() as u64);
         self.bytes = self.bytes.saturating_add(bytes.checked_next_multiple_of(self.alignment).unwrap_or(u64::MAX));
         array.cast()
+    }
+
+    /// The next `count` elements, for as long as the workspace is lent.
+    ///
+    /// # Safety
+    /// The workspace is in host memory, has room for them, and any bytes are a `T`. Nothing else refers to it.
+    pub unsafe fn slice<'a, T: Plain>(&mut self, count: usize) -> &'a mut [T] {
+        let array = self.take(count as u64);
+        match count {
+            0 => &mut [],
+            count => std::slice::from_raw_parts_mut(array, count),
+        }
     }
 
     /// Bytes of the arrays so far.

@@ -1,4 +1,4 @@
-//! What a head tells of itself: the figures of the last step, and the nearest class centres.
+//! What a head tells of itself: the figures of the last step, and the nearest class centers.
 
 use super::{Head, Seconds};
 use crate::comm::{gather_words, Communicator};
@@ -55,7 +55,7 @@ impl Head {
         })
     }
 
-    /// The nearest class centres of all ranks; see `pfc_head_top_k`. Collective.
+    /// The nearest class centers of all ranks; see `pfc_head_top_k`. Collective.
     pub fn top_k(&mut self, queries: Contribution<Matrix>, k: u64) -> Result<Nearest> {
         self.check_usable()?;
         let outcome = self.run_top_k(queries, k);

@@ -251,7 +251,7 @@ ncclResult_t issue(Comm& comm, const Call& asked) {
     if (comm.finalizing) {
         finding(format("%s on rank %d's communicator after ncclCommFinalize",
                        kNames[int(asked.kind)], comm.rank));
-        return fail(ncclInvalidUsage, "finalised");
+        return fail(ncclInvalidUsage, "finalized");
     }
     Call call = asked;
     call.number = comm.calls++;

@@ -320,7 +320,7 @@ ncclResult_t ncclCommFinalize(ncclComm_t handle) {
     if (state != ncclSuccess) return state;
     {
         const std::lock_guard<std::mutex> guard(comm->mutex);
-        if (comm->finalizing) return fail(ncclInvalidArgument, "finalised already");
+        if (comm->finalizing) return fail(ncclInvalidArgument, "finalized already");
         comm->finalizing = true;
     }
     return comm->blocks ? wait_until_ready(comm) : ncclInProgress;

@@ -4,4 +4,3 @@
 mod build_info;
 mod cycles;
 mod files;
-mod modules;

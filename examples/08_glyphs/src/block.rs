@@ -110,7 +110,7 @@ fn add_sums(lanes: Vec<[Vec<f64>; 2]>, channels: usize) -> [Vec<f64>; 2] {
 }
 
 // The four loops over rows below stay functions of their own: inlined, the compiler no longer knows that their slices do not
-// overlap, and gives up vectorising them (measured: four times slower).
+// overlap, and gives up vectorizing them (measured: four times slower).
 
 /// Adds up each channel's values and squares.
 #[inline(never)]

@@ -20,7 +20,7 @@ use crate::options::Precision;
 use crate::protocol::{self, Counters, LossPlace, HEADER};
 use crate::{error, Contribution, Error, Result};
 
-/// Rows of a batch that one task normalises or finishes.
+/// Rows of a batch that one task normalizes or finishes.
 const ROWS_A_TASK: usize = 16;
 /// A row's target cosine where another rank owns its class.
 pub(super) const ELSEWHERE: f32 = -2.0;
@@ -158,7 +158,7 @@ impl CpuHead {
         Ok(())
     }
 
-    /// Phase 3 for E: judges the rows, normalises them into E^ and finds the angle of each target in this rank's sample.
+    /// Phase 3 for E: judges the rows, normalizes them into E^ and finds the angle of each target in this rank's sample.
     fn embed(&mut self, own: &Matrix) {
         let gathered = Matrix {
             data: self.messages.embeddings_recv.as_ptr().cast_mut(),

@@ -1,4 +1,4 @@
-//! The class centres nearest to each query: chunks of cosines, and the best k of each.
+//! The class centers nearest to each query: chunks of cosines, and the best k of each.
 
 use super::pool::Pool;
 use super::products::{pitch, CHUNK};
@@ -15,7 +15,7 @@ const QUERIES: usize = 128;
 /// Candidates that a task holds at most: with a large k it takes fewer queries.
 const CANDIDATES: usize = 1 << 22;
 
-/// For each query its `k` nearest centres of the shard, nearest first, equal cosines by ascending id: [queries, k].
+/// For each query its `k` nearest centers of the shard, nearest first, equal cosines by ascending id: [queries, k].
 ///
 /// `k` is at most the shard's rows. `queries` are raw embeddings, [queries, d]; one without a direction is at cosine 0 of everything.
 pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queries: &[f32], k: usize) -> Result<Nearest> {

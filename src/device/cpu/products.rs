@@ -1,6 +1,6 @@
-//! The two passes over a sample's class centres: forward (cosines, numerators, row sums, P @ W^) and update (dW, row by row).
+//! The two passes over a sample's class centers: forward (cosines, numerators, row sums, P @ W^) and update (dW, row by row).
 //!
-//! The sample is cut into chunks of [`CHUNK`] columns. A thread takes a chunk whole: it gathers and normalises the rows, multiplies on
+//! The sample is cut into chunks of [`CHUNK`] columns. A thread takes a chunk whole: it gathers and normalizes the rows, multiplies on
 //! its own, takes exp and sums while the numerators are in its cache, and multiplies again; so no thread waits for another inside a
 //! product, and the logits of the whole batch never exist unless the workspace keeps the numerators for the update.
 //!
@@ -111,7 +111,7 @@ pub(super) trait RowSource: Sync {
     fn prefetch(&self, _column: usize) {}
 }
 
-/// How far ahead rows are asked for: a row of 2 KiB arrives in the time two are normalised.
+/// How far ahead rows are asked for: a row of 2 KiB arrives in the time two are normalized.
 const PREFETCH: usize = 4;
 
 /// What both passes work on.

@@ -6,6 +6,7 @@ use super::vector::{self, Softmax};
 use super::Cpu;
 use crate::device::host_math::{gemm_into, inverse_norm, GemmShape, Operand, Store};
 use crate::device::stateless::{checked_shape, checked_sums, checked_targets, checked_weight, denominator_and_factor, must_be_f32};
+use crate::device::workspace::WorkspaceCutter;
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
 use crate::matrix::Matrix;
@@ -28,30 +29,10 @@ impl products::RowSource for MatrixRows<'_> {
     }
 }
 
-/// A caller's workspace as f32, cut up from its start.
-struct Carve<'a>(&'a mut [f32]);
-
-impl<'a> Carve<'a> {
-    fn new(workspace: Workspace, needed: u64) -> Result<Carve<'a>> {
-        workspace.check(needed, 8)?;
-        if needed == 0 {
-            return Ok(Carve(&mut []));
-        }
-        // SAFETY: the caller lends this many bytes for the call, aligned as checked.
-        Ok(Carve(unsafe { std::slice::from_raw_parts_mut(workspace.data.cast::<f32>(), (needed / 4) as usize) }))
-    }
-
-    fn take(&mut self, elements: usize) -> &'a mut [f32] {
-        let (taken, rest) = std::mem::take(&mut self.0).split_at_mut(elements);
-        self.0 = rest;
-        taken
-    }
-
-    fn take_f64(&mut self, elements: usize) -> &'a mut [f64] {
-        let taken = self.take(2 * elements);
-        // SAFETY: f64s are carved first, from a start aligned to 8 bytes; any bytes are an f64.
-        unsafe { std::slice::from_raw_parts_mut(taken.as_mut_ptr().cast::<f64>(), elements) }
-    }
+/// What cuts a caller's workspace up: float64s first, since it is aligned to 8 bytes, then float32s.
+fn cutter(workspace: Workspace, needed: u64) -> Result<WorkspaceCutter> {
+    workspace.check(needed, 8)?;
+    Ok(WorkspaceCutter::new(workspace.data, size_of::<f32>() as u64))
 }
 
 /// A caller's memory, to be written by several threads in different places.
@@ -67,11 +48,12 @@ struct Embedded<'a> {
 }
 
 impl<'a> Embedded<'a> {
-    fn new(embeddings: &Matrix, shape: &Shape, carve: &mut Carve<'a>) -> Embedded<'a> {
+    fn new(embeddings: &Matrix, shape: &Shape, cutter: &mut WorkspaceCutter) -> Embedded<'a> {
         let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
-        let unit = carve.take(shape.rows * row_pitch);
-        let transposed = carve.take(shape.dim * batch_pitch);
-        let inverse_norms = carve.take(shape.rows);
+        // SAFETY: what `fused_bytes` counts.
+        let unit = unsafe { cutter.slice::<f32>(shape.rows * row_pitch) };
+        let transposed = unsafe { cutter.slice::<f32>(shape.dim * batch_pitch) };
+        let inverse_norms = unsafe { cutter.slice::<f32>(shape.rows) };
         for (row, inverse) in inverse_norms.iter_mut().enumerate() {
             let out = &mut unit[row * row_pitch..row * row_pitch + shape.dim];
             // SAFETY: the caller's matrix has this row.
@@ -105,7 +87,7 @@ impl Cpu {
         embedded: &'a Embedded<'a>,
         targets: &'a Targets,
         rows: &'a MatrixRows<'a>,
-        carve: &mut Carve<'a>,
+        cutter: &mut WorkspaceCutter,
     ) -> Pass<'a> {
         Pass {
             shape: *shape,
@@ -115,7 +97,8 @@ impl Cpu {
             rows,
             numerators: Parts::of(&mut []),
             kept_chunks: 0,
-            scratch: Parts::of(carve.take(self.pool.threads() * shape.scratch_elements())),
+            // SAFETY: what `fused_bytes` counts.
+            scratch: Parts::of(unsafe { cutter.slice(self.pool.threads() * shape.scratch_elements()) }),
         }
     }
 }
@@ -217,10 +200,11 @@ impl Device for Cpu {
         must_be_f32("cosines", cosines)?;
         let (rows, dim, classes) = (embeddings.rows, embeddings.cols, centers.rows);
         let needed = self.normalize_gemm_workspace(rows as u64, dim as u64, classes as u64)?;
-        let mut carve = Carve::new(workspace, needed)?;
+        let mut cutter = cutter(workspace, needed)?;
         let row_pitch = pitch(dim);
-        let unit = carve.take(rows * row_pitch);
-        let chunks = carve.take(self.pool.threads() * CHUNK * row_pitch);
+        // SAFETY: what `normalize_gemm_workspace` counts, and the caller lends for the call.
+        let unit = unsafe { cutter.slice::<f32>(rows * row_pitch) };
+        let chunks = unsafe { cutter.slice::<f32>(self.pool.threads() * CHUNK * row_pitch) };
         for (row, out) in unit.chunks_exact_mut(row_pitch).enumerate() {
             // SAFETY: the caller's matrix has this row.
             unsafe { embeddings.read_row(row, &mut out[..dim]) };
@@ -317,16 +301,17 @@ impl Device for Cpu {
             )
         };
         checked_targets(targets, shape.classes)?;
-        let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
+        let mut cutter = cutter(arguments.workspace, self.fused_bytes(&shape))?;
         let split_rows = shape.splits() * shape.rows;
-        let sums = carve.take_f64(split_rows);
-        let embedded = Embedded::new(embeddings, &shape, &mut carve);
-        let accumulators = carve.take(split_rows * shape.row_pitch());
-        let best = carve.take(split_rows);
-        let inverse_norms = carve.take(shape.classes);
+        // SAFETY: these and those below are what `fused_bytes` counts, and the caller lends for the call.
+        let sums = unsafe { cutter.slice::<f64>(split_rows) };
+        let embedded = Embedded::new(embeddings, &shape, &mut cutter);
+        let accumulators = unsafe { cutter.slice::<f32>(split_rows * shape.row_pitch()) };
+        let best = unsafe { cutter.slice::<f32>(split_rows) };
+        let inverse_norms = unsafe { cutter.slice::<f32>(shape.classes) };
         let pairs = target_pairs(targets);
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
+        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
         products::forward(
             &self.pool,
             &pass,
@@ -374,12 +359,13 @@ impl Device for Cpu {
             )
         };
         checked_targets(targets, shape.classes)?;
-        let mut carve = Carve::new(arguments.workspace, self.fused_bytes(&shape))?;
-        let totals = carve.take_f64(shape.chunks());
+        let mut cutter = cutter(arguments.workspace, self.fused_bytes(&shape))?;
+        // SAFETY: these and those below are what `fused_bytes` counts, and the caller lends for the call.
+        let totals = unsafe { cutter.slice::<f64>(shape.chunks()) };
         checked_sums(margin, row_sums, logits)?;
-        let embedded = Embedded::new(embeddings, &shape, &mut carve);
-        let scaled = carve.take(shape.rows * shape.row_pitch());
-        let coefficients = carve.take(shape.rows);
+        let embedded = Embedded::new(embeddings, &shape, &mut cutter);
+        let scaled = unsafe { cutter.slice::<f32>(shape.rows * shape.row_pitch()) };
+        let coefficients = unsafe { cutter.slice::<f32>(shape.rows) };
         let pitch = shape.row_pitch();
         let (mut raw, mut center, mut gradient) = (vec![0.0; shape.dim], vec![0.0; shape.dim], vec![0.0; shape.dim]);
         for row in 0..shape.rows {
@@ -406,7 +392,7 @@ impl Device for Cpu {
         }
         let pairs = target_pairs(targets);
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut carve);
+        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
         let input = UpdateInput { scaled, units: embedded.unit, coefficients };
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let center = &mut scratch_rows[..shape.dim];

@@ -249,7 +249,7 @@ std::vector<uint32_t> hard_floats(Random random, size_t count) {
         0x7f7fffffu, 0xff7fffffu, 0x00800000u, 0x007fffffu, 1, 0x80000001u,
         // half: 65504, then what rounds to it, to infinity, 65536
         0x477fe000u, 0x477fefffu, 0x477ff000u, 0xc77ff000u, 0x47800000u,
-        // 2^-14 and what is just below, 2^-24, 2^-25 (halfway to 0) and its neighbours, 3 2^-26
+        // 2^-14 and what is just below, 2^-24, 2^-25 (halfway to 0) and its neighbors, 3 2^-26
         0x38800000u, 0x387fffffu, 0x387fe000u, 0x387fdfffu, 0x33800000u, 0x33000000u, 0x33000001u,
         0x32ffffffu, 0x32c00000u,
         // bfloat16: halfway, the even one below and above; to infinity; subnormals halfway

@@ -35,7 +35,7 @@ PFC_KERNEL(wide_shared, (int32_t right, float* out)) {
     out[threadIdx.x] = at[2];
 }
 
-// Each thread reads its neighbour's word.
+// Each thread reads its neighbor's word.
 PFC_KERNEL(no_barrier, (int32_t right, uint32_t* out)) {
     PFC_DYNAMIC_SHARED(memory);
     uint32_t* words = reinterpret_cast<uint32_t*>(memory);

@@ -85,7 +85,7 @@ fn load() -> Result<Library> {
 
 /// What the environment names, or what the process has loaded already, or what the loader finds.
 fn open() -> Result<(Opened, String)> {
-    // SAFETY: loading a library runs its initialisers; NCCL is made for that.
+    // SAFETY: loading a library runs its initializers; NCCL is made for that.
     let load = |name: &str, flags| unsafe { Opened::open(Some(name), flags) };
     if let Some(path) = std::env::var_os(VARIABLE) {
         // SAFETY: as above.

@@ -1,6 +1,6 @@
 //! NCCL carries the collectives between GPUs, on the streams that they come with.
 //!
-//! The communicator is a non-blocking one: no function of NCCL's waits, [`Group::settle`] does, until a deadline. What NCCL has taken
+//! The communicator is a non-blocking one: no function of NCCL's waits, [`Group::wait_for_state`] does, until a deadline. What NCCL has taken
 //! runs on the stream; the watchdog looks after it and asks NCCL for errors, and aborts the communicator where there is one or a
 //! deadline has passed, which makes the streams go on. NCCL does not tell which rank it waits for.
 //!
@@ -94,7 +94,7 @@ impl Nccl {
         let group = Arc::new(Group { nccl: library, device, rank, size, handle: Mutex::new(handle) });
         let joined = library.expect_success("ncclCommInitRankConfig", result, comm).and_then(|()| {
             let timeout_error = || error!(Timeout, "not all ranks joined within {} ms", timeout.as_millis());
-            group.settle("ncclCommInitRankConfig", Instant::now() + timeout, timeout_error)
+            group.wait_for_state("ncclCommInitRankConfig", Instant::now() + timeout, timeout_error)
         });
         if let Err(error) = joined {
             group.stop();
@@ -202,14 +202,14 @@ impl Group {
                 let timeout_error = || {
                     error!(Timeout, "NCCL did not accept it within {} ms (this is rank {})", call.timeout.as_millis(), self.rank)
                 };
-                self.settle(function, call.deadline, timeout_error)
+                self.wait_for_state(function, call.deadline, timeout_error)
             }
             _ => Ok(()),
         }
     }
 
     /// Waits until NCCL has done what it was asked for last.
-    fn settle(&self, function: &str, deadline: Instant, timeout_error: impl FnOnce() -> Error) -> Result<()> {
+    fn wait_for_state(&self, function: &str, deadline: Instant, timeout_error: impl FnOnce() -> Error) -> Result<()> {
         let mut polls = 0;
         loop {
             match self.state()? {
@@ -244,7 +244,7 @@ impl Group {
         // SAFETY: a living communicator, which is in `handle` until it is destroyed.
         self.nccl.expect_success("ncclCommFinalize", unsafe { call!(self.nccl, ncclCommFinalize(comm)) }?, comm)?;
         let timeout_error = || error!(Timeout, "the communicator did not end within {} ms", FINALIZE_TIMEOUT.as_millis());
-        self.settle("ncclCommFinalize", Instant::now() + FINALIZE_TIMEOUT, timeout_error)?;
+        self.wait_for_state("ncclCommFinalize", Instant::now() + FINALIZE_TIMEOUT, timeout_error)?;
         *self.lock() = None;
         // SAFETY: nobody else has it any more.
         self.nccl.expect_success("ncclCommDestroy", unsafe { call!(self.nccl, ncclCommDestroy(comm)) }?, comm)

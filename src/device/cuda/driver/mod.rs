@@ -95,7 +95,7 @@ pub(crate) fn driver() -> Result<i32> {
 }
 
 fn load() -> Result<i32> {
-    // SAFETY: loading a library runs its initialisers; the CUDA driver is made for that.
+    // SAFETY: loading a library runs its initializers; the CUDA driver is made for that.
     require_library(unsafe { sys::is_culib_present() }, &cudarc::get_lib_name_candidates("cuda"))?;
     // SAFETY: the library is there; the function is looked up, not called.
     let has = |name: &str| unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() };
