@@ -77,7 +77,7 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
         ));
     }
 
-    // From the end: a row's place in the union is never before its own, so rows_out may overwrite rows that have been read.
+    // From the end: a row's position in the union is never before its own, so rows_out may overwrite rows that have been read.
     let own = ids[rank as usize];
     let mut next = own.len();
     for first in (0..union.len()).step_by(piece_rows).rev() {
@@ -135,7 +135,7 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     Ok(())
 }
 
-/// All ranks' ids, `widest` places for each rank.
+/// All ranks' ids, `widest` entries for each rank.
 unsafe fn gather_ids(comm: &Communicator, mine: &SampledRows, widest: usize) -> Result<Vec<i64>> {
     let what = format!("ids (rank {})", comm.rank());
     let mut block: Vec<i64> = zeros(&[widest], &what)?;

@@ -1,4 +1,4 @@
-//! What a head tells of itself: the figures of the last step, and the nearest class centers.
+//! Evaluation: metrics of the last step, and the nearest class centers.
 
 use super::{Head, Seconds};
 use crate::comm::{gather_words, Communicator};

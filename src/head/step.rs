@@ -210,7 +210,7 @@ impl Head {
         Ok(())
     }
 
-    /// Phase 4: the loss from the reduced sums, or the failure that they tell of.
+    /// Phase 4: the loss from the reduced sums, or the failure that they report.
     fn judge_loss(&mut self, target: LossTarget) -> Result<f64> {
         let (start, scope) = (Instant::now(), self.scope());
         let pointer = match target {

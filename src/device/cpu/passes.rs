@@ -130,7 +130,7 @@ impl CpuHead {
             let inverse = step.center_inverse_norms[column];
             // SAFETY: a column is in one chunk, a chunk in one task.
             let out = unsafe { out.range(column * dim..(column + 1) * dim) };
-            // The raw row again, in the gradient's place: its direction is what the gradient must be orthogonal to.
+            // The raw row again, where its gradient will be: the gradient must be orthogonal to its direction.
             shard.read(replay, step.draft.sample.row(column), out, scratch_rows);
             vector::normalize_backward(gradient, out, inverse, inverse * weight);
             out.copy_from_slice(gradient);

@@ -35,9 +35,9 @@ fn cutter(workspace: Workspace, needed: u64) -> Result<WorkspaceCutter> {
     Ok(WorkspaceCutter::new(workspace.data, size_of::<f32>() as u64))
 }
 
-/// A caller's memory, to be written by several threads in different places.
+/// A caller's memory, of which several threads write different elements.
 struct Shared(*mut f32);
-// SAFETY: each place is written by one task.
+// SAFETY: each element is written by one task.
 unsafe impl Sync for Shared {}
 
 /// E^, its transpose and the inverse norms, in a workspace.
