@@ -79,8 +79,9 @@ fn graph(files: &[(String, String)]) -> Graph {
         let from = node(&module(file));
         for path in paths(file, text).iter().filter(|path| known.contains(&path[0])) {
             let to = node(path);
-            // A `mod.rs` hands on what its inner modules have.
-            if to != from && !to.starts_with(&format!("{from}::")) {
+            // A `mod.rs` is the door to its inner modules: it makes their devices and hands on what they have.
+            let door = file.ends_with("mod.rs") && to.starts_with(&format!("{from}::"));
+            if to != from && !door {
                 graph.entry(from.clone()).or_default().entry(to).or_insert_with(|| file.clone());
             }
         }
