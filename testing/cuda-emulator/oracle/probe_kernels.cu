@@ -15,16 +15,16 @@ PFC_DEVICE void exchange(T& a, T& b) {
 }
 
 // Layout::at with the xor of another row.
-PFC_DEVICE uint32_t wrong_at(uint32_t pieces, uint32_t row, uint32_t piece) {
-    return (row * pieces + (piece ^ (pieces == 4 ? row & 3 : (row >> 1) & 7))) * 16;
+PFC_DEVICE uint32_t wrong_at(uint32_t vectors, uint32_t row, uint32_t vector) {
+    return (row * vectors + (vector ^ (vectors == 4 ? row & 3 : (row >> 1) & 7))) * 16;
 }
 
 template <int kColumns>
 PFC_DEVICE void list_places(bool wrong, uint32_t* out) {
     using Tile = tile::Layout<128, kColumns>;
-    for (uint32_t i = threadIdx.x; i < 128 * Tile::kPieces; i += blockDim.x) {
-        const uint32_t row = i / Tile::kPieces, piece = i % Tile::kPieces;
-        out[i] = wrong ? wrong_at(Tile::kPieces, row, piece) : Tile::at(row, piece);
+    for (uint32_t i = threadIdx.x; i < 128 * Tile::kVectors; i += blockDim.x) {
+        const uint32_t row = i / Tile::kVectors, vector = i % Tile::kVectors;
+        out[i] = wrong ? wrong_at(Tile::kVectors, row, vector) : Tile::at(row, vector);
     }
 }
 
@@ -67,7 +67,7 @@ PFC_KERNEL(probe_ldmatrix, (int32_t transposed, int32_t wrong, const uint16_t* s
     for (uint32_t i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
 }
 
-// out[row * pieces + piece]: where that piece of a tile of 128 rows lies, in bytes.
+// out[row * vectors + vector]: where that vector of a tile of 128 rows lies, in bytes.
 // Wrong: 1 as wrong_at has it.
 PFC_KERNEL(probe_swizzle, (uint32_t columns, int32_t wrong, uint32_t* out)) {
     if (columns == 32) list_places<32>(wrong, out);
