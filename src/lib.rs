@@ -8,6 +8,7 @@ pub mod capi;
 pub mod comm;
 pub mod device;
 pub mod error;
+pub mod exchange;
 pub mod head;
 pub mod margin;
 pub mod matrix;
@@ -21,7 +22,7 @@ pub mod stream;
 pub mod trace;
 
 mod agreement;
-mod exchange;
+
 mod memory;
 mod protocol;
 mod simd;

@@ -22,7 +22,7 @@ use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::{Optimizer, StateTensor};
 use crate::options::{HeadOptions, Placement, Precision};
-use crate::protocol::{Counters, LossPlace};
+pub use crate::protocol::{Counters, LossPlace};
 use crate::shard::Shard;
 use crate::stream::StreamDevice;
 use crate::{Contribution, Result};

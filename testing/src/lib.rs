@@ -1,6 +1,6 @@
 //! What the tests of partialfc share. Never published.
 //!
-//! [`capi`] is the C interface with handles that free themselves; [`reference`] the naive head that every device is held to;
+//! [`capi`] is the C interface with handles that free themselves; [`mod@reference`] the naive head that every device is held to;
 //! [`vectors`] what the implementation of PartialFC's authors computed. [`emulator`] and [`nccl`] stand in for a GPU and for NCCL.
 
 pub mod capi;

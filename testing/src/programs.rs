@@ -65,7 +65,7 @@ pub fn link_shared(command: &mut Command) {
     command.arg("-L").arg(links).arg("-lpartialfc").arg(format!("-Wl,-rpath,{}", links.display()));
 }
 
-/// A folder of this test suite's own, <target>/tmp/<suite>/<name>; the suite is <target>/<profile>/deps/<suite>-<hash>.
+/// A folder of this test suite's own, `<target>/tmp/<suite>/<name>`; the suite is `<target>/<profile>/deps/<suite>-<hash>`.
 pub fn scratch(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("this test has a path");
     let file = test.file_name().expect("a name").to_string_lossy();
