@@ -33,20 +33,21 @@ fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
 
 #[test]
 fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
+    let given_up = std::sync::Barrier::new(3);
     on_ranks(3, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
-        place.comm.set_timeout(Duration::from_millis(300));
+        place.comm.set_timeout(Duration::from_secs(3));
         let mut rows = Rows::f32(&[1.0; 4], 4);
         let what = format!("rank {}", place.rank);
         if place.rank == 1 {
-            // Late for the step the others gave up on.
-            std::thread::sleep(Duration::from_millis(900));
+            given_up.wait();
             let failure = head.forward(&mut rows, Some(&[1])).expect_err("the group has ended");
             let told = [Status::Aborted as i32, Status::Timeout as i32];
             assert!(told.contains(&failure.status), "{what}: {failure:?}");
             assert_poisoned(&what, &mut head, "");
         } else {
             let refused = head.forward(&mut rows, Some(&[1]));
+            given_up.wait();
             let failure = refused.expect_err("rank 1 is missing");
             if failure.status == Status::Timeout as i32 {
                 assert!(failure.message.contains("rank 1") && failure.message.contains("all_gather"), "{what}: {failure:?}");
