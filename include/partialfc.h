@@ -644,7 +644,15 @@ void pfc_comm_free(pfc_comm *comm);
 // ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an
 // update, or a MISMATCH of steps or operations, the head is POISONED and its communicator is
 // aborted, so that no rank waits for it. Free both. (A MISMATCH of the ids of pfc_head_set_sample
-// or of the k of pfc_head_top_k leaves the head usable.)
+// or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an
+// update and the device works, a poisoned head still gives its rows: pfc_head_read_centers,
+// pfc_head_read_state, pfc_head_read_progress.
+//
+// WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it
+// is, how many samples they have drawn and updates they have done, the learning rate and the loss
+// weight (of pfc_head_step its own; otherwise those of the update and the backward before), and,
+// replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A
+// difference is MISMATCH on all ranks.
 //
 // ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not
 // wait for the other ranks' labels: LABEL, MISMATCH and REMOTE come from the forward that
@@ -843,7 +851,8 @@ pfc_status pfc_head_top_k(pfc_head *head, const pfc_matrix *embeddings, uint64_t
                           float *cosines);
 
 // The class ids of this rank's last sample, ascending. After pfc_head_prepare or
-// pfc_head_forward.
+// pfc_head_forward. On a CPU device it does not wait for a step that another thread is in; on a
+// CUDA device it does.
 //
 // @param ids written, in host memory or in the CUDA device's memory; NULL to ask for the count
 //   only
@@ -852,7 +861,7 @@ pfc_status pfc_head_top_k(pfc_head *head, const pfc_matrix *embeddings, uint64_t
 pfc_status pfc_head_sample_ids(const pfc_head *head, int64_t *ids, uint64_t capacity,
                                uint64_t *count);
 
-// The classes this rank owns: first to first + count - 1.
+// The classes this rank owns: first to first + count - 1. Does not wait for a step.
 pfc_status pfc_head_shard(const pfc_head *head, uint64_t *first, uint64_t *count);
 
 // Reads class centers of this rank's shard as of the last update. Not collective. With dense row
@@ -887,16 +896,39 @@ pfc_status pfc_head_read_state(pfc_head *head, int32_t tensor, uint64_t first, u
 pfc_status pfc_head_write_state(pfc_head *head, int32_t tensor, uint64_t first, uint64_t count,
                                 const pfc_matrix *state);
 
+// Reads how far the head is, which with the class centers and their state is all there is to
+// save. Not collective.
+//
+// To save a head, read its progress, its class centers and its state between two steps. To go on,
+// on as many ranks with the same options, write the rows first and then the progress: the steps
+// that follow then give the same bits as those of the head that was saved. (With dense row
+// updates, the head that was saved must read its progress too, before it goes on.)
+//
+// @param draws written: samples drawn, not counting that of a pfc_head_prepare that no forward
+//   has followed yet
+// @param updates written: updates done; CUDA: not counting steps that failed
+pfc_status pfc_head_read_progress(pfc_head *head, uint64_t *draws, uint64_t *updates);
+
+// Goes on from the progress of another head. Not collective; ranks whose progress differs get
+// MISMATCH in the next step.
+//
+// The rows keep their values, which from now on are those after as many updates. A
+// pfc_head_prepare and a step under way are abandoned, so then call it on all ranks or on none.
+//
+// @param draws of pfc_head_read_progress, below 2^56
+// @param updates of pfc_head_read_progress, below 2^32
+pfc_status pfc_head_write_progress(pfc_head *head, uint64_t draws, uint64_t updates);
+
 // Writes a checkpoint. Collective.
 //
-// @return UNSUPPORTED in this version; pfc_head_read_centers and pfc_head_read_state return
-//   everything there is to save
+// @return UNSUPPORTED in this version; pfc_head_read_progress, pfc_head_read_centers and
+//   pfc_head_read_state return all there is to save
 pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_options *options);
 
 // Reads a checkpoint. Collective.
 //
-// @return UNSUPPORTED in this version; pfc_head_write_centers and pfc_head_write_state restore
-//   what was read
+// @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
+//   pfc_head_write_progress restore what was read
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////

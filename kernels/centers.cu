@@ -147,3 +147,18 @@ PFC_KERNEL(catch_up_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t bef
         }
     }
 }
+
+// Takes the rows, all of them up to date, as those after update `updates`.
+// launch: set_updates blocks 1 per SM threads 256 shared 0
+// gate: set_updates registers <= 16
+PFC_KERNEL(set_updates, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t updates)) {
+    const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
+    if (first == 0) {
+        head.ledger->updates = updates;
+    }
+    if (head.optimizer.dense) {
+        for (uint32_t row = first; row < head.shard_rows; row += gridDim.x * blockDim.x) {
+            head.last_update[row] = uint32_t(updates);
+        }
+    }
+}

@@ -39,7 +39,7 @@ constexpr uint32_t kDigits = 256;          // 8 bits a pass
 constexpr uint32_t kHistogramBins = 2048;  // at the head of counts: sample.cu's, zero between draws
 constexpr int64_t kNoLabelIgnored = INT64_MIN;
 
-// Rank r's block of the labels message: {status, draws, updates, batch, labels}.
+// Rank r's block of the labels message: {status, rank, batch, announcement, labels}.
 PFC_DEVICE const int64_t* block_of(const HeadArrays& head, uint32_t rank) {
     return head.labels_recv + (uint64_t)rank * (kLabelHeader + head.max_batch);
 }
@@ -52,23 +52,18 @@ PFC_DEVICE uint32_t sort_tiles(const StepBlock& block) {
     return ceil_div(block.global_rows, kSortTile);
 }
 
-// labels_send = {status, draws, updates, batch, labels .., 0 ..}; a rank that fails has no labels.
-// `updates` counts the updates that the host has enqueued: the ledger may be behind, and ranks must
-// differ only where their callers did.
+// labels_send = {header, labels .., 0 ..}; the batch of a rank that fails is 0.
 // launch: pack_labels blocks 1 per SM threads 256 shared 0
 // gate: pack_labels registers <= 24
-PFC_KERNEL(pack_labels, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t draws,
-                         uint64_t updates, int32_t status, uint64_t batch,
-                         const int64_t* __restrict__ labels)) {
-    if (status != 0) batch = 0;
+PFC_KERNEL(pack_labels,
+           (const PFC_GRID_CONSTANT HeadArrays head, const PFC_GRID_CONSTANT LabelHeader header,
+            const int64_t* __restrict__ labels)) {
+    const uint64_t batch = (uint64_t)header.words[kBatchWord];
     const uint32_t count = kLabelHeader + head.max_batch;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
          i += gridDim.x * blockDim.x) {
         int64_t value = 0;
-        if (i == 0) value = status;
-        if (i == 1) value = (int64_t)draws;
-        if (i == 2) value = (int64_t)updates;
-        if (i == 3) value = (int64_t)batch;
+        if (i < kLabelHeader) value = header.words[i];
         if (i >= kLabelHeader && i - kLabelHeader < batch) value = labels[i - kLabelHeader];
         head.labels_send[i] = value;
     }
@@ -84,7 +79,7 @@ PFC_DEVICE void clear_block(StepBlock& block) {
     block.row = 0;
     block.value = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) block.detail[i] = 0;
+    for (int i = 0; i < 2 * (int)kAnnounced; i++) block.detail[i] = 0;
     block.rows = 0;
     block.first_computed = 0;
     block.own_rows = 0;
@@ -110,31 +105,43 @@ PFC_DEVICE void clear_block(StepBlock& block) {
 // judge_labels. A rank's own failure is in its own block: the host has its message and does not
 // need the verdict's.
 // launch: judge_labels blocks 1 threads 1024 shared 256
-// gate: judge_labels registers <= 32
+// gate: judge_labels registers <= 40
 PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
-    const int64_t* const first = block_of(head, 0);
-    uint32_t failed = kNone, out_of_step = kNone, before = 0, total = 0;
+    const int64_t* const own = block_of(head, head.rank);
+    uint32_t changed = kNone;
+    for (uint32_t i = threadIdx.x; i < kLabelHeader + head.max_batch; i += blockDim.x)
+        if (own[i] != head.labels_send[i]) changed = 0;
+    const int64_t* const first = block_of(head, 0) + kAnnouncedWord;
+    uint32_t misplaced = kNone, too_large = kNone, failed = kNone, differs = kNone;
+    uint32_t before = 0, total = 0;
     for (uint32_t rank = threadIdx.x; rank < head.ranks; rank += blockDim.x) {
         const int64_t* const header = block_of(head, rank);
-        if (header[0] != 0 && failed == kNone) failed = rank;
-        const bool differs = header[1] != first[1] || header[2] != first[2];
-        if (differs && out_of_step == kNone) out_of_step = rank;
-        before += rank < head.rank ? (uint32_t)header[3] : 0u;
-        total += (uint32_t)header[3];
+        if (header[kRankWord] != rank && misplaced == kNone) misplaced = rank;
+        if ((uint64_t)header[kBatchWord] > head.max_batch && too_large == kNone) too_large = rank;
+        if (header[kStatusWord] != 0 && failed == kNone) failed = rank;
+        bool same = true;
+        for (uint32_t i = 0; i < kAnnounced; i++) same &= header[kAnnouncedWord + i] == first[i];
+        if (!same && differs == kNone) differs = rank;
+        before += rank < head.rank ? (uint32_t)header[kBatchWord] : 0u;
+        total += (uint32_t)header[kBatchWord];
     }
+    changed = block_min(changed, shared);
+    misplaced = block_min(misplaced, shared);
+    too_large = block_min(too_large, shared);
     failed = block_min(failed, shared);
-    out_of_step = block_min(out_of_step, shared);
+    differs = block_min(differs, shared);
     before = block_sum(before, shared);
     total = block_sum(total, shared);
+    const bool damaged = changed != kNone || misplaced != kNone || too_large != kNone;
 
     // Slots of all ranks in turn: the first wrong one is that of the lowest (rank, row).
     uint32_t wrong = kNone, valid = 0, own_valid = 0;
-    if (failed == kNone && out_of_step == kNone) {
+    if (!damaged && failed == kNone && differs == kNone) {
         for (uint32_t slot = threadIdx.x; slot < head.label_capacity; slot += blockDim.x) {
             const uint32_t rank = slot / head.max_batch, row = slot % head.max_batch;
             const int64_t* const block = block_of(head, rank);
-            if (row >= (uint64_t)block[3]) continue;
+            if (row >= (uint64_t)block[kBatchWord]) continue;
             const int64_t label = block[kLabelHeader + row];
             if (is_ignored(head, label)) continue;
             if ((label < 0 || (uint64_t)label >= head.num_classes) && wrong == kNone) wrong = slot;
@@ -149,23 +156,31 @@ PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) 
 
     StepBlock& block = *head.block;
     clear_block(block);
-    const int64_t* const own = block_of(head, head.rank);
-    block.draws = (uint64_t)own[1];
-    block.own_rows = (uint32_t)own[3];
-    if (failed != kNone) {
+    // What this rank sent, whatever came back.
+    block.draws = (uint64_t)head.labels_send[kDrawsWord];
+    block.own_rows = (uint32_t)head.labels_send[kBatchWord];
+    if (damaged) {
+        block.status = kComm;
+        block.fault = kFaultBlock;
+        const bool place = changed == kNone && misplaced != kNone;
+        const uint32_t rank = changed != kNone ? head.rank : place ? misplaced : too_large;
+        block.rank = (int32_t)rank;
+        block.row = changed != kNone ? kBlockChanged : place ? kBlockMisplaced : kBlockBatch;
+        if (changed == kNone) block.value = block_of(head, rank)[place ? kRankWord : kBatchWord];
+    } else if (failed != kNone) {
         block.status = kRemote;
         block.fault = kFaultRemote;
         block.rank = (int32_t)failed;
-        block.value = block_of(head, failed)[0];
-    } else if (out_of_step != kNone) {
-        const int64_t* const other = block_of(head, out_of_step);
+        block.value = block_of(head, failed)[kStatusWord];
+    } else if (differs != kNone) {
+        const int64_t* const other = block_of(head, differs) + kAnnouncedWord;
         block.status = kMismatch;
-        block.fault = kFaultOutOfStep;
-        block.rank = (int32_t)out_of_step;
-        block.detail[0] = first[1];
-        block.detail[1] = first[2];
-        block.detail[2] = other[1];
-        block.detail[3] = other[2];
+        block.fault = kFaultRanksDiffer;
+        block.rank = (int32_t)differs;
+        for (uint32_t i = 0; i < kAnnounced; i++) {
+            block.detail[i] = first[i];
+            block.detail[kAnnounced + i] = other[i];
+        }
     } else if (wrong != kNone) {
         const uint32_t rank = wrong / head.max_batch, row = wrong % head.max_batch;
         block.status = kLabel;
@@ -175,7 +190,7 @@ PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) 
         block.value = block_of(head, rank)[kLabelHeader + row];
     } else {
         block.global_rows = total;
-        block.rows = head.sharded ? total : (uint32_t)own[3];
+        block.rows = head.sharded ? total : block.own_rows;
         block.first_computed = head.sharded ? 0u : before;
         block.first_own = head.sharded ? before : 0u;
         block.own_valid_rows = head.sharded ? valid : own_valid;
@@ -198,10 +213,10 @@ PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadArrays head)) {
         const uint32_t begin = (uint32_t)(item % items_of_rank) * kEach;
         uint32_t before = 0;
         for (uint32_t other = ptx::lane(); other < rank; other += 32)
-            before += (uint32_t)block_of(head, other)[3];
+            before += (uint32_t)block_of(head, other)[kBatchWord];
         before = warp_sum(before);
         const int64_t* const block = block_of(head, rank);
-        const uint32_t batch = (uint32_t)block[3];
+        const uint32_t batch = (uint32_t)block[kBatchWord];
         const uint32_t end = smaller(begin + kEach, batch);
         for (uint32_t row = begin + ptx::lane(); row < end; row += 32) {
             const int64_t label = block[kLabelHeader + row];

@@ -19,8 +19,15 @@
 constexpr uint32_t kNone = 0xffffffffu;  // no column, no class, no positive
 constexpr uint32_t kTileRows = 128;      // rows of operands are zero up to a multiple of it
 constexpr uint32_t kTileColumns = 128;   // columns likewise
-// {status, draws, updates, batch} before the labels of a rank's block in the labels message
-constexpr uint32_t kLabelHeader = 4;
+// {status, rank, batch, announcement} before the labels of a rank's block in the labels message; the
+// announcement (protocol.rs `Announcement`) must be the same on all ranks
+constexpr uint32_t kStatusWord = 0;
+constexpr uint32_t kRankWord = 1;
+constexpr uint32_t kBatchWord = 2;
+constexpr uint32_t kAnnouncedWord = 3;
+constexpr uint32_t kDrawsWord = 5;
+constexpr uint32_t kAnnounced = 7;
+constexpr uint32_t kLabelHeader = kAnnouncedWord + kAnnounced;
 constexpr uint32_t kTotals = 4;  // elements of the sums message beside the two of each row
 constexpr uint32_t kSlot = 4;    // elements of the replicated sums for each rank, after kTotals
 // Target cosine of a row whose class another rank owns; best negative of a row that has none.
@@ -30,6 +37,7 @@ constexpr float kIgnored = 2.0f;  // target cosine of an ignored row
 // pfc_status values that kernels set.
 enum Status : int32_t {
     kOk = 0,
+    kComm = 5,
     kRemote = 6,
     kMismatch = 11,
     kLabel = 12,
@@ -40,8 +48,8 @@ enum Status : int32_t {
 enum Fault : int32_t {
     kNoFault = 0,
     kFaultRemote = 1,     // rank `rank` failed before the labels message, with status `value`
-    kFaultOutOfStep = 2,  // rank `rank` is at another step than rank 0: `detail` has the draws and
-                          // updates of both
+    kFaultRanksDiffer = 2,  // rank `rank` has announced another call or step than rank 0: `detail`
+                            // has both announcements
     kFaultLabel = 3,      // label `value` of row `row` of rank `rank`
     kFaultEmbedding = 4,  // row `row` of rank `rank` holds a NaN or an infinity
     kFaultSum = 5,        // the softmax sum of row `row` of rank `rank` leaves float32
@@ -49,7 +57,12 @@ enum Fault : int32_t {
                           // (protocol.rs pack_error)
     kFaultSamples = 7,    // replicated: the samples of rank 0 and rank `rank` differ
     kFaultSums = 8,       // replicated: rank `rank` sent status `value` in the sums message
+    kFaultBlock = 9,      // the gather brought back rank `rank`'s block of labels wrongly: `row` is
+                          // a BlockFault, `value` the rank or the batch that it names
 };
+
+// What is wrong with a gathered block (protocol.rs `BlockFault`).
+enum BlockFault : int32_t { kBlockChanged = 1, kBlockMisplaced = 2, kBlockBatch = 3 };
 
 // dtype of a matrix, as pfc_dtype.
 enum DType : int32_t { kF32 = 1, kF16 = 2, kBf16 = 3 };
@@ -62,6 +75,11 @@ struct MatrixView {
     uint64_t stride;
     int32_t dtype;
     int32_t reserved;
+};
+
+// What is before the labels of this rank's block.
+struct LabelHeader {
+    int64_t words[kLabelHeader];
 };
 
 // src/margin.rs `Margin`.
@@ -86,7 +104,7 @@ struct StepBlock {
     uint32_t only_target;     // the samples of all ranks hold one class at most (judge_sums)
     int64_t row;
     int64_t value;
-    int64_t detail[4];
+    int64_t detail[2 * kAnnounced];
     uint32_t rows;            // B
     uint32_t first_computed;  // global row of row 0
     uint32_t own_rows;        // this rank's batch
@@ -152,9 +170,9 @@ struct OptimizerSettings {
 struct HeadArrays {
     StepBlock* block;
     Ledger* ledger;
-    // The labels message: {status, draws, updates, batch, labels} of each rank.
-    int64_t* labels_send;        // [4 + max_batch]
-    int64_t* labels_recv;        // [ranks][4 + max_batch]
+    // The labels message: {header, labels} of each rank.
+    int64_t* labels_send;        // [kLabelHeader + max_batch]
+    int64_t* labels_recv;        // [ranks][kLabelHeader + max_batch]
     // The step's labels and sample: each of the two steps in progress has its own.
     int64_t* labels;             // [label_capacity] label of each global row
     uint32_t* origins;           // [label_capacity] origin of each global row

@@ -51,13 +51,13 @@ impl Margin {
     pub fn check(&self) -> Result<()> {
         let above = |value: f64, most: f64| value > 0.0 && value <= most;
         let within = |value: f64, most: f64| (0.0..=most).contains(&value);
-        ensure!(above(self.scale, 128.0), InvalidArgument, "scale must be above 0 and at most 128, got {}", self.scale);
-        ensure!(above(self.m1, 16.0), InvalidArgument, "m1 must be above 0 and at most 16, got {}", self.m1);
+        ensure!(above(self.scale, 128.0), InvalidArgument, "scale must be above 0 and at most 128, got {:?}", self.scale);
+        ensure!(above(self.m1, 16.0), InvalidArgument, "m1 must be above 0 and at most 16, got {:?}", self.m1);
         // A caller's pi may be a little above ours, as pi in f32 is.
-        ensure!(within(self.m2, PI + 1e-6), InvalidArgument, "m2 must be 0 to pi, in radians, got {}", self.m2);
-        ensure!(within(self.m3, 2.0), InvalidArgument, "m3 must be 0 to 2, got {}", self.m3);
+        ensure!(within(self.m2, PI + 1e-6), InvalidArgument, "m2 must be 0 to pi, in radians, got {:?}", self.m2);
+        ensure!(within(self.m3, 2.0), InvalidArgument, "m3 must be 0 to 2, got {:?}", self.m3);
         let filter = self.interclass_filter;
-        ensure!(within(filter, 1.0), InvalidArgument, "interclass_filter must be 0 (off) to 1, got {filter}");
+        ensure!(within(filter, 1.0), InvalidArgument, "interclass_filter must be 0 (off) to 1, got {filter:?}");
         Ok(())
     }
 
@@ -181,7 +181,7 @@ mod tests {
                 assert_eq!(refused.status, crate::Status::InvalidArgument);
                 assert!(
                     refused.message.starts_with(&format!("{name} must be "))
-                        && refused.message.ends_with(&format!(", got {value}")),
+                        && refused.message.ends_with(&format!(", got {value:?}")),
                     "{}",
                     refused.message
                 );

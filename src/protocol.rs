@@ -1,20 +1,71 @@
 //! What the ranks tell each other in a step: the layouts of the messages, and the verdict that every rank reaches from them alike.
 //!
-//! *labels*, before any work, one block a rank: {status, draws, updates, batch, labels[max_batch]}. Replicated heads with sample_rate 1
-//! need no one else's labels, but a caller's sample and a verdict on all labels do.
+//! *labels*, before any work, one block a rank: {status, rank, batch, announcement, labels[max_batch]}. Replicated heads with
+//! sample_rate 1 need no one else's labels, but a caller's sample and a verdict on all labels do. What comes back is judged before any
+//! of it is an index: this rank's own block is what it sent, each block is at its rank's place, no batch is above max_batch.
 //! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,
 //! classes}.
 //! *replicated sums*: {loss, valid rows, sum of the target cosines, loss places} and {status, row, sample, capacity} of each rank, whose
 //! center gradient has rows for `capacity` classes (0: for those of its sample).
 //! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
+use crate::memory::reserve;
 use crate::{error, Error, Result};
 
-/// How far a rank is: samples drawn and updates done. Ranks that differ in either have not made the same calls.
+/// The call that a rank's *labels* are of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counters {
+#[repr(i64)]
+pub enum StepCall {
+    Prepare = 1,
+    Forward = 2,
+    Step = 3,
+}
+
+impl StepCall {
+    fn name(code: i64) -> &'static str {
+        match code {
+            1 => "pfc_head_prepare",
+            2 => "pfc_head_forward",
+            3 => "pfc_head_step",
+            _ => "an unknown call",
+        }
+    }
+}
+
+/// What a rank says of itself at the start of a step, and all ranks must say alike: which head, which call, how far it is, and what
+/// its last update was like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Announcement {
+    /// Heads that had been made on the communicator before this one.
+    pub head: u64,
+    pub call: StepCall,
+    /// Samples drawn.
     pub draws: u64,
+    /// Updates done.
     pub updates: u64,
+    /// Of `pfc_head_step` its own; otherwise the last update's.
+    pub learning_rate: f64,
+    /// Of `pfc_head_step` its own; otherwise the last backward's.
+    pub loss_weight: f64,
+    /// A sum that changes with each row that the caller overwrites; 0 for a sharded head, whose ranks have different rows.
+    pub written_rows: u64,
+}
+
+/// Elements of an announcement.
+pub(crate) const ANNOUNCED: usize = 7;
+
+impl Announcement {
+    pub(crate) fn words(&self) -> [i64; ANNOUNCED] {
+        [
+            self.head as i64,
+            self.call as i64,
+            self.draws as i64,
+            self.updates as i64,
+            self.learning_rate.to_bits() as i64,
+            self.loss_weight.to_bits() as i64,
+            self.written_rows as i64,
+        ]
+    }
 }
 
 /// Where a rank's loss is, by the number that it adds to the sums.
@@ -44,7 +95,10 @@ impl LossPlace {
 }
 
 /// Elements before the labels in a block of *labels*.
-pub(crate) const HEADER: usize = 4;
+pub(crate) const HEADER: usize = 3 + ANNOUNCED;
+/// Where among them the samples drawn are.
+#[cfg(test)]
+pub(crate) const DRAWS_WORD: usize = 3 + 2;
 /// Elements of *sums* beside the two for each row.
 pub(crate) const TOTALS: usize = 4;
 /// Elements of a replicated head's sums beside those of each rank.
@@ -57,17 +111,21 @@ pub(crate) fn label_block(max_batch: u64) -> usize {
     HEADER + max_batch as usize
 }
 
-/// Fills a block of *labels* for a rank that can take the step.
-pub(crate) fn pack_labels(block: &mut [i64], counters: Counters, labels: &[i64]) {
-    block.fill(0);
-    (block[1], block[2], block[3]) = (counters.draws as i64, counters.updates as i64, labels.len() as i64);
-    block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
+/// What is before the labels in a rank's block of *labels*; with a failure there are none.
+pub(crate) fn label_header(rank: u32, announcement: &Announcement, batch: usize, failure: Option<&Error>) -> [i64; HEADER] {
+    let mut header = [0; HEADER];
+    header[0] = failure.map_or(0, |cause| cause.status as i64);
+    (header[1], header[2]) = (rank.into(), if failure.is_some() { 0 } else { batch as i64 });
+    header[3..].copy_from_slice(&announcement.words());
+    header
 }
 
-/// Fills a block of *labels* for a rank that cannot.
-pub(crate) fn pack_failure(block: &mut [i64], counters: Counters, cause: &Error) {
-    pack_labels(block, counters, &[]);
-    block[0] = cause.status as i64;
+/// Fills a rank's block of *labels*.
+pub(crate) fn pack_labels(block: &mut [i64], header: &[i64; HEADER], labels: &[i64]) {
+    block.fill(0);
+    block[..HEADER].copy_from_slice(header);
+    let labels = &labels[..header[2] as usize];
+    block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
 }
 
 /// The error of an embedding that is NaN or infinite.
@@ -80,14 +138,86 @@ pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
     error!(NotFinite, "float32 has no gradient for the softmax sum of row {row}, which is NaN, infinite or too small (rank {rank})")
 }
 
-/// The error of ranks that have not made the same calls: samples drawn and updates done on rank 0, then on rank `rank`.
-pub(crate) fn ranks_out_of_step(counts: [i64; 4], rank: usize) -> Error {
-    let [draws, updates, other_draws, other_updates] = counts;
+/// The error of ranks that have not made the same calls: what rank 0 announced, then what rank `rank` did.
+pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
+    let differs = |i: usize| first[i] != other[i];
+    let both = |i: usize| (f64::from_bits(first[i] as u64), f64::from_bits(other[i] as u64));
+    // A step brings its own rate and weight, the other calls tell those of the step before.
+    let (of_update, of_backward) = match first[1] == StepCall::Step as i64 {
+        true => ("", ""),
+        false => (" of the last update", " of the last backward"),
+    };
+    if differs(0) || differs(1) {
+        let called = |words: &[i64]| format!("{} of head {}", StepCall::name(words[1]), words[0]);
+        return error!(
+            Mismatch,
+            "rank 0 has called {} of its communicator and rank {rank} {}: all ranks must make the same calls on the same heads",
+            called(first),
+            called(other)
+        );
+    }
+    if differs(2) || differs(3) {
+        return error!(
+            Mismatch,
+            "the ranks are at different steps: {} samples drawn and {} updates done on rank 0, {} and {} on rank {rank}",
+            first[2],
+            first[3],
+            other[2],
+            other[3]
+        );
+    }
+    if differs(4) {
+        let (rate, others) = both(4);
+        return error!(Mismatch, "learning_rate{of_update} is {rate} on rank 0 and {others} on rank {rank}");
+    }
+    if differs(5) {
+        let (weight, others) = both(5);
+        return error!(Mismatch, "loss_weight{of_backward} is {weight} on rank 0 and {others} on rank {rank}");
+    }
     error!(
         Mismatch,
-        "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, \
-         {other_draws} and {other_updates} on rank {rank}"
+        "class centers or their state have been overwritten with other values on rank {rank} than on rank 0: \
+         all ranks of a replicated head must hold the same rows"
     )
+}
+
+/// The error of an update that has taken a class center or its state out of float32.
+pub(crate) fn bad_update(class: u64, update: u64) -> Error {
+    error!(
+        NotFinite,
+        "update {update} has taken class center {class}, or its state, out of float32: \
+         the learning rate, the weight decay or the loss weight is too large"
+    )
+}
+
+/// What is wrong with a block of *labels* that a gather brought back, in the order in which it is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i64)]
+pub(crate) enum BlockFault {
+    /// Another than this rank sent.
+    Changed = 1,
+    /// Another rank's than its place says.
+    Misplaced = 2,
+    /// With more rows than a batch can have, or fewer than none.
+    Batch = 3,
+}
+
+/// The error of a gather that brought back rank `rank`'s block wrongly; `found` is the rank, or the batch, that it names.
+///
+/// `fault` is a number since a device may have found it.
+pub(crate) fn bad_block(fault: i64, rank: usize, found: i64, max_batch: u64) -> Error {
+    const CHANGED: i64 = BlockFault::Changed as i64;
+    const MISPLACED: i64 = BlockFault::Misplaced as i64;
+    match fault {
+        CHANGED => {
+            error!(Comm, "all_gather of the labels did not bring back the own block of rank {rank} at its place as it was sent")
+        }
+        MISPLACED => error!(Comm, "all_gather of the labels brought back a block of rank {found} at the place of rank {rank}"),
+        _ => error!(
+            Comm,
+            "all_gather of the labels brought back a batch of {found} rows for rank {rank}, but max_batch is {max_batch}"
+        ),
+    }
 }
 
 /// The error of a label that is no class.
@@ -103,27 +233,38 @@ pub(crate) fn samples_differ(rank: usize) -> Error {
 
 /// What every rank concludes from the gathered labels: the ranks' batches, or the same failure.
 pub(crate) fn judge_labels(
+    sent: &[i64],
     blocks: &[i64],
-    ranks: usize,
+    rank: usize,
     own: Option<&Error>,
     num_classes: u64,
     ignore_label: Option<i64>,
 ) -> Result<Vec<usize>> {
-    let length = blocks.len() / ranks;
-    let block = |r: usize| &blocks[r * length..(r + 1) * length];
     if let Some(own) = own {
         return Err(own.clone());
+    }
+    let (max_batch, ranks) = ((sent.len() - HEADER) as u64, blocks.len() / sent.len());
+    let block = |r: usize| &blocks[r * sent.len()..(r + 1) * sent.len()];
+    let wrong = |fault: BlockFault, r: usize, found: i64| Err(bad_block(fault as i64, r, found, max_batch));
+    if block(rank) != sent {
+        return wrong(BlockFault::Changed, rank, 0);
+    }
+    if let Some(r) = (0..ranks).find(|&r| block(r)[1] != r as i64) {
+        return wrong(BlockFault::Misplaced, r, block(r)[1]);
+    }
+    if let Some(r) = (0..ranks).find(|&r| !(0..=max_batch as i64).contains(&block(r)[2])) {
+        return wrong(BlockFault::Batch, r, block(r)[2]);
     }
     if let Some(failed) = (0..ranks).find(|&r| block(r)[0] != 0) {
         return Err(Error::remote(failed, block(failed)[0]));
     }
-    for r in 1..ranks {
-        let (first, other) = (block(0), block(r));
-        if first[1..3] != other[1..3] {
-            return Err(ranks_out_of_step([first[1], first[2], other[1], other[2]], r));
-        }
+    let announced = |r: usize| &block(r)[3..HEADER];
+    if let Some(r) = (1..ranks).find(|&r| announced(r) != announced(0)) {
+        return Err(ranks_differ(announced(0), announced(r), r));
     }
-    let batches: Vec<usize> = (0..ranks).map(|r| block(r)[3] as usize).collect();
+    let mut batches = Vec::new();
+    reserve(&mut batches, ranks, "the ranks' batches")?;
+    batches.extend((0..ranks).map(|r| block(r)[2] as usize));
     let wrong = |label: i64| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label);
     for (r, &batch) in batches.iter().enumerate() {
         let labels = &block(r)[HEADER..HEADER + batch];
@@ -145,7 +286,7 @@ pub(crate) fn pack_error(rank: usize) -> f32 {
 pub(crate) fn judge_errors(errors: f32, rank: usize) -> Result<()> {
     match (errors / ONE_ERROR).floor() {
         0.0 => Ok(()),
-        1.0 => {
+        1.0 if errors > ONE_ERROR => {
             let failed = (errors - ONE_ERROR) as usize - 1;
             Err(error!(Remote, "rank {failed} failed in its forward; its own message says why (this is rank {rank})"))
         }

@@ -14,7 +14,13 @@
 //!
 //! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update, or a MISMATCH of steps or
 //! operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
-//! ids of pfc_head_set_sample or of the k of pfc_head_top_k leaves the head usable.)
+//! ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update
+//! and the device works, a poisoned head still gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
+//!
+//! WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it is, how many samples they have drawn
+//! and updates they have done, the learning rate and the loss weight (of pfc_head_step its own; otherwise those of the update and
+//! the backward before), and, replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A difference
+//! is MISMATCH on all ranks.
 //!
 //! ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not wait for the other ranks' labels:
 //! LABEL, MISMATCH and REMOTE come from the forward that follows. If this rank's own arguments were wrong, pfc_head_prepare says so
@@ -34,13 +40,13 @@ use std::ffi::c_char;
 use std::sync::atomic::AtomicBool;
 use std::sync::Mutex;
 
-use self::locked::{with_head, with_shared_head};
+use self::locked::{locked, with_head, with_outside};
 use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
 use super::{boundary, output, required};
-use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
+use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor, StepInput};
 use crate::{ensure, error, Result};
 
 /// SGD: m. AdamW: the first moment.
@@ -51,6 +57,8 @@ pub const PFC_STATE_SECOND_MOMENT: i32 = 2;
 /// A classification head: a shard of the class centers, their optimizer state, and the step that trains them.
 pub struct pfc_head {
     head: Mutex<Head>,
+    /// For calls that do not wait for the lock.
+    outside: HeadOutside,
     /// A call that needs the head alone is inside.
     busy: AtomicBool,
     /// A forked child must not wait for a lock that a thread of its parent held.
@@ -172,8 +180,9 @@ pub unsafe extern "C" fn pfc_head_create(
             Ok((device, read_sized(options)?.to_options()?))
         })();
         let head = abort_on_panic(&comm, || Head::create(comm.clone(), request))?;
-        let process = head.process();
-        *output("out", out)? = Box::into_raw(Box::new(pfc_head { head: Mutex::new(head), busy: AtomicBool::new(false), process }));
+        let (process, outside) = (head.process(), head.outside());
+        let handle = pfc_head { head: Mutex::new(head), outside, busy: AtomicBool::new(false), process };
+        *output("out", out)? = Box::into_raw(Box::new(handle));
         Ok(())
     })
 }
@@ -397,40 +406,54 @@ pub unsafe extern "C" fn pfc_head_top_k(
     })
 }
 
-/// The class ids of this rank's last sample, ascending. After pfc_head_prepare or pfc_head_forward.
+/// The class ids of this rank's last sample, ascending. After pfc_head_prepare or pfc_head_forward. On a CPU device it does not
+/// wait for a step that another thread is in; on a CUDA device it does.
 ///
 /// @param ids written, in host memory or in the CUDA device's memory; NULL to ask for the count only
 /// @param capacity number of ids that fit
 /// @param count written: number of ids in the sample
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i64, capacity: u64, count: *mut u64) -> pfc_status {
-    with_shared_head(head, |head| {
-        head.require_host("count", count)?;
+    with_outside(head, |handle| {
+        require_host(&*handle.outside.device, handle.outside.rank, "count", count)?;
         let count = output("count", count)?;
-        let sample = head.sample_ids()?;
-        if !ids.is_null() {
+        let room = |found: usize| {
             ensure!(
-                sample.len() as u64 <= capacity,
+                ids.is_null() || found as u64 <= capacity,
                 InvalidArgument,
-                "capacity must be at least {}, the ids of the sample, got {capacity} (rank {})",
-                sample.len(),
-                head.rank()
+                "capacity must be at least {found}, the ids of the sample, got {capacity} (rank {})",
+                handle.outside.rank
             );
-            head.write_values("ids", ids, &sample)?;
+            Ok(found as u64)
+        };
+        if let Some(sample) = handle.outside.last_sample() {
+            let found = room(sample.count)?;
+            if !ids.is_null() {
+                sample.ids().enumerate().for_each(|(i, id)| *ids.add(i) = id);
+            }
+            *count = found;
+            return Ok(());
         }
-        *count = sample.len() as u64;
+        let sample = locked(handle, |head| {
+            let sample = head.sample_ids()?;
+            if !ids.is_null() && room(sample.len()).is_ok() {
+                head.write_values("ids", ids, &sample)?;
+            }
+            Ok(sample)
+        })?;
+        *count = room(sample.len())?;
         Ok(())
     })
 }
 
-/// The classes this rank owns: first to first + count - 1.
+/// The classes this rank owns: first to first + count - 1. Does not wait for a step.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, count: *mut u64) -> pfc_status {
-    with_shared_head(head, |head| {
-        head.require_host("first", first)?;
-        head.require_host("count", count)?;
+    with_outside(head, |handle| {
+        let HeadOutside { device, rank, shard, .. } = &handle.outside;
+        require_host(&**device, *rank, "first", first)?;
+        require_host(&**device, *rank, "count", count)?;
         let (first, count) = (output("first", first)?, output("count", count)?);
-        let shard = head.shard();
         (*first, *count) = (shard.first, shard.rows);
         Ok(())
     })
@@ -496,9 +519,41 @@ pub unsafe extern "C" fn pfc_head_write_state(
     rows(head, first, count, "state", state, |head, rows| head.write_rows(state_tensor(tensor)?, first, &rows))
 }
 
+/// Reads how far the head is, which with the class centers and their state is all there is to save. Not collective.
+///
+/// To save a head, read its progress, its class centers and its state between two steps. To go on, on as many ranks with the same
+/// options, write the rows first and then the progress: the steps that follow then give the same bits as those of the head that was
+/// saved. (With dense row updates, the head that was saved must read its progress too, before it goes on.)
+///
+/// @param draws written: samples drawn, not counting that of a pfc_head_prepare that no forward has followed yet
+/// @param updates written: updates done; CUDA: not counting steps that failed
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_read_progress(head: *mut pfc_head, draws: *mut u64, updates: *mut u64) -> pfc_status {
+    with_head(head, |head| {
+        head.require_host("draws", draws)?;
+        head.require_host("updates", updates)?;
+        let (draws, updates) = (output("draws", draws)?, output("updates", updates)?);
+        let progress = head.read_progress()?;
+        (*draws, *updates) = (progress.draws, progress.updates);
+        Ok(())
+    })
+}
+
+/// Goes on from the progress of another head. Not collective; ranks whose progress differs get MISMATCH in the next step.
+///
+/// The rows keep their values, which from now on are those after as many updates. A pfc_head_prepare and a step under way are
+/// abandoned, so then call it on all ranks or on none.
+///
+/// @param draws of pfc_head_read_progress, below 2^56
+/// @param updates of pfc_head_read_progress, below 2^32
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_write_progress(head: *mut pfc_head, draws: u64, updates: u64) -> pfc_status {
+    with_head(head, |head| head.write_progress(Progress { draws, updates }))
+}
+
 /// Writes a checkpoint. Collective.
 ///
-/// @return UNSUPPORTED in this version; pfc_head_read_centers and pfc_head_read_state return everything there is to save
+/// @return UNSUPPORTED in this version; pfc_head_read_progress, pfc_head_read_centers and pfc_head_read_state return all there is to save
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_save(
     head: *mut pfc_head,
@@ -509,14 +564,14 @@ pub unsafe extern "C" fn pfc_head_save(
     with_head(head, |_| {
         Err(error!(
             Unsupported,
-            "pfc_head_save is not supported yet: save what pfc_head_read_centers and pfc_head_read_state return"
+            "pfc_head_save is not supported yet: save what pfc_head_read_progress, pfc_head_read_centers and pfc_head_read_state return"
         ))
     })
 }
 
 /// Reads a checkpoint. Collective.
 ///
-/// @return UNSUPPORTED in this version; pfc_head_write_centers and pfc_head_write_state restore what was read
+/// @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress restore what was read
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_load(
     head: *mut pfc_head,
@@ -525,7 +580,10 @@ pub unsafe extern "C" fn pfc_head_load(
 ) -> pfc_status {
     let _ = (directory, options);
     with_head(head, |_| {
-        Err(error!(Unsupported, "pfc_head_load is not supported yet: use pfc_head_write_centers and pfc_head_write_state"))
+        Err(error!(
+            Unsupported,
+            "pfc_head_load is not supported yet: use pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress"
+        ))
     })
 }
 

@@ -5,9 +5,9 @@
 
 use super::Communicator;
 use crate::agreement::Field;
-use crate::{error, Contribution, Error, Result};
+use crate::{ensure, error, Contribution, Error, Result};
 
-/// Compares fields over the ranks. Collective: one all-gather of `8 * (N + 1)` bytes from each rank.
+/// Compares fields over the ranks. Collective: one all-gather of `8 * (N + 2)` bytes from each rank.
 ///
 /// Every rank passes the same fields in the same order, or the error of its own checks.
 ///
@@ -41,22 +41,43 @@ pub(super) fn require_equal<const N: usize>(
 /// Gathers `N` words from every rank, in rank order, or the news that a rank failed. Collective, as [`agree`].
 ///
 /// # Errors
-/// A rank's own error; REMOTE on the others, naming the lowest rank that failed and its status; the communicator's failure.
+/// A rank's own error; REMOTE on the others, naming the lowest rank that failed and its status; the communicator's failure; COMM where
+/// the gather brought back something else than the ranks' blocks in their order.
 pub fn gather_words<const N: usize>(comm: &Communicator, mine: Contribution<[u64; N]>) -> Result<Vec<[u64; N]>> {
-    let mut block = vec![0i64; N + 1];
+    // Status and rank, then the words.
+    const BEFORE: usize = 2;
+    let (mut block, rank) = (vec![0i64; BEFORE + N], comm.rank() as usize);
+    block[1] = rank as i64;
     match &mine {
-        Ok(words) => block[1..].iter_mut().zip(words).for_each(|(to, &word)| *to = word as i64),
+        Ok(words) => block[BEFORE..].iter_mut().zip(words).for_each(|(to, &word)| *to = word as i64),
         Err(error) => block[0] = error.status as i64,
     }
-    let mut blocks = vec![0i64; block.len() * comm.size() as usize];
-    let gathered = comm.all_gather(&block, &mut blocks);
+    let mut gathered = vec![0i64; block.len() * comm.size() as usize];
+    let outcome = comm.all_gather(&block, &mut gathered);
     // A rank's own error says more than what came of telling the others.
     mine?;
-    gathered?;
-    let blocks = blocks.chunks_exact(N + 1);
+    outcome?;
+    let blocks = gathered.chunks_exact(BEFORE + N);
+    comm.or_abort(in_rank_order(&block, blocks.clone(), rank))?;
     match blocks.clone().enumerate().find(|(_, block)| block[0] != 0) {
         Some((rank, block)) => Err(Error::remote(rank, block[0])),
-        None => Ok(blocks.map(|block| std::array::from_fn(|i| block[i + 1] as u64)).collect()),
+        None => Ok(blocks.map(|block| std::array::from_fn(|i| block[BEFORE + i] as u64)).collect()),
+    }
+}
+
+/// Refuses what a gather of {status, rank, words} brought back if this rank's own block is another, or blocks are at wrong places:
+/// counts among the words would not be those of the ranks' memory.
+fn in_rank_order<'a>(own: &[i64], mut blocks: impl Iterator<Item = &'a [i64]> + Clone, rank: usize) -> Result<()> {
+    ensure!(
+        blocks.clone().nth(rank) == Some(own),
+        Comm,
+        "all_gather did not bring back the own block of rank {rank} at its place as it was sent"
+    );
+    match blocks.by_ref().enumerate().find(|(place, block)| block[1] != *place as i64) {
+        None => Ok(()),
+        Some((place, block)) => {
+            Err(error!(Comm, "all_gather brought back a block of rank {} at the place of rank {place}", block[1]))
+        }
     }
 }
 

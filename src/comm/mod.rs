@@ -48,6 +48,8 @@ pub struct Communicator {
     /// Beside the lock: they can be asked while an operation waits.
     calls: [AtomicU64; 5],
     bytes: [AtomicU64; 5],
+    /// Heads made on this end, which the other ranks make in the same order.
+    heads: AtomicU64,
     timeout_ms: AtomicU64,
     /// The failure that ended this communicator, if one did.
     failure: Mutex<Option<Error>>,
@@ -64,6 +66,7 @@ impl Communicator {
             sequence: Mutex::default(),
             calls: Default::default(),
             bytes: Default::default(),
+            heads: AtomicU64::default(),
             timeout_ms: AtomicU64::new(DEFAULT_TIMEOUT.as_millis() as u64),
             failure: Mutex::default(),
             process: std::process::id(),
@@ -117,6 +120,11 @@ impl Communicator {
         ensure!(!timeout.is_zero(), InvalidArgument, "timeout must be above 0 ms, got 0 (rank {})", self.rank());
         self.timeout_ms.store(timeout.as_millis().clamp(1, u64::MAX.into()) as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The number of a new head, from 0.
+    pub fn count_head(&self) -> u64 {
+        self.heads.fetch_add(1, Ordering::Relaxed)
     }
 
     pub fn traffic(&self) -> Traffic {

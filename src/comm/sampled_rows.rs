@@ -144,6 +144,12 @@ unsafe fn gather_ids(comm: &Communicator, mine: &SampledRows, widest: usize) -> 
         std::ptr::copy_nonoverlapping(mine.ids, block.as_mut_ptr(), mine.count);
     }
     comm.all_gather(&block, &mut blocks)?;
+    let rank = comm.rank() as usize;
+    ensure!(
+        blocks[rank * widest..(rank + 1) * widest] == block,
+        Comm,
+        "all_gather did not bring back the own ids of rank {rank} at their place as they were sent"
+    );
     Ok(blocks)
 }
 

@@ -22,7 +22,7 @@ use crate::margin::Margin;
 use crate::matrix::Matrix;
 use crate::optimizer::{Optimizer, StateTensor};
 use crate::options::{HeadOptions, Placement, Precision};
-pub use crate::protocol::{Counters, LossPlace};
+pub use crate::protocol::{Announcement, LossPlace, StepCall};
 use crate::shard::Shard;
 use crate::stream::StreamDevice;
 use crate::{Contribution, Result};
@@ -80,6 +80,21 @@ impl Labels {
     }
 }
 
+/// The ascending ids of a sample, for whoever asks while a step runs.
+#[derive(Clone, Debug)]
+pub struct SampleIds {
+    pub first: i64,
+    pub count: usize,
+    /// Empty where the sample is the whole shard, from `first` on.
+    pub listed: Arc<Vec<i64>>,
+}
+
+impl SampleIds {
+    pub fn ids(&self) -> impl Iterator<Item = i64> + '_ {
+        (0..self.count).map(|column| self.listed.get(column).copied().unwrap_or(self.first + column as i64))
+    }
+}
+
 /// What a step was like, this rank's part of it.
 #[derive(Clone, Debug, Default)]
 pub struct StepFigures {
@@ -108,13 +123,17 @@ pub struct StepFigures {
 /// Where a phase has failed on this rank, the exchanges after it are still handed out, so that the other ranks learn of it.
 pub trait HeadDevice: Send {
     /// Phase 1: this rank's block of *labels*. The labels are copied.
-    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange;
+    fn pack_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange;
     /// Phase 1: the verdict on the gathered blocks, the same on all ranks. A device with streams leaves it to `judge_sums`.
     fn judge_labels(&mut self) -> Result<()>;
     /// Phase 2: draws the next step's sample, number `draw`, or takes the caller's ids (positives missing from them are added).
     fn sample(&mut self, draw: u64, chosen: Option<&[i64]>) -> Result<()>;
     /// The ids last drawn, ascending.
     fn sample_ids(&self) -> Result<Vec<i64>>;
+    /// The same where the host has them.
+    fn shared_sample_ids(&self) -> Option<SampleIds> {
+        None
+    }
     /// This rank's labels of the next step: how many, and which if the host has them.
     fn next_labels(&self) -> (usize, Option<&[i64]>);
     /// Makes the next step's sample the current step's.
@@ -139,8 +158,8 @@ pub trait HeadDevice: Send {
     fn failed_in_labels(&self) -> bool {
         false
     }
-    /// Whether the failure that `judge_sums` or `wait` gave is that the ranks are at different steps.
-    fn ranks_out_of_step(&self) -> bool {
+    /// Whether the failure that `judge_sums` or `wait` gave is that the ranks' announcements differ.
+    fn ranks_differ(&self) -> bool {
         false
     }
     /// The verdict of everything enqueued.
@@ -183,6 +202,12 @@ pub trait HeadDevice: Send {
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// Overwrites rows of this rank's shard: DEVICE where some are written and some are not, else all or none.
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
+    /// Updates that have moved rows. Waits for the device.
+    fn updates(&mut self) -> Result<u64>;
+    /// Brings every dense row to now. What comes of a row is the same as if it were done later.
+    fn catch_up(&mut self) -> Result<()>;
+    /// Takes the rows, all of them brought to now, as those after update `updates`.
+    fn set_updates(&mut self, updates: u64) -> Result<()>;
     /// For each query its `k` nearest class centers of the shard, k at most its rows.
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest>;
 }

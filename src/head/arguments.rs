@@ -2,7 +2,7 @@
 //! host does not read.
 
 use super::{failure, Head, LossTarget, StepInput};
-use crate::device::Labels;
+use crate::device::{Device, Labels};
 use crate::matrix::Matrix;
 use crate::memory::{zeros, Buffer, Plain};
 use crate::{ensure, error, Contribution, Result, Status};
@@ -111,7 +111,7 @@ impl Head {
         ensure!(
             (0.0..=f64::from(f32::MAX)).contains(&value),
             InvalidArgument,
-            "{name} must be a float32 of at least 0, got {value} (rank {})",
+            "{name} must be a float32 of at least 0, got {value:?} (rank {})",
             self.rank()
         );
         Ok(())
@@ -127,13 +127,7 @@ impl Head {
 
     /// Refuses what the host writes by itself and cannot.
     pub fn require_host<T>(&self, name: &str, pointer: *const T) -> Result<()> {
-        let on_device = match self.backend.is_device_memory(name, pointer.cast()) {
-            // A device that has failed no longer knows any pointer, and what it does not know is the host's.
-            Err(error) if error.status == Status::Device => false,
-            known => known?,
-        };
-        ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", self.rank());
-        Ok(())
+        require_host(&*self.device, self.rank(), name, pointer)
     }
 
     /// Writes values to a caller's array; they are there when it returns.
@@ -179,4 +173,15 @@ impl Head {
         self.backend.read_values(name, matrix.data, &mut copy)?;
         Ok((Matrix { data: copy.as_mut_ptr(), ..*matrix }, Some(copy)))
     }
+}
+
+/// Refuses what the host writes by itself and cannot.
+pub fn require_host<T>(device: &dyn Device, rank: u32, name: &str, pointer: *const T) -> Result<()> {
+    let on_device = match device.is_device_memory(name, pointer.cast()) {
+        // A device that has failed no longer knows any pointer, and what it does not know is the host's.
+        Err(error) if error.status == Status::Device => false,
+        known => known?,
+    };
+    ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {rank})");
+    Ok(())
 }

@@ -29,6 +29,10 @@ impl Head {
     pub fn metrics(&mut self) -> Result<Metrics> {
         self.check_usable()?;
         let figures = self.backend.figures();
+        // Its first message says which head it is of.
+        let met = gather_words(&self.comm, figures.as_ref().map(|_| [self.number]).map_err(Clone::clone));
+        let met = met.and_then(|heads| self.require_same_head(&heads, "pfc_head_metrics", |words| words[0]));
+        self.poison_unless_recoverable(met)?;
         let figures = self.poison_unless_recoverable(figures)?;
         let correct = self.count_top1(&figures);
         let correct = self.poison_unless_recoverable(correct)?;
@@ -62,6 +66,19 @@ impl Head {
         self.poison_unless_recoverable(outcome)
     }
 
+    /// Refuses a call that ranks have made on different heads of one communicator.
+    fn require_same_head<const N: usize>(&self, all: &[[u64; N]], call: &str, head: impl Fn(&[u64; N]) -> u64) -> Result<()> {
+        match all.iter().map(head).enumerate().find(|&(_, number)| number != self.number) {
+            None => Ok(()),
+            Some((other, number)) => Err(error!(
+                Mismatch,
+                "rank {} has called {call} on head {} of its communicator and rank {other} on head {number}",
+                self.rank(),
+                self.number
+            )),
+        }
+    }
+
     /// Rows whose target cosine is above every negative's, over all ranks.
     fn count_top1(&self, figures: &StepFigures) -> Result<f64> {
         let ahead = |target: f32, best: f32| (-1.5..=1.5).contains(&target) && target > best;
@@ -90,8 +107,10 @@ impl Head {
             self.read_queries(&queries)
         });
         let dim = self.options.embedding_dim as usize;
-        let shapes = gather_words(&self.comm, own.as_ref().map(|own| [(own.len() / dim) as u64, k]).map_err(Clone::clone))?;
+        let shapes =
+            gather_words(&self.comm, own.as_ref().map(|own| [(own.len() / dim) as u64, k, self.number]).map_err(Clone::clone))?;
         let own = own?;
+        self.require_same_head(&shapes, "pfc_head_top_k", |words| words[2])?;
         if let Some(other) = shapes.iter().position(|shape| shape[1] != k) {
             return Err(error!(Mismatch, "k is {k} on rank {rank} and {} on rank {other}", shapes[other][1]));
         }
@@ -123,7 +142,7 @@ impl Head {
     /// Each rank answers every rank's queries from its shard; the answers are merged where the query came from.
     ///
     /// What may fail on one rank alone is told to all before the next exchange.
-    fn nearest_of_all(&self, own: &[f32], shapes: &[[u64; 2]], k: usize) -> Result<Nearest> {
+    fn nearest_of_all(&self, own: &[f32], shapes: &[[u64; 3]], k: usize) -> Result<Nearest> {
         let (ranks, rank) = (self.comm.size() as usize, self.rank() as usize);
         let dim = self.options.embedding_dim as usize;
         let padded = shapes.iter().map(|shape| shape[0] as usize).max().unwrap_or(0);
@@ -156,8 +175,15 @@ impl Head {
         let answers = agree_on(&self.comm, answers)?;
         self.comm.all_gather(&answers.cosines, &mut all_cosines)?;
         self.comm.all_gather(&answers.ids, &mut all_ids)?;
+        let classes = self.options.num_classes as i64;
+        let stray = all_ids.iter().position(|&id| id != i64::MAX && !(0..classes).contains(&id));
+        if let Some(place) = stray {
+            let other = place / (ranks * padded * k);
+            return Err(error!(Comm, "all_gather brought back {} as a class of rank {other} (rank {rank})", all_ids[place]));
+        }
         let mut found = Nearest::default();
-        for query in 0..shapes[rank][0] as usize {
+        // As many as this rank asked for: the caller's arrays have room for no more.
+        for query in 0..own.len() / dim {
             let index = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
             let answers = (0..ranks).flat_map(|other| (0..k).map(move |slot| index(other, slot)));
             let mut hits: Vec<(f32, i64)> = answers.map(|answer| (all_cosines[answer], all_ids[answer])).collect();

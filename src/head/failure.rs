@@ -8,17 +8,24 @@
 //! | ranks at different steps | ends | poisoned | MISMATCH, poisoned |
 //! | of a collective, a device, or an update; a panic | is lost | poisoned, communicator aborted | COMM, ABORTED or TIMEOUT |
 //!
-//! A poisoned head answers every call with POISONED: its rows are no longer those of one step.
+//! A poisoned head answers every call with POISONED, but for those that read its rows where they are whole: nothing failed inside an
+//! update, and the device works.
 
-use super::{CallState, Head};
+use super::{CallState, Head, Poison};
 use crate::protocol::LossPlace;
 use crate::{ensure, error, Error, Result, Status};
 
 impl Head {
-    /// Makes every later call fail, and tells the other ranks.
+    /// Makes every later call fail, and tells the other ranks. Its rows may be torn.
     pub fn poison(&mut self, cause: &Error) {
+        self.poison_with(cause, false);
+    }
+
+    /// The same. `whole_rows`: no row has changed since the last update or write that succeeded.
+    fn poison_with(&mut self, cause: &Error, whole_rows: bool) {
         if self.poisoned.is_none() {
-            self.poisoned = Some(cause.clone());
+            self.share_sample(None);
+            self.poisoned = Some(Poison { cause: cause.clone(), whole_rows });
             self.comm.abort(cause);
             log::error!("rank {}: head poisoned: {cause}", self.rank());
         }
@@ -31,6 +38,15 @@ impl Head {
 
     /// Refuses a poisoned head, and one that a fork has copied.
     pub(super) fn check_usable(&self) -> Result<()> {
+        self.check_poison(|_| false)
+    }
+
+    /// The same for a call that only reads rows: a head whose rows are whole still has them.
+    pub(super) fn check_readable(&self) -> Result<()> {
+        self.check_poison(|poison| poison.whole_rows)
+    }
+
+    fn check_poison(&self, survives: impl Fn(&Poison) -> bool) -> Result<()> {
         let made_in = self.device.process();
         ensure!(
             made_in == std::process::id(),
@@ -40,12 +56,13 @@ impl Head {
             std::process::id()
         );
         match &self.poisoned {
-            Some(cause) => Err(error!(
-                Poisoned,
-                "the head of rank {} is unusable since an earlier failure ({cause}): free it and load a checkpoint",
-                self.rank()
-            )),
-            None => Ok(()),
+            Some(poison) if !survives(poison) => {
+                let Poison { cause, whole_rows } = poison;
+                let rescue =
+                    if *whole_rows { "read its rows, which are whole, and free it" } else { "free it and load a checkpoint" };
+                Err(error!(Poisoned, "the head of rank {} is unusable since an earlier failure ({cause}): {rescue}", self.rank()))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -89,7 +106,7 @@ impl Head {
                     | Status::Mismatch
             );
             if !recoverable || self.comm.failure().is_some() {
-                self.poison(error);
+                self.poison_before_update(error);
             }
         }
         outcome
@@ -99,19 +116,24 @@ impl Head {
     pub(super) fn poison_if_mismatched<T>(&mut self, verdict: Result<T>) -> Result<T> {
         if let Err(error) = &verdict {
             if error.status == Status::Mismatch {
-                self.poison(error);
+                self.poison_before_update(error);
             }
         }
         self.poison_unless_recoverable(verdict)
     }
 
     /// The same for a verdict that the device reached: MISMATCH may also be samples that differ, which the head survives.
-    pub(super) fn poison_if_out_of_step<T>(&mut self, verdict: Result<T>) -> Result<T> {
+    pub(super) fn poison_if_ranks_differ<T>(&mut self, verdict: Result<T>) -> Result<T> {
         let verdict = self.prefer_comm_failure(verdict);
-        if let (Err(error), true) = (&verdict, self.backend.ranks_out_of_step()) {
-            self.poison(error);
+        if let (Err(error), true) = (&verdict, self.backend.ranks_differ()) {
+            self.poison_before_update(error);
         }
         self.poison_unless_recoverable(verdict)
+    }
+
+    /// Poisons a head that was not updating its rows.
+    fn poison_before_update(&mut self, cause: &Error) {
+        self.poison_with(cause, !matches!(cause.status, Status::Device | Status::Panic));
     }
 
     /// The outcome of an update: after a failure some ranks' rows may have moved and others' not.
@@ -136,7 +158,7 @@ impl Head {
             self.own_failure = Some(error.clone());
         }
         computed?;
-        let loss = self.poison_if_out_of_step(loss)?;
+        let loss = self.poison_if_ranks_differ(loss)?;
         self.state = CallState::Forwarded;
         Ok(loss)
     }

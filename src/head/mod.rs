@@ -16,11 +16,12 @@ mod failure;
 mod rows;
 mod step;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+pub use self::arguments::require_host;
 pub use self::evaluation::Metrics;
 use crate::comm::{agree, Communicator};
-use crate::device::{Device, HeadDevice, HeadSpec};
+use crate::device::{Device, HeadDevice, HeadSpec, SampleIds};
 pub use crate::device::{Labels, Nearest};
 use crate::matrix::Matrix;
 pub use crate::optimizer::StateTensor;
@@ -83,6 +84,41 @@ pub struct Seconds {
     pub update: f64,
 }
 
+/// Why a head is of no use any more, but perhaps to read its rows.
+struct Poison {
+    cause: Error,
+    /// The rows are those of the last update that succeeded.
+    whole_rows: bool,
+}
+
+/// How far a head is; see `pfc_head_read_progress`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub draws: u64,
+    pub updates: u64,
+}
+
+/// What can be asked of a head while another thread works with it.
+pub struct HeadOutside {
+    pub device: Arc<dyn Device>,
+    pub rank: u32,
+    /// The classes this rank owns.
+    pub shard: Shard,
+    last_sample: Arc<Mutex<Option<SampleIds>>>,
+}
+
+impl HeadOutside {
+    /// An error of the head, with its rank where the message has none.
+    pub fn name_rank(&self, error: &Error) -> Error {
+        failure::on_rank(error, self.rank)
+    }
+
+    /// The ids of the last sample, where the host has them and the head is usable.
+    pub fn last_sample(&self) -> Option<SampleIds> {
+        self.last_sample.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 /// A classification head on one rank.
 pub struct Head {
     options: HeadOptions,
@@ -101,15 +137,24 @@ pub struct Head {
     step: u64,
     /// Updates asked for: the same on all ranks that made the same calls.
     updates: u64,
+    /// Of the last update.
+    learning_rate: f64,
+    /// Of the last backward.
     loss_weight: f64,
+    /// See [`crate::protocol::Announcement`].
+    written_rows: u64,
+    /// Heads that had been made on the communicator before this one: the same on all ranks.
+    number: u64,
     /// Where the last loss was.
     loss_place: LossPlace,
     /// Why the current step has failed on this rank, whose peers do not know it yet and go on with the step.
     own_failure: Option<Error>,
     seconds: Seconds,
-    poisoned: Option<Error>,
+    poisoned: Option<Poison>,
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
+    /// Beside the head's lock: the last sample can be asked for while a step waits. `None`: ask the head.
+    last_sample: Arc<Mutex<Option<SampleIds>>>,
 }
 
 impl Head {
@@ -118,6 +163,7 @@ impl Head {
     /// # Errors
     /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
     pub fn create(comm: Arc<Communicator>, request: Contribution<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
+        let number = comm.count_head();
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
             comm.check_device(device.streams())?;
@@ -144,12 +190,16 @@ impl Head {
             draws: 0,
             step: 0,
             updates: 0,
+            learning_rate: 0.0,
             loss_weight: 1.0,
+            written_rows: 0,
+            number,
             loss_place: LossPlace::Host,
             own_failure: None,
             seconds: Seconds::default(),
             poisoned: None,
             _trace: trace::Writer,
+            last_sample: Arc::default(),
         })
     }
 
@@ -164,6 +214,15 @@ impl Head {
     /// The classes this rank owns.
     pub fn shard(&self) -> Shard {
         self.shard
+    }
+
+    /// What is known of the head while another thread works with it.
+    pub fn outside(&self) -> HeadOutside {
+        HeadOutside { device: self.device.clone(), rank: self.rank(), shard: self.shard, last_sample: self.last_sample.clone() }
+    }
+
+    fn share_sample(&self, ids: Option<SampleIds>) {
+        *self.last_sample.lock().unwrap_or_else(PoisonError::into_inner) = ids;
     }
 
     /// The process that the head was made in.

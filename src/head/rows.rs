@@ -1,10 +1,15 @@
-//! The shard's class centers and their optimizer state, and the ids of samples, as callers read and write them.
+//! The shard's class centers and their optimizer state, how far they are, and the ids of samples, as callers read and write them.
 
-use super::{CallState, Head};
+use super::{CallState, Head, Progress};
 use crate::device::Labels;
 use crate::matrix::Matrix;
+use crate::memory::zeros;
 use crate::optimizer::StateTensor;
+use crate::options::Placement;
 use crate::{ensure, error, Result};
+
+/// Bytes of rows that are compared at a time.
+const DIGESTED_BYTES: usize = 1 << 20;
 
 impl Head {
     /// The ids that the next sample consists of; see `pfc_head_set_sample`.
@@ -32,20 +37,79 @@ impl Head {
 
     /// Reads rows of the shard into a host matrix.
     pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.check_usable()?;
+        self.check_readable()?;
         let first = self.row_range(first, rows)?;
-        self.prefer_comm_failure(self.backend.read_rows(tensor, first, rows))
+        let read = self.backend.read_rows(tensor, first, rows);
+        // What ended the communicator of a poisoned head is known, and the rows are not the worse for it.
+        if self.poisoned.is_some() {
+            return read;
+        }
+        self.prefer_comm_failure(read)
+    }
+
+    /// How far the head is; see `pfc_head_read_progress`.
+    pub fn read_progress(&mut self) -> Result<Progress> {
+        self.check_readable()?;
+        // Dense rows then hold their values by themselves: who writes them into another head needs no learning rates of the past.
+        let updates = self.backend.catch_up().and_then(|()| self.backend.updates());
+        let updates = if self.poisoned.is_some() { updates } else { self.poison_unless_recoverable(updates) }?;
+        // The sample of a prepared step is drawn again by who goes on from here.
+        Ok(Progress { draws: self.draws - u64::from(self.prepared.is_some()), updates })
+    }
+
+    /// Goes on from another head's progress; see `pfc_head_write_progress`.
+    pub fn write_progress(&mut self, progress: Progress) -> Result<()> {
+        self.check_usable()?;
+        let Progress { draws, updates } = progress;
+        let rank = self.rank();
+        // The counter of the random numbers has 56 bits for the draw, a row's last update 32 on a GPU.
+        ensure!(draws < 1 << 56, InvalidArgument, "draws must be below 2^56, got {draws} (rank {rank})");
+        ensure!(updates < 1 << 32, InvalidArgument, "updates must be below 2^32, got {updates} (rank {rank})");
+        let written = self.backend.catch_up().and_then(|()| self.backend.set_updates(updates));
+        self.poison_unless_recoverable(written)?;
+        (self.draws, self.updates) = (draws, updates);
+        (self.state, self.prepared) = (CallState::Idle, None);
+        Ok(())
     }
 
     /// Overwrites rows of the shard; abandons a step between forward and update.
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_usable()?;
         let first = self.row_range(first, rows)?;
+        let before = self.digest_rows(tensor, first, rows.rows)?;
         // What fails before the first row is written leaves a step under way alone, what fails later poisons the head.
         let written = self.backend.write_rows(tensor, first, rows);
         self.poison_unless_recoverable(written)?;
         self.state = CallState::Idle;
+        let after = self.digest_rows(tensor, first, rows.rows);
+        let after = self.poison_unless_recoverable(after)?;
+        self.written_rows = self.written_rows.wrapping_add(after.wrapping_sub(before));
         Ok(())
+    }
+
+    /// A number that rows of a replicated head share with those of other ranks only if they are equal, but for a chance of 2^-64: the
+    /// sum over the rows, so that it does not matter in which pieces they are written. 0 where ranks do not have the same rows.
+    fn digest_rows(&self, tensor: StateTensor, first: u64, count: usize) -> Result<u64> {
+        if self.options.placement == Placement::Sharded || self.comm.size() == 1 {
+            return Ok(0);
+        }
+        let dim = self.options.embedding_dim as usize;
+        let at_once = (DIGESTED_BYTES / (4 * dim)).max(1);
+        let mut values = zeros(&[at_once.min(count), dim], "rows to compare")?;
+        let mut sum = 0u64;
+        for start in (0..count).step_by(at_once) {
+            let rows = at_once.min(count - start);
+            let some = Matrix::of_f32(&mut values[..rows * dim], rows, dim);
+            self.backend.read_rows(tensor, first + start as u64, &some)?;
+            for (row, values) in values[..rows * dim].chunks_exact(dim).enumerate() {
+                let seed = (first + (start + row) as u64).wrapping_mul(4).wrapping_add(tensor as u64);
+                let mix = |hash: u64, value: &f32| {
+                    (hash ^ u64::from(value.to_bits())).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+                };
+                sum = sum.wrapping_add(values.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, mix));
+            }
+        }
+        Ok(sum)
     }
 
     /// Ascending ids of the shard, without repeats.

@@ -23,7 +23,7 @@ use crate::device::Labels;
 use crate::exchange::Exchange;
 use crate::matrix::{Matrix, ReduceOp};
 use crate::options::Placement;
-use crate::protocol::{Counters, LossPlace};
+use crate::protocol::{Announcement, LossPlace, StepCall};
 use crate::{trace, Contribution, Result};
 
 /// The calls that make up a step.
@@ -32,13 +32,13 @@ impl Head {
     pub fn prepare(&mut self, labels: Contribution<Labels>) -> Result<()> {
         self.check_usable()?;
         self.seconds = Seconds { gather: 0.0, sample: 0.0, ..self.seconds };
-        self.gather_and_sample(labels)
+        self.gather_and_sample(labels, self.announcement(StepCall::Prepare))
     }
 
     /// Phases 1 to 4; see `pfc_head_forward`.
     pub fn forward(&mut self, input: Contribution<StepInput>, loss: LossTarget) -> Result<f64> {
         self.check_usable()?;
-        let input = self.begin_step(input)?;
+        let input = self.begin_step(input, self.announcement(StepCall::Forward))?;
         let outcome = self.find_loss(input, loss);
         self.poison_unless_recoverable(outcome)
     }
@@ -88,7 +88,8 @@ impl Head {
             target = Some(self.check_gradient(gradient, input.embeddings.rows)?);
             Ok(input)
         });
-        let input = self.begin_step(input)?;
+        let announcement = Announcement { learning_rate, loss_weight: 1.0, ..self.announcement(StepCall::Step) };
+        let input = self.begin_step(input, announcement)?;
         let outcome = self.find_loss(input, loss);
         let loss = self.poison_unless_recoverable(outcome);
         if self.state == CallState::Idle {
@@ -106,7 +107,7 @@ impl Head {
     pub fn wait(&mut self) -> Result<()> {
         self.check_usable()?;
         let verdict = self.backend.wait();
-        self.poison_if_out_of_step(verdict)
+        self.poison_if_ranks_differ(verdict)
     }
 }
 
@@ -116,13 +117,13 @@ impl Head {
     ///
     /// # Errors
     /// What failed on all ranks alike, so that the step ends here.
-    fn begin_step(&mut self, input: Contribution<StepInput>) -> Result<Contribution<StepInput>> {
+    fn begin_step(&mut self, input: Contribution<StepInput>, announcement: Announcement) -> Result<Contribution<StepInput>> {
         (self.state, self.own_failure) = (CallState::Idle, None);
         let input = input.and_then(|input| self.check_input(input));
         if self.prepared.is_none() {
             self.seconds = Seconds::default();
             let labels = input.clone().and_then(|input| self.require_labels(&input));
-            if let Err(error) = self.gather_and_sample(labels) {
+            if let Err(error) = self.gather_and_sample(labels, announcement) {
                 // A failure after the gather of labels is this rank's own: the others go on.
                 if self.prepared.is_none() || self.poisoned.is_some() {
                     return Err(error);
@@ -135,10 +136,23 @@ impl Head {
         Ok(prepared.and(begun).and(input))
     }
 
+    /// What this rank says of itself before the next step.
+    fn announcement(&self, call: StepCall) -> Announcement {
+        Announcement {
+            head: self.number,
+            call,
+            draws: self.draws,
+            updates: self.updates,
+            learning_rate: self.learning_rate,
+            loss_weight: self.loss_weight,
+            written_rows: self.written_rows,
+        }
+    }
+
     /// Phases 1 and 2 of the next step. `prepared` keeps a failure of the sample: ranks that do not know of it go on.
-    fn gather_and_sample(&mut self, labels: Contribution<Labels>) -> Result<()> {
+    fn gather_and_sample(&mut self, labels: Contribution<Labels>, announcement: Announcement) -> Result<()> {
         self.prepared = None;
-        let gathered = self.gather_labels(labels);
+        let gathered = self.gather_labels(labels, announcement);
         self.poison_if_mismatched(gathered)?;
         let sampled = self.draw_sample();
         self.prepared = Some(sampled.clone());
@@ -146,10 +160,10 @@ impl Head {
     }
 
     /// Phase 1: every rank gets all ranks' labels, and reaches the same verdict on them.
-    fn gather_labels(&mut self, labels: Contribution<Labels>) -> Result<()> {
+    fn gather_labels(&mut self, labels: Contribution<Labels>, announcement: Announcement) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope_of(self.draws));
         let labels = self.check_batch(labels);
-        let block = self.backend.pack_labels(Counters { draws: self.draws, updates: self.updates }, labels);
+        let block = self.backend.pack_labels(&announcement, labels);
         scope.host("all_gather labels", || block.all_gather(&self.comm))?;
         self.backend.judge_labels()?;
         self.seconds.gather = start.elapsed().as_secs_f64();
@@ -162,6 +176,9 @@ impl Head {
         let chosen = self.chosen.take();
         let sampled = scope.host("sample", || self.backend.sample(self.draws, chosen.as_deref()));
         self.draws += 1;
+        if sampled.is_ok() {
+            self.share_sample(self.backend.shared_sample_ids());
+        }
         self.seconds.sample = start.elapsed().as_secs_f64();
         sampled
     }
@@ -245,6 +262,7 @@ impl Head {
     /// Phase 5: the class centers' gradient, summed over the ranks if each has all centers, and the optimizer. `beside` runs meanwhile.
     fn update_centers(&mut self, learning_rate: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope());
+        self.learning_rate = learning_rate;
         match self.options.placement {
             Placement::Sharded => scope.host("update", || self.backend.update(learning_rate, self.loss_weight, beside))?,
             Placement::Replicated => {

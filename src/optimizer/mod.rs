@@ -47,12 +47,12 @@ impl Optimizer {
     /// 1e-30 <= epsilon <= 1e30.
     pub fn check(&self) -> Result<()> {
         let below_one = |name: &str, value: f64| {
-            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} must be at least 0 and below 1, got {value}");
+            ensure!((0.0..1.0).contains(&value), InvalidArgument, "{name} must be at least 0 and below 1, got {value:?}");
             Ok(())
         };
         let decay = |value: f64| {
             let finite = value >= 0.0 && value <= f64::from(f32::MAX);
-            ensure!(finite, InvalidArgument, "weight_decay must be finite and at least 0, got {value}");
+            ensure!(finite, InvalidArgument, "weight_decay must be finite and at least 0, got {value:?}");
             Ok(())
         };
         match *self {
@@ -65,7 +65,7 @@ impl Optimizer {
                 below_one("beta2", beta2)?;
                 // At 0 a row without gradients would be 0 / 0; a little above, its state of 0 would meet an infinite rate.
                 let usable = (1e-30..=1e30).contains(&epsilon);
-                ensure!(usable, InvalidArgument, "epsilon must be 1e-30 to 1e30, got {epsilon}");
+                ensure!(usable, InvalidArgument, "epsilon must be 1e-30 to 1e30, got {epsilon:?}");
                 decay(weight_decay)
             }
         }
@@ -155,7 +155,9 @@ impl UpdateRule {
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn apply(&self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    ///
+    /// Gives whether the row and its state are still finite.
+    pub fn apply(&self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) -> bool {
         assert!(m.len() == w.len() && g.len() == w.len(), "an update needs rows of one length");
         match &self.coefficients {
             Coefficients::Sgd(sgd) => sgd_on(self.simd, sgd, w, m, g),
@@ -174,32 +176,45 @@ fn bias_corrected(adamw: &Adamw, learning_rate: f64, update: u64) -> (f64, f64) 
 }
 
 clones! {
-    fn sgd_on(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) = sgd;
+    fn sgd_on(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) -> bool = sgd;
 }
 
 #[inline(always)]
-fn sgd(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) {
+fn sgd(coefficients: &SgdCoefficients, w: &mut [f32], m: &mut [f32], g: &[f32]) -> bool {
     let SgdCoefficients { momentum, weight_decay, learning_rate } = *coefficients;
+    let mut left = 0;
     for ((w, m), g) in w.iter_mut().zip(m).zip(g) {
         *m = momentum * *m + (*g + weight_decay * *w);
         *w -= learning_rate * *m;
+        left |= leaves(*w) | leaves(*m);
     }
+    left == 0
+}
+
+/// Not 0 for a NaN or an infinity. Integers, so that the loop over a row stays a vector loop.
+#[inline(always)]
+fn leaves(value: f32) -> u32 {
+    const EXPONENT: u32 = 0x7f80_0000;
+    u32::from(value.to_bits() & EXPONENT == EXPONENT)
 }
 
 clones! {
-    fn adamw_on(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) = adamw;
+    fn adamw_on(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) -> bool = adamw;
 }
 
 #[inline(always)]
-fn adamw(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+fn adamw(coefficients: &AdamwCoefficients, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) -> bool {
     let AdamwCoefficients { beta1, beta2, one_minus_beta1, one_minus_beta2, decay_factor, corrected_rate, sqrt_v_scale, epsilon } =
         *coefficients;
+    let mut left = 0;
     for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
         *m = beta1 * *m + one_minus_beta1 * *g;
         *v = beta2 * *v + one_minus_beta2 * (*g * *g);
         // One small term, subtracted once: w * (1 - decay) would round the decay away.
         *w -= decay_factor * *w + corrected_rate * *m / (v.sqrt() * sqrt_v_scale + epsilon);
+        left |= leaves(*w) | leaves(*m) | leaves(*v);
     }
+    left == 0
 }
 
 #[cfg(test)]
@@ -358,7 +373,7 @@ mod tests {
                 assert_eq!(refused.status, crate::Status::InvalidArgument);
                 assert!(
                     refused.message.starts_with(&format!("{name} must be "))
-                        && refused.message.ends_with(&format!(", got {value}")),
+                        && refused.message.ends_with(&format!(", got {value:?}")),
                     "{}",
                     refused.message
                 );

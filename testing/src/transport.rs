@@ -23,6 +23,10 @@ pub enum Fault {
     Short,
     /// It hands the other ranks something else than it was given.
     Wrong,
+    /// It brings back the ranks' blocks in another order, the last one first.
+    Reversed,
+    /// It brings back `value` as the 64-bit number `word` of the block of rank `block`.
+    Word { block: usize, word: usize, value: i64 },
 }
 
 pub const CODE: i32 = 4242;
@@ -102,6 +106,18 @@ impl TestTransport {
                 std::ptr::copy_nonoverlapping(send.0.cast(), bytes.as_mut_ptr(), send.1);
                 bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte ^= (17 + 5 * at) as u8);
                 inner(other.as_ptr().cast(), recv.0)
+            }
+            Some(Fault::Reversed) => {
+                let status = inner(send.0, recv.0);
+                let received = std::slice::from_raw_parts_mut(recv.0.cast::<u8>(), recv.1);
+                let reversed: Vec<u8> = received.chunks(send.1).rev().flatten().copied().collect();
+                received.copy_from_slice(&reversed);
+                status
+            }
+            Some(Fault::Word { block, word, value }) => {
+                let status = inner(send.0, recv.0);
+                recv.0.cast::<i64>().wrapping_byte_add(block * send.1).add(word).write_unaligned(value);
+                status
             }
         };
         if status != 0 && silent {

@@ -63,10 +63,10 @@ fn the_published_table_beside_ours() {
             for ours in [
                 format!("{} = 4 C d", 4 * classes * dim),
                 format!("{} = 4 c d", 4 * shard * dim),
-                format!("{} = 8 (b + 4) + 4 b d", labels + embeddings),
+                format!("{} = 8 (b + 10) + 4 b d", labels + embeddings),
                 format!("{sums} = 4 (2 B + 4)"),
                 format!("{} = 4 B d", 4 * rows * dim),
-                format!("{} = 8 (b + 4) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
+                format!("{} = 8 (b + 10) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
             ] {
                 assert!(text.contains(&ours), "{ours}: {text}");
             }

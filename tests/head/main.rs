@@ -5,6 +5,7 @@ mod conformance;
 mod evaluation;
 mod faults;
 mod reference;
+mod resume;
 mod rows;
 mod sampling;
 mod start;

@@ -15,18 +15,18 @@ pub(super) unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head)
         let handle = required("head", head)?;
         check_process(handle)?;
         ensure!(!handle.busy.swap(true, Ordering::Acquire), InvalidArgument, "head is in use by another thread");
-        let outcome = run_locked(handle, body);
+        let outcome = locked(handle, body);
         handle.busy.store(false, Ordering::Release);
         outcome
     })
 }
 
-/// Runs a call that several threads may make at once: they take turns.
-pub(super) unsafe fn with_shared_head(head: *const pfc_head, body: impl FnOnce(&Head) -> Result<()>) -> pfc_status {
+/// Runs a call that several threads may make at once, and that waits for no other.
+pub(super) unsafe fn with_outside(head: *const pfc_head, body: impl FnOnce(&pfc_head) -> Result<()>) -> pfc_status {
     boundary(|| {
         let handle = required("head", head)?;
         check_process(handle)?;
-        run_locked(handle, |head| body(head))
+        body(handle).map_err(|error| handle.outside.name_rank(&error))
     })
 }
 
@@ -36,8 +36,9 @@ fn check_process(handle: &pfc_head) -> Result<()> {
     Ok(())
 }
 
-/// A panic poisons the head and aborts its communicator, so that the other ranks do not wait for it.
-fn run_locked(handle: &pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> Result<()> {
+/// Runs `body` when no other thread is inside. A panic poisons the head and aborts its communicator, so that the other ranks do not
+/// wait for it.
+pub(super) fn locked<T>(handle: &pfc_head, body: impl FnOnce(&mut Head) -> Result<T>) -> Result<T> {
     let mut head = handle.head.lock().unwrap_or_else(PoisonError::into_inner);
     caught(|| body(&mut head)).map_err(|error| {
         if error.status == Status::Panic {

@@ -10,14 +10,14 @@ use super::sample::{Draft, Sample};
 use super::sizes::{available_memory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::inverse_norm;
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
 use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
-use crate::protocol::{self, Counters, LossPlace, HEADER};
+use crate::protocol::{self, Announcement, LossPlace, HEADER};
 use crate::{error, Contribution, Error, Result};
 
 /// Rows of a batch that one task normalizes or finishes.
@@ -226,6 +226,17 @@ impl CpuHead {
         transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
     }
 
+    /// Counts an update whose rows have been written.
+    fn count_update(&mut self, learning_rate: f64) {
+        let CpuHead { pool, rows, .. } = self;
+        rows.count_update(learning_rate, &|tasks, body| pool.run(tasks, &|task, _| body(task)));
+    }
+
+    /// The sample last drawn.
+    fn last_sample(&self) -> &Sample {
+        &self.next.as_ref().unwrap_or(&self.step.draft).sample
+    }
+
     /// What a loss weight becomes: the mean is over the valid rows of the global batch.
     fn weight(&self, loss_weight: f64) -> f64 {
         match self.step.valid_rows {
@@ -236,7 +247,7 @@ impl CpuHead {
 }
 
 impl HeadDevice for CpuHead {
-    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+    fn pack_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange {
         self.next = None;
         self.own_labels.clear();
         self.own_failure = None;
@@ -245,10 +256,8 @@ impl HeadDevice for CpuHead {
             Ok(labels) => self.own_labels.extend_from_slice(unsafe { labels.as_slice() }),
             Err(error) => self.own_failure = Some(error),
         }
-        match &self.own_failure {
-            Some(cause) => protocol::pack_failure(&mut self.messages.labels_send, counters, cause),
-            None => protocol::pack_labels(&mut self.messages.labels_send, counters, &self.own_labels),
-        }
+        let header = protocol::label_header(self.spec.rank, announcement, self.own_labels.len(), self.own_failure.as_ref());
+        protocol::pack_labels(&mut self.messages.labels_send, &header, &self.own_labels);
         Exchange::host(
             self.messages.labels_send.as_ptr(),
             self.messages.labels_recv.as_mut_ptr(),
@@ -260,8 +269,9 @@ impl HeadDevice for CpuHead {
     fn judge_labels(&mut self) -> Result<()> {
         let options = &self.spec.options;
         let batches = protocol::judge_labels(
+            &self.messages.labels_send,
             &self.messages.labels_recv,
-            self.spec.ranks as usize,
+            self.spec.rank as usize,
             self.own_failure.as_ref(),
             options.num_classes,
             options.ignore_label,
@@ -292,8 +302,11 @@ impl HeadDevice for CpuHead {
     }
 
     fn sample_ids(&self) -> Result<Vec<i64>> {
-        let sample = &self.next.as_ref().unwrap_or(&self.step.draft).sample;
-        Ok((0..sample.len()).map(|column| sample.id(column)).collect())
+        Ok(self.last_sample().shared_ids().ids().collect())
+    }
+
+    fn shared_sample_ids(&self) -> Option<SampleIds> {
+        Some(self.last_sample().shared_ids())
     }
 
     fn next_labels(&self) -> (usize, Option<&[i64]>) {
@@ -444,7 +457,7 @@ impl HeadDevice for CpuHead {
         let weight = self.weight(loss_weight);
         let outcome = self.update_pass(learning_rate, weight, beside);
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.rows.count_update(learning_rate);
+        self.count_update(learning_rate);
         outcome
     }
 
@@ -471,9 +484,10 @@ impl HeadDevice for CpuHead {
             }
             unsafe { totals.range(chunk..chunk + 1)[0] = squares };
         });
+        let verdict = rows.verdict();
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.rows.count_update(learning_rate);
-        Ok(())
+        self.count_update(learning_rate);
+        verdict
     }
 
     fn figures(&mut self) -> Result<StepFigures> {
@@ -498,6 +512,21 @@ impl HeadDevice for CpuHead {
 
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.rows.write_rows(tensor, first, rows)
+    }
+
+    fn updates(&mut self) -> Result<u64> {
+        Ok(self.rows.updates())
+    }
+
+    fn catch_up(&mut self) -> Result<()> {
+        let CpuHead { pool, rows, .. } = self;
+        rows.catch_up(&|tasks, body| pool.run(tasks, &|task, _| body(task)));
+        Ok(())
+    }
+
+    fn set_updates(&mut self, updates: u64) -> Result<()> {
+        self.rows.set_updates(updates);
+        Ok(())
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {

@@ -104,13 +104,15 @@ impl CpuHead {
             let sink = |column: usize, gradient: &mut [f32], _: &mut [f32]| {
                 let inverse = step.center_inverse_norms[column];
                 // SAFETY: a column is in one chunk, a chunk in one task.
-                let (w, m, v) = unsafe { updated.current(step.draft.sample.row(column)) };
+                let row = step.draft.sample.row(column);
+                let (w, m, v) = unsafe { updated.current(row) };
                 let squares = vector::normalize_backward(gradient, w, inverse, inverse * weight);
-                updated.rule().apply(w, m, v, gradient);
+                updated.apply_to_current(row, w, m, v, gradient);
                 squares
             };
             let prefetch = |column: usize| updated.prefetch(step.draft.sample.row(column));
-            products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside)
+            let outcome = products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside);
+            outcome.and(updated.verdict())
         };
         step.totals = totals;
         outcome

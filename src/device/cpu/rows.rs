@@ -1,9 +1,12 @@
 //! The rows of a shard in host memory: class centers, optimizer state, and when each row was last brought up to date.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::matrix::Matrix;
 use crate::memory::{Buffer, Parts};
 use crate::optimizer::{History, Optimizer, Replay, StateTensor, UpdateRule};
 use crate::options::{HeadOptions, RowUpdate};
+use crate::protocol::bad_update;
 use crate::random;
 use crate::sample::Parallel;
 use crate::shard::Shard;
@@ -13,6 +16,8 @@ use crate::{ensure, error, Result};
 const SHORTEST_HISTORY: usize = 1024;
 /// From here on the rows that keep old ones needed are brought to now: a step's replay takes time and memory in their number.
 const LONGEST_HISTORY: usize = 16384;
+/// Rows that one task brings to now.
+const ROWS_A_TASK: usize = 256;
 
 pub(super) struct HostRows {
     shard: Shard,
@@ -40,6 +45,9 @@ pub(super) struct UpdatingRows<'a> {
     rule: UpdateRule,
     /// The number of the update that is being done.
     update: u64,
+    /// The first row that this update has taken out of float32; `usize::MAX`: none.
+    bad_row: AtomicUsize,
+    first_class: u64,
 }
 
 impl HostRows {
@@ -123,17 +131,19 @@ impl HostRows {
             momentum: self.momentum.parts(),
             replay,
             update,
+            bad_row: AtomicUsize::new(usize::MAX),
+            first_class: self.shard.first,
         }
     }
 
     /// Counts an update whose rows have been written.
-    pub fn count_update(&mut self, learning_rate: f64) {
+    pub fn count_update(&mut self, learning_rate: f64, parallel: &Parallel) {
         self.updates += 1;
         if self.dense() {
             self.history.push(learning_rate);
             if self.history.rates().len() >= self.trim_at {
                 if self.trim_at >= LONGEST_HISTORY {
-                    self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2);
+                    self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2, parallel);
                 }
                 let oldest = self.last_update.iter().copied().min().unwrap_or(self.updates);
                 self.history.trim(oldest);
@@ -142,17 +152,43 @@ impl HostRows {
         }
     }
 
-    /// Brings the rows last touched before `update` to now.
-    fn catch_up_before(&mut self, update: u64) {
-        let (replay, dim) = (self.replay(), self.dim);
-        for row in 0..self.last_update.len() {
-            if self.last_update[row] < update {
-                let at = row * dim..(row + 1) * dim;
-                let v: &mut [f32] = if self.second_moment.is_empty() { &mut [] } else { &mut self.second_moment[at.clone()] };
-                replay.catch_up(self.last_update[row], &mut self.centers[at.clone()], &mut self.momentum[at], v);
-                self.last_update[row] = self.updates;
-            }
+    /// Brings every row to now, and forgets the learning rates that this needed.
+    pub fn catch_up(&mut self, parallel: &Parallel) {
+        if self.dense() {
+            self.catch_up_before(self.updates, parallel);
+            self.history.trim(self.updates);
         }
+    }
+
+    /// Takes the rows, all of them brought to now, as those after update `updates`.
+    pub fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
+        if self.dense() {
+            self.last_update.fill(updates);
+            self.history = History::restore(updates, Vec::new());
+            self.trim_at = SHORTEST_HISTORY;
+        }
+    }
+
+    /// Brings the rows last touched before `update` to now.
+    fn catch_up_before(&mut self, update: u64, parallel: &Parallel) {
+        let (replay, dim, now, rows) = (self.replay(), self.dim, self.updates, self.last_update.len());
+        let (centers, momentum, last_update) = (self.centers.parts(), self.momentum.parts(), self.last_update.parts());
+        let second_moment = (!self.second_moment.is_empty()).then(|| self.second_moment.parts());
+        parallel(rows.div_ceil(ROWS_A_TASK), &|task| {
+            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
+                let at = row * dim..(row + 1) * dim;
+                // SAFETY: each row belongs to one task.
+                unsafe {
+                    let last = &mut last_update.range(row..row + 1)[0];
+                    if *last < update {
+                        let v: &mut [f32] = second_moment.as_ref().map_or(&mut [], |all| all.range(at.clone()));
+                        replay.catch_up(*last, centers.range(at.clone()), momentum.range(at), v);
+                        *last = now;
+                    }
+                }
+            }
+        });
     }
 
     /// Reads rows, replayed to now, into a host matrix.
@@ -191,12 +227,10 @@ impl HostRows {
         for i in 0..rows.rows {
             // SAFETY: as in read_rows.
             unsafe { rows.read_row(i, &mut values) };
-            ensure!(
-                values.iter().all(|x| x.is_finite()),
-                InvalidArgument,
-                "row {i} (class {}) contains a NaN or an infinity",
-                self.shard.first + first + i as u64
-            );
+            let class = self.shard.first + first + i as u64;
+            ensure!(values.iter().all(|x| x.is_finite()), InvalidArgument, "row {i} (class {class}) contains a NaN or an infinity");
+            let negative = tensor == StateTensor::SecondMoment && values.iter().any(|&x| x < 0.0);
+            ensure!(!negative, InvalidArgument, "row {i} (class {class}) of the second moment must not be negative");
         }
         let replay = self.replay();
         let updates = self.updates;
@@ -251,7 +285,22 @@ impl UpdatingRows<'_> {
     /// No other thread touches this row.
     pub unsafe fn apply(&self, row: usize, gradient: &[f32]) {
         let (w, m, v) = self.current(row);
-        self.rule.apply(w, m, v, gradient);
+        self.apply_to_current(row, w, m, v, gradient);
+    }
+
+    /// Gives a row its gradient, of which `current` has given the tensors.
+    pub fn apply_to_current(&self, row: usize, w: &mut [f32], m: &mut [f32], v: &mut [f32], gradient: &[f32]) {
+        if !self.rule.apply(w, m, v, gradient) {
+            self.bad_row.fetch_min(row, Ordering::Relaxed);
+        }
+    }
+
+    /// NOT_FINITE if the update has taken a row out of float32.
+    pub fn verdict(&self) -> Result<()> {
+        match self.bad_row.load(Ordering::Relaxed) {
+            usize::MAX => Ok(()),
+            row => Err(bad_update(self.first_class + row as u64, self.update)),
+        }
     }
 
     /// The row's tensors, brought to the update before this one.
@@ -275,10 +324,6 @@ impl UpdatingRows<'_> {
             *last = self.update;
         }
         (w, m, v)
-    }
-
-    pub fn rule(&self) -> &UpdateRule {
-        &self.rule
     }
 
     /// Hints that a row will be updated soon.

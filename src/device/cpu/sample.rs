@@ -1,6 +1,9 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
+use std::sync::Arc;
+
 use super::products::Targets;
+use crate::device::SampleIds;
 use crate::memory::reserve;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
@@ -12,12 +15,12 @@ pub(super) struct Sample {
     first: u64,
     size: usize,
     /// Ascending global ids; empty where the sample is the whole shard.
-    ids: Vec<i64>,
+    ids: Arc<Vec<i64>>,
 }
 
 impl Sample {
     pub fn whole(shard: Shard) -> Sample {
-        Sample { first: shard.first, size: shard.rows as usize, ids: Vec::new() }
+        Sample { first: shard.first, size: shard.rows as usize, ids: Arc::default() }
     }
 
     /// Of ascending ids of the shard.
@@ -25,18 +28,15 @@ impl Sample {
         if ids.len() as u64 == shard.rows {
             return Sample::whole(shard);
         }
-        Sample { first: shard.first, size: ids.len(), ids }
+        Sample { first: shard.first, size: ids.len(), ids: Arc::new(ids) }
     }
 
     pub fn len(&self) -> usize {
         self.size
     }
 
-    pub fn id(&self, column: usize) -> i64 {
-        match self.ids.get(column) {
-            Some(&id) => id,
-            None => self.first as i64 + column as i64,
-        }
+    pub fn shared_ids(&self) -> SampleIds {
+        SampleIds { first: self.first as i64, count: self.size, listed: self.ids.clone() }
     }
 
     /// The row of the shard that a column is.

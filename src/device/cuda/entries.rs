@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::shared_structs::{HeadArrays, MatrixView, RankPointers, Rule};
+use super::shared_structs::{HeadArrays, LabelHeader, MatrixView, RankPointers, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
@@ -86,7 +86,7 @@ macro_rules! entries {
 
 entries! {
     "labels" {
-        pack_labels(u64, u64, i32, u64, Address);
+        pack_labels(LabelHeader, Address);
         judge_labels();
         spread_labels();
         sort_labels_count(u32, u32);
@@ -124,6 +124,7 @@ entries! {
         read_rows(i32, u32, MatrixView);
         write_rows(i32, u32, MatrixView);
         catch_up_rows(u64);
+        set_updates(u64);
     }
     "loss" {
         reduce_rows();

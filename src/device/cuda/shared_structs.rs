@@ -5,6 +5,7 @@ use crate::matrix::Matrix;
 use crate::memory::Plain;
 use crate::optimizer::{replayed_updates, AdamwCoefficients, Coefficients, Optimizer, SgdCoefficients, UpdateRule};
 use crate::options::RowUpdate;
+use crate::protocol::{ANNOUNCED, HEADER};
 use crate::stream::MOST_REDUCED;
 
 /// No column, no class, no positive.
@@ -19,8 +20,8 @@ pub(crate) mod fault {
     pub(crate) const NONE: i32 = 0;
     /// Rank `rank` failed before the labels message, with status `value`.
     pub(crate) const REMOTE: i32 = 1;
-    /// Rank `rank` is at another step than rank 0: the draws and updates of both in `detail`.
-    pub(crate) const OUT_OF_STEP: i32 = 2;
+    /// Rank `rank` has announced another call or step than rank 0: `detail` has both announcements.
+    pub(crate) const RANKS_DIFFER: i32 = 2;
     /// Label `value` of row `row` of rank `rank`.
     pub(crate) const LABEL: i32 = 3;
     /// Row `row` of rank `rank` holds a NaN or an infinity.
@@ -33,6 +34,8 @@ pub(crate) mod fault {
     pub(crate) const SAMPLES: i32 = 7;
     /// Replicated: rank `rank` sent status `value` in the sums message.
     pub(crate) const SUMS: i32 = 8;
+    /// The gather brought back rank `rank`'s block of labels wrongly: `row` is a `BlockFault`, `value` the rank or batch that it names.
+    pub(crate) const BLOCK: i32 = 9;
 }
 
 macro_rules! structures {
@@ -77,6 +80,10 @@ structures! {
         dtype: i32,
         reserved: i32,
     }
+    /// What is before the labels of this rank's block.
+    pub(crate) struct LabelHeader {
+        words: [i64; HEADER],
+    }
     /// `Margin`, with its offset.
     pub(crate) struct MarginSettings {
         scale: f64,
@@ -97,7 +104,7 @@ structures! {
         only_target: u32,
         row: i64,
         value: i64,
-        detail: [i64; 4],
+        detail: [i64; 2 * ANNOUNCED],
         rows: u32,
         first_computed: u32,
         own_rows: u32,
@@ -258,8 +265,8 @@ impl RankPointers {
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
-    assert!(std::mem::size_of::<StepBlock>() == 176);
-    assert!(std::mem::size_of::<Ledger>() == 192);
+    assert!(std::mem::size_of::<StepBlock>() == 256);
+    assert!(std::mem::size_of::<Ledger>() == 272);
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<MissedUpdates>() == 32);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
@@ -369,6 +376,7 @@ mod tests {
     use super::*;
     use crate::matrix::DType;
     use crate::optimizer::{Adamw, Sgd};
+    use crate::protocol::BlockFault;
     use crate::Status;
 
     #[test]
@@ -414,23 +422,30 @@ mod tests {
             ("kNone", NONE.into()),
             ("kTileRows", TILE_ROWS as i64),
             ("kTileColumns", TILE_COLUMNS as i64),
-            ("kLabelHeader", crate::protocol::HEADER as i64),
+            ("kLabelHeader", HEADER as i64),
+            ("kAnnounced", ANNOUNCED as i64),
+            ("kDrawsWord", crate::protocol::DRAWS_WORD as i64),
             ("kTotals", crate::protocol::TOTALS as i64),
             ("kTotals", crate::protocol::REPLICATED_TOTALS as i64),
             ("kSlot", crate::protocol::REPLICATED_SLOT as i64),
+            ("kComm", Status::Comm as i64),
             ("kRemote", Status::Remote as i64),
             ("kMismatch", Status::Mismatch as i64),
             ("kLabel", Status::Label as i64),
             ("kNotFinite", Status::NotFinite as i64),
             ("kNoFault", fault::NONE.into()),
             ("kFaultRemote", fault::REMOTE.into()),
-            ("kFaultOutOfStep", fault::OUT_OF_STEP.into()),
+            ("kFaultRanksDiffer", fault::RANKS_DIFFER.into()),
             ("kFaultLabel", fault::LABEL.into()),
             ("kFaultEmbedding", fault::EMBEDDING.into()),
             ("kFaultSum", fault::SUM.into()),
             ("kFaultForward", fault::FORWARD.into()),
             ("kFaultSamples", fault::SAMPLES.into()),
             ("kFaultSums", fault::SUMS.into()),
+            ("kFaultBlock", fault::BLOCK.into()),
+            ("kBlockChanged", BlockFault::Changed as i64),
+            ("kBlockMisplaced", BlockFault::Misplaced as i64),
+            ("kBlockBatch", BlockFault::Batch as i64),
             ("kF32", DType::F32 as i64),
             ("kF16", DType::F16 as i64),
             ("kBf16", DType::Bf16 as i64),

@@ -22,8 +22,9 @@ struct Gathered {
           max_batch(max_batch),
           rank(rank) {
         for (uint32_t r = 0; r < ranks; ++r) {
-            of(r)[1] = draws;
-            of(r)[2] = updates;
+            of(r)[kRankWord] = r;
+            of(r)[kDrawsWord] = draws;
+            of(r)[kDrawsWord + 1] = updates;
         }
     }
     int64_t* of(uint32_t r) { return blocks.data() + size_t(r) * (kLabelHeader + max_batch); }
@@ -31,7 +32,7 @@ struct Gathered {
         return blocks.data() + size_t(r) * (kLabelHeader + max_batch);
     }
     void set(uint32_t r, const std::vector<int64_t>& labels) {
-        of(r)[3] = int64_t(labels.size());
+        of(r)[kBatchWord] = int64_t(labels.size());
         std::copy(labels.begin(), labels.end(), of(r) + kLabelHeader);
     }
 };
@@ -74,8 +75,16 @@ class Rig {
         arrays_.positive_starts = memory_.make<uint32_t>(labels + 1);
         arrays_.columns = memory_.make<uint32_t>(labels);
         arrays_.counts = memory_.make<uint32_t>(arrays_.count_capacity);
-        memory_.put(arrays_.labels_recv, gathered.blocks);
+        gather(gathered);
         memory_.put(arrays_.counts, std::vector<uint32_t>(2048, 0));
+    }
+
+    // What this rank sent, and what came back.
+    void gather(const Gathered& gathered) {
+        const int64_t* const own = gathered.of(gathered.rank);
+        memory_.put(arrays_.labels_send,
+                    std::vector<int64_t>(own, own + kLabelHeader + gathered.max_batch));
+        memory_.put(arrays_.labels_recv, gathered.blocks);
     }
 
     void run(const Launch& launch) {
@@ -128,7 +137,7 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
     uint32_t before = 0, own_valid = 0, valid = 0;
     for (uint32_t r = 0; r < gathered.ranks; ++r) {
         if (r == gathered.rank) before = uint32_t(labels.size());
-        for (uint32_t i = 0; i < gathered.of(r)[3]; ++i) {
+        for (uint32_t i = 0; i < gathered.of(r)[kBatchWord]; ++i) {
             const int64_t label = gathered.of(r)[kLabelHeader + i];
             const bool ignored = label == options.ignore_label;
             const int64_t first = int64_t(options.first_class);
@@ -158,9 +167,9 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
     }
     starts.push_back(positive_rows);
 
-    const uint32_t own = uint32_t(gathered.of(gathered.rank)[3]);
+    const uint32_t own = uint32_t(gathered.of(gathered.rank)[kBatchWord]);
     EXPECT(block.status == kOk && block.fault == kNoFault, what);
-    EXPECT(block.draws == uint64_t(gathered.of(gathered.rank)[1]), what);
+    EXPECT(block.draws == uint64_t(gathered.of(gathered.rank)[kDrawsWord]), what);
     EXPECT(block.global_rows == rows && block.own_rows == own, what);
     EXPECT(block.rows == (options.sharded ? rows : own), what);
     EXPECT(block.first_computed == (options.sharded ? 0 : before), what);
@@ -272,23 +281,49 @@ void test_faults() {
         const StepBlock second = judged(labels);
         expect_fault("second label", second, kLabel, kFaultLabel, 1, 10, INT64_MIN, 12);
 
-        Gathered out_of_step = labels;
-        out_of_step.of(3)[1] = 8;
-        const StepBlock draws = judged(out_of_step);
-        expect_fault("draws", draws, kMismatch, kFaultOutOfStep, 3, 0, 0, 12);
-        EXPECT(draws.detail[0] == 5 && draws.detail[1] == 6, "draws");
-        EXPECT(draws.detail[2] == 8 && draws.detail[3] == 6, "draws");
-        out_of_step.of(2)[2] = 7;
-        const StepBlock updates = judged(out_of_step);
-        expect_fault("updates", updates, kMismatch, kFaultOutOfStep, 2, 0, 0, 12);
-        EXPECT(updates.detail[2] == 5 && updates.detail[3] == 7, "updates");
+        Gathered differ = labels;
+        for (uint32_t word = 0; word < kAnnounced; ++word) {
+            differ.of(3)[kAnnouncedWord + word] = 100 + word;
+            const StepBlock block = judged(differ);
+            expect_fault("announcement", block, kMismatch, kFaultRanksDiffer, 3, 0, 0, 12);
+            for (uint32_t i = 0; i < kAnnounced; ++i) {
+                EXPECT(block.detail[i] == good.of(0)[kAnnouncedWord + i], "rank 0's words");
+                EXPECT(block.detail[kAnnounced + i] == differ.of(3)[kAnnouncedWord + i],
+                       "rank 3's words");
+            }
+        }
+        differ.of(2)[kDrawsWord + 1] = 7;
+        const StepBlock updates = judged(differ);
+        expect_fault("updates", updates, kMismatch, kFaultRanksDiffer, 2, 0, 0, 12);
 
-        Gathered failed = out_of_step;
+        Gathered failed = differ;
         failed.of(3)[0] = 4;
         expect_fault("remote", judged(failed), kRemote, kFaultRemote, 3, 0, 4, 12);
         failed.of(2)[0] = 2;
         failed.set(2, {});
         expect_fault("own failure", judged(failed), kRemote, kFaultRemote, 2, 0, 2, 0);
+
+        // A gather that lies. Nothing of what came back is an index then.
+        const auto lied = [&](const Gathered& sent, const Gathered& came) {
+            Rig rig(sent, options);
+            rig.memory().put(rig.arrays().labels_recv, came.blocks);
+            rig.run(launch);
+            return rig.block();
+        };
+        Gathered batch = failed;
+        batch.of(1)[kBatchWord] = 51;
+        batch.of(3)[kBatchWord] = -1;
+        expect_fault("batch", lied(failed, batch), kComm, kFaultBlock, 1, kBlockBatch, 51, 0);
+        batch.of(1)[kBatchWord] = 50;
+        expect_fault("negative", lied(failed, batch), kComm, kFaultBlock, 3, kBlockBatch, -1, 0);
+        Gathered swapped = batch;
+        std::swap_ranges(swapped.of(0), swapped.of(1), swapped.of(3));
+        const StepBlock place = lied(failed, swapped);
+        expect_fault("place", place, kComm, kFaultBlock, 0, kBlockMisplaced, 3, 0);
+        Gathered changed = swapped;
+        changed.of(2)[kLabelHeader + 49] ^= 1;
+        const StepBlock own = lied(good, changed);
+        expect_fault("own block", own, kComm, kFaultBlock, 2, kBlockChanged, 0, 12);
 
         // Without an ignore_label its place-holder is a wrong label like any other.
         Gathered holder = good;
@@ -310,7 +345,7 @@ void test_a_good_step_after_a_fault() {
     rig.run(kLaunches[0]);
     EXPECT(rig.block().status == kRemote, "fault");
     gathered.of(1)[0] = 0;
-    rig.memory().put(rig.arrays().labels_recv, gathered.blocks);
+    rig.gather(gathered);
     rig.run(kLaunches[0]);
     const StepBlock block = rig.block();
     EXPECT(block.status == kOk && block.fault == kNoFault && block.rank == 0, "good again");
@@ -327,18 +362,16 @@ void test_packing() {
                 for (uint64_t i = 0; i < batch; ++i) labels[i] = int64_t(1000 - i);
                 int64_t* const source = memory.make<int64_t>(batch + 1);
                 memory.put(source, labels);
-                const uint64_t updates = (1ull << 40) + 1;
-                const uint64_t draws = (1ull << 50) + 7;
-                memory.launch("pack_labels", launch.grid, launch.block, 0, rig.arrays(), draws,
-                              updates, status, batch, static_cast<const int64_t*>(source));
-                std::vector<int64_t> expected(kLabelHeader + 300);
-                expected[0] = status;
-                expected[1] = int64_t(draws);
-                expected[2] = int64_t(updates);
-                if (status == 0) {
-                    expected[3] = int64_t(batch);
+                LabelHeader header;
+                for (uint32_t i = 0; i < kLabelHeader; ++i) header.words[i] = (1ll << (40 + i)) + i;
+                header.words[kStatusWord] = status;
+                header.words[kBatchWord] = status == 0 ? int64_t(batch) : 0;
+                memory.launch("pack_labels", launch.grid, launch.block, 0, rig.arrays(), header,
+                              static_cast<const int64_t*>(source));
+                std::vector<int64_t> expected(header.words, header.words + kLabelHeader);
+                expected.resize(kLabelHeader + 300);
+                if (status == 0)
                     std::copy(labels.begin(), labels.end(), expected.begin() + kLabelHeader);
-                }
                 EXPECT(memory.get(rig.arrays().labels_send, expected.size()) == expected, "pack");
             }
         }

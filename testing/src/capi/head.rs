@@ -181,6 +181,19 @@ impl Head {
         outcome(unsafe { c_head::pfc_head_write_state(self.raw, tensor, first, rows.rows as u64, &view) })
     }
 
+    /// Samples drawn and updates done.
+    pub fn read_progress(&mut self) -> Outcome<(u64, u64)> {
+        let (mut draws, mut updates) = (0, 0);
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_read_progress(self.raw, &mut draws, &mut updates) })?;
+        Ok((draws, updates))
+    }
+
+    pub fn write_progress(&mut self, (draws, updates): (u64, u64)) -> Outcome {
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_write_progress(self.raw, draws, updates) })
+    }
+
     /// All of this rank's class centers.
     pub fn centers(&mut self) -> Vec<f32> {
         let (first, count) = self.shard();

@@ -1,5 +1,7 @@
 //! What a head does with what it cannot use: the status and the text on every rank, and that it works afterwards or is poisoned.
 
+mod disagreement;
+mod lies;
 mod options;
 mod pointers;
 mod ranks;

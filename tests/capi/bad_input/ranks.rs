@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use partialfc::capi::head::{pfc_head_forward, pfc_head_wait};
+use partialfc::capi::head::{pfc_head_forward, pfc_head_wait, PFC_STATE_MOMENTUM};
 use partialfc::options::HeadOptions;
 use partialfc::Status;
 
@@ -12,7 +12,7 @@ use partialfc_testing::capi::{options, outcome, Comm, Device, Head, Rows};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::Batch;
 
-/// Every call on a poisoned head says so, and why.
+/// Every call on a poisoned head says so, and why. Its rows, which no update has touched, can still be read.
 fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
     let mut rows = Rows::f32(&[1.0; 4], 4);
     let mut grad = Rows::output(1, 4);
@@ -27,8 +27,12 @@ fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
     assert_refused(what, head.metrics().map(|_| ()), Status::Poisoned, &words);
     assert_refused(what, head.top_k(&mut rows, 1), Status::Poisoned, &words);
     assert_refused(what, head.sample_ids(), Status::Poisoned, &words);
-    assert_refused(what, head.read_centers(0, 1), Status::Poisoned, &words);
     assert_refused(what, head.write_centers(0, &[0.0; 4]), Status::Poisoned, &words);
+    assert_refused(what, head.write_progress((0, 0)), Status::Poisoned, &words);
+    let (first, count) = head.shard();
+    head.read_centers(first, count).expect(what);
+    head.read_state(PFC_STATE_MOMENTUM, first, count).expect(what);
+    head.read_progress().expect(what);
 }
 
 #[test]
@@ -72,22 +76,6 @@ fn ranks_at_different_calls_are_told_apart() {
         let told = [Status::Mismatch as i32, Status::Aborted as i32];
         assert!(told.contains(&failure.status), "rank {}: {failure:?}", place.rank);
         assert_poisoned(&format!("rank {}", place.rank), &mut head, "");
-    });
-}
-
-#[test]
-fn ranks_at_different_steps_are_told_apart() {
-    on_ranks(2, |place| {
-        let device = Device::under_test(1);
-        let (mut a, mut b) =
-            (Head::new(&device, &place.comm, &options(10, 4, 8)), Head::new(&device, &place.comm, &options(10, 4, 8)));
-        let mut rows = Rows::f32(&[1.0; 4], 4);
-        a.step(&mut rows, &[1], 0.1, &mut Rows::output(1, 4)).expect("a's first step");
-        // Rank 0 goes on with a, rank 1 begins b.
-        let head = if place.rank == 0 { &mut a } else { &mut b };
-        let refused = head.forward(&mut rows, Some(&[1]));
-        assert_refused(&format!("rank {}", place.rank), refused, Status::Mismatch, &["step", "rank 1"]);
-        assert_poisoned(&format!("rank {}", place.rank), head, "different steps");
     });
 }
 
@@ -158,6 +146,44 @@ fn a_head_in_use_is_refused_to_a_second_thread() {
             place.comm.abort();
             assert_refused("the first thread", busy.join().expect("no panic"), Status::Aborted, &["pfc_comm_abort"]);
             assert_refused::<()>("the second thread", Err(refused), Status::InvalidArgument, &["head", "another thread"]);
+        });
+        head
+    });
+    drop(heads);
+}
+
+/// The shard and the last sample of a head are known while a step waits for another rank.
+#[test]
+fn shard_and_sample_are_answered_while_a_step_waits() {
+    if partialfc_testing::capi::on_cuda() {
+        return; // the ids are in the GPU's memory
+    }
+    let heads = on_ranks(2, |place| {
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
+        head.step(&mut Rows::f32(&[1.0; 4], 4), &[1], 0.1, &mut Rows::output(1, 4)).expect("a step of both");
+        if place.rank == 1 {
+            return head;
+        }
+        let (raw, inside) = (head.raw as usize, AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                let (mut rows, mut loss) = (Rows::f32(&[1.0; 4], 4), 0.0);
+                inside.store(true, Ordering::Release);
+                // SAFETY: a live head; it is freed after this thread has ended.
+                outcome(unsafe { pfc_head_forward(raw as *mut _, &rows.view(), [1i64].as_ptr(), &mut loss) })
+            });
+            while !inside.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            // Rank 1 does not come: only the abort below ends the forward, so these calls end beside it.
+            for _ in 0..100 {
+                assert_eq!(head.shard(), (0, 5));
+                assert_eq!(head.sample_ids().expect("the last sample"), [0, 1, 2, 3, 4]);
+                std::thread::yield_now();
+            }
+            assert!(!waiting.is_finished(), "the forward waits for rank 1");
+            place.comm.abort();
+            assert_refused("the forward", waiting.join().expect("no panic"), Status::Aborted, &["pfc_comm_abort"]);
         });
         head
     });

@@ -28,7 +28,7 @@ use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
-use crate::protocol::{Counters, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, Contribution, Error, Result};
 
 /// Multiprocessors that the weighted centers and the center gradient leave to the collectives beside them.
@@ -68,7 +68,7 @@ pub(super) struct CudaHead {
     /// The block of the last step that the host waited for.
     block: StepBlock,
     failed_in_labels: bool,
-    ranks_out_of_step: bool,
+    ranks_differ: bool,
     /// Why the embeddings could not be copied to the device.
     upload_error: Option<Error>,
     /// The first launch or copy that failed where no error can be returned.
@@ -102,7 +102,7 @@ impl CudaHead {
             reported: None,
             outgrown: None,
             upload_error: None,
-            ranks_out_of_step: false,
+            ranks_differ: false,
             block: StepBlock::zeroed(),
             failed_in_labels: false,
             first_error: None,
@@ -251,8 +251,8 @@ impl CudaHead {
 }
 
 impl HeadDevice for CudaHead {
-    fn pack_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
-        self.draft_labels(counters, labels)
+    fn pack_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange {
+        self.draft_labels(announcement, labels)
     }
 
     fn judge_labels(&mut self) -> Result<()> {
@@ -397,14 +397,14 @@ impl HeadDevice for CudaHead {
         let (arrays, destination) = (self.arrays(), loss.unwrap_or(std::ptr::null_mut()));
         run!(self, Main, judge_sums, (arrays, destination.cast()));
         self.pending_error()?;
-        (self.failed_in_labels, self.ranks_out_of_step) = (false, false);
+        (self.failed_in_labels, self.ranks_differ) = (false, false);
         if loss.is_some() {
             return Ok(f64::NAN);
         }
         self.read_block()?;
         if self.block.status != 0 {
-            self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::OUT_OF_STEP | fault::LABEL);
-            self.ranks_out_of_step = self.block.fault == fault::OUT_OF_STEP;
+            self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::RANKS_DIFFER | fault::LABEL | fault::BLOCK);
+            self.ranks_differ = self.block.fault == fault::RANKS_DIFFER;
             // This call returns the failure; `wait` must not return it again.
             self.discount_last_failure()?;
             self.fault(&self.block)?;
@@ -416,13 +416,13 @@ impl HeadDevice for CudaHead {
         self.failed_in_labels
     }
 
-    fn ranks_out_of_step(&self) -> bool {
-        self.ranks_out_of_step
+    fn ranks_differ(&self) -> bool {
+        self.ranks_differ
     }
 
     fn wait(&mut self) -> Result<()> {
         self.pending_error()?;
-        self.ranks_out_of_step = false;
+        self.ranks_differ = false;
         self.streams.synchronize()?;
         let ledger: Ledger = staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0];
         if ledger.failed == 0 {
@@ -430,7 +430,7 @@ impl HeadDevice for CudaHead {
         }
         self.reset_failure_count()?;
         let (first, reported) = (ledger.first_failure, self.reported.take());
-        self.ranks_out_of_step = first.fault == fault::OUT_OF_STEP;
+        self.ranks_differ = first.fault == fault::RANKS_DIFFER;
         let verdict = match reported {
             // This rank has more of its own failure than the status that it sent.
             Some(ReportedFailure { step, error }) if step == first.draws => Err(error),
@@ -543,6 +543,18 @@ impl HeadDevice for CudaHead {
 
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.put_rows(tensor, first, rows)
+    }
+
+    fn updates(&mut self) -> Result<u64> {
+        self.applied_updates()
+    }
+
+    fn catch_up(&mut self) -> Result<()> {
+        self.catch_up_all()
+    }
+
+    fn set_updates(&mut self, updates: u64) -> Result<()> {
+        self.restore_updates(updates)
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {

@@ -88,6 +88,33 @@ impl CudaHead {
         self.gpu.stream.synchronize()
     }
 
+    /// Updates done by steps that did not fail: the host counts those that it has enqueued.
+    pub(super) fn applied_updates(&mut self) -> Result<u64> {
+        self.pending_error()?;
+        self.join(StreamRole::Main, StreamRole::Centers);
+        Ok(staging::fetch::<Ledger>(&self.gpu.stream, self.arrays().ledger, 1)?[0].updates)
+    }
+
+    /// Brings every dense row to now.
+    pub(super) fn catch_up_all(&mut self) -> Result<()> {
+        if self.dense() {
+            let (arrays, all) = (self.arrays(), u64::MAX);
+            run!(self, Centers, catch_up_rows, (arrays, all));
+        }
+        self.pending_error()
+    }
+
+    /// Takes the rows as those after update `updates`.
+    pub(super) fn restore_updates(&mut self, updates: u64) -> Result<()> {
+        let (arrays, next) = (self.arrays(), self.next());
+        self.drafts[next].gathered = false;
+        (self.updates, self.step_in_progress) = (updates, false);
+        run!(self, Centers, set_updates, (arrays, updates));
+        self.pending_error()?;
+        self.join(StreamRole::Main, StreamRole::Centers);
+        self.gpu.stream.synchronize()
+    }
+
     fn check_state(&self, tensor: StateTensor) -> Result<()> {
         ensure!(
             tensor != StateTensor::SecondMoment || self.spec.options.optimizer.state_tensors() > 1,

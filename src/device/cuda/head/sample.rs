@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, PinnedBuffer, Stream};
+use super::super::shared_structs::LabelHeader;
 use super::super::sizes::{Grown, Sizes};
 use super::super::staging;
 use super::super::streams::StreamRole;
@@ -10,7 +11,7 @@ use super::{run, CudaHead, ExchangeBuffers, Outgrown};
 use crate::device::{sample_capacity, Labels};
 use crate::exchange::Exchange;
 use crate::matrix::DType;
-use crate::protocol::{Counters, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
+use crate::protocol::{self, Announcement, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{Contribution, Error, Result};
 
 /// Copies of labels under way before the host waits for the oldest.
@@ -92,7 +93,7 @@ impl LabelSlots {
 
 impl CudaHead {
     /// Phase 1: this rank's block of A, of its labels or of its failure.
-    pub(super) fn draft_labels(&mut self, counters: Counters, labels: Contribution<Labels>) -> Exchange {
+    pub(super) fn draft_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange {
         let next = self.next();
         if self.drafts[next].gathered {
             // No forward used this draft: its gather may not be over.
@@ -102,22 +103,16 @@ impl CudaHead {
         self.remember_error(released);
         self.next_has_labels = true;
         let draft = &mut self.drafts[next];
-        (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (counters.draws, 0, None, None, false);
+        (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (announcement.draws, 0, None, None, false);
         let uploaded = labels.and_then(|labels| Ok((self.upload_labels(next, &labels)?, labels.count)));
-        let (source, batch, status) = match uploaded {
-            Ok((source, count)) => {
-                self.drafts[next].batch = count;
-                (source, count as u64, 0i32)
-            }
-            Err(error) => {
-                let status = error.status as i32;
-                self.drafts[next].own_failure = Some(error);
-                (std::ptr::null_mut(), 0u64, status)
-            }
+        let (source, batch, failure) = match uploaded {
+            Ok((source, count)) => (source, count, None),
+            Err(error) => (std::ptr::null_mut(), 0, Some(error)),
         };
+        let header = LabelHeader { words: protocol::label_header(self.spec.rank, announcement, batch, failure.as_ref()) };
+        (self.drafts[next].batch, self.drafts[next].own_failure) = (batch, failure);
         let arrays = self.memory.arrays[next];
-        let (samples, updates) = (counters.draws, counters.updates);
-        run!(self, Draw, pack_labels, (arrays, samples, updates, status, batch, source.cast()));
+        run!(self, Draw, pack_labels, (arrays, header, source.cast()));
         let count = HEADER + self.spec.options.max_batch as usize;
         let buffers = ExchangeBuffers { send: arrays.labels_send, recv: arrays.labels_recv, count };
         self.exchange("all_gather labels", StreamRole::Draw, buffers, DType::I64)

@@ -29,7 +29,11 @@ impl CudaHead {
         Err(match block.fault {
             fault::NONE => return Ok(()),
             fault::REMOTE | fault::SUMS => Error::remote(rank, block.value),
-            fault::OUT_OF_STEP => protocol::ranks_out_of_step(block.detail, rank),
+            fault::BLOCK => protocol::bad_block(block.row, rank, block.value, self.spec.options.max_batch),
+            fault::RANKS_DIFFER => {
+                let (first, other) = block.detail.split_at(protocol::ANNOUNCED);
+                protocol::ranks_differ(first, other, rank)
+            }
             fault::LABEL => protocol::bad_label(block.value, row, rank, self.spec.options.num_classes),
             fault::EMBEDDING => protocol::bad_embedding(row, rank),
             fault::SUM => protocol::bad_sum(row, rank),
