@@ -103,11 +103,12 @@ const char *pfc_build_info(void);
 // Stays valid. Any thread.
 const char *pfc_status_name(pfc_status status);
 
-// The text of this thread's last error, or "". Valid until this thread's next failing call.
+// The text of this thread's last error, or "". Valid until this thread's next failing call. On a
+// thread whose destructors of thread-local data are running, it may be a text that says so.
 const char *pfc_last_error(void);
 
-// Copies the text of this thread's last error, cut to `size` bytes including its terminating
-// zero. For managed languages.
+// Copies the text of pfc_last_error, cut to `size` bytes including its terminating zero. For
+// managed languages.
 //
 // @param buffer written, or NULL to ask for the size only
 // @param size bytes at buffer

@@ -90,6 +90,16 @@ fn errors_as_two_ranks_see_them() {
     }
 }
 
+/// Destructors of pthread keys and of C++'s thread_local objects call the library when its own thread-local data are gone.
+#[test]
+fn calls_on_a_thread_that_is_ending() {
+    for source in ["ctests/ending_thread.c", "ctests/ending_thread.cpp"] {
+        for program in build(&source.replace(['/', '.'], "_"), &[source]) {
+            run(&program, &[]);
+        }
+    }
+}
+
 #[test]
 fn conformance_vectors_through_the_c_interface() {
     let mut files: Vec<PathBuf> = fs::read_dir(root().join("testing/vectors"))
