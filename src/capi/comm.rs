@@ -7,12 +7,12 @@ use std::time::Duration;
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
-use super::{boundary, caught, output, required};
+use super::{array, boundary, caught, output, required};
 use crate::comm::{
     all_reduce_rows, unique_id, Communicator, CustomOps, MemorySpace, Operation, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
 };
 use crate::matrix::{DType, ReduceOp};
-use crate::{ensure, error, Result, Status};
+use crate::{ensure, error, Error, Result, Status};
 
 /// Sum over the ranks.
 pub const PFC_SUM: i32 = 1;
@@ -185,6 +185,7 @@ pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
 pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
         ensure!(!comms.is_null(), InvalidArgument, "comms must not be NULL");
+        array("comms", comms, n.into())?;
         for (rank, comm) in Communicator::threads(n)?.into_iter().enumerate() {
             *comms.add(rank) = handle(comm);
         }
@@ -415,6 +416,10 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
             let cols = required("rows", rows)?.cols;
             let (rows, rows_out) = (matrix("rows", rows, cols)?, matrix("rows_out", rows_out, cols)?);
             output("count_out", count_out)?;
+            let count = array("ids", ids, count).map_err(|error| on_rank(error, comm))?;
+            // NULL asks for no union.
+            let room = if ids_out.is_null() { 0 } else { capacity };
+            array("ids_out", ids_out, room).map_err(|error| on_rank(error, comm))?;
             let arrays: [(&str, *const u8); 5] = [
                 ("ids", ids.cast()),
                 ("rows", rows.data),
@@ -427,7 +432,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
                     device.is_device_memory(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
                 ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", comm.rank());
             }
-            Ok(SampledRows { ids, count: count as usize, rows, ids_out, capacity: capacity as usize, rows_out })
+            Ok(SampledRows { ids, count, rows, ids_out, capacity: capacity as usize, rows_out })
         })();
         *count_out = all_reduce_rows(comm, mine)? as u64;
         Ok(())
@@ -449,6 +454,10 @@ pub(super) fn abort_on_panic<T>(comm: &Communicator, body: impl FnOnce() -> Resu
             comm.abort(error);
         }
     })
+}
+
+fn on_rank(error: Error, comm: &Communicator) -> Error {
+    Error { message: format!("{} (rank {})", error.message, comm.rank()), ..error }
 }
 
 fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {

@@ -39,7 +39,7 @@ use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
-use super::{boundary, output, required};
+use super::{array, boundary, output, required};
 use crate::head::{Head, Labels, LossTarget, StateTensor, StepInput};
 use crate::{ensure, error, Result};
 
@@ -215,12 +215,7 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
     with_head(head, |head| {
-        ensure!(
-            !ids.is_null() || count == 0,
-            InvalidArgument,
-            "ids must not be NULL for a count of {count} (rank {})",
-            head.rank()
-        );
+        array("ids", ids, count)?;
         let rows = head.shard().rows;
         ensure!(
             count <= rows,
@@ -383,8 +378,10 @@ pub unsafe extern "C" fn pfc_head_top_k(
 ) -> pfc_status {
     with_head(head, |head| {
         let queries = matrix("embeddings", embeddings, head.embedding_dim()).and_then(|queries| {
-            ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids must not be NULL (rank {})", head.rank());
-            ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines must not be NULL (rank {})", head.rank());
+            // A k that no head has is refused as such.
+            let places = (queries.rows as u64).saturating_mul(k.min(1 << 40));
+            array("ids", ids, places)?;
+            array("cosines", cosines, places)?;
             if queries.rows > 0 {
                 head.check_reachable("ids", ids)?;
                 head.check_reachable("cosines", cosines)?;
@@ -409,6 +406,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
         let count = output("count", count)?;
         let sample = head.sample_ids()?;
         if !ids.is_null() {
+            array("ids", ids, sample.len() as u64)?;
             ensure!(
                 sample.len() as u64 <= capacity,
                 InvalidArgument,
@@ -567,6 +565,5 @@ unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const 
 }
 
 fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {
-    ensure!(!labels.is_null() || batch == 0, InvalidArgument, "labels must not be NULL for a batch of {batch}");
-    Ok(Labels { data: labels, count: batch as usize })
+    Ok(Labels { data: labels, count: array("labels", labels, batch)? })
 }
