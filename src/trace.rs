@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
+use crate::environment;
+
 /// Something that took time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
@@ -44,7 +46,7 @@ struct Collector {
 fn collector() -> &'static Collector {
     static COLLECTOR: OnceLock<Collector> = OnceLock::new();
     COLLECTOR.get_or_init(|| {
-        let file = std::env::var_os("PFC_TRACE").filter(|file| !file.is_empty()).map(PathBuf::from);
+        let file = environment::setting("PFC_TRACE").map(PathBuf::from);
         Collector {
             on: AtomicBool::new(file.is_some()),
             file,

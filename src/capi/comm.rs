@@ -172,7 +172,7 @@ pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_
 pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
         let out = output("out", out)?;
-        *out = handle(Communicator::single());
+        *out = handle(Communicator::single()?);
         Ok(())
     })
 }

@@ -57,9 +57,9 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    pub fn new(transport: Box<dyn Transport>) -> Arc<Communicator> {
+    fn new(transport: Box<dyn Transport>, compares_calls: bool) -> Arc<Communicator> {
         Arc::new(Communicator {
-            compares_calls: transport.size() > 1 && compare_calls::is_on(),
+            compares_calls: transport.size() > 1 && compares_calls,
             transport: ManuallyDrop::new(transport),
             sequence: Mutex::default(),
             calls: Default::default(),
@@ -71,18 +71,22 @@ impl Communicator {
     }
 
     /// A group of one rank.
-    pub fn single() -> Arc<Communicator> {
-        Communicator::new(Box::new(single::Single))
+    ///
+    /// Errors, of this and of the other kinds: INVALID_ARGUMENT for a setting in the environment that is neither on nor off.
+    pub fn single() -> Result<Arc<Communicator>> {
+        Ok(Communicator::new(Box::new(single::Single), compare_calls::is_on()?))
     }
 
     /// `size` ranks in this process; hand each to a thread of its own.
     pub fn threads(size: u32) -> Result<Vec<Arc<Communicator>>> {
-        Ok(threads::group(size)?.into_iter().map(|end| Communicator::new(Box::new(end))).collect())
+        let compares_calls = compare_calls::is_on()?;
+        Ok(threads::group(size)?.into_iter().map(|end| Communicator::new(Box::new(end), compares_calls)).collect())
     }
 
     /// A rank of a group that the caller's functions carry.
     pub fn custom(ops: CustomOps) -> Result<Arc<Communicator>> {
-        Ok(Communicator::new(Box::new(custom::Custom::new(ops)?)))
+        let compares_calls = compare_calls::is_on()?;
+        Ok(Communicator::new(Box::new(custom::Custom::new(ops)?), compares_calls))
     }
 
     /// A rank of a group that NCCL joins, on a GPU; `None`: the device has no streams. Collective; waits at most `timeout` for the other
@@ -97,7 +101,8 @@ impl Communicator {
         timeout: Duration,
     ) -> Result<Arc<Communicator>> {
         let device = device.ok_or_else(|| error!(InvalidArgument, "device must be a CUDA device (rank {rank})"))?;
-        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?)))
+        let compares_calls = compare_calls::is_on()?;
+        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?), compares_calls))
     }
 
     pub fn kind(&self) -> &'static str {
