@@ -385,6 +385,12 @@ void pfc_device_free(pfc_device *device);
 // communicator ends: running collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH
 // or COMM and name the cause, and later collectives fail with ABORTED. A wrong argument ends it
 // too, because the other ranks are already waiting.
+//
+// ONE THREAD AT A TIME. A call that exchanges messages, of this communicator or of a head on it,
+// has the communicator to itself. A second thread's call gets INVALID_ARGUMENT at once, sends
+// nothing and changes nothing, and may be repeated later; the first one goes on. pfc_comm_abort,
+// pfc_comm_traffic, pfc_comm_rank, pfc_comm_size and pfc_comm_set_timeout may be called from any
+// thread.
 typedef struct pfc_comm pfc_comm;
 
 // The caller's functions, of which pfc_comm_custom makes a communicator. Fill with
@@ -740,7 +746,8 @@ static inline pfc_status pfc_metrics_init(pfc_metrics *metrics) {
 // with the field and both values.
 //
 // @param device where the head computes; the head keeps a reference
-// @param comm the ranks; the head keeps a reference; several heads may share one communicator
+// @param comm the ranks; the head keeps a reference; several heads may share one communicator, if
+//   all ranks call them in one order and one thread at a time does
 // @param options borrowed for the call
 // @param out the head; free with pfc_head_free
 pfc_status pfc_head_create(const pfc_device *device, pfc_comm *comm,

@@ -32,6 +32,10 @@ pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 /// All ranks call the same collectives in the same order. If a collective fails on one rank, the communicator ends: running
 /// collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH or COMM and name the cause, and later collectives fail with
 /// ABORTED. A wrong argument ends it too, because the other ranks are already waiting.
+///
+/// ONE THREAD AT A TIME. A call that exchanges messages, of this communicator or of a head on it, has the communicator to itself. A
+/// second thread's call gets INVALID_ARGUMENT at once, sends nothing and changes nothing, and may be repeated later; the first one
+/// goes on. pfc_comm_abort, pfc_comm_traffic, pfc_comm_rank, pfc_comm_size and pfc_comm_set_timeout may be called from any thread.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
@@ -443,6 +447,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
 unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
     boundary(|| {
         let comm = &*required("comm", comm)?.comm;
+        let _turn = comm.take_turn()?;
         abort_on_panic(comm, || body(comm))
     })
 }

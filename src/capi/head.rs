@@ -153,7 +153,8 @@ pub unsafe extern "C" fn pfc_metrics_init_sized(metrics: *mut pfc_metrics, struc
 /// compare their options: a difference is MISMATCH on every rank, with the field and both values.
 ///
 /// @param device where the head computes; the head keeps a reference
-/// @param comm the ranks; the head keeps a reference; several heads may share one communicator
+/// @param comm the ranks; the head keeps a reference; several heads may share one communicator,
+///   if all ranks call them in one order and one thread at a time does
 /// @param options borrowed for the call
 /// @param out the head; free with pfc_head_free
 #[no_mangle]

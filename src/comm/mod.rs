@@ -9,10 +9,11 @@ mod exchange;
 mod handshake;
 mod sampled_rows;
 mod transport;
+mod turn;
 
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 pub use handshake::{agree, gather_words};
@@ -21,6 +22,8 @@ pub use transport::custom::CustomOps;
 pub use transport::nccl::{unique_id, ID_BYTES};
 use transport::{custom, nccl, single, threads, Reduction, Signature};
 pub use transport::{Call, Element, MemorySpace, Operation, Transport};
+use turn::Holder;
+pub use turn::Turn;
 
 use crate::matrix::{DType, ReduceOp};
 use crate::stream::StreamDevice;
@@ -43,7 +46,9 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_millis(600_000);
 pub struct Communicator {
     /// Not dropped in a forked child: its threads and the locks they held are the parent's.
     transport: ManuallyDrop<Box<dyn Transport>>,
-    /// Operations so far. Held while one runs, so that two threads cannot enter the transport at once.
+    /// Which thread's operations the transport runs.
+    holder: Holder,
+    /// Operations so far. Held while one runs: a function of the caller's must not begin another.
     sequence: Mutex<u64>,
     /// Beside the lock: they can be asked while an operation waits.
     calls: [AtomicU64; 5],
@@ -61,6 +66,7 @@ impl Communicator {
         Arc::new(Communicator {
             compares_calls: transport.size() > 1 && compares_calls,
             transport: ManuallyDrop::new(transport),
+            holder: Holder::default(),
             sequence: Mutex::default(),
             calls: Default::default(),
             bytes: Default::default(),
@@ -328,9 +334,20 @@ impl Communicator {
         space: MemorySpace<'_>,
         body: impl FnOnce(&Call<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.own_process()?;
+        let _turn = self.take_turn()?;
         let operation = signature.operation;
-        let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
+        let mut sequence = match self.sequence.try_lock() {
+            Ok(sequence) => sequence,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(error!(
+                    InvalidArgument,
+                    "{} must not be called by a function of the communicator itself (rank {})",
+                    operation.name(),
+                    self.rank()
+                ))
+            }
+        };
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
         }

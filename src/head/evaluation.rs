@@ -28,6 +28,8 @@ impl Head {
     /// What the last step was like; collective.
     pub fn metrics(&mut self) -> Result<Metrics> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let figures = self.backend.figures();
         let figures = self.poison_unless_recoverable(figures)?;
         let correct = self.count_top1(&figures);
@@ -58,6 +60,8 @@ impl Head {
     /// The nearest class centers of all ranks; see `pfc_head_top_k`. Collective.
     pub fn top_k(&mut self, queries: Contribution<Matrix>, k: u64) -> Result<Nearest> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let outcome = self.run_top_k(queries, k);
         self.poison_unless_recoverable(outcome)
     }

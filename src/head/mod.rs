@@ -118,6 +118,7 @@ impl Head {
     /// # Errors
     /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
     pub fn create(comm: Arc<Communicator>, request: Contribution<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
+        let turn = comm.take_turn()?;
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
             comm.check_device(device.streams())?;
@@ -131,6 +132,7 @@ impl Head {
             Err(error) => Err(failure::on_rank(error, comm.rank())),
         };
         agree(&comm, fields)?;
+        drop(turn);
         let (device, options, shard, backend) = opened?;
         Ok(Head {
             options,
