@@ -23,6 +23,7 @@ pub mod trace;
 
 mod agreement;
 mod environment;
+mod float_environment;
 
 mod memory;
 mod protocol;

@@ -18,10 +18,11 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::status::{fail, pfc_status, PFC_OK};
 use crate::matrix::check_address;
-use crate::{ensure, error, Result};
+use crate::{ensure, error, float_environment, Result};
 
-/// Runs an entry: no panic crosses, and an error becomes a status and a text.
+/// Runs an entry: no panic crosses, and an error becomes a status and a text. How the caller rounds changes no bit of a result.
 fn boundary(body: impl FnOnce() -> Result<()>) -> pfc_status {
+    let _caller = float_environment::usual();
     match caught(body) {
         Ok(()) => PFC_OK,
         Err(error) => fail(&error),

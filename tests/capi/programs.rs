@@ -100,6 +100,13 @@ fn calls_on_a_thread_that_is_ending() {
     }
 }
 
+#[test]
+fn the_callers_rounding_changes_no_bit() {
+    for program in build("float_settings", &["ctests/float_settings.c"]) {
+        run(&program, &[]);
+    }
+}
+
 /// The user of a set-user-ID program chooses its environment, but not what it loads and writes.
 #[test]
 fn a_program_with_more_rights_than_its_user_ignores_the_environment() {
