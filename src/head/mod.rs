@@ -119,6 +119,7 @@ impl Head {
     /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
     pub fn create(comm: Arc<Communicator>, request: Contribution<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
         let turn = comm.take_turn()?;
+        let trace = trace::Writer::new(comm.rank(), comm.size());
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
             comm.check_device(device.streams())?;
@@ -133,6 +134,7 @@ impl Head {
         };
         agree(&comm, fields)?;
         drop(turn);
+        trace.open();
         let (device, options, shard, backend) = opened?;
         Ok(Head {
             options,
@@ -151,7 +153,7 @@ impl Head {
             own_failure: None,
             seconds: Seconds::default(),
             poisoned: None,
-            _trace: trace::Writer,
+            _trace: trace,
         })
     }
 
