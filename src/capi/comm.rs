@@ -44,9 +44,10 @@ pub struct pfc_comm {
 ///
 /// CALLS. A function gets ctx as its first argument and returns 0, or its own error code, which appears in the text of the error
 /// (status COMM). Functions are called only from a thread that is inside a pfc_ call, and never from two threads at once; abort and
-/// error_string may be called from any thread. No function may throw, or call pfc_ functions on this communicator.
+/// error_string may be called from any thread. No function may throw, longjmp out, end its thread, or call pfc_ functions on this
+/// communicator. A pthread_cancel of the thread waits until the pfc_ call has returned.
 ///
-/// ARGUMENTS. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send
+/// ARGUMENTS. A function is called with count or bytes above 0 only, and no pointer to data is NULL. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send
 /// may equal recv; in all_gather it may be recv + rank * bytes, and in reduce_scatter recv may be send + rank * count. A reduction
 /// must give the same bits on every rank.
 ///

@@ -18,10 +18,12 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::status::{fail, pfc_status, PFC_OK};
 use crate::matrix::check_address;
-use crate::{ensure, error, float_environment, Result};
+use crate::{cancellation, ensure, error, float_environment, Result};
 
-/// Runs an entry: no panic crosses, and an error becomes a status and a text. How the caller rounds changes no bit of a result.
+/// Runs an entry: no panic crosses, and an error becomes a status and a text. How the caller rounds changes no bit of a result, and
+/// the thread cannot be cancelled before it is out again.
 fn boundary(body: impl FnOnce() -> Result<()>) -> pfc_status {
+    let _cancellation = cancellation::defer();
     let _caller = float_environment::usual();
     match caught(body) {
         Ok(()) => PFC_OK,

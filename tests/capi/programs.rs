@@ -101,6 +101,13 @@ fn calls_on_a_thread_that_is_ending() {
 }
 
 #[test]
+fn the_callers_functions_are_left_to_end_and_never_called_for_nothing() {
+    for program in build("callers_functions", &["ctests/callers_functions.c"]) {
+        run(&program, &[]);
+    }
+}
+
+#[test]
 fn the_callers_rounding_changes_no_bit() {
     for program in build("float_settings", &["ctests/float_settings.c"]) {
         run(&program, &[]);
