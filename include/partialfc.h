@@ -679,6 +679,8 @@ typedef struct pfc_head pfc_head;
 
 // Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
 //
+// After a step that failed all but updates, draws and the seconds is 0.
+//
 // Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
 // enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
 // host memory, seconds_reduce includes the wait for everything that was enqueued before the loss.

@@ -37,6 +37,10 @@ impl Head {
         let mut squares = [figures.grad_embeddings, figures.grad_centers];
         let reduced = self.comm.all_reduce(&mut squares, ReduceOp::Sum);
         self.poison_unless_recoverable(reduced)?;
+        // A step that nobody waited for is known by its loss alone.
+        if self.failed || figures.loss.is_nan() {
+            return Ok(Metrics { updates: figures.updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() });
+        }
         let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
         Ok(Metrics {
             updates: figures.updates,

@@ -137,7 +137,7 @@ impl Head {
         }
         computed?;
         let loss = self.poison_if_out_of_step(loss)?;
-        self.state = CallState::Forwarded;
+        (self.state, self.failed) = (CallState::Forwarded, false);
         Ok(loss)
     }
 }

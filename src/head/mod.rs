@@ -107,6 +107,8 @@ pub struct Head {
     /// Why the current step has failed on this rank, whose peers do not know it yet and go on with the step.
     own_failure: Option<Error>,
     seconds: Seconds,
+    /// The last step has no loss, as far as this rank knows.
+    failed: bool,
     poisoned: Option<Error>,
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
@@ -152,6 +154,7 @@ impl Head {
             loss_place: LossPlace::Host,
             own_failure: None,
             seconds: Seconds::default(),
+            failed: false,
             poisoned: None,
             _trace: trace,
         })

@@ -131,7 +131,7 @@ impl Head {
     /// # Errors
     /// What failed on all ranks alike, so that the step ends here.
     fn begin_step(&mut self, input: Contribution<StepInput>) -> Result<Contribution<StepInput>> {
-        (self.state, self.own_failure) = (CallState::Idle, None);
+        (self.state, self.own_failure, self.failed) = (CallState::Idle, None, true);
         let input = input.and_then(|input| self.check_input(input));
         if self.prepared.is_none() {
             self.seconds = Seconds::default();
