@@ -177,11 +177,13 @@ impl Drop for Writer {
 }
 
 impl State {
-    /// Adds what has come to the file, if there is one, or says why it cannot.
+    /// Adds what has come to the file, if there is one, or says why it cannot. In a forked child the file is its parent's.
     fn write(&mut self) -> Result<(), String> {
-        match &mut self.file {
-            Some(file) => file.add(&std::mem::take(&mut self.spans)),
-            None => Ok(()),
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let spans = std::mem::take(&mut self.spans);
+        match collector().process == std::process::id() {
+            true => file.add(&spans),
+            false => Ok(()),
         }
     }
 }
