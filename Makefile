@@ -23,9 +23,20 @@ fill = sed -e 's|@PREFIX_FROM_PC@|$(call relative,$(LIBDIR)/pkgconfig,$(PREFIX))
            -e 's|@INCLUDE_FROM_LIB@|$(call relative,$(LIBDIR),$(INCLUDEDIR))|' \
            -e 's|@VERSION@|$(VERSION)|' -e 's|@SONAME@|$(SONAME)|'
 
+# More for cargo build.
+CARGO_FLAGS ?=
+CARGO_HOME  ?= $(HOME)/.cargo
+# Panics and backtraces name files: without the folders of the machine that built them. The last that fits counts.
+prefixes := $(CURDIR)=partialfc $(CARGO_HOME)=cargo $(abspath $(dir $(BUILD)))=target
+comma    := ,
+# RUSTFLAGS hides what cargo's configuration has; without it the two are joined.
+listed   := $(patsubst %,"--remap-path-prefix=%"$(comma),$(prefixes))
+remap     = $(if $(RUSTFLAGS),,--config 'build.rustflags=[$(listed)]')
+
 .PHONY: build install install-files
 build:
-	$(CARGO) build --release --lib
+	$(if $(RUSTFLAGS),RUSTFLAGS='$(RUSTFLAGS) $(prefixes:%=--remap-path-prefix=%)') \
+	  $(CARGO) build --release --lib $(remap) $(CARGO_FLAGS)
 
 install: build install-files
 

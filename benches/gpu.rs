@@ -317,7 +317,7 @@ impl Steps {
 
 impl Bench<'_> {
     fn head(&self, options: &HeadOptions) -> Head {
-        Head::create(Communicator::single(), Ok((self.device.clone(), options.clone()))).expect("a head")
+        Head::create(Communicator::single().expect("a communicator"), Ok((self.device.clone(), options.clone()))).expect("a head")
     }
 
     fn steps(&self, shape: Shape, workspace_limit: usize) -> Steps {

@@ -219,7 +219,7 @@ fn gemm_rate(threads: usize) -> f64 {
         let mut multiply = || {
             // SAFETY: 1024 x 512, 512 x 1024 and 1024 x 1024 fit the three operands of 1024 x 1024.
             unsafe {
-                gemm::gemm(
+                gemm_f32::gemm::f32::get_gemm_fn()(
                     M,
                     M,
                     K,
@@ -238,7 +238,7 @@ fn gemm_rate(threads: usize) -> f64 {
                     false,
                     false,
                     false,
-                    gemm::Parallelism::None,
+                    gemm_common::Parallelism::None,
                 );
             }
         };

@@ -81,10 +81,11 @@ fn includes(nvcc: &Path) -> Vec<PathBuf> {
     folders.filter(|folder| folder.is_dir()).collect()
 }
 
-/// nvcc among the packages that python3 sees.
+/// nvcc among the packages that python3 sees. Those that PYTHONPATH and the user's own folder add are left out (-I): python would run
+/// code of theirs.
 fn in_python() -> Option<PathBuf> {
     let list = "import sys; print('\\n'.join(path for path in sys.path if path))";
-    let output = Command::new("python3").args(["-c", list]).output().ok()?;
+    let output = Command::new("python3").args(["-I", "-c", list]).output().ok()?;
     let folders = String::from_utf8_lossy(&output.stdout).into_owned();
     let places = ["nvidia/cu13/bin/nvcc", "nvidia/cuda_nvcc/bin/nvcc"];
     folders.lines().flat_map(|folder| places.map(|place| Path::new(folder).join(place))).find(|path| path.is_file())

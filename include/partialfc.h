@@ -103,11 +103,12 @@ const char *pfc_build_info(void);
 // Stays valid. Any thread.
 const char *pfc_status_name(pfc_status status);
 
-// The text of this thread's last error, or "". Valid until this thread's next failing call.
+// The text of this thread's last error, or "". Valid until this thread's next failing call. On a
+// thread whose destructors of thread-local data are running, it may be a text that says so.
 const char *pfc_last_error(void);
 
-// Copies the text of this thread's last error, cut to `size` bytes including its terminating
-// zero. For managed languages.
+// Copies the text of pfc_last_error, cut to `size` bytes including its terminating zero. For
+// managed languages.
 //
 // @param buffer written, or NULL to ask for the size only
 // @param size bytes at buffer
@@ -384,6 +385,12 @@ void pfc_device_free(pfc_device *device);
 // communicator ends: running collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH
 // or COMM and name the cause, and later collectives fail with ABORTED. A wrong argument ends it
 // too, because the other ranks are already waiting.
+//
+// ONE THREAD AT A TIME. A call that exchanges messages, of this communicator or of a head on it,
+// has the communicator to itself. A second thread's call gets INVALID_ARGUMENT at once, sends
+// nothing and changes nothing, and may be repeated later; the first one goes on. pfc_comm_abort,
+// pfc_comm_traffic, pfc_comm_rank, pfc_comm_size and pfc_comm_set_timeout may be called from any
+// thread.
 typedef struct pfc_comm pfc_comm;
 
 // The caller's functions, of which pfc_comm_custom makes a communicator. Fill with
@@ -392,12 +399,14 @@ typedef struct pfc_comm pfc_comm;
 // CALLS. A function gets ctx as its first argument and returns 0, or its own error code, which
 // appears in the text of the error (status COMM). Functions are called only from a thread that is
 // inside a pfc_ call, and never from two threads at once; abort and error_string may be called
-// from any thread. No function may throw, or call pfc_ functions on this communicator.
+// from any thread. No function may throw, longjmp out, end its thread, or call pfc_ functions on
+// this communicator. A pthread_cancel of the thread waits until the pfc_ call has returned.
 //
-// ARGUMENTS. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in
-// bytes; op is PFC_SUM or PFC_MAX. send may equal recv; in all_gather it may be recv + rank *
-// bytes, and in reduce_scatter recv may be send + rank * count. A reduction must give the same
-// bits on every rank.
+// ARGUMENTS. A function is called with count or bytes above 0 only, and no pointer to data is
+// NULL. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op
+// is PFC_SUM or PFC_MAX. send may equal recv; in all_gather it may be recv + rank * bytes, and in
+// reduce_scatter recv may be send + rank * count. A reduction must give the same bits on every
+// rank.
 //
 // TIMEOUT. If a function runs longer than pfc_comm_set_timeout, the library calls abort from
 // another thread. The function must then return, and the pfc_ call returns TIMEOUT. abort is
@@ -678,6 +687,8 @@ typedef struct pfc_head pfc_head;
 
 // Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
 //
+// After a step that failed all but updates, draws and the seconds is 0.
+//
 // Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
 // enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
 // host memory, seconds_reduce includes the wait for everything that was enqueued before the loss.
@@ -747,7 +758,8 @@ static inline pfc_status pfc_metrics_init(pfc_metrics *metrics) {
 // with the field and both values.
 //
 // @param device where the head computes; the head keeps a reference
-// @param comm the ranks; the head keeps a reference; several heads may share one communicator
+// @param comm the ranks; the head keeps a reference; several heads may share one communicator, if
+//   all ranks call them in one order and one thread at a time does
 // @param options borrowed for the call
 // @param out the head; free with pfc_head_free
 pfc_status pfc_head_create(const pfc_device *device, pfc_comm *comm,

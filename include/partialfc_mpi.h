@@ -34,6 +34,11 @@
 // AFTER A FAILURE (COMM, TIMEOUT, ABORTED) the duplicate of the MPI_Comm is not freed, because that
 // is collective. If a rank is gone, MPI_Finalize may wait for it: end the program with MPI_Abort.
 //
+// ERRORS OF MPI come back as COMM with MPI's own text. Those of MPI_Testsome go to the error handler
+// of MPI_COMM_SELF or MPI_COMM_WORLD in some MPIs, so an operation sets both to MPI_ERRORS_RETURN
+// until it is over. Under MPI_THREAD_MULTIPLE it does not, because other threads may do the same:
+// there set them yourself, or such an error ends the process.
+//
 // Do not compile with -ffast-math, which treats NaN as a number. All ranks must have the same byte
 // order.
 
@@ -60,7 +65,8 @@
 #include "partialfc.h"
 
 // Bytes of memory for messages each way, divided equally among the ranks. It is touched only as
-// messages need it. You may define it before including this header, the same on all ranks.
+// messages need it. You may define it before including this header, the same on all ranks: another
+// value makes pfc_comm_mpi fail with MISMATCH on all of them.
 #ifndef PFC_MPI_STAGE
 #define PFC_MPI_STAGE (32u << 20)
 #endif
@@ -77,8 +83,9 @@
 // @param comm an intracommunicator
 // @param out the communicator
 // @return INVALID_ARGUMENT if MPI is not initialized, or does not allow calls from this thread;
-//   COMM if MPI fails; REMOTE if another rank could not make its communicator. pfc_mpi_last_error
-//   has the text.
+//   COMM if MPI fails; REMOTE if another rank could not make its communicator; MISMATCH on all
+//   ranks if they were compiled with another PFC_MPI_STAGE or another version of this header.
+//   pfc_mpi_last_error has the text.
 static inline pfc_status pfc_comm_mpi(MPI_Comm comm, pfc_comm **out);
 
 // Fills the functions of pfc_comm_mpi without making a communicator, for programs that wrap them.
@@ -117,6 +124,9 @@ enum {
   PFC_MPI_MISMATCH_ = -3   // Another rank is in another operation, or sends another length.
 };
 
+// Changes whenever ranks with this header and with an older one would not understand each other.
+enum { PFC_MPI_MESSAGES_ = 1 };
+
 // The operation of a message: the lowest bits of its tag.
 enum {
   PFC_MPI_ALL_GATHER_ = 1,
@@ -145,6 +155,9 @@ struct pfc_mpi_ {
   int *indices;
   int kind, tag;
   unsigned sequence;
+  // Those of MPI_COMM_SELF and MPI_COMM_WORLD, while an operation has its own.
+  MPI_Errhandler handlers[2];
+  int own_handlers;
   // Set by abort, from any thread. The farewells are sent once.
   int ended, farewells_sent, running;
   char text[PFC_MPI_TEXT_];
@@ -325,9 +338,30 @@ static inline int32_t pfc_mpi_exchange_(struct pfc_mpi_ *self, int same) {
   return 0;
 }
 
+// Lets MPI's errors come back, and keeps the caller's error handlers, or sets these again.
+static inline void pfc_mpi_handlers_(struct pfc_mpi_ *self, int own) {
+  const MPI_Comm comms[2] = {MPI_COMM_SELF, MPI_COMM_WORLD};
+  int i;
+  if (self->level == MPI_THREAD_MULTIPLE || self->own_handlers == own) return;
+  self->own_handlers = own;
+  for (i = 0; i < 2; i++) {
+    if (own) {
+      if (MPI_Comm_get_errhandler(comms[i], &self->handlers[i]) != MPI_SUCCESS) {
+        self->handlers[i] = MPI_ERRHANDLER_NULL;
+        continue;
+      }
+      (void)MPI_Comm_set_errhandler(comms[i], MPI_ERRORS_RETURN);
+    } else if (self->handlers[i] != MPI_ERRHANDLER_NULL) {
+      (void)MPI_Comm_set_errhandler(comms[i], self->handlers[i]);
+      (void)MPI_Errhandler_free(&self->handlers[i]);
+    }
+  }
+}
+
 // Begins an operation.
 static inline int32_t pfc_mpi_begin_(struct pfc_mpi_ *self, int kind) {
   int r;
+  pfc_mpi_handlers_(self, 1);
   __atomic_store_n(&self->running, 1, __ATOMIC_SEQ_CST);
   self->kind = kind;
   self->tag = (int)(++self->sequence & 0xfff) << 3 | kind;  // At most 32767, which all MPI have.
@@ -338,6 +372,7 @@ static inline int32_t pfc_mpi_begin_(struct pfc_mpi_ *self, int kind) {
 }
 
 static inline int32_t pfc_mpi_end_(struct pfc_mpi_ *self, int32_t code) {
+  pfc_mpi_handlers_(self, 0);
   __atomic_store_n(&self->running, 0, __ATOMIC_SEQ_CST);
   return code;
 }
@@ -617,10 +652,25 @@ static inline pfc_status pfc_mpi_ready_(MPI_Comm comm, int *level) {
   return PFC_OK;
 }
 
+// What the ranks tell each other before there is a communicator. The minimum of a number and of its
+// negative show whether it is the same on all ranks.
+enum { PFC_MPI_READY_ = 0, PFC_MPI_STAGES_ = 1, PFC_MPI_VERSIONS_ = 3, PFC_MPI_TOLD_ = 5 };
+
+// Whether a number of this header's differs between the ranks.
+static inline int pfc_mpi_differs_(const long long *all, int at, const char *name, long long mine) {
+  if (all[at] == -all[at + 1]) return 0;
+  snprintf(pfc_mpi_text_(), PFC_MPI_TEXT_,
+           "%s must be the same on all ranks, got %lld on some, %lld on others, and %lld here",
+           name, all[at], -all[at + 1], mine);
+  return 1;
+}
+
 static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
   struct pfc_mpi_ *self;
   char *text = pfc_mpi_text_();
-  int level = 0, code, ready, all_ready = 0;
+  const long long stage = PFC_MPI_STAGE, version = PFC_MPI_MESSAGES_;
+  long long mine[PFC_MPI_TOLD_], all[PFC_MPI_TOLD_];
+  int level = 0, code, ready;
   pfc_status status = pfc_mpi_ready_(comm, &level);
   MPI_Comm duplicate;
   if (status != PFC_OK) return status;
@@ -638,13 +688,21 @@ static inline pfc_status pfc_mpi_ops(MPI_Comm comm, pfc_comm_ops *ops) {
     ready = ops != NULL && MPI_Comm_rank(duplicate, &self->rank) == MPI_SUCCESS &&
             MPI_Comm_size(duplicate, &self->size) == MPI_SUCCESS && pfc_mpi_allocate_(self);
   }
+  mine[PFC_MPI_READY_] = ready;
+  mine[PFC_MPI_STAGES_] = stage;
+  mine[PFC_MPI_STAGES_ + 1] = -stage;
+  mine[PFC_MPI_VERSIONS_] = version;
+  mine[PFC_MPI_VERSIONS_ + 1] = -version;
   // All ranks get a communicator or none does, so that nobody waits for a missing rank.
-  code = MPI_Allreduce(&ready, &all_ready, 1, MPI_INT, MPI_MIN, duplicate);
-  if (code == MPI_SUCCESS && all_ready) {
-    status = pfc_comm_ops_init(ops);
-  } else if (code != MPI_SUCCESS) {
+  code = MPI_Allreduce(mine, all, PFC_MPI_TOLD_, MPI_LONG_LONG, MPI_MIN, duplicate);
+  if (code != MPI_SUCCESS) {
     (void)pfc_mpi_explain_(text, PFC_MPI_TEXT_, "MPI_Allreduce", code);
     status = PFC_ERROR_COMM;
+  } else if (pfc_mpi_differs_(all, PFC_MPI_STAGES_, "PFC_MPI_STAGE", stage) ||
+             pfc_mpi_differs_(all, PFC_MPI_VERSIONS_, "the version of partialfc_mpi.h", version)) {
+    status = PFC_ERROR_MISMATCH;
+  } else if (all[PFC_MPI_READY_]) {
+    status = pfc_comm_ops_init(ops);
   } else if (ready) {
     snprintf(text, PFC_MPI_TEXT_, "another rank could not make its communicator");
     status = PFC_ERROR_REMOTE;

@@ -22,6 +22,9 @@ pub mod stream;
 pub mod trace;
 
 mod agreement;
+mod cancellation;
+mod environment;
+mod float_environment;
 
 mod memory;
 mod protocol;

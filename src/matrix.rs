@@ -4,6 +4,28 @@ use half::{bf16, f16};
 
 use crate::{ensure, Result};
 
+/// More bytes than any process can have: processors translate 57 bits of an address at most.
+const ADDRESS_SPACE: u128 = 1 << 56;
+/// Rows of a matrix without columns, which memory does not limit.
+const MOST_EMPTY_ROWS: usize = u32::MAX as usize;
+
+/// Refuses an array of `count` elements that no memory can hold at its address. `name` is the argument's, for the message.
+pub fn check_address<T>(name: &str, data: *const T, count: u64) -> Result<()> {
+    let (size, alignment) = (size_of::<T>(), align_of::<T>());
+    ensure!(
+        count == 0 || (data as usize).is_multiple_of(alignment),
+        InvalidArgument,
+        "{name} must be aligned to {alignment} bytes, got {data:p}"
+    );
+    let bytes = u128::from(count) * size as u128;
+    ensure!(
+        bytes <= ADDRESS_SPACE && data as usize as u128 + bytes <= usize::MAX as u128,
+        InvalidArgument,
+        "{name} must fit in the address space, got {count} elements of {size} bytes at {data:p}"
+    );
+    Ok(())
+}
+
 /// Element types, numbered as `pfc_dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
@@ -114,13 +136,20 @@ impl Matrix {
             self.dtype.size(),
             self.data
         );
+        // The last row may end with its columns; no matrix comes near where that decides.
         let bytes = (self.rows as u128) * (self.row_stride as u128) * (self.dtype.size() as u128);
         ensure!(
-            bytes <= isize::MAX as u128,
+            bytes <= ADDRESS_SPACE && self.data as usize as u128 + bytes <= usize::MAX as u128,
             InvalidArgument,
             "{name} must fit in the address space, got {} rows of {} elements",
             self.rows,
             self.row_stride
+        );
+        ensure!(
+            self.cols > 0 || self.rows <= MOST_EMPTY_ROWS,
+            InvalidArgument,
+            "{name}.rows must be at most {MOST_EMPTY_ROWS} with 0 columns, got {}",
+            self.rows
         );
         Ok(())
     }

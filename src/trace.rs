@@ -1,18 +1,23 @@
 //! What a step spends its time on: phases, collectives and kernels as spans of one time line.
 //!
-//! With `PFC_TRACE=file` in the environment the library collects spans from its first head on, and writes them as Chrome's trace
-//! events (for chrome://tracing or ui.perfetto.dev) whenever a head is freed. A process that holds only some of the ranks puts the
-//! first of them into the name: `trace.json` becomes `trace.rank3.json`. Rust programs call [`start`] and [`take`] instead.
+//! With `PFC_TRACE=file` in the environment the library collects spans from its first head on, and adds them to the file, as Chrome's
+//! trace events (for chrome://tracing or ui.perfetto.dev), whenever a head is freed, whenever many have come together, and when the
+//! program ends. A process that holds only some of the ranks puts the first of them into the name: `trace.json` becomes
+//! `trace.rank3.json`. Rust programs call [`start`] and [`take`] instead.
 //!
 //! Each rank is a process of the trace. Its track `host` has the phases as the calling thread went through them; a device with
 //! streams adds a track for each of them, with every kernel and collective as the device ran it.
 
-use std::collections::BTreeSet;
-use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+mod file;
+
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use self::file::{EventFile, Held};
+use crate::environment;
 
 /// Something that took time.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,25 +37,39 @@ pub struct Span {
 
 /// Beyond this many, spans are dropped: half a gigabyte of text.
 const MOST_SPANS: usize = 4 << 20;
+/// This many are added to the file at once, if no head is freed before.
+const MANY_SPANS: usize = 1 << 14;
 
 struct Collector {
     on: AtomicBool,
-    file: Option<PathBuf>,
+    /// What PFC_TRACE names.
+    path: Option<PathBuf>,
     process: u32,
     origin: Instant,
-    spans: Mutex<Vec<Span>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Collected, and neither taken nor in the file.
+    spans: Vec<Span>,
+    /// So many have been collected.
+    count: usize,
+    /// The ranks that have heads here.
+    held: Held,
+    file: Option<EventFile>,
 }
 
 fn collector() -> &'static Collector {
     static COLLECTOR: OnceLock<Collector> = OnceLock::new();
     COLLECTOR.get_or_init(|| {
-        let file = std::env::var_os("PFC_TRACE").filter(|file| !file.is_empty()).map(PathBuf::from);
+        let path = environment::setting("PFC_TRACE").map(PathBuf::from);
         Collector {
-            on: AtomicBool::new(file.is_some()),
-            file,
+            on: AtomicBool::new(path.is_some()),
+            path,
             process: std::process::id(),
             origin: Instant::now(),
-            spans: Mutex::default(),
+            state: Mutex::default(),
         }
     })
 }
@@ -62,7 +81,9 @@ pub fn start() {
 
 /// The spans collected so far, which are then forgotten, in no order. A device's come when something has waited for them.
 pub fn take() -> Vec<Span> {
-    std::mem::take(&mut *spans())
+    let mut state = state();
+    state.count = 0;
+    std::mem::take(&mut state.spans)
 }
 
 pub(crate) fn is_on() -> bool {
@@ -101,106 +122,102 @@ impl Scope {
 }
 
 fn add(span: Span) {
-    let mut spans = spans();
-    if spans.len() == MOST_SPANS {
+    let mut state = state();
+    if state.count == MOST_SPANS {
         return;
     }
-    spans.push(span);
-    let full = spans.len() == MOST_SPANS;
+    state.spans.push(span);
+    state.count += 1;
+    let full = state.count == MOST_SPANS;
+    let written = if state.spans.len() >= MANY_SPANS { state.write() } else { Ok(()) };
     // The log's callback may be the caller's.
-    drop(spans);
+    drop(state);
+    tell_of(written);
     if full {
         log::warn!("the trace is full: it keeps its first {MOST_SPANS} spans");
     }
 }
 
-/// Writes the trace when it is dropped: the last field of what makes spans.
+/// A head's part in the trace. Dropped last of what makes spans, since it adds them to the file.
 pub(crate) struct Writer;
+
+impl Writer {
+    /// For a head that is about to be made with the other ranks, of which this process may hold more.
+    pub fn new(rank: u32, ranks: u32) -> Writer {
+        state().held.add(rank, ranks);
+        Writer
+    }
+
+    /// The ranks have met, so that those of this process are known, and what the file is called.
+    pub fn open(&self) {
+        let collector = collector();
+        let Some(path) = &collector.path else { return };
+        let mut state = state();
+        if state.file.is_some() || collector.process != std::process::id() {
+            return;
+        }
+        let file = EventFile::create(state.held.path(path));
+        let told = file.check();
+        state.file = Some(file);
+        drop(state);
+        tell_of(told);
+        // SAFETY: a function of ours, in a library that is never unloaded.
+        unsafe { libc::atexit(end) };
+    }
+}
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        write();
+        // A forked child's spans are its parent's.
+        if collector().process == std::process::id() {
+            let written = state().write();
+            tell_of(written);
+        }
     }
 }
 
-/// Writes what was collected to the file that PFC_TRACE names, if it names one.
-fn write() {
-    // A forked child's spans are its parent's.
-    let Some(file) = collector().file.as_ref().filter(|_| collector().process == std::process::id()) else { return };
-    let spans = spans();
-    let file = file_of(file, &spans);
-    if let Err(error) = std::fs::write(&file, text(&spans)) {
-        log::warn!("PFC_TRACE: {}: {error}", file.display());
+impl State {
+    /// Adds what has come to the file, if there is one, or says why it cannot. In a forked child the file is its parent's.
+    fn write(&mut self) -> Result<(), String> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let spans = std::mem::take(&mut self.spans);
+        match collector().process == std::process::id() {
+            true => file.add(&spans),
+            false => Ok(()),
+        }
     }
 }
 
-fn spans() -> std::sync::MutexGuard<'static, Vec<Span>> {
-    collector().spans.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+/// How long the end of the program waits for a thread that is adding spans.
+const LAST_WAIT: Duration = Duration::from_millis(500);
+
+/// Runs when the program ends by exit() or returns from main. Other threads may be in the library still.
+extern "C" fn end() {
+    let collector = collector();
+    if collector.process != std::process::id() {
+        return;
+    }
+    let begun = Instant::now();
+    loop {
+        match collector.state.try_lock() {
+            Ok(mut state) => return tell_of(state.write()),
+            Err(TryLockError::Poisoned(poisoned)) => return tell_of(poisoned.into_inner().write()),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LAST_WAIT => std::thread::yield_now(),
+            Err(TryLockError::WouldBlock) => return,
+        }
+    }
 }
 
-/// Its own file for a process that does not hold all ranks.
-fn file_of(file: &Path, spans: &[Span]) -> PathBuf {
-    let held: BTreeSet<u32> = spans.iter().map(|span| span.rank).collect();
-    let (Some(first), Some(ranks)) = (held.first(), spans.iter().map(|span| span.ranks).max()) else { return file.into() };
-    if held.len() as u32 == ranks {
-        return file.into();
+/// Says what is wrong with the file: to the log, or where nobody has set one, to the standard error.
+fn tell_of(outcome: Result<(), String>) {
+    let Err(text) = outcome else { return };
+    match log::log_enabled!(log::Level::Warn) {
+        true => log::warn!("PFC_TRACE: {text}"),
+        // Nothing is lost but the text where there is no standard error.
+        false => drop(writeln!(std::io::stderr(), "partialfc: PFC_TRACE: {text}")),
     }
-    let extension = file.extension().map_or(String::new(), |extension| format!(".{}", extension.to_string_lossy()));
-    file.with_extension(format!("rank{first}{extension}"))
 }
 
-/// Chrome's trace events: complete events ("X"), with names for the processes and threads.
-fn text(spans: &[Span]) -> String {
-    let tracks: BTreeSet<(u32, &str)> = spans.iter().map(|span| (span.rank, span.track.as_str())).collect();
-    let tracks: Vec<_> = tracks.into_iter().collect();
-    let mut lines = Vec::with_capacity(spans.len() + 2 * tracks.len());
-    for (thread, (rank, track)) in tracks.iter().enumerate() {
-        lines.push(format!(r#"{{"name":"process_name","ph":"M","pid":{rank},"args":{{"name":"rank {rank}"}}}}"#));
-        lines.push(format!(r#"{{"name":"thread_name","ph":"M","pid":{rank},"tid":{thread},"args":{{"name":"{track}"}}}}"#));
-    }
-    for span in spans {
-        let thread = tracks.binary_search(&(span.rank, span.track.as_str())).unwrap_or(0);
-        let mut line = String::new();
-        // Writing to a string does not fail.
-        let _ = write!(
-            line,
-            r#"{{"name":"{}","ph":"X","pid":{},"tid":{thread},"ts":{:.3},"dur":{:.3},"args":{{"step":{}}}}}"#,
-            span.name, span.rank, span.start_us, span.duration_us, span.step
-        );
-        lines.push(line);
-    }
-    format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{}\n]}}\n", lines.join(",\n"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn span(rank: u32, ranks: u32, track: &str) -> Span {
-        Span { name: "forward".into(), track: track.into(), rank, ranks, step: 7, start_us: 1.5, duration_us: 2.25 }
-    }
-
-    #[test]
-    fn a_process_with_some_of_the_ranks_has_a_file_of_its_own() {
-        let file = Path::new("out/trace.json");
-        assert_eq!(file_of(file, &[span(0, 2, "host"), span(1, 2, "host")]), file);
-        assert_eq!(file_of(file, &[span(3, 4, "host")]), Path::new("out/trace.rank3.json"));
-        assert_eq!(file_of(Path::new("trace"), &[span(1, 2, "host")]), Path::new("trace.rank1"));
-        assert_eq!(file_of(file, &[]), file);
-    }
-
-    #[test]
-    fn the_text_is_chrome_s() {
-        let expected = concat!(
-            "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n",
-            "{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":0,\"args\":{\"name\":\"rank 0\"}},\n",
-            "{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":0,\"tid\":0,\"args\":{\"name\":\"host\"}},\n",
-            "{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":1,\"args\":{\"name\":\"rank 1\"}},\n",
-            "{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":1,\"tid\":1,\"args\":{\"name\":\"main\"}},\n",
-            "{\"name\":\"forward\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":1.500,\"dur\":2.250,\"args\":{\"step\":7}},\n",
-            "{\"name\":\"forward\",\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":1.500,\"dur\":2.250,\"args\":{\"step\":7}}\n",
-            "]}\n"
-        );
-        assert_eq!(text(&[span(1, 2, "main"), span(0, 2, "host")]), expected);
-    }
+fn state() -> MutexGuard<'static, State> {
+    collector().state.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,12 +7,12 @@ use std::time::Duration;
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_matrix, read_sized, sized, Sized64};
-use super::{boundary, caught, output, required};
+use super::{array, boundary, caught, output, required};
 use crate::comm::{
     all_reduce_rows, unique_id, Communicator, CustomOps, MemorySpace, Operation, SampledRows, DEFAULT_TIMEOUT, ID_BYTES,
 };
 use crate::matrix::{DType, ReduceOp};
-use crate::{ensure, error, Result, Status};
+use crate::{ensure, error, Error, Result, Status};
 
 /// Sum over the ranks.
 pub const PFC_SUM: i32 = 1;
@@ -32,6 +32,10 @@ pub const PFC_COMM_STREAM_ORDERED: u32 = 4;
 /// All ranks call the same collectives in the same order. If a collective fails on one rank, the communicator ends: running
 /// collectives of the other ranks fail with ABORTED, TIMEOUT, MISMATCH or COMM and name the cause, and later collectives fail with
 /// ABORTED. A wrong argument ends it too, because the other ranks are already waiting.
+///
+/// ONE THREAD AT A TIME. A call that exchanges messages, of this communicator or of a head on it, has the communicator to itself. A
+/// second thread's call gets INVALID_ARGUMENT at once, sends nothing and changes nothing, and may be repeated later; the first one
+/// goes on. pfc_comm_abort, pfc_comm_traffic, pfc_comm_rank, pfc_comm_size and pfc_comm_set_timeout may be called from any thread.
 pub struct pfc_comm {
     pub(super) comm: Arc<Communicator>,
 }
@@ -40,9 +44,10 @@ pub struct pfc_comm {
 ///
 /// CALLS. A function gets ctx as its first argument and returns 0, or its own error code, which appears in the text of the error
 /// (status COMM). Functions are called only from a thread that is inside a pfc_ call, and never from two threads at once; abort and
-/// error_string may be called from any thread. No function may throw, or call pfc_ functions on this communicator.
+/// error_string may be called from any thread. No function may throw, longjmp out, end its thread, or call pfc_ functions on this
+/// communicator. A pthread_cancel of the thread waits until the pfc_ call has returned.
 ///
-/// ARGUMENTS. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send
+/// ARGUMENTS. A function is called with count or bytes above 0 only, and no pointer to data is NULL. count is in elements of dtype (PFC_F32, PFC_F64, PFC_I32 or PFC_I64), bytes in bytes; op is PFC_SUM or PFC_MAX. send
 /// may equal recv; in all_gather it may be recv + rank * bytes, and in reduce_scatter recv may be send + rank * count. A reduction
 /// must give the same bits on every rank.
 ///
@@ -172,7 +177,7 @@ pub unsafe extern "C" fn pfc_comm_ops_init_sized(ops: *mut pfc_comm_ops, struct_
 pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
         let out = output("out", out)?;
-        *out = handle(Communicator::single());
+        *out = handle(Communicator::single()?);
         Ok(())
     })
 }
@@ -185,6 +190,7 @@ pub unsafe extern "C" fn pfc_comm_self(out: *mut *mut pfc_comm) -> pfc_status {
 pub unsafe extern "C" fn pfc_comm_threads(n: u32, comms: *mut *mut pfc_comm) -> pfc_status {
     boundary(|| {
         ensure!(!comms.is_null(), InvalidArgument, "comms must not be NULL");
+        array("comms", comms, n.into())?;
         for (rank, comm) in Communicator::threads(n)?.into_iter().enumerate() {
             *comms.add(rank) = handle(comm);
         }
@@ -415,6 +421,10 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
             let cols = required("rows", rows)?.cols;
             let (rows, rows_out) = (matrix("rows", rows, cols)?, matrix("rows_out", rows_out, cols)?);
             output("count_out", count_out)?;
+            let count = array("ids", ids, count).map_err(|error| on_rank(error, comm))?;
+            // NULL asks for no union.
+            let room = if ids_out.is_null() { 0 } else { capacity };
+            array("ids_out", ids_out, room).map_err(|error| on_rank(error, comm))?;
             let arrays: [(&str, *const u8); 5] = [
                 ("ids", ids.cast()),
                 ("rows", rows.data),
@@ -427,7 +437,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
                     device.is_device_memory(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
                 ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", comm.rank());
             }
-            Ok(SampledRows { ids, count: count as usize, rows, ids_out, capacity: capacity as usize, rows_out })
+            Ok(SampledRows { ids, count, rows, ids_out, capacity: capacity as usize, rows_out })
         })();
         *count_out = all_reduce_rows(comm, mine)? as u64;
         Ok(())
@@ -438,6 +448,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
 unsafe fn collective(comm: *mut pfc_comm, body: impl FnOnce(&Communicator) -> Result<()>) -> pfc_status {
     boundary(|| {
         let comm = &*required("comm", comm)?.comm;
+        let _turn = comm.take_turn()?;
         abort_on_panic(comm, || body(comm))
     })
 }
@@ -449,6 +460,10 @@ pub(super) fn abort_on_panic<T>(comm: &Communicator, body: impl FnOnce() -> Resu
             comm.abort(error);
         }
     })
+}
+
+fn on_rank(error: Error, comm: &Communicator) -> Error {
+    Error { message: format!("{} (rank {})", error.message, comm.rank()), ..error }
 }
 
 fn buffers(comm: &Communicator, send: *const c_void, recv: *mut c_void, count: u64) -> Result<()> {

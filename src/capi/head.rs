@@ -45,7 +45,7 @@ use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
-use super::{boundary, output, required};
+use super::{array, boundary, output, required};
 use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor, StepInput};
 use crate::{ensure, error, Result};
 
@@ -66,6 +66,8 @@ pub struct pfc_head {
 }
 
 /// Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
+///
+/// After a step that failed all but updates, draws and the seconds is 0.
 ///
 /// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to enqueue a phase and to wait for
 /// the communicator, not how long the GPU worked. With a loss in host memory, seconds_reduce includes the wait for everything that
@@ -161,7 +163,8 @@ pub unsafe extern "C" fn pfc_metrics_init_sized(metrics: *mut pfc_metrics, struc
 /// compare their options: a difference is MISMATCH on every rank, with the field and both values.
 ///
 /// @param device where the head computes; the head keeps a reference
-/// @param comm the ranks; the head keeps a reference; several heads may share one communicator
+/// @param comm the ranks; the head keeps a reference; several heads may share one communicator,
+///   if all ranks call them in one order and one thread at a time does
 /// @param options borrowed for the call
 /// @param out the head; free with pfc_head_free
 #[no_mangle]
@@ -224,12 +227,7 @@ pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_set_sample(head: *mut pfc_head, ids: *const i64, count: u64) -> pfc_status {
     with_head(head, |head| {
-        ensure!(
-            !ids.is_null() || count == 0,
-            InvalidArgument,
-            "ids must not be NULL for a count of {count} (rank {})",
-            head.rank()
-        );
+        array("ids", ids, count)?;
         let rows = head.shard().rows;
         ensure!(
             count <= rows,
@@ -392,8 +390,10 @@ pub unsafe extern "C" fn pfc_head_top_k(
 ) -> pfc_status {
     with_head(head, |head| {
         let queries = matrix("embeddings", embeddings, head.embedding_dim()).and_then(|queries| {
-            ensure!(queries.rows == 0 || !ids.is_null(), InvalidArgument, "ids must not be NULL (rank {})", head.rank());
-            ensure!(queries.rows == 0 || !cosines.is_null(), InvalidArgument, "cosines must not be NULL (rank {})", head.rank());
+            // A k that no head has is refused as such.
+            let places = (queries.rows as u64).saturating_mul(k.min(1 << 40));
+            array("ids", ids, places)?;
+            array("cosines", cosines, places)?;
             if queries.rows > 0 {
                 head.check_reachable("ids", ids)?;
                 head.check_reachable("cosines", cosines)?;
@@ -429,6 +429,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
         if let Some(sample) = handle.outside.last_sample() {
             let found = room(sample.count)?;
             if !ids.is_null() {
+                array("ids", ids, found)?;
                 sample.ids().enumerate().for_each(|(i, id)| *ids.add(i) = id);
             }
             *count = found;
@@ -437,6 +438,7 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
         let sample = locked(handle, |head| {
             let sample = head.sample_ids()?;
             if !ids.is_null() && room(sample.len()).is_ok() {
+                array("ids", ids, sample.len() as u64)?;
                 head.write_values("ids", ids, &sample)?;
             }
             Ok(sample)
@@ -625,6 +627,5 @@ unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const 
 }
 
 fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {
-    ensure!(!labels.is_null() || batch == 0, InvalidArgument, "labels must not be NULL for a batch of {batch}");
-    Ok(Labels { data: labels, count: batch as usize })
+    Ok(Labels { data: labels, count: array("labels", labels, batch)? })
 }

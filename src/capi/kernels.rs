@@ -17,7 +17,7 @@ use std::ffi::c_void;
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{matrix, pfc_margin, pfc_matrix, pfc_optimizer, read_sized};
-use super::{boundary, output, required};
+use super::{array, boundary, output, required};
 use crate::device::{Device, FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::{ensure, Result};
@@ -39,6 +39,12 @@ pub unsafe extern "C" fn pfc_normalize_rows(
         let from = matrix("rows", rows, required("rows", rows)?.cols)?;
         let to = matrix("normalized", normalized, from.cols as u64)?;
         same_rows("normalized", to.rows, from.rows)?;
+        if !inverse_norms.is_null() {
+            array("inverse_norms", inverse_norms, from.rows as u64)?;
+        } else if from.cols == 0 {
+            // Nothing to read or to write, however many rows.
+            return Ok(());
+        }
         device.normalize_rows(&from, &to, inverse_norms)
     })
 }
@@ -101,9 +107,9 @@ pub unsafe extern "C" fn pfc_margin_forward(
         if count == 0 {
             return Ok(());
         }
-        required("cosines", cosines)?;
-        output("logits", logits)?;
-        device.margin_forward(&margin, cosines, array_count(count)?, logits)
+        let count = array("cosines", cosines, count)?;
+        array("logits", logits, count as u64)?;
+        device.margin_forward(&margin, cosines, count, logits)
     })
 }
 
@@ -127,10 +133,10 @@ pub unsafe extern "C" fn pfc_margin_backward(
         if count == 0 {
             return Ok(());
         }
-        required("cosines", cosines)?;
-        required("grad_logits", grad_logits)?;
-        output("grad_cosines", grad_cosines)?;
-        device.margin_backward(&margin, cosines, grad_logits, array_count(count)?, grad_cosines)
+        let count = array("cosines", cosines, count)?;
+        array("grad_logits", grad_logits, count as u64)?;
+        array("grad_cosines", grad_cosines, count as u64)?;
+        device.margin_backward(&margin, cosines, grad_logits, count, grad_cosines)
     })
 }
 
@@ -155,8 +161,8 @@ pub unsafe extern "C" fn pfc_partial_softmax(
         if logits.rows == 0 {
             return Ok(());
         }
-        required("targets", targets)?;
-        output("row_sums", row_sums)?;
+        array("targets", targets, logits.rows as u64)?;
+        array("row_sums", row_sums, logits.rows as u64)?;
         device.partial_softmax(&margin, &logits, targets, row_sums)
     })
 }
@@ -195,9 +201,9 @@ pub unsafe extern "C" fn pfc_fused_forward(
         if e.rows == 0 {
             return Ok(());
         }
-        required("targets", targets)?;
-        output("row_sums", row_sums)?;
-        output("target_logits", target_logits)?;
+        array("targets", targets, e.rows as u64)?;
+        array("row_sums", row_sums, e.rows as u64)?;
+        array("target_logits", target_logits, e.rows as u64)?;
         device.fused_forward(&FusedForward {
             margin: &margin,
             embeddings: &e,
@@ -250,11 +256,9 @@ pub unsafe extern "C" fn pfc_fused_backward(
         same_rows("weighted", weighted.rows, e.rows)?;
         same_rows("grad_embeddings", grad_e.rows, e.rows)?;
         same_rows("grad_centers", grad_w.rows, w.rows)?;
-        if e.rows > 0 {
-            required("targets", targets)?;
-            required("row_sums", row_sums)?;
-            required("target_logits", target_logits)?;
-        }
+        array("targets", targets, e.rows as u64)?;
+        array("row_sums", row_sums, e.rows as u64)?;
+        array("target_logits", target_logits, e.rows as u64)?;
         device.fused_backward(&FusedBackward {
             margin: &margin,
             embeddings: &e,
@@ -317,13 +321,9 @@ pub unsafe extern "C" fn pfc_sample_classes(
     boundary(|| {
         let device = device_of(device)?;
         let count = output("count", count)?;
-        ensure!(
-            !positives.is_null() || positive_count == 0,
-            InvalidArgument,
-            "positives must not be NULL for a positive_count of {positive_count}"
-        );
-        ensure!(!ids.is_null() || positive_count.max(sample_size) == 0, InvalidArgument, "ids must not be NULL");
-        let draw = SampleDraw { seed, step, first, rows, positives, positive_count: array_count(positive_count)?, sample_size };
+        let positive_count = array("positives", positives, positive_count)?;
+        array("ids", ids, sample_size.max(positive_count as u64))?;
+        let draw = SampleDraw { seed, step, first, rows, positives, positive_count, sample_size };
         *count = device.sample_classes(&draw, ids)?;
         Ok(())
     })
@@ -365,7 +365,14 @@ pub unsafe extern "C" fn pfc_update_rows(
         if g.rows == 0 {
             return Ok(());
         }
-        required("ids", ids)?;
+        ensure!(
+            g.rows <= w.rows,
+            InvalidArgument,
+            "gradients.rows must be at most centers.rows, {}, since no id repeats, got {}",
+            w.rows,
+            g.rows
+        );
+        array("ids", ids, g.rows as u64)?;
         let state = RowState { centers: &w, momentum: &m, second_moment: v.as_ref() };
         device.update_rows(&optimizer, &state, ids, &g, learning_rate, update)
     })
@@ -377,12 +384,6 @@ unsafe fn device_of<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
     let (made_in, this) = (device.process(), std::process::id());
     ensure!(made_in == this, Forked, "the device was made in process {made_in} and cannot be used in process {this}");
     Ok(device)
-}
-
-/// A count of array elements, which no larger array can have.
-fn array_count(count: u64) -> Result<usize> {
-    ensure!(count <= isize::MAX as u64 / 8, InvalidArgument, "count must fit in the address space, got {count}");
-    Ok(count as usize)
 }
 
 unsafe fn checked_margin(margin: *const pfc_margin) -> Result<Margin> {
@@ -398,5 +399,5 @@ fn same_rows(name: &str, rows: usize, expected: usize) -> Result<()> {
 
 unsafe fn workspace_of(data: *mut c_void, bytes: u64) -> Result<Workspace> {
     ensure!(!data.is_null() || bytes == 0, InvalidArgument, "workspace must not be NULL for a workspace_bytes of {bytes}");
-    Ok(Workspace { data: data.cast(), bytes: bytes as usize })
+    Ok(Workspace { data: data.cast(), bytes: array("workspace", data.cast::<u8>(), bytes)? })
 }

@@ -17,10 +17,14 @@ pub mod types;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::status::{fail, pfc_status, PFC_OK};
-use crate::{error, Result};
+use crate::matrix::check_address;
+use crate::{cancellation, ensure, error, float_environment, Result};
 
-/// Runs an entry: no panic crosses, and an error becomes a status and a text.
+/// Runs an entry: no panic crosses, and an error becomes a status and a text. How the caller rounds changes no bit of a result, and
+/// the thread cannot be cancelled before it is out again.
 fn boundary(body: impl FnOnce() -> Result<()>) -> pfc_status {
+    let _cancellation = cancellation::defer();
+    let _caller = float_environment::usual();
     match caught(body) {
         Ok(()) => PFC_OK,
         Err(error) => fail(&error),
@@ -37,10 +41,20 @@ fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// A pointer argument, or the error that names it.
 unsafe fn required<'a, T>(name: &str, pointer: *const T) -> Result<&'a T> {
-    pointer.as_ref().ok_or_else(|| error!(InvalidArgument, "{name} must not be NULL"))
+    ensure!(!pointer.is_null(), InvalidArgument, "{name} must not be NULL");
+    check_address(name, pointer, 1)?;
+    Ok(&*pointer)
 }
 
 /// An output argument, or the error that names it.
 unsafe fn output<'a, T>(name: &str, pointer: *mut T) -> Result<&'a mut T> {
-    pointer.as_mut().ok_or_else(|| error!(InvalidArgument, "{name} must not be NULL"))
+    required(name, pointer.cast_const())?;
+    Ok(&mut *pointer)
+}
+
+/// The length of an array argument of `count` elements that are there, or the error that names it.
+fn array<T>(name: &str, data: *const T, count: u64) -> Result<usize> {
+    ensure!(!data.is_null() || count == 0, InvalidArgument, "{name} must not be NULL for a count of {count}");
+    check_address(name, data, count)?;
+    Ok(count as usize)
 }

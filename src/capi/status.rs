@@ -47,10 +47,14 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::new(CString::default());
 }
 
+/// The text where a thread's destructors run: some of them call the library after its own has run.
+const ENDING: &CStr = c"this thread is ending: its last error is gone";
+
 /// Remembers the error for pfc_last_error and gives its status.
 pub(super) fn fail(error: &Error) -> pfc_status {
     let text = error.message.replace('\0', "?");
-    LAST_ERROR.with(|last| *last.borrow_mut() = CString::new(text).unwrap_or_default());
+    // The status remains where a thread that is ending has no place for the text.
+    let _ = LAST_ERROR.try_with(|last| last.replace(CString::new(text).unwrap_or_default()));
     error.status as pfc_status
 }
 
@@ -105,27 +109,28 @@ pub extern "C" fn pfc_status_name(status: pfc_status) -> *const c_char {
     name.as_ptr()
 }
 
-/// The text of this thread's last error, or "". Valid until this thread's next failing call.
+/// The text of this thread's last error, or "". Valid until this thread's next failing call. On a thread whose destructors of
+/// thread-local data are running, it may be a text that says so.
 #[no_mangle]
 pub extern "C" fn pfc_last_error() -> *const c_char {
-    LAST_ERROR.with(|last| last.borrow().as_ptr())
+    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(ENDING.as_ptr())
 }
 
-/// Copies the text of this thread's last error, cut to `size` bytes including its terminating zero. For managed languages.
+/// Copies the text of pfc_last_error, cut to `size` bytes including its terminating zero. For managed languages.
 ///
 /// @param buffer written, or NULL to ask for the size only
 /// @param size bytes at buffer
 /// @return bytes of the whole text, including its terminating zero
 #[no_mangle]
 pub unsafe extern "C" fn pfc_last_error_copy(buffer: *mut c_char, size: u64) -> u64 {
-    LAST_ERROR.with(|last| {
-        let last = last.borrow();
-        let text = last.as_bytes_with_nul();
+    let copy = |text: &CStr| {
+        let text = text.to_bytes_with_nul();
         if !buffer.is_null() && size > 0 {
             let kept = (text.len() - 1).min(size as usize - 1);
             std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), kept);
             *buffer.add(kept) = 0;
         }
         text.len() as u64
-    })
+    };
+    LAST_ERROR.try_with(|last| copy(&last.borrow())).unwrap_or_else(|_| copy(ENDING))
 }

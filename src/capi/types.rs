@@ -2,8 +2,8 @@
 
 use std::ffi::c_char;
 
-use super::boundary;
 use super::status::pfc_status;
+use super::{boundary, required};
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::{Adamw, Optimizer, Sgd};
@@ -505,8 +505,7 @@ impl pfc_head_options {
 
 /// A matrix argument: its pointer, element type and shape checked against `cols`.
 pub(super) unsafe fn matrix(name: &str, matrix: *const pfc_matrix, cols: u64) -> Result<Matrix> {
-    ensure!(!matrix.is_null(), InvalidArgument, "{name} must not be NULL");
-    let m = *matrix;
+    let m = *required(name, matrix)?;
     let dtype = DType::from_code(m.dtype)
         .ok_or_else(|| error!(InvalidArgument, "{name}.dtype must be PFC_F32 (1), PFC_F16 (2) or PFC_BF16 (3), got {}", m.dtype))?;
     ensure!(m.reserved == 0, InvalidArgument, "{name}.reserved must be 0, got {}", m.reserved);

@@ -5,22 +5,17 @@
 //! does not count. It has to be on for all ranks or for none.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::transport::{Call, MemorySpace, Operation, Reduction, Signature, Transport};
 use crate::matrix::{DType, ReduceOp};
-use crate::{error, Result};
+use crate::{environment, error, Result};
 
-/// Whether the environment asks for it.
-pub(super) fn is_on() -> bool {
-    match std::env::var("PFC_CHECK").as_deref() {
-        Ok("1") => true,
-        Ok("" | "0") | Err(_) => false,
-        Ok(other) => {
-            log::warn!("PFC_CHECK must be 0 or 1, got {other:?}: it is off");
-            false
-        }
-    }
+/// Whether the environment asks for it. It is asked once: a program may change its environment meanwhile.
+pub(super) fn is_on() -> Result<bool> {
+    static ON: OnceLock<Result<bool>> = OnceLock::new();
+    ON.get_or_init(|| environment::switch("PFC_CHECK")).clone()
 }
 
 /// How long ranks that do not agree wait for each other.

@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_failed_rank_tells_its_own_error_even_if_nobody_listens() {
-        let comm = Communicator::single();
+        let comm = Communicator::single().unwrap();
         comm.abort(&error!(Aborted, "over"));
         assert_eq!(agree::<1>(&comm, Err(error!(Label, "bad label"))), Err(error!(Label, "bad label")));
         assert_eq!(agree(&comm, Ok([Field::int("seed", 1)])).unwrap_err().status, Status::Aborted);

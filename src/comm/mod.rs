@@ -9,10 +9,11 @@ mod exchange;
 mod handshake;
 mod sampled_rows;
 mod transport;
+mod turn;
 
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 pub use handshake::{agree, gather_words};
@@ -21,6 +22,8 @@ pub use transport::custom::CustomOps;
 pub use transport::nccl::{unique_id, ID_BYTES};
 use transport::{custom, nccl, single, threads, Reduction, Signature};
 pub use transport::{Call, Element, MemorySpace, Operation, Transport};
+use turn::Holder;
+pub use turn::Turn;
 
 use crate::matrix::{DType, ReduceOp};
 use crate::stream::StreamDevice;
@@ -43,7 +46,9 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_millis(600_000);
 pub struct Communicator {
     /// Not dropped in a forked child: its threads and the locks they held are the parent's.
     transport: ManuallyDrop<Box<dyn Transport>>,
-    /// Operations so far. Held while one runs, so that two threads cannot enter the transport at once.
+    /// Which thread's operations the transport runs.
+    holder: Holder,
+    /// Operations so far. Held while one runs: a function of the caller's must not begin another.
     sequence: Mutex<u64>,
     /// Beside the lock: they can be asked while an operation waits.
     calls: [AtomicU64; 5],
@@ -59,10 +64,11 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    pub fn new(transport: Box<dyn Transport>) -> Arc<Communicator> {
+    fn new(transport: Box<dyn Transport>, compares_calls: bool) -> Arc<Communicator> {
         Arc::new(Communicator {
-            compares_calls: transport.size() > 1 && compare_calls::is_on(),
+            compares_calls: transport.size() > 1 && compares_calls,
             transport: ManuallyDrop::new(transport),
+            holder: Holder::default(),
             sequence: Mutex::default(),
             calls: Default::default(),
             bytes: Default::default(),
@@ -74,18 +80,22 @@ impl Communicator {
     }
 
     /// A group of one rank.
-    pub fn single() -> Arc<Communicator> {
-        Communicator::new(Box::new(single::Single))
+    ///
+    /// Errors, of this and of the other kinds: INVALID_ARGUMENT for a setting in the environment that is neither on nor off.
+    pub fn single() -> Result<Arc<Communicator>> {
+        Ok(Communicator::new(Box::new(single::Single), compare_calls::is_on()?))
     }
 
     /// `size` ranks in this process; hand each to a thread of its own.
     pub fn threads(size: u32) -> Result<Vec<Arc<Communicator>>> {
-        Ok(threads::group(size)?.into_iter().map(|end| Communicator::new(Box::new(end))).collect())
+        let compares_calls = compare_calls::is_on()?;
+        Ok(threads::group(size)?.into_iter().map(|end| Communicator::new(Box::new(end), compares_calls)).collect())
     }
 
     /// A rank of a group that the caller's functions carry.
     pub fn custom(ops: CustomOps) -> Result<Arc<Communicator>> {
-        Ok(Communicator::new(Box::new(custom::Custom::new(ops)?)))
+        let compares_calls = compare_calls::is_on()?;
+        Ok(Communicator::new(Box::new(custom::Custom::new(ops)?), compares_calls))
     }
 
     /// A rank of a group that NCCL joins, on a GPU; `None`: the device has no streams. Collective; waits at most `timeout` for the other
@@ -100,7 +110,8 @@ impl Communicator {
         timeout: Duration,
     ) -> Result<Arc<Communicator>> {
         let device = device.ok_or_else(|| error!(InvalidArgument, "device must be a CUDA device (rank {rank})"))?;
-        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?)))
+        let compares_calls = compare_calls::is_on()?;
+        Ok(Communicator::new(Box::new(nccl::Nccl::join(id, rank, size, device, timeout)?), compares_calls))
     }
 
     pub fn kind(&self) -> &'static str {
@@ -331,9 +342,20 @@ impl Communicator {
         space: MemorySpace<'_>,
         body: impl FnOnce(&Call<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.own_process()?;
+        let _turn = self.take_turn()?;
         let operation = signature.operation;
-        let mut sequence = self.sequence.lock().unwrap_or_else(|e| e.into_inner());
+        let mut sequence = match self.sequence.try_lock() {
+            Ok(sequence) => sequence,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(error!(
+                    InvalidArgument,
+                    "{} must not be called by a function of the communicator itself (rank {})",
+                    operation.name(),
+                    self.rank()
+                ))
+            }
+        };
         if let Some(cause) = self.failure() {
             return Err(error!(Aborted, "rank {}: the communicator had ended before {}: {cause}", self.rank(), operation.name()));
         }

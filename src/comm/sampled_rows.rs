@@ -33,13 +33,14 @@ pub struct SampledRows {
 /// # Errors
 /// A rank's own failed checks (in `mine`, or ids that do not ascend: INVALID_ARGUMENT) and REMOTE on the others; on all ranks alike
 /// MISMATCH if the columns differ, or ids where they must not, and INVALID_ARGUMENT if the union exceeds a rank's capacity. These
-/// leave the outputs alone and the communicator in use. A failure of the communicator leaves `rows_out` undefined.
+/// leave the outputs alone and the communicator in use, as does INVALID_ARGUMENT where another thread uses the communicator. A failure of the communicator leaves `rows_out` undefined.
 ///
 /// # Safety
 /// The pointers and matrices describe host memory of the sizes named, `ids` and `rows` readable, `ids_out` and `rows_out` writable
 /// by this call alone.
 pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRows>) -> Result<usize> {
     let rank = comm.rank();
+    let _turn = comm.take_turn()?;
     let prepared = mine.and_then(|mine| {
         check(&mine, rank)?;
         // The same on all ranks; no union beyond the capacity gets that far.

@@ -1,5 +1,8 @@
 //! Arithmetic on the host that both backends use: a matrix product on one thread, and the norm of a row.
 
+use gemm_common::gemm::L2_SLAB;
+use gemm_common::Parallelism;
+
 /// 1 / norm; 0 for a row too short to have a direction.
 pub(super) fn inverse_norm(sum_of_squares: f64) -> f64 {
     let norm = sum_of_squares.sqrt();
@@ -82,25 +85,85 @@ pub(super) unsafe fn gemm_into(
     right: Operand<'_>,
     store: Store,
 ) {
-    gemm::gemm(
-        shape.m,
-        shape.n,
-        shape.k,
-        destination,
-        1,
-        pitch as isize,
-        store == Store::Add,
-        left.data.as_ptr(),
-        left.column_stride as isize,
-        left.row_stride as isize,
-        right.data.as_ptr(),
-        right.column_stride as isize,
-        right.row_stride as isize,
-        1.0f32,
-        1.0f32,
-        false,
-        false,
-        false,
-        gemm::Parallelism::None,
-    );
+    // SAFETY: the caller answers for the memory.
+    let multiply = || unsafe { multiply(shape, destination, pitch, left, right, store) };
+    match L2_SLAB.try_with(|_| ()) {
+        Ok(()) => multiply(),
+        // Where a thread is ending, what the product keeps for it is gone: another thread has its own.
+        Err(_) => {
+            let multiply = OnAnotherThread(multiply);
+            std::thread::scope(|scope| {
+                scope.spawn(|| multiply.run());
+            });
+        }
+    }
+}
+
+/// Work that the calling thread waits for.
+struct OnAnotherThread<F>(F);
+
+// SAFETY: the calling thread does nothing else meanwhile.
+unsafe impl<F> Sync for OnAnotherThread<F> {}
+
+impl<F: Fn()> OnAnotherThread<F> {
+    fn run(&self) {
+        (self.0)()
+    }
+}
+
+/// # Safety
+/// As [`gemm_into`].
+unsafe fn multiply(shape: GemmShape, destination: *mut f32, pitch: usize, left: Operand<'_>, right: Operand<'_>, store: Store) {
+    let GemmShape { m, n, k } = shape;
+    let (left_row, left_column) = (left.row_stride as isize, left.column_stride as isize);
+    let (right_row, right_column) = (right.row_stride as isize, right.column_stride as isize);
+    let (destination_row, destination_column) = (pitch as isize, 1);
+    let function = gemm_f32::gemm::f32::get_gemm_fn();
+    let (add, none) = (store == Store::Add, Parallelism::None);
+    let (left, right) = (left.data.as_ptr(), right.data.as_ptr());
+    // The function is at its best with columns side by side. Rows side by side are the columns of the transpose.
+    match destination_column < destination_row {
+        true => function(
+            n,
+            m,
+            k,
+            destination,
+            destination_row,
+            destination_column,
+            add,
+            right,
+            right_row,
+            right_column,
+            left,
+            left_row,
+            left_column,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            none,
+        ),
+        false => function(
+            m,
+            n,
+            k,
+            destination,
+            destination_column,
+            destination_row,
+            add,
+            left,
+            left_column,
+            left_row,
+            right,
+            right_column,
+            right_row,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            none,
+        ),
+    }
 }

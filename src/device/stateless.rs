@@ -2,6 +2,7 @@
 
 use crate::margin::Margin;
 use crate::matrix::{DType, Matrix};
+use crate::memory::Buffer;
 use crate::optimizer::Optimizer;
 use crate::options::LARGEST_DIM;
 use crate::shard::Shard;
@@ -196,7 +197,7 @@ impl RowState<'_> {
     /// Row numbers of the centers, without repeats.
     pub(super) fn check_ids(&self, ids: &[i64]) -> Result<()> {
         let rows = self.centers.rows;
-        let mut seen = vec![false; rows];
+        let mut seen = Buffer::<u8>::zeroed(rows, "a mark for each of centers.rows")?;
         for (i, &id) in ids.iter().enumerate() {
             ensure!(
                 (0..rows as i64).contains(&id),
@@ -204,7 +205,7 @@ impl RowState<'_> {
                 "ids[{i}] must be at least 0 and below centers.rows, {rows}, got {id}"
             );
             ensure!(
-                !std::mem::replace(&mut seen[id as usize], true),
+                std::mem::replace(&mut seen[id as usize], 1) == 0,
                 InvalidArgument,
                 "ids must not repeat: ids[{i}] is {id} again"
             );

@@ -3,7 +3,7 @@
 
 use super::{failure, Head, LossTarget, StepInput};
 use crate::device::{Device, Labels};
-use crate::matrix::Matrix;
+use crate::matrix::{check_address, Matrix};
 use crate::memory::{zeros, Buffer, Plain};
 use crate::{ensure, error, Contribution, Result, Status};
 
@@ -14,7 +14,7 @@ impl Head {
         let rank = self.rank();
         let on_device = match loss.is_null() {
             true => Err(error!(InvalidArgument, "loss must not be NULL (rank {rank})")),
-            false => self.backend.is_device_memory("loss", loss.cast_const().cast()),
+            false => check_address("loss", loss, 1).and_then(|()| self.backend.is_device_memory("loss", loss.cast_const().cast())),
         };
         match on_device {
             Ok(true) => (LossTarget::Device(loss), Ok(())),

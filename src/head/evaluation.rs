@@ -28,6 +28,8 @@ impl Head {
     /// What the last step was like; collective.
     pub fn metrics(&mut self) -> Result<Metrics> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let figures = self.backend.figures();
         // Its first message says which head it is of.
         let met = gather_words(&self.comm, figures.as_ref().map(|_| [self.number]).map_err(Clone::clone));
@@ -39,6 +41,10 @@ impl Head {
         let mut squares = [figures.grad_embeddings, figures.grad_centers];
         let reduced = self.comm.all_reduce(&mut squares, ReduceOp::Sum);
         self.poison_unless_recoverable(reduced)?;
+        // A step that nobody waited for is known by its loss alone.
+        if self.failed || figures.loss.is_nan() {
+            return Ok(Metrics { updates: figures.updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() });
+        }
         let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
         Ok(Metrics {
             updates: figures.updates,
@@ -62,6 +68,8 @@ impl Head {
     /// The nearest class centers of all ranks; see `pfc_head_top_k`. Collective.
     pub fn top_k(&mut self, queries: Contribution<Matrix>, k: u64) -> Result<Nearest> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let outcome = self.run_top_k(queries, k);
         self.poison_unless_recoverable(outcome)
     }

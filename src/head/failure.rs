@@ -159,7 +159,7 @@ impl Head {
         }
         computed?;
         let loss = self.poison_if_ranks_differ(loss)?;
-        self.state = CallState::Forwarded;
+        (self.state, self.failed) = (CallState::Forwarded, false);
         Ok(loss)
     }
 }

@@ -150,6 +150,8 @@ pub struct Head {
     /// Why the current step has failed on this rank, whose peers do not know it yet and go on with the step.
     own_failure: Option<Error>,
     seconds: Seconds,
+    /// The last step has no loss, as far as this rank knows.
+    failed: bool,
     poisoned: Option<Poison>,
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
@@ -163,6 +165,8 @@ impl Head {
     /// # Errors
     /// This rank's own error; REMOTE where another rank failed; MISMATCH on all ranks where their options differ.
     pub fn create(comm: Arc<Communicator>, request: Contribution<(Arc<dyn Device>, HeadOptions)>) -> Result<Head> {
+        let turn = comm.take_turn()?;
+        let trace = trace::Writer::new(comm.rank(), comm.size());
         let number = comm.count_head();
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
@@ -177,6 +181,8 @@ impl Head {
             Err(error) => Err(failure::on_rank(error, comm.rank())),
         };
         agree(&comm, fields)?;
+        drop(turn);
+        trace.open();
         let (device, options, shard, backend) = opened?;
         Ok(Head {
             options,
@@ -197,8 +203,9 @@ impl Head {
             loss_place: LossPlace::Host,
             own_failure: None,
             seconds: Seconds::default(),
+            failed: false,
             poisoned: None,
-            _trace: trace::Writer,
+            _trace: trace,
             last_sample: Arc::default(),
         })
     }

@@ -31,6 +31,8 @@ impl Head {
     /// Begins the next step early; see `pfc_head_prepare`.
     pub fn prepare(&mut self, labels: Contribution<Labels>) -> Result<()> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         self.seconds = Seconds { gather: 0.0, sample: 0.0, ..self.seconds };
         self.gather_and_sample(labels, self.announcement(StepCall::Prepare))
     }
@@ -38,6 +40,8 @@ impl Head {
     /// Phases 1 to 4; see `pfc_head_forward`.
     pub fn forward(&mut self, input: Contribution<StepInput>, loss: LossTarget) -> Result<f64> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let input = self.begin_step(input, self.announcement(StepCall::Forward))?;
         let outcome = self.find_loss(input, loss);
         self.poison_unless_recoverable(outcome)
@@ -47,6 +51,8 @@ impl Head {
     pub fn backward(&mut self, loss_weight: f64, loss_scale: f64, gradient: Contribution<Matrix>) -> Result<()> {
         self.check_usable()?;
         self.expect(CallState::Forwarded, "pfc_head_backward", "pfc_head_forward")?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
         let gradient = gradient.and_then(|gradient| self.check_gradient(gradient, self.backend.batch()));
         self.loss_weight = loss_weight;
@@ -73,6 +79,12 @@ impl Head {
         self.check_usable()?;
         self.expect(CallState::Backwarded, "pfc_head_update", "pfc_head_backward")?;
         self.check_factor("learning_rate", learning_rate)?;
+        let comm = self.comm.clone();
+        // A shard is updated without a message.
+        let _turn = match self.options.placement {
+            Placement::Sharded => None,
+            Placement::Replicated => Some(comm.take_turn()?),
+        };
         let outcome = self.update_centers(learning_rate, &mut || Ok(()));
         self.poison_on_failure(outcome)?;
         self.own_failure.take().map_or(Ok(()), Err)
@@ -81,6 +93,8 @@ impl Head {
     /// Forward, backward and update in one; see `pfc_head_step`. The gradient travels while the class centers are updated.
     pub fn step(&mut self, input: Contribution<(StepInput, Matrix)>, learning_rate: f64, loss: LossTarget) -> Result<f64> {
         self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
         let mut target = None;
         let rate = self.check_factor("learning_rate", learning_rate);
         let input = input.and_then(|(input, gradient)| {
@@ -118,7 +132,7 @@ impl Head {
     /// # Errors
     /// What failed on all ranks alike, so that the step ends here.
     fn begin_step(&mut self, input: Contribution<StepInput>, announcement: Announcement) -> Result<Contribution<StepInput>> {
-        (self.state, self.own_failure) = (CallState::Idle, None);
+        (self.state, self.own_failure, self.failed) = (CallState::Idle, None, true);
         let input = input.and_then(|input| self.check_input(input));
         if self.prepared.is_none() {
             self.seconds = Seconds::default();

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -88,6 +88,64 @@ fn errors_as_two_ranks_see_them() {
     for program in build("errors_ranks", &["ctests/errors_ranks.c"]) {
         run(&program, &[]);
     }
+}
+
+/// Destructors of pthread keys and of C++'s thread_local objects call the library when its own thread-local data are gone.
+#[test]
+fn calls_on_a_thread_that_is_ending() {
+    for source in ["ctests/ending_thread.c", "ctests/ending_thread.cpp"] {
+        for program in build(&source.replace(['/', '.'], "_"), &[source]) {
+            run(&program, &[]);
+        }
+    }
+}
+
+#[test]
+fn the_callers_functions_are_left_to_end_and_never_called_for_nothing() {
+    for program in build("callers_functions", &["ctests/callers_functions.c"]) {
+        run(&program, &[]);
+    }
+}
+
+#[test]
+fn the_callers_rounding_changes_no_bit() {
+    for program in build("float_settings", &["ctests/float_settings.c"]) {
+        run(&program, &[]);
+    }
+}
+
+/// The user of a set-user-ID program chooses its environment, but not what it loads and writes.
+#[test]
+fn a_program_with_more_rights_than_its_user_ignores_the_environment() {
+    let [_, program] = build("privileged", &["ctests/privileged.c"]);
+    let folder = std::env::temp_dir().join(format!("pfc-privileged-{}", std::process::id()));
+    fresh(&folder);
+    let (copy, trace) = (folder.join("program"), folder.join("trace.json"));
+    fs::copy(program, &copy).expect("a copy");
+    let settings = |command: &mut Command| {
+        let library = folder.join("no_library_here.so");
+        output(command.env("PFC_CHECK", "perhaps").env("PFC_TRACE", &trace).env("PFC_NCCL_LIB", library))
+    };
+    let plain = settings(&mut Command::new(&copy));
+    assert!(plain.starts_with("privileged 0\nPFC_CHECK PFC_CHECK must be") && plain.contains("PFC_NCCL_LIB is loaded"), "{plain}");
+
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).expect("a folder for all");
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o4755)).expect("a set-user-ID program");
+    // SAFETY: a question.
+    let root = unsafe { libc::geteuid() } == 0;
+    if root && tool("setpriv") {
+        let as_nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+        let told = settings(Command::new("setpriv").args(as_nobody).arg(&copy));
+        if told.starts_with("privileged 1\n") {
+            assert_eq!(told, "privileged 1\nPFC_CHECK is ignored\nPFC_NCCL_LIB is ignored\n");
+            assert!(!trace.exists(), "a trace where the user wants one");
+        } else {
+            eprintln!("set-user-ID programs get no rights in {}: left out", folder.display());
+        }
+    } else {
+        eprintln!("a set-user-ID program of another user needs root and setpriv: left out");
+    }
+    fs::remove_dir_all(&folder).expect("the folder goes");
 }
 
 #[test]

@@ -6,3 +6,4 @@ mod custom;
 mod fake_device;
 mod rows;
 mod streams;
+mod turns;

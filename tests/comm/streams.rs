@@ -292,7 +292,7 @@ fn table(comm: Arc<Communicator>, memory: Arc<FakeMemory>, flags: u32, full: boo
 fn group<T: Cell>(transport: Transport, memories: Vec<FakeMemory>) -> Vec<Rank> {
     let memories: Vec<Arc<FakeMemory>> = memories.into_iter().map(Arc::new).collect();
     let comms = match transport {
-        Transport::Alone => vec![Communicator::single()],
+        Transport::Alone => vec![Communicator::single().unwrap()],
         Transport::Threads => Communicator::threads(memories.len() as u32).unwrap(),
         Transport::Table(flags, full) => {
             let inner = Communicator::threads(memories.len() as u32).unwrap();

@@ -86,6 +86,32 @@ fn metrics_are_those_of_the_reference() {
 }
 
 #[test]
+fn metrics_of_a_step_that_failed_are_zeros() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        let options = HeadOptions { placement, ..options(30, 4, 8) };
+        on_ranks(2, |place| {
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+            let mut grad = Rows::output(2, 4);
+            let mut step = |head: &mut Head, first: f32, label| {
+                let mut rows = Rows::f32(&[first, 2.0, -1.0, 0.5, 1.0, 1.0, 3.0, -2.0], 4);
+                head.step(&mut rows, &[1, label], 0.1, &mut grad)
+            };
+            step(&mut head, 1.0, 2).expect("a step");
+            assert!(head.metrics().expect("metrics").loss > 0.0);
+            for (first, label) in [(f32::NAN, 2), (1.0, 99)] {
+                step(&mut head, if place.rank == 1 { first } else { 1.0 }, if place.rank == 1 { label } else { 2 })
+                    .expect_err("no step");
+                let m = head.metrics().expect("metrics");
+                let figures = [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm];
+                assert_eq!((m.updates, m.rows, m.valid_rows, m.sample_size, figures), (1, 0, 0, 0, [0.0; 5]), "{first} {label}");
+            }
+            step(&mut head, 1.0, 2).expect("a step");
+            assert!(head.metrics().expect("metrics").loss > 0.0);
+        });
+    }
+}
+
+#[test]
 fn metrics_before_any_step_are_zeros() {
     for placement in [Placement::Sharded, Placement::Replicated] {
         on_ranks(2, |place| {

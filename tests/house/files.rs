@@ -117,6 +117,19 @@ fn the_product_names_no_test_folder() {
     assert_none("test folders that the product names", &found);
 }
 
+/// A program with rights that its user lacks must not take the user's settings: one file sees to that.
+#[test]
+fn one_file_reads_the_environment_when_a_program_runs() {
+    let mut found = Vec::new();
+    for (name, text) in tracked().iter().filter(|(name, _)| name.starts_with("src/") && name != "src/environment.rs") {
+        let product = text.split("#[cfg(test)]\nmod ").next().unwrap_or("");
+        if !name.ends_with("/tests.rs") {
+            found.extend(product.match_indices("env::var").map(|(at, _)| shown(name, text, at)));
+        }
+    }
+    assert_none("reads of the environment beside src/environment.rs", &found);
+}
+
 #[test]
 fn retired_words_are_gone() {
     let mut found = Vec::new();

@@ -162,6 +162,54 @@ fn a_wrong_reduction_is_noticed() {
     }
 }
 
+/// Programs that were not compiled alike, in one group.
+fn run_apart(mpi: &Mpi, programs: [&Path; 2]) -> String {
+    let mut launcher = mpi.launcher(1, &[]);
+    launcher.arg(programs[0]).args([":", "-n", "1"]).arg(programs[1]);
+    let (success, printed) = Run::start(&mut launcher, programs[1].with_extension("log")).finish();
+    assert!(success, "{}\n{printed}", mpi.name);
+    printed
+}
+
+#[test]
+fn ranks_with_another_stage_or_header_are_told() {
+    let header = fs::read_to_string(root().join("include/partialfc_mpi.h")).expect("include/partialfc_mpi.h");
+    let version = "PFC_MPI_MESSAGES_ = 1 }";
+    assert_eq!(header.matches(version).count(), 1, "the header's version");
+    let folder = scratch("later");
+    fs::write(folder.join("partialfc_mpi.h"), header.replace(version, "PFC_MPI_MESSAGES_ = 2 }")).expect("a later header");
+    for mpi in mpis() {
+        let usual = mpi.build("usual", "ctests/mpi/stages.c", &[]);
+        let small = mpi.build("small", "ctests/mpi/stages.c", &["-DPFC_MPI_STAGE=65536"]);
+        let later = mpi.build("later", "ctests/mpi/stages.c", &[&format!("-I{}", folder.display())]);
+        for (other, what) in [(&small, "PFC_MPI_STAGE"), (&later, "the version of partialfc_mpi.h")] {
+            let printed = run_apart(&mpi, [&usual, other]);
+            for rank in 0..2 {
+                let told = format!("rank {rank} of 2: PFC_ERROR_MISMATCH: {what} must be the same on all ranks");
+                assert!(printed.contains(&told), "{}: {printed}", mpi.name);
+            }
+        }
+        let printed = run_apart(&mpi, [&usual, &usual]);
+        assert!(printed.contains("rank 0 of 2: PFC_OK") && printed.contains("rank 1 of 2: PFC_OK"), "{}: {printed}", mpi.name);
+    }
+}
+
+/// A message that MPI itself finds wrong: here rank 1 has a header that leaves less room for it than comes.
+#[test]
+fn an_error_of_mpi_is_a_status_and_no_end_of_the_process() {
+    let header = fs::read_to_string(root().join("include/partialfc_mpi.h")).expect("include/partialfc_mpi.h");
+    let room = "self->in + (size_t)r * self->slot, (int)self->slot, MPI_BYTE, r, MPI_ANY_TAG";
+    assert_eq!(header.matches(room).count(), 1, "the room for a message");
+    let folder = scratch("narrow");
+    let narrow = header.replace(room, &room.replace("(int)self->slot, MPI_BYTE", "4, MPI_BYTE"));
+    fs::write(folder.join("partialfc_mpi.h"), narrow).expect("the wrong header");
+    for mpi in mpis() {
+        let program = mpi.build("narrow", "ctests/mpi/placements.c", &[&format!("-I{}", folder.display())]);
+        let (success, printed) = Run::start(mpi.launcher(2, &[]).arg(&program), program.with_extension("log")).finish();
+        assert!(!success && printed.contains("the message of rank"), "{}: {printed}", mpi.name);
+    }
+}
+
 /// Bits as on threads, traffic as planned: the program compares them.
 #[test]
 fn placements() {

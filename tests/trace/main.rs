@@ -1,12 +1,14 @@
 //! What the trace says of steps: the phases on the host, what runs beside what on a GPU, and the file.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::trace::{self, Span};
 use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::gpu_apart;
 use partialfc_testing::nccl;
-use partialfc_testing::processes::run_alone;
 use partialfc_testing::ranks::on_comms;
 use partialfc_testing::training::{learning_rate, Batch};
 
@@ -123,28 +125,125 @@ fn assert_overlaps(spans: &[Span]) {
     }
 }
 
+/// Runs a test of this file again in a process of its own, with a file for its trace; what it printed on its standard error.
+fn in_a_traced_process(test: &str, file: &Path) -> String {
+    let program = std::env::current_exe().expect("this program's path");
+    let mut command = Command::new(program);
+    let output = command.args(["--exact", test, "--test-threads=1"]).env("PFC_TRACE", file).output().expect("this program");
+    let (printed, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && printed.contains("1 passed"), "{printed}{errors}");
+    errors.into_owned()
+}
+
+fn is_traced() -> bool {
+    std::env::var_os("PFC_TRACE").is_some()
+}
+
+/// A folder that goes with the value.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let folder = std::env::temp_dir().join(format!("pfc-trace-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        Folder(folder)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).expect("the folder goes");
+    }
+}
+
+/// The complete events of a trace, which is JSON to the last byte: (name, rank, step).
+fn events(file: &Path) -> Vec<(String, u64, u64)> {
+    let text = std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    let trace: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let all = trace["traceEvents"].as_array().expect("events").iter().filter(|event| event["ph"] == "X");
+    let number = |value: &serde_json::Value| value.as_u64().expect("a number");
+    all.map(|event| (event["name"].as_str().expect("a name").into(), number(&event["pid"]), number(&event["args"]["step"])))
+        .collect()
+}
+
+#[track_caller]
+fn assert_steps(events: &[(String, u64, u64)], ranks: u64, steps: u64) {
+    for rank in 0..ranks {
+        for step in 0..steps {
+            let of_step = events.iter().filter(|(name, r, s)| (name.as_str(), *r, *s) == ("forward", rank, step));
+            assert_eq!(of_step.count(), 1, "forward of step {step} on rank {rank}: {events:?}");
+        }
+    }
+}
+
 /// In a process of its own, which reads PFC_TRACE when its first head is made.
 #[test]
 fn the_file_holds_the_spans_of_all_heads() {
-    if std::env::var_os("PFC_TRACE").is_some() {
+    if is_traced() {
+        let file = PathBuf::from(std::env::var_os("PFC_TRACE").expect("the file"));
+        train(Comm::threads(2), &small(), || Device::cpu(1));
+        let first = events(&file);
+        assert_steps(&first, 2, 3);
+        // Other heads add to it.
+        drop(Head::new(&Device::cpu(1), &Comm::solo(), &small()));
+        assert_eq!(events(&file), first);
+        let mut head = Head::new(&Device::cpu(1), &Comm::solo(), &small());
+        head.prepare(&[1, 2]).expect("labels");
+        assert_eq!(events(&file), first);
+        drop(head);
+        let second = events(&file);
+        assert_eq!(second[..first.len()], first);
+        assert_eq!(second.len(), first.len() + 2, "the gather of labels and the draw: {second:?}");
+        return;
+    }
+    let folder = Folder::new("heads");
+    let errors = in_a_traced_process("the_file_holds_the_spans_of_all_heads", &folder.0.join("trace.json"));
+    assert_eq!(errors, "");
+}
+
+/// A script that ends, or an exit after an error: nothing is freed.
+#[test]
+fn a_program_that_ends_without_freeing_its_head_leaves_its_trace() {
+    if is_traced() {
+        let mut head = Head::new(&Device::cpu(1), &Comm::solo(), &small());
+        let batch = Batch::draw(&small(), 0, 0, BATCH);
+        for _ in 0..3 {
+            head.step(&mut batch.rows(head.dim), &batch.labels, 0.1, &mut Rows::output(BATCH, head.dim)).expect("a step");
+        }
+        // A child of a fork ends, too: its parent's trace is none of its own.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            unsafe { libc::exit(0) };
+        }
+        let mut status = 0;
+        assert_eq!((unsafe { libc::waitpid(child, &mut status, 0) }, status), (child, 0));
+        let file = PathBuf::from(std::env::var_os("PFC_TRACE").expect("the file"));
+        assert_eq!(events(&file), [], "the child has written");
+        std::mem::forget(head);
+        return;
+    }
+    let folder = Folder::new("end");
+    let file = folder.0.join("trace.json");
+    let errors = in_a_traced_process("a_program_that_ends_without_freeing_its_head_leaves_its_trace", &file);
+    assert_eq!(errors, "");
+    assert_steps(&events(&file), 1, 3);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told_once() {
+    if is_traced() {
         train(Comm::threads(2), &small(), || Device::cpu(1));
         return;
     }
-    let folder = std::env::temp_dir().join(format!("pfc-trace-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a folder");
-    let file = folder.join("trace.json");
-    run_alone(module_path!(), "the_file_holds_the_spans_of_all_heads", "PFC_TRACE", &file);
-    let text = std::fs::read_to_string(&file).expect("the trace");
-    std::fs::remove_dir_all(&folder).expect("the folder goes");
-    assert!(text.starts_with("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n") && text.ends_with("\n]}\n"));
-    for rank in 0..2 {
-        let steps = (0..3).filter(|step| {
-            text.lines().any(|line| {
-                line.contains("\"name\":\"forward\"")
-                    && line.contains(&format!("\"pid\":{rank},"))
-                    && line.contains(&format!("\"step\":{step}}}"))
-            })
-        });
-        assert_eq!(steps.count(), 3, "rank {rank}: {text}");
+    let folder = Folder::new("refused");
+    let link = folder.0.join("link.json");
+    std::fs::write(folder.0.join("target"), "precious").expect("a file");
+    std::os::unix::fs::symlink(folder.0.join("target"), &link).expect("a link");
+    for file in [folder.0.join("no/such/folder/trace.json"), link] {
+        let errors = in_a_traced_process("a_file_that_cannot_be_written_is_told_once", &file);
+        let told: Vec<&str> = errors.lines().filter(|line| line.contains("PFC_TRACE")).collect();
+        assert_eq!(told.len(), 1, "{errors}");
+        assert!(told[0].contains(&*file.to_string_lossy()), "{errors}");
     }
+    assert_eq!(std::fs::read_to_string(folder.0.join("target")).expect("the file"), "precious");
 }

@@ -18,7 +18,7 @@ impl Comm {
     /// The ends of a group, in rank order; each goes to a thread of its own.
     pub fn group(ranks: usize) -> Result<Vec<Comm>> {
         let ends = match ranks {
-            1 => vec![Communicator::single()],
+            1 => vec![Communicator::single()?],
             _ => Communicator::threads(ranks as u32)?,
         };
         Ok(ends.into_iter().map(Comm).collect())

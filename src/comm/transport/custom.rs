@@ -152,6 +152,11 @@ impl Custom {
         Ok(Custom { callbacks, watchdog, all_gather, all_reduce, stage: Mutex::default() })
     }
 
+    /// An operation of no elements: nothing to call a function for, but the communicator may have failed meanwhile.
+    fn nothing(&self, call: &Call<'_>) -> Result<()> {
+        self.operate(call, || Ok(()))
+    }
+
     /// Runs the caller's functions under the watchdog and makes a status of their codes.
     fn operate(&self, call: &Call<'_>, body: impl FnOnce() -> Outcome) -> Result<()> {
         let callbacks = &*self.callbacks;
@@ -311,6 +316,9 @@ impl Transport for Custom {
 
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
         let (rank, size) = (self.rank() as usize, self.size() as usize);
+        if bytes == 0 {
+            return self.nothing(call);
+        }
         self.operate(call, || match self.route(call, true)? {
             Route::Direct(stream) => self.gather(send, recv, bytes, stream),
             Route::Staged(mut staging) => {
@@ -325,6 +333,9 @@ impl Transport for Custom {
 
     unsafe fn all_reduce(&self, send: *const u8, recv: *mut u8, count: usize, reduction: Reduction, call: &Call<'_>) -> Result<()> {
         let bytes = reduction.bytes(count);
+        if bytes == 0 {
+            return self.nothing(call);
+        }
         self.operate(call, || match self.route(call, true)? {
             Route::Direct(stream) => self.reduce(send, recv, count, reduction, stream),
             Route::Staged(mut staging) => {
@@ -346,6 +357,9 @@ impl Transport for Custom {
     ) -> Result<()> {
         let CustomOps { rank, size, reduce_scatter, .. } = self.callbacks.ops;
         let bytes = reduction.bytes(count);
+        if bytes == 0 {
+            return self.nothing(call);
+        }
         self.operate(call, || match self.route(call, reduce_scatter.is_some())? {
             Route::Direct(stream) => self.scatter(send, recv, count, reduction, stream),
             Route::Staged(mut staging) => {
@@ -360,6 +374,9 @@ impl Transport for Custom {
 
     unsafe fn broadcast(&self, buffer: *mut u8, bytes: usize, root: u32, call: &Call<'_>) -> Result<()> {
         let CustomOps { rank, broadcast, .. } = self.callbacks.ops;
+        if bytes == 0 {
+            return self.nothing(call);
+        }
         self.operate(call, || match self.route(call, broadcast.is_some())? {
             Route::Direct(stream) => self.cast(buffer, bytes, root, stream),
             Route::Staged(mut staging) => {

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 
+use crate::float_environment;
+
 /// A job's body: (task, worker). Workers are numbered from 0, the calling thread.
 type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
@@ -159,6 +161,8 @@ impl Shared {
 }
 
 fn work(shared: &Shared, worker: usize) {
+    // A thread begins with the settings of the one that made it.
+    let _maker = float_environment::usual();
     let mut seen = 0;
     let mut state = shared.lock();
     loop {

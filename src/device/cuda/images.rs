@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use crate::{error, Result};
+use crate::{environment, error, Result};
 
 /// A kernel source.
 struct Stem {
@@ -68,7 +68,7 @@ pub struct Images {
 impl Images {
     /// The images for a device of this compute capability; from the folder that PFC_KERNEL_IMAGES names, if it names one.
     pub fn for_device(capability: (u32, u32)) -> Result<Images> {
-        match std::env::var_os("PFC_KERNEL_IMAGES").filter(|folder| !folder.is_empty()) {
+        match environment::setting("PFC_KERNEL_IMAGES") {
             Some(folder) => Images::read(STEMS, Path::new(&folder)),
             None => Images::choose(STEMS, EMBEDDED, capability),
         }

@@ -1,5 +1,6 @@
 //! What a head does with what it cannot use: the status and the text on every rank, and that it works afterwards or is poisoned.
 
+mod arrays;
 mod disagreement;
 mod lies;
 mod options;

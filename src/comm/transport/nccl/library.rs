@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use libloading::os::unix::{Library as Opened, RTLD_LOCAL, RTLD_NOW};
 use nccl_sys::{ncclComm_t, ncclResult_t, Nccl};
 
-use crate::{ensure, error, Error, Result};
+use crate::{ensure, environment, error, Error, Result};
 
 /// Names a library that is taken before all others.
 const VARIABLE: &str = "PFC_NCCL_LIB";
@@ -87,7 +87,7 @@ fn load() -> Result<Library> {
 fn open() -> Result<(Opened, String)> {
     // SAFETY: loading a library runs its initializers; NCCL is made for that.
     let load = |name: &str, flags| unsafe { Opened::open(Some(name), flags) };
-    if let Some(path) = std::env::var_os(VARIABLE) {
+    if let Some(path) = environment::setting(VARIABLE) {
         // SAFETY: as above.
         return match unsafe { Opened::open(Some(&path), RTLD_NOW | RTLD_LOCAL) } {
             Ok(opened) => Ok((opened, path.to_string_lossy().into_owned())),
