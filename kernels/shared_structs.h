@@ -134,11 +134,12 @@ struct Rule {
 
 // The updates that dense rows missed which were last brought up to date at one update
 // (advance_history). It lies at that update's number % history_capacity.
-// SGD: (w, m) -> (w + shift_w * w + w_m * m, m_w * w + m_m * m).
-// AdamW: shift_w is decay - 1; at an update's own number, w_m is its corrected_rate and m_w its
+// SGD: (w, m) -> (whole_w * w + w_m * m, m_w * w + m_m * m). shift_w is whole_w - 1, which has the
+// digits while it is above -1/2; from then on whole_w has them.
+// AdamW: whole_w is the decay; at an update's own number, w_m is its corrected_rate and m_w its
 // sqrt_v_scale.
 struct MissedUpdates {
-    double shift_w, w_m, m_w, m_m;
+    double shift_w, whole_w, w_m, m_w, m_m;
 };
 
 struct OptimizerSettings {

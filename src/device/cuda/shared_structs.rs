@@ -142,6 +142,7 @@ structures! {
     /// The updates that dense rows missed since one update, computed on the device.
     pub(crate) struct MissedUpdates {
         shift_w: f64,
+        whole_w: f64,
         w_m: f64,
         m_w: f64,
         m_m: f64,
@@ -261,7 +262,7 @@ const _: () = {
     assert!(std::mem::size_of::<StepBlock>() == 176);
     assert!(std::mem::size_of::<Ledger>() == 192);
     assert!(std::mem::size_of::<Rule>() == 48);
-    assert!(std::mem::size_of::<MissedUpdates>() == 32);
+    assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
     assert!(std::mem::size_of::<HeadArrays>() == 656);
 };
