@@ -51,15 +51,17 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadArrays head)) {
             row = head.sharded ? row_of(head, out) : out < head.block->rows ? out : kNone;
         }
         const float factor = row == kNone ? 0.0f : head.factors[row];
+        // A row far from this rank's negatives may be near another's: then its target counts.
+        const float coefficient = row == kNone ? 0.0f : head.coefficients[row];
         uint32_t target = kNone, center = 0;
         replay::Missed missed = {};
         float share = 0.0f;
-        if (factor != 0.0f) {
+        if (coefficient != 0.0f) {
             target = head.columns[head.block->first_computed + row];
             if (target != kNone) {
                 center = head.sample[target];
                 missed = replay::missed(head, center);
-                share = head.coefficients[row] * head.center_inverse_norms[target];
+                share = coefficient * head.center_inverse_norms[target];
             }
         }
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
@@ -77,13 +79,13 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadArrays head)) {
                     sum.w += more.w;
                 }
                 sum = rows::scaled(factor, sum);
-                if (target != kNone) {
-                    const ptx::Float4 w = replay::center(head, missed, center, column);
-                    sum.x += share * w.x;
-                    sum.y += share * w.y;
-                    sum.z += share * w.z;
-                    sum.w += share * w.w;
-                }
+            }
+            if (target != kNone) {
+                const ptx::Float4 w = replay::center(head, missed, center, column);
+                sum.x += share * w.x;
+                sum.y += share * w.y;
+                sum.z += share * w.z;
+                sum.w += share * w.w;
             }
             rows::write_floats(gradient + uint64_t(out) * head.dim, column, head.dim, sum);
         }

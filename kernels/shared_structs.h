@@ -192,9 +192,14 @@ struct HeadArrays {
     float* target_cosines;       // [row_capacity] or kElsewhere, kIgnored
     float* derivatives;          // [row_capacity] psi'
     float* coefficients;         // [row_capacity] coef_i, without loss weight
-    float* factors;              // [row_capacity] scale / L_i; 0: no gradient
-    float* row_sums;             // [row_capacity] N_i of this rank
+    float* factors;              // [row_capacity] scale / L_i, relative to the row's offset; 0: no
+                                 // gradient but the target's
+    float* row_sums;             // [row_capacity] N_i of this rank, relative to the row's offset
     float* best_negatives;       // [row_capacity]
+    float* shifts;               // [row_capacity] -log2(e) times the row's offset (far.h); null
+                                 // where all rows have offset c
+    uint32_t* far_tiles;         // [row_capacity / kTileRows] 1 where a row of a tile has an offset
+                                 // of its own; null as shifts
     // Results of the numerators by column tile: [column_tiles][row_capacity].
     float* partial_sums;
     float* partial_best;
@@ -207,7 +212,8 @@ struct HeadArrays {
     float* weighted_centers;     // [splits][row_capacity][depth_pitch] P W^, to be added over the
                                  // splits
     // The sums message.
-    float* sums;                 // sharded: [2 * label_capacity + 4] {N, zt, totals}
+    float* sums;                 // sharded: [2 * label_capacity + 4] {N, zt, totals}; with shifts
+                                 // [label_capacity] more: N of rows with offsets of their own
     double* replicated_sums;     // replicated: [4 + 4 * ranks]
     // The gradient message.
     float* gradient_send;        // [ranks][max_batch][d]

@@ -42,6 +42,11 @@ pub struct Target {
 
 /// Logits up to this need no offset: exp(64) times any count of classes is far from f32's largest number.
 const FREE_SCALE: f64 = 64.0;
+/// Up to this scale a sum is a normal float32 however far its negatives are: they are at least exp(-75 - 11), of e^-87.3.
+const LARGEST_COMMON_SCALE: f64 = 75.0;
+/// A row whose largest numerator has a lower exponent is taken again relative to it. What lies e^-27 below the largest of the other
+/// rows is lost, the least that float32 has being e^-87.3.
+const LEAST_EXPONENT: f64 = -60.0;
 /// Least sine in the derivative's denominator: at theta = 0 and pi the angle has no derivative by its cosine.
 const LEAST_SINE: f64 = 1e-4;
 
@@ -64,6 +69,22 @@ impl Margin {
     /// c = max(0, scale - 64): logits are at most the scale, so that this constant serves where others track a running maximum.
     pub fn offset(&self) -> f64 {
         (self.scale - FREE_SCALE).max(0.0)
+    }
+
+    /// Whether sums relative to c may leave float32, so that a row may have an offset of its own.
+    pub fn has_row_offsets(&self) -> bool {
+        self.scale > LARGEST_COMMON_SCALE
+    }
+
+    /// The offset of a row whose largest negative cosine is `best`, -2 without a negative: c, or the logit of that negative where
+    /// all numerators would be next to nothing relative to c.
+    ///
+    /// A negative above the filter counts as cosine 0, so that its numerator, exp(-c), is far from that.
+    pub fn row_offset(&self, best: f32) -> f32 {
+        let (offset, logit) = (self.offset(), self.scale * f64::from(best));
+        let filtered = self.interclass_filter > 0.0 && f64::from(best) > self.interclass_filter;
+        let far = best > -2.0 && !filtered && logit - offset < LEAST_EXPONENT;
+        (if self.has_row_offsets() && far { logit } else { offset }) as f32
     }
 
     /// The target logit at an angle theta in [0, pi], and its derivative:
@@ -197,6 +218,25 @@ mod tests {
         for (scale, offset) in [(1e-3, 0.0), (30.0, 0.0), (64.0, 0.0), (65.0, 1.0), (128.0, 64.0)] {
             assert_eq!(Margin { scale, ..margin(1.0, 0.5, 0.0) }.offset(), offset);
         }
+    }
+
+    #[test]
+    fn rows_far_from_all_negatives_have_an_offset_of_their_own() {
+        let at = |scale: f64, filter: f64, best: f32| {
+            let margin = Margin { scale, interclass_filter: filter, ..margin(1.0, 0.5, 0.0) };
+            (margin.has_row_offsets(), margin.row_offset(best))
+        };
+        for best in [-2.0, -1.0, 0.0, 1.0] {
+            assert_eq!([at(75.0, 0.0, best), at(64.0, 0.1, best)], [(false, 11.0), (false, 0.0)]);
+            assert!((75f64 + 11.0) < -f64::from(f32::MIN_POSITIVE).ln());
+        }
+        assert_eq!(at(128.0, 0.0, 0.04), (true, 64.0));
+        assert_eq!(at(128.0, 0.0, 0.03), (true, (128.0 * f64::from(0.03f32)) as f32));
+        assert_eq!(at(128.0, 0.0, -1.0), (true, -128.0));
+        // No negative at all; a negative above the filter, which counts as cosine 0.
+        assert_eq!([at(128.0, 0.0, -2.0), at(128.0, 0.01, 0.02)], [(true, 64.0); 2]);
+        assert_eq!(at(128.0, 0.01, -0.5), (true, -64.0));
+        assert_eq!([at(90.0, 0.0, -0.3).1, at(90.0, 0.0, -0.5).1], [26.0, -45.0]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::sizes::Sizes;
 use crate::device::HeadSpec;
 use crate::matrix::DType;
 use crate::memory::{zeros, Buffer};
-use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::Result;
 
 /// What travels in the messages of a step, by their names. A placement's head has no buffer for the other's messages.
@@ -38,7 +38,7 @@ impl Messages {
             embeddings_send: Buffer::zeroed(if_sharded(embeddings), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(if_sharded(ranks * embeddings), "gathered embeddings")?,
             send_scales: zeros(&[if gather_dtype == DType::F16 { if_sharded(max_batch) } else { 0 }], "scales of rows to gather")?,
-            sums: zeros(&[if_sharded(2 * rows + TOTALS)], "row sums")?,
+            sums: zeros(&[if_sharded(protocol::sum_elements(rows, &spec.options.margin))], "row sums")?,
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(if_sharded(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,

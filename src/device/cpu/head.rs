@@ -60,8 +60,10 @@ pub(super) struct StepState {
     pub(super) target_cosines: Vec<f32>,
     pub(super) derivatives: Vec<f32>,
     pub(super) coefficients: Vec<f32>,
-    /// scale / L_i, 0 for a row without gradient.
+    /// scale / L_i, 0 for a row without gradient; L_i, like N_i, is relative to the row's offset on this rank.
     pub(super) factors: Vec<f32>,
+    /// c, or the row's own: [`crate::margin::Margin::row_offset`].
+    pub(super) offsets: Vec<f32>,
     pub(super) row_sums: Vec<f32>,
     pub(super) best_negatives: Vec<f32>,
     pub(super) totals: Vec<f64>,
@@ -140,6 +142,7 @@ impl CpuHead {
             &mut step.derivatives,
             &mut step.coefficients,
             &mut step.factors,
+            &mut step.offsets,
             &mut step.row_sums,
             &mut step.best_negatives,
         ] {
@@ -404,7 +407,8 @@ impl HeadDevice for CpuHead {
                 out.fill(0.0);
                 let scaled = unsafe { scaled.range(row * pitch..row * pitch + dim) };
                 vector::scale_into(&units[row * pitch..row * pitch + dim], factors[row], scaled);
-                if factors[row] == 0.0 {
+                // A row far from this rank's negatives may be near another's: then its target counts.
+                if factors[row] == 0.0 && coefficients[row] == 0.0 {
                     continue;
                 }
                 for split in 0..splits {

@@ -55,6 +55,7 @@ impl CpuHead {
         Pass {
             shape: step.shape,
             softmax,
+            offsets: &step.offsets,
             units_transposed,
             targets: &step.draft.targets,
             rows,
@@ -64,8 +65,23 @@ impl CpuHead {
         }
     }
 
-    /// Phase 4: numerators, row sums and P @ W^; then the splits' sums in order.
+    /// Phase 4: numerators, row sums and P @ W^. All is done again if a row turns out to need an offset of its own: that happens to few
+    /// classes at a large scale alone, and to every other row it makes no difference.
     pub(super) fn multiply(&mut self) {
+        self.step.offsets.fill(self.softmax.offset);
+        self.multiply_by_offsets();
+        let mut again = false;
+        for (offset, &best) in self.step.offsets.iter_mut().zip(&self.step.best_negatives) {
+            let own = self.spec.options.margin.row_offset(best);
+            again |= own != std::mem::replace(offset, own);
+        }
+        if again {
+            self.multiply_by_offsets();
+        }
+    }
+
+    /// The pass over the sample with the offsets that the rows have; then the splits' sums in order.
+    fn multiply_by_offsets(&mut self) {
         let CpuHead { pool, softmax, rows: shard, step, replay, activations, .. } = self;
         let Activations { units_transposed, numerators, scratch, split_sums, split_best, weighted_centers, .. } = activations;
         let mut center_inverse_norms = std::mem::take(&mut step.center_inverse_norms);

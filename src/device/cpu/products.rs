@@ -119,6 +119,8 @@ const PREFETCH: usize = 4;
 pub(super) struct Pass<'a> {
     pub shape: Shape,
     pub softmax: Softmax,
+    /// c of each row, or the row's own offset.
+    pub offsets: &'a [f32],
     /// E^ transposed: [d, batch_pitch].
     pub units_transposed: &'a [f32],
     pub targets: &'a Targets,
@@ -190,7 +192,8 @@ impl<'a> Pass<'a> {
         }
         let (sums, best) = (&mut sums[..rows], &mut best[..rows]);
         for slot in 0..columns.len() {
-            vector::softmax_column(&mut numerators[slot * batch_pitch..slot * batch_pitch + rows], &self.softmax, sums, best);
+            let column = &mut numerators[slot * batch_pitch..slot * batch_pitch + rows];
+            vector::softmax_column(column, &self.softmax, self.offsets, sums, best);
         }
     }
 }

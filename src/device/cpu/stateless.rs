@@ -84,6 +84,7 @@ impl Cpu {
         &self,
         shape: &Shape,
         margin: &Margin,
+        offsets: &'a [f32],
         embedded: &'a Embedded<'a>,
         targets: &'a Targets,
         rows: &'a MatrixRows<'a>,
@@ -92,6 +93,7 @@ impl Cpu {
         Pass {
             shape: *shape,
             softmax: Softmax::new(margin),
+            offsets,
             units_transposed: embedded.transposed,
             targets,
             rows,
@@ -310,8 +312,9 @@ impl Device for Cpu {
         let best = unsafe { cutter.slice::<f32>(split_rows) };
         let inverse_norms = unsafe { cutter.slice::<f32>(shape.classes) };
         let pairs = target_pairs(targets);
+        let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, &offsets, &embedded, &pairs, &rows, &mut cutter);
         products::forward(
             &self.pool,
             &pass,
@@ -391,8 +394,9 @@ impl Device for Cpu {
             }
         }
         let pairs = target_pairs(targets);
+        let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, &offsets, &embedded, &pairs, &rows, &mut cutter);
         let input = UpdateInput { scaled, units: embedded.unit, coefficients };
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let center = &mut scratch_rows[..shape.dim];

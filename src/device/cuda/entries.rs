@@ -127,6 +127,7 @@ entries! {
     }
     "loss" {
         reduce_rows();
+        find_far_rows();
         pack_sums(i32, i32, u64);
         judge_sums(Address);
         scale_embeddings();

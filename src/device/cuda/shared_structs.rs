@@ -189,6 +189,8 @@ structures! {
         factors: *mut f32,
         row_sums: *mut f32,
         best_negatives: *mut f32,
+        shifts: *mut f32,
+        far_tiles: *mut u32,
         partial_sums: *mut f32,
         partial_best: *mut f32,
         center_operand: *mut u16,
@@ -264,7 +266,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 656);
+    assert!(std::mem::size_of::<HeadArrays>() == 672);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

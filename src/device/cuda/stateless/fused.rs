@@ -4,7 +4,7 @@
 
 use super::arguments::{check_workspace, CallArguments, ALIGNMENT};
 use super::{columns_of, CudaDevice, Shape};
-use crate::device::cuda::products::LARGEST_DIM;
+use crate::device::cuda::products::{Offsets, LARGEST_DIM};
 use crate::device::cuda::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_COLUMNS};
 use crate::device::cuda::sizes::weighted_splits;
 use crate::device::stateless::{checked_sums, checked_targets, checked_weight, must_be_f32};
@@ -117,7 +117,7 @@ impl CudaDevice {
             partial_best: arrays.partial_best.wrapping_sub(tiles as usize),
             ..*arrays
         };
-        self.gpu.products.numerators(&self.gpu.stream, arrays, first)
+        self.gpu.products.numerators(&self.gpu.stream, arrays, first, Offsets::Common)
     }
 
     pub(super) fn run_fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()> {
