@@ -235,6 +235,26 @@ PFC_DEVICE void judge_replicated(const HeadArrays& head) {
     block.only_target = block.classes <= 1 ? 1 : 0;
 }
 
+// src/device/cpu/vector.rs turn_tangent, for a warp's row.
+PFC_DEVICE void turn_tangent(const HeadArrays& head, uint32_t row) {
+    const uint64_t start = uint64_t(row) * head.depth_pitch;
+    const uint32_t lane = threadIdx.x % 32;
+    double squares = 0.0;
+    for (uint32_t column = rows::kGroup * lane; column < head.depth_pitch; column += rows::kSpan) {
+        squares = rows::add_squares(
+            squares, rows::read_group(head.tangents + start, column, head.depth_pitch));
+    }
+    const float sine_squared = float(warp_sum(squares)), cosine = head.target_cosines[row];
+    for (uint32_t column = rows::kGroup * lane; column < head.depth_pitch; column += rows::kSpan) {
+        const ptx::Float4 unit = rows::read_group(head.units + start, column, head.depth_pitch);
+        const ptx::Float4 t = rows::read_group(head.tangents + start, column, head.depth_pitch);
+        const ptx::Float4 turned = {
+            sine_squared * unit.x - cosine * t.x, sine_squared * unit.y - cosine * t.y,
+            sine_squared * unit.z - cosine * t.z, sine_squared * unit.w - cosine * t.w};
+        rows::write_group(head.tangents + start, column, head.depth_pitch, turned);
+    }
+}
+
 }  // namespace
 
 // Adds up row_sums and best_negatives over the tiles of columns. Four lanes share a row, each
@@ -358,7 +378,9 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) 
     }
 }
 
-// Writes E', the operand of the center gradient; rows to the end of the last tile are zero.
+// Writes E', the operand of the center gradient; rows to the end of the last tile are zero. And
+// turns the tangents, W^ - cos E^ so far, to E^ - cos W^ = sin^2 E^ - cos T: nothing cancels. Comes
+// once a step, after the embeddings' gradient.
 // launch: scale_embeddings blocks 4 per SM threads 256 shared 0
 // gate: scale_embeddings registers <= 40
 PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
@@ -369,6 +391,10 @@ PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
     const uint32_t end = round_up(count, kTileRows);
     for (uint32_t row = rows::first_row(); row < end; row += rows::row_stride()) {
         const float factor = row < count ? head.factors[row] : 0.0f;
+        if (row < count && head.coefficients[row] != 0.0f &&
+            head.columns[head.block->first_computed + row] != kNone) {
+            turn_tangent(head, row);
+        }
         for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.depth_pitch;
              column += rows::kSpan) {
             const uint64_t at = uint64_t(row) * head.depth_pitch + column;

@@ -55,6 +55,8 @@ pub(super) struct Activations {
     pub units_transposed: Buffer<f32>,
     /// E': [rows, row_pitch].
     pub scaled: Buffer<f32>,
+    /// Of the rows whose target is here, [rows, row_pitch]: W^ - cos E^ until the backward, then E^ - cos W^.
+    pub tangents: Buffer<f32>,
     /// P @ W^ by split: [splits, rows, row_pitch].
     pub weighted_centers: Buffer<f32>,
     /// N by split: [splits, rows].
@@ -74,6 +76,7 @@ impl Activations {
             units: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
             units_transposed: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
             scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
+            tangents: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "targets' tangents")?,
             weighted_centers: Buffer::zeroed(sizes.weighted_centers, "weighted centers")?,
             split_sums: Buffer::zeroed(sizes.split_rows, "row sums by split")?,
             split_best: Buffer::zeroed(sizes.split_rows, "row maxima by split")?,

@@ -260,8 +260,8 @@ pub(super) type GradientSink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 
 pub(super) struct UpdateInput<'a> {
     /// E' = scale * E^ / L: [rows, row_pitch].
     pub scaled: &'a [f32],
-    /// E^: [rows, row_pitch].
-    pub units: &'a [f32],
+    /// E^ - cos W^ of the rows whose target is here: [rows, row_pitch].
+    pub tangents: &'a [f32],
     /// coef_i of the rows whose target is here.
     pub coefficients: &'a [f32],
 }
@@ -313,7 +313,7 @@ pub(super) fn update<R>(
             let gradient = &mut gradients[slot * row_pitch..slot * row_pitch + dim];
             while let Some(&(_, row)) = targets.next_if(|target| target.0 as usize == column) {
                 let row = row as usize;
-                vector::add_scaled(gradient, input.coefficients[row], &input.units[row * row_pitch..row * row_pitch + dim]);
+                vector::add_scaled(gradient, input.coefficients[row], &input.tangents[row * row_pitch..row * row_pitch + dim]);
             }
             total += sink(column, gradient, scratch.scratch_rows);
         }

@@ -269,6 +269,27 @@ fn softmax_column_body<const FMA: bool>(
     }
 }
 
+/// Turns the part of W^ across E^ into that of E^ across W^, in place: sin^2 E^ - cos t, the sine being t's norm. Nothing cancels.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn turn_tangent(tangent: &mut [f32], unit: &[f32], cosine: f32) {
+    assert_eq!(tangent.len(), unit.len(), "turn_tangent needs two rows of one length");
+    let sine_squared = sum_of_squares(tangent) as f32;
+    turn_tangent_on(Simd::best(), tangent, unit, sine_squared, cosine)
+}
+
+clones! {
+    fn turn_tangent_on(tangent: &mut [f32], unit: &[f32], sine_squared: f32, cosine: f32) = turn_tangent_body;
+}
+
+#[inline(always)]
+fn turn_tangent_body(tangent: &mut [f32], unit: &[f32], sine_squared: f32, cosine: f32) {
+    for (t, u) in tangent.iter_mut().zip(unit) {
+        *t = sine_squared * u - cosine * *t;
+    }
+}
+
 /// The backward of normalize, in place: of dL/du for u = row * inverse_norm makes factor * (g - (g . u) u).
 ///
 /// With factor = inverse_norm that is dL/drow. Returns the sum of the squares of the result.

@@ -157,7 +157,7 @@ entries! {
         add_row_sums(u32, i32, Address);
         write_weighted_centers(MatrixView);
         weigh_rows(Address, Address);
-        finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
+        finish_given_rows(MatrixView, f64, MatrixView);
         write_center_rows(u64, u32, MatrixView, MatrixView);
     }
     "nearest" {

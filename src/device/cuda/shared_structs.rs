@@ -179,6 +179,7 @@ structures! {
         embeddings_recv: *mut u8,
         send_scales: *mut f32,
         units: *mut f32,
+        tangents: *mut f32,
         unit_operand: *mut u16,
         scaled_operand: *mut u16,
         inverse_norms: *mut f32,
@@ -266,7 +267,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 672);
+    assert!(std::mem::size_of::<HeadArrays>() == 680);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

@@ -440,16 +440,39 @@ void test_scaling(bool split, uint32_t dim, const Launch& launch) {
     shape.split = split;
     RowHead head(shape, dim);
     const uint32_t rows = head.block.rows, pitch = head.arrays.depth_pitch;
-    std::vector<float> units(head.arrays.plane_rows, NAN), factors;
+    std::vector<float> units(head.arrays.plane_rows, NAN), factors, coefficients, cosines;
+    std::vector<float> tangents(head.arrays.plane_rows, NAN);
     for (uint32_t row = 0; row < rows; ++row) {
         factors.push_back(row % 5 == 0 ? 0.0f : std::exp(30 * head.uniform()));
+        coefficients.push_back(row % 10 == 0 ? 0.0f : head.uniform());
+        cosines.push_back(head.uniform());
         for (uint32_t i = 0; i < pitch; ++i) {
             units[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
+            tangents[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
         }
     }
     head.memory.put(head.arrays.units, units);
     head.memory.put(head.arrays.factors, factors);
+    head.memory.put(head.arrays.coefficients, coefficients);
+    head.memory.put(head.arrays.target_cosines, cosines);
+    head.memory.put(head.arrays.tangents, tangents);
     head.launch(launch, "scale_embeddings");
+    const std::vector<float> turned = head.memory.get(head.arrays.tangents, rows * size_t(pitch));
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool pulled = coefficients[row] != 0 && head.columns[head.global(row)] != kNone;
+        double squares = 0;
+        for (uint32_t i = 0; i < pitch; ++i) {
+            squares += double(tangents[size_t(row) * pitch + i]) * tangents[size_t(row) * pitch + i];
+        }
+        bool right = true;
+        for (uint32_t i = 0; i < pitch; ++i) {
+            const size_t at = size_t(row) * pitch + i;
+            const double truth =
+                pulled ? squares * units[at] - double(cosines[row]) * tangents[at] : tangents[at];
+            right = right && close(turned[at], truth, 1e-6, 1e-6 * squares);
+        }
+        EXPECT(right, "tangent of row " + std::to_string(row));
+    }
     const uint64_t plane = head.arrays.plane_rows;
     const std::vector<uint16_t> operand = head.memory.get(head.arrays.scaled_operand, 3 * plane);
     bool right = true;

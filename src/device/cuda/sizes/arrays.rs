@@ -90,6 +90,7 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, embeddings_recv: u8, only(sharded, times(&[ranks, max_batch, dim, gathered])));
     array!(Activation, 1, send_scales: f32, only(sharded && capacities.gather_dtype == DType::F16, max_batch));
     array!(Activation, 1, units: f32, times(&[rows, pitch]));
+    array!(Activation, 1, tangents: f32, times(&[rows, pitch]));
     array!(Activation, 1, unit_operand: u16, times(&[planes, rows, pitch]));
     array!(Activation, 1, scaled_operand: u16, times(&[planes, rows, pitch]));
     array!(Activation, 1, inverse_norms: f32, rows);
