@@ -3,7 +3,7 @@
 //
 //     sent_i = s_i E_i,  s_i = 2^-floor(log2 max_k |E_ik|) where they travel in f16, else 1
 //     E^_i = sent_i / |sent_i| = E_i / |E_i|
-//     zt_i = scale * psi(angle(E_i, W_y)),  psi'_i
+//     zt_i = scale * psi(angle(E_i, W_y)),  psi'_i,  T_i = W^_y - cos E^_i
 //
 // A row in f16 has its largest magnitude in [1, 2), whatever its norm: it neither overflows nor
 // loses its digits, and the receiver needs its direction alone. The rank that sends it keeps s_i
@@ -178,8 +178,8 @@ PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
     block.row = head.sharded ? origin % head.max_batch : origin;
 }
 
-// The angle of each row whose class center is in this rank's sample, and the margin on it. Reads
-// the rows as they came, not E^, which is rounded.
+// The angle of each row whose class center is in this rank's sample, the margin on it, and the
+// tangent. Reads the rows as they came, not E^, which is rounded.
 // launch: find_targets blocks 4 per SM threads 256 shared 0
 // gate: find_targets registers <= 88
 PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadArrays head, MatrixView source)) {
@@ -201,7 +201,11 @@ PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadArrays head, MatrixView so
             [&](uint32_t column) {
                 return rows::read_typed(raw.data, raw.start, raw.dtype, column, head.dim);
             },
-            [&](uint32_t column) { return replay::center(head, missed, center, column); });
+            [&](uint32_t column) { return replay::center(head, missed, center, column); },
+            [&](uint32_t column, const ptx::Float4& tangent) {
+                rows::write_group(head.tangents + uint64_t(row) * head.depth_pitch, column,
+                                  head.depth_pitch, tangent);
+            });
         if (lane == 0) {
             const margin::Target found = margin::target(head.margin, angle);
             head.target_logits[row] = float(found.logit);

@@ -4,7 +4,7 @@
 //     zt_i = scale * psi(angle(E_i, W_y)),  N_i = sum of the chunks' partial sums
 //     L_i = N_i + exp(zt_i - c),  factor_i = scale / L_i
 //     coefficient_i = -scale * (N_i / L_i) * psi'_i
-//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y
+//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * (W^_y - cos E^_i)
 //     dE_i of dE^_i and dW_j of the center gradient's dW^_j by the backward of normalize
 //
 // Floor: B d elements of E, of P @ W^ and of dE, S d of W, dW^ and dW, each once or twice. Agrees
@@ -20,8 +20,8 @@ PFC_DEVICE ptx::Float4 group_of(const MatrixView& matrix, uint64_t row, uint32_t
 
 }  // namespace
 
-// Writes derivatives and, unless null, target_logits: 0 for rows whose class is not among the
-// centers.
+// Writes derivatives and, unless null, target_logits and tangents: 0 for rows whose class is not
+// among the centers, which have no tangent.
 // launch: find_given_targets blocks 4 per SM threads 256 shared 0
 // gate: find_given_targets registers <= 128
 PFC_KERNEL_OF(find_given_targets, 256, 2,
@@ -34,7 +34,13 @@ PFC_KERNEL_OF(find_given_targets, 256, 2,
         if (target != kNone) {
             const double angle = angle::between(
                 head.dim, [&](uint32_t column) { return group_of(embeddings, row, column); },
-                [&](uint32_t column) { return group_of(centers, target, column); });
+                [&](uint32_t column) { return group_of(centers, target, column); },
+                [&](uint32_t column, const ptx::Float4& tangent) {
+                    if (head.tangents != nullptr) {
+                        rows::write_group(head.tangents + uint64_t(row) * head.depth_pitch, column,
+                                          head.depth_pitch, tangent);
+                    }
+                });
             found = margin::target(head.margin, angle);
         }
         if (lane == 0) {
@@ -106,19 +112,16 @@ PFC_KERNEL_OF(weigh_rows, 256, 4,
     }
 }
 
-// Writes dE to the caller's matrix. Comes after all chunks of W^, whose norms it reads.
+// Writes dE to the caller's matrix. Comes before scale_embeddings, which turns the tangents.
 // launch: finish_given_rows blocks 4 per SM threads 256 shared 0
 // gate: finish_given_rows registers <= 64
 PFC_KERNEL_OF(finish_given_rows, 256, 4,
-              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView centers,
-               MatrixView weighted_centers, double loss_weight, MatrixView gradient)) {
+              (const PFC_GRID_CONSTANT HeadArrays head, MatrixView weighted_centers,
+               double loss_weight, MatrixView gradient)) {
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
-        const float factor = head.factors[row];
-        const uint32_t target = head.columns[row];
-        const bool pulled = factor != 0.0f && target != kNone;
-        const float share =
-            pulled ? head.coefficients[row] * head.center_inverse_norms[target] : 0.0f;
+        const float factor = head.factors[row], coefficient = head.coefficients[row];
+        const bool pulled = coefficient != 0.0f && head.columns[row] != kNone;
         // The gradient of the unit row, computed twice rather than kept.
         auto unit_gradient = [&](uint32_t column) {
             ptx::Float4 sum = rows::zeros();
@@ -126,9 +129,10 @@ PFC_KERNEL_OF(finish_given_rows, 256, 4,
                 sum = rows::scaled(factor, group_of(weighted_centers, row, column));
             }
             if (pulled) {
-                const ptx::Float4 w = group_of(centers, target, column);
-                sum = ptx::Float4{sum.x + share * w.x, sum.y + share * w.y, sum.z + share * w.z,
-                                  sum.w + share * w.w};
+                const ptx::Float4 t = rows::read_group(
+                    head.tangents + uint64_t(row) * head.depth_pitch, column, head.depth_pitch);
+                sum = ptx::Float4{sum.x + coefficient * t.x, sum.y + coefficient * t.y,
+                                  sum.z + coefficient * t.z, sum.w + coefficient * t.w};
             }
             return sum;
         };

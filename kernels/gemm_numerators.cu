@@ -13,6 +13,9 @@
 // Agrees with src/device/cpu/products.rs `numerators` and src/device/cpu/vector.rs
 // `softmax_column`.
 //
+// The entries _far take each row's own offset in place of c (far.h). `far_only` 1: they leave tiles
+// as they are whose rows all have offset c; the rest of a tile comes out as it was.
+//
 // Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs. The tile scheduler gives
 // a CTA every gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share
 // the rows of W^, and E^ stays in the second-level cache.
@@ -47,8 +50,9 @@ PFC_DEVICE TileIndex tile_index_of(const HeadArrays& head, uint32_t first, uint3
     return {tile % row_blocks * kRows, column, columns - column, column < columns};
 }
 
-template <tile::Type kType, int kPlanes>
-PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, unsigned char* shared) {
+template <tile::Type kType, int kPlanes, bool kOwnOffsets>
+PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, int32_t far_only,
+                           unsigned char* shared) {
     using Mainloop =
         tile::Mainloop<Shape, kType, tile::Depth::kAlong, tile::Depth::kAlong, kPlanes>;
     using Beside = epilogue::BesidePipeline<Mainloop::kM>;
@@ -66,6 +70,12 @@ PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, unsigned char
         if (!index.exists) {
             return;
         }
+        if constexpr (kOwnOffsets) {
+            static_assert(Shape::kTile.m == kTileRows, "far_tiles has these tiles");
+            if (far_only != 0 && head.far_tiles[index.row / kTileRows] == 0) {
+                continue;
+            }
+        }
         // The epilogue reads them; the mainloop's barriers publish them before that.
         if (threadIdx.x < uint32_t(Mainloop::kM)) {
             beside.masks[threadIdx.x] = epilogue::row_mask(head, index.row + threadIdx.x,
@@ -78,7 +88,11 @@ PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, unsigned char
                      {head.center_operand + uint64_t(index.column) * pitch, head.plane_centers,
                       pitch, 0},
                      pitch);
-        epilogue::exponentiate(mainloop, shared, beside);
+        const float* shifts = nullptr;
+        if constexpr (kOwnOffsets) {
+            shifts = head.shifts + tile_index_of(head, first, tile).row;
+        }
+        epilogue::exponentiate<kOwnOffsets>(mainloop, shared, beside, shifts);
         __syncthreads();
         // The index is computed again rather than kept: the mainloop needs the registers.
         index = tile_index_of(head, first, tile);
@@ -92,11 +106,23 @@ PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, unsigned char
 PFC_KERNEL_OF(gemm_numerators_half, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
               (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first)) {
     PFC_DYNAMIC_SHARED(shared);
-    numerators<tile::Type::kHalf, 1>(head, first, shared);
+    numerators<tile::Type::kHalf, 1, false>(head, first, 0, shared);
 }
 
 PFC_KERNEL_OF(gemm_numerators_f32, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
               (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first)) {
     PFC_DYNAMIC_SHARED(shared);
-    numerators<tile::Type::kBfloat, 3>(head, first, shared);
+    numerators<tile::Type::kBfloat, 3, false>(head, first, 0, shared);
+}
+
+PFC_KERNEL_OF(gemm_numerators_half_far, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first, int32_t far_only)) {
+    PFC_DYNAMIC_SHARED(shared);
+    numerators<tile::Type::kHalf, 1, true>(head, first, far_only, shared);
+}
+
+PFC_KERNEL_OF(gemm_numerators_f32_far, Shape::kTile.threads(), Shape::kTile.ctas_per_sm,
+              (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first, int32_t far_only)) {
+    PFC_DYNAMIC_SHARED(shared);
+    numerators<tile::Type::kBfloat, 3, true>(head, first, far_only, shared);
 }

@@ -1,16 +1,17 @@
 // The gradient of the embeddings: of the unit rows, then back through normalize.
 //
-//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * W^_y
+//     dE^_i = factor_i * (P @ W^)_i + coefficient_i * T_i,  T_i = W^_y - cos E^_i
 //     dE_i = (dE^_i - (dE^_i . E^_i) E^_i) * s_i / |sent_i| * factor / valid rows
 //
 // where sent_i = s_i E_i is the row as it travelled (embeddings.cu), so that s_i / |sent_i| is
-// 1 / |E_i|.
+// 1 / |E_i|. Of W^_y the part across E^ is all that the backward leaves; on its own it keeps its
+// digits where the two nearly agree.
 //
 // Fused: the sum over the splits of the weighted centers, the target's term, the order of rows in
 // the gradient message. Floor: splits * B * pitch floats and B target rows read, ranks * max_batch
 // * d floats written (16 MB at 4096 rows of 512 and one split). Agrees with `backward` and
 // `finish_gradient` of src/device/cpu/head.rs and normalize_backward (src/device/cpu/vector.rs).
-#include "replay.h"
+#include "rows.h"
 
 namespace {
 
@@ -51,17 +52,10 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadArrays head)) {
             row = head.sharded ? row_of(head, out) : out < head.block->rows ? out : kNone;
         }
         const float factor = row == kNone ? 0.0f : head.factors[row];
-        uint32_t target = kNone, center = 0;
-        replay::Missed missed = {};
-        float share = 0.0f;
-        if (factor != 0.0f) {
-            target = head.columns[head.block->first_computed + row];
-            if (target != kNone) {
-                center = head.sample[target];
-                missed = replay::missed(head, center);
-                share = head.coefficients[row] * head.center_inverse_norms[target];
-            }
-        }
+        // A row far from this rank's negatives may be near another's: then its target counts.
+        const float coefficient = row == kNone ? 0.0f : head.coefficients[row];
+        const bool pulled =
+            coefficient != 0.0f && head.columns[head.block->first_computed + row] != kNone;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 sum = rows::zeros();
@@ -77,13 +71,14 @@ PFC_KERNEL(embedding_gradient, (const PFC_GRID_CONSTANT HeadArrays head)) {
                     sum.w += more.w;
                 }
                 sum = rows::scaled(factor, sum);
-                if (target != kNone) {
-                    const ptx::Float4 w = replay::center(head, missed, center, column);
-                    sum.x += share * w.x;
-                    sum.y += share * w.y;
-                    sum.z += share * w.z;
-                    sum.w += share * w.w;
-                }
+            }
+            if (pulled) {
+                const ptx::Float4 t = rows::read_group(
+                    head.tangents + uint64_t(row) * head.depth_pitch, column, head.depth_pitch);
+                sum.x += coefficient * t.x;
+                sum.y += coefficient * t.y;
+                sum.z += coefficient * t.z;
+                sum.w += coefficient * t.w;
             }
             rows::write_floats(gradient + uint64_t(out) * head.dim, column, head.dim, sum);
         }

@@ -4,10 +4,14 @@
 //     L_i = N_i + exp(zt_i - c),  loss_i = log1p(exp(-|x|)) + max(x, 0) with x = ln N_i + c - zt_i
 //     factor_i = scale / L_i,  coefficient_i = -scale * (N_i / L_i) * psi'_i,  E' = factor_i * E^_i
 //
+// A row that is far from all its negatives (far.h) has its N relative to an offset of its own, and
+// so is its factor. N and L are doubles, which have them relative to exp(c) however small.
+//
 // Agrees with src/device/cpu/loss.rs and src/protocol.rs, in double where the CPU has doubles.
 // reduce_rows reads the tiles' sums, 8 bytes for 128 columns of a row: 32 MB at 4096 rows and
 // 125000 columns; scale_embeddings B * pitch floats and as many operands; the others are one CTA
 // each and wait for latency.
+#include "far.h"
 #include "ptx/atomic.h"
 #include "reduce.h"
 #include "rows.h"
@@ -33,7 +37,7 @@ PFC_DEVICE float pack_error(uint32_t rank) {
 
 // Computes loss, coefficient and factor of a row from its reduced sums; NaN where they leave
 // float32.
-PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, float sum, float logit,
+PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, double sum, float logit,
                              bool only_target) {
     if (head.target_cosines[row] == kIgnored || only_target) {
         head.coefficients[row] = 0.0f;
@@ -41,30 +45,41 @@ PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, float sum, fl
         return 0.0;
     }
     const double offset = head.margin.offset, over = double(logit) - offset;
-    const double denominator = double(sum) + exp(over);
-    const float factor = float(head.margin.scale / denominator);
-    if (!(double(sum) > 0.0) || !rows::is_finite(denominator) ||
+    const double denominator = sum + exp(over);
+    // Without a negative on this rank there is nothing to weigh, and where the other ranks' are far
+    // 1 / L would leave float32.
+    const bool alone = head.shifts != nullptr && head.best_negatives[row] == kElsewhere;
+    const float factor =
+        alone ? 0.0f : float(head.margin.scale / denominator * far::from_own_offset(head, row));
+    if (!(sum > 0.0) || !rows::is_finite(denominator) ||
         !rows::is_finite(double(factor))) {
         return nan("");
     }
     head.factors[row] = factor;
     head.coefficients[row] =
-        float(-head.margin.scale * (double(sum) / denominator) * double(head.derivatives[row]));
-    const double excess = log(double(sum)) - over;
+        float(-head.margin.scale * (sum / denominator) * double(head.derivatives[row]));
+    const double excess = log(sum) - over;
     return (excess > 0.0 ? excess : 0.0) + log1p(exp(-fabs(excess)));
 }
 
 // Calls finish_row for all rows; returns the sum of their losses, in every thread. `sums` and
-// `logits` are those of the sums message or this rank's own.
+// `logits` are those of the sums message (`all_ranks`) or this rank's own.
 PFC_DEVICE double finish_rows(const HeadArrays& head, const float* sums, const float* logits,
-                              bool only_target, const Shared& shared) {
+                              bool all_ranks, bool only_target, const Shared& shared) {
+    const double far_unit = exp(-far::kTravelExponent);
     if (threadIdx.x == 0) {
         *shared.bad_row = kNone;
     }
     __syncthreads();
     double loss = 0.0;
     for (uint32_t row = threadIdx.x; row < head.block->rows; row += blockDim.x) {
-        const double row_loss = finish_row(head, row, sums[row], logits[row], only_target);
+        double sum = double(sums[row]);
+        if (!all_ranks) {
+            sum *= far::from_own_offset(head, row);
+        } else if (head.shifts != nullptr) {
+            sum += double(far::far_sums(head)[row]) * far_unit;
+        }
+        const double row_loss = finish_row(head, row, sum, logits[row], only_target);
         if (row_loss != row_loss) {
             ptx::atomic_min(shared.bad_row, row);
         }
@@ -91,8 +106,15 @@ PFC_DEVICE void pack_sharded(const HeadArrays& head, int32_t own_status, int32_t
     const bool counts = own_status == kOk && block.status == kOk;
     for (uint32_t i = threadIdx.x; i < head.label_capacity; i += blockDim.x) {
         const bool row = counts && i < block.rows;
-        head.sums[i] = row ? head.row_sums[i] : 0.0f;
+        const bool own = row && far::has_own_offset(head, i);
+        head.sums[i] = row && !own ? head.row_sums[i] : 0.0f;
         head.sums[head.label_capacity + i] = row ? head.target_logits[i] : 0.0f;
+        if (head.shifts != nullptr) {
+            const double exponent =
+                own ? -double(head.shifts[i]) / far::kLog2E - head.margin.offset : 0.0;
+            far::far_sums(head)[i] =
+                own ? float(double(head.row_sums[i]) * exp(exponent + far::kTravelExponent)) : 0.0f;
+        }
     }
     const double cosines = counts ? sum_cosines(head, shared) : 0.0;
     if (threadIdx.x == 0) {
@@ -115,7 +137,8 @@ PFC_DEVICE void pack_replicated(const HeadArrays& head, int32_t own_status, int3
         status = double(block.status);
         row = block.fault == kFaultEmbedding ? double(block.row) : 0.0;
     } else {
-        loss = finish_rows(head, head.row_sums, head.target_logits, block.classes <= 1, shared);
+        loss = finish_rows(head, head.row_sums, head.target_logits, false, block.classes <= 1,
+                           shared);
         cosines = sum_cosines(head, shared);
         if (*shared.bad_row != kNone) {
             status = double(kNotFinite);
@@ -157,8 +180,8 @@ PFC_DEVICE double judge_sharded(const HeadArrays& head, const Shared& shared) {
     double loss = 0.0;
     const bool failed = !(errors < kOneError);
     if (!failed) {
-        loss =
-            finish_rows(head, head.sums, head.sums + head.label_capacity, classes <= 1.0f, shared);
+        loss = finish_rows(head, head.sums, head.sums + head.label_capacity, true, classes <= 1.0f,
+                           shared);
     }
     if (threadIdx.x == 0) {
         if (failed) {
@@ -212,6 +235,26 @@ PFC_DEVICE void judge_replicated(const HeadArrays& head) {
     block.only_target = block.classes <= 1 ? 1 : 0;
 }
 
+// src/device/cpu/vector.rs turn_tangent, for a warp's row.
+PFC_DEVICE void turn_tangent(const HeadArrays& head, uint32_t row) {
+    const uint64_t start = uint64_t(row) * head.depth_pitch;
+    const uint32_t lane = threadIdx.x % 32;
+    double squares = 0.0;
+    for (uint32_t column = rows::kGroup * lane; column < head.depth_pitch; column += rows::kSpan) {
+        squares = rows::add_squares(
+            squares, rows::read_group(head.tangents + start, column, head.depth_pitch));
+    }
+    const float sine_squared = float(warp_sum(squares)), cosine = head.target_cosines[row];
+    for (uint32_t column = rows::kGroup * lane; column < head.depth_pitch; column += rows::kSpan) {
+        const ptx::Float4 unit = rows::read_group(head.units + start, column, head.depth_pitch);
+        const ptx::Float4 t = rows::read_group(head.tangents + start, column, head.depth_pitch);
+        const ptx::Float4 turned = {
+            sine_squared * unit.x - cosine * t.x, sine_squared * unit.y - cosine * t.y,
+            sine_squared * unit.z - cosine * t.z, sine_squared * unit.w - cosine * t.w};
+        rows::write_group(head.tangents + start, column, head.depth_pitch, turned);
+    }
+}
+
 }  // namespace
 
 // Adds up row_sums and best_negatives over the tiles of columns. Four lanes share a row, each
@@ -250,12 +293,38 @@ PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
     }
 }
 
+// Writes the shifts of all rows from their largest negatives, and which tiles of rows have one that
+// is not c's. A thread a row.
+// launch: find_far_rows blocks 4 per SM threads 128 shared 256
+// gate: find_far_rows registers <= 48
+PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    PFC_DYNAMIC_SHARED(dynamic);
+    const StepBlock& block = *head.block;
+    if (block.status != kOk) {
+        return;
+    }
+    const uint32_t tiles = ceil_div(block.rows, kTileRows);
+    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        uint32_t count = 0;
+        for (uint32_t i = threadIdx.x; i < kTileRows; i += blockDim.x) {
+            const uint32_t row = tile * kTileRows + i;
+            const float best = row < block.rows ? head.best_negatives[row] : kElsewhere;
+            head.shifts[row] = far::shift_of(head.margin, best);
+            count += far::has_own_offset(head, row) ? 1 : 0;
+        }
+        count = block_sum(count, dynamic);
+        if (threadIdx.x == 0) {
+            head.far_tiles[tile] = count != 0 ? 1 : 0;
+        }
+    }
+}
+
 // Writes this rank's terms of the sums message, also for a failed step: the other ranks wait for
 // them. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
 // no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
 // other ranks' hosts read both.
 // launch: pack_sums blocks 1 threads 256 shared 272
-// gate: pack_sums registers <= 56
+// gate: pack_sums registers <= 64
 PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status,
                        int32_t loss_place, uint64_t sample_limit)) {
     PFC_DYNAMIC_SHARED(dynamic);
@@ -272,7 +341,7 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_stat
 // The verdict on the reduced sums, and the loss; `loss` may be null. This ends a step's forward: it
 // counts a step that failed anywhere.
 // launch: judge_sums blocks 1 threads 256 shared 272
-// gate: judge_sums registers <= 56
+// gate: judge_sums registers <= 72
 PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
@@ -309,7 +378,9 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) 
     }
 }
 
-// Writes E', the operand of the center gradient; rows to the end of the last tile are zero.
+// Writes E', the operand of the center gradient; rows to the end of the last tile are zero. And
+// turns the tangents, W^ - cos E^ so far, to E^ - cos W^ = sin^2 E^ - cos T: nothing cancels. Comes
+// once a step, after the embeddings' gradient.
 // launch: scale_embeddings blocks 4 per SM threads 256 shared 0
 // gate: scale_embeddings registers <= 40
 PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
@@ -320,6 +391,10 @@ PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
     const uint32_t end = round_up(count, kTileRows);
     for (uint32_t row = rows::first_row(); row < end; row += rows::row_stride()) {
         const float factor = row < count ? head.factors[row] : 0.0f;
+        if (row < count && head.coefficients[row] != 0.0f &&
+            head.columns[head.block->first_computed + row] != kNone) {
+            turn_tangent(head, row);
+        }
         for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.depth_pitch;
              column += rows::kSpan) {
             const uint64_t at = uint64_t(row) * head.depth_pitch + column;

@@ -2,8 +2,8 @@
 // row is read.
 //
 // SGD: (w, m) -> (keep * w + (w_w * w + w_m * m), m_w * w + m_m * m), the product of the missed
-// updates' matrices. AdamW, for n missed updates: w -> w + (decay - 1) * w - m * sum_k rate_k /
-// (scale_k * sqrt(v) + epsilon), m -> beta1^n * m, v -> beta2^n * v.
+// updates' matrices. AdamW, for n missed updates: w -> decay * w - m * sum_k rate_k / (scale_k *
+// sqrt(v) + epsilon), m -> beta1^n * m, v -> beta2^n * v; decay = keep + w_w.
 //
 // head.missed_updates is a ring. Slot s is for the rows whose last update is the latest before now
 // with number mod history_capacity = s. So a row may be behind by history_capacity updates and no
@@ -22,9 +22,10 @@ namespace replay {
 struct Missed {
     uint64_t last_update;
     uint64_t count;                   // missed updates; 0: the row is current
-    float keep, w_w, w_m, m_w, m_m;   // SGD
-    float decay, shrink_m, shrink_v;  // AdamW: decay - 1
-    uint32_t moves;                   // AdamW: missed updates whose moves count
+    float keep, w_w;           // what is left of w: keep is 1 or 0
+    float w_m, m_w, m_m;       // SGD
+    float shrink_m, shrink_v;  // AdamW
+    uint32_t moves;            // AdamW: missed updates whose moves count
 };
 
 PFC_DEVICE const MissedUpdates& slot(const HeadArrays& head, uint64_t update) {
@@ -42,17 +43,15 @@ PFC_DEVICE Missed missed(const HeadArrays& head, uint32_t row) {
         return missed;
     }
     const MissedUpdates update = slot(head, missed.last_update);
+    const bool near = update.shift_w > -0.5;
+    missed.keep = near ? 1.0f : 0.0f;
+    missed.w_w = float(near ? update.shift_w : update.whole_w);
     if (head.optimizer.adamw) {
-        missed.decay = float(update.shift_w);
         missed.shrink_m = float(rule::power(head.optimizer.beta1, missed.count));
         missed.shrink_v = float(rule::power(head.optimizer.beta2, missed.count));
         const uint64_t replayed = head.optimizer.replayed_updates;
         missed.moves = uint32_t(missed.count < replayed ? missed.count : replayed);
     } else {
-        // The factor is 1 + shift_w. Near 1, the digits are in shift_w; far from 1, in the sum.
-        const bool near = update.shift_w > -0.5;
-        missed.keep = near ? 1.0f : 0.0f;
-        missed.w_w = float(near ? update.shift_w : 1.0 + update.shift_w);
         missed.w_m = float(update.w_m);
         missed.m_w = float(update.m_w);
         missed.m_m = float(update.m_m);
@@ -69,7 +68,8 @@ PFC_DEVICE void replay_sgd(const Missed& missed, float& w, float& m) {
 }
 
 PFC_DEVICE void replay_adamw(const Missed& missed, float sum, float& w, float& m, float& v) {
-    w = ptx::add(w, ptx::subtract(ptx::multiply(missed.decay, w), ptx::multiply(m, sum)));
+    const float moved = ptx::subtract(ptx::multiply(missed.w_w, w), ptx::multiply(m, sum));
+    w = ptx::add(ptx::multiply(missed.keep, w), moved);
     m = ptx::multiply(m, missed.shrink_m);
     v = ptx::multiply(v, missed.shrink_v);
 }
@@ -87,7 +87,7 @@ PFC_DEVICE ptx::Float4 moves(const HeadArrays& head, const Missed& missed, const
         if (number <= missed.moves) {
             const MissedUpdates update = slot(head, missed.last_update + number);
             // The decay after this move is the one of a row that was left at this update.
-            const double decay = number == missed.count ? 1.0 : 1.0 + update.shift_w;
+            const double decay = number == missed.count ? 1.0 : update.whole_w;
             rate = float(update.w_m * rule::power(head.optimizer.beta1, number) * decay);
             scale = float(update.m_w * rule::power(sqrt_beta2, number));
         }

@@ -152,11 +152,12 @@ struct Rule {
 
 // The updates that dense rows missed which were last brought up to date at one update
 // (advance_history). It lies at that update's number % history_capacity.
-// SGD: (w, m) -> (w + shift_w * w + w_m * m, m_w * w + m_m * m).
-// AdamW: shift_w is decay - 1; at an update's own number, w_m is its corrected_rate and m_w its
+// SGD: (w, m) -> (whole_w * w + w_m * m, m_w * w + m_m * m). shift_w is whole_w - 1, which has the
+// digits while it is above -1/2; from then on whole_w has them.
+// AdamW: whole_w is the decay; at an update's own number, w_m is its corrected_rate and m_w its
 // sqrt_v_scale.
 struct MissedUpdates {
-    double shift_w, w_m, m_w, m_m;
+    double shift_w, whole_w, w_m, m_w, m_m;
 };
 
 struct OptimizerSettings {
@@ -200,6 +201,8 @@ struct HeadArrays {
     // E^ in float32, and as operands of the products: planes of [row_capacity][depth_pitch] values
     // of 16 bits.
     float* units;                // [row_capacity][depth_pitch]
+    float* tangents;             // [row_capacity][depth_pitch] of rows whose target is here: W^ -
+                                 // cos E^ (find_targets), then E^ - cos W^ (scale_embeddings)
     uint16_t* unit_operand;      // left side of the numerators; half: 1 plane of fp16; f32: 3 of
                                  // bf16
     uint16_t* scaled_operand;    // E' = scale E^ / L, right side of the center gradient; half: 1
@@ -209,9 +212,14 @@ struct HeadArrays {
     float* target_cosines;       // [row_capacity] or kElsewhere, kIgnored
     float* derivatives;          // [row_capacity] psi'
     float* coefficients;         // [row_capacity] coef_i, without loss weight
-    float* factors;              // [row_capacity] scale / L_i; 0: no gradient
-    float* row_sums;             // [row_capacity] N_i of this rank
+    float* factors;              // [row_capacity] scale / L_i, relative to the row's offset; 0: no
+                                 // gradient but the target's
+    float* row_sums;             // [row_capacity] N_i of this rank, relative to the row's offset
     float* best_negatives;       // [row_capacity]
+    float* shifts;               // [row_capacity] -log2(e) times the row's offset (far.h); null
+                                 // where all rows have offset c
+    uint32_t* far_tiles;         // [row_capacity / kTileRows] 1 where a row of a tile has an offset
+                                 // of its own; null as shifts
     // Results of the numerators by column tile: [column_tiles][row_capacity].
     float* partial_sums;
     float* partial_best;
@@ -224,7 +232,8 @@ struct HeadArrays {
     float* weighted_centers;     // [splits][row_capacity][depth_pitch] P W^, to be added over the
                                  // splits
     // The sums message.
-    float* sums;                 // sharded: [2 * label_capacity + 4] {N, zt, totals}
+    float* sums;                 // sharded: [2 * label_capacity + 4] {N, zt, totals}; with shifts
+                                 // [label_capacity] more: N of rows with offsets of their own
     double* replicated_sums;     // replicated: [4 + 4 * ranks]
     // The gradient message.
     float* gradient_send;        // [ranks][max_batch][d]

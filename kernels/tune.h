@@ -146,6 +146,7 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // registers and of the 100 KiB that the small devices have, less 1 KiB, which the system takes.
 //
 // gate: gemm_numerators_half registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
+// gate: gemm_numerators_half_far registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
 // gate: gemm_weighted_centers_half registers <= 128 shared kWeightedShared <= 50176 HMMA 32
 // gate: gemm_center_gradient_half_128 registers <= 128 shared kGradShared128 <= 50176 HMMA 16
 // gate: gemm_center_gradient_half_256 registers <= 255 shared kGradShared256 <= 101376 HMMA 64
@@ -155,6 +156,7 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // gate: gemm_center_gradient_half_1024 on 80,90a,100 shared kGradShared1024Deep <= 166912
 //
 // gate: gemm_numerators_f32 registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
+// gate: gemm_numerators_f32_far registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
 // gate: gemm_weighted_centers_f32 registers <= 128 shared kWeightedShared <= 50176 HMMA 32
 // gate: gemm_center_gradient_f32_128 registers <= 128 shared kGradShared128 <= 50176 HMMA 16
 // gate: gemm_center_gradient_f32_256 registers <= 255 shared kGradShared256 <= 101376 HMMA 64

@@ -93,11 +93,21 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
     }
 }
 
+namespace {
+
+// What is left of w: `shift` is whole - 1, which has the digits near 1. src/optimizer/replay.rs Decay.
+PFC_DEVICE void change(MissedUpdates& missed, double shift, double whole, double by) {
+    missed.shift_w = shift + by;
+    missed.whole_w = missed.shift_w > -0.5 ? 1.0 + missed.shift_w : whole + by;
+}
+
+}  // namespace
+
 // Adds this update to what the rows of every age missed, before end_update counts it.
 //
 // A missed update of SGD is (w, m) -> (w - lr * m', m') with m' = momentum * m + weight_decay * w:
 // one matrix for all elements of all rows, multiplied onto each slot's product. The product's first
-// entry is stored less 1, because its digits are in the distance from 1.
+// entry is stored as it is and less 1: near 1 its digits are in the distance from 1.
 // launch: advance_history blocks 1 per SM threads 256 shared 0
 // gate: advance_history registers <= 32
 PFC_KERNEL(advance_history, (const PFC_GRID_CONSTANT HeadArrays head)) {
@@ -114,21 +124,21 @@ PFC_KERNEL(advance_history, (const PFC_GRID_CONSTANT HeadArrays head)) {
          slot += gridDim.x * blockDim.x) {
         MissedUpdates missed = head.missed_updates[slot];
         if (head.optimizer.adamw) {
-            // 1 + a, times 1 - lr * decay.
-            const double a = slot == newest ? 0.0 : missed.shift_w, lost = rate * decay;
-            missed.shift_w = a - (1.0 + a) * lost;
+            const bool none = slot == newest;
+            const double a = none ? 0.0 : missed.shift_w, whole = none ? 1.0 : missed.whole_w;
+            change(missed, a, whole, -whole * (rate * decay));
             if (slot == next) {
                 missed.w_m = rule.corrected_rate;
                 missed.m_w = rule.sqrt_v_scale;
             }
         } else {
-            // [1 - lr wd, -lr mu; wd, mu] * [1 + a, b; c, d]. The rows left at the newest update
+            // [1 - lr wd, -lr mu; wd, mu] * [whole, b; c, d]. The rows left at the newest update
             // had missed nothing yet.
             const bool none = slot == newest;
             const double a = none ? 0.0 : missed.shift_w, b = none ? 0.0 : missed.w_m;
             const double c = none ? 0.0 : missed.m_w, d = none ? 1.0 : missed.m_m;
-            const double first = 1.0 + a;
-            missed.shift_w = a - rate * (decay * first + mu * c);
+            const double first = none ? 1.0 : missed.whole_w;
+            change(missed, a, first, -rate * (decay * first + mu * c));
             missed.w_m = b - rate * (decay * b + mu * d);
             missed.m_w = decay * first + mu * c;
             missed.m_m = decay * b + mu * d;

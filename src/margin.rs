@@ -42,6 +42,11 @@ pub struct Target {
 
 /// Logits up to this need no offset: exp(64) times any count of classes is far from f32's largest number.
 const FREE_SCALE: f64 = 64.0;
+/// Up to this scale a sum is a normal float32 however far its negatives are: they are at least exp(-75 - 11), of e^-87.3.
+const LARGEST_COMMON_SCALE: f64 = 75.0;
+/// A row whose largest numerator has a lower exponent is taken again relative to it. What lies e^-27 below the largest of the other
+/// rows is lost, the least that float32 has being e^-87.3.
+const LEAST_EXPONENT: f64 = -60.0;
 /// Least sine in the derivative's denominator: at theta = 0 and pi the angle has no derivative by its cosine.
 const LEAST_SINE: f64 = 1e-4;
 
@@ -64,6 +69,22 @@ impl Margin {
     /// c = max(0, scale - 64): logits are at most the scale, so that this constant serves where others track a running maximum.
     pub fn offset(&self) -> f64 {
         (self.scale - FREE_SCALE).max(0.0)
+    }
+
+    /// Whether sums relative to c may leave float32, so that a row may have an offset of its own.
+    pub fn has_row_offsets(&self) -> bool {
+        self.scale > LARGEST_COMMON_SCALE
+    }
+
+    /// The offset of a row whose largest negative cosine is `best`, -2 without a negative: c, or the logit of that negative where
+    /// all numerators would be next to nothing relative to c.
+    ///
+    /// A negative above the filter counts as cosine 0, so that its numerator, exp(-c), is far from that.
+    pub fn row_offset(&self, best: f32) -> f32 {
+        let (offset, logit) = (self.offset(), self.scale * f64::from(best));
+        let filtered = self.interclass_filter > 0.0 && f64::from(best) > self.interclass_filter;
+        let far = best > -2.0 && !filtered && logit - offset < LEAST_EXPONENT;
+        (if self.has_row_offsets() && far { logit } else { offset }) as f32
     }
 
     /// The target logit at an angle theta in [0, pi], and its derivative:
@@ -119,6 +140,33 @@ pub fn angle(e: &[f32], e_inverse_norm: f64, w: &[f32], w_inverse_norm: f64) -> 
     }
     let [difference, sum] = difference_and_sum_on(Simd::best(), e, e_inverse_norm, w, w_inverse_norm);
     2.0 * difference.sqrt().atan2(sum.sqrt())
+}
+
+/// The part of W^ across E^, W^ - cos(theta) E^, and zeros for a row without direction; its norm is sin(theta).
+///
+/// It is what the target adds to the gradient of E^ but for a factor, once what lies along E^ is taken off. Near theta = 0 and pi
+/// it keeps the digits that W^ in f32 less its part along E^ would lose. In f64; the same bits on every instruction set.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn tangent(e: &[f32], e_inverse_norm: f64, w: &[f32], w_inverse_norm: f64, theta: f64, out: &mut [f32]) {
+    assert!(e.len() == w.len() && e.len() == out.len(), "tangent needs three rows of one length");
+    if e_inverse_norm == 0.0 || w_inverse_norm == 0.0 {
+        out.fill(0.0);
+        return;
+    }
+    tangent_on(Simd::best(), e, cosine(theta) * e_inverse_norm, w, w_inverse_norm, out)
+}
+
+clones! {
+    fn tangent_on(e: &[f32], e_factor: f64, w: &[f32], w_factor: f64, out: &mut [f32]) = tangent_body;
+}
+
+#[inline(always)]
+fn tangent_body(e: &[f32], e_factor: f64, w: &[f32], w_factor: f64, out: &mut [f32]) {
+    for ((out, &e), &w) in out.iter_mut().zip(e).zip(w) {
+        *out = (f64::from(w) * w_factor - f64::from(e) * e_factor) as f32;
+    }
 }
 
 /// Running sums of a row.
@@ -197,6 +245,25 @@ mod tests {
         for (scale, offset) in [(1e-3, 0.0), (30.0, 0.0), (64.0, 0.0), (65.0, 1.0), (128.0, 64.0)] {
             assert_eq!(Margin { scale, ..margin(1.0, 0.5, 0.0) }.offset(), offset);
         }
+    }
+
+    #[test]
+    fn rows_far_from_all_negatives_have_an_offset_of_their_own() {
+        let at = |scale: f64, filter: f64, best: f32| {
+            let margin = Margin { scale, interclass_filter: filter, ..margin(1.0, 0.5, 0.0) };
+            (margin.has_row_offsets(), margin.row_offset(best))
+        };
+        for best in [-2.0, -1.0, 0.0, 1.0] {
+            assert_eq!([at(75.0, 0.0, best), at(64.0, 0.1, best)], [(false, 11.0), (false, 0.0)]);
+            assert!((75f64 + 11.0) < -f64::from(f32::MIN_POSITIVE).ln());
+        }
+        assert_eq!(at(128.0, 0.0, 0.04), (true, 64.0));
+        assert_eq!(at(128.0, 0.0, 0.03), (true, (128.0 * f64::from(0.03f32)) as f32));
+        assert_eq!(at(128.0, 0.0, -1.0), (true, -128.0));
+        // No negative at all; a negative above the filter, which counts as cosine 0.
+        assert_eq!([at(128.0, 0.0, -2.0), at(128.0, 0.01, 0.02)], [(true, 64.0); 2]);
+        assert_eq!(at(128.0, 0.01, -0.5), (true, -64.0));
+        assert_eq!([at(90.0, 0.0, -0.3).1, at(90.0, 0.0, -0.5).1], [26.0, -45.0]);
     }
 
     #[test]
@@ -291,6 +358,34 @@ mod tests {
             let bits = difference_and_sum(&e, e_inverse, &w, w_inverse).map(f64::to_bits);
             for simd in Simd::available() {
                 assert_eq!(difference_and_sum_on(simd, &e, e_inverse, &w, w_inverse).map(f64::to_bits), bits, "{simd:?} {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn tangents_are_across_the_row_and_as_long_as_the_sine() {
+        for count in [2, 15, 16, 17, 512] {
+            let (e, e_inverse) = row(1, count);
+            for nearness in [0.0, 1.0, 1e3, 1e6, -1e3] {
+                let (mut w, _) = row(2, count);
+                w.iter_mut().zip(&e).for_each(|(w, &e)| *w += nearness * e);
+                let w_inverse = 1.0 / w.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+                let theta = angle(&e, e_inverse, &w, w_inverse);
+                let mut found = vec![f32::NAN; count];
+                tangent(&e, e_inverse, &w, w_inverse, theta, &mut found);
+                let sine = found.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+                assert!((sine - theta.sin()).abs() <= 1e-7 * sine, "{count} {nearness}: {sine} for {}", theta.sin());
+                let along: f64 = found.iter().zip(&e).map(|(&t, &e)| f64::from(t) * f64::from(e)).sum();
+                assert!((along * e_inverse).abs() <= 1e-7 * sine, "{count} {nearness}: {along}");
+            }
+            let mut none = vec![f32::NAN; count];
+            tangent(&e, 0.0, &e, e_inverse, FRAC_PI_2, &mut none);
+            assert_eq!(none, vec![0.0; count]);
+            // Theta 0 and pi: nothing but roundings of f64.
+            let opposite: Vec<f32> = e.iter().map(|x| -x).collect();
+            for (w, theta) in [(&e, 0.0), (&opposite, PI)] {
+                tangent(&e, e_inverse, w, e_inverse, theta, &mut none);
+                assert!(none.iter().all(|t| t.abs() < 1e-15));
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::device::{memory_needed, sample_capacity, Memory};
 use crate::options::{HeadOptions, Placement, Precision};
-use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{label_block, sum_elements, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{ensure, Result};
 
 /// Bytes that one rank hands to the collectives of one step, as `Communicator::traffic` counts them.
@@ -49,7 +49,7 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
         Placement::Sharded => StepTraffic {
             labels,
             embeddings: batch * d * gathered,
-            sums: 4 * (2 * n * batch + TOTALS as u64),
+            sums: 4 * sum_elements((n * batch) as usize, &options.margin) as u64,
             grad_embeddings: 4 * n * batch * d,
             grad_centers: 0,
         },

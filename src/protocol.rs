@@ -4,11 +4,12 @@
 //! sample_rate 1 need no one else's labels, but a caller's sample and a verdict on all labels do. What comes back is judged before any
 //! of it is an index: this rank's own block is what it sent, each block is at its rank's place, no batch is above max_batch.
 //! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,
-//! classes}.
+//! classes}, and where rows may have offsets of their own, those rows' N: see [`far_sum`].
 //! *replicated sums*: {loss, valid rows, sum of the target cosines, loss places} and {status, row, sample, capacity} of each rank, whose
 //! center gradient has rows for `capacity` classes (0: for those of its sample).
 //! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
+use crate::margin::Margin;
 use crate::memory::reserve;
 use crate::{error, Error, Result};
 
@@ -101,6 +102,9 @@ pub(crate) const HEADER: usize = 3 + ANNOUNCED;
 pub(crate) const DRAWS_WORD: usize = 3 + 2;
 /// Elements of *sums* beside the two for each row.
 pub(crate) const TOTALS: usize = 4;
+/// The N of rows with offsets of their own travel times e to this power: relative to c they are e^-192 to e^-38, which it takes into
+/// the middle of float32's range.
+const FAR_EXPONENT: f64 = 120.0;
 /// Elements of a replicated head's sums beside those of each rank.
 pub(crate) const REPLICATED_TOTALS: usize = 4;
 /// Elements of a replicated head's sums for each rank.
@@ -120,6 +124,21 @@ pub(crate) fn label_header(rank: u32, announcement: &Announcement, batch: usize,
     header
 }
 
+/// Elements of *sums* for as many rows.
+pub(crate) fn sum_elements(rows: usize, margin: &Margin) -> usize {
+    2 * rows + TOTALS + if margin.has_row_offsets() { rows } else { 0 }
+}
+
+/// What travels of an N that is relative to exp(`offset`), the row's own on this rank.
+pub(crate) fn far_sum(sum: f32, offset: f32, margin: &Margin) -> f32 {
+    (f64::from(sum) * (f64::from(offset) - margin.offset() + FAR_EXPONENT).exp()) as f32
+}
+
+/// A row's N relative to exp(c), from what the ranks' sums relative to that and their far sums came to.
+pub(crate) fn whole_sum(near: f32, far: f32) -> f64 {
+    f64::from(near) + f64::from(far) * (-FAR_EXPONENT).exp()
+}
+
 /// Fills a rank's block of *labels*.
 pub(crate) fn pack_labels(block: &mut [i64], header: &[i64; HEADER], labels: &[i64]) {
     block.fill(0);
@@ -135,7 +154,7 @@ pub(crate) fn bad_embedding(row: usize, rank: usize) -> Error {
 
 /// The error of a row whose sums leave float32.
 pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
-    error!(NotFinite, "float32 has no gradient for the softmax sum of row {row}, which is NaN, infinite or too small (rank {rank})")
+    error!(NotFinite, "the softmax sum of row {row} is no number that has a gradient: NaN, infinite or 0 (rank {rank})")
 }
 
 /// The error of ranks that have not made the same calls: what rank 0 announced, then what rank `rank` did.

@@ -2,7 +2,8 @@
 // classes. It adds the targets' gradient, then does the backward of the normalization and the
 // update of the rows, or stores dW^.
 //
-//   dW^[j] += coef_i E^[i] for the rows i of the batch whose target is class j, in row order
+//   dW^[j] += coef_i (E^[i] - cos W^[j]) for the rows i of the batch whose target is class j, in
+//   row order
 //   u = W[j] / |W[j]|;  dW[j] = (dW^[j] - (dW^[j] . u) u) / |W[j]| * loss weight / valid rows
 //   SGD, AdamW: rule.h
 //
@@ -41,7 +42,8 @@ struct Tile {
     float weight;
 };
 
-// dW^ += coef E^ over the targets of each class.
+// dW^ += coef (E^ - cos W^) over the targets of each class. What is left out of E^ lies along W^ and
+// would be taken off again; without it the digits stay where the two nearly agree.
 template <class Mainloop, int kClasses>
 PFC_DEVICE void add_targets(const HeadArrays& head, Mainloop& mainloop,
                             const Classes<kClasses>& classes) {
@@ -63,13 +65,13 @@ PFC_DEVICE void add_targets(const HeadArrays& head, Mainloop& mainloop,
                         continue;
                     }
                     const float coefficient = head.coefficients[row];
-                    const float* const unit =
-                        head.units + uint64_t(row) * head.depth_pitch + column;
+                    const float* const tangent =
+                        head.tangents + uint64_t(row) * head.depth_pitch + column;
 #pragma unroll
                     for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
                         if (column + 8 * j < head.depth_pitch) {
                             const ptx::Float2 value =
-                                *reinterpret_cast<const ptx::Float2*>(unit + 8 * j);
+                                *reinterpret_cast<const ptx::Float2*>(tangent + 8 * j);
                             float* const cells = &mainloop.sum[i][j][2 * h];
                             cells[0] += coefficient * value.x;
                             cells[1] += coefficient * value.y;

@@ -2,13 +2,15 @@
 // negatives, and P in bf16.
 //
 // p = exp(scale cos - c) = 2^(cos scale log2(e) - c log2(e)), one fused multiply-add and one ex2 an
-// element. |scale cos| <= scale bounds it, so that no running maximum is needed. p is 0 and outside
+// element. |scale cos| <= scale bounds it, so that no running maximum is needed; a row that is far
+// from all its negatives has an offset of its own in place of c (far.h). p is 0 and outside
 // the sum for a row's target, columns beyond the sample, ignored rows and rows beyond the batch. A
 // negative above the filter counts as cosine 0 in the sum and is stored as 0. The sum takes p
 // before it is rounded.
 #pragma once
 
 #include "epilogue/planes.h"
+#include "far.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
 #include "tile/layout.h"
@@ -51,10 +53,9 @@ struct BesidePipeline {
 };
 
 PFC_DEVICE Softmax softmax_of(const MarginSettings& margin) {
-    constexpr double kLog2E = 1.4426950408889634;
     Softmax softmax;
-    softmax.slope = float(margin.scale * kLog2E);
-    softmax.shift = float(-margin.offset * kLog2E);
+    softmax.slope = float(margin.scale * far::kLog2E);
+    softmax.shift = far::common_shift(margin);
     softmax.filter = margin.filter > 0.0 ? float(margin.filter) : INFINITY;
     softmax.floor = ptx::exp2_approximate(softmax.shift);
     return softmax;
@@ -89,10 +90,10 @@ struct NumeratorScratch {
 };
 
 // Turns the cosines in the accumulators into p. The first plane of p goes to shared memory, and so
-// do each warp's sum and maximum of a row.
-template <class Mainloop>
+// do each warp's sum and maximum of a row. `shifts`: with kOwnOffsets those of the tile's rows.
+template <bool kOwnOffsets, class Mainloop>
 PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
-                             const BesidePipeline<Mainloop::kM>& beside) {
+                             const BesidePipeline<Mainloop::kM>& beside, const float* shifts) {
     using Scratch = NumeratorScratch<Mainloop>;
     float* const sums = Scratch::sums(scratch);
     float* const best = Scratch::best(scratch);
@@ -111,6 +112,7 @@ PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
             const RowMask mask = beside.masks[at];
             const uint32_t target = mask.target - warp_column;
             const int32_t limit = int32_t(mask.limit) - int32_t(warp_column);
+            const float shift = kOwnOffsets ? shifts[at] : softmax.shift;
             float row_sum = 0.0f, row_best = kElsewhere;
 #pragma unroll
             for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
@@ -120,8 +122,7 @@ PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
                     const int column = 8 * j + e;
                     const bool keep = column < limit && uint32_t(column) != target;
                     const float cosine = cell;
-                    const float power =
-                        ptx::exp2_approximate(fmaf(cosine, softmax.slope, softmax.shift));
+                    const float power = ptx::exp2_approximate(fmaf(cosine, softmax.slope, shift));
                     const bool filtered = cosine > softmax.filter;
                     cell = keep && !filtered ? power : 0.0f;
                     row_sum += keep ? (filtered ? softmax.floor : power) : 0.0f;

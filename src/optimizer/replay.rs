@@ -76,7 +76,7 @@ enum MissedUpdates {
         /// Of update oldest + 1 + index.
         updates: Vec<AdamwUpdate>,
         /// By last - oldest: prod(1 - lr * weight_decay) of the missed updates.
-        decays: Vec<f64>,
+        decays: Vec<Decay>,
     },
 }
 
@@ -135,9 +135,10 @@ impl Replay {
                 let updates = numbered
                     .map(|(&rate, update)| bias_corrected(&adamw, rate, update))
                     .map(|(corrected_rate, sqrt_v_scale)| AdamwUpdate { corrected_rate, sqrt_v_scale });
-                let mut decays = vec![1.0; rates.len() + 1];
+                let mut decays = vec![Decay::NONE; rates.len() + 1];
                 for (index, rate) in rates.iter().enumerate().rev() {
-                    decays[index] = decays[index + 1] * (1.0 - rate * adamw.weight_decay);
+                    let before = decays[index + 1];
+                    decays[index] = before.changed_by(-before.whole * rate * adamw.weight_decay);
                 }
                 MissedUpdates::Adamw { optimizer: adamw, replayed: replayed_updates(&adamw), updates: updates.collect(), decays }
             }
@@ -179,7 +180,7 @@ impl Replay {
     }
 
     /// `decays` are those of the gap's start and of each missed update's end; `moving` the missed updates whose moves count.
-    fn adamw_gap(&self, optimizer: &Adamw, moving: &[AdamwUpdate], decays: &[f64], w: &mut [f32], m: &mut [f32], v: &mut [f32]) {
+    fn adamw_gap(&self, optimizer: &Adamw, moving: &[AdamwUpdate], decays: &[Decay], w: &mut [f32], m: &mut [f32], v: &mut [f32]) {
         /// Moves worked out at a time, so that they fit on the stack.
         const MOVES: usize = 128;
         let gap = (decays.len() - 1) as f64;
@@ -187,21 +188,49 @@ impl Replay {
         let (mut beta1_k, mut sqrt_beta2_k) = (1.0, 1.0);
         // w_now = decays[0] * w - m * sum_k move_k / (sqrt_v_scale_k * sqrt(v) + epsilon), with m and v of the gap's start: what decays
         // after move k goes into its factor. Later pieces of the sum go straight into w, whose decay comes first.
-        let mut decay = (decays[0] - 1.0) as f32;
+        let (mut keep, mut part) = decays[0].parts();
         let mut moves = [AdamwMove { rate: 0.0, sqrt_v_scale: 0.0 }; MOVES];
         for (updates, decays) in moving.chunks(MOVES).zip(decays[1..].chunks(MOVES)) {
             for (made, (update, decay)) in moves.iter_mut().zip(updates.iter().zip(decays)) {
                 beta1_k *= optimizer.beta1;
                 sqrt_beta2_k *= sqrt_beta2;
-                made.rate = (update.corrected_rate * beta1_k * decay) as f32;
+                made.rate = (update.corrected_rate * beta1_k * decay.whole) as f32;
                 made.sqrt_v_scale = (update.sqrt_v_scale * sqrt_beta2_k) as f32;
             }
-            adamw_moves_on(self.simd, decay, &moves[..updates.len()], optimizer.epsilon as f32, w, m, v);
-            decay = 0.0;
+            adamw_moves_on(self.simd, keep, part, &moves[..updates.len()], optimizer.epsilon as f32, w, m, v);
+            (keep, part) = (1.0, 0.0);
         }
         let (shrink_m, shrink_v) = (optimizer.beta1.powf(gap) as f32, optimizer.beta2.powf(gap) as f32);
         shrink_on(self.simd, shrink_m, m);
         shrink_on(self.simd, shrink_v, v);
+    }
+}
+
+/// What is left of a row after a gap, as a share of it. Near 1 the digits are in its distance from 1; far from 1, where that distance
+/// no longer has them, in the share itself.
+#[derive(Clone, Copy, Debug)]
+struct Decay {
+    whole: f64,
+    /// whole - 1.
+    shift: f64,
+}
+
+impl Decay {
+    const NONE: Decay = Decay { whole: 1.0, shift: 0.0 };
+
+    fn changed_by(self, change: f64) -> Decay {
+        let shift = self.shift + change;
+        let whole = if shift > -0.5 { 1.0 + shift } else { self.whole + change };
+        Decay { whole, shift }
+    }
+
+    /// keep, 1 or 0, and part, of which whole is the sum.
+    fn parts(self) -> (f32, f32) {
+        if self.shift > -0.5 {
+            (1.0, self.shift as f32)
+        } else {
+            (0.0, self.whole as f32)
+        }
     }
 }
 
@@ -212,16 +241,16 @@ fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
     let (mu, wd) = (sgd.momentum, sgd.weight_decay);
     let none = SgdGap { keep: 1.0, w_w: 0.0, w_m: 0.0, m_w: 0.0, m_m: 1.0 };
     let mut gaps = vec![none; rates.len() + 1];
-    // The product less the identity in its first entry, whose distance from 1 is what counts.
-    let (mut a, mut b, mut c, mut d) = (0.0, 0.0, 0.0, 1.0);
+    let mut a = Decay::NONE;
+    let (mut b, mut c, mut d) = (0.0, 0.0, 1.0);
     for (index, lr) in rates.iter().enumerate().rev() {
-        // [1 + a, b; c, d] * [1 - lr wd, -lr mu; wd, mu]
-        let first = 1.0 + a;
-        (a, b) = (a - first * lr * wd + b * wd, b * mu - first * lr * mu);
+        // [a, b; c, d] * [1 - lr wd, -lr mu; wd, mu]
+        let first = a.whole;
+        a = a.changed_by(b * wd - first * lr * wd);
+        b = b * mu - first * lr * mu;
         (c, d) = (c * (1.0 - lr * wd) + d * wd, d * mu - c * lr * mu);
-        // Near the identity its distance from it has the digits, far from it the entry itself.
-        let (keep, w_w) = if a > -0.5 { (1.0, a) } else { (0.0, 1.0 + a) };
-        gaps[index] = SgdGap { keep, w_w: w_w as f32, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
+        let (keep, w_w) = a.parts();
+        gaps[index] = SgdGap { keep, w_w, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
     }
     gaps
 }
@@ -248,11 +277,11 @@ struct AdamwMove {
 }
 
 clones! {
-    fn adamw_moves_on(decay: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) = adamw_moves;
+    fn adamw_moves_on(keep: f32, part: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) = adamw_moves;
 }
 
 #[inline(always)]
-fn adamw_moves(decay: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) {
+fn adamw_moves(keep: f32, part: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) {
     const LANES: usize = 64;
     // The tail goes through the same lanes, filled up with zeros.
     for start in (0..w.len()).step_by(LANES) {
@@ -266,7 +295,7 @@ fn adamw_moves(decay: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: 
             }
         }
         for ((w, m), sum) in w[start..].iter_mut().zip(&m[start..]).zip(sum) {
-            *w += decay * *w - *m * sum;
+            *w = keep * *w + (part * *w - *m * sum);
         }
     }
 }
@@ -330,6 +359,43 @@ mod tests {
             let before = row.w.clone();
             Replay::new(&optimizer, &history, 500).catch_up(0, &mut row.w, &mut row.m, &mut row.v);
             row.check(&before, &format!("{optimizer:?}"));
+        }
+    }
+
+    /// A row of which next to nothing is left has as many digits as another.
+    #[test]
+    fn what_is_left_after_a_long_gap_keeps_its_digits() {
+        for momentum in [0.0, 0.9, 0.99] {
+            let sgd = Optimizer::Sgd(Sgd { momentum, weight_decay: 0.05 });
+            let adamw = Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 * (1.0 - momentum) });
+            for (optimizer, lr) in [(sgd, 0.2 * (1.0 - momentum)), (adamw, 0.02 / (1.0 - momentum))] {
+                let (mut row, mut history) = (Row::new(&optimizer), History::new());
+                row.m.fill(0.01);
+                row.v.fill(0.0);
+                if matches!(optimizer, Optimizer::Adamw(_)) {
+                    row.m.fill(0.0);
+                }
+                row.trust();
+                let (start, mut checked) = (row.clone(), 0);
+                for update in 1..=20_000 {
+                    history.push(lr);
+                    row.step_truth(&optimizer, lr, update, &[0.0; COLUMNS]);
+                    let largest = row.truth.iter().map(|truth| truth[0].abs()).fold(0.0, f64::max);
+                    if largest < 1e-29 {
+                        break;
+                    }
+                    if update % 400 == 0 {
+                        let mut now = start.clone();
+                        Replay::new(&optimizer, &history, update).catch_up(0, &mut now.w, &mut now.m, &mut now.v);
+                        for (found, truth) in now.w.iter().zip(&row.truth) {
+                            let off = (f64::from(*found) - truth[0]).abs();
+                            assert!(off <= 1e-5 * largest, "{optimizer:?} update {update}: {found:e} for {:e}", truth[0]);
+                        }
+                        checked += 1;
+                    }
+                }
+                assert!(checked > 2, "{optimizer:?}");
+            }
         }
     }
 

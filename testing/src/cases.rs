@@ -223,6 +223,14 @@ impl Case {
             // No direction at all.
             2 => vec![0.0; self.dim],
             3 => vec![1e-20; self.dim],
+            // Far from the next classes: from all that there are, where there are few.
+            11..=12 => {
+                let others = (1..4).map(|next| (label as usize + next) % self.classes).filter(|&other| other != label as usize);
+                let away = others.flat_map(|other| centers[other * self.dim..][..self.dim].iter().enumerate());
+                let mut row: Vec<f64> = noise.iter().map(|n| 0.05 * n).collect();
+                away.for_each(|(at, &w)| row[at] -= f64::from(w));
+                row
+            }
             // Converged: target cosine 0.8 to 0.999.
             4..=10 if center_norm > 0.0 => {
                 let unit = toward(1.0 / center_norm);
@@ -252,7 +260,7 @@ fn in_f16(row: &[f64]) -> Vec<f64> {
 
 /// Cases, drawn freely: small ones, of which there can be many.
 pub fn cases() -> impl Strategy<Value = Case> {
-    let classes = prop_oneof![3 => 1..=40usize, 1 => 1..=300usize];
+    let classes = prop_oneof![3 => 1..=40usize, 1 => 1..=4usize, 1 => 1..=300usize];
     let batch = prop_oneof![1 => Just(0usize), 1 => Just(1), 4 => 0..=12usize, 1 => 0..=40usize];
     cases_of(classes, 1..=70usize, batch)
 }
@@ -277,7 +285,13 @@ pub fn cases_of(
         any::<bool>(),
     );
     let margin = (
-        prop_oneof![2 => Just(64.0), 1 => Just(128.0), 1 => Just(1e-3), 4 => (-3.0..=2.1f64).prop_map(|e| 10f64.powf(e))],
+        prop_oneof![
+            2 => Just(64.0),
+            1 => Just(128.0),
+            2 => 70.0..=128.0,
+            1 => Just(1e-3),
+            4 => (-3.0..=2.1f64).prop_map(|e| 10f64.powf(e)),
+        ],
         prop_oneof![3 => Just(1.0), 1 => 0.5..=2.0, 1 => Just(4.0)],
         prop_oneof![2 => Just(0.0), 2 => Just(0.5), 4 => 0.0..=1.5, 1 => 1.5..=std::f64::consts::PI],
         prop_oneof![2 => Just(0.0), 1 => 0.0..=1.0],

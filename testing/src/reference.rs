@@ -26,6 +26,9 @@ const SMALLEST_NORM: f64 = 1e-12;
 /// Bounds psi' where theta is 0 or pi.
 const SMALLEST_SIN: f64 = 1e-4;
 
+/// Numerators relative to exp(c) of which all are below its exponential are taken relative to the largest, at scales above 75.
+const FAR: f64 = -60.0;
+
 /// What the three products of a step multiply. The targets are apart from them and always exact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operands {
@@ -86,9 +89,8 @@ pub struct Conditioning {
     pub guard_distance: f64,
     /// Least |target cosine - largest negative cosine|: whether top1 is a matter of rounding.
     pub top1_distance: f64,
-    /// Least log N_i of a row that has a negative, N_i = sum of exp(z - c) over negatives, c = max(0, scale - 64).
-    pub least_log_n: f64,
-    /// What is lost of a class's gradient, at unit norm, where each exp(z - c) below exp(-87) is taken for 0.
+    /// What is lost of a class's gradient, at unit norm, where each numerator below exp(-87) is taken for 0: relative to exp(c),
+    /// c = max(0, scale - 64), or, where all of a row's are below exp(-60), to the largest.
     pub underflow: f64,
     /// As grad_embeddings and grad_centers, one number for each row: the sum of the magnitudes of the terms that make the gradient.
     pub gross_embeddings: Vec<Vec<f64>>,
@@ -105,7 +107,6 @@ impl Default for Conditioning {
             filter_distance: f64::INFINITY,
             guard_distance: f64::INFINITY,
             top1_distance: f64::INFINITY,
-            least_log_n: f64::INFINITY,
             underflow: 0.0,
             gross_embeddings: Vec::new(),
             gross_centers: Vec::new(),
@@ -307,16 +308,27 @@ impl Head {
         // 1 - p of the target, without the cancellation.
         let missing = sigmoid(excess);
         if log_n > f64::NEG_INFINITY {
-            let log_n_in_f32 = log_n - (scale - 64.0).max(0.0);
-            seen.least_log_n = seen.least_log_n.min(log_n_in_f32);
+            let log_n_in_f32 = (log_n - common_offset(margin)).max(FAR);
             seen.underflow += weight * scale * missing * (-87.0 - log_n_in_f32).exp();
         }
 
         // Gradients of the directions.
         let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, tied: 0.0, target_cosine };
-        let rounded = (self.operands == Operands::Half).then(|| RoundedRow::new(unit, margin, log_n, scale * psi));
+        // A rank's numerators have an offset of their own where all of them are far.
+        let mut rounded = Vec::new();
+        if self.operands == Operands::Half {
+            for rank in 0..if self.options.placement == Placement::Sharded { self.ranks } else { 1 } {
+                let shard = self.shard(rank);
+                let of_rank = columns.iter().zip(&logits).filter(|(column, _)| shard.contains(&(column.class as usize)));
+                let largest = of_rank.filter_map(|(_, logit)| *logit).map(|logit| logit.0).fold(f64::NEG_INFINITY, f64::max);
+                let far = scale > 75.0 && largest.is_finite() && largest - common_offset(margin) < FAR;
+                let offset = if far { largest } else { common_offset(margin) };
+                rounded.push((shard, RoundedRow::new(unit, margin, log_n, scale * psi, offset)));
+            }
+        }
         for (column, logit) in columns.iter_mut().zip(&logits) {
-            let (factor, magnitude) = match (*logit, &rounded) {
+            let rounded = rounded.iter().find(|(shard, _)| shard.contains(&(column.class as usize))).map(|(_, row)| row);
+            let (factor, magnitude) = match (*logit, rounded) {
                 (Some((_, true)), _) => continue,
                 (Some((logit, false)), None) => {
                     let p = missing * (logit - log_n).exp();
@@ -463,8 +475,7 @@ struct RoundedRow {
 }
 
 impl RoundedRow {
-    fn new(unit: &Unit, margin: &Margin, log_n: f64, target_logit: f64) -> RoundedRow {
-        let offset = (margin.scale - 64.0).max(0.0);
+    fn new(unit: &Unit, margin: &Margin, log_n: f64, target_logit: f64, offset: f64) -> RoundedRow {
         let unsure = 2e-6 + 2e-7 * margin.scale;
         let factor = f64::from((margin.scale / ((log_n - offset).exp() + (target_logit - offset).exp())) as f32);
         let (mut scaled, mut squares) = (Vec::new(), 0.0);
@@ -476,10 +487,15 @@ impl RoundedRow {
         RoundedRow { factor, scaled, tied: squares.sqrt(), offset, unsure }
     }
 
-    /// exp(z - c), and what a tie changes it by.
+    /// exp(z - offset), and what a tie changes it by.
     fn numerator(&self, logit: f64) -> (f64, f64) {
         round_bf16((logit - self.offset).exp(), self.unsure)
     }
+}
+
+/// c
+fn common_offset(margin: &Margin) -> f64 {
+    (margin.scale - 64.0).max(0.0)
 }
 
 /// The bf16 number next to `x`; how far the next best is, if an error of `unsure` * x may make that the next one, else 0.

@@ -2,6 +2,7 @@
 
 mod bits;
 mod conformance;
+mod digits;
 mod evaluation;
 mod faults;
 mod reference;

@@ -64,6 +64,26 @@ fn embeddings_travel_padded_to_the_largest_batch_and_sums_do_not() {
     });
 }
 
+/// At a scale whose sums may leave float32 a row has a third: of the ranks whose negatives are all far.
+#[test]
+fn at_a_large_scale_a_row_has_another_sum() {
+    let mut options = options(50, 8, 10);
+    let usual = plan(&to_c(&options), 3, 7).expect("a plan");
+    for (scale, more) in [(75.0, 0), (75.1, 21), (128.0, 21)] {
+        options.margin.scale = scale;
+        let report = plan(&to_c(&options), 3, 7).expect("a plan");
+        assert_eq!(report.sums_bytes, usual.sums_bytes + 4 * more, "scale {scale}");
+        on_ranks(3, |place| {
+            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let batch = Batch::draw(&options, place.rank, 0, 7);
+            let before = place.comm.traffic();
+            head.step(&mut batch.rows(8), &batch.labels, 0.1, &mut Rows::output(7, 8)).expect("step");
+            let bytes: u64 = traffic_between(&before, &place.comm.traffic()).iter().sum();
+            assert_eq!(bytes, report.traffic_bytes, "scale {scale}, rank {}", place.rank);
+        });
+    }
+}
+
 #[test]
 fn what_moves_between_ranks_is_what_the_design_says() {
     // Sharded: labels, embeddings, two sums a row and their company, gradients; nothing that grows with the classes.

@@ -5,7 +5,7 @@ use super::sizes::Sizes;
 use crate::device::HeadSpec;
 use crate::matrix::DType;
 use crate::memory::{zeros, Buffer};
-use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::Result;
 
 /// What travels in the messages of a step, by their names. A placement's head has no buffer for the other's messages.
@@ -38,7 +38,7 @@ impl Messages {
             embeddings_send: Buffer::zeroed(if_sharded(embeddings), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(if_sharded(ranks * embeddings), "gathered embeddings")?,
             send_scales: zeros(&[if gather_dtype == DType::F16 { if_sharded(max_batch) } else { 0 }], "scales of rows to gather")?,
-            sums: zeros(&[if_sharded(2 * rows + TOTALS)], "row sums")?,
+            sums: zeros(&[if_sharded(protocol::sum_elements(rows, &spec.options.margin))], "row sums")?,
             replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
             gradient_send: Buffer::zeroed(if_sharded(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
@@ -55,6 +55,8 @@ pub(super) struct Activations {
     pub units_transposed: Buffer<f32>,
     /// E': [rows, row_pitch].
     pub scaled: Buffer<f32>,
+    /// Of the rows whose target is here, [rows, row_pitch]: W^ - cos E^ until the backward, then E^ - cos W^.
+    pub tangents: Buffer<f32>,
     /// P @ W^ by split: [splits, rows, row_pitch].
     pub weighted_centers: Buffer<f32>,
     /// N by split: [splits, rows].
@@ -74,6 +76,7 @@ impl Activations {
             units: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
             units_transposed: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
             scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
+            tangents: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "targets' tangents")?,
             weighted_centers: Buffer::zeroed(sizes.weighted_centers, "weighted centers")?,
             split_sums: Buffer::zeroed(sizes.split_rows, "row sums by split")?,
             split_best: Buffer::zeroed(sizes.split_rows, "row maxima by split")?,

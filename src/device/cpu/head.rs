@@ -60,8 +60,10 @@ pub(super) struct StepState {
     pub(super) target_cosines: Vec<f32>,
     pub(super) derivatives: Vec<f32>,
     pub(super) coefficients: Vec<f32>,
-    /// scale / L_i, 0 for a row without gradient.
+    /// scale / L_i, 0 for a row without gradient; L_i, like N_i, is relative to the row's offset on this rank.
     pub(super) factors: Vec<f32>,
+    /// c, or the row's own: [`crate::margin::Margin::row_offset`].
+    pub(super) offsets: Vec<f32>,
     pub(super) row_sums: Vec<f32>,
     pub(super) best_negatives: Vec<f32>,
     pub(super) totals: Vec<f64>,
@@ -140,6 +142,7 @@ impl CpuHead {
             &mut step.derivatives,
             &mut step.coefficients,
             &mut step.factors,
+            &mut step.offsets,
             &mut step.row_sums,
             &mut step.best_negatives,
         ] {
@@ -169,7 +172,7 @@ impl CpuHead {
         };
         let (padded, sharded) = (self.padded_rows(), self.sharded());
         let CpuHead { spec, pool, rows: centers, step, replay, activations, .. } = self;
-        let Activations { units, scratch, .. } = activations;
+        let Activations { units, tangents, scratch, .. } = activations;
         let StepState { draft, shape, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let margin = &spec.options.margin;
@@ -177,6 +180,7 @@ impl CpuHead {
         let mut bad = vec![u64::MAX; tasks];
         let bad_rows = Parts::of(&mut bad);
         let (scratch, normalized, inverse_norms) = (scratch.parts(), units.parts(), Parts::of(inverse_norms));
+        let tangents = tangents.parts();
         let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
         pool.run(tasks, &|task, worker| {
             // SAFETY: a worker number belongs to one thread, a row to one task.
@@ -214,7 +218,10 @@ impl CpuHead {
                 vector::scale_into(raw, inverse as f32, out);
                 if let Some(column) = draft.column(row) {
                     centers.read(replay, draft.sample.row(column), center, scratch_rows);
-                    let angle = margin::angle(raw, inverse, center, inverse_norm(vector::sum_of_squares(center)));
+                    let center_inverse = inverse_norm(vector::sum_of_squares(center));
+                    let angle = margin::angle(raw, inverse, center, center_inverse);
+                    let tangent = unsafe { tangents.range(row * pitch..row * pitch + dim) };
+                    margin::tangent(raw, inverse, center, center_inverse, angle, tangent);
                     let target = margin.target(angle);
                     cell(&logits, target.logit as f32);
                     cell(&cosines, margin::cosine(angle) as f32);
@@ -388,11 +395,11 @@ impl HeadDevice for CpuHead {
 
     fn backward(&mut self) -> Exchange {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead { pool, rows: centers, step, replay, messages, activations, .. } = self;
+        let CpuHead { pool, step, messages, activations, .. } = self;
         let Messages { gradient_send, gradient_recv, .. } = messages;
-        let Activations { units, scaled, weighted_centers, scratch, .. } = activations;
-        let StepState { draft, shape, coefficients, factors, center_inverse_norms, .. } = step;
-        let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
+        let Activations { units, tangents, scaled, weighted_centers, .. } = activations;
+        let StepState { draft, shape, coefficients, factors, target_cosines, .. } = step;
+        let (rows, dim, pitch) = (shape.rows, shape.dim, shape.row_pitch());
         let splits = shape.splits();
         if sharded {
             // Rows beyond a rank's batch travel too, and a stale number would reach no one but might be a NaN in a sum.
@@ -401,11 +408,8 @@ impl HeadDevice for CpuHead {
             }
         }
         let target = if sharded { gradient_send.parts() } else { gradient_recv.parts() };
-        let (scratch, scaled) = (scratch.parts(), scaled.parts());
-        pool.run(rows.div_ceil(ROWS_A_TASK), &|task, worker| {
-            // SAFETY: a worker number belongs to one thread, a row to one task.
-            let (center, scratch_rows) =
-                unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
+        let (tangents, scaled) = (tangents.parts(), scaled.parts());
+        pool.run(rows.div_ceil(ROWS_A_TASK), &|task, _| {
             for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
                 let position = if sharded {
                     let (origin, number) = draft.origin(row);
@@ -413,20 +417,24 @@ impl HeadDevice for CpuHead {
                 } else {
                     row
                 };
+                let unit = &units[row * pitch..row * pitch + dim];
+                // SAFETY: a row is in one task.
                 let out = unsafe { target.range(position * dim..(position + 1) * dim) };
                 out.fill(0.0);
                 let scaled = unsafe { scaled.range(row * pitch..row * pitch + dim) };
-                vector::scale_into(&units[row * pitch..row * pitch + dim], factors[row], scaled);
-                if factors[row] == 0.0 {
+                vector::scale_into(unit, factors[row], scaled);
+                // A row far from this rank's negatives may be near another's: then its target counts.
+                if factors[row] == 0.0 && coefficients[row] == 0.0 {
                     continue;
                 }
                 for split in 0..splits {
                     let at = (split * rows + row) * pitch;
                     vector::add_scaled(out, factors[row], &weighted_centers[at..at + dim]);
                 }
-                if let Some(column) = draft.column(row) {
-                    centers.read(replay, draft.sample.row(column), center, scratch_rows);
-                    vector::add_scaled(out, coefficients[row] * center_inverse_norms[column], center);
+                if draft.column(row).is_some() {
+                    let tangent = unsafe { tangents.range(row * pitch..row * pitch + dim) };
+                    vector::add_scaled(out, coefficients[row], tangent);
+                    vector::turn_tangent(tangent, unit, target_cosines[row]);
                 }
             }
         });

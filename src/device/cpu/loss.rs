@@ -1,6 +1,6 @@
 //! What the ranks add up between forward and backward, and the loss each of them finds in it.
 
-use super::head::{CpuHead, IGNORED};
+use super::head::{CpuHead, ELSEWHERE, IGNORED};
 use crate::exchange::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
@@ -8,29 +8,43 @@ use crate::{Error, Result, Status};
 
 impl CpuHead {
     /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
-    fn finish_row(&mut self, row: usize, sum: f32, logit: f32, only_target: bool) -> std::result::Result<f64, ()> {
-        let margin = &self.spec.options.margin;
-        let step = &mut self.step;
-        (step.coefficients[row], step.factors[row]) = (0.0, 0.0);
+    fn finish_row(&mut self, row: usize, sum: f64, logit: f32, only_target: bool) -> std::result::Result<f64, ()> {
+        let (margin, step) = (&self.spec.options.margin, &self.step);
         if step.target_cosines[row] == IGNORED || only_target {
+            (self.step.coefficients[row], self.step.factors[row]) = (0.0, 0.0);
             return Ok(0.0);
         }
-        let (sum, logit, offset) = (f64::from(sum), f64::from(logit), margin.offset());
+        let (logit, offset) = (f64::from(logit), margin.offset());
         let denominator = sum + (logit - offset).exp();
-        let factor = (margin.scale / denominator) as f32;
+        // Without a negative on this rank there is nothing to weigh, and where the other ranks' are far 1 / L would leave float32.
+        let alone = margin.has_row_offsets() && step.best_negatives[row] == ELSEWHERE;
+        let factor = if alone { 0.0 } else { (margin.scale / denominator * self.from_own_offset(row)) as f32 };
         if sum.is_nan() || sum <= 0.0 || denominator.is_infinite() || !factor.is_finite() {
             return Err(());
         }
-        step.factors[row] = factor;
-        step.coefficients[row] = (-margin.scale * (sum / denominator) * f64::from(step.derivatives[row])) as f32;
+        let coefficient = (-margin.scale * (sum / denominator) * f64::from(step.derivatives[row])) as f32;
+        (self.step.coefficients[row], self.step.factors[row]) = (coefficient, factor);
         let excess = sum.ln() + offset - logit;
         Ok(excess.max(0.0) + (-excess.abs()).exp().ln_1p())
+    }
+
+    /// What takes numerators relative to the row's offset on this rank to those relative to c.
+    fn from_own_offset(&self, row: usize) -> f64 {
+        let own = self.step.offsets[row];
+        // The offset that most rows have is c rounded to float32, and stands for c.
+        if own == self.softmax.offset {
+            1.0
+        } else {
+            (f64::from(own) - self.spec.options.margin.offset()).exp()
+        }
     }
 
     /// This rank's part of *sums*: its own N and zt, or zeros and an error.
     pub(super) fn pack_sharded_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
         let rows = self.step.draft.labels.len();
-        let sums = &mut self.messages.sums[..2 * rows + TOTALS];
+        let margin = &self.spec.options.margin;
+        let count = protocol::sum_elements(rows, margin);
+        let sums = &mut self.messages.sums[..count];
         sums.fill(0.0);
         // NOT_FINITE was found in what all ranks gathered: all know it already.
         match outcome {
@@ -38,7 +52,11 @@ impl CpuHead {
                 let step = &self.step;
                 sums[..rows].copy_from_slice(&step.row_sums[..rows]);
                 sums[rows..2 * rows].copy_from_slice(&step.target_logits[..rows]);
-                let totals = &mut sums[2 * rows..];
+                let (near, rest) = sums.split_at_mut(2 * rows);
+                let (totals, far) = rest.split_at_mut(TOTALS);
+                for (row, far) in far.iter_mut().enumerate().filter(|&(row, _)| step.offsets[row] != self.softmax.offset) {
+                    *far = protocol::far_sum(std::mem::take(&mut near[row]), step.offsets[row], margin);
+                }
                 totals[0] = step.target_cosines[..rows].iter().filter(|&&cosine| cosine.abs() < IGNORED).sum();
                 // Whether a row's sample holds more than its target: two classes are as good as any number.
                 totals[3] = step.shape.classes.min(2) as f32;
@@ -46,7 +64,7 @@ impl CpuHead {
             Err(_) => sums[2 * rows + 2] = protocol::pack_error(rank),
         }
         let data = self.messages.sums.as_mut_ptr();
-        Exchange::host(data, data, 2 * rows + TOTALS, DType::F32)
+        Exchange::host(data, data, count, DType::F32)
     }
 
     /// This rank's loss, valid rows and target cosines, and in its slot its outcome.
@@ -80,6 +98,7 @@ impl CpuHead {
         let mut loss = 0.0;
         for row in 0..self.step.shape.rows {
             let (sum, logit) = (self.step.row_sums[row], self.step.target_logits[row]);
+            let sum = f64::from(sum) * self.from_own_offset(row);
             loss += self.finish_row(row, sum, logit, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64))?;
         }
         Ok(loss)
@@ -88,6 +107,7 @@ impl CpuHead {
     /// N and zt are this rank's in `row_sums` and `target_logits`; a sharded head's become all ranks' in `judge_sums`.
     pub(super) fn judge_sharded_sums(&mut self) -> Result<f64> {
         let rows = self.step.shape.rows;
+        let has_far = self.spec.options.margin.has_row_offsets();
         let totals = &self.messages.sums[2 * rows..2 * rows + TOTALS];
         let (cosines, errors, classes) = (totals[0], totals[2], totals[3]);
         protocol::judge_errors(errors, self.spec.rank as usize)?;
@@ -95,7 +115,8 @@ impl CpuHead {
         self.step.target_cosine_sum = f64::from(cosines);
         let mut loss = 0.0;
         for row in 0..rows {
-            let (sum, logit) = (self.messages.sums[row], self.messages.sums[rows + row]);
+            let far = if has_far { self.messages.sums[2 * rows + TOTALS + row] } else { 0.0 };
+            let (sum, logit) = (protocol::whole_sum(self.messages.sums[row], far), self.messages.sums[rows + row]);
             loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|()| {
                 let (origin, number) = self.step.draft.origin(row);
                 protocol::bad_sum(number, origin)

@@ -55,6 +55,7 @@ impl CpuHead {
         Pass {
             shape: step.shape,
             softmax,
+            offsets: &step.offsets,
             units_transposed,
             targets: &step.draft.targets,
             rows,
@@ -64,8 +65,23 @@ impl CpuHead {
         }
     }
 
-    /// Phase 4: numerators, row sums and P @ W^; then the splits' sums in order.
+    /// Phase 4: numerators, row sums and P @ W^. All is done again if a row turns out to need an offset of its own: that happens to few
+    /// classes at a large scale alone, and to every other row it makes no difference.
     pub(super) fn multiply(&mut self) {
+        self.step.offsets.fill(self.softmax.offset);
+        self.multiply_by_offsets();
+        let mut again = false;
+        for (offset, &best) in self.step.offsets.iter_mut().zip(&self.step.best_negatives) {
+            let own = self.spec.options.margin.row_offset(best);
+            again |= own != std::mem::replace(offset, own);
+        }
+        if again {
+            self.multiply_by_offsets();
+        }
+    }
+
+    /// The pass over the sample with the offsets that the rows have; then the splits' sums in order.
+    fn multiply_by_offsets(&mut self) {
         let CpuHead { pool, softmax, rows: shard, step, replay, activations, .. } = self;
         let Activations { units_transposed, numerators, scratch, split_sums, split_best, weighted_centers, .. } = activations;
         let mut center_inverse_norms = std::mem::take(&mut step.center_inverse_norms);
@@ -93,14 +109,14 @@ impl CpuHead {
     /// Phase 5 for W, sharded: the optimizer runs on each row as its gradient comes out of the product.
     pub(super) fn update_pass(&mut self, learning_rate: f64, weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let CpuHead { pool, softmax, rows: shard, step, replay, activations, .. } = self;
-        let Activations { units, units_transposed, scaled, numerators, scratch, .. } = activations;
+        let Activations { tangents, units_transposed, scaled, numerators, scratch, .. } = activations;
         let mut totals = std::mem::take(&mut step.totals);
         let weight = weight as f32;
         let outcome = {
             let updated = shard.updating(replay, learning_rate);
             let rows = UpdatedRows { rows: &updated, sample: &step.draft.sample };
             let pass = CpuHead::pass(step, *softmax, units_transposed, &rows, numerators, scratch);
-            let input = UpdateInput { scaled, units, coefficients: &step.coefficients };
+            let input = UpdateInput { scaled, tangents, coefficients: &step.coefficients };
             let sink = |column: usize, gradient: &mut [f32], _: &mut [f32]| {
                 let inverse = step.center_inverse_norms[column];
                 // SAFETY: a column is in one chunk, a chunk in one task.
@@ -121,12 +137,12 @@ impl CpuHead {
     /// Phase 5 for W, replicated: the gradient of each raw row of the sample, for the ranks to sum.
     pub(super) fn gradient_pass(&mut self, weight: f64) {
         let CpuHead { pool, softmax, rows: shard, step, replay, messages, activations, .. } = self;
-        let Activations { units, units_transposed, scaled, numerators, scratch, .. } = activations;
+        let Activations { tangents, units_transposed, scaled, numerators, scratch, .. } = activations;
         let mut totals = std::mem::take(&mut step.totals);
         let (dim, weight) = (step.shape.dim, weight as f32);
         let rows = SampleRows { shard, replay, sample: &step.draft.sample };
         let pass = CpuHead::pass(step, *softmax, units_transposed, &rows, numerators, scratch);
-        let input = UpdateInput { scaled, units, coefficients: &step.coefficients };
+        let input = UpdateInput { scaled, tangents, coefficients: &step.coefficients };
         let out = messages.center_gradient.parts();
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let inverse = step.center_inverse_norms[column];

@@ -119,6 +119,8 @@ const PREFETCH: usize = 4;
 pub(super) struct Pass<'a> {
     pub shape: Shape,
     pub softmax: Softmax,
+    /// c of each row, or the row's own offset.
+    pub offsets: &'a [f32],
     /// E^ transposed: [d, batch_pitch].
     pub units_transposed: &'a [f32],
     pub targets: &'a Targets,
@@ -190,7 +192,8 @@ impl<'a> Pass<'a> {
         }
         let (sums, best) = (&mut sums[..rows], &mut best[..rows]);
         for slot in 0..columns.len() {
-            vector::softmax_column(&mut numerators[slot * batch_pitch..slot * batch_pitch + rows], &self.softmax, sums, best);
+            let column = &mut numerators[slot * batch_pitch..slot * batch_pitch + rows];
+            vector::softmax_column(column, &self.softmax, self.offsets, sums, best);
         }
     }
 }
@@ -257,8 +260,8 @@ pub(super) type GradientSink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 
 pub(super) struct UpdateInput<'a> {
     /// E' = scale * E^ / L: [rows, row_pitch].
     pub scaled: &'a [f32],
-    /// E^: [rows, row_pitch].
-    pub units: &'a [f32],
+    /// E^ - cos W^ of the rows whose target is here: [rows, row_pitch].
+    pub tangents: &'a [f32],
     /// coef_i of the rows whose target is here.
     pub coefficients: &'a [f32],
 }
@@ -310,7 +313,7 @@ pub(super) fn update<R>(
             let gradient = &mut gradients[slot * row_pitch..slot * row_pitch + dim];
             while let Some(&(_, row)) = targets.next_if(|target| target.0 as usize == column) {
                 let row = row as usize;
-                vector::add_scaled(gradient, input.coefficients[row], &input.units[row * row_pitch..row * row_pitch + dim]);
+                vector::add_scaled(gradient, input.coefficients[row], &input.tangents[row * row_pitch..row * row_pitch + dim]);
             }
             total += sink(column, gradient, scratch.scratch_rows);
         }

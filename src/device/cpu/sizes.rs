@@ -61,7 +61,7 @@ impl Sizes {
         let Shape { rows, dim, classes } = self.capacity;
         let sharded = options.placement == Placement::Sharded;
         let max_batch = options.max_batch as usize;
-        let embeddings = 2 * rows * pitch(dim) + dim * pitch(rows);
+        let embeddings = 3 * rows * pitch(dim) + dim * pitch(rows);
         let block = (max_batch + ranks * max_batch) * dim;
         // Blocks of the gradient and of the embeddings, or the replicated gradient.
         let exchanges = if sharded { block } else { max_batch * dim + classes * dim };

@@ -42,7 +42,7 @@ unsafe impl Sync for Shared {}
 
 /// E^, its transpose and the inverse norms, in a workspace.
 struct Embedded<'a> {
-    unit: &'a [f32],
+    unit: &'a mut [f32],
     transposed: &'a [f32],
     inverse_norms: &'a [f32],
 }
@@ -84,7 +84,8 @@ impl Cpu {
         &self,
         shape: &Shape,
         margin: &Margin,
-        embedded: &'a Embedded<'a>,
+        offsets: &'a [f32],
+        units_transposed: &'a [f32],
         targets: &'a Targets,
         rows: &'a MatrixRows<'a>,
         cutter: &mut WorkspaceCutter,
@@ -92,7 +93,8 @@ impl Cpu {
         Pass {
             shape: *shape,
             softmax: Softmax::new(margin),
-            units_transposed: embedded.transposed,
+            offsets,
+            units_transposed,
             targets,
             rows,
             numerators: Parts::of(&mut []),
@@ -119,6 +121,14 @@ fn normalize(row: &mut [f32]) -> f32 {
 fn angle_of(e: &[f32], w: &[f32]) -> f64 {
     let inverse = |row: &[f32]| inverse_norm(vector::sum_of_squares(row));
     margin::angle(e, inverse(e), w, inverse(w))
+}
+
+/// The same, and the part of W^ across E^.
+fn angle_and_tangent(e: &[f32], w: &[f32], tangent: &mut [f32]) -> f64 {
+    let [e_inverse, w_inverse] = [e, w].map(|row| inverse_norm(vector::sum_of_squares(row)));
+    let angle = margin::angle(e, e_inverse, w, w_inverse);
+    margin::tangent(e, e_inverse, w, w_inverse, angle, tangent);
+    angle
 }
 
 fn target_pairs(targets: &[i64]) -> Targets {
@@ -310,8 +320,9 @@ impl Device for Cpu {
         let best = unsafe { cutter.slice::<f32>(split_rows) };
         let inverse_norms = unsafe { cutter.slice::<f32>(shape.classes) };
         let pairs = target_pairs(targets);
+        let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
         products::forward(
             &self.pool,
             &pass,
@@ -367,9 +378,9 @@ impl Device for Cpu {
         let scaled = unsafe { cutter.slice::<f32>(shape.rows * shape.row_pitch()) };
         let coefficients = unsafe { cutter.slice::<f32>(shape.rows) };
         let pitch = shape.row_pitch();
-        let (mut raw, mut center, mut gradient) = (vec![0.0; shape.dim], vec![0.0; shape.dim], vec![0.0; shape.dim]);
+        let [mut raw, mut center, mut tangent, mut gradient] = [(); 4].map(|()| vec![0.0; shape.dim]);
         for row in 0..shape.rows {
-            let unit = &embedded.unit[row * pitch..row * pitch + shape.dim];
+            let unit = &mut embedded.unit[row * pitch..row * pitch + shape.dim];
             let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
             let (denominator, factor) = denominator_and_factor(margin, sum, logit);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
@@ -381,19 +392,22 @@ impl Device for Cpu {
                 if targets[row] >= 0 && sum > 0.0 {
                     embeddings.read_row(row, &mut raw);
                     centers.read_row(targets[row] as usize, &mut center);
-                    let slope = margin.target(angle_of(&raw, &center)).derivative;
-                    coefficients[row] = (-margin.scale * (sum / denominator) * slope) as f32;
-                    normalize(&mut center);
-                    vector::add_scaled(&mut gradient, coefficients[row], &center);
+                    let angle = angle_and_tangent(&raw, &center, &mut tangent);
+                    coefficients[row] = (-margin.scale * (sum / denominator) * margin.target(angle).derivative) as f32;
+                    vector::add_scaled(&mut gradient, coefficients[row], &tangent);
+                    vector::turn_tangent(&mut tangent, unit, margin::cosine(angle) as f32);
                 }
                 vector::normalize_backward(&mut gradient, unit, 1.0, embedded.inverse_norms[row] * weight as f32);
                 grad_embeddings.write_row(row, &gradient);
             }
+            // Its last use was above: from here on the row's place has E^ - cos W^.
+            unit.copy_from_slice(&tangent);
         }
         let pairs = target_pairs(targets);
+        let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &embedded, &pairs, &rows, &mut cutter);
-        let input = UpdateInput { scaled, units: embedded.unit, coefficients };
+        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
+        let input = UpdateInput { scaled, tangents: embedded.unit, coefficients };
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let center = &mut scratch_rows[..shape.dim];
             // SAFETY: the caller's matrices have these rows; a column is in one task.

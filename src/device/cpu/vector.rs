@@ -210,10 +210,11 @@ fn add_scaled_body(dst: &mut [f32], factor: f32, src: &[f32]) {
     }
 }
 
-/// What turns cosines into numerators: P = exp(scale * cos - c), c = max(0, scale - 64).
+/// What turns cosines into numerators: P = exp(scale * cos - offset), the offset being c = max(0, scale - 64) or a row's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Softmax {
     pub scale: f32,
+    /// c.
     pub offset: f32,
     /// A negative's cosine above it counts as 0.
     pub filter: Option<f32>,
@@ -229,33 +230,63 @@ impl Softmax {
     }
 }
 
-/// As [`exp_row`] for one class and many rows of the batch: adds each numerator to its row's sum and keeps each row's largest cosine.
+/// As [`exp_row`] for one class and many rows of the batch, each with its offset: adds each numerator to its row's sum and keeps each
+/// row's largest cosine. A row with a filtered element has offset c.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn softmax_column(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
-    assert!(column.len() == sums.len() && column.len() == best.len(), "softmax_column needs three rows of one length");
-    softmax_column_on(Simd::best(), column, softmax, sums, best)
+pub fn softmax_column(column: &mut [f32], softmax: &Softmax, offsets: &[f32], sums: &mut [f32], best: &mut [f32]) {
+    let lengths = [offsets.len(), sums.len(), best.len()];
+    assert!(lengths == [column.len(); 3], "softmax_column needs four rows of one length");
+    softmax_column_on(Simd::best(), column, softmax, offsets, sums, best)
 }
 
 clones! {
-    fn softmax_column_on(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) = softmax_column_body::<FMA>;
+    fn softmax_column_on(column: &mut [f32], softmax: &Softmax, offsets: &[f32], sums: &mut [f32], best: &mut [f32])
+        = softmax_column_body::<FMA>;
 }
 
 #[inline(always)]
-fn softmax_column_body<const FMA: bool>(column: &mut [f32], softmax: &Softmax, sums: &mut [f32], best: &mut [f32]) {
+fn softmax_column_body<const FMA: bool>(
+    column: &mut [f32],
+    softmax: &Softmax,
+    offsets: &[f32],
+    sums: &mut [f32],
+    best: &mut [f32],
+) {
     let (limit, floor) = match softmax.filter {
         Some(limit) => (limit, (-f64::from(softmax.offset)).exp() as f32),
         None => (f32::INFINITY, 0.0),
     };
-    let (scale, offset) = (softmax.scale, softmax.offset);
-    for ((cell, sum), best) in column.iter_mut().zip(sums).zip(best) {
+    let scale = softmax.scale;
+    for (((cell, offset), sum), best) in column.iter_mut().zip(offsets).zip(sums).zip(best) {
         let x = *cell;
         let power = exp::<FMA>(fma::<FMA>(x, scale, -offset));
         let filtered = x > limit;
         *cell = if filtered { 0.0 } else { power };
         *sum += if filtered { floor } else { power };
         *best = if x > *best { x } else { *best };
+    }
+}
+
+/// Turns the part of W^ across E^ into that of E^ across W^, in place: sin^2 E^ - cos t, the sine being t's norm. Nothing cancels.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn turn_tangent(tangent: &mut [f32], unit: &[f32], cosine: f32) {
+    assert_eq!(tangent.len(), unit.len(), "turn_tangent needs two rows of one length");
+    let sine_squared = sum_of_squares(tangent) as f32;
+    turn_tangent_on(Simd::best(), tangent, unit, sine_squared, cosine)
+}
+
+clones! {
+    fn turn_tangent_on(tangent: &mut [f32], unit: &[f32], sine_squared: f32, cosine: f32) = turn_tangent_body;
+}
+
+#[inline(always)]
+fn turn_tangent_body(tangent: &mut [f32], unit: &[f32], sine_squared: f32, cosine: f32) {
+    for (t, u) in tangent.iter_mut().zip(unit) {
+        *t = sine_squared * u - cosine * *t;
     }
 }
 

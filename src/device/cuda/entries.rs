@@ -128,6 +128,7 @@ entries! {
     }
     "loss" {
         reduce_rows();
+        find_far_rows();
         pack_sums(i32, i32, u64);
         judge_sums(Address);
         scale_embeddings();
@@ -157,7 +158,7 @@ entries! {
         add_row_sums(u32, i32, Address);
         write_weighted_centers(MatrixView);
         weigh_rows(Address, Address);
-        finish_given_rows(MatrixView, MatrixView, f64, MatrixView);
+        finish_given_rows(MatrixView, f64, MatrixView);
         write_center_rows(u64, u32, MatrixView, MatrixView);
     }
     "nearest" {

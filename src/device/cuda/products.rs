@@ -99,10 +99,21 @@ impl<A: Arguments> Product<A> {
 
 /// The arrays and the chunk's first column.
 type ChunkArguments = (HeadArrays, u32);
-/// The same, the loss weight, whether to update the rows, and the stages of the pipeline.
+/// The same, and whether tiles are left alone whose rows all have the common offset.
+type FarArguments = (HeadArrays, u32, i32);
+/// The arrays, the chunk's first column, the loss weight, whether to update the rows, and the stages of the pipeline.
 type CenterGradientArguments = (HeadArrays, u32, f64, i32, u32);
 /// The arrays, rows, columns, the first column in the matrix, and the matrix.
 type CosinesArguments = (HeadArrays, u32, u32, u64, MatrixView);
+
+/// What the numerators are relative to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Offsets {
+    /// exp(c).
+    Common,
+    /// Each row's own; `far_only`: in the tiles of rows alone of which one's is not c.
+    Own { far_only: bool },
+}
 
 /// An entry of the center gradient for this GPU.
 struct CenterGradient {
@@ -113,6 +124,7 @@ struct CenterGradient {
 /// The products of one precision.
 struct Precision {
     numerators: Product<ChunkArguments>,
+    far_numerators: Product<FarArguments>,
     weighted_centers: Product<ChunkArguments>,
     /// In the order of `CENTER_GRADIENT`.
     center_gradient: Vec<CenterGradient>,
@@ -139,11 +151,13 @@ impl Products {
         let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted_centers")?);
         let half = Precision {
             numerators: Product::load(&numerators, "gemm_numerators_half", NUMERATORS_SHARED, multiprocessors)?,
+            far_numerators: Product::load(&numerators, "gemm_numerators_half_far", NUMERATORS_SHARED, multiprocessors)?,
             weighted_centers: Product::load(&weighted, "gemm_weighted_centers_half", WEIGHTED_SHARED, multiprocessors)?,
             center_gradient: center_gradient(&module("gemm_center_gradient_half")?, |entry| entry.half)?,
         };
         let f32 = Precision {
             numerators: Product::load(&numerators, "gemm_numerators_f32", NUMERATORS_SHARED, multiprocessors)?,
+            far_numerators: Product::load(&numerators, "gemm_numerators_f32_far", NUMERATORS_SHARED, multiprocessors)?,
             weighted_centers: Product::load(&weighted, "gemm_weighted_centers_f32", WEIGHTED_SHARED, multiprocessors)?,
             center_gradient: center_gradient(&module("gemm_center_gradient_f32")?, |entry| entry.f32)?,
         };
@@ -160,8 +174,12 @@ impl Products {
     }
 
     /// P of the chunk that begins at column `first`, and its row sums.
-    pub fn numerators(&self, stream: &Stream, arrays: HeadArrays, first: u32) -> Result<()> {
-        self.of(&arrays).numerators.launch(stream, (arrays, first), 0)
+    pub fn numerators(&self, stream: &Stream, arrays: HeadArrays, first: u32, offsets: Offsets) -> Result<()> {
+        let products = self.of(&arrays);
+        match offsets {
+            Offsets::Common => products.numerators.launch(stream, (arrays, first), 0),
+            Offsets::Own { far_only } => products.far_numerators.launch(stream, (arrays, first, far_only.into()), 0),
+        }
     }
 
     /// P W^ of the chunk, beside other work on the reserved multiprocessors.

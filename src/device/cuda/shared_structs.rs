@@ -149,6 +149,7 @@ structures! {
     /// The updates that dense rows missed since one update, computed on the device.
     pub(crate) struct MissedUpdates {
         shift_w: f64,
+        whole_w: f64,
         w_m: f64,
         m_w: f64,
         m_m: f64,
@@ -185,6 +186,7 @@ structures! {
         embeddings_recv: *mut u8,
         send_scales: *mut f32,
         units: *mut f32,
+        tangents: *mut f32,
         unit_operand: *mut u16,
         scaled_operand: *mut u16,
         inverse_norms: *mut f32,
@@ -195,6 +197,8 @@ structures! {
         factors: *mut f32,
         row_sums: *mut f32,
         best_negatives: *mut f32,
+        shifts: *mut f32,
+        far_tiles: *mut u32,
         partial_sums: *mut f32,
         partial_best: *mut f32,
         center_operand: *mut u16,
@@ -268,9 +272,9 @@ const _: () = {
     assert!(std::mem::size_of::<StepBlock>() == 256);
     assert!(std::mem::size_of::<Ledger>() == 272);
     assert!(std::mem::size_of::<Rule>() == 48);
-    assert!(std::mem::size_of::<MissedUpdates>() == 32);
+    assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 656);
+    assert!(std::mem::size_of::<HeadArrays>() == 680);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

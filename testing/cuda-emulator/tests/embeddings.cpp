@@ -213,6 +213,7 @@ void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtyp
     }
     const uint32_t padded = up(rows, 128), pitch = head.arrays.depth_pitch;
     const std::vector<float> units = head.memory.get(head.arrays.units, size_t(padded) * pitch);
+    const std::vector<float> tangents = head.memory.get(head.arrays.tangents, size_t(padded) * pitch);
     const std::vector<float> norms = head.memory.get(head.arrays.inverse_norms, padded);
     const std::vector<float> logits = head.memory.get(head.arrays.target_logits, padded);
     const std::vector<float> cosines = head.memory.get(head.arrays.target_cosines, padded);
@@ -244,6 +245,21 @@ void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtyp
         EXPECT(close(cosines[row], truth.cosine, 2e-7, 1e-9), what);
         // At theta = 0 and pi the sine is floored: what is left of it is noise of the last digits.
         EXPECT(close(derivatives[row], truth.derivative, 1e-6, 1e-5), what);
+        // The tangent: W^ - cos E^, in digits of its own size.
+        double ww = 0, largest = 0;
+        for (uint32_t i = 0; i < dim; ++i) {
+            ww += double(w[i]) * w[i];
+        }
+        std::vector<double> across(pitch, 0.0);
+        for (uint32_t i = 0; i < dim && ww > 0 && squares > 0; ++i) {
+            across[i] = w[i] / std::sqrt(ww) - truth.cosine * (e[size_t(row) * dim + i] * inverse);
+            largest = std::max(largest, std::fabs(across[i]));
+        }
+        bool same = true;
+        for (uint32_t i = 0; i < pitch; ++i) {
+            same = same && close(tangents[size_t(row) * pitch + i], across[i], 1e-6, 1e-7 * largest + 1e-15);
+        }
+        EXPECT(same, what + " tangent of row " + std::to_string(row));
     }
     check_operand(head, head.memory.get(head.arrays.unit_operand, 3 * head.arrays.plane_rows),
                   units,

@@ -35,15 +35,15 @@ void run(const Case& c, uint64_t seed) {
     const uint32_t row_end = round_up(c.rows, kTileRows);
     const uint32_t pitch = arrays.depth_pitch, master = arrays.master_pitch, dim = c.dim;
 
-    // The batch: units, E' and the coefficients of the targets.
-    const std::vector<float> units = random.units(c.rows, dim);
+    // The batch: tangents, E' and the coefficients of the targets.
+    const std::vector<float> tangents = random.units(c.rows, dim);
     std::vector<float> padded(size_t(arrays.row_capacity) * pitch, NAN);
-    std::vector<float> scaled(units.size());
+    std::vector<float> scaled(tangents.size());
     std::vector<float> coefficients(arrays.row_capacity, NAN);
     for (uint32_t row = 0; row < c.rows; ++row) {
         coefficients[row] = -random.uniform() - 0.1f;
         for (uint32_t k = 0; k < pitch; ++k) {
-            const float value = k < dim ? units[size_t(row) * dim + k] : 0.0f;
+            const float value = k < dim ? tangents[size_t(row) * dim + k] : 0.0f;
             padded[size_t(row) * pitch + k] = value;
             if (k < dim) scaled[size_t(row) * dim + k] = value * (1 + float(row % 7));
         }
@@ -128,7 +128,7 @@ void run(const Case& c, uint64_t seed) {
     Device device(seed);
     arrays.block = device.upload(std::vector<StepBlock>{block});
     arrays.rule = device.upload(std::vector<Rule>{rule});
-    arrays.units = device.upload(padded);
+    arrays.tangents = device.upload(padded);
     arrays.scaled_operand = device.upload(right.bits);
     arrays.plane_rows = right.plane;
     arrays.coefficients = device.upload(coefficients);
@@ -178,7 +178,7 @@ void run(const Case& c, uint64_t seed) {
             }
             for (uint32_t row : targets[column]) {
                 for (uint32_t k = 0; k < dim; ++k) {
-                    g[k] += double(coefficients[row]) * units[size_t(row) * dim + k];
+                    g[k] += double(coefficients[row]) * tangents[size_t(row) * dim + k];
                 }
             }
             const size_t slot = c.mode == Mode::kReplicated ? column : column - first;

@@ -1,4 +1,5 @@
 // The numerators against float64 loops over the same rounded operands.
+#include "far.h"
 #include "gemm_case.h"
 
 namespace {
@@ -9,13 +10,14 @@ struct Case {
     double filter;
     double scale;
     uint32_t grid;
+    bool own = false;  // rows have offsets of their own
 };
 
 void run(const Case& c, uint64_t seed) {
     char name[160];
-    snprintf(name, sizeof name, "numerators B %u S %u d %u chunk %u %s filter %g scale %g grid %u",
-             c.rows, c.classes, c.dim, c.chunk, c.split ? "f32" : "half", c.filter, c.scale,
-             c.grid);
+    snprintf(name, sizeof name,
+             "numerators B %u S %u d %u chunk %u %s filter %g scale %g grid %u own %d", c.rows,
+             c.classes, c.dim, c.chunk, c.split ? "f32" : "half", c.filter, c.scale, c.grid, c.own);
     case_name() = name;
     Draw random(seed);
     HeadArrays arrays = arrays_of(c.rows + 100, c.classes + 100, c.dim, c.chunk);
@@ -50,6 +52,19 @@ void run(const Case& c, uint64_t seed) {
     arrays.plane_rows = units.plane;
     arrays.columns = device.upload(columns);
     arrays.target_cosines = device.upload(cosines);
+    // Every third row has an offset of its own, but for the second tile of rows.
+    std::vector<float> shifts(arrays.row_capacity, float(-arrays.margin.offset * far::kLog2E));
+    std::vector<uint32_t> far_tiles(arrays.row_capacity / kTileRows, 0);
+    for (uint32_t row = 0; c.own && row < c.rows; row += 3) {
+        if (row / kTileRows != 1) {
+            shifts[row] = 1.5f - float(row % 7);
+            far_tiles[row / kTileRows] = 1;
+        }
+    }
+    if (c.own) {
+        arrays.shifts = device.upload(shifts);
+        arrays.far_tiles = device.upload(far_tiles);
+    }
     const size_t partials = size_t(arrays.column_tiles) * arrays.row_capacity;
     arrays.partial_sums = device.upload(std::vector<float>(partials, NAN));
     arrays.partial_best = device.upload(std::vector<float>(partials, NAN));
@@ -67,9 +82,24 @@ void run(const Case& c, uint64_t seed) {
         arrays.plane_centers = operand.plane;
         arrays.numerators =
             device.upload(std::vector<uint16_t>(planes * arrays.plane_numerators, kNaN16));
-        device.launch(c.split ? "gemm_numerators_f32" : "gemm_numerators_half", c.grid,
-                      gemm_tile(Gemm::kNumerators).threads(), gemm_shared_bytes(Gemm::kNumerators),
-                      arrays, first);
+        const unsigned threads = gemm_tile(Gemm::kNumerators).threads();
+        const unsigned bytes = gemm_shared_bytes(Gemm::kNumerators);
+        if (c.own) {
+            const char* const entry = c.split ? "gemm_numerators_f32_far" : "gemm_numerators_half_far";
+            device.launch(entry, c.grid, threads, bytes, arrays, first, int32_t(1));
+            const auto left = device.download(arrays.numerators, arrays.plane_numerators);
+            const auto sums = device.download(arrays.partial_sums, partials);
+            for (uint32_t row = 0; row < row_end; ++row) {
+                const bool taken = far_tiles[row / kTileRows] != 0;
+                require((left[uint64_t(row) * c.chunk] != kNaN16) == taken, "tiles without such rows");
+                require(isnan(sums[uint64_t(first / kTileColumns) * arrays.row_capacity + row]) != taken,
+                        "sums of tiles without such rows");
+            }
+            device.launch(entry, c.grid, threads, bytes, arrays, first, int32_t(0));
+        } else {
+            device.launch(c.split ? "gemm_numerators_f32" : "gemm_numerators_half", c.grid, threads,
+                          bytes, arrays, first);
+        }
         const auto found = device.download(arrays.numerators, planes * arrays.plane_numerators);
         const auto sums = device.download(arrays.partial_sums, partials);
         const auto best = device.download(arrays.partial_best, partials);
@@ -100,7 +130,7 @@ void run(const Case& c, uint64_t seed) {
                 double& sum = tile_sum[column / kTileColumns];
                 double& most = tile_best[column / kTileColumns];
                 most = cosine > most ? cosine : most;
-                const double power = exp(c.scale * cosine - arrays.margin.offset);
+                const double power = exp(c.scale * cosine + double(shifts[row]) / far::kLog2E);
                 if (c.filter > 0 && fabs(cosine - c.filter) < 1e-6) {
                     sum = NAN;  // either side of the filter is right
                     continue;
@@ -154,6 +184,8 @@ int main() {
                 ++seed);
         }
     }
+    run({300, 200, 65, 128, false, 0.0, 90.0, 3, true}, 98);
+    run({260, 200, 64, 256, true, 0.0, 90.0, 2, true}, 99);
     run({130, 200, 512, 256, false, 0.0, 64.0, 3}, 100);
     run({40, 130, 600, 256, true, 0.1, 64.0, 3}, 101);
     puts("gemm_numerators: all right");

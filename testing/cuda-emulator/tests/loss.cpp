@@ -105,6 +105,130 @@ void judge(RowHead& head, const Launch& launch, double* loss) {
     head.launch({1, launch.block}, "judge_sums", loss);
 }
 
+// A head at scale 128, whose rows may have offsets of their own.
+void allow_offsets(RowHead& head) {
+    head.arrays.margin.scale = 128;
+    head.arrays.margin.offset = 64;
+    head.arrays.shifts = head.memory.make<float>(head.arrays.row_capacity);
+    head.arrays.far_tiles = head.memory.make<uint32_t>(head.arrays.row_capacity / kTileRows);
+}
+
+void test_far_rows(double filter) {
+    RowHead head((Shape()), 4);
+    allow_offsets(head);
+    head.arrays.margin.filter = filter;
+    const uint32_t rows = head.block.rows;
+    std::vector<float> best;
+    for (uint32_t row = 0; row < head.arrays.row_capacity; ++row) {
+        best.push_back(row % 5 == 0 ? kElsewhere : 0.06f * head.uniform());
+    }
+    head.memory.put(head.arrays.best_negatives, best);
+    head.launch({2, 128}, "find_far_rows");
+    const float common = float(-64 * 1.4426950408889634);
+    bool any = false;
+    const std::vector<float> shifts = head.memory.get(head.arrays.shifts, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool passes = filter > 0 && best[row] > filter;
+        const bool own = best[row] != kElsewhere && !passes && 128.0 * best[row] - 64 < -60;
+        const float truth = own ? float(-128.0 * double(best[row]) * 1.4426950408889634) : common;
+        EXPECT(shifts[row] == truth, "shift of row " + std::to_string(row));
+        any = any || own;
+    }
+    EXPECT(any && head.memory.get(head.arrays.far_tiles, 1)[0] == 1, "the tile");
+    head.memory.put(head.arrays.best_negatives, std::vector<float>(rows, 0.5f));
+    head.launch({1, 128}, "find_far_rows");
+    EXPECT(head.memory.get(head.arrays.shifts, 1)[0] == common, "near");
+    EXPECT(head.memory.get(head.arrays.far_tiles, 1)[0] == 0, "no such row");
+}
+
+// Rows of which all ranks' negatives, some ranks', or none are far, and rows without a negative
+// here.
+void test_far_sums(bool sharded) {
+    Shape shape;
+    shape.sharded = sharded;
+    RowHead head(shape, 9);
+    allow_offsets(head);
+    const uint32_t rows = head.block.rows, capacity = head.arrays.label_capacity;
+    Forward forward(head);
+    const double common = -64 * 1.4426950408889634;
+    std::vector<float> shifts, best;
+    std::vector<double> offsets;
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool own = row % 3 != 0, none = row % 7 == 6 && sharded;
+        shifts.push_back(own && !none ? float(row % 3 == 1 ? 184 : 20 * head.uniform()) : float(common));
+        offsets.push_back(own && !none ? -double(shifts[row]) / 1.4426950408889634 : 64.0);
+        best.push_back(none ? kElsewhere : 0.0f);
+        if (!head.ignored(row)) {
+            forward.sums[row] = none ? 0.0f : 1.0f + float(row);
+        }
+        if (forward.logits[row] != 0) {
+            forward.logits[row] = row % 2 ? -100.0f : 120.0f;
+        }
+    }
+    forward.put(head);
+    head.memory.put(head.arrays.shifts, shifts);
+    head.memory.put(head.arrays.best_negatives, best);
+    const auto zeros = [&](float* to) { head.fill(to, head.arrays.row_capacity, 0.0f); };
+    zeros(head.arrays.factors);
+    zeros(head.arrays.coefficients);
+    std::vector<double> whole(rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        whole[row] = double(forward.sums[row]) * std::exp(offsets[row] - 64);
+    }
+    if (sharded) {
+        const size_t count = 3 * capacity + kTotals;
+        head.arrays.sums = head.memory.make<float>(count);
+        head.launch({1, 256}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+        std::vector<float> sums = head.memory.get(head.arrays.sums, count);
+        for (uint32_t row = 0; row < capacity; ++row) {
+            const bool own = row < rows && offsets[row] != 64;
+            const float n = row < rows ? forward.sums[row] : 0.0f;
+            const double apart = own ? n * std::exp(offsets[row] - 64 + 120) : 0;
+            EXPECT(sums[row] == (own ? 0.0f : n), "near");
+            EXPECT(close(sums[2 * capacity + kTotals + row], apart, 1e-6, 0), "far");
+        }
+        // Another rank's: near for some rows, far for others, and all there is for the rest.
+        for (uint32_t row = 0; row < rows; ++row) {
+            const float far_one = std::exp(float(int(row) % 40) - 20), near_one = row % 4 ? 0 : 3e-9f;
+            sums[2 * capacity + kTotals + row] += far_one;
+            sums[row] += near_one;
+            whole[row] += double(near_one) + double(far_one) * std::exp(-120.0);
+        }
+        head.memory.put(head.arrays.sums, sums);
+    } else {
+        head.launch({1, 256}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    }
+    double loss = 0;
+    Finished truth;
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool ignored = forward.cosines[row] == kIgnored;
+        const double over = double(forward.logits[row]) - 64, n = whole[row];
+        const double denominator = n + std::exp(over), excess = std::log(n) - over;
+        const double own = std::exp(offsets[row] - 64);
+        const bool none = best[row] == kElsewhere;
+        truth.factors.push_back(ignored || none ? 0 : 128 / denominator * own);
+        truth.coefficients.push_back(
+            ignored ? 0 : -128 * (n / denominator) * forward.derivatives[row]);
+        loss += ignored ? 0 : std::max(excess, 0.0) + std::log1p(std::exp(-std::fabs(excess)));
+    }
+    if (sharded) {
+        double* const cell = loss_cell(head);
+        judge(head, {1, 128}, cell);
+        const StepBlock block = head.get_block();
+        EXPECT(block.status == kOk, "status");
+        EXPECT(close(block.loss, loss / double(block.valid_rows), 1e-6), "loss");
+    } else {
+        const double sum = head.memory.get(head.arrays.replicated_sums, 1)[0];
+        EXPECT(close(sum, loss, 1e-6), "loss");
+    }
+    const std::vector<float> factors = head.memory.get(head.arrays.factors, rows);
+    const std::vector<float> coefficients = head.memory.get(head.arrays.coefficients, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        EXPECT(close(factors[row], truth.factors[row], 1e-6, 1e-37), "factor");
+        EXPECT(close(coefficients[row], truth.coefficients[row], 1e-6, 1e-37), "coefficient");
+    }
+}
+
 void test_sharded(const Launch& launch, bool only_target) {
     Shape shape;
     if (only_target) {
@@ -316,16 +440,39 @@ void test_scaling(bool split, uint32_t dim, const Launch& launch) {
     shape.split = split;
     RowHead head(shape, dim);
     const uint32_t rows = head.block.rows, pitch = head.arrays.depth_pitch;
-    std::vector<float> units(head.arrays.plane_rows, NAN), factors;
+    std::vector<float> units(head.arrays.plane_rows, NAN), factors, coefficients, cosines;
+    std::vector<float> tangents(head.arrays.plane_rows, NAN);
     for (uint32_t row = 0; row < rows; ++row) {
         factors.push_back(row % 5 == 0 ? 0.0f : std::exp(30 * head.uniform()));
+        coefficients.push_back(row % 10 == 0 ? 0.0f : head.uniform());
+        cosines.push_back(head.uniform());
         for (uint32_t i = 0; i < pitch; ++i) {
             units[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
+            tangents[size_t(row) * pitch + i] = i < dim ? head.uniform() : 0.0f;
         }
     }
     head.memory.put(head.arrays.units, units);
     head.memory.put(head.arrays.factors, factors);
+    head.memory.put(head.arrays.coefficients, coefficients);
+    head.memory.put(head.arrays.target_cosines, cosines);
+    head.memory.put(head.arrays.tangents, tangents);
     head.launch(launch, "scale_embeddings");
+    const std::vector<float> turned = head.memory.get(head.arrays.tangents, rows * size_t(pitch));
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool pulled = coefficients[row] != 0 && head.columns[head.global(row)] != kNone;
+        double squares = 0;
+        for (uint32_t i = 0; i < pitch; ++i) {
+            squares += double(tangents[size_t(row) * pitch + i]) * tangents[size_t(row) * pitch + i];
+        }
+        bool right = true;
+        for (uint32_t i = 0; i < pitch; ++i) {
+            const size_t at = size_t(row) * pitch + i;
+            const double truth =
+                pulled ? squares * units[at] - double(cosines[row]) * tangents[at] : tangents[at];
+            right = right && close(turned[at], truth, 1e-6, 1e-6 * squares);
+        }
+        EXPECT(right, "tangent of row " + std::to_string(row));
+    }
     const uint64_t plane = head.arrays.plane_rows;
     const std::vector<uint16_t> operand = head.memory.get(head.arrays.scaled_operand, 3 * plane);
     bool right = true;
@@ -353,6 +500,10 @@ int main() {
     }
     test_sharded(kLaunches[0], true);
     test_sharded_failures();
+    test_far_rows(0.0);
+    test_far_rows(0.01);
+    test_far_sums(true);
+    test_far_sums(false);
     unsigned turn = 0;
     for (uint32_t dim : {1u, 3u, 65u, 130u}) {
         test_scaling(false, dim, kLaunches[turn % 4]);

@@ -242,6 +242,7 @@ class RowHead {
         const bool scaled = shape.sharded && shape.gather == kF16;
         arrays.send_scales = scaled ? memory.make<float>(shape.max_batch) : nullptr;
         arrays.units = memory.make<float>(rows * pitch);
+        arrays.tangents = memory.make<float>(rows * pitch);
         arrays.unit_operand = memory.make<uint16_t>(3 * rows * pitch);
         arrays.scaled_operand = memory.make<uint16_t>(3 * rows * pitch);
         for (float** array :

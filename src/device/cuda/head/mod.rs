@@ -18,7 +18,7 @@ use self::verdict::ReportedFailure;
 use super::context::Gpu;
 use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
 use super::nearest::CenterSource;
-use super::products::LARGEST_DIM;
+use super::products::{Offsets, LARGEST_DIM};
 use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
 use super::sizes::{HeadMemory, Sizes};
 use super::staging::{self, Staging};
@@ -28,7 +28,7 @@ use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
-use crate::protocol::{Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, Contribution, Error, Result};
 
 /// Multiprocessors that the weighted centers and the center gradient leave to the collectives beside them.
@@ -190,12 +190,50 @@ impl CudaHead {
     }
 
     /// W^ and P of a chunk of the current step.
-    fn numerators(&mut self, role: StreamRole, first: u32) {
+    fn numerators(&mut self, role: StreamRole, first: u32, offsets: Offsets) {
         let arrays = self.arrays();
         if !(first == 0 && std::mem::take(&mut self.drafts[self.current].gathered)) {
             self.gather(role, self.current, first);
         }
-        self.product(role, "gemm_numerators", |products, stream| products.numerators(stream, arrays, first));
+        self.product(role, "gemm_numerators", |products, stream| products.numerators(stream, arrays, first, offsets));
+    }
+
+    /// P of all chunks and P @ W^ of all but the last.
+    fn multiply(&mut self, offsets: Offsets) {
+        for first in self.chunks() {
+            if let Some(before) = self.deferred_chunk.replace(first) {
+                self.weighted_centers(before);
+            }
+            self.numerators(StreamRole::Main, first, offsets);
+        }
+    }
+
+    /// The same where rows may have offsets of their own: only the sums of all chunks tell which. Nothing tells the host, so that what
+    /// finds them is always followed by what takes their tiles again.
+    fn multiply_twice(&mut self) {
+        let arrays = self.arrays();
+        for first in self.chunks() {
+            self.numerators(StreamRole::Main, first, Offsets::Common);
+        }
+        run!(self, Main, reduce_rows, (arrays,));
+        run!(self, Main, find_far_rows, (arrays,));
+        if self.sizes().keeps_probabilities() {
+            // P is in its place but for the tiles with such rows, and W^ is there as well.
+            self.deferred_chunk = Some(0);
+            self.product(StreamRole::Main, "gemm_numerators", |products, stream| {
+                products.numerators(stream, arrays, 0, Offsets::Own { far_only: true })
+            });
+        } else {
+            self.multiply(Offsets::Own { far_only: false });
+        }
+    }
+
+    /// What numerators that are computed again are relative to.
+    fn offsets(&self) -> Offsets {
+        match self.spec.options.margin.has_row_offsets() {
+            true => Offsets::Own { far_only: false },
+            false => Offsets::Common,
+        }
     }
 
     /// P @ W^ of a chunk.
@@ -340,11 +378,9 @@ impl HeadDevice for CudaHead {
         run!(self, Main, normalize_embeddings, (arrays, source));
         run!(self, Main, judge_embeddings, (arrays,));
         run!(self, Main, find_targets, (arrays, source));
-        for first in self.chunks() {
-            if let Some(before) = self.deferred_chunk.replace(first) {
-                self.weighted_centers(before);
-            }
-            self.numerators(StreamRole::Main, first);
+        match self.spec.options.margin.has_row_offsets() {
+            true => self.multiply_twice(),
+            false => self.multiply(Offsets::Common),
         }
         run!(self, Main, reduce_rows, (arrays,));
         self.pending_error()
@@ -361,7 +397,7 @@ impl HeadDevice for CudaHead {
         run!(self, Main, pack_sums, (arrays, status, loss_place as i32, sample_limit));
         let exchange = match self.sharded() {
             true => {
-                let count = 2 * self.sizes().capacities.labels as usize + TOTALS;
+                let count = sum_elements(self.sizes().capacities.labels as usize, &self.spec.options.margin);
                 let buffers = ExchangeBuffers { send: arrays.sums, recv: arrays.sums, count };
                 self.exchange("all_reduce sums", StreamRole::Main, buffers, DType::F32)
             }
@@ -491,7 +527,7 @@ impl HeadDevice for CudaHead {
         run!(self, Centers, begin_update, (arrays, learning_rate));
         for first in self.chunks() {
             if !self.sizes().keeps_probabilities() {
-                self.numerators(StreamRole::Centers, first);
+                self.numerators(StreamRole::Centers, first, self.offsets());
             }
             self.chunk_center_gradient(first, loss_weight, i32::from(fused));
             if !fused {
@@ -514,7 +550,7 @@ impl HeadDevice for CudaHead {
         self.remember_error(cleared);
         for first in self.chunks() {
             if !self.sizes().keeps_probabilities() {
-                self.numerators(StreamRole::Centers, first);
+                self.numerators(StreamRole::Centers, first, self.offsets());
             }
             self.chunk_center_gradient(first, loss_weight, 0);
         }

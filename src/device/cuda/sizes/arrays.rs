@@ -1,12 +1,12 @@
 //! The arrays of a head: one list for the allocation, the pointers of [`HeadArrays`] and the totals.
 
 use super::{Capacities, Chunks};
-use crate::device::cuda::shared_structs::{HeadArrays, Ledger, MissedUpdates, Rule, StepBlock};
+use crate::device::cuda::shared_structs::{HeadArrays, Ledger, MissedUpdates, Rule, StepBlock, TILE_ROWS};
 use crate::device::{HeadSpec, Memory};
 use crate::matrix::DType;
 use crate::optimizer::Optimizer;
 use crate::options::RowUpdate;
-use crate::protocol::{label_block, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::protocol::{label_block, sum_elements, REPLICATED_SLOT, REPLICATED_TOTALS};
 
 /// The purpose of an array, as `Memory` counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +90,7 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, embeddings_recv: u8, only(sharded, times(&[ranks, max_batch, dim, gathered])));
     array!(Activation, 1, send_scales: f32, only(sharded && capacities.gather_dtype == DType::F16, max_batch));
     array!(Activation, 1, units: f32, times(&[rows, pitch]));
+    array!(Activation, 1, tangents: f32, times(&[rows, pitch]));
     array!(Activation, 1, unit_operand: u16, times(&[planes, rows, pitch]));
     array!(Activation, 1, scaled_operand: u16, times(&[planes, rows, pitch]));
     array!(Activation, 1, inverse_norms: f32, rows);
@@ -100,6 +101,8 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, factors: f32, rows);
     array!(Activation, 1, row_sums: f32, rows);
     array!(Activation, 1, best_negatives: f32, rows);
+    array!(Activation, 1, shifts: f32, only(options.margin.has_row_offsets(), rows));
+    array!(Activation, 1, far_tiles: u32, only(options.margin.has_row_offsets(), rows / TILE_ROWS));
     array!(Activation, 1, partial_sums: f32, times(&[capacities.column_tiles(), rows]));
     array!(Activation, 1, partial_best: f32, times(&[capacities.column_tiles(), rows]));
     if capacities.split_operands {
@@ -112,7 +115,7 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, center_inverse_norms: f32, sample);
     array!(Probability, 1, numerators: u16, times(&[planes, rows, chunk]));
     array!(Activation, 1, weighted_centers: f32, times(&[chunks.splits, rows, pitch]));
-    array!(Activation, 1, sums: f32, only(sharded, 2 * labels + TOTALS as u64));
+    array!(Activation, 1, sums: f32, only(sharded, sum_elements(labels as usize, &options.margin) as u64));
     array!(
         Activation,
         1,

@@ -11,7 +11,7 @@ use crate::{ensure, Result};
 pub(in crate::device::cuda) const DEPTH_MULTIPLE: u64 = 64;
 /// Rows of W and of the state begin on 16 bytes.
 const MASTER_MULTIPLE: u64 = 4;
-/// Updates that a dense row may be behind before all rows are brought up to date: 32 bytes each.
+/// Updates that a dense row may be behind before all rows are brought up to date: 40 bytes each.
 const HISTORY: u64 = 4096;
 /// kernels/sample.cu: bins of the draw's histogram, at the head of the counters.
 pub(in crate::device::cuda) const HISTOGRAM_BINS: u64 = 2048;

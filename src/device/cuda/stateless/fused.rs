@@ -4,7 +4,7 @@
 
 use super::arguments::{check_workspace, CallArguments, ALIGNMENT};
 use super::{columns_of, CudaDevice, Shape};
-use crate::device::cuda::products::LARGEST_DIM;
+use crate::device::cuda::products::{Offsets, LARGEST_DIM};
 use crate::device::cuda::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_COLUMNS};
 use crate::device::cuda::sizes::weighted_splits;
 use crate::device::stateless::{checked_sums, checked_targets, checked_weight, must_be_f32};
@@ -95,6 +95,7 @@ impl CudaDevice {
         let forward = cut.bytes();
         cut.rewind(shared);
         arrays.scaled_operand = cut.take(3 * rows * pitch);
+        arrays.tangents = cut.take(rows * pitch);
         arrays.coefficients = cut.take(rows);
         arrays.factors = cut.take(rows);
         arrays.sample = cut.take(shape.sample_capacity);
@@ -117,7 +118,7 @@ impl CudaDevice {
             partial_best: arrays.partial_best.wrapping_sub(tiles as usize),
             ..*arrays
         };
-        self.gpu.products.numerators(&self.gpu.stream, arrays, first)
+        self.gpu.products.numerators(&self.gpu.stream, arrays, first, Offsets::Common)
     }
 
     pub(super) fn run_fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()> {
@@ -128,6 +129,8 @@ impl CudaDevice {
         let FusedArrays { mut arrays, totals, bytes } = self.fused_arrays(&shape, arguments.workspace.data);
         check_workspace(&gpu.stream, arguments.workspace, bytes)?;
         arrays.margin = MarginSettings::from(margin);
+        // The backward's: their memory is the forward's for P @ W^.
+        arrays.tangents = std::ptr::null_mut();
         let mut pool = self.pool();
         let (mut call, _) = CallArguments::new(&gpu.stream, &mut pool);
         let targets = call.on_host("targets", arguments.targets, embeddings.rows)?;
@@ -187,6 +190,7 @@ impl CudaDevice {
         gpu.write_unit_rows(&arrays, e, shape.rows as u32)?;
         gpu.run(&entries.find_given_targets, (arrays, e, w))?;
         gpu.run(&entries.weigh_rows, (arrays, row_sums.cast(), target_logits.cast()))?;
+        gpu.run(&entries.finish_given_rows, (arrays, product, loss_weight, grad_e))?;
         gpu.run(&entries.scale_embeddings, (arrays,))?;
         gpu.run(&entries.list_whole, (arrays,))?;
         gpu.run(&entries.find_target_columns, (arrays,))?;
@@ -196,7 +200,6 @@ impl CudaDevice {
             gpu.products.center_gradient(&gpu.stream, arrays, first, loss_weight, 0, 0)?;
             gpu.run(&entries.write_center_rows, (arrays, u64::from(first), count, w, grad_w))?;
         }
-        gpu.run(&entries.finish_given_rows, (arrays, w, product, loss_weight, grad_e))?;
         call.finish()
     }
 }
