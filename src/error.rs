@@ -77,17 +77,45 @@ impl fmt::Display for Status {
     }
 }
 
-/// A status and a sentence that names the argument, the value and the rank.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+/// A status and a sentence that names the argument, the value and the rank. Where there is no memory for the sentence it is cut, or
+/// empty: the status remains.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{status}: {message}")]
 pub struct Error {
     pub status: Status,
     pub message: String,
 }
 
+impl Clone for Error {
+    fn clone(&self) -> Error {
+        Error::formatted(self.status, format_args!("{}", self.message))
+    }
+}
+
+/// A string that stays as it is where there is no memory for more.
+#[derive(Default)]
+struct Text(String);
+
+impl fmt::Write for Text {
+    fn write_str(&mut self, more: &str) -> fmt::Result {
+        self.0.try_reserve(more.len()).map_err(|_| fmt::Error)?;
+        self.0.push_str(more);
+        Ok(())
+    }
+}
+
 impl Error {
     pub fn new(status: Status, message: impl Into<String>) -> Error {
         Error { status, message: message.into() }
+    }
+
+    /// The error of `error!`.
+    #[doc(hidden)]
+    pub fn formatted(status: Status, message: fmt::Arguments<'_>) -> Error {
+        let mut text = Text::default();
+        // What fits is what there is.
+        let _ = fmt::Write::write_fmt(&mut text, message);
+        Error { status, message: text.0 }
     }
 
     /// What a rank says of another one's failure; `status` is the number that travelled.
@@ -99,9 +127,8 @@ impl Error {
     }
 
     /// The same error with what was being done in front of it.
-    pub fn during(mut self, what: &str) -> Error {
-        self.message = format!("{what}: {}", self.message);
-        self
+    pub fn during(self, what: impl fmt::Display) -> Error {
+        Error::formatted(self.status, format_args!("{what}: {}", self.message))
     }
 }
 
@@ -118,7 +145,7 @@ pub type Contribution<T> = Result<T>;
 #[doc(hidden)]
 macro_rules! error {
     ($status:ident, $($message:tt)*) => {
-        $crate::Error::new($crate::Status::$status, format!($($message)*))
+        $crate::Error::formatted($crate::Status::$status, format_args!($($message)*))
     };
 }
 

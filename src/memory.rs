@@ -33,6 +33,7 @@ unsafe impl Plain for f64 {}
 unsafe impl Plain for u64 {}
 unsafe impl Plain for i64 {}
 unsafe impl Plain for u8 {}
+unsafe impl Plain for usize {}
 
 // SAFETY: owned memory of plain numbers.
 unsafe impl<T: Plain> Send for Buffer<T> {}

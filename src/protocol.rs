@@ -10,7 +10,6 @@
 //! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
 use crate::margin::Margin;
-use crate::memory::reserve;
 use crate::{error, Error, Result};
 
 /// The call that a rank's *labels* are of.
@@ -167,12 +166,14 @@ pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
         false => (" of the last update", " of the last backward"),
     };
     if differs(0) || differs(1) {
-        let called = |words: &[i64]| format!("{} of head {}", StepCall::name(words[1]), words[0]);
         return error!(
             Mismatch,
-            "rank 0 has called {} of its communicator and rank {rank} {}: all ranks must make the same calls on the same heads",
-            called(first),
-            called(other)
+            "rank 0 has called {} of head {} of its communicator and rank {rank} {} of head {}: \
+             all ranks must make the same calls on the same heads",
+            StepCall::name(first[1]),
+            first[0],
+            StepCall::name(other[1]),
+            other[0]
         );
     }
     if differs(2) || differs(3) {
@@ -250,7 +251,7 @@ pub(crate) fn samples_differ(rank: usize) -> Error {
     error!(Mismatch, "the samples of rank 0 and rank {rank} differ: all ranks of a replicated head must be given the same ids")
 }
 
-/// What every rank concludes from the gathered labels: the ranks' batches, or the same failure.
+/// What every rank concludes from the gathered labels: the ranks' batches, for which `batches` has room, or the same failure.
 pub(crate) fn judge_labels(
     sent: &[i64],
     blocks: &[i64],
@@ -258,7 +259,8 @@ pub(crate) fn judge_labels(
     own: Option<&Error>,
     num_classes: u64,
     ignore_label: Option<i64>,
-) -> Result<Vec<usize>> {
+    batches: &mut Vec<usize>,
+) -> Result<()> {
     if let Some(own) = own {
         return Err(own.clone());
     }
@@ -281,8 +283,7 @@ pub(crate) fn judge_labels(
     if let Some(r) = (1..ranks).find(|&r| announced(r) != announced(0)) {
         return Err(ranks_differ(announced(0), announced(r), r));
     }
-    let mut batches = Vec::new();
-    reserve(&mut batches, ranks, "the ranks' batches")?;
+    batches.clear();
     batches.extend((0..ranks).map(|r| block(r)[2] as usize));
     let wrong = |label: i64| Some(label) != ignore_label && !(0..num_classes as i64).contains(&label);
     for (r, &batch) in batches.iter().enumerate() {
@@ -291,7 +292,7 @@ pub(crate) fn judge_labels(
             return Err(bad_label(labels[row], row, r, num_classes));
         }
     }
-    Ok(batches)
+    Ok(())
 }
 
 /// Of the sums only totals arrive: one failing rank adds its number + 1 and this, so that it can be named unless there are several.

@@ -138,12 +138,19 @@ fn collect(draw: &Draw, threshold: u32, parallel: &Parallel) -> Result<Vec<Candi
     let first_task = draw.shard.first / TASK;
     let tasks = (draw.shard.end().div_ceil(TASK) - first_task) as usize;
     let simd = Simd::best();
-    let slots: Vec<Mutex<Result<Candidates>>> = (0..tasks).map(|_| Mutex::new(Ok(Candidates::default()))).collect();
+    let mut slots: Vec<Mutex<Result<Candidates>>> = Vec::new();
+    reserve(&mut slots, tasks, SAMPLE)?;
+    slots.resize_with(tasks, || Mutex::new(Ok(Candidates::default())));
     parallel(tasks, &|task| {
         let found = collect_task(draw, threshold, (first_task + task as u64) * TASK, simd);
         *slots[task].lock().unwrap_or_else(PoisonError::into_inner) = found;
     });
-    slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    let mut found = Vec::new();
+    reserve(&mut found, tasks, SAMPLE)?;
+    for slot in slots {
+        found.push(slot.into_inner().unwrap_or_else(PoisonError::into_inner)?);
+    }
+    Ok(found)
 }
 
 fn collect_task(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<Candidates> {

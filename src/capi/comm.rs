@@ -434,7 +434,7 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
             ];
             for (name, array) in arrays {
                 let on_device =
-                    device.is_device_memory(name, array).map_err(|error| error.during(&format!("rank {}", comm.rank())))?;
+                    device.is_device_memory(name, array).map_err(|error| error.during(format_args!("rank {}", comm.rank())))?;
                 ensure!(!on_device, InvalidArgument, "{name} must be in host memory, got device memory (rank {})", comm.rank());
             }
             Ok(SampledRows { ids, count, rows, ids_out, capacity: capacity as usize, rows_out })

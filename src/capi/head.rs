@@ -426,12 +426,16 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
             );
             Ok(found as u64)
         };
-        if let Some(sample) = handle.outside.last_sample() {
+        let known = handle.outside.with_last_sample(|sample| {
+            let Some(sample) = sample else { return Ok(None) };
             let found = room(sample.count)?;
             if !ids.is_null() {
                 array("ids", ids, found)?;
                 sample.ids().enumerate().for_each(|(i, id)| *ids.add(i) = id);
             }
+            Ok(Some(found))
+        })?;
+        if let Some(found) = known {
             *count = found;
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! Statuses, the text of the last error, the version of the library.
 
-use std::cell::RefCell;
-use std::ffi::{c_char, CStr, CString};
+use std::cell::Cell;
+use std::ffi::{c_char, CStr};
 
 use crate::Error;
 
@@ -43,18 +43,31 @@ pub const PFC_ERROR_FORKED: pfc_status = 15;
 /// A bug in the library: it panicked. The handle is poisoned and its communicator aborted.
 pub const PFC_ERROR_PANIC: pfc_status = 16;
 
-thread_local! {
-    static LAST_ERROR: RefCell<CString> = RefCell::new(CString::default());
-}
+/// Bytes of a thread's last error, with its terminating zero; longer texts are cut.
+const LONGEST: usize = 1024;
 
-/// The text where a thread's destructors run: some of them call the library after its own has run.
-const ENDING: &CStr = c"this thread is ending: its last error is gone";
+thread_local! {
+    /// Has no destructor and needs no allocation: it is there when memory is not, and while a thread ends.
+    static LAST_ERROR: Cell<[u8; LONGEST]> = const { Cell::new([0; LONGEST]) };
+}
 
 /// Remembers the error for pfc_last_error and gives its status.
 pub(super) fn fail(error: &Error) -> pfc_status {
-    let text = error.message.replace('\0', "?");
-    // The status remains where a thread that is ending has no place for the text.
-    let _ = LAST_ERROR.try_with(|last| last.replace(CString::new(text).unwrap_or_default()));
+    let text = match error.message.is_empty() {
+        true => "there is no memory for the text of this error",
+        false => error.message.as_str(),
+    };
+    let mut bytes = [0; LONGEST];
+    let mut length = 0;
+    for character in text.chars() {
+        // A zero would end the text.
+        let character = if character == '\0' { '?' } else { character };
+        if length + character.len_utf8() >= LONGEST {
+            break;
+        }
+        length += character.encode_utf8(&mut bytes[length..]).len();
+    }
+    LAST_ERROR.set(bytes);
     error.status as pfc_status
 }
 
@@ -109,11 +122,10 @@ pub extern "C" fn pfc_status_name(status: pfc_status) -> *const c_char {
     name.as_ptr()
 }
 
-/// The text of this thread's last error, or "". Valid until this thread's next failing call. On a thread whose destructors of
-/// thread-local data are running, it may be a text that says so.
+/// The text of this thread's last error, or "". At most 1023 bytes. Valid until this thread's next failing call, or its end.
 #[no_mangle]
 pub extern "C" fn pfc_last_error() -> *const c_char {
-    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(ENDING.as_ptr())
+    LAST_ERROR.with(|last| last.as_ptr().cast_const().cast())
 }
 
 /// Copies the text of pfc_last_error, cut to `size` bytes including its terminating zero. For managed languages.
@@ -123,14 +135,12 @@ pub extern "C" fn pfc_last_error() -> *const c_char {
 /// @return bytes of the whole text, including its terminating zero
 #[no_mangle]
 pub unsafe extern "C" fn pfc_last_error_copy(buffer: *mut c_char, size: u64) -> u64 {
-    let copy = |text: &CStr| {
-        let text = text.to_bytes_with_nul();
-        if !buffer.is_null() && size > 0 {
-            let kept = (text.len() - 1).min(size as usize - 1);
-            std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), kept);
-            *buffer.add(kept) = 0;
-        }
-        text.len() as u64
-    };
-    LAST_ERROR.try_with(|last| copy(&last.borrow())).unwrap_or_else(|_| copy(ENDING))
+    let text = LAST_ERROR.get();
+    let length = text.iter().position(|&byte| byte == 0).unwrap_or(LONGEST - 1);
+    if !buffer.is_null() && size > 0 {
+        let kept = length.min(size as usize - 1);
+        std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), kept);
+        *buffer.add(kept) = 0;
+    }
+    length as u64 + 1
 }

@@ -37,7 +37,7 @@ pub(super) fn agree(transport: &dyn Transport, call: &Call<'_>) -> Result<()> {
     let gather = Call { signature, space: MemorySpace::Host, ..*call };
     // SAFETY: host memory of a block and of one for each rank.
     unsafe { transport.all_gather(own.as_ptr().cast(), all.as_mut_ptr().cast(), size_of::<Words>(), &gather) }
-        .map_err(|error| error.during(&format!("PFC_CHECK before {}", call.label())))?;
+        .map_err(|error| error.during(format_args!("PFC_CHECK before {}", call.label())))?;
     let Some(rank) = all.iter().position(|words| words != &all[0]) else { return Ok(()) };
     let verdict = error!(
         Mismatch,

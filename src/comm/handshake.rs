@@ -5,6 +5,7 @@
 
 use super::Communicator;
 use crate::agreement::Field;
+use crate::memory::{reserve, zeros};
 use crate::{ensure, error, Contribution, Error, Result};
 
 /// Compares fields over the ranks. Collective: one all-gather of `8 * (N + 2)` bytes from each rank.
@@ -46,13 +47,15 @@ pub(super) fn require_equal<const N: usize>(
 pub fn gather_words<const N: usize>(comm: &Communicator, mine: Contribution<[u64; N]>) -> Result<Vec<[u64; N]>> {
     // Status and rank, then the words.
     const BEFORE: usize = 2;
-    let (mut block, rank) = (vec![0i64; BEFORE + N], comm.rank() as usize);
+    // Without memory for the gather this rank cannot tell the others, and must not let them wait.
+    let memory = |ranks: usize| comm.or_abort(zeros::<i64>(&[ranks, BEFORE + N], "the handshake"));
+    let (mut block, mut gathered) = (memory(1)?, memory(comm.size() as usize)?);
+    let rank = comm.rank() as usize;
     block[1] = rank as i64;
     match &mine {
         Ok(words) => block[BEFORE..].iter_mut().zip(words).for_each(|(to, &word)| *to = word as i64),
         Err(error) => block[0] = error.status as i64,
     }
-    let mut gathered = vec![0i64; block.len() * comm.size() as usize];
     let outcome = comm.all_gather(&block, &mut gathered);
     // A rank's own error says more than what came of telling the others.
     mine?;
@@ -61,7 +64,12 @@ pub fn gather_words<const N: usize>(comm: &Communicator, mine: Contribution<[u64
     comm.or_abort(in_rank_order(&block, blocks.clone(), rank))?;
     match blocks.clone().enumerate().find(|(_, block)| block[0] != 0) {
         Some((rank, block)) => Err(Error::remote(rank, block[0])),
-        None => Ok(blocks.map(|block| std::array::from_fn(|i| block[BEFORE + i] as u64)).collect()),
+        None => {
+            let mut all = Vec::new();
+            comm.or_abort(reserve(&mut all, blocks.len(), "the handshake"))?;
+            all.extend(blocks.map(|block| std::array::from_fn(|i| block[BEFORE + i] as u64)));
+            Ok(all)
+        }
     }
 }
 

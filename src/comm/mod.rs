@@ -363,7 +363,7 @@ impl Communicator {
         *sequence += 1;
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let call = Call { signature, sequence: *sequence, space, deadline: deadline_after(timeout), timeout };
-        let bytes = self.or_abort(checked.map_err(|error| error.during(&call.label())))?;
+        let bytes = self.or_abort(checked.map_err(|error| error.during(call.label())))?;
         if self.compares_calls {
             self.or_abort(compare_calls::agree(&**self.transport, &call))?;
         }

@@ -46,7 +46,7 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
         // The same on all ranks; no union beyond the capacity gets that far.
         let piece_rows = (PIECE / 4 / mine.rows.cols.max(1)).max(1);
         let room = piece_rows.min(mine.capacity).saturating_mul(mine.rows.cols);
-        Ok((zeros::<f32>(&[room], &format!("sums of rows (rank {rank})"))?, piece_rows, mine))
+        Ok((zeros::<f32>(&[room], "sums of rows")?, piece_rows, mine))
     });
     let words = match &prepared {
         Ok((.., m)) => Ok([m.count as u64, m.capacity as u64, m.rows.cols as u64, u64::from(m.ids_out.is_null())]),
@@ -58,17 +58,16 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
     let union_wanted = |word| (if word == 0 { "given" } else { "NULL" }).to_owned();
     require_equal("ids_out", &all, |words| words[3], union_wanted)?;
 
-    let counts: Vec<usize> = all.iter().map(|words| words[0] as usize).collect();
-    let gathered = comm.or_abort(gather_ids(comm, &mine, counts.iter().copied().max().unwrap_or(0)))?;
-    let ids: Vec<&[i64]> = match gathered.len() / counts.len() {
-        0 => vec![&[]; counts.len()],
-        widest => gathered.chunks_exact(widest).zip(&counts).map(|(ids, &count)| &ids[..count]).collect(),
-    };
+    let widest = all.iter().map(|words| words[0] as usize).max().unwrap_or(0);
+    let gathered = comm.or_abort(gather_ids(comm, &mine, widest))?;
+    let mut ids: Vec<&[i64]> = Vec::new();
+    comm.or_abort(reserve(&mut ids, all.len(), "the ranks' ids"))?;
+    ids.extend(all.iter().enumerate().map(|(rank, words)| &gathered[rank * widest..][..words[0] as usize]));
     if mine.ids_out.is_null() {
         equal(&ids)?;
     }
     // Memory that one rank lacks here would leave the others waiting.
-    let union = comm.or_abort(union(&ids, rank))?;
+    let union = comm.or_abort(union(&ids))?;
     if let Some((rank, words)) = all.iter().enumerate().find(|(_, words)| (words[1] as usize) < union.len()) {
         return Err(error!(
             InvalidArgument,
@@ -103,7 +102,7 @@ pub unsafe fn all_reduce_rows(comm: &Communicator, mine: Contribution<SampledRow
 }
 
 unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
-    let named = |result: Result<()>| result.map_err(|error| error.during(&format!("rank {rank}")));
+    let named = |result: Result<()>| result.map_err(|error| error.during(format_args!("rank {rank}")));
     named(mine.rows.check("rows", mine.rows.cols))?;
     named(mine.rows_out.check("rows_out", mine.rows.cols))?;
     let (count, capacity) = (mine.count, mine.capacity);
@@ -138,9 +137,8 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
 
 /// All ranks' ids, `widest` entries for each rank.
 unsafe fn gather_ids(comm: &Communicator, mine: &SampledRows, widest: usize) -> Result<Vec<i64>> {
-    let what = format!("ids (rank {})", comm.rank());
-    let mut block: Vec<i64> = zeros(&[widest], &what)?;
-    let mut blocks: Vec<i64> = zeros(&[widest, comm.size() as usize], &what)?;
+    let mut block: Vec<i64> = zeros(&[widest], "ids")?;
+    let mut blocks: Vec<i64> = zeros(&[widest, comm.size() as usize], "the ranks' ids")?;
     if mine.count > 0 {
         std::ptr::copy_nonoverlapping(mine.ids, block.as_mut_ptr(), mine.count);
     }
@@ -165,13 +163,13 @@ fn equal(ids: &[&[i64]]) -> Result<()> {
     Ok(())
 }
 
-fn union(ids: &[&[i64]], rank: u32) -> Result<Vec<i64>> {
+fn union(ids: &[&[i64]]) -> Result<Vec<i64>> {
     let total: usize = ids.iter().map(|ids| ids.len()).sum();
     let mut union = Vec::new();
-    reserve(&mut union, total, &format!("the union of the ids (rank {rank})"))?;
+    reserve(&mut union, total, "the union of the ids")?;
     ids.iter().for_each(|ids| union.extend_from_slice(ids));
-    // Ascending runs one after the other: the standard stable sort finds and merges them.
-    union.sort();
+    // In place: the stable sort takes memory of its own.
+    union.sort_unstable();
     union.dedup();
     Ok(union)
 }

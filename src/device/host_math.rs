@@ -99,6 +99,12 @@ pub(super) unsafe fn gemm_into(
     }
 }
 
+/// Makes what products keep for the calling thread: a few megabytes, for which a product cannot report that there is no memory.
+pub(super) fn warm_up() {
+    // Where the thread is ending, another one works.
+    let _ = L2_SLAB.try_with(|_| ());
+}
+
 /// Work that the calling thread waits for.
 struct OnAnotherThread<F>(F);
 

@@ -80,18 +80,18 @@ impl Labels {
     }
 }
 
-/// The ascending ids of a sample, for whoever asks while a step runs.
-#[derive(Clone, Debug)]
-pub struct SampleIds {
+/// The ascending ids of a sample.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleIds<'a> {
     pub first: i64,
     pub count: usize,
     /// Empty where the sample is the whole shard, from `first` on.
-    pub listed: Arc<Vec<i64>>,
+    pub listed: &'a [i64],
 }
 
-impl SampleIds {
-    pub fn ids(&self) -> impl Iterator<Item = i64> + '_ {
-        (0..self.count).map(|column| self.listed.get(column).copied().unwrap_or(self.first + column as i64))
+impl<'a> SampleIds<'a> {
+    pub fn ids(self) -> impl Iterator<Item = i64> + 'a {
+        (0..self.count).map(move |column| self.listed.get(column).copied().unwrap_or(self.first + column as i64))
     }
 }
 
@@ -131,7 +131,7 @@ pub trait HeadDevice: Send {
     /// The ids last drawn, ascending.
     fn sample_ids(&self) -> Result<Vec<i64>>;
     /// The same where the host has them.
-    fn shared_sample_ids(&self) -> Option<SampleIds> {
+    fn known_sample_ids(&self) -> Option<SampleIds<'_>> {
         None
     }
     /// This rank's labels of the next step: how many, and which if the host has them.

@@ -21,6 +21,7 @@ pub(super) fn offer(best: &mut Vec<(f32, i64)>, k: usize, candidate: (f32, i64))
 
 /// Sorts nearest first, ties by id, and keeps `k`.
 pub(crate) fn keep_best(best: &mut Vec<(f32, i64)>, k: usize) {
-    best.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    // In place: the stable sort takes memory of its own, and no two candidates are equal.
+    best.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     best.truncate(k);
 }

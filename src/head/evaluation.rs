@@ -4,7 +4,7 @@ use super::{Head, Seconds};
 use crate::comm::{gather_words, Communicator};
 use crate::device::{keep_best, Nearest, StepFigures};
 use crate::matrix::{Matrix, ReduceOp};
-use crate::memory::zeros;
+use crate::memory::{reserve, zeros};
 use crate::options::Placement;
 use crate::{ensure, error, Contribution, Result};
 
@@ -92,7 +92,10 @@ impl Head {
         let ahead = |target: f32, best: f32| (-1.5..=1.5).contains(&target) && target > best;
         match self.options.placement {
             Placement::Sharded => {
-                let mut cells = figures.own_target_cosines.clone();
+                let mut cells = Vec::new();
+                let room = figures.own_target_cosines.len() + figures.best_negatives.len();
+                self.comm.or_abort(reserve(&mut cells, room, "cosines of a step"))?;
+                cells.extend_from_slice(&figures.own_target_cosines);
                 cells.extend_from_slice(&figures.best_negatives);
                 self.comm.all_reduce(&mut cells, ReduceOp::Max)?;
                 let (targets, best) = cells.split_at(figures.own_target_cosines.len());
@@ -159,9 +162,13 @@ impl Head {
             block[..own.len()].copy_from_slice(own);
             let answers =
                 (zeros(&[ranks, ranks, padded, k], "cosines of top_k")?, zeros(&[ranks, ranks, padded, k], "ids of top_k")?);
-            Ok((block, zeros(&[ranks, padded, dim], "gathered queries of top_k")?, answers))
+            let (mut found, mut hits, own) = (Nearest::default(), Vec::new(), own.len() / dim);
+            reserve(&mut found.ids, own * k, "ids of top_k")?;
+            reserve(&mut found.cosines, own * k, "cosines of top_k")?;
+            reserve(&mut hits, ranks * k, "answers of top_k")?;
+            Ok((block, zeros(&[ranks, padded, dim], "gathered queries of top_k")?, answers, found, hits))
         })();
-        let (block, mut all, (mut all_cosines, mut all_ids)) = agree_on(&self.comm, memory)?;
+        let (block, mut all, (mut all_cosines, mut all_ids), mut found, mut hits) = agree_on(&self.comm, memory)?;
         self.comm.all_gather(&block, &mut all)?;
         // A shard with fewer than k rows answers with what it has; the rest is further away than anything.
         let depth = k.min(self.shard.rows as usize);
@@ -189,12 +196,12 @@ impl Head {
             let other = place / (ranks * padded * k);
             return Err(error!(Comm, "all_gather brought back {} as a class of rank {other} (rank {rank})", all_ids[place]));
         }
-        let mut found = Nearest::default();
         // As many as this rank asked for: the caller's arrays have room for no more.
         for query in 0..own.len() / dim {
             let index = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;
             let answers = (0..ranks).flat_map(|other| (0..k).map(move |slot| index(other, slot)));
-            let mut hits: Vec<(f32, i64)> = answers.map(|answer| (all_cosines[answer], all_ids[answer])).collect();
+            hits.clear();
+            hits.extend(answers.map(|answer| (all_cosines[answer], all_ids[answer])));
             keep_best(&mut hits, k);
             found.ids.extend(hits.iter().map(|hit| hit.1));
             found.cosines.extend(hits.iter().map(|hit| hit.0));

@@ -24,7 +24,7 @@ impl Head {
     /// The same. `whole_rows`: no row has changed since the last update or write that succeeded.
     fn poison_with(&mut self, cause: &Error, whole_rows: bool) {
         if self.poisoned.is_none() {
-            self.share_sample(None);
+            self.hide_sample();
             self.poisoned = Some(Poison { cause: cause.clone(), whole_rows });
             self.comm.abort(cause);
             log::error!("rank {}: head poisoned: {cause}", self.rank());
@@ -168,6 +168,6 @@ impl Head {
 pub(super) fn on_rank(error: &Error, rank: u32) -> Error {
     match error.message.contains("rank ") {
         true => error.clone(),
-        false => Error::new(error.status, format!("{} (rank {rank})", error.message)),
+        false => Error::formatted(error.status, format_args!("{} (rank {rank})", error.message)),
     }
 }

@@ -104,7 +104,7 @@ pub struct HeadOutside {
     pub rank: u32,
     /// The classes this rank owns.
     pub shard: Shard,
-    last_sample: Arc<Mutex<Option<SampleIds>>>,
+    last_sample: Arc<Mutex<LastSample>>,
 }
 
 impl HeadOutside {
@@ -113,10 +113,20 @@ impl HeadOutside {
         failure::on_rank(error, self.rank)
     }
 
-    /// The ids of the last sample, where the host has them and the head is usable.
-    pub fn last_sample(&self) -> Option<SampleIds> {
-        self.last_sample.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Gives `body` the ids of the last sample, where the host has them and the head is usable.
+    pub fn with_last_sample<T>(&self, body: impl FnOnce(Option<SampleIds<'_>>) -> T) -> T {
+        let last = self.last_sample.lock().unwrap_or_else(PoisonError::into_inner);
+        body(last.known.then_some(SampleIds { first: last.first, count: last.count, listed: &last.listed }))
     }
+}
+
+/// A copy of the last sample's ids, beside the head's lock.
+#[derive(Default)]
+struct LastSample {
+    known: bool,
+    first: i64,
+    count: usize,
+    listed: Vec<i64>,
 }
 
 /// A classification head on one rank.
@@ -156,7 +166,7 @@ pub struct Head {
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
     /// Beside the head's lock: the last sample can be asked for while a step waits. `None`: ask the head.
-    last_sample: Arc<Mutex<Option<SampleIds>>>,
+    last_sample: Arc<Mutex<LastSample>>,
 }
 
 impl Head {
@@ -228,8 +238,22 @@ impl Head {
         HeadOutside { device: self.device.clone(), rank: self.rank(), shard: self.shard, last_sample: self.last_sample.clone() }
     }
 
-    fn share_sample(&self, ids: Option<SampleIds>) {
-        *self.last_sample.lock().unwrap_or_else(PoisonError::into_inner) = ids;
+    /// Copies the ids of the last sample to where they can be asked for while a step waits.
+    fn share_sample(&self) {
+        let mut last = self.last_sample.lock().unwrap_or_else(PoisonError::into_inner);
+        last.known = false;
+        last.listed.clear();
+        let Some(SampleIds { first, count, listed }) = self.backend.known_sample_ids() else { return };
+        // Without memory for a copy, callers wait for the step.
+        if last.listed.try_reserve(listed.len()).is_ok() {
+            last.listed.extend_from_slice(listed);
+            (last.known, last.first, last.count) = (true, first, count);
+        }
+    }
+
+    /// Nobody is to ask for the last sample beside the head's lock.
+    fn hide_sample(&self) {
+        self.last_sample.lock().unwrap_or_else(PoisonError::into_inner).known = false;
     }
 
     /// The process that the head was made in.

@@ -1,7 +1,12 @@
 //! Rows that move at every update but are stored as they were when last touched: what they missed, made up for in one go.
 
 use super::{bias_corrected, Adamw, Optimizer, Sgd};
+use crate::memory::reserve;
 use crate::simd::{clones, Simd};
+use crate::Result;
+
+/// What errors call the coefficients of missed updates.
+const MISSED: &str = "updates that rows have missed";
 
 /// The learning rates of the updates that some row may still have to make up for.
 ///
@@ -20,7 +25,21 @@ impl History {
         History::default()
     }
 
+    /// Before the first update, with room for the learning rates of as many.
+    pub fn with_room(updates: usize) -> Result<History> {
+        let mut history = History::new();
+        reserve(&mut history.rates, updates, "learning rates")?;
+        Ok(history)
+    }
+
+    /// After update `updates`, which no row has missed.
+    pub fn restart(&mut self, updates: u64) {
+        self.rates.clear();
+        self.oldest = updates;
+    }
+
     /// As it was saved.
+    #[cfg(test)]
     pub fn restore(oldest: u64, rates: Vec<f64>) -> History {
         History { oldest, rates }
     }
@@ -122,28 +141,36 @@ pub(crate) fn replayed_updates(optimizer: &Adamw) -> u64 {
 impl Replay {
     /// For rows whose last is between the history's oldest and `now`. O(now - oldest) time and memory, shared by all rows.
     ///
+    /// # Errors
+    /// OUT_OF_MEMORY.
+    ///
     /// # Panics
     /// If the history does not reach to `now`.
-    pub fn new(optimizer: &Optimizer, history: &History, now: u64) -> Replay {
+    pub fn new(optimizer: &Optimizer, history: &History, now: u64) -> Result<Replay> {
         let oldest = history.oldest();
         assert!((oldest..=history.updates()).contains(&now), "now is {now}; the history is {oldest} to {}", history.updates());
         let rates = &history.rates()[..(now - oldest) as usize];
         let missed_updates = match *optimizer {
-            Optimizer::Sgd(sgd) => MissedUpdates::Sgd(sgd_gaps(&sgd, rates)),
+            Optimizer::Sgd(sgd) => MissedUpdates::Sgd(sgd_gaps(&sgd, rates)?),
             Optimizer::Adamw(adamw) => {
                 let numbered = rates.iter().zip(oldest + 1..);
-                let updates = numbered
-                    .map(|(&rate, update)| bias_corrected(&adamw, rate, update))
-                    .map(|(corrected_rate, sqrt_v_scale)| AdamwUpdate { corrected_rate, sqrt_v_scale });
-                let mut decays = vec![Decay::NONE; rates.len() + 1];
+                let mut updates = Vec::new();
+                reserve(&mut updates, rates.len(), MISSED)?;
+                updates.extend(numbered.map(|(&rate, update)| {
+                    let (corrected_rate, sqrt_v_scale) = bias_corrected(&adamw, rate, update);
+                    AdamwUpdate { corrected_rate, sqrt_v_scale }
+                }));
+                let mut decays = Vec::new();
+                reserve(&mut decays, rates.len() + 1, MISSED)?;
+                decays.resize(rates.len() + 1, Decay::NONE);
                 for (index, rate) in rates.iter().enumerate().rev() {
                     let before = decays[index + 1];
                     decays[index] = before.changed_by(-before.whole * rate * adamw.weight_decay);
                 }
-                MissedUpdates::Adamw { optimizer: adamw, replayed: replayed_updates(&adamw), updates: updates.collect(), decays }
+                MissedUpdates::Adamw { optimizer: adamw, replayed: replayed_updates(&adamw), updates, decays }
             }
         };
-        Replay { simd: Simd::best(), oldest, now, missed_updates }
+        Ok(Replay { simd: Simd::best(), oldest, now, missed_updates })
     }
 
     /// Whether a row last touched at `last` missed nothing.
@@ -237,10 +264,12 @@ impl Decay {
 /// A missed update is (w, m) -> (w - lr * m', m') with m' = momentum * m + weight_decay * w: one matrix for all elements of all
 /// rows. MissedUpdates end at the same update, so that their matrices are the products of the last ones: each gap's from the next shorter
 /// one's.
-fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
+fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Result<Vec<SgdGap>> {
     let (mu, wd) = (sgd.momentum, sgd.weight_decay);
     let none = SgdGap { keep: 1.0, w_w: 0.0, w_m: 0.0, m_w: 0.0, m_m: 1.0 };
-    let mut gaps = vec![none; rates.len() + 1];
+    let mut gaps = Vec::new();
+    reserve(&mut gaps, rates.len() + 1, MISSED)?;
+    gaps.resize(rates.len() + 1, none);
     let mut a = Decay::NONE;
     let (mut b, mut c, mut d) = (0.0, 0.0, 1.0);
     for (index, lr) in rates.iter().enumerate().rev() {
@@ -252,7 +281,7 @@ fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Vec<SgdGap> {
         let (keep, w_w) = a.parts();
         gaps[index] = SgdGap { keep, w_w, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
     }
-    gaps
+    Ok(gaps)
 }
 
 clones! {
@@ -338,7 +367,7 @@ mod tests {
                         let update = history.updates();
                         row.step_truth(&optimizer, rate(update), update, &[0.0; COLUMNS]);
                     }
-                    let replay = Replay::new(&optimizer, &history, last + gap);
+                    let replay = Replay::new(&optimizer, &history, last + gap).unwrap();
                     assert!(replay.is_current(last + gap) && !replay.is_current(last));
                     replay.catch_up(last, &mut row.w, &mut row.m, &mut row.v);
                     row.check(&before, &format!("{optimizer:?} gap {gap} after {last}"));
@@ -357,7 +386,7 @@ mod tests {
                 row.step_truth(&optimizer, rate(update), update, &[0.0; COLUMNS]);
             }
             let before = row.w.clone();
-            Replay::new(&optimizer, &history, 500).catch_up(0, &mut row.w, &mut row.m, &mut row.v);
+            Replay::new(&optimizer, &history, 500).unwrap().catch_up(0, &mut row.w, &mut row.m, &mut row.v);
             row.check(&before, &format!("{optimizer:?}"));
         }
     }
@@ -386,7 +415,7 @@ mod tests {
                     }
                     if update % 400 == 0 {
                         let mut now = start.clone();
-                        Replay::new(&optimizer, &history, update).catch_up(0, &mut now.w, &mut now.m, &mut now.v);
+                        Replay::new(&optimizer, &history, update).unwrap().catch_up(0, &mut now.w, &mut now.m, &mut now.v);
                         for (found, truth) in now.w.iter().zip(&row.truth) {
                             let off = (f64::from(*found) - truth[0]).abs();
                             assert!(off <= 1e-5 * largest, "{optimizer:?} update {update}: {found:e} for {:e}", truth[0]);
@@ -408,7 +437,7 @@ mod tests {
             (1..=900).for_each(|update| history.push(rate(update)));
             let caught_up = |history: &History, now| {
                 let mut copy = row.clone();
-                Replay::new(&optimizer, history, now).catch_up(400, &mut copy.w, &mut copy.m, &mut copy.v);
+                Replay::new(&optimizer, history, now).unwrap().catch_up(400, &mut copy.w, &mut copy.m, &mut copy.v);
                 copy.bits()
             };
             let whole = caught_up(&history, 850);
@@ -427,7 +456,7 @@ mod tests {
             let mut history = History::new();
             (1..=9).for_each(|update| history.push(rate(update)));
             let before = row.w.clone();
-            Replay::new(&optimizer, &history, 7).catch_up(7, &mut row.w, &mut row.m, &mut row.v);
+            Replay::new(&optimizer, &history, 7).unwrap().catch_up(7, &mut row.w, &mut row.m, &mut row.v);
             assert_eq!(row.w, before);
         }
     }
@@ -478,7 +507,7 @@ mod tests {
             let results = Simd::available().into_iter().map(|simd| {
                 let mut row = Row::new(&optimizer);
                 UpdateRule::new(&optimizer, 0.1, 3).apply(&mut row.w, &mut row.m, &mut row.v, &values(3, 0.3));
-                let replay = Replay { simd, ..Replay::new(&optimizer, &history, 400) };
+                let replay = Replay { simd, ..Replay::new(&optimizer, &history, 400).unwrap() };
                 replay.catch_up(3, &mut row.w, &mut row.m, &mut row.v);
                 row.bits()
             });

@@ -182,7 +182,7 @@ impl Custom {
         }
         match (outcome, ended) {
             (Ok(()), _) => self.follow(call),
-            (Err(Failure::Ours(error)), _) => Err(error.during(&call.label())),
+            (Err(Failure::Ours(error)), _) => Err(error.during(call.label())),
             (Err(Failure::Code(..)), Some(cause)) => Err(aborted(call, &cause, rank)),
             (Err(Failure::Code(function, code)), None) => {
                 let text = callbacks.error_text(code);
@@ -195,7 +195,7 @@ impl Custom {
     fn follow(&self, call: &Call<'_>) -> Result<()> {
         match call.space {
             MemorySpace::Device { memory, stream } if self.callbacks.ops.flags & STREAM_ORDERED != 0 => {
-                let over = memory.record(stream).map_err(|error| error.during(&call.label()))?;
+                let over = memory.record(stream).map_err(|error| error.during(call.label()))?;
                 self.watchdog.follow(call, over)
             }
             _ => Ok(()),

@@ -8,6 +8,7 @@ pub(super) mod threads;
 mod watchdog;
 
 use std::ffi::c_void;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 pub use self::number::Element;
@@ -129,9 +130,22 @@ pub struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// "all_reduce #17": how messages name the operation.
-    pub fn label(&self) -> String {
-        format!("{} #{}", self.signature.operation.name(), self.sequence)
+    /// How messages name the operation.
+    pub fn label(&self) -> Label {
+        Label { operation: self.signature.operation, sequence: self.sequence }
+    }
+}
+
+/// "all_reduce #17".
+#[derive(Clone, Copy, Debug)]
+pub struct Label {
+    operation: Operation,
+    sequence: u64,
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} #{}", self.operation.name(), self.sequence)
     }
 }
 

@@ -329,7 +329,7 @@ impl ThreadComm {
     }
 
     fn report(&self, cause: &Error, call: &Call<'_>) -> Error {
-        Error::new(cause.status, format!("{}: {} (this is rank {})", call.label(), cause.message, self.rank))
+        Error::formatted(cause.status, format_args!("{}: {} (this is rank {})", call.label(), cause.message, self.rank))
     }
 
     fn senders(&self) -> impl Iterator<Item = *const u8> + '_ {

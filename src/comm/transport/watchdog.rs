@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Call;
+use super::Label;
 use crate::stream::Event;
 use crate::{error, Error, Result, Status};
 
@@ -65,7 +66,7 @@ struct State {
 #[derive(Clone)]
 struct Deadline {
     at: Instant,
-    label: String,
+    label: Label,
     timeout: Duration,
 }
 

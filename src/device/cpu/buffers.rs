@@ -14,6 +14,8 @@ pub(super) struct Messages {
     pub labels_recv: Vec<i64>,
     pub embeddings_send: Buffer<u8>,
     pub embeddings_recv: Buffer<u8>,
+    /// A row on its way into `embeddings_send`.
+    pub send_row: Vec<f32>,
     /// What each own row was multiplied by to travel in f16; empty where rows travel as they are.
     pub send_scales: Vec<f32>,
     pub sums: Vec<f32>,
@@ -37,9 +39,10 @@ impl Messages {
             labels_recv: zeros(&[ranks, label_block], "labels")?,
             embeddings_send: Buffer::zeroed(if_sharded(embeddings), "embeddings to gather")?,
             embeddings_recv: Buffer::zeroed(if_sharded(ranks * embeddings), "gathered embeddings")?,
+            send_row: zeros(&[dim], "a row to gather")?,
             send_scales: zeros(&[if gather_dtype == DType::F16 { if_sharded(max_batch) } else { 0 }], "scales of rows to gather")?,
             sums: zeros(&[if_sharded(protocol::sum_elements(rows, &spec.options.margin))], "row sums")?,
-            replicated_sums: vec![0.0; REPLICATED_TOTALS + REPLICATED_SLOT * ranks],
+            replicated_sums: zeros(&[REPLICATED_TOTALS + REPLICATED_SLOT * ranks], "replicated sums")?,
             gradient_send: Buffer::zeroed(if_sharded(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
             center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centers' gradient")?,

@@ -9,7 +9,7 @@ use super::rows::HostRows;
 use super::sample::{Draft, Sample};
 use super::sizes::{available_memory, Sizes};
 use super::vector::{self, Softmax};
-use crate::device::host_math::inverse_norm;
+use crate::device::host_math::{self, inverse_norm};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures};
 use crate::exchange::Exchange;
 use crate::margin;
@@ -17,8 +17,8 @@ use crate::matrix::{DType, Matrix};
 use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
-use crate::protocol::{self, Announcement, LossPlace, HEADER};
-use crate::{error, Contribution, Error, Result};
+use crate::protocol::{self, Announcement, LossPlace};
+use crate::{Contribution, Error, Result};
 
 /// Rows of a batch that one task normalizes or finishes.
 const ROWS_A_TASK: usize = 16;
@@ -36,7 +36,9 @@ pub(super) struct CpuHead {
     pub(super) gather_dtype: DType,
     pub(super) own_labels: Vec<i64>,
     pub(super) own_failure: Option<Error>,
-    pub(super) next: Option<Draft>,
+    /// The next step's, if `has_next`.
+    pub(super) next: Draft,
+    pub(super) has_next: bool,
     pub(super) step: StepState,
     /// Brings dense rows to the current step.
     pub(super) replay: Replay,
@@ -52,6 +54,8 @@ pub(super) struct StepState {
     pub(super) shape: Shape,
     /// The first row, in the order of the batch, whose embedding is not finite.
     pub(super) bad_row: Option<usize>,
+    /// The same of each task's rows; `usize::MAX`: none.
+    pub(super) bad_rows: Vec<usize>,
     /// 1 / |E_i|, of the row as it travelled.
     pub(super) inverse_norms: Vec<f32>,
     /// 1 / |W_j| of the sample.
@@ -85,14 +89,19 @@ impl CpuHead {
         }
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
+        // The calling thread takes tasks, too, and most often it is the one that steps.
+        host_math::warm_up();
+        let mut own_labels = Vec::new();
+        reserve(&mut own_labels, options.max_batch as usize, "labels")?;
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
             gather_dtype,
-            own_labels: Vec::new(),
+            own_labels,
             own_failure: None,
-            next: None,
-            step: StepState::default(),
-            replay: rows.replay(),
+            next: Draft::with_room(options, spec.ranks)?,
+            has_next: false,
+            step: StepState { draft: Draft::with_room(options, spec.ranks)?, ..StepState::default() },
+            replay: rows.replay()?,
             rows,
             messages: Messages::new(&spec, &sizes, gather_dtype)?,
             activations: Activations::new(&sizes)?,
@@ -150,6 +159,7 @@ impl CpuHead {
         }
         resize(&mut step.center_inverse_norms, shape.classes)?;
         resize(&mut step.totals, shape.chunks())?;
+        resize(&mut step.bad_rows, shape.rows.div_ceil(ROWS_A_TASK))?;
         step.target_cosines.fill(ELSEWHERE);
         step.best_negatives.fill(ELSEWHERE);
         (step.bad_row, step.valid_rows, step.loss, step.target_cosine_sum) = (None, 0, 0.0, 0.0);
@@ -173,12 +183,12 @@ impl CpuHead {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
         let CpuHead { spec, pool, rows: centers, step, replay, activations, .. } = self;
         let Activations { units, tangents, scratch, .. } = activations;
-        let StepState { draft, shape, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
+        let StepState { draft, shape, bad_rows, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let margin = &spec.options.margin;
         let tasks = rows.div_ceil(ROWS_A_TASK);
-        let mut bad = vec![u64::MAX; tasks];
-        let bad_rows = Parts::of(&mut bad);
+        bad_rows.fill(usize::MAX);
+        let first_bad_rows = Parts::of(bad_rows);
         let (scratch, normalized, inverse_norms) = (scratch.parts(), units.parts(), Parts::of(inverse_norms));
         let tangents = tangents.parts();
         let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
@@ -209,8 +219,8 @@ impl CpuHead {
                 }
                 let squares = vector::sum_of_squares(raw);
                 if !squares.is_finite() {
-                    let first = unsafe { &mut bad_rows.range(task..task + 1)[0] };
-                    *first = (*first).min(row as u64);
+                    let first = unsafe { &mut first_bad_rows.range(task..task + 1)[0] };
+                    *first = (*first).min(row);
                     continue;
                 }
                 let inverse = inverse_norm(squares);
@@ -229,19 +239,20 @@ impl CpuHead {
                 }
             }
         });
-        step.bad_row = bad.into_iter().find(|&row| row != u64::MAX).map(|row| row as usize);
+        step.bad_row = bad_rows.iter().copied().find(|&row| row != usize::MAX);
         transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
     }
 
     /// Counts an update whose rows have been written.
-    fn count_update(&mut self, learning_rate: f64) {
+    fn count_update(&mut self, learning_rate: f64) -> Result<()> {
         let CpuHead { pool, rows, .. } = self;
-        rows.count_update(learning_rate, &|tasks, body| pool.run(tasks, &|task, _| body(task)));
+        rows.count_update(learning_rate, &|tasks, body| pool.run(tasks, &|task, _| body(task)))
     }
 
     /// The sample last drawn.
     fn last_sample(&self) -> &Sample {
-        &self.next.as_ref().unwrap_or(&self.step.draft).sample
+        let draft = if self.has_next { &self.next } else { &self.step.draft };
+        &draft.sample
     }
 
     /// What a loss weight becomes: the mean is over the valid rows of the global batch.
@@ -255,7 +266,7 @@ impl CpuHead {
 
 impl HeadDevice for CpuHead {
     fn pack_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange {
-        self.next = None;
+        self.has_next = false;
         self.own_labels.clear();
         self.own_failure = None;
         match labels {
@@ -274,24 +285,24 @@ impl HeadDevice for CpuHead {
     }
 
     fn judge_labels(&mut self) -> Result<()> {
-        let options = &self.spec.options;
-        let batches = protocol::judge_labels(
+        let (options, rank, blocks) = (&self.spec.options, self.spec.rank as usize, &self.messages.labels_recv);
+        protocol::judge_labels(
             &self.messages.labels_send,
-            &self.messages.labels_recv,
-            self.spec.rank as usize,
+            blocks,
+            rank,
             self.own_failure.as_ref(),
             options.num_classes,
             options.ignore_label,
+            &mut self.next.batches,
         )?;
-        let blocks = self.messages.labels_recv.chunks_exact(self.messages.labels_send.len());
-        let labels = blocks.zip(&batches).flat_map(|(block, &batch)| block[HEADER..HEADER + batch].iter().copied()).collect();
-        self.next = Some(Draft::new(options, self.spec.rank as usize, batches, labels));
+        self.next.take_labels(options, rank, blocks);
+        self.has_next = true;
         Ok(())
     }
 
     fn sample(&mut self, draw: u64, chosen: Option<&[i64]>) -> Result<()> {
         let (options, shard) = (&self.spec.options, self.spec.shard);
-        let draft = self.next.as_mut().ok_or_else(|| error!(InvalidArgument, "there is no batch to sample for"))?;
+        let draft = &mut self.next;
         let sample = match chosen {
             Some(ids) => Sample::of(shard, merge(ids, &draft.positives(shard)?)?),
             None if options.sample_rate >= 1.0 => Sample::whole(shard),
@@ -304,16 +315,18 @@ impl HeadDevice for CpuHead {
                 Sample::of(shard, ids)
             }
         };
-        draft.set_sample(sample);
-        Ok(())
+        draft.set_sample(sample)
     }
 
     fn sample_ids(&self) -> Result<Vec<i64>> {
-        Ok(self.last_sample().shared_ids().ids().collect())
+        let (sample, mut ids) = (self.last_sample(), Vec::new());
+        reserve(&mut ids, sample.len(), "ids of the sample")?;
+        ids.extend(sample.known_ids().ids());
+        Ok(ids)
     }
 
-    fn shared_sample_ids(&self) -> Option<SampleIds> {
-        Some(self.last_sample().shared_ids())
+    fn known_sample_ids(&self) -> Option<SampleIds<'_>> {
+        Some(self.last_sample().known_ids())
     }
 
     fn next_labels(&self) -> (usize, Option<&[i64]>) {
@@ -321,8 +334,8 @@ impl HeadDevice for CpuHead {
     }
 
     fn begin(&mut self) -> Result<()> {
-        if let Some(draft) = self.next.take() {
-            self.step.draft = draft;
+        if std::mem::take(&mut self.has_next) {
+            std::mem::swap(&mut self.step.draft, &mut self.next);
         }
         self.size_step()
     }
@@ -341,20 +354,20 @@ impl HeadDevice for CpuHead {
             cols: dim,
             row_stride: dim,
         };
-        let mut row = vec![0.0; dim];
+        let row = &mut self.messages.send_row;
         let rows = embeddings.map_or(0, |matrix| matrix.rows);
         for i in 0..padded {
             // SAFETY: the caller's matrix holds this rank's batch; the block is our own memory of at least `padded` rows.
             unsafe {
                 match embeddings {
-                    Some(matrix) if i < rows => matrix.read_row(i, &mut row),
+                    Some(matrix) if i < rows => matrix.read_row(i, row),
                     _ => row.fill(0.0),
                 }
                 if let Some(scale) = self.messages.send_scales.get_mut(i) {
-                    *scale = vector::send_scale(&row);
-                    vector::scale(&mut row, *scale);
+                    *scale = vector::send_scale(row);
+                    vector::scale(row, *scale);
                 }
-                block.write_row(i, &row);
+                block.write_row(i, row);
             }
         }
         Exchange::host(
@@ -366,7 +379,7 @@ impl HeadDevice for CpuHead {
     }
 
     fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
-        self.replay = self.rows.replay();
+        self.replay = self.rows.replay()?;
         self.embed(embeddings);
         if let Some(row) = self.step.bad_row {
             let (rank, number) = if self.sharded() { self.step.draft.origin(row) } else { (self.spec.rank as usize, row) };
@@ -465,8 +478,7 @@ impl HeadDevice for CpuHead {
         let weight = self.weight(loss_weight);
         let outcome = self.update_pass(learning_rate, weight, beside);
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.count_update(learning_rate);
-        outcome
+        outcome.and(self.count_update(learning_rate))
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
@@ -494,8 +506,7 @@ impl HeadDevice for CpuHead {
         });
         let verdict = rows.verdict();
         self.step.grad_centers = self.step.totals.iter().sum();
-        self.count_update(learning_rate);
-        verdict
+        verdict.and(self.count_update(learning_rate))
     }
 
     fn figures(&mut self) -> Result<StepFigures> {
@@ -507,8 +518,8 @@ impl HeadDevice for CpuHead {
             sample_size: step.draft.sample.len() as u64,
             loss: step.loss,
             target_cosines: step.target_cosine_sum,
-            best_negatives: step.best_negatives.clone(),
-            own_target_cosines: step.target_cosines.clone(),
+            best_negatives: copied(&step.best_negatives)?,
+            own_target_cosines: copied(&step.target_cosines)?,
             grad_embeddings: step.grad_embeddings,
             grad_centers: step.grad_centers,
         })
@@ -528,8 +539,7 @@ impl HeadDevice for CpuHead {
 
     fn catch_up(&mut self) -> Result<()> {
         let CpuHead { pool, rows, .. } = self;
-        rows.catch_up(&|tasks, body| pool.run(tasks, &|task, _| body(task)));
-        Ok(())
+        rows.catch_up(&|tasks, body| pool.run(tasks, &|task, _| body(task)))
     }
 
     fn set_updates(&mut self, updates: u64) -> Result<()> {
@@ -570,6 +580,13 @@ fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
     ids.sort_unstable();
     ids.dedup();
     Ok(ids)
+}
+
+fn copied(values: &[f32]) -> Result<Vec<f32>> {
+    let mut copy = Vec::new();
+    reserve(&mut copy, values.len(), "a step's figures")?;
+    copy.extend_from_slice(values);
+    Ok(copy)
 }
 
 fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> {

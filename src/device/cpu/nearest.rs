@@ -1,14 +1,16 @@
 //! The class centers nearest to each query: chunks of cosines, and the best k of each.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::pool::Pool;
 use super::products::{pitch, CHUNK};
 use super::rows::HostRows;
 use super::vector;
 use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
-use crate::memory::{zeros, Buffer, Parts};
+use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::shard::Shard;
-use crate::Result;
+use crate::{error, Result};
 
 /// Queries of a task: few enough that their cosines with a chunk stay in the cache and that threads share a small batch.
 const QUERIES: usize = 128;
@@ -26,8 +28,9 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
     let scratch_length = QUERIES * row_pitch + CHUNK * row_pitch + QUERIES * CHUNK + 2 * dim;
     let mut scratch = Buffer::<f32>::zeroed(pool.threads() * scratch_length, "scratch of top_k")?;
     let mut found = Nearest { ids: zeros(&[count, k], "ids of top_k")?, cosines: zeros(&[count, k], "cosines of top_k")? };
-    let replay = rows_of_shard.replay();
+    let replay = rows_of_shard.replay()?;
     let (scratch, all_cosines, all_ids) = (scratch.parts(), Parts::of(&mut found.cosines), Parts::of(&mut found.ids));
+    let out_of_memory = AtomicBool::new(false);
     pool.run(tasks, &|task, worker| {
         let range = task * queries_a_task..((task + 1) * queries_a_task).min(count);
         // SAFETY: a worker number belongs to one thread, a query to one task.
@@ -40,8 +43,11 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
             let inverse = inverse_norm(vector::sum_of_squares(raw)) as f32;
             vector::scale_into(raw, inverse, &mut units[slot * row_pitch..slot * row_pitch + dim]);
         }
-        let mut best: Vec<Vec<(f32, i64)>> = vec![Vec::with_capacity((2 * k).min(shard.rows as usize)); range.len()];
         let rows = shard.rows as usize;
+        let Ok(mut best) = lists(range.len(), (2 * k).min(rows)) else {
+            out_of_memory.store(true, Ordering::Relaxed);
+            return;
+        };
         for first in (0..rows).step_by(CHUNK) {
             let columns = first..(first + CHUNK).min(rows);
             for (slot, row) in columns.clone().enumerate() {
@@ -69,5 +75,20 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
             }
         }
     });
-    Ok(found)
+    match out_of_memory.into_inner() {
+        true => Err(error!(OutOfMemory, "cannot allocate {} bytes for candidates of top_k", queries_a_task * 2 * k * 16)),
+        false => Ok(found),
+    }
+}
+
+/// `count` lists with room for `room` candidates each.
+fn lists(count: usize, room: usize) -> Result<Vec<Vec<(f32, i64)>>> {
+    let mut lists = Vec::new();
+    reserve(&mut lists, count, "candidates of top_k")?;
+    for _ in 0..count {
+        let mut list = Vec::new();
+        reserve(&mut list, room, "candidates of top_k")?;
+        lists.push(list);
+    }
+    Ok(lists)
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 
+use crate::device::host_math;
 use crate::float_environment;
 
 /// A job's body: (task, worker). Workers are numbered from 0, the calling thread.
@@ -18,12 +19,14 @@ pub struct Pool {
     threads: usize,
     process: u32,
     shared: Arc<Shared>,
-    /// Held for the length of a job; the workers start with the first one.
+    /// Held for the length of a job.
     job: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Shared {
     state: Mutex<State>,
+    /// The current job's first task that nobody has taken.
+    next: AtomicUsize,
     /// A job has come, or the pool is closing.
     begun: Condvar,
     /// A worker has finished its part of the job.
@@ -40,12 +43,11 @@ struct State {
     panic: Option<Box<dyn Any + Send>>,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Job {
     /// Borrowed from the caller of `run`, who does not return before `working` is 0 again.
     body: *const Body<'static>,
     tasks: usize,
-    next: Arc<AtomicUsize>,
 }
 
 // SAFETY: the body is Sync, and lives as long as the job (see `run_beside`).
@@ -58,8 +60,18 @@ impl Pool {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
             n => n,
         };
-        let shared = Shared { state: Mutex::default(), begun: Condvar::new(), ended: Condvar::new() };
-        Pool { threads, process: std::process::id(), shared: Arc::new(shared), job: Mutex::default() }
+        let shared = Shared { state: Mutex::default(), next: AtomicUsize::default(), begun: Condvar::new(), ended: Condvar::new() };
+        let shared = Arc::new(shared);
+        let mut workers = Vec::new();
+        for worker in 1..threads {
+            let shared = shared.clone();
+            match std::thread::Builder::new().name(format!("partialfc-{worker}")).spawn(move || work(&shared, worker)) {
+                Ok(handle) => workers.push(handle),
+                // Fewer threads are slower, not wrong.
+                Err(_) => break,
+            }
+        }
+        Pool { threads, process: std::process::id(), shared, job: Mutex::new(workers) }
     }
 
     pub fn threads(&self) -> usize {
@@ -86,32 +98,26 @@ impl Pool {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         };
-        let (Some(mut workers), true) = (guard, self.threads > 1 && tasks > 0) else {
+        let (Some(workers), true) = (guard, self.threads > 1 && tasks > 0) else {
             let result = beside();
             (0..tasks).for_each(|task| body(task, 0));
             return result;
         };
-        while workers.len() + 1 < self.threads {
-            let (shared, worker) = (self.shared.clone(), workers.len() + 1);
-            match std::thread::Builder::new().name(format!("partialfc-{worker}")).spawn(move || work(&shared, worker)) {
-                Ok(handle) => workers.push(handle),
-                // Fewer threads are slower, not wrong.
-                Err(_) => break,
-            }
-        }
         // SAFETY: only the lifetime is erased; `Finish` waits for every worker before this frame ends, however it ends.
         let body_static: *const Body<'static> = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
-        let job = Job { body: body_static, tasks, next: Arc::new(AtomicUsize::new(0)) };
+        let job = Job { body: body_static, tasks };
         {
             let mut state = self.shared.lock();
+            // No worker is inside: the job before has waited for all of them.
+            self.shared.next.store(0, Ordering::Relaxed);
             state.generation += 1;
             state.panic = None;
-            state.job = Some(job.clone());
+            state.job = Some(job);
         }
         self.shared.begun.notify_all();
-        let finish = Finish { shared: &self.shared, job: &job };
+        let finish = Finish { shared: &self.shared, job };
         let result = beside();
-        job.take_tasks(0);
+        job.take_tasks(&self.shared.next, 0);
         drop(finish);
         let panic = self.shared.lock().panic.take();
         drop(workers);
@@ -125,13 +131,13 @@ impl Pool {
 /// Ends the job: no new worker joins, and those inside are waited for.
 struct Finish<'a> {
     shared: &'a Shared,
-    job: &'a Job,
+    job: Job,
 }
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
         // Where the caller is unwinding, the rest of the tasks is not wanted.
-        self.job.next.store(self.job.tasks, Ordering::Relaxed);
+        self.shared.next.store(self.job.tasks, Ordering::Relaxed);
         let mut state = self.shared.lock();
         state.job = None;
         while state.working > 0 {
@@ -141,11 +147,11 @@ impl Drop for Finish<'_> {
 }
 
 impl Job {
-    fn take_tasks(&self, worker: usize) {
+    fn take_tasks(&self, next: &AtomicUsize, worker: usize) {
         // SAFETY: the caller of run_beside keeps the body alive until every worker has left.
         let body = unsafe { &*self.body };
         loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            let task = next.fetch_add(1, Ordering::Relaxed);
             if task >= self.tasks {
                 return;
             }
@@ -163,6 +169,7 @@ impl Shared {
 fn work(shared: &Shared, worker: usize) {
     // A thread begins with the settings of the one that made it.
     let _maker = float_environment::usual();
+    host_math::warm_up();
     let mut seen = 0;
     let mut state = shared.lock();
     loop {
@@ -171,17 +178,17 @@ fn work(shared: &Shared, worker: usize) {
                 return;
             }
             match &state.job {
-                Some(job) if state.generation != seen => break job.clone(),
+                Some(job) if state.generation != seen => break *job,
                 _ => state = shared.begun.wait(state).unwrap_or_else(|e| e.into_inner()),
             }
         };
         seen = state.generation;
         state.working += 1;
         drop(state);
-        let outcome = catch_unwind(AssertUnwindSafe(|| job.take_tasks(worker)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| job.take_tasks(&shared.next, worker)));
         state = shared.lock();
         if let Err(panic) = outcome {
-            job.next.store(job.tasks, Ordering::Relaxed);
+            shared.next.store(job.tasks, Ordering::Relaxed);
             state.panic.get_or_insert(panic);
         }
         state.working -= 1;

@@ -16,7 +16,8 @@ use std::ops::Range;
 use super::pool::Pool;
 use super::vector::{self, Softmax};
 use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
-use crate::memory::Parts;
+use crate::memory::{reserve, Parts};
+use crate::Result;
 
 /// Columns of a chunk: W^ and P^T of a chunk fit a core's second-level cache at d = 512, B = 256, and larger chunks gain nothing.
 pub(super) const CHUNK: usize = 256;
@@ -91,9 +92,13 @@ impl Shape {
 pub(super) struct Targets(Vec<(u32, u32)>);
 
 impl Targets {
-    pub fn new(mut pairs: Vec<(u32, u32)>) -> Targets {
-        pairs.sort_unstable();
-        Targets(pairs)
+    /// Of (column, row) pairs in any order.
+    pub fn new(pairs: impl Iterator<Item = (u32, u32)> + Clone) -> Result<Targets> {
+        let mut sorted = Vec::new();
+        reserve(&mut sorted, pairs.clone().count(), "targets")?;
+        sorted.extend(pairs);
+        sorted.sort_unstable();
+        Ok(Targets(sorted))
     }
 
     pub fn of_columns(&self, columns: &Range<usize>) -> &[(u32, u32)] {

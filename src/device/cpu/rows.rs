@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::matrix::Matrix;
-use crate::memory::{Buffer, Parts};
+use crate::memory::{zeros, Buffer, Parts};
 use crate::optimizer::{History, Optimizer, Replay, StateTensor, UpdateRule};
 use crate::options::{HeadOptions, RowUpdate};
 use crate::protocol::bad_update;
@@ -68,7 +68,7 @@ impl HostRows {
             momentum: Buffer::zeroed(elements, "momentum")?,
             second_moment: Buffer::zeroed(if second { elements } else { 0 }, "second moment")?,
             last_update: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
-            history: History::default(),
+            history: History::with_room(if dense { LONGEST_HISTORY } else { 0 })?,
             trim_at: SHORTEST_HISTORY,
             updates: 0,
         };
@@ -98,7 +98,7 @@ impl HostRows {
     }
 
     /// What brings rows of any age to now; made once, before rows are read.
-    pub fn replay(&self) -> Replay {
+    pub fn replay(&self) -> Result<Replay> {
         // Lazy rows keep no history: theirs is the replay of nothing.
         Replay::new(&self.optimizer, &self.history, self.history.updates())
     }
@@ -137,27 +137,29 @@ impl HostRows {
     }
 
     /// Counts an update whose rows have been written.
-    pub fn count_update(&mut self, learning_rate: f64, parallel: &Parallel) {
+    pub fn count_update(&mut self, learning_rate: f64, parallel: &Parallel) -> Result<()> {
         self.updates += 1;
         if self.dense() {
             self.history.push(learning_rate);
             if self.history.rates().len() >= self.trim_at {
                 if self.trim_at >= LONGEST_HISTORY {
-                    self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2, parallel);
+                    self.catch_up_before(self.updates - LONGEST_HISTORY as u64 / 2, parallel)?;
                 }
                 let oldest = self.last_update.iter().copied().min().unwrap_or(self.updates);
                 self.history.trim(oldest);
                 self.trim_at = (2 * self.history.rates().len()).clamp(SHORTEST_HISTORY, LONGEST_HISTORY);
             }
         }
+        Ok(())
     }
 
     /// Brings every row to now, and forgets the learning rates that this needed.
-    pub fn catch_up(&mut self, parallel: &Parallel) {
+    pub fn catch_up(&mut self, parallel: &Parallel) -> Result<()> {
         if self.dense() {
-            self.catch_up_before(self.updates, parallel);
+            self.catch_up_before(self.updates, parallel)?;
             self.history.trim(self.updates);
         }
+        Ok(())
     }
 
     /// Takes the rows, all of them brought to now, as those after update `updates`.
@@ -165,14 +167,14 @@ impl HostRows {
         self.updates = updates;
         if self.dense() {
             self.last_update.fill(updates);
-            self.history = History::restore(updates, Vec::new());
+            self.history.restart(updates);
             self.trim_at = SHORTEST_HISTORY;
         }
     }
 
     /// Brings the rows last touched before `update` to now.
-    fn catch_up_before(&mut self, update: u64, parallel: &Parallel) {
-        let (replay, dim, now, rows) = (self.replay(), self.dim, self.updates, self.last_update.len());
+    fn catch_up_before(&mut self, update: u64, parallel: &Parallel) -> Result<()> {
+        let (replay, dim, now, rows) = (self.replay()?, self.dim, self.updates, self.last_update.len());
         let (centers, momentum, last_update) = (self.centers.parts(), self.momentum.parts(), self.last_update.parts());
         let second_moment = (!self.second_moment.is_empty()).then(|| self.second_moment.parts());
         parallel(rows.div_ceil(ROWS_A_TASK), &|task| {
@@ -189,13 +191,14 @@ impl HostRows {
                 }
             }
         });
+        Ok(())
     }
 
     /// Reads rows, replayed to now, into a host matrix.
     pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        let replay = self.replay();
-        let (dim, mut row) = (self.dim, vec![0.0; 3 * self.dim]);
+        let replay = self.replay()?;
+        let (dim, mut row) = (self.dim, zeros(&[3, self.dim], "rows to read")?);
         let (w, rest) = row.split_at_mut(dim);
         for i in 0..rows.rows {
             let r = first as usize + i;
@@ -223,7 +226,7 @@ impl HostRows {
     /// Overwrites rows; the other tensors of a dense row are brought to now first.
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        let (dim, mut values) = (self.dim, vec![0.0; self.dim]);
+        let (dim, mut values) = (self.dim, zeros(&[self.dim], "a row to write")?);
         for i in 0..rows.rows {
             // SAFETY: as in read_rows.
             unsafe { rows.read_row(i, &mut values) };
@@ -232,7 +235,7 @@ impl HostRows {
             let negative = tensor == StateTensor::SecondMoment && values.iter().any(|&x| x < 0.0);
             ensure!(!negative, InvalidArgument, "row {i} (class {class}) of the second moment must not be negative");
         }
-        let replay = self.replay();
+        let replay = self.replay()?;
         let updates = self.updates;
         for i in 0..rows.rows {
             let r = first as usize + i;

@@ -1,11 +1,10 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
-use std::sync::Arc;
-
 use super::products::Targets;
 use crate::device::SampleIds;
 use crate::memory::reserve;
 use crate::options::{HeadOptions, Placement};
+use crate::protocol::HEADER;
 use crate::shard::Shard;
 use crate::Result;
 
@@ -15,12 +14,12 @@ pub(super) struct Sample {
     first: u64,
     size: usize,
     /// Ascending global ids; empty where the sample is the whole shard.
-    ids: Arc<Vec<i64>>,
+    ids: Vec<i64>,
 }
 
 impl Sample {
     pub fn whole(shard: Shard) -> Sample {
-        Sample { first: shard.first, size: shard.rows as usize, ids: Arc::default() }
+        Sample { first: shard.first, size: shard.rows as usize, ids: Vec::new() }
     }
 
     /// Of ascending ids of the shard.
@@ -28,15 +27,15 @@ impl Sample {
         if ids.len() as u64 == shard.rows {
             return Sample::whole(shard);
         }
-        Sample { first: shard.first, size: ids.len(), ids: Arc::new(ids) }
+        Sample { first: shard.first, size: ids.len(), ids }
     }
 
     pub fn len(&self) -> usize {
         self.size
     }
 
-    pub fn shared_ids(&self) -> SampleIds {
-        SampleIds { first: self.first as i64, count: self.size, listed: self.ids.clone() }
+    pub fn known_ids(&self) -> SampleIds<'_> {
+        SampleIds { first: self.first as i64, count: self.size, listed: &self.ids }
     }
 
     /// The row of the shard that a column is.
@@ -85,15 +84,35 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// From the gathered labels of all ranks, in rank order.
-    pub fn new(options: &HeadOptions, rank: usize, batches: Vec<usize>, all_labels: Vec<i64>) -> Draft {
-        let before: usize = batches[..rank].iter().sum();
-        let (labels, first_row) = match options.placement {
-            Placement::Sharded => (all_labels.clone(), before),
-            Placement::Replicated => (all_labels[before..before + batches[rank]].to_vec(), 0),
-        };
-        let valid_rows = labels.iter().filter(|&&label| Some(label) != options.ignore_label).count();
-        Draft { batches, labels, all_labels, first_row, valid_rows, ..Draft::default() }
+    /// With room for the labels of every batch: once the ranks have their labels, none may fail alone.
+    pub fn with_room(options: &HeadOptions, ranks: u32) -> Result<Draft> {
+        let (mut draft, rows) = (Draft::default(), ranks as usize * options.max_batch as usize);
+        reserve(&mut draft.batches, ranks as usize, "the ranks' batches")?;
+        reserve(&mut draft.all_labels, rows, "labels")?;
+        let computed = if options.placement == Placement::Sharded { rows } else { options.max_batch as usize };
+        reserve(&mut draft.labels, computed, "labels")?;
+        Ok(draft)
+    }
+
+    /// Takes the gathered labels of all ranks, in blocks of equal length; `batches` has their numbers.
+    pub fn take_labels(&mut self, options: &HeadOptions, rank: usize, blocks: &[i64]) {
+        let length = blocks.len() / self.batches.len();
+        self.all_labels.clear();
+        for (block, &batch) in blocks.chunks_exact(length).zip(&self.batches) {
+            self.all_labels.extend_from_slice(&block[HEADER..HEADER + batch]);
+        }
+        let before: usize = self.batches[..rank].iter().sum();
+        self.labels.clear();
+        match options.placement {
+            Placement::Sharded => self.labels.extend_from_slice(&self.all_labels),
+            Placement::Replicated => self.labels.extend_from_slice(&self.all_labels[before..before + self.batches[rank]]),
+        }
+        self.first_row = if options.placement == Placement::Sharded { before } else { 0 };
+        self.valid_rows = self.labels.iter().filter(|&&label| Some(label) != options.ignore_label).count();
+        // Nothing is drawn for them yet.
+        self.sample = Sample::default();
+        self.columns.clear();
+        self.targets = Targets::default();
     }
 
     /// The shard's classes among the labels: ascending, each once.
@@ -106,11 +125,13 @@ impl Draft {
         Ok(positives)
     }
 
-    pub fn set_sample(&mut self, sample: Sample) {
-        self.columns = self.labels.iter().map(|&label| sample.column(label).map(|column| column as u32)).collect();
+    pub fn set_sample(&mut self, sample: Sample) -> Result<()> {
+        reserve(&mut self.columns, self.labels.len(), "columns of targets")?;
+        self.columns.extend(self.labels.iter().map(|&label| sample.column(label).map(|column| column as u32)));
         let pairs = self.columns.iter().enumerate().filter_map(|(row, column)| column.map(|column| (column, row as u32)));
-        self.targets = Targets::new(pairs.collect());
+        self.targets = Targets::new(pairs)?;
         self.sample = sample;
+        Ok(())
     }
 
     /// Column of a row's target, where it is in this rank's sample.

@@ -10,7 +10,7 @@ use crate::device::workspace::WorkspaceCutter;
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
 use crate::matrix::Matrix;
-use crate::memory::Parts;
+use crate::memory::{zeros, Parts};
 use crate::optimizer::{Optimizer, UpdateRule};
 use crate::options::Precision;
 use crate::sample::{self, Draw};
@@ -131,9 +131,9 @@ fn angle_and_tangent(e: &[f32], w: &[f32], tangent: &mut [f32]) -> f64 {
     angle
 }
 
-fn target_pairs(targets: &[i64]) -> Targets {
+fn target_pairs(targets: &[i64]) -> Result<Targets> {
     let pairs = targets.iter().enumerate().filter(|(_, &column)| column >= 0);
-    Targets::new(pairs.map(|(row, &column)| (column as u32, row as u32)).collect())
+    Targets::new(pairs.map(|(row, &column)| (column as u32, row as u32)))
 }
 
 /// A caller's array of `count` values.
@@ -188,15 +188,18 @@ impl Device for Cpu {
     fn normalize_rows(&self, rows: &Matrix, normalized: &Matrix, inverse_norms: *mut f32) -> Result<()> {
         let count = rows.rows;
         let norms = Shared(inverse_norms);
-        self.pool.run(count.div_ceil(ROWS), &|task, _| {
+        let mut scratch = zeros(&[self.pool.threads(), rows.cols], "a row for each thread")?;
+        let scratch = Parts::of(&mut scratch);
+        self.pool.run(count.div_ceil(ROWS), &|task, worker| {
             let norms = &norms;
-            let mut row = vec![0.0; rows.cols];
+            // SAFETY: a worker number belongs to one thread.
+            let row = unsafe { scratch.range(worker * rows.cols..(worker + 1) * rows.cols) };
             for i in task * ROWS..((task + 1) * ROWS).min(count) {
                 // SAFETY: the caller's matrices and array have this row; a row is in one task.
                 unsafe {
-                    rows.read_row(i, &mut row);
-                    let inverse = normalize(&mut row);
-                    normalized.write_row(i, &row);
+                    rows.read_row(i, row);
+                    let inverse = normalize(row);
+                    normalized.write_row(i, row);
                     if !norms.0.is_null() {
                         *norms.0.add(i) = inverse;
                     }
@@ -319,7 +322,7 @@ impl Device for Cpu {
         let accumulators = unsafe { cutter.slice::<f32>(split_rows * shape.row_pitch()) };
         let best = unsafe { cutter.slice::<f32>(split_rows) };
         let inverse_norms = unsafe { cutter.slice::<f32>(shape.classes) };
-        let pairs = target_pairs(targets);
+        let pairs = target_pairs(targets)?;
         let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
@@ -403,7 +406,7 @@ impl Device for Cpu {
             // Its last use was above: from here on the row's place has E^ - cos W^.
             unit.copy_from_slice(&tangent);
         }
-        let pairs = target_pairs(targets);
+        let pairs = target_pairs(targets)?;
         let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
@@ -456,18 +459,22 @@ impl Device for Cpu {
         let ids = unsafe { array(ids, gradients.rows) };
         state.check_ids(ids)?;
         let rule = UpdateRule::new(optimizer, learning_rate, update);
-        self.pool.run(ids.len().div_ceil(ROWS), &|task, _| {
-            let mut gradient = vec![0.0; state.centers.cols];
+        let cols = state.centers.cols;
+        let mut scratch = zeros(&[self.pool.threads(), cols], "a row for each thread")?;
+        let scratch = Parts::of(&mut scratch);
+        self.pool.run(ids.len().div_ceil(ROWS), &|task, worker| {
+            // SAFETY: a worker number belongs to one thread.
+            let gradient = unsafe { scratch.range(worker * cols..(worker + 1) * cols) };
             for (i, &id) in ids.iter().enumerate().skip(task * ROWS).take(ROWS) {
                 let row = id as usize;
                 // SAFETY: the caller's f32 matrices have this row; ids do not repeat, so it is in one task.
                 unsafe {
-                    gradients.read_row(i, &mut gradient);
+                    gradients.read_row(i, gradient);
                     let v: &mut [f32] = match state.second_moment {
                         Some(matrix) if second => row_of(matrix, row),
                         _ => &mut [],
                     };
-                    rule.apply(row_of(state.centers, row), row_of(state.momentum, row), v, &gradient);
+                    rule.apply(row_of(state.centers, row), row_of(state.momentum, row), v, gradient);
                 }
             }
         });

@@ -78,7 +78,7 @@ impl Nccl {
     pub fn join(id: &[u8; ID_BYTES], rank: u32, size: u32, device: Arc<dyn StreamDevice>, timeout: Duration) -> Result<Nccl> {
         ensure!((1..=i32::MAX as u32).contains(&size), InvalidArgument, "size must be 1 to {}, got {size} (rank {rank})", i32::MAX);
         ensure!(rank < size, InvalidArgument, "rank must be below size, {size}, got {rank}");
-        let named = |error: Error| error.during(&format!("rank {rank} of {size} joining by NCCL"));
+        let named = |error: Error| error.during(format_args!("rank {rank} of {size} joining by NCCL"));
         let library = library()?;
         let scratch = device.scratch().map_err(named)?;
         let mut config = unset_config();
@@ -126,7 +126,7 @@ impl Nccl {
                 Status::Aborted => aborted(call, &cause, *rank),
                 _ => cause,
             },
-            _ => on_rank(error.during(&call.label()), *rank),
+            _ => on_rank(error.during(call.label()), *rank),
         };
         self.group.issue(function, call, launch).map_err(named)?;
         let over = memory.record(stream).map_err(named)?;
@@ -165,7 +165,7 @@ impl Nccl {
     unsafe fn largest<T: Number + Element>(&self, send: *const u8, recv: *mut u8, count: usize, call: &Call<'_>) -> Result<()> {
         let size = self.group.size as usize;
         let piece = (PIECE / size_of::<T>()).min(count);
-        let mut blocks: Vec<T> = zeros(&[size * piece], "a temporary").map_err(|error| error.during(&call.label()))?;
+        let mut blocks: Vec<T> = zeros(&[size * piece], "a temporary").map_err(|error| error.during(call.label()))?;
         for first in (0..count).step_by(piece.max(1)) {
             let length = piece.min(count - first);
             self.all_gather(send.cast::<T>().add(first).cast(), blocks.as_mut_ptr().cast(), length * size_of::<T>(), call)?;
@@ -389,7 +389,7 @@ impl Transport for Nccl {
             }
             MemorySpace::Host if loses_nan(dtype, op) => {
                 let mut whole: Vec<u64> =
-                    zeros(&[(bytes * size as usize).div_ceil(8)], "a temporary").map_err(|error| error.during(&call.label()))?;
+                    zeros(&[(bytes * size as usize).div_ceil(8)], "a temporary").map_err(|error| error.during(call.label()))?;
                 let whole = whole.as_mut_ptr().cast::<u8>();
                 self.all_reduce(send, whole, count * size as usize, reduction, call)?;
                 std::ptr::copy(whole.add(rank as usize * bytes), recv, bytes);

@@ -36,7 +36,7 @@ impl Module {
         let mut raw = std::ptr::null_mut();
         // SAFETY: a whole image, which the driver copies.
         unsafe { call!(context.ordinal(), cuModuleLoadData(&mut raw, start.cast())) }
-            .map_err(|error| error.during(&format!("loading the image {name}")))?;
+            .map_err(|error| error.during(format_args!("loading the image {name}")))?;
         Ok(Arc::new(Module { raw, name: name.into(), context: context.clone() }))
     }
 
@@ -50,7 +50,7 @@ impl Module {
         let mut raw = std::ptr::null_mut();
         // SAFETY: an output that outlives the call.
         unsafe { call!(context.ordinal(), cuModuleGetFunction(&mut raw, self.raw, symbol.as_ptr())) }
-            .map_err(|error| error.during(&format!("the kernel {name} of the image {}", self.name)))?;
+            .map_err(|error| error.during(format_args!("the kernel {name} of the image {}", self.name)))?;
         let kernel = Kernel { raw, name: name.into(), module: self.clone(), arguments: PhantomData };
         let (found, expected) = (kernel.parameters()?, A::sizes());
         ensure!(
@@ -176,7 +176,7 @@ impl<A: Arguments> Kernel<A> {
                     cuLaunchKernel(self.raw, blocks, 1, 1, threads, 1, 1, shared, stream, pointers.as_mut_ptr(), none)
                 )
             })
-            .map_err(|error| error.during(&format!("{} of {blocks} blocks of {threads} threads, {shared} bytes", self.name)))
+            .map_err(|error| error.during(format_args!("{} of {blocks} blocks of {threads} threads, {shared} bytes", self.name)))
     }
 
     /// Bytes of each parameter, as the image has them.
