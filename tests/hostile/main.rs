@@ -1,0 +1,3 @@
+//! What a program meets on a bad day: memory that is short.
+
+mod out_of_memory;
