@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use partialfc::capi::comm::*;
 use partialfc::capi::status::*;
 use partialfc::capi::types::*;
-use partialfc_testing::capi::{assert_failed, failure, outcome, Comm, Outcome};
+use partialfc_testing::capi::{assert_failed, outcome, Comm, Outcome};
 use partialfc_testing::collectives::{exercise, reduced, sample};
 use partialfc_testing::processes::{in_a_forked_child, in_a_process_of_its_own};
 use partialfc_testing::ranks::{group, together, LONG};
@@ -82,21 +82,30 @@ fn traffic_can_be_asked_while_a_rank_waits() {
 #[test]
 fn a_timeout_names_the_operation_and_the_missing_rank() {
     let ranks = group(4);
-    ranks[0].set_timeout(SHORT);
     let outcomes = together(&ranks, |rank| {
         rank.barrier().unwrap();
-        if rank.rank() == 3 {
-            return Ok(());
+        match rank.rank() {
+            3 => return Ok(()),
+            // Its time begins when the others are on their way.
+            0 => {
+                while ranks[1..3].iter().any(|rank| rank.traffic().all_reduce_calls == 0) {
+                    std::thread::yield_now();
+                }
+                rank.set_timeout(SHORT);
+            }
+            _ => {}
         }
         rank.all_reduce_in_place(&mut [0f32; 100], PFC_SUM)
     });
+    // On a busy machine another may not have got further than its way.
+    let missing = "3 did not arrive";
     for (rank, outcome) in outcomes[..3].iter().enumerate() {
-        let text = format!("all_reduce #2: rank 3 did not arrive within 100 ms (this is rank {rank})");
-        assert_eq!(*outcome, failure(PFC_ERROR_TIMEOUT, text));
+        let end = format!("{missing} within 100 ms (this is rank {rank})");
+        assert_failed(outcome, PFC_ERROR_TIMEOUT, &["all_reduce #2: rank", &end]);
     }
     // The late one does not wait for anybody, and nothing is started afterwards.
-    assert_failed(&ranks[3].all_reduce_in_place(&mut [0f32; 100], PFC_SUM), PFC_ERROR_TIMEOUT, &["rank 3 did not arrive"]);
-    together(&ranks, |rank| assert_failed(&rank.barrier(), PFC_ERROR_ABORTED, &["rank 3 did not arrive", "barrier"]));
+    assert_failed(&ranks[3].all_reduce_in_place(&mut [0f32; 100], PFC_SUM), PFC_ERROR_TIMEOUT, &[missing]);
+    together(&ranks, |rank| assert_failed(&rank.barrier(), PFC_ERROR_ABORTED, &[missing, "barrier"]));
 
     let ranks = group(3);
     ranks[1].set_timeout(Duration::from_millis(1));
@@ -113,9 +122,11 @@ fn deadlines_that_race_with_arrivals_give_one_verdict() {
         let ranks = group(3);
         let outcomes = together(&ranks, |rank| {
             let me = rank.rank() as u64;
-            rank.set_timeout(Duration::from_millis(1));
-            // Every second round all come at once, so that on a busy machine too some operations begin.
-            std::thread::sleep(Duration::from_micros(400 * (round % 2) * ((round * 7 + me * 5) % 4)));
+            // Every second round all come at once, some of them with time enough, so that on a busy machine too operations begin; and in
+            // some one comes far too late, so that on a fast one too they do not.
+            rank.set_timeout(Duration::from_millis(if round % 8 == 0 { 10_000 } else { 1 }));
+            let late = if round % 16 == 15 && me == 2 { 50_000 } else { 400 * ((round * 7 + me * 5) % 4) };
+            std::thread::sleep(Duration::from_micros((round % 2) * late));
             let send: Vec<i64> = (0..COUNT).map(|i| sample(rank.rank(), i)).collect();
             let mut recv = vec![0; COUNT];
             let outcome = rank.all_reduce(&send, &mut recv, PFC_SUM).map_err(|failure| failure.status);

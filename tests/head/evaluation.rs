@@ -85,6 +85,34 @@ fn metrics_are_those_of_the_reference() {
     }
 }
 
+/// A negative that beats the target is seen wherever it stands in a sample of many chunks and splits.
+#[test]
+fn top1_sees_the_nearest_negative_at_any_place() {
+    const CLASSES: usize = 40_000;
+    let options = HeadOptions { init_std: 0.0, ..options(CLASSES as u64, 4, 1) };
+    on_ranks(1, |place| {
+        let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+        let mut top1_with = |near: Option<usize>| {
+            if let Some(near) = near {
+                head.write_centers(near as u64, &[1.0, 0.1, 0.0, 0.0]).expect("a near center");
+            }
+            let target = CLASSES as i64 / 2;
+            head.write_centers(target as u64, &[1.0, 0.5, 0.0, 0.0]).expect("the target's");
+            head.forward(&mut Rows::f32(&[1.0, 0.0, 0.0, 0.0], 4), Some(&[target])).expect("forward");
+            if let Some(near) = near {
+                head.write_centers(near as u64, &[0.0; 4]).expect("a center as before");
+            }
+            head.metrics().expect("metrics").top1
+        };
+        assert_eq!(top1_with(None), 1.0);
+        let spread = (0..16).map(|part| part * CLASSES / 16 + part);
+        let edges = [0, 1, 63, 64, 255, 256, 257, 511, 512, 16_383, 16_384, 16_385, CLASSES - 257, CLASSES - 2, CLASSES - 1];
+        for near in spread.chain(edges) {
+            assert_eq!(top1_with(Some(near)), 0.0, "a nearer center at {near}");
+        }
+    });
+}
+
 #[test]
 fn metrics_of_a_step_that_failed_are_zeros() {
     for placement in [Placement::Sharded, Placement::Replicated] {

@@ -19,6 +19,8 @@ use partialfc_testing::transport::{group, Fault};
 const ROWS: usize = 4;
 /// Ranks that nobody tells of a silent one wait so long.
 const TIMEOUT_MS: u64 = 300;
+/// What no operation takes that is waited for, however busy the machine is.
+const AGES_MS: u64 = 300_000;
 
 /// Ranks, and steps of each way of calling: fewer where an emulator takes them.
 fn size() -> (usize, usize) {
@@ -94,7 +96,7 @@ fn for_all(
     check: impl Fn(&str, usize, &[Result<Vec<u32>, Failure>], &[Result<Vec<u32>, Failure>]) + Sync,
 ) {
     for options in placements() {
-        let sound = with_fault(&options, None, 20_000);
+        let sound = with_fault(&options, None, AGES_MS);
         let operations = operations(&options);
         let next = AtomicI64::new(0);
         let work = || loop {
@@ -107,14 +109,14 @@ fn for_all(
             check(&what, rank, &with_fault(&options, Some((rank, at, fault)), timeout_ms), &sound);
         };
         std::thread::scope(|scope| (0..workers()).for_each(|_| drop(scope.spawn(work))));
-        let after: Vec<_> = with_fault(&options, None, 20_000).into_iter().map(|life| life.expect("a new head")).collect();
+        let after: Vec<_> = with_fault(&options, None, AGES_MS).into_iter().map(|life| life.expect("a new head")).collect();
         assert_eq!(after, sound.into_iter().map(|life| life.expect("no fault")).collect::<Vec<_>>());
     }
 }
 
 #[test]
 fn a_code_is_heard_of_by_all() {
-    for_all(Fault::Code, 20_000, |what, rank, found, _| {
+    for_all(Fault::Code, AGES_MS, |what, rank, found, _| {
         for (other, life) in found.iter().enumerate() {
             let failure = life.as_ref().expect_err(what);
             if other == rank {
@@ -143,7 +145,7 @@ fn silence_is_a_timeout_on_all() {
 
 #[test]
 fn a_delay_within_the_timeout_changes_nothing() {
-    for_all(Fault::Delay(Duration::from_millis(5)), 20_000, |what, _, found, sound| {
+    for_all(Fault::Delay(Duration::from_millis(5)), AGES_MS, |what, _, found, sound| {
         for (life, sound) in found.iter().zip(sound) {
             assert_eq!(life.as_ref().expect(what), sound.as_ref().expect("no fault"), "{what}");
         }

@@ -133,6 +133,94 @@ fn rows_never_sampled_decay_from_their_start_values() {
     });
 }
 
+/// Beyond 1,024 updates the history is trimmed, beyond 16,384 rows left alone are caught up: no row may notice. Class 0 is in every
+/// sample, class 1 in every hundredth, and the others in none.
+#[test]
+fn rows_left_alone_for_thousands_of_updates_decay_as_they_should() {
+    const ROWS: usize = 12;
+    const WIDE: usize = 4;
+    for (name, optimizer) in optimizers() {
+        // What the updates leave of a row whose gradient is 0: multiples of its own start values.
+        let options =
+            HeadOptions { optimizer, row_update: RowUpdate::Dense, sample_rate: 0.0, ..options(ROWS as u64, WIDE as u32, 1) };
+        on_ranks(1, |place| {
+            let mut head = Head::new(&Device::cpu(1), &place.comm, &options);
+            let start = widen(&head.centers());
+            let (mut w, mut m) = (1.0, 0.0);
+            for update in 1..=17_500 {
+                let label = i64::from(update % 100 == 0);
+                let rate = 1e-3 * learning_rate(update);
+                head.step(&mut Rows::f32(&[1.0; WIDE], WIDE), &[label], rate, &mut Rows::output(1, WIDE)).expect("step");
+                match optimizer {
+                    Optimizer::Sgd(sgd) => {
+                        m = sgd.momentum * m + sgd.weight_decay * w;
+                        w -= rate * m;
+                    }
+                    Optimizer::Adamw(adamw) => w *= 1.0 - rate * adamw.weight_decay,
+                }
+                if ![1_023, 1_024, 1_025, 2_047, 2_049, 5_000, 16_383, 16_384, 16_385, 16_500, 17_500].contains(&update) {
+                    continue;
+                }
+                let alone = 2 * WIDE..ROWS * WIDE;
+                let expected: Vec<f64> = start.iter().map(|x| x * w).collect();
+                let what = format!("{name}, after {update} updates");
+                assert_close(&what, &widen(&head.centers())[alone.clone()], &expected[alone.clone()], 1e-6);
+                if m != 0.0 {
+                    let expected: Vec<f64> = start.iter().map(|x| x * m).collect();
+                    assert_close(&format!("{what}, momentum"), &widen(&head.momentum())[alone.clone()], &expected[alone], 1e-5);
+                }
+            }
+        });
+    }
+}
+
+/// Writing one tensor of a row that has missed updates leaves the others as they would be without it.
+#[test]
+fn a_written_row_s_other_tensors_have_missed_nothing() {
+    for (name, optimizer) in optimizers() {
+        let options = HeadOptions { optimizer, row_update: RowUpdate::Dense, ..gap_options() };
+        let run = |written: Option<i32>, later: usize| {
+            on_ranks(1, |place| {
+                let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+                let mut random = Random(11);
+                for step in 0..9 {
+                    // The sleeper moves at first, so that its state is not 0.
+                    head.set_sample(if step < 2 { &[0, 1, SLEEPER] } else { &[0, 1] }).expect("a sample");
+                    let embeddings = random.normals(2 * DIM, 1.0);
+                    let mut grad = Rows::output(2, DIM);
+                    let labels = if step < 2 { [SLEEPER, 1] } else { [0, 1] };
+                    head.step(&mut Rows::f32(&embeddings, DIM), &labels, learning_rate(step), &mut grad).expect("step");
+                    if step == 9 - 1 - later {
+                        match written {
+                            Some(0) => head.write_centers(SLEEPER as u64, &[0.5; DIM]).expect("centers"),
+                            Some(tensor) => head.write_state(tensor, SLEEPER as u64, &[0.5; DIM]).expect("a state"),
+                            None => {}
+                        }
+                    }
+                }
+                let at = SLEEPER as usize * DIM..(SLEEPER as usize + 1) * DIM;
+                let second =
+                    if matches!(optimizer, Optimizer::Adamw(_)) { widen(&head.second_moment()) } else { vec![0.0; CLASSES * DIM] };
+                [widen(&head.centers()), widen(&head.momentum()), second].map(|tensor| tensor[at.clone()].to_vec())
+            })
+            .remove(0)
+        };
+        let untouched = run(None, 0);
+        let tensors = if matches!(optimizer, Optimizer::Adamw(_)) { 3 } else { 2 };
+        for written in 0..tensors {
+            let found = run(Some(written as i32), 0);
+            for (tensor, (found, untouched)) in found.iter().zip(&untouched).enumerate().take(tensors) {
+                let what = format!("{name}: tensor {tensor} after tensor {written} was written");
+                let expected = if tensor == written { vec![0.5; DIM] } else { untouched.clone() };
+                assert_close(&what, found, &expected, 1e-6);
+            }
+            // And from there on they move together.
+            let later = run(Some(written as i32), 3);
+            assert!(later.iter().take(tensors).all(|tensor| tensor.iter().all(|x| x.is_finite())), "{name}: {later:?}");
+        }
+    }
+}
+
 #[test]
 fn reading_rows_changes_no_later_result() {
     for (name, optimizer) in optimizers() {

@@ -22,6 +22,8 @@ const RANKS: usize = 2;
 const ROWS: usize = 5;
 /// Ranks that nobody tells of a silent one wait so long.
 const TIMEOUT_MS: u64 = 300;
+/// What no operation takes that is waited for, however busy the machine is.
+const AGES_MS: u64 = 300_000;
 /// As nccl.h has them.
 const SYSTEM_ERROR: i32 = 2;
 const REMOTE_ERROR: i32 = 6;
@@ -241,7 +243,7 @@ fn every_operation_may_go_wrong_on_every_rank() {
     let Some(standin) = nccl::emulated(&turn) else { return };
     for options in [&placements()[1], &placements()[3]] {
         standin.reset();
-        let sound = lives(options, 20_000);
+        let sound = lives(options, AGES_MS);
         assert!(sound.iter().all(Result::is_ok), "{sound:?}");
         let operations = standin.operations(0);
         let faults =
@@ -256,14 +258,14 @@ fn every_operation_may_go_wrong_on_every_rank() {
                 let begin = Instant::now();
                 // Of wrong bytes a rank may make that it is done, and leave the others.
                 let waits = matches!(fault, Fault::Hang | Fault::Short | Fault::Wrong(_));
-                let found = lives(options, if waits { TIMEOUT_MS } else { 20_000 });
-                // Nobody waits for a timeout of 20 s who is told.
-                assert!(begin.elapsed().as_secs() < 15, "{what}: {:?}", begin.elapsed());
+                let found = lives(options, if waits { TIMEOUT_MS } else { AGES_MS });
+                // Nobody waits for a timeout who is told.
+                assert!(begin.elapsed() < Duration::from_millis(AGES_MS / 2), "{what}: {:?}", begin.elapsed());
                 judge(&what, fault, rank, &found, &sound);
             }
         }
         standin.reset();
-        assert_eq!(lives(options, 20_000), sound, "a new head after all that");
+        assert_eq!(lives(options, AGES_MS), sound, "a new head after all that");
     }
 }
 

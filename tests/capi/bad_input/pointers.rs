@@ -96,7 +96,7 @@ fn null_is_refused_by_name_where_a_call_is_local() {
 /// A call that is collective: rank 1 passes what it must not, the others what they should. Rank 1 hears of its own, the others of rank 1.
 fn on_one_rank(name: &str, words: &[&str], call: impl Fn(&mut Head, &mut Rows, &mut Rows, bool) -> i32 + Sync) {
     on_ranks(3, |place| {
-        place.comm.set_timeout(Duration::from_millis(3000));
+        place.comm.set_timeout(Duration::from_secs(120));
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         let (mut embeddings, mut grad) = (Rows::f32(&[1.0; 8], 4), Rows::output(2, 4));
         let outcome = outcome(call(&mut head, &mut embeddings, &mut grad, place.rank == 1));
@@ -167,7 +167,7 @@ fn null_on_one_rank_of_a_collective_call_is_heard_on_all() {
 #[test]
 fn metrics_without_a_struct_on_one_rank_do_not_leave_the_others_waiting() {
     on_ranks(3, |place| {
-        place.comm.set_timeout(Duration::from_millis(3000));
+        place.comm.set_timeout(Duration::from_secs(120));
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             // SAFETY: a live head; NULL is what is tested.

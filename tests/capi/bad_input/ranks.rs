@@ -68,7 +68,7 @@ fn a_rank_that_does_not_come_is_named_and_the_heads_are_poisoned() {
 fn ranks_at_different_calls_are_told_apart() {
     on_ranks(2, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
-        place.comm.set_timeout(Duration::from_millis(3000));
+        place.comm.set_timeout(Duration::from_secs(120));
         let failure = match place.rank {
             0 => head.forward(&mut Rows::f32(&[1.0; 4], 4), Some(&[1])).expect_err("the other asks for metrics"),
             _ => head.metrics().map(|_| ()).expect_err("the other forwards"),

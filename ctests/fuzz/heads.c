@@ -1,0 +1,657 @@
+// Episodes of heads: ranks are threads, which make the same calls, with a mistake on one of them
+// now and then.
+#include "fuzz.h"
+
+#include <unistd.h>
+
+enum { LOSSES = 64 };
+
+// One rank of an episode.
+struct rank {
+  struct draws common, own;
+  int index, ranks, mistakes, operations, free_comm_first;
+  pfc_comm *comm;
+  pfc_device *device;
+  pfc_head *head;
+  pfc_head_options options;
+  pthread_t thread;
+  // What must be equal on all ranks where there are no mistakes.
+  double losses[LOSSES];
+  int steps;
+  uint64_t centers;
+};
+
+// Whether this call is to be a mistake; `part`: one in so many of those that may.
+static int mistake(struct rank *r, int part) { return chance(&r->own, r->mistakes / part); }
+
+// Where nobody makes one, every call succeeds.
+static void must_succeed(const struct rank *r, const char *call, pfc_status status) {
+  if (r->mistakes == 0 && now.mode != LIES && status != PFC_OK)
+    finding("%s gave %s without a mistake", call, pfc_status_name(status));
+}
+static void must_fail(const char *call, pfc_status status) {
+  if (status == PFC_OK) finding("%s accepted what is wrong", call);
+}
+static void must_be_kept(const char *call, pfc_status status, const struct block *output) {
+  if (status != PFC_OK && !is_kept(output))
+    finding("%s gave %s and wrote an output", call, pfc_status_name(status));
+}
+
+pfc_head_options options_of(struct draws *d, int n) {
+  pfc_head_options o;
+  DO(pfc_head_options_init, &o);
+  do o.num_classes = ONE_OF(d, uint64_t, 1, 2, 3, 5, 10, 64, 255, 257, 300, 1000);
+  while (o.num_classes < (uint64_t)n);
+  o.embedding_dim = ONE_OF(d, uint32_t, 1, 2, 3, 7, 16, 33, 64, 130);
+  o.max_batch = ONE_OF(d, uint64_t, 1, 2, 5, 16, 17, 40);
+  o.placement = chance(d, 300) ? PFC_PLACEMENT_REPLICATED : PFC_PLACEMENT_SHARDED;
+  o.sample_rate = ONE_OF(d, double, 1, 1, 0, 0.1, 0.5, 0.999);
+  o.seed = draw(d);
+  o.scale = ONE_OF(d, double, 64, 64, 1e-3, 30);
+  if (chance(d, 300)) {
+    o.m1 = unit(d) * 4 + 1e-3;
+    o.m2 = unit(d) * 3.14;
+    o.m3 = unit(d) * 2;
+  }
+  if (chance(d, 200)) o.interclass_filter = unit(d);
+  o.margin_gradient = 1 + (int32_t)below(d, 2);
+  o.margin_guard = 1 + (int32_t)below(d, 2);
+  o.optimizer = 1 + (int32_t)below(d, 2);
+  o.row_update = 1 + (int32_t)below(d, 2);
+  if (chance(d, 200)) {
+    o.momentum = unit(d) * 0.999;
+    o.weight_decay = unit(d);
+    o.beta1 = unit(d) * 0.999;
+    o.beta2 = unit(d) * 0.999;
+  }
+  o.gradient_scale = ONE_OF(d, double, 1, 4, 1e-3);
+  o.init_std = ONE_OF(d, double, 0.01, 0, 1, 1e-20);
+  o.ignore_label = chance(d, 300) ? ONE_OF(d, int64_t, -1, -100, INT64_MAX) : INT64_MIN;
+  o.gather_dtype = (int32_t)below(d, 4);
+  return o;
+}
+
+int spoil_options(struct draws *d, pfc_head_options *o) {
+  switch (below(d, 26)) {
+    case 0: o->num_classes = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 63); return 1;
+    case 1: o->embedding_dim = ONE_OF(d, uint32_t, 0, UINT32_MAX, 65537); return 1;
+    case 2: o->placement = ONE_OF(d, int32_t, 0, 3, -1, INT32_MIN); return 1;
+    case 3: o->sample_rate = ONE_OF(d, double, -1, 1.0000001, NAN, INFINITY); return 1;
+    case 4: o->max_batch = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 25, 1ull << 33); return 1;
+    case 5: o->scale = ONE_OF(d, double, 0, -1, 129, NAN, INFINITY); return 1;
+    case 6: o->m1 = ONE_OF(d, double, 0, -1, 17, NAN); return 1;
+    case 7: o->m2 = ONE_OF(d, double, -0.1, 3.2, NAN); return 1;
+    case 8: o->m3 = ONE_OF(d, double, -0.1, 2.1, NAN); return 1;
+    case 9: o->interclass_filter = ONE_OF(d, double, -0.1, 1.1, NAN); return 1;
+    case 10: o->margin_gradient = 3; return 1;
+    case 11: o->margin_guard = 0; return 1;
+    case 12: o->optimizer = 77; return 1;
+    case 13: o->row_update = -5; return 1;
+    case 14:
+      o->optimizer = PFC_OPTIMIZER_SGD;
+      o->momentum = ONE_OF(d, double, -0.1, 1, NAN);
+      return 1;
+    case 15: o->weight_decay = ONE_OF(d, double, -0.1, NAN, INFINITY); return 1;
+    case 16:
+      o->optimizer = PFC_OPTIMIZER_ADAMW;
+      o->epsilon = ONE_OF(d, double, 0, -1, NAN, 1e31);
+      return 1;
+    case 17: o->gradient_scale = ONE_OF(d, double, -1, NAN, INFINITY); return 1;
+    case 18: o->init_std = ONE_OF(d, double, -1, NAN, INFINITY); return 1;
+    case 19: o->ignore_label = 0; return 1;
+    case 20: o->precision = ONE_OF(d, int32_t, 0, 3, 4); return 1;
+    case 21: o->gather_dtype = ONE_OF(d, int32_t, 4, 5, -1); return 1;
+    case 22: o->weight_dtype = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
+    case 23: o->residency = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
+    case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
+    // It may be enough.
+    default: o->workspace_limit = 1 + below(d, 1 << 22); return 0;
+  }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// A step, in one call or in several.
+
+static struct block labels_of(struct rank *r, uint64_t batch) {
+  struct block b = block_of(batch * 8, 0);
+  int64_t *labels = (int64_t *)b.data, classes = (int64_t)r->options.num_classes;
+  for (uint64_t i = 0; i < batch; i++) {
+    labels[i] = (int64_t)below(&r->own, (uint64_t)classes);
+    if (r->options.ignore_label != INT64_MIN && chance(&r->own, 200))
+      labels[i] = r->options.ignore_label;
+  }
+  if (batch > 0 && mistake(r, 2))
+    labels[below(&r->own, batch)] =
+        ONE_OF(&r->own, int64_t, -7, classes, INT64_MAX - 1, INT64_MIN + 1);
+  return b;
+}
+
+static void keep_loss(struct rank *r, double loss) {
+  if (now.mode != LIES && !(isfinite(loss) && loss >= 0)) finding("a loss of %g", loss);
+  if (r->steps < LOSSES) r->losses[r->steps] = loss;
+  r->steps++;
+}
+
+// What a step works on.
+struct batch {
+  struct grid embeddings, gradient;
+  struct block labels, loss;
+  int wrong_embeddings, wrong_gradient;
+};
+
+static struct batch batch_of(struct rank *r) {
+  struct draws *own = &r->own;
+  struct batch b;
+  uint64_t rows = chance(own, 100) ? 0 : below(own, r->options.max_batch + 1);
+  if (mistake(r, 6)) rows = r->options.max_batch + 1 + below(own, 3);
+  int wild = r->mistakes > 0 && chance(own, 100) ? 60 : 0;
+  b.embeddings = grid_of(own, rows, r->options.embedding_dim, 0, wild);
+  b.gradient = grid_of(own, rows, r->options.embedding_dim, 0, 0);
+  b.labels = labels_of(r, rows);
+  b.loss = block_of(8, 0x5B);
+  keep(&b.loss);
+  b.wrong_embeddings = mistake(r, 2) && spoil(own, &b.embeddings, 1);
+  b.wrong_gradient = mistake(r, 2) && spoil(own, &b.gradient, 1);
+  return b;
+}
+static void drop_batch(struct batch *b) {
+  drop_grid(&b->embeddings);
+  drop_grid(&b->gradient);
+  drop(&b->labels);
+  drop(&b->loss);
+}
+static double loss_in(const struct batch *b) {
+  double loss;
+  memcpy(&loss, b->loss.data, 8);
+  return loss;
+}
+static double rate_of(struct rank *r) {
+  if (mistake(r, 4)) return ONE_OF(&r->own, double, -1, NAN, INFINITY, 1e300);
+  return r->mistakes > 0 && chance(&r->own, 50) ? 1e30 : 0;
+}
+
+static void whole_step(struct rank *r, double rate) {
+  struct batch b = batch_of(r);
+  struct grid *e = &b.embeddings, *g = &b.gradient;
+  int no_labels = mistake(r, 6), no_loss = mistake(r, 8);
+  // The gradient may be written over the embeddings.
+  int over = chance(&r->own, 80) && e->size == g->size && e->m.dtype == g->m.dtype &&
+             e->stride == g->stride && !b.wrong_embeddings && !b.wrong_gradient;
+  note("step: %zu rows, rate %g, wrong %d %d %d %d, over %d", (size_t)e->rows, rate,
+       b.wrong_embeddings, b.wrong_gradient, no_labels, no_loss, over);
+  pfc_status status = DO(pfc_head_step, r->head, &e->m, no_labels ? NULL : (int64_t *)b.labels.data,
+                         rate, over ? &e->m : &g->m, no_loss ? NULL : (double *)b.loss.data);
+  must_succeed(r, "pfc_head_step", status);
+  must_be_kept("pfc_head_step", status, &b.loss);
+  must_be_kept("pfc_head_step", status, over ? &e->memory : &g->memory);
+  if (b.wrong_embeddings || b.wrong_gradient || no_loss) must_fail("pfc_head_step", status);
+  if (!over && !is_kept(&e->memory)) finding("pfc_head_step wrote its embeddings");
+  if (!gaps_are_kept(over ? e : g)) finding("pfc_head_step wrote between the rows");
+  if (status == PFC_OK) {
+    keep_loss(r, loss_in(&b));
+    // In 16 bits a gradient may overflow.
+    if (r->mistakes == 0 && now.mode != LIES && g->m.dtype == PFC_F32 && !is_finite(over ? e : g))
+      finding("pfc_head_step wrote a gradient that is not finite");
+  }
+  drop_batch(&b);
+}
+
+static void parts_of_a_step(struct rank *r, int prepare, double rate, double weight, int update) {
+  struct batch b = batch_of(r);
+  struct grid *e = &b.embeddings, *g = &b.gradient;
+  const int64_t *labels = (int64_t *)b.labels.data;
+  int no_loss = mistake(r, 8), no_labels = mistake(r, 8);
+  note("parts: prepare %d, %zu rows, wrong %d %d %d", prepare, (size_t)e->rows, b.wrong_embeddings,
+       b.wrong_gradient, no_loss);
+  if (prepare) {
+    must_succeed(r, "pfc_head_prepare", DO(pfc_head_prepare, r->head, labels, e->rows));
+    no_labels = 1;
+  }
+  pfc_status status = DO(pfc_head_forward, r->head, &e->m, no_labels ? NULL : labels,
+                         no_loss ? NULL : (double *)b.loss.data);
+  must_succeed(r, "pfc_head_forward", status);
+  must_be_kept("pfc_head_forward", status, &b.loss);
+  if (b.wrong_embeddings || no_loss) must_fail("pfc_head_forward", status);
+  if (!is_kept(&e->memory)) finding("pfc_head_forward wrote its embeddings");
+  if (status == PFC_OK) keep_loss(r, loss_in(&b));
+  if (!mistake(r, 8)) {
+    double scale = ONE_OF(&r->own, double, 1, 128, 0.5);
+    if (mistake(r, 4)) weight = ONE_OF(&r->own, double, NAN, -1, INFINITY, 1e39);
+    status = DO(pfc_head_backward, r->head, weight, scale, &g->m);
+    must_succeed(r, "pfc_head_backward", status);
+    must_be_kept("pfc_head_backward", status, &g->memory);
+    if (b.wrong_gradient) must_fail("pfc_head_backward", status);
+    if (!gaps_are_kept(g)) finding("pfc_head_backward wrote between the rows");
+    if (update) must_succeed(r, "pfc_head_update", DO(pfc_head_update, r->head, rate));
+    if (mistake(r, 4)) DO(pfc_head_update, r->head, rate);
+  }
+  drop_batch(&b);
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// The other calls of a head.
+
+static void rows(struct rank *r) {
+  struct draws *own = &r->own;
+  uint64_t of = 0, count = 0;
+  must_succeed(r, "pfc_head_shard", DO(pfc_head_shard, r->head, &of, &count));
+  uint64_t some = below(own, count + 1), first = of + below(own, count - some + 1), told = some;
+  int tensor = (int)below(own, r->options.optimizer == PFC_OPTIMIZER_ADAMW ? 3 : 2);
+  // Writing would make the ranks' copies differ, and abandons a step.
+  int writes = r->mistakes > 0 && chance(own, 400), wrong = 0;
+  int wild = writes && chance(own, 50) ? 40 : 0;
+  struct grid g = grid_of(own, some, r->options.embedding_dim, 0, wild);
+  if (tensor == PFC_STATE_SECOND_MOMENT && writes) {
+    // No number below 0: the sign is the last bit of each.
+    for (uint64_t i = 0; i < g.rows; i++)
+      for (uint64_t j = 0; j < g.cols; j++)
+        g.memory.data[(i * g.stride + j + 1) * g.size - 1] &= 0x7f;
+    keep(&g.memory);
+  }
+  if (mistake(r, 1)) {
+    wrong = 1;
+    switch (below(own, 5)) {
+      case 0: first = ONE_OF(own, uint64_t, UINT64_MAX, of + count + 1, 1ull << 63); break;
+      case 1: told = some + 1 + below(own, 5); break;
+      case 2: told = UINT64_MAX; break;
+      case 3: tensor = 3 + (int)below(own, 9); break;
+      default: wrong = spoil(own, &g, 1);
+    }
+  }
+  note("rows: write %d, tensor %d, %zu from %zu, wrong %d", writes, tensor, (size_t)told,
+       (size_t)first, wrong);
+  pfc_status status;
+  if (writes && tensor == 0) {
+    status = DO(pfc_head_write_centers, r->head, first, told, &g.m);
+  } else if (writes) {
+    status = DO(pfc_head_write_state, r->head, tensor, first, told, &g.m);
+  } else if (tensor == 0) {
+    status = DO(pfc_head_read_centers, r->head, first, told, &g.m);
+  } else {
+    status = DO(pfc_head_read_state, r->head, tensor, first, told, &g.m);
+  }
+  must_succeed(r, "a call of rows", status);
+  if (wrong) must_fail("a call of rows", status);
+  if (writes && !is_kept(&g.memory)) finding("a call of rows wrote its input");
+  if (!gaps_are_kept(&g)) finding("a call of rows wrote between the rows");
+  must_be_kept("a call of rows", status, &g.memory);
+  drop_grid(&g);
+}
+
+static void top_k(struct rank *r, uint64_t k) {
+  struct draws *own = &r->own;
+  uint64_t count = below(own, 5) * below(own, 4), told = k;
+  struct grid e = grid_of(own, count, r->options.embedding_dim, 0, 0);
+  struct block ids = block_of(count * k * 8, 0x11), cosines = block_of(count * k * 4, 0x22);
+  keep(&ids);
+  keep(&cosines);
+  int wrong = mistake(r, 2) && spoil(own, &e, 0), no_ids = count > 0 && mistake(r, 6);
+  if (e.m.rows != count) e.m.data = NULL;
+  if (mistake(r, 4))
+    told = ONE_OF(own, uint64_t, 0, r->options.num_classes + 1, UINT64_MAX, 1ull << 62);
+  note("top_k: %zu rows, k %zu, wrong %d %d", (size_t)count, (size_t)told, wrong, no_ids);
+  pfc_status status = DO(pfc_head_top_k, r->head, &e.m, told, no_ids ? NULL : (int64_t *)ids.data,
+                         (float *)cosines.data);
+  must_succeed(r, "pfc_head_top_k", status);
+  must_be_kept("pfc_head_top_k", status, &ids);
+  must_be_kept("pfc_head_top_k", status, &cosines);
+  if (wrong || no_ids || told != k) must_fail("pfc_head_top_k", status);
+  for (uint64_t i = 0; status == PFC_OK && now.mode != LIES && i < count * k; i++) {
+    int64_t id = ((int64_t *)ids.data)[i];
+    float cosine = ((float *)cosines.data)[i];
+    // Class centers that a mistake has made infinite are near to nothing.
+    if (r->mistakes > 0) continue;
+    if (id < 0 || (uint64_t)id >= r->options.num_classes)
+      finding("top_k found class %lld", (long long)id);
+    if (!(fabsf(cosine) <= 1.0001f)) finding("top_k found a cosine of %g", (double)cosine);
+    if (i % k > 0 && ((float *)cosines.data)[i - 1] < cosine)
+      finding("top_k is not in order");
+  }
+  drop_grid(&e);
+  drop(&ids);
+  drop(&cosines);
+}
+
+static void metrics(struct rank *r) {
+  pfc_metrics m, was;
+  DO(pfc_metrics_init, &m);
+  int wrong = mistake(r, 3), none = mistake(r, 8);
+  if (wrong) m.struct_size = ONE_OF(&r->own, uint64_t, 0, 7, UINT64_MAX);
+  was = m;
+  pfc_status status = DO(pfc_head_metrics, r->head, none ? NULL : &m);
+  // Before the first step there is nothing to measure.
+  if (r->steps > 0) must_succeed(r, "pfc_head_metrics", status);
+  if (wrong || none) must_fail("pfc_head_metrics", status);
+  if (status != PFC_OK && memcmp(&m, &was, sizeof m) != 0)
+    finding("pfc_head_metrics wrote and failed");
+  if (status == PFC_OK && r->mistakes == 0 && now.mode != LIES) {
+    if (!(m.top1 >= 0 && m.top1 <= 1)) finding("top1 is %g", m.top1);
+    if (!isfinite(m.grad_embeddings_norm)) finding("a norm of %g", m.grad_embeddings_norm);
+  }
+}
+
+static void sample_ids(struct rank *r) {
+  uint64_t count = 0x77;
+  pfc_status status = DO(pfc_head_sample_ids, r->head, NULL, 0, &count);
+  if (status != PFC_OK) {
+    if (count != 0x77) finding("pfc_head_sample_ids wrote a count and failed");
+    return;
+  }
+  uint64_t capacity = chance(&r->own, 200) ? below(&r->own, count) : count, again = 0x99;
+  struct block ids = block_of(capacity * 8, 9);
+  keep(&ids);
+  status = DO(pfc_head_sample_ids, r->head, (int64_t *)ids.data, capacity, &again);
+  must_be_kept("pfc_head_sample_ids", status, &ids);
+  if (capacity < count) must_fail("pfc_head_sample_ids", status);
+  if (status == PFC_OK && again != count) finding("the sample has another size");
+  for (uint64_t i = 1; status == PFC_OK && i < count; i++)
+    if (((int64_t *)ids.data)[i] <= ((int64_t *)ids.data)[i - 1])
+      finding("the sample is not ascending");
+  drop(&ids);
+}
+
+// `common`: for ids that are the same on all ranks.
+static void set_sample(struct rank *r, struct draws *common) {
+  uint64_t of = 0, count = 0, some = 0;
+  DO(pfc_head_shard, r->head, &of, &count);
+  int replicated = r->options.placement == PFC_PLACEMENT_REPLICATED;
+  struct draws *from = replicated && !mistake(r, 2) ? common : &r->own;
+  struct block b = block_of(count * 8, 0);
+  int64_t *ids = (int64_t *)b.data;
+  int density = (int)below(from, 1001);
+  for (uint64_t i = 0; i < count; i++)
+    if (chance(from, density)) ids[some++] = (int64_t)(of + i);
+  int wrong = some > 0 && mistake(r, 2);
+  if (wrong)
+    ids[below(&r->own, some)] = ONE_OF(&r->own, int64_t, -1, INT64_MAX, (int64_t)(of + count));
+  uint64_t told = mistake(r, 4) ? ONE_OF(&r->own, uint64_t, UINT64_MAX, 1ull << 61) : some;
+  if (some > 0 && mistake(r, 8)) ids = NULL;
+  pfc_status status = DO(pfc_head_set_sample, r->head, ids, told);
+  must_succeed(r, "pfc_head_set_sample", status);
+  if (wrong || told != some) must_fail("pfc_head_set_sample", status);
+  drop(&b);
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// Collectives, and calls that cannot succeed.
+
+static void collective(struct rank *r, int which, uint64_t count, int32_t dtype, int32_t op) {
+  struct draws *own = &r->own;
+  if (mistake(r, 6)) count += 1;
+  if (mistake(r, 8)) dtype = ONE_OF(own, int32_t, -1, 0, PFC_F16, PFC_BF16, 7);
+  if (mistake(r, 8)) op = ONE_OF(own, int32_t, -1, 0, 3);
+  uint64_t size = which == 0 || which == 3 ? 1 : size_of(dtype), ranks = (uint64_t)r->ranks;
+  struct block in = block_of(count * ranks * size, 1), out = block_of(count * ranks * size, 3);
+  for (size_t i = 0; i < in.bytes / 8; i++) ((int64_t *)in.data)[i] = (int64_t)below(own, 1000);
+  keep(&in);
+  keep(&out);
+  uint64_t huge = ONE_OF(own, uint64_t, UINT64_MAX, (1ull << 63) + 1, 1ull << 63, UINT64_MAX - 7);
+  int is_huge = mistake(r, 6), no_input = count > 0 && mistake(r, 8), misaligned = mistake(r, 8);
+  uint32_t root = mistake(r, 6) ? (uint32_t)ranks : 0;
+  const void *send = no_input ? NULL : in.data;
+  if (misaligned && count > 1 && size > 1 && !no_input) send = in.data + 1, count--;
+  uint64_t told = is_huge ? huge : count;
+  note("collective %d: %zu of %d, op %d", which, (size_t)told, (int)dtype, (int)op);
+  pfc_status status = PFC_OK;
+  switch (which) {
+    case 0: status = DO(pfc_comm_all_gather, r->comm, send, out.data, told); break;
+    case 1: status = DO(pfc_comm_all_reduce, r->comm, send, out.data, told, dtype, op); break;
+    case 2: status = DO(pfc_comm_reduce_scatter, r->comm, send, out.data, told, dtype, op); break;
+    case 3: status = DO(pfc_comm_broadcast, r->comm, out.data, told, root); break;
+    default: status = DO(pfc_comm_barrier, r->comm);
+  }
+  must_succeed(r, "a collective", status);
+  if (is_huge && which < 4) must_fail("a collective", status);
+  if (!is_kept(&in)) finding("a collective wrote what it sends");
+  drop(&in);
+  drop(&out);
+}
+
+static void reduce_rows(struct rank *r, uint64_t cols, int equal) {
+  struct draws *own = &r->own;
+  uint64_t count = equal ? 5 : below(own, 12), capacity = 12 * (uint64_t)r->ranks;
+  if (mistake(r, 2)) capacity = below(own, 12);
+  if (mistake(r, 6)) cols += 1;
+  struct block ids = block_of(count * 8, 0), ids_out = block_of(capacity * 8, 7);
+  struct block got = block_of(8, 0x6B);
+  int64_t id = equal ? 3 : (int64_t)below(own, 3);
+  for (uint64_t i = 0; i < count; i++, id += equal ? 2 : 1 + (int64_t)below(own, 4))
+    ((int64_t *)ids.data)[i] = id;
+  if (count > 0 && mistake(r, 2))
+    ((int64_t *)ids.data)[below(own, count)] = ONE_OF(own, int64_t, -5, INT64_MAX, 3);
+  struct grid in = grid_of(own, count, cols, 0, 0), out = grid_of(own, capacity, cols, 0, 0);
+  keep(&ids_out);
+  keep(&got);
+  if (mistake(r, 2)) spoil(own, &in, 0);
+  if (mistake(r, 2)) spoil(own, &out, 0);
+  // More rows than the memory has are no mistake that the library can see.
+  if (in.m.rows > count) in.m.rows = count;
+  if (out.m.rows > capacity) out.m.rows = capacity;
+  note("rows: %zu ids, capacity %zu, %zu columns", (size_t)count, (size_t)capacity, (size_t)cols);
+  pfc_status status =
+      DO(pfc_all_reduce_rows, r->comm, r->device, (int64_t *)ids.data, count, &in.m,
+         equal ? NULL : (int64_t *)ids_out.data, capacity, &out.m, (uint64_t *)got.data);
+  must_succeed(r, "pfc_all_reduce_rows", status);
+  // Rows go through the output while they are summed: after an error of the ranks it has any.
+  if (status == PFC_ERROR_INVALID_ARGUMENT || status == PFC_ERROR_REMOTE) {
+    must_be_kept("pfc_all_reduce_rows", status, &ids_out);
+    must_be_kept("pfc_all_reduce_rows", status, &out.memory);
+    must_be_kept("pfc_all_reduce_rows", status, &got);
+  }
+  if (!gaps_are_kept(&out)) finding("pfc_all_reduce_rows wrote between the rows");
+  drop(&ids);
+  drop(&ids_out);
+  drop(&got);
+  drop_grid(&in);
+  drop_grid(&out);
+}
+
+static void hopeless(struct rank *r) {
+  uint64_t a = 7;
+  double loss = 3;
+  pfc_matrix m;
+  pfc_traffic traffic;
+  char text[300];
+  memset(&m, 0, sizeof m);
+  pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
+  switch (below(&r->own, 22)) {
+    case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
+    case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
+    case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
+    case 3: status = DO(pfc_head_update, NULL, 1); break;
+    case 4: status = DO(pfc_head_wait, NULL); break;
+    case 5: status = DO(pfc_head_metrics, NULL, NULL); break;
+    case 6: status = DO(pfc_head_top_k, NULL, NULL, 0, NULL, NULL); break;
+    case 7: status = DO(pfc_head_sample_ids, NULL, NULL, 0, NULL); break;
+    case 8: status = DO(pfc_head_shard, r->head, NULL, &a); break;
+    case 9: status = DO(pfc_comm_traffic, NULL, &traffic); break;
+    case 10: status = DO(pfc_comm_traffic, r->comm, NULL); break;
+    case 11: status = DO(pfc_comm_set_timeout, r->comm, 0); break;
+    case 12: status = DO(pfc_comm_set_timeout, NULL, 1); break;
+    case 13: status = DO(pfc_comm_abort, NULL); break;
+    case 14: status = DO(pfc_comm_barrier, NULL); break;
+    case 15: status = DO(pfc_head_prepare, NULL, NULL, 0); break;
+    case 16: status = DO(pfc_head_save, r->head, "/nonexistent", NULL); break;
+    case 17: status = DO(pfc_head_load, r->head, "/nonexistent", NULL); break;
+    case 18: DO_OTHER(pfc_device_info, (NULL)); break;
+    case 19: DO_OTHER(pfc_status_name, ((int32_t)draw(&r->own))); break;
+    case 20: DO_OTHER(pfc_last_error_copy, (text, below(&r->own, sizeof text))); break;
+    default:
+      if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
+      if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");
+      if (DO_OTHER(pfc_comm_rank, (r->comm)) != (uint32_t)r->index) finding("another rank");
+      if (DO_OTHER(pfc_comm_size, (r->comm)) != (uint32_t)r->ranks) finding("other ranks");
+  }
+  must_fail("a call with NULL or 0", status);
+  if (a != 7 || loss != 3) finding("a call with NULL wrote an output");
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// What all ranks draw is drawn first, so that they stay in step.
+static void operation(struct rank *r) {
+  struct draws *all = &r->common;
+  int pick = (int)below(all, 100);
+  uint64_t classes = r->options.num_classes, k = 1 + below(all, classes < 9 ? classes : 9);
+  uint64_t count = chance(all, 30) ? 30000 : below(all, 60) * below(all, 3) + below(all, 5);
+  uint64_t cols = 1 + below(all, 9);
+  int32_t dtype = ONE_OF(all, int32_t, PFC_F32, PFC_F64, PFC_I32, PFC_I64);
+  int32_t op = 1 + (int32_t)below(all, 2);
+  int which = (int)below(all, 5), equal = chance(all, 300), update = chance(all, 900);
+  double rate = ONE_OF(all, double, 0.1, 0, 1e-3, 0.5), weight = ONE_OF(all, double, 1, 0.5, 0);
+  struct draws sample = {draw(all)};
+  if (mistake(r, 10)) return;
+  if (mistake(r, 40)) DO(pfc_comm_abort, r->comm);
+  if (r->mistakes > 0) {
+    double other = rate_of(r);
+    if (other != 0) rate = other;
+  }
+  if (r->head == NULL && pick < 70) pick = 70 + pick % 30;
+  if (pick < 25) {
+    whole_step(r, rate);
+  } else if (pick < 42) {
+    parts_of_a_step(r, pick >= 35, rate, weight, update);
+  } else if (pick < 50) {
+    rows(r);
+  } else if (pick < 55) {
+    top_k(r, k);
+  } else if (pick < 60) {
+    metrics(r);
+  } else if (pick < 65) {
+    sample_ids(r);
+  } else if (pick < 70) {
+    set_sample(r, &sample);
+  } else if (pick < 76) {
+    hopeless(r);
+  } else if (pick < 92) {
+    collective(r, which, count, dtype, op);
+  } else {
+    reduce_rows(r, cols, equal);
+  }
+}
+
+// The bits of a replicated head's class centers, which are the same on all ranks.
+static uint64_t hash_of_centers(struct rank *r) {
+  uint64_t hash = 0;
+  struct grid g = grid_of(&r->own, r->options.num_classes, r->options.embedding_dim, 1, 0);
+  if (DO(pfc_head_read_centers, r->head, 0, r->options.num_classes, &g.m) == PFC_OK)
+    for (uint64_t i = 0; i < g.rows; i++)
+      for (uint64_t j = 0; j < g.cols * 4; j++)
+        hash = (hash ^ g.memory.data[i * g.stride * 4 + j]) * 0x100000001B3u;
+  drop_grid(&g);
+  return hash;
+}
+
+static void *run_rank(void *of) {
+  struct rank *r = of;
+  now.rank = r->index;
+  pfc_head_options options = r->options;
+  int wrong = mistake(r, 4) && spoil_options(&r->own, &options);
+  note("create: C %zu, d %u, B %zu, placement %d, rate %g, optimizer %d, rows %d, wrong %d",
+       (size_t)options.num_classes, options.embedding_dim, (size_t)options.max_batch,
+       options.placement, options.sample_rate, options.optimizer, options.row_update, wrong);
+  pfc_device *device = mistake(r, 30) ? NULL : r->device;
+  pfc_status status = DO(pfc_head_create, device, r->comm, &options, &r->head);
+  must_succeed(r, "pfc_head_create", status);
+  if (wrong) must_fail("pfc_head_create", status);
+  if ((r->head != NULL) != (status == PFC_OK)) finding("pfc_head_create wrote a head and failed");
+  for (int i = 0; i < r->operations; i++) operation(r);
+  if (r->head != NULL && r->mistakes == 0 && options.placement == PFC_PLACEMENT_REPLICATED)
+    r->centers = hash_of_centers(r);
+  if (r->head != NULL) DO(pfc_head_wait, r->head);
+  if (r->free_comm_first) {
+    DO_OTHER(pfc_comm_free, (r->comm));
+    r->comm = NULL;
+    if (r->head != NULL) whole_step(r, 0.1);
+  }
+  DO_OTHER(pfc_head_free, (r->head));
+  DO_OTHER(pfc_comm_free, (r->comm));
+  return NULL;
+}
+
+static struct episode of_all;
+static void *run_thread(void *of) {
+  now = of_all;
+  return run_rank(of);
+}
+
+static void refused_handles(struct draws *d) {
+  pfc_comm *comms[2] = {NULL, NULL};
+  pfc_device *device = NULL;
+  uint8_t id[128];
+  uint32_t ranks = ONE_OF(d, uint32_t, 0, 4097, UINT32_MAX);
+  must_fail("pfc_comm_threads", DO(pfc_comm_threads, ranks, comms));
+  must_fail("pfc_comm_threads", DO(pfc_comm_threads, 2, NULL));
+  must_fail("pfc_comm_self", DO(pfc_comm_self, NULL));
+  must_fail("pfc_device_cpu", DO(pfc_device_cpu, 5000, &device));
+  must_fail("pfc_device_cpu", DO(pfc_device_cpu, 1, NULL));
+  must_fail("pfc_device_cuda", DO(pfc_device_cuda, 0, NULL, NULL));
+  must_fail("pfc_comm_nccl", DO(pfc_comm_nccl, NULL, 0, 1, NULL, comms));
+  DO(pfc_nccl_unique_id, id);
+  must_fail("pfc_nccl_unique_id", DO(pfc_nccl_unique_id, NULL));
+  if (comms[0] != NULL || comms[1] != NULL || device != NULL)
+    finding("a handle was made and refused");
+  DO_OTHER(pfc_version, ());
+  DO_OTHER(pfc_build_info, ());
+}
+
+void episode_of_heads(enum mode mode, uint64_t seed) {
+  static const int much[] = {0, 0, 20, 100, 300};
+  static struct rank ranks[MOST_RANKS];
+  struct draws d = {seed * MODES + (uint64_t)mode};
+  int n = mode == SINGLE ? 1 : 2 + (int)below(&d, MOST_RANKS - 1);
+  int mistakes = much[below(&d, 5)];
+  int custom = mode == CUSTOM || mode == LIES || (mode == SINGLE && chance(&d, 250));
+  struct episode this = {mode, seed, mistakes, -1};
+  now = of_all = this;
+  pfc_comm *comms[MOST_RANKS];
+  pfc_device *shared = NULL, *devices[MOST_RANKS];
+
+  if (chance(&d, 50)) refused_comms(&d);
+  if (chance(&d, 20)) refused_handles(&d);
+  if (custom) {
+    int failing = mistakes > 0 && mode != LIES && chance(&d, 300) ? 5 : 0;
+    int lying = mode == LIES ? 20 + 80 * (int)below(&d, 2) : 0;
+    custom_comms(&d, n, failing, lying, comms);
+  } else if (n > 1 || chance(&d, 500)) {
+    DO(pfc_comm_threads, (uint32_t)n, comms);
+  } else {
+    DO(pfc_comm_self, comms);
+  }
+  pfc_head_options options = options_of(&d, n);
+  if (chance(&d, 300)) DO(pfc_device_cpu, 1 + (uint32_t)below(&d, 3), &shared);
+  uint64_t common = draw(&d);
+  int operations = 10 + (int)below(&d, 40), free_comm_first = chance(&d, 200);
+  // Where nobody makes a mistake all that is waited for comes, however busy the machine is.
+  uint64_t timeout = mistakes == 0 && mode != LIES ? 300000 : 60 + below(&d, 80);
+  memset(ranks, 0, sizeof ranks);
+  for (int i = 0; i < n; i++) {
+    struct rank *r = &ranks[i];
+    r->common.state = common;
+    r->own.state = draw(&d);
+    r->index = i;
+    r->ranks = n;
+    r->mistakes = mistakes;
+    r->operations = operations;
+    r->free_comm_first = free_comm_first;
+    r->comm = comms[i];
+    r->options = options;
+    if (shared == NULL) DO(pfc_device_cpu, 1 + (uint32_t)below(&d, 2), &devices[i]);
+    r->device = shared != NULL ? shared : devices[i];
+    DO(pfc_comm_set_timeout, r->comm, timeout);
+  }
+  for (int i = 0; i < n && n > 1; i++) {
+    if (pthread_create(&ranks[i].thread, NULL, run_thread, &ranks[i]) != 0) abort();
+  }
+  if (n == 1) run_rank(&ranks[0]);
+  for (int i = 0; i < n && n > 1; i++) pthread_join(ranks[i].thread, NULL);
+  now.rank = -1;
+  for (int i = 1; i < n && mistakes == 0 && mode != LIES; i++) {
+    if (ranks[i].steps != ranks[0].steps ||
+        memcmp(ranks[i].losses, ranks[0].losses, sizeof ranks[0].losses) != 0)
+      finding("ranks 0 and %d have different losses", i);
+    if (ranks[i].centers != ranks[0].centers) finding("ranks 0 and %d have different centers", i);
+  }
+  for (int i = 0; i < n && shared == NULL; i++) DO_OTHER(pfc_device_free, (devices[i]));
+  DO_OTHER(pfc_device_free, (shared));
+}
