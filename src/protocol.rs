@@ -10,7 +10,7 @@
 //! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
 use crate::margin::Margin;
-use crate::{error, Error, Result};
+use crate::{error, Error, Result, Status};
 
 /// The call that a rank's *labels* are of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,9 +151,17 @@ pub(crate) fn bad_embedding(row: usize, rank: usize) -> Error {
     error!(NotFinite, "embeddings row {row} contains a NaN or an infinity (rank {rank})")
 }
 
+/// What the text of `bad_sum` begins with.
+const BAD_SUM: &str = "the softmax sum of row";
+
 /// The error of a row whose sums leave float32.
 pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
-    error!(NotFinite, "the softmax sum of row {row} is no number that has a gradient: NaN, infinite or 0 (rank {rank})")
+    error!(NotFinite, "{BAD_SUM} {row} is no number that has a gradient: NaN, infinite or 0 (rank {rank})")
+}
+
+/// Whether it is that error: it may have its cause in a class center.
+pub(crate) fn is_bad_sum(error: &Error) -> bool {
+    error.status == Status::NotFinite && error.message.starts_with(BAD_SUM)
 }
 
 /// The error of ranks that have not made the same calls: what rank 0 announced, then what rank `rank` did.

@@ -12,7 +12,10 @@
 //! update, and the device works.
 
 use super::{CallState, Head, Poison};
-use crate::protocol::LossPlace;
+use crate::matrix::Matrix;
+use crate::memory::zeros;
+use crate::optimizer::StateTensor;
+use crate::protocol::{self, LossPlace};
 use crate::{ensure, error, Error, Result, Status};
 
 impl Head {
@@ -143,6 +146,35 @@ impl Head {
             self.poison(error);
         }
         outcome
+    }
+
+    /// A softmax sum that is no number, and the class center that made it one, if this rank has it: an update on a GPU does not look at
+    /// what it writes, and dense rows move without one.
+    pub(super) fn name_class_not_finite(&self, error: Error) -> Error {
+        if !protocol::is_bad_sum(&error) {
+            return error;
+        }
+        let dim = self.options.embedding_dim as usize;
+        let find = || -> Result<Option<i64>> {
+            let mut center = zeros(&[dim], "a class center")?;
+            for id in self.backend.sample_ids()? {
+                let row = Matrix::of_f32(&mut center, 1, dim);
+                self.backend.read_rows(StateTensor::Centers, id as u64 - self.shard.first, &row)?;
+                if !center.iter().all(|value| value.is_finite()) {
+                    return Ok(Some(id));
+                }
+            }
+            Ok(None)
+        };
+        match find() {
+            Ok(Some(class)) => error!(
+                NotFinite,
+                "class center {class} is not finite: the learning rate or the weight decay of an update before was too large (rank {})",
+                self.rank()
+            ),
+            // Of a failure to look the error that there is says more.
+            Ok(None) | Err(_) => error,
+        }
     }
 
     /// Ends a forward with this rank's own outcome and with the loss, which all ranks judged alike.

@@ -251,7 +251,7 @@ impl Head {
         let on_device = self.loss_place == LossPlace::Device;
         let loss = scope.host("loss", || self.backend.judge_sums(on_device.then_some(pointer)));
         self.seconds.reduce += start.elapsed().as_secs_f64();
-        loss
+        loss.map_err(|error| self.name_class_not_finite(error))
     }
 
     /// Phase 5: this rank's part of the gradient of all rows (sharded), or all of its own rows' (replicated).

@@ -496,7 +496,7 @@ mod tests {
     #[should_panic(expected = "last is 2; rows between 3 and 5")]
     fn a_row_older_than_the_history_is_refused() {
         let optimizer = Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 0.0 });
-        Replay::new(&optimizer, &History::restore(3, vec![0.1; 2]), 5).catch_up(2, &mut [1.0], &mut [0.0], &mut []);
+        Replay::new(&optimizer, &History::restore(3, vec![0.1; 2]), 5).unwrap().catch_up(2, &mut [1.0], &mut [0.0], &mut []);
     }
 
     #[test]

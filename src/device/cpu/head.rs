@@ -7,7 +7,7 @@ use super::pool::Pool;
 use super::products::{self, Shape};
 use super::rows::HostRows;
 use super::sample::{Draft, Sample};
-use super::sizes::{available_memory, Sizes};
+use super::sizes::{AvailableMemory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::{self, inverse_norm};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures};
@@ -83,10 +83,13 @@ impl CpuHead {
         let options = &spec.options;
         let mut sizes = Sizes::new(options, spec.ranks, spec.shard, pool.threads())?;
         let memory = sizes.memory(options, spec.ranks, spec.shard);
-        if options.workspace_limit == 0 && memory.total() > available_memory() / 4 * 3 {
+        let available = AvailableMemory::now();
+        if options.workspace_limit == 0 && memory.total() > available.least() / 4 * 3 {
             // Twice the arithmetic beats swapping.
             sizes.kept_chunks = 0;
         }
+        let needed = sizes.memory(options, spec.ranks, spec.shard).total();
+        available.require(needed, "class centers, their state and the workspace")?;
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         // The calling thread takes tasks, too, and most often it is the one that steps.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceBuffer, MemorySpace, Stream};
 use super::shared_structs::MatrixView;
 use crate::matrix::Matrix;
-use crate::memory::{Buffer, Plain};
+use crate::memory::{zeros, Buffer, Plain};
 use crate::{error, Result};
 
 /// The most bytes of a large matrix that are copied at a time.
@@ -148,12 +148,12 @@ pub(super) unsafe fn write_values(stream: &Stream, name: &str, destination: *mut
     Ok(())
 }
 
-/// The first row of a matrix that holds a NaN or an infinity. A matrix on the device is fetched some rows at a time.
-pub(super) fn first_not_finite_row(stream: &Stream, name: &str, matrix: &Matrix) -> Result<Option<usize>> {
+/// The first row of a matrix with a value that is wrong. A matrix on the device is fetched some rows at a time.
+pub(super) fn first_wrong_row(stream: &Stream, name: &str, matrix: &Matrix, wrong: fn(f32) -> bool) -> Result<Option<usize>> {
     let row = matrix.row_stride * matrix.dtype.size();
     let rows_at_once = match on_device(stream.context(), name, matrix)? {
         true => (COPIED_BYTES / row.max(1)).clamp(1, matrix.rows),
-        false => return Ok(first_not_finite(matrix)),
+        false => return first_wrong(matrix, wrong),
     };
     // The gap after the last row need not be the matrix's memory.
     let bytes_of = |rows: usize| (rows - 1) * row + matrix.cols * matrix.dtype.size();
@@ -163,21 +163,21 @@ pub(super) fn first_not_finite_row(stream: &Stream, name: &str, matrix: &Matrix)
         // SAFETY: the caller's matrix; the bytes outlive the wait.
         unsafe { stream.download(bytes.as_mut_ptr().cast(), some.data.cast_const().cast(), bytes_of(some.rows)) }?;
         stream.synchronize()?;
-        if let Some(number) = first_not_finite(&Matrix { data: bytes.as_mut_ptr(), ..some }) {
+        if let Some(number) = first_wrong(&Matrix { data: bytes.as_mut_ptr(), ..some }, wrong)? {
             return Ok(Some(start + number));
         }
     }
     Ok(None)
 }
 
-/// As `first_not_finite_row`, of a matrix that the host can read.
-fn first_not_finite(matrix: &Matrix) -> Option<usize> {
-    let mut values = vec![0f32; matrix.cols];
-    (0..matrix.rows).find(|&number| {
+/// As `first_wrong_row`, of a matrix that the host can read.
+fn first_wrong(matrix: &Matrix, wrong: fn(f32) -> bool) -> Result<Option<usize>> {
+    let mut values = zeros(&[matrix.cols], "a row")?;
+    Ok((0..matrix.rows).find(|&number| {
         // SAFETY: a row of it.
         unsafe { matrix.read_row(number, &mut values) };
-        values.iter().any(|value| !value.is_finite())
-    })
+        values.iter().any(|&value| wrong(value))
+    }))
 }
 
 /// The rows of a matrix from `start`, at most `count`.

@@ -4,6 +4,7 @@ mod arrays;
 mod disagreement;
 mod lies;
 mod options;
+mod overflow;
 mod pointers;
 mod ranks;
 mod rows;

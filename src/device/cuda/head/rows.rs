@@ -62,9 +62,15 @@ impl CudaHead {
 
     pub(super) fn put_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        if let Some(row) = staging::first_not_finite_row(&self.gpu.stream, "rows", rows)? {
+        if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| !value.is_finite())? {
             let class = self.spec.shard.first + first + row as u64;
             return Err(error!(InvalidArgument, "row {row} (class {class}) contains a NaN or an infinity"));
+        }
+        if tensor == StateTensor::SecondMoment {
+            if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| value < 0.0)? {
+                let class = self.spec.shard.first + first + row as u64;
+                return Err(error!(InvalidArgument, "row {row} (class {class}) of the second moment must not be negative"));
+            }
         }
         self.join(StreamRole::Main, StreamRole::Centers);
         let next = self.next();
