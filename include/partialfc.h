@@ -957,10 +957,14 @@ pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_o
 // WAITING. On a CUDA device the work is enqueued on the device's stream, and GPU memory is
 // borrowed until the stream has run it. A call waits for the stream if it writes to host memory,
 // if it returns a count, or if it checks the contents of an array in GPU memory. The arrays that
-// are checked are targets, positives and ids, and in pfc_fused_backward row_sums and
-// target_logits: keep them in host memory if you can.
+// are checked are targets, positives and ids, and in pfc_fused_backward row_sums, target_logits
+// and offsets: keep them in host memory if you can.
 
 // Divides each row by its L2 norm.
+//
+// A row with a NaN becomes NaN, and so does its inverse norm. With an infinity the inverse norm
+// is 0: infinite elements become NaN, the others 0. The inverse of a norm above 8e37 is a
+// subnormal number, which has fewer digits, and so has the row.
 //
 // @param rows n x d
 // @param normalized n x d, written; may be rows
@@ -969,6 +973,8 @@ pfc_status pfc_normalize_rows(const pfc_device *device, const pfc_matrix *rows,
                               const pfc_matrix *normalized, float *inverse_norms);
 
 // Cosines of all pairs: E^ @ W^.T.
+//
+// A row or class center with a NaN or an infinity has NaN cosines; the others have theirs.
 //
 // @param embeddings B x d
 // @param centers S x d
@@ -984,12 +990,17 @@ pfc_status pfc_normalize_gemm_workspace(const pfc_device *device, uint64_t batch
 
 // Target logits: scale * (cos(m1 * theta + m2) - m3).
 //
+// Cosines beyond -1 and 1, infinities among them, count as -1 and 1; a NaN stays one.
+//
 // @param cosines n target cosines
 // @param logits n, written; may be cosines
 pfc_status pfc_margin_forward(const pfc_device *device, const pfc_margin *margin,
                               const float *cosines, uint64_t count, float *logits);
 
 // Gradient through the margin: grad_cosines = grad_logits * d logit / d cosine.
+//
+// Cosines beyond -1 and 1 count as -1 and 1. What is no number in an element's cosine or gradient
+// makes its result none.
 //
 // @param cosines n target cosines
 // @param grad_logits n
@@ -1001,15 +1012,36 @@ pfc_status pfc_margin_backward(const pfc_device *device, const pfc_margin *margi
 // Turns cosines into softmax numerators, in place: P = exp(scale * cos - c) with c = max(0, scale
 // - 64). The target of each row is left out.
 //
+// At scales above 75 the numerators and the sum of a row whose negatives are all far away may be
+// 0: pfc_partial_softmax_offsets has them. A NaN cosine makes its numerator and its row's sum
+// NaN.
+//
 // @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
 // @param targets B: the column of the row's own class, or -1
 // @param row_sums B, written: the sum of each row's numerators (a filtered negative adds exp(-c))
 pfc_status pfc_partial_softmax(const pfc_device *device, const pfc_margin *margin,
                                const pfc_matrix *cosines, const int64_t *targets, float *row_sums);
 
+// As pfc_partial_softmax, relative to an offset for each row: P = exp(scale * cos -
+// row_offsets[i]).
+//
+// A row's offset is c, or the logit of its largest negative where all its numerators would be
+// next to nothing relative to exp(c). So a row with a negative has a sum above 0 at every scale.
+//
+// @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
+// @param targets B: the column of the row's own class, or -1
+// @param row_sums B, written: the sum of each row's numerators
+// @param row_offsets B, written: what each row's numerators and sum are relative to
+pfc_status pfc_partial_softmax_offsets(const pfc_device *device, const pfc_margin *margin,
+                                       const pfc_matrix *cosines, const int64_t *targets,
+                                       float *row_sums, float *row_offsets);
+
 // One rank's forward without a head: row sums, target logits and P @ W^. No logits are kept.
 //
-// With several ranks, sum row_sums and target_logits over the ranks before pfc_fused_backward.
+// With several ranks, sum row_sums and target_logits over the ranks before pfc_fused_backward. A
+// row of embeddings with a NaN or an infinity gets NaN and spoils no other; a class center with
+// one spoils all rows. At scales above 75 take pfc_fused_forward_offsets: the sum of a row whose
+// negatives are all far away may be 0 here.
 //
 // @param embeddings B x d
 // @param centers S x d
@@ -1025,11 +1057,38 @@ pfc_status pfc_fused_forward(const pfc_device *device, const pfc_margin *margin,
                              const pfc_matrix *weighted, void *workspace,
                              uint64_t workspace_bytes);
 
+// As pfc_fused_forward, relative to an offset for each row: P = exp(z - row_offsets[i]).
+//
+// A row's offset is c, or the logit of its largest negative where all its numerators would be
+// next to nothing relative to exp(c). So loss and gradient are right at every scale. With several
+// ranks, sum target_logits over the ranks; sum_offsets[i] is the largest of the ranks'
+// row_offsets[i], and row i's sum is that of the ranks' row_sums[i] * exp(row_offsets[i] -
+// sum_offsets[i]). A row without a negative has the least offset there is. The loss of a row is
+// softplus(log(row_sums[i]) + sum_offsets[i] - target_logits[i]). On a CUDA device the numerators
+// are computed twice at scales above 75.
+//
+// @param embeddings B x d
+// @param centers S x d
+// @param targets B: the row of centers that holds the row's own class, or -1 if another rank has
+//   it
+// @param row_sums B, written: the sum of each row's numerators
+// @param row_offsets B, written: what each row's numerators, sum and P @ W^ are relative to
+// @param target_logits B, written: the target logit with margin, 0 where targets is -1
+// @param weighted B x d in f32, written: P @ W^
+// @param workspace pfc_fused_workspace bytes
+pfc_status pfc_fused_forward_offsets(const pfc_device *device, const pfc_margin *margin,
+                                     const pfc_matrix *embeddings, const pfc_matrix *centers,
+                                     const int64_t *targets, float *row_sums, float *row_offsets,
+                                     float *target_logits, const pfc_matrix *weighted,
+                                     void *workspace, uint64_t workspace_bytes);
+
 // One rank's backward without a head: this rank's part of the gradient of E, and the gradient of
 // W.
 //
 // With several ranks, sum grad_embeddings over the ranks. A row whose row sum is 0 gets no
-// gradient. A row sum that is NaN or infinite gives NOT_FINITE, with nothing written.
+// gradient. A row sum or a target logit that is NaN or infinite gives NOT_FINITE, with nothing
+// written; so does, at scales above 75, a sum that has lost the row's negatives where they count.
+// A NaN in embeddings or centers makes NaN of what it takes part in.
 //
 // @param row_sums B, summed over ranks
 // @param target_logits B, summed over ranks
@@ -1045,6 +1104,26 @@ pfc_status pfc_fused_backward(const pfc_device *device, const pfc_margin *margin
                               double loss_weight, const pfc_matrix *grad_embeddings,
                               const pfc_matrix *grad_centers, void *workspace,
                               uint64_t workspace_bytes);
+
+// As pfc_fused_backward, after pfc_fused_forward_offsets.
+//
+// @param row_sums B, over ranks, relative to exp(sum_offsets[i])
+// @param sum_offsets B; with one rank row_offsets
+// @param target_logits B, summed over ranks
+// @param row_offsets B, of this rank, from pfc_fused_forward_offsets
+// @param weighted B x d in f32: P @ W^ of this rank, from pfc_fused_forward_offsets
+// @param loss_weight multiplies both gradients; 1 / B for a mean
+// @param grad_embeddings B x d, written
+// @param grad_centers S x d, written
+// @param workspace pfc_fused_workspace bytes
+pfc_status pfc_fused_backward_offsets(const pfc_device *device, const pfc_margin *margin,
+                                      const pfc_matrix *embeddings, const pfc_matrix *centers,
+                                      const int64_t *targets, const float *row_sums,
+                                      const float *sum_offsets, const float *target_logits,
+                                      const float *row_offsets, const pfc_matrix *weighted,
+                                      double loss_weight, const pfc_matrix *grad_embeddings,
+                                      const pfc_matrix *grad_centers, void *workspace,
+                                      uint64_t workspace_bytes);
 
 // Bytes of workspace that pfc_fused_forward and pfc_fused_backward need for B x d and S x d.
 //
@@ -1073,6 +1152,8 @@ pfc_status pfc_sample_classes(const pfc_device *device, uint64_t seed, uint64_t 
                               uint64_t *count);
 
 // Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
+//
+// A NaN or an infinity in a gradient or in the state goes into its element, and no further.
 //
 // @param centers n x d in f32, updated
 // @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment

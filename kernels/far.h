@@ -19,14 +19,23 @@ PFC_DEVICE float common_shift(const MarginSettings& margin) {
     return float(-margin.offset * kLog2E);
 }
 
-// The shift of a row with this largest negative cosine. A negative above the filter counts as
+// The offset of a row with this largest negative cosine. A negative above the filter counts as
 // cosine 0, which is near enough.
-PFC_DEVICE float shift_of(const MarginSettings& margin, float best) {
+PFC_DEVICE float row_offset(const MarginSettings& margin, float best) {
     const double logit = margin.scale * double(best);
     const bool filtered = margin.filter > 0.0 && double(best) > margin.filter;
     const bool is_far =
         best > kElsewhere && !filtered && logit - margin.offset < kLeastExponent;
-    return is_far ? float(-logit * kLog2E) : common_shift(margin);
+    return float(is_far ? logit : margin.offset);
+}
+
+// src/device/stateless.rs given_offset: a row without negatives gets the least there is.
+PFC_DEVICE float given_offset(const MarginSettings& margin, float best) {
+    return best == kElsewhere ? float(-margin.scale) : row_offset(margin, best);
+}
+
+PFC_DEVICE float shift_of(const MarginSettings& margin, float offset) {
+    return offset == float(margin.offset) ? common_shift(margin) : float(-double(offset) * kLog2E);
 }
 
 PFC_DEVICE bool has_own_offset(const HeadArrays& head, uint32_t row) {

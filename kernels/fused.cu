@@ -10,6 +10,7 @@
 // Floor: B d elements of E, of P @ W^ and of dE, S d of W, dW^ and dW, each once or twice. Agrees
 // with `fused_forward` and `fused_backward` of src/device/cpu/stateless.rs.
 #include "angle.h"
+#include "far.h"
 
 namespace {
 
@@ -53,7 +54,8 @@ PFC_KERNEL_OF(find_given_targets, 256, 2,
 }
 
 // Adds the chunk's row sums to `totals`, tile by tile, and rounds the totals so far to row_sums.
-// partial_sums begins at the chunk's first tile; `tiles` may be 0.
+// partial_sums begins at the chunk's first tile; `tiles` may be 0. Unless it is null,
+// best_negatives gets the largest cosine so far.
 // launch: add_row_sums blocks 4 per SM threads 256 shared 0
 // gate: add_row_sums registers <= 64
 PFC_KERNEL_OF(add_row_sums, 256, 4,
@@ -68,6 +70,14 @@ PFC_KERNEL_OF(add_row_sums, 256, 4,
         }
         totals[row] = sum;
         head.row_sums[row] = float(sum);
+        if (head.best_negatives != nullptr) {
+            float best = is_first ? kElsewhere : head.best_negatives[row];
+            for (uint32_t tile = 0; tile < tiles; ++tile) {
+                const float found = head.partial_best[uint64_t(tile) * head.row_capacity + row];
+                best = found > best ? found : best;
+            }
+            head.best_negatives[row] = best;
+        }
     }
 }
 
@@ -93,19 +103,56 @@ PFC_KERNEL_OF(write_weighted_centers, 256, 4,
     }
 }
 
+// Writes each row's offset, c without shifts, and makes row_sums relative to it: a shift is rounded.
+// launch: write_row_offsets blocks 4 per SM threads 256 shared 0
+// gate: write_row_offsets registers <= 64
+PFC_KERNEL_OF(write_row_offsets, 256, 4,
+              (const PFC_GRID_CONSTANT HeadArrays head, float* row_offsets)) {
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (uint32_t row = thread; row < head.block->rows; row += gridDim.x * blockDim.x) {
+        float offset = float(head.margin.offset);
+        if (far::has_own_offset(head, row)) {
+            offset = far::row_offset(head.margin, head.best_negatives[row]);
+            const double shift = -double(head.shifts[row]) / far::kLog2E - double(offset);
+            head.row_sums[row] = float(double(head.row_sums[row]) * exp(shift));
+        } else if (head.shifts != nullptr) {
+            offset = far::given_offset(head.margin, head.best_negatives[row]);
+        }
+        row_offsets[row] = offset;
+    }
+}
+
+// Writes the shifts of rows that have these offsets.
+// launch: set_shifts blocks 4 per SM threads 256 shared 0
+// gate: set_shifts registers <= 64
+PFC_KERNEL_OF(set_shifts, 256, 4,
+              (const PFC_GRID_CONSTANT HeadArrays head, const float* row_offsets)) {
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (uint32_t row = thread; row < head.block->rows; row += gridDim.x * blockDim.x) {
+        head.shifts[row] = far::shift_of(head.margin, row_offsets[row]);
+    }
+}
+
 // Computes factors and coefficients from the sums over the ranks, which the host has checked.
+// `sum_offsets`: what the sums are relative to; null: c.
 // launch: weigh_rows blocks 4 per SM threads 256 shared 0
 // gate: weigh_rows registers <= 64
 PFC_KERNEL_OF(weigh_rows, 256, 4,
               (const PFC_GRID_CONSTANT HeadArrays head, const float* row_sums,
-               const float* target_logits)) {
+               const float* target_logits, const float* sum_offsets)) {
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     for (uint32_t row = thread; row < head.block->rows; row += gridDim.x * blockDim.x) {
-        const double sum = double(row_sums[row]);
+        double sum = double(row_sums[row]);
+        if (sum_offsets != nullptr && sum_offsets[row] != float(head.margin.offset)) {
+            sum *= exp(double(sum_offsets[row]) - head.margin.offset);
+        }
         const double denominator = sum + exp(double(target_logits[row]) - head.margin.offset);
         // A row without negatives gets no gradient.
         const bool counts = sum > 0.0;
-        head.factors[row] = counts ? float(head.margin.scale / denominator) : 0.0f;
+        const float factor =
+            float(head.margin.scale / denominator * far::from_own_offset(head, row));
+        // It leaves float32 where all negatives are other ranks' and far: nothing is weighed here.
+        head.factors[row] = counts && rows::is_finite(double(factor)) ? factor : 0.0f;
         head.coefficients[row] =
             counts ? float(-head.margin.scale * (sum / denominator) * double(head.derivatives[row]))
                    : 0.0f;

@@ -309,7 +309,7 @@ PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
         for (uint32_t i = threadIdx.x; i < kTileRows; i += blockDim.x) {
             const uint32_t row = tile * kTileRows + i;
             const float best = row < block.rows ? head.best_negatives[row] : kElsewhere;
-            head.shifts[row] = far::shift_of(head.margin, best);
+            head.shifts[row] = far::shift_of(head.margin, far::row_offset(head.margin, best));
             count += far::has_own_offset(head, row) ? 1 : 0;
         }
         count = block_sum(count, dynamic);
@@ -382,8 +382,8 @@ PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) 
 // turns the tangents, W^ - cos E^ so far, to E^ - cos W^ = sin^2 E^ - cos T: nothing cancels. Comes
 // once a step, after the embeddings' gradient.
 // launch: scale_embeddings blocks 4 per SM threads 256 shared 0
-// gate: scale_embeddings registers <= 40
-PFC_KERNEL(scale_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
+// gate: scale_embeddings registers <= 64
+PFC_KERNEL_OF(scale_embeddings, 256, 4, (const PFC_GRID_CONSTANT HeadArrays head)) {
     if (head.block->status != kOk) {
         return;
     }

@@ -9,6 +9,7 @@
 // bytes. HeadArrays gives them the margin, the optimizer and the operands' addresses. Agrees with
 // src/device/cpu/stateless.rs and src/optimizer UpdateRule.
 #include "epilogue/numerators.h"
+#include "far.h"
 #include "margin.h"
 #include "rows.h"
 #include "rule.h"
@@ -31,6 +32,24 @@ PFC_DEVICE double angle_of(float cosine) {
     // A cosine that rounding took beyond 1; a NaN passes both comparisons by.
     const double c = double(cosine);
     return acos(c > 1.0 ? 1.0 : c < -1.0 ? -1.0 : c);
+}
+
+// The largest value over the CTA, in all threads.
+PFC_DEVICE float block_largest(float value, void* shared) {
+    float* const partial = static_cast<float*>(shared);
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const float other = ptx::shuffle_xor(value, mask);
+        value = other > value ? other : value;
+    }
+    __syncthreads();  // threads may still be reading what was there
+    if (threadIdx.x % 32 == 0) {
+        partial[threadIdx.x / 32] = value;
+    }
+    __syncthreads();
+    for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) {
+        value = partial[warp] > value ? partial[warp] : value;
+    }
+    return value;
 }
 
 PFC_DEVICE uint64_t first_element() { return uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
@@ -127,18 +146,28 @@ PFC_KERNEL_OF(margin_backward, 256, 4,
 }
 
 // Turns cosines into numerators in place, a CTA a row. columns: the column of the row's own class,
-// or kNone.
+// or kNone. row_offsets: each row's offset, written; null: all rows have offset c.
 // launch: partial_softmax blocks 4 per SM threads 256 shared 256
 // gate: partial_softmax registers <= 64 shared 256 <= 256
 PFC_KERNEL_OF(partial_softmax, 256, 4,
               (const PFC_GRID_CONSTANT HeadArrays head, MatrixView cosines, const uint32_t* columns,
-               float* row_sums)) {
+               float* row_sums, float* row_offsets, int32_t own_offsets)) {
     PFC_DYNAMIC_SHARED(dynamic);
     constexpr uint32_t kFloatTerms = 8;  // terms that are added up in float32
     const epilogue::Softmax softmax = epilogue::softmax_of(head.margin);
     for (uint64_t row = blockIdx.x; row < cosines.rows; row += gridDim.x) {
         float* const values = reinterpret_cast<float*>(cosines.data) + row * cosines.stride;
         const uint32_t target = columns[row];
+        float offset = float(head.margin.offset);
+        if (own_offsets != 0) {
+            float best = kElsewhere;
+            for (uint64_t column = threadIdx.x; column < cosines.columns; column += blockDim.x) {
+                const float cosine = values[column];
+                best = column != target && cosine > best ? cosine : best;
+            }
+            offset = far::given_offset(head.margin, block_largest(best, dynamic));
+        }
+        const float shift = far::shift_of(head.margin, offset);
         double sum = 0.0;
         for (uint64_t base = threadIdx.x; base < cosines.columns;
              base += uint64_t(kFloatTerms) * blockDim.x) {
@@ -148,7 +177,7 @@ PFC_KERNEL_OF(partial_softmax, 256, 4,
                 if (column < cosines.columns) {
                     const float cosine = values[column];
                     const float power =
-                        ptx::exp2_approximate(fmaf(cosine, softmax.slope, softmax.shift));
+                        ptx::exp2_approximate(fmaf(cosine, softmax.slope, shift));
                     const bool is_target = column == target, filtered = cosine > softmax.filter;
                     values[column] = is_target || filtered ? 0.0f : power;
                     float_sum += is_target ? 0.0f : filtered ? softmax.floor : power;
@@ -159,6 +188,9 @@ PFC_KERNEL_OF(partial_softmax, 256, 4,
         sum = block_sum(sum, dynamic);
         if (threadIdx.x == 0) {
             row_sums[row] = float(sum);
+            if (row_offsets != nullptr) {
+                row_offsets[row] = offset;
+            }
         }
     }
 }

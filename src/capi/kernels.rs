@@ -9,8 +9,8 @@
 //!
 //! WAITING. On a CUDA device the work is enqueued on the device's stream, and GPU memory is borrowed until the stream has run it. A
 //! call waits for the stream if it writes to host memory, if it returns a count, or if it checks the contents of an array in GPU
-//! memory. The arrays that are checked are targets, positives and ids, and in pfc_fused_backward row_sums and target_logits: keep
-//! them in host memory if you can.
+//! memory. The arrays that are checked are targets, positives and ids, and in pfc_fused_backward row_sums, target_logits and offsets:
+//! keep them in host memory if you can.
 
 use std::ffi::c_void;
 
@@ -18,11 +18,14 @@ use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{matrix, pfc_margin, pfc_matrix, pfc_optimizer, read_sized};
 use super::{array, boundary, output, required};
-use crate::device::{Device, FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
+use crate::device::{Device, FusedBackward, FusedForward, RowOffsets, RowState, SampleDraw, Workspace};
 use crate::margin::Margin;
 use crate::{ensure, Result};
 
 /// Divides each row by its L2 norm.
+///
+/// A row with a NaN becomes NaN, and so does its inverse norm. With an infinity the inverse norm is 0: infinite elements become NaN, the
+/// others 0. The inverse of a norm above 8e37 is a subnormal number, which has fewer digits, and so has the row.
 ///
 /// @param rows n x d
 /// @param normalized n x d, written; may be rows
@@ -50,6 +53,8 @@ pub unsafe extern "C" fn pfc_normalize_rows(
 }
 
 /// Cosines of all pairs: E^ @ W^.T.
+///
+/// A row or class center with a NaN or an infinity has NaN cosines; the others have theirs.
 ///
 /// @param embeddings B x d
 /// @param centers S x d
@@ -91,6 +96,8 @@ pub unsafe extern "C" fn pfc_normalize_gemm_workspace(
 
 /// Target logits: scale * (cos(m1 * theta + m2) - m3).
 ///
+/// Cosines beyond -1 and 1, infinities among them, count as -1 and 1; a NaN stays one.
+///
 /// @param cosines n target cosines
 /// @param logits n, written; may be cosines
 #[no_mangle]
@@ -114,6 +121,8 @@ pub unsafe extern "C" fn pfc_margin_forward(
 }
 
 /// Gradient through the margin: grad_cosines = grad_logits * d logit / d cosine.
+///
+/// Cosines beyond -1 and 1 count as -1 and 1. What is no number in an element's cosine or gradient makes its result none.
 ///
 /// @param cosines n target cosines
 /// @param grad_logits n
@@ -143,6 +152,9 @@ pub unsafe extern "C" fn pfc_margin_backward(
 /// Turns cosines into softmax numerators, in place: P = exp(scale * cos - c) with c = max(0, scale - 64). The target of each row is
 /// left out.
 ///
+/// At scales above 75 the numerators and the sum of a row whose negatives are all far away may be 0: pfc_partial_softmax_offsets has
+/// them. A NaN cosine makes its numerator and its row's sum NaN.
+///
 /// @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
 /// @param targets B: the column of the row's own class, or -1
 /// @param row_sums B, written: the sum of each row's numerators (a filtered negative adds exp(-c))
@@ -154,22 +166,38 @@ pub unsafe extern "C" fn pfc_partial_softmax(
     targets: *const i64,
     row_sums: *mut f32,
 ) -> pfc_status {
+    boundary(|| softmax(device, margin, cosines, targets, row_sums, std::ptr::null_mut()))
+}
+
+/// As pfc_partial_softmax, relative to an offset for each row: P = exp(scale * cos - row_offsets[i]).
+///
+/// A row's offset is c, or the logit of its largest negative where all its numerators would be next to nothing relative to exp(c). So
+/// a row with a negative has a sum above 0 at every scale.
+///
+/// @param cosines B x S in f32; overwritten with P; a filtered negative and the target become 0
+/// @param targets B: the column of the row's own class, or -1
+/// @param row_sums B, written: the sum of each row's numerators
+/// @param row_offsets B, written: what each row's numerators and sum are relative to
+#[no_mangle]
+pub unsafe extern "C" fn pfc_partial_softmax_offsets(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    cosines: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *mut f32,
+    row_offsets: *mut f32,
+) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
-        let margin = checked_margin(margin)?;
-        let logits = matrix("cosines", cosines, required("cosines", cosines)?.cols)?;
-        if logits.rows == 0 {
-            return Ok(());
-        }
-        array("targets", targets, logits.rows as u64)?;
-        array("row_sums", row_sums, logits.rows as u64)?;
-        device.partial_softmax(&margin, &logits, targets, row_sums)
+        array("row_offsets", row_offsets, required("cosines", cosines)?.rows)?;
+        softmax(device, margin, cosines, targets, row_sums, row_offsets)
     })
 }
 
 /// One rank's forward without a head: row sums, target logits and P @ W^. No logits are kept.
 ///
-/// With several ranks, sum row_sums and target_logits over the ranks before pfc_fused_backward.
+/// With several ranks, sum row_sums and target_logits over the ranks before pfc_fused_backward. A row of embeddings with a NaN or an
+/// infinity gets NaN and spoils no other; a class center with one spoils all rows. At scales above 75 take pfc_fused_forward_offsets: the sum of a row whose negatives are all far away
+/// may be 0 here.
 ///
 /// @param embeddings B x d
 /// @param centers S x d
@@ -191,36 +219,52 @@ pub unsafe extern "C" fn pfc_fused_forward(
     workspace: *mut c_void,
     workspace_bytes: u64,
 ) -> pfc_status {
+    let outputs = ForwardOutputs { row_sums, row_offsets: std::ptr::null_mut(), target_logits, weighted };
+    boundary(|| forward(device, margin, embeddings, centers, targets, outputs, workspace, workspace_bytes))
+}
+
+/// As pfc_fused_forward, relative to an offset for each row: P = exp(z - row_offsets[i]).
+///
+/// A row's offset is c, or the logit of its largest negative where all its numerators would be next to nothing relative to exp(c). So
+/// loss and gradient are right at every scale. With several ranks, sum target_logits over the ranks; sum_offsets[i] is the largest of
+/// the ranks' row_offsets[i], and row i's sum is that of the ranks' row_sums[i] * exp(row_offsets[i] - sum_offsets[i]). A row without a
+/// negative has the least offset there is. The loss of a row is softplus(log(row_sums[i]) + sum_offsets[i] - target_logits[i]). On a
+/// CUDA device the numerators are computed twice at scales above 75.
+///
+/// @param embeddings B x d
+/// @param centers S x d
+/// @param targets B: the row of centers that holds the row's own class, or -1 if another rank has it
+/// @param row_sums B, written: the sum of each row's numerators
+/// @param row_offsets B, written: what each row's numerators, sum and P @ W^ are relative to
+/// @param target_logits B, written: the target logit with margin, 0 where targets is -1
+/// @param weighted B x d in f32, written: P @ W^
+/// @param workspace pfc_fused_workspace bytes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_fused_forward_offsets(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *mut f32,
+    row_offsets: *mut f32,
+    target_logits: *mut f32,
+    weighted: *const pfc_matrix,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> pfc_status {
+    let outputs = ForwardOutputs { row_sums, row_offsets, target_logits, weighted };
     boundary(|| {
-        let device = device_of(device)?;
-        let margin = checked_margin(margin)?;
-        let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
-        let w = matrix("centers", centers, e.cols as u64)?;
-        let out = matrix("weighted", weighted, e.cols as u64)?;
-        same_rows("weighted", out.rows, e.rows)?;
-        if e.rows == 0 {
-            return Ok(());
-        }
-        array("targets", targets, e.rows as u64)?;
-        array("row_sums", row_sums, e.rows as u64)?;
-        array("target_logits", target_logits, e.rows as u64)?;
-        device.fused_forward(&FusedForward {
-            margin: &margin,
-            embeddings: &e,
-            centers: &w,
-            targets,
-            row_sums,
-            target_logits,
-            weighted: &out,
-            workspace: workspace_of(workspace, workspace_bytes)?,
-        })
+        array("row_offsets", row_offsets, required("embeddings", embeddings)?.rows)?;
+        forward(device, margin, embeddings, centers, targets, outputs, workspace, workspace_bytes)
     })
 }
 
 /// One rank's backward without a head: this rank's part of the gradient of E, and the gradient of W.
 ///
-/// With several ranks, sum grad_embeddings over the ranks. A row whose row sum is 0 gets no gradient. A row sum that is NaN or
-/// infinite gives NOT_FINITE, with nothing written.
+/// With several ranks, sum grad_embeddings over the ranks. A row whose row sum is 0 gets no gradient. A row sum or a target logit that
+/// is NaN or infinite gives NOT_FINITE, with nothing written; so does, at scales above 75, a sum that has lost the row's negatives
+/// where they count. A NaN in embeddings or centers makes NaN of what it takes part in.
 ///
 /// @param row_sums B, summed over ranks
 /// @param target_logits B, summed over ranks
@@ -245,33 +289,48 @@ pub unsafe extern "C" fn pfc_fused_backward(
     workspace: *mut c_void,
     workspace_bytes: u64,
 ) -> pfc_status {
+    let inputs = BackwardInputs { row_sums, offsets: None, target_logits, weighted, loss_weight };
+    let outputs = [grad_embeddings, grad_centers];
+    boundary(|| backward(device, margin, [embeddings, centers], targets, inputs, outputs, workspace, workspace_bytes))
+}
+
+/// As pfc_fused_backward, after pfc_fused_forward_offsets.
+///
+/// @param row_sums B, over ranks, relative to exp(sum_offsets[i])
+/// @param sum_offsets B; with one rank row_offsets
+/// @param target_logits B, summed over ranks
+/// @param row_offsets B, of this rank, from pfc_fused_forward_offsets
+/// @param weighted B x d in f32: P @ W^ of this rank, from pfc_fused_forward_offsets
+/// @param loss_weight multiplies both gradients; 1 / B for a mean
+/// @param grad_embeddings B x d, written
+/// @param grad_centers S x d, written
+/// @param workspace pfc_fused_workspace bytes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_fused_backward_offsets(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *const f32,
+    sum_offsets: *const f32,
+    target_logits: *const f32,
+    row_offsets: *const f32,
+    weighted: *const pfc_matrix,
+    loss_weight: f64,
+    grad_embeddings: *const pfc_matrix,
+    grad_centers: *const pfc_matrix,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> pfc_status {
+    let offsets = Some(RowOffsets { of_rank: row_offsets, of_sums: sum_offsets });
+    let inputs = BackwardInputs { row_sums, offsets, target_logits, weighted, loss_weight };
+    let outputs = [grad_embeddings, grad_centers];
     boundary(|| {
-        let device = device_of(device)?;
-        let margin = checked_margin(margin)?;
-        let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
-        let w = matrix("centers", centers, e.cols as u64)?;
-        let weighted = matrix("weighted", weighted, e.cols as u64)?;
-        let grad_e = matrix("grad_embeddings", grad_embeddings, e.cols as u64)?;
-        let grad_w = matrix("grad_centers", grad_centers, e.cols as u64)?;
-        same_rows("weighted", weighted.rows, e.rows)?;
-        same_rows("grad_embeddings", grad_e.rows, e.rows)?;
-        same_rows("grad_centers", grad_w.rows, w.rows)?;
-        array("targets", targets, e.rows as u64)?;
-        array("row_sums", row_sums, e.rows as u64)?;
-        array("target_logits", target_logits, e.rows as u64)?;
-        device.fused_backward(&FusedBackward {
-            margin: &margin,
-            embeddings: &e,
-            centers: &w,
-            targets,
-            row_sums,
-            target_logits,
-            weighted: &weighted,
-            loss_weight,
-            grad_embeddings: &grad_e,
-            grad_centers: &grad_w,
-            workspace: workspace_of(workspace, workspace_bytes)?,
-        })
+        let rows = required("embeddings", embeddings)?.rows;
+        array("row_offsets", row_offsets, rows)?;
+        array("sum_offsets", sum_offsets, rows)?;
+        backward(device, margin, [embeddings, centers], targets, inputs, outputs, workspace, workspace_bytes)
     })
 }
 
@@ -331,6 +390,8 @@ pub unsafe extern "C" fn pfc_sample_classes(
 
 /// Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
 ///
+/// A NaN or an infinity in a gradient or in the state goes into its element, and no further.
+///
 /// @param centers n x d in f32, updated
 /// @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment
 /// @param second_moment n x d in f32, updated: AdamW's second moment; NULL for SGD
@@ -375,6 +436,117 @@ pub unsafe extern "C" fn pfc_update_rows(
         array("ids", ids, g.rows as u64)?;
         let state = RowState { centers: &w, momentum: &m, second_moment: v.as_ref() };
         device.update_rows(&optimizer, &state, ids, &g, learning_rate, update)
+    })
+}
+
+unsafe fn softmax(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    cosines: *const pfc_matrix,
+    targets: *const i64,
+    row_sums: *mut f32,
+    row_offsets: *mut f32,
+) -> Result<()> {
+    let device = device_of(device)?;
+    let margin = checked_margin(margin)?;
+    let logits = matrix("cosines", cosines, required("cosines", cosines)?.cols)?;
+    if logits.rows == 0 {
+        return Ok(());
+    }
+    array("targets", targets, logits.rows as u64)?;
+    array("row_sums", row_sums, logits.rows as u64)?;
+    device.partial_softmax(&margin, &logits, targets, row_sums, row_offsets)
+}
+
+struct ForwardOutputs {
+    row_sums: *mut f32,
+    row_offsets: *mut f32,
+    target_logits: *mut f32,
+    weighted: *const pfc_matrix,
+}
+
+#[allow(clippy::too_many_arguments)] // As many as the C functions have.
+unsafe fn forward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    embeddings: *const pfc_matrix,
+    centers: *const pfc_matrix,
+    targets: *const i64,
+    outputs: ForwardOutputs,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> Result<()> {
+    let device = device_of(device)?;
+    let margin = checked_margin(margin)?;
+    let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
+    let w = matrix("centers", centers, e.cols as u64)?;
+    let out = matrix("weighted", outputs.weighted, e.cols as u64)?;
+    same_rows("weighted", out.rows, e.rows)?;
+    if e.rows == 0 {
+        return Ok(());
+    }
+    array("targets", targets, e.rows as u64)?;
+    array("row_sums", outputs.row_sums, e.rows as u64)?;
+    array("target_logits", outputs.target_logits, e.rows as u64)?;
+    device.fused_forward(&FusedForward {
+        margin: &margin,
+        embeddings: &e,
+        centers: &w,
+        targets,
+        row_sums: outputs.row_sums,
+        row_offsets: outputs.row_offsets,
+        target_logits: outputs.target_logits,
+        weighted: &out,
+        workspace: workspace_of(workspace, workspace_bytes)?,
+    })
+}
+
+struct BackwardInputs {
+    row_sums: *const f32,
+    offsets: Option<RowOffsets>,
+    target_logits: *const f32,
+    weighted: *const pfc_matrix,
+    loss_weight: f64,
+}
+
+#[allow(clippy::too_many_arguments)] // As many as the C functions have.
+unsafe fn backward(
+    device: *const pfc_device,
+    margin: *const pfc_margin,
+    [embeddings, centers]: [*const pfc_matrix; 2],
+    targets: *const i64,
+    inputs: BackwardInputs,
+    [grad_embeddings, grad_centers]: [*const pfc_matrix; 2],
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> Result<()> {
+    let device = device_of(device)?;
+    let margin = checked_margin(margin)?;
+    let BackwardInputs { row_sums, offsets, target_logits, weighted, loss_weight } = inputs;
+    let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
+    let w = matrix("centers", centers, e.cols as u64)?;
+    let weighted = matrix("weighted", weighted, e.cols as u64)?;
+    let grad_e = matrix("grad_embeddings", grad_embeddings, e.cols as u64)?;
+    let grad_w = matrix("grad_centers", grad_centers, e.cols as u64)?;
+    same_rows("weighted", weighted.rows, e.rows)?;
+    same_rows("grad_embeddings", grad_e.rows, e.rows)?;
+    same_rows("grad_centers", grad_w.rows, w.rows)?;
+    array("targets", targets, e.rows as u64)?;
+    array("row_sums", row_sums, e.rows as u64)?;
+    array("target_logits", target_logits, e.rows as u64)?;
+    device.fused_backward(&FusedBackward {
+        margin: &margin,
+        embeddings: &e,
+        centers: &w,
+        targets,
+        row_sums,
+        offsets,
+        target_logits,
+        weighted: &weighted,
+        loss_weight,
+        grad_embeddings: &grad_e,
+        grad_centers: &grad_w,
+        workspace: workspace_of(workspace, workspace_bytes)?,
     })
 }
 

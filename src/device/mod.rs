@@ -32,7 +32,7 @@ pub(crate) use nearest::keep_best;
 pub use nearest::Nearest;
 pub(crate) use sizes::sample_capacity;
 pub use sizes::Memory;
-pub use stateless::{FusedBackward, FusedForward, RowState, SampleDraw, Workspace};
+pub use stateless::{FusedBackward, FusedForward, RowOffsets, RowState, SampleDraw, Workspace};
 
 /// The CPU, with a pool of `threads` threads (0: as many as this process may use).
 pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
@@ -245,7 +245,15 @@ pub trait Device: Send + Sync {
         count: usize,
         grad_cosines: *mut f32,
     ) -> Result<()>;
-    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, row_sums: *mut f32) -> Result<()>;
+    /// `row_offsets` may be NULL: all rows then have offset c.
+    fn partial_softmax(
+        &self,
+        margin: &Margin,
+        cosines: &Matrix,
+        targets: *const i64,
+        row_sums: *mut f32,
+        row_offsets: *mut f32,
+    ) -> Result<()>;
     fn fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()>;
     fn fused_backward(&self, arguments: &FusedBackward<'_>) -> Result<()>;
     fn fused_workspace(&self, batch: u64, dim: u64, classes: u64) -> Result<u64>;

@@ -22,6 +22,8 @@ pub struct FusedForward<'a> {
     pub centers: &'a Matrix,
     pub targets: *const i64,
     pub row_sums: *mut f32,
+    /// NULL: all rows have offset c.
+    pub row_offsets: *mut f32,
     pub target_logits: *mut f32,
     pub weighted: &'a Matrix,
     pub workspace: Workspace,
@@ -34,12 +36,23 @@ pub struct FusedBackward<'a> {
     pub centers: &'a Matrix,
     pub targets: *const i64,
     pub row_sums: *const f32,
+    /// None: all rows have offset c.
+    pub offsets: Option<RowOffsets>,
     pub target_logits: *const f32,
     pub weighted: &'a Matrix,
     pub loss_weight: f64,
     pub grad_embeddings: &'a Matrix,
     pub grad_centers: &'a Matrix,
     pub workspace: Workspace,
+}
+
+/// What sums are relative to, row by row.
+#[derive(Clone, Copy, Debug)]
+pub struct RowOffsets {
+    /// The numerators of this rank.
+    pub of_rank: *const f32,
+    /// The sums over all ranks.
+    pub of_sums: *const f32,
 }
 
 /// Arguments of `pfc_sample_classes`.
@@ -59,6 +72,19 @@ pub struct RowState<'a> {
     pub momentum: &'a Matrix,
     pub second_moment: Option<&'a Matrix>,
 }
+
+/// The offset that a row with this largest negative is given: [`Margin::row_offset`], and the least there is for a row without a
+/// negative, so that it is not taken for the ranks' largest.
+pub(super) fn given_offset(margin: &Margin, best: f32) -> f32 {
+    if margin.has_row_offsets() && best <= -2.0 {
+        -margin.scale as f32
+    } else {
+        margin.row_offset(best)
+    }
+}
+
+/// A sum relative to exp(c) that is smaller has lost numerators that count.
+const LEAST_SUM: f64 = 1e-32;
 
 pub(super) fn must_be_f32(name: &str, matrix: &Matrix) -> Result<()> {
     ensure!(matrix.dtype == DType::F32, InvalidArgument, "{name}.dtype must be f32, got {}", matrix.dtype.name());
@@ -89,24 +115,75 @@ pub(super) fn checked_targets(targets: &[i64], classes: usize) -> Result<()> {
     }
 }
 
-/// L and scale / L of a row; the factor of a row without negatives is 0.
-pub(super) fn denominator_and_factor(margin: &Margin, sum: f64, logit: f64) -> (f64, f32) {
-    let denominator = sum + (logit - margin.offset()).exp();
-    (denominator, if sum > 0.0 { (margin.scale / denominator) as f32 } else { 0.0 })
+/// The callers' sums over the ranks.
+#[derive(Clone, Copy)]
+pub(super) struct GivenSums<'a> {
+    pub margin: &'a Margin,
+    pub row_sums: &'a [f32],
+    pub target_logits: &'a [f32],
+    /// Of the numerators of this rank and of the sums; none: all are c.
+    pub offsets: Option<[&'a [f32]; 2]>,
 }
 
-/// Sums over the ranks that have a gradient in float32.
-pub(super) fn checked_sums(margin: &Margin, row_sums: &[f32], target_logits: &[f32]) -> Result<()> {
-    for (row, (&sum, &logit)) in row_sums.iter().zip(target_logits).enumerate() {
-        let (sum, logit) = (f64::from(sum), f64::from(logit));
-        let (_, factor) = denominator_and_factor(margin, sum, logit);
-        ensure!(
-            sum >= 0.0 && sum.is_finite() && factor.is_finite(),
-            NotFinite,
-            "float32 has no gradient for row_sums[{row}], {sum:e}, and target_logits[{row}], {logit:e}"
-        );
+/// What a row's gradient takes of its sums.
+pub(super) struct RowShare {
+    /// N / L; 0 for a row without negatives.
+    pub missing: f64,
+    /// scale / L relative to the row's offset on this rank; 0 for a row without negatives.
+    pub factor: f32,
+}
+
+impl GivenSums<'_> {
+    pub fn of_row(&self, row: usize) -> RowShare {
+        let offset = self.margin.offset();
+        // Most rows' offset is c rounded to float32, which stands for c.
+        let relative = |own: f32| if own == offset as f32 { 1.0 } else { (f64::from(own) - offset).exp() };
+        let [of_rank, of_sum] = self.offsets.map_or([1.0; 2], |offsets| offsets.map(|offsets| relative(offsets[row])));
+        let sum = f64::from(self.row_sums[row]) * of_sum;
+        if sum == 0.0 {
+            return RowShare { missing: 0.0, factor: 0.0 };
+        }
+        let denominator = sum + (f64::from(self.target_logits[row]) - offset).exp();
+        let factor = (self.margin.scale / denominator * of_rank) as f32;
+        // It leaves float32 where all negatives are other ranks' and far: nothing is weighed here.
+        let nothing = self.offsets.is_some() && factor == f32::INFINITY;
+        RowShare { missing: sum / denominator, factor: if nothing { 0.0 } else { factor } }
     }
-    Ok(())
+
+    /// That they have a gradient in float32; `targets` are columns of the `classes` of this rank.
+    pub fn check(&self, targets: &[i64], classes: usize) -> Result<()> {
+        for (row, (&sum, &logit)) in self.row_sums.iter().zip(self.target_logits).enumerate() {
+            let share = self.of_row(row);
+            ensure!(
+                sum >= 0.0 && sum.is_finite() && logit.is_finite() && share.factor.is_finite() && share.missing.is_finite(),
+                NotFinite,
+                "float32 has no gradient for row_sums[{row}], {sum:e}, and target_logits[{row}], {logit:e}"
+            );
+            match self.offsets {
+                Some(offsets) => {
+                    for (name, offset) in ["row_offsets", "sum_offsets"].into_iter().zip(offsets.map(|offsets| offsets[row])) {
+                        let (least, most) = (-1.01 * self.margin.scale, self.margin.offset() as f32);
+                        ensure!(
+                            f64::from(offset) >= least && offset <= most,
+                            InvalidArgument,
+                            "{name}[{row}] must be {least} to {most}, got {offset}"
+                        );
+                    }
+                }
+                None => {
+                    let has_negatives = classes > usize::from(targets[row] >= 0);
+                    let far = f64::from(logit) - self.margin.offset() < -60.0;
+                    ensure!(
+                        !(self.margin.has_row_offsets() && has_negatives && f64::from(sum) < LEAST_SUM && far),
+                        NotFinite,
+                        "row_sums[{row}] is {sum:e}: the row's negatives are too far for float32, take pfc_fused_forward_offsets \
+                         and pfc_fused_backward_offsets"
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn checked_weight(weight: f64) -> Result<()> {

@@ -151,7 +151,11 @@ fn check(case: &Case) -> Result<bool, String> {
         found
             .iter()
             .zip(&inputs)
-            .flat_map(|(run, input)| at_unit_norm(&run.grad_embeddings, &input.embeddings.values(), case.dim))
+            .flat_map(|(run, input)| {
+                // The gradient of the row that travelled.
+                let travelled = case.travelled(&input.embeddings, case.gather.or(Some(DType::F16)));
+                at_unit_norm(&run.grad_embeddings, &travelled, case.dim)
+            })
             .collect::<Vec<f64>>(),
         found[..ranks].iter().flat_map(|run| run.grad_centers.iter().copied()).collect(),
     ];

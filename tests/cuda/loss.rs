@@ -35,8 +35,12 @@ struct Step {
 
 impl Step {
     fn draw(rank: usize, number: u64, wrong: bool) -> Step {
+        Step::draw_of(CLASSES, rank, number, wrong)
+    }
+
+    fn draw_of(classes: u64, rank: usize, number: u64, wrong: bool) -> Step {
         let mut random = Random(100 * number + rank as u64 + 1);
-        let mut labels = random.labels(ROWS, CLASSES as usize);
+        let mut labels = random.labels(ROWS, classes as usize);
         if wrong {
             labels[3] = CLASSES as i64;
         }
@@ -61,17 +65,31 @@ impl Step {
 }
 
 fn head(device: &Device, comm: &Comm) -> Head {
-    let mut options = options(CLASSES, DIM as u32, ROWS as u64);
-    options.sample_rate = 0.5;
+    head_of(CLASSES, 64.0, device, comm)
+}
+
+fn head_of(classes: u64, scale: f64, device: &Device, comm: &Comm) -> Head {
+    let mut options = options(classes, DIM as u32, ROWS as u64);
+    (options.sample_rate, options.margin.scale) = (0.5, scale);
     Head::create(device, comm, &to_c(&options)).expect("a head")
 }
 
 #[test]
 fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
+    waits_for_nothing(CLASSES, 64.0);
+}
+
+/// Nor where rows may be far from all negatives, which only the GPU learns.
+#[test]
+fn nothing_in_a_step_of_few_classes_at_a_large_scale_waits() {
+    waits_for_nothing(2, 128.0);
+}
+
+fn waits_for_nothing(classes: u64, scale: f64) {
     let turn = emulator::turn(1);
     let (device, comm) = (gpu(), Comm::solo());
-    let steps: Vec<Step> = (0..3).map(|number| Step::draw(0, number, false)).collect();
-    let mut late = head(&device, &comm);
+    let steps: Vec<Step> = (0..3).map(|number| Step::draw_of(classes, 0, number, false)).collect();
+    let mut late = head_of(classes, scale, &device, &comm);
     let waits = || WAITS.map(|function| turn.calls(function));
     let before = waits();
     for step in &steps {
@@ -80,7 +98,7 @@ fn nothing_in_a_step_waits_and_the_numbers_are_those_of_a_host_loss() {
     assert_eq!(waits(), before, "{WAITS:?}");
     late.wait().expect("three good steps");
 
-    let mut now = head(&device, &comm);
+    let mut now = head_of(classes, scale, &device, &comm);
     for (number, step) in steps.iter().enumerate() {
         let (late_loss, late_gradient) = (step.loss.read::<f64>()[0], step.gradient.read::<f32>());
         let mut loss = 0.0;

@@ -7,7 +7,7 @@ use crate::device::sizes::{sample_capacity, Memory};
 use crate::matrix::DType;
 use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
 use crate::shard::Shard;
-use crate::{ensure, error, Result};
+use crate::{ensure, Result};
 
 /// Figures of a row that a step keeps: norms, logits, cosines, sums, target columns and the like.
 const ROW_FIGURES: usize = 16;
@@ -172,6 +172,7 @@ fn left_in_groups(root: &Path, groups: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error;
 
     /// A tree of control groups, and what the process may still have in it.
     fn left(groups: &str, files: &[(&str, &str)]) -> u64 {

@@ -1,11 +1,11 @@
 //! The kernels by themselves, over the caller's memory.
 
-use super::head::CpuHead;
+use super::head::{CpuHead, ELSEWHERE};
 use super::products::{self, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
 use super::vector::{self, Softmax};
 use super::Cpu;
 use crate::device::host_math::{gemm_into, inverse_norm, GemmShape, Operand, Store};
-use crate::device::stateless::{checked_shape, checked_sums, checked_targets, checked_weight, denominator_and_factor, must_be_f32};
+use crate::device::stateless::{checked_shape, checked_targets, checked_weight, given_offset, must_be_f32, GivenSums, RowShare};
 use crate::device::workspace::WorkspaceCutter;
 use crate::device::{Device, FusedBackward, FusedForward, HeadDevice, HeadSpec, RowState, SampleDraw, Workspace};
 use crate::margin::{self, Margin};
@@ -280,22 +280,34 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, row_sums: *mut f32) -> Result<()> {
+    fn partial_softmax(
+        &self,
+        margin: &Margin,
+        cosines: &Matrix,
+        targets: *const i64,
+        row_sums: *mut f32,
+        row_offsets: *mut f32,
+    ) -> Result<()> {
         must_be_f32("cosines", cosines)?;
         // SAFETY: the caller's arrays, a value for each row.
         let targets = unsafe { array(targets, cosines.rows) };
         checked_targets(targets, cosines.cols)?;
         let softmax = Softmax::new(margin);
-        let row_sums = Shared(row_sums);
+        let (row_sums, row_offsets) = (Shared(row_sums), Shared(row_offsets));
         self.pool.run(cosines.rows, &|row, _| {
-            let row_sums = &row_sums;
+            let (row_sums, row_offsets) = (&row_sums, &row_offsets);
             // SAFETY: the caller's f32 matrix and array have this row; a row is in one task.
             unsafe {
                 let values = row_of(cosines, row);
                 if targets[row] >= 0 {
                     values[targets[row] as usize] = f32::NEG_INFINITY;
                 }
-                *row_sums.0.add(row) = vector::exp_row(values, softmax.scale, softmax.offset, softmax.filter).sum as f32;
+                let mut offset = softmax.offset;
+                if !row_offsets.0.is_null() {
+                    offset = given_offset(margin, values.iter().fold(ELSEWHERE, |best, &x| if x > best { x } else { best }));
+                    *row_offsets.0.add(row) = offset;
+                }
+                *row_sums.0.add(row) = vector::exp_row(values, softmax.scale, offset, softmax.filter).sum as f32;
             }
         });
         Ok(())
@@ -323,20 +335,30 @@ impl Device for Cpu {
         let best = unsafe { cutter.slice::<f32>(split_rows) };
         let inverse_norms = unsafe { cutter.slice::<f32>(shape.classes) };
         let pairs = target_pairs(targets)?;
-        let offsets = vec![margin.offset() as f32; shape.rows];
+        let mut offsets = zeros(&[shape.rows], "offsets of rows")?;
+        offsets.fill(margin.offset() as f32);
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
-        products::forward(
-            &self.pool,
-            &pass,
-            &ForwardOutput {
+        let mut forward = |pass: &Pass<'_>| {
+            let output = ForwardOutput {
                 inverse_norms: Parts::of(inverse_norms),
                 sums: Parts::of(sums),
                 best: Parts::of(best),
                 weighted_centers: Parts::of(accumulators),
-            },
-        );
-        let (mut raw, mut center) = (vec![0.0; shape.dim], vec![0.0; shape.dim]);
+            };
+            products::forward(&self.pool, pass, &output);
+            let largest = |row: usize| (0..shape.splits()).map(|split| best[split * shape.rows + row]).fold(ELSEWHERE, f32::max);
+            (0..shape.rows).map(|row| given_offset(margin, largest(row))).collect::<Vec<f32>>()
+        };
+        let own = forward(&pass);
+        if !arguments.row_offsets.is_null() {
+            if own != offsets {
+                forward(&Pass { offsets: &own, ..pass });
+            }
+            // SAFETY: the caller's array, a value for each row.
+            unsafe { array_mut(arguments.row_offsets, shape.rows) }.copy_from_slice(&own);
+        }
+        let (mut raw, mut center) = (zeros(&[shape.dim], "a row")?, zeros(&[shape.dim], "a row")?);
         for row in 0..shape.rows {
             row_sums[row] = (0..shape.splits()).map(|split| sums[split * shape.rows + row]).sum::<f64>() as f32;
             logits[row] = 0.0;
@@ -376,27 +398,30 @@ impl Device for Cpu {
         let mut cutter = cutter(arguments.workspace, self.fused_bytes(&shape))?;
         // SAFETY: these and those below are what `fused_bytes` counts, and the caller lends for the call.
         let totals = unsafe { cutter.slice::<f64>(shape.chunks()) };
-        checked_sums(margin, row_sums, logits)?;
+        // SAFETY: the caller's arrays, a value for each row.
+        let offsets = arguments.offsets.map(|o| [o.of_rank, o.of_sums].map(|offsets| unsafe { array(offsets, shape.rows) }));
+        let given = GivenSums { margin, row_sums, target_logits: logits, offsets };
+        given.check(targets, shape.classes)?;
         let embedded = Embedded::new(embeddings, &shape, &mut cutter);
         let scaled = unsafe { cutter.slice::<f32>(shape.rows * shape.row_pitch()) };
         let coefficients = unsafe { cutter.slice::<f32>(shape.rows) };
         let pitch = shape.row_pitch();
-        let [mut raw, mut center, mut tangent, mut gradient] = [(); 4].map(|()| vec![0.0; shape.dim]);
+        let row = || zeros(&[shape.dim], "a row");
+        let (mut raw, mut center, mut tangent, mut gradient) = (row()?, row()?, row()?, row()?);
         for row in 0..shape.rows {
             let unit = &mut embedded.unit[row * pitch..row * pitch + shape.dim];
-            let (sum, logit) = (f64::from(row_sums[row]), f64::from(logits[row]));
-            let (denominator, factor) = denominator_and_factor(margin, sum, logit);
+            let RowShare { missing, factor } = given.of_row(row);
             vector::scale_into(unit, factor, &mut scaled[row * pitch..row * pitch + shape.dim]);
             // SAFETY: the caller's matrices have these rows.
             unsafe {
                 weighted.read_row(row, &mut gradient);
                 vector::scale(&mut gradient, factor);
                 coefficients[row] = 0.0;
-                if targets[row] >= 0 && sum > 0.0 {
+                if targets[row] >= 0 && missing > 0.0 {
                     embeddings.read_row(row, &mut raw);
                     centers.read_row(targets[row] as usize, &mut center);
                     let angle = angle_and_tangent(&raw, &center, &mut tangent);
-                    coefficients[row] = (-margin.scale * (sum / denominator) * margin.target(angle).derivative) as f32;
+                    coefficients[row] = (-margin.scale * missing * margin.target(angle).derivative) as f32;
                     vector::add_scaled(&mut gradient, coefficients[row], &tangent);
                     vector::turn_tangent(&mut tangent, unit, margin::cosine(angle) as f32);
                 }
@@ -407,7 +432,12 @@ impl Device for Cpu {
             unit.copy_from_slice(&tangent);
         }
         let pairs = target_pairs(targets)?;
-        let offsets = vec![margin.offset() as f32; shape.rows];
+        let mut row_offsets = zeros(&[shape.rows], "offsets of rows")?;
+        match offsets {
+            Some([of_rank, _]) => row_offsets.copy_from_slice(of_rank),
+            None => row_offsets.fill(margin.offset() as f32),
+        }
+        let offsets = row_offsets;
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
         let input = UpdateInput { scaled, tangents: embedded.unit, coefficients };

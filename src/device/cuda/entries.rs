@@ -149,7 +149,7 @@ entries! {
         write_unit_operands(MatrixView, u64, u32, i32);
         margin_forward(Address, u64, Address);
         margin_backward(Address, Address, u64, Address);
-        partial_softmax(MatrixView, Address, Address);
+        partial_softmax(MatrixView, Address, Address, Address, i32);
         update_given_rows(MatrixView, MatrixView, MatrixView, Address, MatrixView, Rule);
         write_ids(Address);
     }
@@ -157,7 +157,9 @@ entries! {
         find_given_targets(MatrixView, MatrixView);
         add_row_sums(u32, i32, Address);
         write_weighted_centers(MatrixView);
-        weigh_rows(Address, Address);
+        write_row_offsets(Address);
+        set_shifts(Address);
+        weigh_rows(Address, Address, Address);
         finish_given_rows(MatrixView, f64, MatrixView);
         write_center_rows(u64, u32, MatrixView, MatrixView);
     }

@@ -130,7 +130,8 @@ void test_far_rows(double filter) {
     for (uint32_t row = 0; row < rows; ++row) {
         const bool passes = filter > 0 && best[row] > filter;
         const bool own = best[row] != kElsewhere && !passes && 128.0 * best[row] - 64 < -60;
-        const float truth = own ? float(-128.0 * double(best[row]) * 1.4426950408889634) : common;
+        const float offset = float(128.0 * double(best[row]));
+        const float truth = own ? float(-double(offset) * 1.4426950408889634) : common;
         EXPECT(shifts[row] == truth, "shift of row " + std::to_string(row));
         any = any || own;
     }

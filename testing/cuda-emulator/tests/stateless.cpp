@@ -148,7 +148,8 @@ void test_sums(const Launch& how, uint64_t seed) {
     memory.put(logits_at, logits);
     memory.put(arrays.derivatives, derivatives);
     memory.launch("weigh_rows", how.grid, how.block, 0, arrays,
-                  static_cast<const float*>(arrays.row_sums), static_cast<const float*>(logits_at));
+                  static_cast<const float*>(arrays.row_sums), static_cast<const float*>(logits_at),
+                  static_cast<const float*>(nullptr));
     const auto factors = memory.get(arrays.factors, rows);
     const auto coefficients = memory.get(arrays.coefficients, rows);
     for (uint32_t row = 0; row < rows; ++row) {
@@ -157,6 +158,74 @@ void test_sums(const Launch& how, uint64_t seed) {
         const double coefficient = -100 * (sums[row] / whole) * derivatives[row];
         CHECK(fabs(factors[row] - factor) <= 1e-6 * factor);
         CHECK(fabs(coefficients[row] - coefficient) <= 1e-6 * fabs(coefficient));
+    }
+}
+
+// Offsets of rows: written, read again, and what a row's factor and coefficient make of them.
+void test_offsets(const Launch& how, unsigned seed) {
+    const uint32_t rows = 300;
+    Random random(seed);
+    Memory memory;
+    HeadArrays arrays = arrays_of(rows, 128, 4, 128);
+    arrays.margin.scale = 128;
+    arrays.margin.offset = 64;
+    StepBlock block{};
+    block.rows = rows;
+    arrays.block = memory.make<StepBlock>(1);
+    memory.put(arrays.block, {block});
+    for (float** array : {&arrays.shifts, &arrays.best_negatives, &arrays.row_sums,
+                          &arrays.derivatives, &arrays.factors, &arrays.coefficients}) {
+        *array = memory.make<float>(arrays.row_capacity);
+    }
+    arrays.far_tiles = memory.make<uint32_t>(arrays.row_capacity / kTileRows);
+    float* const offsets_at = memory.make<float>(rows);
+    float* const sum_offsets_at = memory.make<float>(rows);
+    float* const logits_at = memory.make<float>(rows);
+    std::vector<float> best, sums, logits, derivatives, sum_offsets;
+    for (uint32_t row = 0; row < rows; ++row) {
+        best.push_back(row % 4 == 0 ? kElsewhere : row % 4 == 1 ? 0.5f : -float(random.uniform()));
+        sums.push_back(row % 4 == 0 ? 0.0f : 1 + float(random.uniform()));
+        logits.push_back(float(row % 3 == 0 ? -100 + random.normal() : 20 * random.normal()));
+        derivatives.push_back(float(random.normal()));
+    }
+    memory.put(arrays.best_negatives, best);
+    memory.put(arrays.row_sums, sums);
+    memory.launch("find_far_rows", how.grid, how.block, 256, arrays);
+    const auto shifts = memory.get(arrays.shifts, rows);
+    memory.launch("write_row_offsets", how.grid, how.block, 0, arrays, offsets_at);
+    const auto offsets = memory.get(offsets_at, rows);
+    const auto moved = memory.get(arrays.row_sums, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool own = row % 4 > 1 && 128.0 * best[row] - 64 < -60;
+        CHECK(offsets[row] == (row % 4 == 0 ? -128.0f : own ? float(128.0 * best[row]) : 64.0f));
+        CHECK(fabs(moved[row] - sums[row]) <= 2e-5 * sums[row]);
+        // Another rank's sum is at most as far.
+        sum_offsets.push_back(row % 5 == 0 ? 64.0f : offsets[row]);
+    }
+    memory.put(arrays.shifts, std::vector<float>(arrays.row_capacity, NAN));
+    memory.launch("set_shifts", how.grid, how.block, 0, arrays,
+                  static_cast<const float*>(offsets_at));
+    const auto again = memory.get(arrays.shifts, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        CHECK(row % 4 == 0 || again[row] == shifts[row]);
+    }
+    memory.put(arrays.row_sums, sums);
+    memory.put(logits_at, logits);
+    memory.put(arrays.derivatives, derivatives);
+    memory.put(sum_offsets_at, sum_offsets);
+    memory.launch("weigh_rows", how.grid, how.block, 0, arrays,
+                  static_cast<const float*>(arrays.row_sums), static_cast<const float*>(logits_at),
+                  static_cast<const float*>(sum_offsets_at));
+    const auto factors = memory.get(arrays.factors, rows);
+    const auto coefficients = memory.get(arrays.coefficients, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        const double whole = double(sums[row]) * exp(double(sum_offsets[row]) - 64);
+        const double denominator = whole + exp(double(logits[row]) - 64);
+        const double factor =
+            row % 4 == 0 ? 0.0 : 128 / denominator * exp(double(offsets[row]) - 64);
+        const double coefficient = -128 * (whole / denominator) * derivatives[row];
+        CHECK(fabs(factors[row] - factor) <= 2e-5 * factor + 1e-37);
+        CHECK(fabs(coefficients[row] - coefficient) <= 1e-6 * fabs(coefficient) + 1e-37);
     }
 }
 
@@ -169,5 +238,7 @@ int main() {
     test_cosines(128, 128, 64, 128, kLaunches[0], 4);
     test_sums(kLaunches[0], 5);
     test_sums(kLaunches[2], 6);
+    test_offsets(kLaunches[0], 7);
+    test_offsets(kLaunches[1], 8);
     return finish();
 }

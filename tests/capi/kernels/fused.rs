@@ -2,7 +2,9 @@
 
 use std::ptr::{null, null_mut};
 
-use partialfc::capi::kernels::{pfc_fused_backward, pfc_fused_forward, pfc_fused_workspace};
+use partialfc::capi::kernels::{
+    pfc_fused_backward, pfc_fused_backward_offsets, pfc_fused_forward, pfc_fused_forward_offsets, pfc_fused_workspace,
+};
 use partialfc::capi::types::pfc_margin;
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
@@ -16,6 +18,7 @@ use partialfc_testing::numbers::{norm, Random};
 /// What one rank's forward gives.
 struct Forward {
     row_sums: Vec<f32>,
+    row_offsets: Vec<f32>,
     target_logits: Vec<f32>,
     weighted: Rows,
 }
@@ -25,10 +28,22 @@ fn workspace(device: &Device, batch: usize, dim: usize, classes: usize) -> Works
     Workspace::asked(|bytes| unsafe { pfc_fused_workspace(device.0, batch as u64, dim as u64, classes as u64, bytes) })
 }
 
+/// Whether rows may have offsets of their own: which entries are called.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Offsets {
+    Common,
+    Own,
+}
+
 fn forward(device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets: &[i64]) -> Forward {
+    forward_by(Offsets::Common, device, m, e, w, targets)
+}
+
+fn forward_by(by: Offsets, device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets: &[i64]) -> Forward {
     let batch = targets.len();
     let mut out = Forward {
         row_sums: vec![-9.0; batch],
+        row_offsets: vec![0.0; batch],
         target_logits: vec![-9.0; batch],
         weighted: Rows::new(&vec![-9.0; batch * e.cols], e.cols, DType::F32, 1),
     };
@@ -38,7 +53,14 @@ fn forward(device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets:
     lend(|l| unsafe {
         let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut out.weighted));
         let (sums, logits) = (l.array(&mut out.row_sums), l.array(&mut out.target_logits));
-        outcome(pfc_fused_forward(device.0, m, &e, &w, l.list(targets), sums, logits, &p, at, bytes))
+        let t = l.list(targets);
+        outcome(match by {
+            Offsets::Common => pfc_fused_forward(device.0, m, &e, &w, t, sums, logits, &p, at, bytes),
+            Offsets::Own => {
+                let offsets = l.array(&mut out.row_offsets);
+                pfc_fused_forward_offsets(device.0, m, &e, &w, t, sums, offsets, logits, &p, at, bytes)
+            }
+        })
     })
     .expect("forward");
     workspace.check();
@@ -47,6 +69,20 @@ fn forward(device: &Device, m: &pfc_margin, e: &mut Rows, w: &mut Rows, targets:
 
 /// This rank's gradients; `of_all` has the sums over ranks, `of_rank` this rank's P @ W^.
 fn backward(
+    device: &Device,
+    m: &pfc_margin,
+    (e, w): (&mut Rows, &mut Rows),
+    targets: &[i64],
+    (row_sums, target_logits): (&[f32], &[f32]),
+    of_rank: &mut Forward,
+    loss_weight: f64,
+) -> (Vec<f64>, Vec<f64>) {
+    backward_by(None, device, m, (e, w), targets, (row_sums, target_logits), of_rank, loss_weight)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn backward_by(
+    sum_offsets: Option<&[f32]>,
     device: &Device,
     m: &pfc_margin,
     (e, w): (&mut Rows, &mut Rows),
@@ -65,7 +101,13 @@ fn backward(
         let (e, w, p) = (l.matrix(e), l.matrix(w), l.matrix(&mut of_rank.weighted));
         let (t, n, z) = (l.list(targets), l.list(row_sums), l.list(target_logits));
         let (ge, gw) = (l.matrix(&mut grad_e), l.matrix(&mut grad_w));
-        outcome(pfc_fused_backward(device.0, m, &e, &w, t, n, z, &p, loss_weight, &ge, &gw, at, bytes))
+        outcome(match sum_offsets {
+            None => pfc_fused_backward(device.0, m, &e, &w, t, n, z, &p, loss_weight, &ge, &gw, at, bytes),
+            Some(offsets) => {
+                let (of_sums, own) = (l.list(offsets), l.list(&of_rank.row_offsets));
+                pfc_fused_backward_offsets(device.0, m, &e, &w, t, n, of_sums, z, own, &p, loss_weight, &ge, &gw, at, bytes)
+            }
+        })
     })
     .expect("backward");
     workspace.check();
@@ -97,7 +139,7 @@ fn check(what: &str, found: &[f64], truth: &[f64], gross: &[f64], dim: usize, sc
 }
 
 /// The loss and the gradients that the shards' parts add up to, against the reference.
-fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), given: Margin, shards: usize) {
+fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), given: Margin, shards: usize, by: Offsets) {
     let mut options = HeadOptions { placement: Placement::Sharded, ..options(classes as u64, dim as u32, batch as u64) };
     options.margin = given;
     let Margin { scale, m1, m2, m3, interclass_filter, gradient, .. } = given;
@@ -112,7 +154,7 @@ fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), g
     if seen.filter_distance < 1e-5 {
         return;
     }
-    let what = format!("{batch} x {classes} x {dim}, {:?}, {shards} shards", options.margin);
+    let what = format!("{batch} x {classes} x {dim}, {:?}, {shards} shards, {by:?} offsets", options.margin);
     // Shard by shard: its rows of W, and the row's own class where it is there.
     let ranges: Vec<_> = (0..shards).map(|rank| options.shard(shards as u32, rank as u32)).collect();
     let mut parts: Vec<(Rows, Vec<i64>)> = ranges
@@ -124,17 +166,19 @@ fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), g
             (w, targets)
         })
         .collect();
-    let mut forwards: Vec<Forward> = parts.iter_mut().map(|(w, targets)| forward(device, &m, &mut e, w, targets)).collect();
-    let sum =
-        |pick: fn(&Forward) -> &[f32]| -> Vec<f32> { (0..batch).map(|i| forwards.iter().map(|f| pick(f)[i]).sum()).collect() };
-    let (row_sums, target_logits) = (sum(|f| &f.row_sums), sum(|f| &f.target_logits));
+    let mut forwards: Vec<Forward> = parts.iter_mut().map(|(w, targets)| forward_by(by, device, &m, &mut e, w, targets)).collect();
+    let sum_offsets: Vec<f32> =
+        (0..batch).map(|i| forwards.iter().map(|f| f.row_offsets[i]).fold(f32::NEG_INFINITY, f32::max)).collect();
+    let relative = |f: &Forward, i: usize| f.row_sums[i] * (f.row_offsets[i] - sum_offsets[i]).exp();
+    let row_sums: Vec<f32> = (0..batch).map(|i| forwards.iter().map(|f| relative(f, i)).sum()).collect();
+    let target_logits: Vec<f32> = (0..batch).map(|i| forwards.iter().map(|f| f.target_logits[i]).sum()).collect();
     for ((_, targets), forward) in parts.iter().zip(&forwards) {
         let elsewhere = targets.iter().zip(&forward.target_logits).filter(|(&target, _)| target < 0);
         elsewhere.for_each(|(_, &logit)| assert_eq!(logit, 0.0, "{what}: a target logit without a target"));
     }
-    let offset = (scale - 64.0).max(0.0);
-    let losses = row_sums.iter().zip(&target_logits).map(|(&n, &z)| {
-        let excess = f64::from(n).ln() + offset - f64::from(z);
+    let losses = (0..batch).map(|i| {
+        let offset = if by == Offsets::Own { f64::from(sum_offsets[i]) } else { (scale - 64.0).max(0.0) };
+        let excess = f64::from(row_sums[i]).ln() + offset - f64::from(target_logits[i]);
         excess.max(0.0) + (-excess.abs()).exp().ln_1p()
     });
     let loss = losses.sum::<f64>() / batch as f64;
@@ -143,7 +187,8 @@ fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), g
     for (rank, ((w, targets), own)) in parts.iter_mut().zip(&mut forwards).enumerate() {
         let weight = 1.0 / batch as f64;
         let sums = (row_sums.as_slice(), target_logits.as_slice());
-        let (part, grad_w) = backward(device, &m, (&mut e, w), targets, sums, own, weight);
+        let of_sums = (by == Offsets::Own).then_some(sum_offsets.as_slice());
+        let (part, grad_w) = backward_by(of_sums, device, &m, (&mut e, w), targets, sums, own, weight);
         grad_e.iter_mut().zip(part).for_each(|(to, x)| *to += x);
         let what = format!("{what}: dW of shard {rank}");
         check(&what, &grad_w, &step.grad_centers[rank], &seen.gross_centers[rank], dim, scale);
@@ -155,17 +200,61 @@ fn check_shards(device: &Device, (batch, classes, dim): (usize, usize, usize), g
 fn shards_together_give_the_loss_and_the_gradients() {
     let device = device(2);
     let shapes = [(1, 2, 1), (4, 9, 6), (33, 70, 17), (20, 700, 40), (150, 41, 64), (5, 30, 300)];
-    let margins =
-        [(64.0, 1.0, 0.5, 0.0, 0.0), (100.0, 1.0, 0.0, 0.35, 0.0), (1.0, 1.2, 0.3, 0.1, 0.0), (32.0, 1.0, 0.5, 0.0, 0.15)];
+    let margins = [(64.0, 1.0, 0.5, 0.0, 0.0), (75.0, 1.0, 0.0, 0.35, 0.0), (1.0, 1.2, 0.3, 0.1, 0.0), (32.0, 1.0, 0.5, 0.0, 0.15)];
     for shape in shapes {
         for (scale, m1, m2, m3, interclass_filter) in margins {
             for shards in 1..=2 {
                 for gradient in [MarginGradient::Exact, MarginGradient::StraightThrough] {
                     let margin = Margin { scale, m1, m2, m3, interclass_filter, gradient, guard: false };
-                    check_shards(&device, shape, margin, shards);
+                    check_shards(&device, shape, margin, shards, Offsets::Common);
                 }
             }
         }
+    }
+}
+
+/// With an offset for each row they do at every scale, however few classes there are and however far.
+#[test]
+fn shards_with_offsets_give_them_at_every_scale() {
+    let device = device(2);
+    let margins =
+        [(64.0, 0.5, 0.0, 0.0), (76.0, 0.0, 0.4, 0.0), (100.0, 0.0, 0.35, 0.0), (128.0, 0.5, 0.0, 0.0), (128.0, 0.3, 0.1, 0.02)];
+    for shape in [(1, 2, 1), (4, 2, 6), (9, 3, 2), (33, 70, 17), (140, 4, 3)] {
+        for (scale, m2, m3, interclass_filter) in margins {
+            for shards in 1..=2 {
+                let gradient = MarginGradient::Exact;
+                let margin = Margin { scale, m1: 1.0, m2, m3, interclass_filter, gradient, guard: false };
+                check_shards(&device, shape, margin, shards, Offsets::Own);
+            }
+        }
+    }
+}
+
+/// Without offsets a sum that has lost what counts is no sum, and the message says what has it.
+#[test]
+fn a_sum_whose_negatives_are_lost_is_refused() {
+    let device = device(1);
+    let m = pfc_margin { scale: 128.0, m2: 0.0, ..margin() };
+    let mut w = Rows::f32(&[-1.0, 0.1, -1.0, 1.2, -1.0, -1.3], 2);
+    let (mut near, mut far) = (Rows::f32(&[-1.0, 0.1, -1.0, 1.2], 2), Rows::f32(&[-1.0, 0.1, 1.0, 0.05], 2));
+    let mut refused = |e: &mut Rows| {
+        let mut out = forward(&device, &m, e, &mut w, &[0, 1]);
+        let (mut ge, mut gw) = (Rows::output(2, 2), Rows::output(3, 2));
+        let mut workspace = workspace(&device, 2, 2, 3);
+        let (at, bytes) = (workspace.pointer(), workspace.bytes);
+        // SAFETY: a live device, memory of the sizes that the function names.
+        lend(|l| unsafe {
+            let (e, w, p) = (l.matrix(e), l.matrix(&mut w), l.matrix(&mut out.weighted));
+            let (t, n, z) = (l.list(&[0i64, 1]), l.list(&out.row_sums), l.list(&out.target_logits));
+            let (ge, gw) = (l.matrix(&mut ge), l.matrix(&mut gw));
+            outcome(pfc_fused_backward(device.0, &m, &e, &w, t, n, z, &p, 1.0, &ge, &gw, at, bytes))
+        })
+    };
+    refused(&mut near).expect("sums that float32 has");
+    let failure = refused(&mut far).expect_err("a row far from all classes");
+    assert_eq!(failure.status, partialfc::Status::NotFinite as i32, "{failure:?}");
+    for words in ["row_sums[1]", "pfc_fused_forward_offsets", "pfc_fused_backward_offsets"] {
+        assert!(failure.message.contains(words), "{failure:?}");
     }
 }
 
@@ -173,7 +262,8 @@ fn shards_together_give_the_loss_and_the_gradients() {
 fn more_columns_than_are_computed_at_a_time() {
     let margin =
         Margin { scale: 64.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: false };
-    check_shards(&device(2), (3, 9000, 5), margin, 1);
+    check_shards(&device(2), (3, 9000, 5), margin, 1, Offsets::Common);
+    check_shards(&device(2), (2, 9000, 2), Margin { scale: 128.0, ..margin }, 1, Offsets::Own);
 }
 
 fn normals(random: &mut Random, count: usize) -> Vec<f64> {

@@ -2,7 +2,7 @@
 
 use std::ptr::{null, null_mut};
 
-use partialfc::capi::kernels::{pfc_margin_backward, pfc_margin_forward, pfc_partial_softmax};
+use partialfc::capi::kernels::{pfc_margin_backward, pfc_margin_forward, pfc_partial_softmax, pfc_partial_softmax_offsets};
 use partialfc::capi::types::pfc_margin;
 use partialfc::matrix::DType;
 
@@ -145,6 +145,77 @@ fn numerators_and_their_sums() {
             }
         }
     }
+}
+
+/// Rows of which some are far from all that they are compared with.
+#[test]
+fn numerators_relative_to_each_rows_offset() {
+    let device = device(2);
+    let mut random = Random(6);
+    for (scale, filter) in [(64.0, 0.0), (90.0, 0.0), (128.0, 0.0), (128.0, 0.1)] {
+        let m = pfc_margin { scale, interclass_filter: filter, ..margin() };
+        let (batch, classes) = (9, 300);
+        let far = |i: usize| i % 3 == 0;
+        let drawn: Vec<f64> = (0..batch * classes)
+            .map(|at| f64::from(random.between(-1.0, if far(at / classes) { -0.4 } else { 0.09 }) as f32))
+            .collect();
+        let targets: Vec<i64> = (0..batch as i64).map(|row| row * 7 - 1).collect();
+        let mut cosines = Rows::new(&drawn, classes, DType::F32, 3);
+        let (mut sums, mut offsets) = (vec![-9f32; batch], vec![-9f32; batch]);
+        // SAFETY: a live device, a matrix that owns its memory, a target, a sum and an offset for each row.
+        lend(|l| unsafe {
+            let (values, t) = (l.matrix(&mut cosines), l.list(&targets));
+            let (n, o) = (l.array(&mut sums), l.array(&mut offsets));
+            outcome(pfc_partial_softmax_offsets(device.0, &m, &values, t, n, o))
+        })
+        .expect("softmax");
+        let found = cosines.values();
+        for i in 0..batch {
+            let row = &drawn[i * classes..(i + 1) * classes];
+            let negatives = || (0..classes).filter(|&j| targets[i] != j as i64);
+            let largest = negatives().map(|j| row[j]).fold(-2.0, f64::max);
+            let own = scale > 75.0 && scale * largest - (scale - 64.0) < -60.0;
+            let offset = if own { (scale * largest) as f32 } else { (scale - 64.0) as f32 };
+            let what = format!("scale {scale} filter {filter} row {i}");
+            assert_eq!(offsets[i], offset, "{what}");
+            let truth = |j: usize| (scale * row[j] - f64::from(offset)).exp();
+            for j in negatives() {
+                let off = (found[i * classes + j] - truth(j)).abs();
+                assert!(off <= (4e-7 + 1.2e-7 * scale) * truth(j) + LOST, "{what} column {j}: {:e}", found[i * classes + j]);
+            }
+            let sum: f64 = negatives().map(truth).sum();
+            assert!((f64::from(sums[i]) - sum).abs() <= (1e-6 + 1.2e-7 * scale) * sum, "{what}: {:e} for {sum:e}", sums[i]);
+            assert!(!own || sum >= 0.99);
+        }
+    }
+}
+
+/// What is no number stays where it is.
+#[test]
+fn what_is_no_number_spoils_its_own_element_or_row() {
+    let device = device(1);
+    let m = margin();
+    let (cosines, grads) = ([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.3, 0.3], [1.0, 1.0, 1.0, f32::NAN, 1.0f32]);
+    let (mut logits, mut back) = (vec![-9f32; 5], vec![-9f32; 5]);
+    // SAFETY: a live device and five numbers at each pointer.
+    lend(|l| unsafe {
+        let from = l.list(&cosines);
+        outcome(pfc_margin_forward(device.0, &m, from, 5, l.array(&mut logits))).expect("forward");
+        outcome(pfc_margin_backward(device.0, &m, from, l.list(&grads), 5, l.array(&mut back))).expect("backward");
+    });
+    assert!(logits[0].is_nan() && back[0].is_nan() && back[3].is_nan());
+    assert!(logits[1..].iter().chain(&back[1..3]).all(|x| x.is_finite()) && back[4].is_finite(), "{logits:?} {back:?}");
+    let mut values = Rows::f32(&[0.1, f32::NAN, 0.2, 0.1, 0.3, 0.2], 3);
+    let mut sums = vec![-9f32; 2];
+    // SAFETY: a live device, a matrix that owns its memory, a target and a sum for each row.
+    lend(|l| unsafe {
+        let view = l.matrix(&mut values);
+        outcome(pfc_partial_softmax(device.0, &m, &view, l.list(&[-1i64, -1]), l.array(&mut sums)))
+    })
+    .expect("softmax");
+    let found = values.values();
+    assert!(sums[0].is_nan() && found[1].is_nan() && sums[1].is_finite());
+    assert!([0, 2, 3, 4, 5].iter().all(|&at| found[at].is_finite()), "{found:?}");
 }
 
 #[test]

@@ -143,6 +143,44 @@ fn cosines_are_those_of_all_pairs() {
     }
 }
 
+/// What is no number, or next to none, spoils its own row and no other.
+#[test]
+fn what_is_no_number_spoils_its_own_row() {
+    let device = device(1);
+    let mut input = Rows::f32(&[1.0, f32::NAN, 2.0, f32::INFINITY, 1.0, 0.0, 3.0, 4.0, 0.0, 2e38, 0.0, 2e38], 3);
+    let (mut output, mut inverse) = (Rows::output(4, 3), vec![-9f32; 4]);
+    // SAFETY: a live device, matrices that own their memory, an inverse norm for each row.
+    lend(|l| unsafe {
+        let (from, to) = (l.matrix(&mut input), l.matrix(&mut output));
+        outcome(pfc_normalize_rows(device.0, &from, &to, l.array(&mut inverse)))
+    })
+    .expect("rows");
+    let found = output.values();
+    assert!(inverse[0].is_nan() && found[..3].iter().all(|x| x.is_nan()), "{found:?}");
+    assert!(inverse[1] == 0.0 && found[3].is_nan() && found[4..6] == [0.0; 2], "{found:?}");
+    let off = |at: usize, truth: f64| (found[at] - truth).abs();
+    assert!(off(6, 0.6) < 1e-7 && off(7, 0.8) < 1e-7 && found[8] == 0.0, "{found:?}");
+    // The inverse norm is a subnormal number.
+    let half = 0.5f64.sqrt();
+    assert!(inverse[3] < f32::MIN_POSITIVE && off(9, half) < 1e-6 && off(11, half) < 1e-6, "{found:?}");
+
+    let (mut w, mut cosines) = (Rows::f32(&[1.0, 0.0, 0.0, 0.0, f32::NAN, 0.0], 3), Rows::output(4, 2));
+    let mut workspace = Workspace::asked(|bytes| unsafe {
+        // SAFETY: a live device and an output.
+        pfc_normalize_gemm_workspace(device.0, 4, 3, 2, bytes)
+    });
+    let (at, bytes) = (workspace.pointer(), workspace.bytes);
+    // SAFETY: a live device, matrices that own their memory, a workspace of the size asked for.
+    lend(|l| unsafe {
+        let (e, w, out) = (l.matrix(&mut input), l.matrix(&mut w), l.matrix(&mut cosines));
+        outcome(pfc_normalize_gemm(device.0, &e, &w, &out, at, bytes))
+    })
+    .expect("cosines");
+    let found = cosines.values();
+    assert!([0, 1, 2, 3, 5, 7].iter().all(|&at| found[at].is_nan()), "{found:?}");
+    assert!((found[4] - 0.6).abs() < 1e-6 && (found[6] - half).abs() < 1e-6, "{found:?}");
+}
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let device = device(1);

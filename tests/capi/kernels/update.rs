@@ -161,3 +161,19 @@ fn what_cannot_be_is_refused_and_nothing_moves() {
     }
     assert_eq!((t.centers.values(), t.momentum.values()), (table().centers.values(), table().momentum.values()));
 }
+
+#[test]
+fn what_is_no_number_stays_in_its_element() {
+    let device = device(1);
+    for kind in [1, 2] {
+        let ones = || Rows::f32(&[1.0; 6], 3);
+        let mut table = Table { centers: ones(), momentum: ones(), second_moment: ones() };
+        let mut gradient = Rows::f32(&[0.5, f32::NAN, f32::INFINITY], 3);
+        update(&device, &optimizer(kind), &mut table, &[1], &mut gradient, 0.1, 1).expect("an update");
+        for tensor in [&table.centers, &table.momentum] {
+            let found = tensor.values();
+            assert!(found[..4].iter().all(|x| x.is_finite()), "{kind}: {found:?}");
+            assert!(found[4].is_nan() && !found[5].is_finite(), "{kind}: {found:?}");
+        }
+    }
+}

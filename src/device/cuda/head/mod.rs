@@ -5,6 +5,7 @@
 //! them. streams.rs says which stream runs which work.
 
 mod launch;
+mod passes;
 mod rows;
 mod sample;
 mod verdict;
@@ -18,7 +19,7 @@ use self::verdict::ReportedFailure;
 use super::context::Gpu;
 use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
 use super::nearest::CenterSource;
-use super::products::{Offsets, LARGEST_DIM};
+use super::products::LARGEST_DIM;
 use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
 use super::sizes::{HeadMemory, Sizes};
 use super::staging::{self, Staging};
@@ -31,8 +32,7 @@ use crate::options::RowUpdate;
 use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{ensure, Contribution, Error, Result};
 
-/// Multiprocessors that the weighted centers and the center gradient leave to the collectives beside them.
-const RESERVED_BESIDE_WEIGHTED: u32 = 4;
+/// Multiprocessors that the center gradient leaves to the collectives beside it.
 const RESERVED_BESIDE_GRADIENT: u32 = 8;
 
 /// Arrays that the next step has outgrown: the step in progress still uses them.
@@ -189,61 +189,6 @@ impl CudaHead {
         self.drafts[next].gathered = true;
     }
 
-    /// W^ and P of a chunk of the current step.
-    fn numerators(&mut self, role: StreamRole, first: u32, offsets: Offsets) {
-        let arrays = self.arrays();
-        if !(first == 0 && std::mem::take(&mut self.drafts[self.current].gathered)) {
-            self.gather(role, self.current, first);
-        }
-        self.product(role, "gemm_numerators", |products, stream| products.numerators(stream, arrays, first, offsets));
-    }
-
-    /// P of all chunks and P @ W^ of all but the last.
-    fn multiply(&mut self, offsets: Offsets) {
-        for first in self.chunks() {
-            if let Some(before) = self.deferred_chunk.replace(first) {
-                self.weighted_centers(before);
-            }
-            self.numerators(StreamRole::Main, first, offsets);
-        }
-    }
-
-    /// The same where rows may have offsets of their own: only the sums of all chunks tell which. Nothing tells the host, so that what
-    /// finds them is always followed by what takes their tiles again.
-    fn multiply_twice(&mut self) {
-        let arrays = self.arrays();
-        for first in self.chunks() {
-            self.numerators(StreamRole::Main, first, Offsets::Common);
-        }
-        run!(self, Main, reduce_rows, (arrays,));
-        run!(self, Main, find_far_rows, (arrays,));
-        if self.sizes().keeps_probabilities() {
-            // P is in its place but for the tiles with such rows, and W^ is there as well.
-            self.deferred_chunk = Some(0);
-            self.product(StreamRole::Main, "gemm_numerators", |products, stream| {
-                products.numerators(stream, arrays, 0, Offsets::Own { far_only: true })
-            });
-        } else {
-            self.multiply(Offsets::Own { far_only: false });
-        }
-    }
-
-    /// What numerators that are computed again are relative to.
-    fn offsets(&self) -> Offsets {
-        match self.spec.options.margin.has_row_offsets() {
-            true => Offsets::Own { far_only: false },
-            false => Offsets::Common,
-        }
-    }
-
-    /// P @ W^ of a chunk.
-    fn weighted_centers(&mut self, first: u32) {
-        let (arrays, reserved) = (self.arrays(), self.reserved(RESERVED_BESIDE_WEIGHTED));
-        self.product(StreamRole::Main, "gemm_weighted_centers", |products, stream| {
-            products.weighted_centers(stream, arrays, first, reserved)
-        });
-    }
-
     /// E', the operand of the center gradient.
     fn scale_embeddings(&mut self) -> HeadArrays {
         self.join(StreamRole::Centers, StreamRole::Main);
@@ -378,10 +323,7 @@ impl HeadDevice for CudaHead {
         run!(self, Main, normalize_embeddings, (arrays, source));
         run!(self, Main, judge_embeddings, (arrays,));
         run!(self, Main, find_targets, (arrays, source));
-        match self.spec.options.margin.has_row_offsets() {
-            true => self.multiply_twice(),
-            false => self.multiply(Offsets::Common),
-        }
+        self.multiply();
         run!(self, Main, reduce_rows, (arrays,));
         self.pending_error()
     }

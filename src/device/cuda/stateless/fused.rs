@@ -5,9 +5,9 @@
 use super::arguments::{check_workspace, CallArguments, ALIGNMENT};
 use super::{columns_of, CudaDevice, Shape};
 use crate::device::cuda::products::{Offsets, LARGEST_DIM};
-use crate::device::cuda::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_COLUMNS};
+use crate::device::cuda::shared_structs::{HeadArrays, MarginSettings, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS};
 use crate::device::cuda::sizes::weighted_splits;
-use crate::device::stateless::{checked_sums, checked_targets, checked_weight, must_be_f32};
+use crate::device::stateless::{checked_targets, checked_weight, must_be_f32, GivenSums};
 use crate::device::workspace::WorkspaceCutter;
 use crate::device::{FusedBackward, FusedForward};
 use crate::{ensure, Result};
@@ -80,6 +80,9 @@ impl CudaDevice {
             target_cosines: cut.take(rows),
             partial_sums: cut.take(chunk / TILE_COLUMNS * rows),
             partial_best: cut.take(chunk / TILE_COLUMNS * rows),
+            best_negatives: cut.take(rows),
+            shifts: cut.take(rows),
+            far_tiles: cut.take(rows / TILE_ROWS),
             center_operand: operand,
             center_wide: operand,
             center_inverse_norms: cut.take(shape.classes),
@@ -110,7 +113,7 @@ impl CudaDevice {
     }
 
     /// P of a chunk, from the rows of W that begin it.
-    fn chunk_numerators(&self, arrays: &HeadArrays, first: u32) -> Result<()> {
+    fn chunk_numerators(&self, arrays: &HeadArrays, first: u32, offsets: Offsets) -> Result<()> {
         // The kernel numbers column tiles from the sample's first; only the chunk's have sums here.
         let tiles = u64::from(first) / TILE_COLUMNS * u64::from(arrays.row_capacity);
         let arrays = HeadArrays {
@@ -118,7 +121,7 @@ impl CudaDevice {
             partial_best: arrays.partial_best.wrapping_sub(tiles as usize),
             ..*arrays
         };
-        self.gpu.products.numerators(&self.gpu.stream, arrays, first, Offsets::Common)
+        self.gpu.products.numerators(&self.gpu.stream, arrays, first, offsets)
     }
 
     pub(super) fn run_fused_forward(&self, arguments: &FusedForward<'_>) -> Result<()> {
@@ -138,6 +141,9 @@ impl CudaDevice {
         let e = call.read("embeddings", embeddings)?;
         let w = call.read("centers", centers)?;
         arrays.row_sums = call.write_array("row_sums", arguments.row_sums, embeddings.rows)?;
+        let row_offsets = call.write_array("row_offsets", arguments.row_offsets, embeddings.rows)?;
+        let has_offsets = !row_offsets.is_null() && margin.has_row_offsets();
+        without_offsets_unless(has_offsets, &mut arrays);
         arrays.target_logits = call.write_array("target_logits", arguments.target_logits, embeddings.rows)?;
         let out = call.write("weighted", weighted)?;
         gpu.upload(arrays.columns, &columns_of(&targets))?;
@@ -147,12 +153,25 @@ impl CudaDevice {
         gpu.run(&entries.find_given_targets, (arrays, e, w))?;
         // Without classes one chunk of none: sums and P @ W^ are zeros.
         let none = (shape.classes == 0).then_some((0, 0));
-        for (first, count) in shape.chunks().chain(none) {
+        let add_sums = |(first, count): (u32, u32), offsets: Offsets| {
             gpu.write_unit_centers(&arrays, w, first, count)?;
-            self.chunk_numerators(&arrays, first)?;
-            gpu.products.weighted_centers(&gpu.stream, arrays, first, 0)?;
+            self.chunk_numerators(&arrays, first, offsets)?;
             let tiles = count.div_ceil(TILE_COLUMNS as u32);
-            gpu.run(&entries.add_row_sums, (arrays, tiles, i32::from(first == 0), totals.cast()))?;
+            gpu.run(&entries.add_row_sums, (arrays, tiles, i32::from(first == 0), totals.cast()))
+        };
+        let mut offsets = Offsets::Common;
+        if has_offsets {
+            // Only the sums of all chunks tell which rows need offsets of their own.
+            shape.chunks().chain(none).try_for_each(|chunk| add_sums(chunk, offsets))?;
+            gpu.run(&entries.find_far_rows, (arrays,))?;
+            offsets = Offsets::Own { far_only: false };
+        }
+        for chunk in shape.chunks().chain(none) {
+            add_sums(chunk, offsets)?;
+            gpu.products.weighted_centers(&gpu.stream, arrays, chunk.0, 0)?;
+        }
+        if !row_offsets.is_null() {
+            gpu.run(&entries.write_row_offsets, (arrays, row_offsets.cast()))?;
         }
         gpu.run(&entries.write_weighted_centers, (arrays, out))?;
         call.finish()
@@ -174,12 +193,26 @@ impl CudaDevice {
         checked_targets(&targets, centers.rows)?;
         let sums = call.on_host("row_sums", arguments.row_sums, batch)?;
         let logits = call.on_host("target_logits", arguments.target_logits, batch)?;
-        checked_sums(margin, &sums, &logits)?;
+        let offsets = match arguments.offsets {
+            Some(offsets) => {
+                Some([call.on_host("row_offsets", offsets.of_rank, batch)?, call.on_host("sum_offsets", offsets.of_sums, batch)?])
+            }
+            None => None,
+        };
+        let given = offsets.as_ref().map(|offsets| offsets.each_ref().map(Vec::as_slice));
+        let given = GivenSums { margin, row_sums: &sums, target_logits: &logits, offsets: given };
+        given.check(&targets, centers.rows)?;
         let e = call.read("embeddings", embeddings)?;
         let w = call.read("centers", centers)?;
         let product = call.read("weighted", weighted)?;
         let row_sums = call.read_array("row_sums", arguments.row_sums, batch)?;
         let target_logits = call.read_array("target_logits", arguments.target_logits, batch)?;
+        let (mut sum_offsets, mut row_offsets) = (std::ptr::null_mut::<f32>(), std::ptr::null_mut::<f32>());
+        without_offsets_unless(arguments.offsets.is_some() && margin.has_row_offsets(), &mut arrays);
+        if let Some(offsets) = arguments.offsets.filter(|_| margin.has_row_offsets()) {
+            sum_offsets = call.read_array("sum_offsets", offsets.of_sums, batch)?;
+            row_offsets = call.read_array("row_offsets", offsets.of_rank, batch)?;
+        }
         let grad_e = call.write("grad_embeddings", grad_embeddings)?;
         let grad_w = call.write("grad_centers", grad_centers)?;
         let positives = Positives::of(&targets);
@@ -189,18 +222,30 @@ impl CudaDevice {
         gpu.upload(arrays.block, &[block])?;
         gpu.write_unit_rows(&arrays, e, shape.rows as u32)?;
         gpu.run(&entries.find_given_targets, (arrays, e, w))?;
-        gpu.run(&entries.weigh_rows, (arrays, row_sums.cast(), target_logits.cast()))?;
+        let mut numerators = Offsets::Common;
+        if !row_offsets.is_null() {
+            gpu.run(&entries.set_shifts, (arrays, row_offsets.cast()))?;
+            numerators = Offsets::Own { far_only: false };
+        }
+        gpu.run(&entries.weigh_rows, (arrays, row_sums.cast(), target_logits.cast(), sum_offsets.cast()))?;
         gpu.run(&entries.finish_given_rows, (arrays, product, loss_weight, grad_e))?;
         gpu.run(&entries.scale_embeddings, (arrays,))?;
         gpu.run(&entries.list_whole, (arrays,))?;
         gpu.run(&entries.find_target_columns, (arrays,))?;
         for (first, count) in shape.chunks() {
             gpu.write_unit_centers(&arrays, w, first, count)?;
-            self.chunk_numerators(&arrays, first)?;
+            self.chunk_numerators(&arrays, first, numerators)?;
             gpu.products.center_gradient(&gpu.stream, arrays, first, loss_weight, 0, 0)?;
             gpu.run(&entries.write_center_rows, (arrays, u64::from(first), count, w, grad_w))?;
         }
         call.finish()
+    }
+}
+
+/// Kernels take all rows to have offset c where there is no array of shifts.
+fn without_offsets_unless(has_offsets: bool, arrays: &mut HeadArrays) {
+    if !has_offsets {
+        (arrays.shifts, arrays.best_negatives) = (std::ptr::null_mut(), std::ptr::null_mut());
     }
 }
 

@@ -238,7 +238,14 @@ impl Device for CudaDevice {
         call.finish()
     }
 
-    fn partial_softmax(&self, margin: &Margin, cosines: &Matrix, targets: *const i64, sums: *mut f32) -> Result<()> {
+    fn partial_softmax(
+        &self,
+        margin: &Margin,
+        cosines: &Matrix,
+        targets: *const i64,
+        sums: *mut f32,
+        offsets: *mut f32,
+    ) -> Result<()> {
         must_be_f32("cosines", cosines)?;
         check_columns("cosines", cosines)?;
         let mut pool = self.pool();
@@ -248,7 +255,9 @@ impl Device for CudaDevice {
         let columns = call.list(&columns_of(&targets))?;
         let values = call.change("cosines", cosines)?;
         let row_sums = call.write_array("row_sums", sums, cosines.rows)?;
-        let arguments = (margin_arrays(margin), values, columns.cast(), row_sums.cast());
+        let row_offsets = call.write_array("row_offsets", offsets, cosines.rows)?;
+        let own = i32::from(!offsets.is_null() && margin.has_row_offsets());
+        let arguments = (margin_arrays(margin), values, columns.cast(), row_sums.cast(), row_offsets.cast(), own);
         self.gpu.run(&self.gpu.entries.partial_softmax, arguments)?;
         call.finish()
     }
