@@ -759,7 +759,7 @@ static inline pfc_status pfc_metrics_init(pfc_metrics *metrics) {
 //
 // @param device where the head computes; the head keeps a reference
 // @param comm the ranks; the head keeps a reference; several heads may share one communicator, if
-//   all ranks call them in one order and one thread at a time does
+//   all ranks call them in the same order, one thread at a time
 // @param options borrowed for the call
 // @param out the head; free with pfc_head_free
 pfc_status pfc_head_create(const pfc_device *device, pfc_comm *comm,

@@ -164,7 +164,7 @@ pub unsafe extern "C" fn pfc_metrics_init_sized(metrics: *mut pfc_metrics, struc
 ///
 /// @param device where the head computes; the head keeps a reference
 /// @param comm the ranks; the head keeps a reference; several heads may share one communicator,
-///   if all ranks call them in one order and one thread at a time does
+///   if all ranks call them in the same order, one thread at a time
 /// @param options borrowed for the call
 /// @param out the head; free with pfc_head_free
 #[no_mangle]
