@@ -237,7 +237,7 @@ mod tests {
         }
         let mut zero = arcface;
         zero.scale = 0.0;
-        assert_eq!(zero.check().unwrap_err().message, "scale must be above 0 and at most 128, got 0");
+        assert_eq!(zero.check().unwrap_err().message, "scale must be above 0 and at most 128, got 0.0");
     }
 
     #[test]

@@ -34,20 +34,22 @@
 //! If the loss pointer itself is invalid, this rank uses the location that the other ranks chose; its pfc_head_forward waits for
 //! theirs.
 
+mod arguments;
 mod locked;
 
 use std::ffi::c_char;
 use std::sync::atomic::AtomicBool;
 use std::sync::Mutex;
 
+use self::arguments::{label_argument, rows, state_tensor, step_input};
 use self::locked::{locked, with_head, with_outside};
 use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
 use super::status::pfc_status;
 use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
 use super::{array, boundary, output, required};
-use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor, StepInput};
-use crate::{ensure, error, Result};
+use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor};
+use crate::{ensure, error};
 
 /// SGD: m. AdamW: the first moment.
 pub const PFC_STATE_MOMENTUM: i32 = 1;
@@ -591,45 +593,4 @@ pub unsafe extern "C" fn pfc_head_load(
             "pfc_head_load is not supported yet: use pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress"
         ))
     })
-}
-
-unsafe fn rows(
-    head: *mut pfc_head,
-    first: u64,
-    count: u64,
-    name: &str,
-    argument: *const pfc_matrix,
-    body: impl FnOnce(&mut Head, crate::matrix::Matrix) -> Result<()>,
-) -> pfc_status {
-    with_head(head, |head| {
-        let rows = matrix(name, argument, head.embedding_dim())?;
-        ensure!(
-            rows.rows as u64 == count,
-            InvalidArgument,
-            "{name}.rows must be {count}, the count from class {first}, got {} (rank {})",
-            rows.rows,
-            head.rank()
-        );
-        body(head, rows)
-    })
-}
-
-fn state_tensor(code: i32) -> Result<StateTensor> {
-    match code {
-        PFC_STATE_MOMENTUM => Ok(StateTensor::Momentum),
-        PFC_STATE_SECOND_MOMENT => Ok(StateTensor::SecondMoment),
-        _ => Err(error!(InvalidArgument, "tensor must be PFC_STATE_MOMENTUM (1) or PFC_STATE_SECOND_MOMENT (2), got {code}")),
-    }
-}
-
-unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const i64) -> Result<StepInput> {
-    let embeddings = matrix("embeddings", embeddings, head.embedding_dim())?;
-    // An empty batch needs no labels: the pointer of an empty array may be NULL.
-    let given = !labels.is_null() || embeddings.rows == 0;
-    let labels = if given { Some(label_argument(labels, embeddings.rows as u64)?) } else { None };
-    Ok(StepInput { embeddings, labels })
-}
-
-fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {
-    Ok(Labels { data: labels, count: array("labels", labels, batch)? })
 }

@@ -159,7 +159,7 @@ fn an_array_between_two_elements_is_refused() {
     // SAFETY: a live device; the address is refused.
     let refused = outcome(unsafe { pfc_margin_forward(device.0, &margin, beside, 3, logits.pointer()) }).expect_err("misaligned");
     assert_eq!(refused.status, Status::InvalidArgument as i32);
-    assert!(refused.message.contains("cosines") && refused.message.contains("4-byte"), "{refused:?}");
+    assert!(refused.message.contains("cosines") && refused.message.contains("aligned to 4 bytes"), "{refused:?}");
     assert_eq!(logits.read::<f32>(), [-9.0; 4]);
 }
 

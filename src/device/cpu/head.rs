@@ -6,7 +6,7 @@ use super::buffers::{Activations, Messages};
 use super::pool::Pool;
 use super::products::{self, Shape};
 use super::rows::HostRows;
-use super::sample::{Draft, Sample};
+use super::sample::{merge, Draft, Sample};
 use super::sizes::{AvailableMemory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::{self, inverse_norm};
@@ -572,17 +572,6 @@ fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut
             }
         }
     });
-}
-
-/// The ascending union of two ascending lists.
-fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
-    let mut ids = Vec::new();
-    reserve(&mut ids, chosen.len() + positives.len(), "the sample")?;
-    ids.extend_from_slice(chosen);
-    ids.extend_from_slice(positives);
-    ids.sort_unstable();
-    ids.dedup();
-    Ok(ids)
 }
 
 fn copied(values: &[f32]) -> Result<Vec<f32>> {

@@ -151,3 +151,14 @@ impl Draft {
         unreachable!("row {row} of {before}")
     }
 }
+
+/// The ascending union of two ascending lists.
+pub(super) fn merge(chosen: &[i64], positives: &[i64]) -> Result<Vec<i64>> {
+    let mut ids = Vec::new();
+    reserve(&mut ids, chosen.len() + positives.len(), "the sample")?;
+    ids.extend_from_slice(chosen);
+    ids.extend_from_slice(positives);
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}

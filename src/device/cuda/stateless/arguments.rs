@@ -1,12 +1,10 @@
 //! A stateless call's arguments: used where they are when they are on the GPU, copied there and back when they are in host memory.
 
-use std::mem::size_of;
-
 use crate::device::cuda::driver::{DeviceBuffer, MemorySpace, Stream};
 use crate::device::cuda::shared_structs::{MatrixView, StepBlock};
 use crate::device::cuda::staging::{self, Staging};
 use crate::device::Workspace;
-use crate::matrix::{DType, Matrix};
+use crate::matrix::{check_address, DType, Matrix};
 use crate::memory::Plain;
 use crate::{ensure, Result};
 
@@ -140,7 +138,7 @@ impl<'a> CallArguments<'a> {
 
 /// An array as a matrix of one row; an empty array has no row.
 fn array<T: Element>(name: &str, data: *mut T, count: usize) -> Result<Matrix> {
-    ensure!(data.is_aligned(), InvalidArgument, "{name} must be aligned to its {}-byte elements, got {data:p}", size_of::<T>());
+    check_address(name, data, count as u64)?;
     Ok(Matrix { data: data.cast(), dtype: T::DTYPE, rows: count.min(1), cols: count, row_stride: count })
 }
 
