@@ -84,8 +84,7 @@ impl Cpu {
         &self,
         shape: &Shape,
         margin: &Margin,
-        offsets: &'a [f32],
-        units_transposed: &'a [f32],
+        [offsets, units_transposed]: [&'a [f32]; 2],
         targets: &'a Targets,
         rows: &'a MatrixRows<'a>,
         cutter: &mut WorkspaceCutter,
@@ -334,7 +333,7 @@ impl Device for Cpu {
         let pairs = target_pairs(targets);
         let offsets = vec![margin.offset() as f32; shape.rows];
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, [&offsets, embedded.transposed], &pairs, &rows, &mut cutter);
         let mut forward = |pass: &Pass<'_>| {
             let output = ForwardOutput {
                 inverse_norms: Parts::of(inverse_norms),
@@ -429,7 +428,7 @@ impl Device for Cpu {
         let pairs = target_pairs(targets);
         let offsets = offsets.map_or_else(|| vec![margin.offset() as f32; shape.rows], |[of_rank, _]| of_rank.to_vec());
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, [&offsets, embedded.transposed], &pairs, &rows, &mut cutter);
         let input = UpdateInput { scaled, tangents: embedded.unit, coefficients };
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let center = &mut scratch_rows[..shape.dim];
