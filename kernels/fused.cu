@@ -21,8 +21,8 @@ PFC_DEVICE ptx::Float4 group_of(const MatrixView& matrix, uint64_t row, uint32_t
 
 }  // namespace
 
-// Writes derivatives and, unless null, target_logits and tangents: 0 for rows whose class is not
-// among the centers, which have no tangent.
+// Writes derivatives, target_cosines and, unless null, target_logits and tangents: 0 for rows whose
+// class is not among the centers, which have no tangent.
 // launch: find_given_targets blocks 4 per SM threads 256 shared 0
 // gate: find_given_targets registers <= 128
 PFC_KERNEL_OF(find_given_targets, 256, 2,
@@ -32,8 +32,9 @@ PFC_KERNEL_OF(find_given_targets, 256, 2,
     for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
         const uint32_t target = head.columns[row];
         margin::Target found = {0.0, 0.0};
+        double angle = margin::kHalfPi;
         if (target != kNone) {
-            const double angle = angle::between(
+            angle = angle::between(
                 head.dim, [&](uint32_t column) { return group_of(embeddings, row, column); },
                 [&](uint32_t column) { return group_of(centers, target, column); },
                 [&](uint32_t column, const ptx::Float4& tangent) {
@@ -49,6 +50,7 @@ PFC_KERNEL_OF(find_given_targets, 256, 2,
                 head.target_logits[row] = float(found.logit);
             }
             head.derivatives[row] = float(found.derivative);
+            head.target_cosines[row] = float(margin::cosine(angle));
         }
     }
 }

@@ -215,7 +215,7 @@ impl Replay {
         let (mut beta1_k, mut sqrt_beta2_k) = (1.0, 1.0);
         // w_now = decays[0] * w - m * sum_k move_k / (sqrt_v_scale_k * sqrt(v) + epsilon), with m and v of the gap's start: what decays
         // after move k goes into its factor. Later pieces of the sum go straight into w, whose decay comes first.
-        let (mut keep, mut part) = decays[0].parts();
+        let mut decay = decays[0].parts();
         let mut moves = [AdamwMove { rate: 0.0, sqrt_v_scale: 0.0 }; MOVES];
         for (updates, decays) in moving.chunks(MOVES).zip(decays[1..].chunks(MOVES)) {
             for (made, (update, decay)) in moves.iter_mut().zip(updates.iter().zip(decays)) {
@@ -224,8 +224,8 @@ impl Replay {
                 made.rate = (update.corrected_rate * beta1_k * decay.whole) as f32;
                 made.sqrt_v_scale = (update.sqrt_v_scale * sqrt_beta2_k) as f32;
             }
-            adamw_moves_on(self.simd, keep, part, &moves[..updates.len()], optimizer.epsilon as f32, w, m, v);
-            (keep, part) = (1.0, 0.0);
+            adamw_moves_on(self.simd, decay, &moves[..updates.len()], optimizer.epsilon as f32, w, m, v);
+            decay = [1.0, 0.0];
         }
         let (shrink_m, shrink_v) = (optimizer.beta1.powf(gap) as f32, optimizer.beta2.powf(gap) as f32);
         shrink_on(self.simd, shrink_m, m);
@@ -252,11 +252,11 @@ impl Decay {
     }
 
     /// keep, 1 or 0, and part, of which whole is the sum.
-    fn parts(self) -> (f32, f32) {
+    fn parts(self) -> [f32; 2] {
         if self.shift > -0.5 {
-            (1.0, self.shift as f32)
+            [1.0, self.shift as f32]
         } else {
-            (0.0, self.whole as f32)
+            [0.0, self.whole as f32]
         }
     }
 }
@@ -278,7 +278,7 @@ fn sgd_gaps(sgd: &Sgd, rates: &[f64]) -> Result<Vec<SgdGap>> {
         a = a.changed_by(b * wd - first * lr * wd);
         b = b * mu - first * lr * mu;
         (c, d) = (c * (1.0 - lr * wd) + d * wd, d * mu - c * lr * mu);
-        let (keep, w_w) = a.parts();
+        let [keep, w_w] = a.parts();
         gaps[index] = SgdGap { keep, w_w, w_m: b as f32, m_w: c as f32, m_m: d as f32 };
     }
     Ok(gaps)
@@ -306,11 +306,11 @@ struct AdamwMove {
 }
 
 clones! {
-    fn adamw_moves_on(keep: f32, part: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) = adamw_moves;
+    fn adamw_moves_on(decay: [f32; 2], moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) = adamw_moves;
 }
 
 #[inline(always)]
-fn adamw_moves(keep: f32, part: f32, moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) {
+fn adamw_moves([keep, part]: [f32; 2], moves: &[AdamwMove], epsilon: f32, w: &mut [f32], m: &[f32], v: &[f32]) {
     const LANES: usize = 64;
     // The tail goes through the same lanes, filled up with zeros.
     for start in (0..w.len()).step_by(LANES) {

@@ -18,7 +18,7 @@ impl CpuHead {
         let denominator = sum + (logit - offset).exp();
         // Without a negative on this rank there is nothing to weigh, and where the other ranks' are far 1 / L would leave float32.
         let alone = margin.has_row_offsets() && step.best_negatives[row] == ELSEWHERE;
-        let factor = if alone { 0.0 } else { (margin.scale / denominator * self.from_own_offset(row)) as f32 };
+        let factor = if alone { 0.0 } else { (margin.scale / denominator * self.own_offset_factor(row)) as f32 };
         if sum.is_nan() || sum <= 0.0 || denominator.is_infinite() || !factor.is_finite() {
             return Err(());
         }
@@ -29,7 +29,7 @@ impl CpuHead {
     }
 
     /// What takes numerators relative to the row's offset on this rank to those relative to c.
-    fn from_own_offset(&self, row: usize) -> f64 {
+    fn own_offset_factor(&self, row: usize) -> f64 {
         let own = self.step.offsets[row];
         // The offset that most rows have is c rounded to float32, and stands for c.
         if own == self.softmax.offset {
@@ -98,7 +98,7 @@ impl CpuHead {
         let mut loss = 0.0;
         for row in 0..self.step.shape.rows {
             let (sum, logit) = (self.step.row_sums[row], self.step.target_logits[row]);
-            let sum = f64::from(sum) * self.from_own_offset(row);
+            let sum = f64::from(sum) * self.own_offset_factor(row);
             loss += self.finish_row(row, sum, logit, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64))?;
         }
         Ok(loss)

@@ -84,8 +84,7 @@ impl Cpu {
         &self,
         shape: &Shape,
         margin: &Margin,
-        offsets: &'a [f32],
-        units_transposed: &'a [f32],
+        [offsets, units_transposed]: [&'a [f32]; 2],
         targets: &'a Targets,
         rows: &'a MatrixRows<'a>,
         cutter: &mut WorkspaceCutter,
@@ -338,7 +337,7 @@ impl Device for Cpu {
         let mut offsets = zeros(&[shape.rows], "offsets of rows")?;
         offsets.fill(margin.offset() as f32);
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, [&offsets, embedded.transposed], &pairs, &rows, &mut cutter);
         let mut forward = |pass: &Pass<'_>| {
             let output = ForwardOutput {
                 inverse_norms: Parts::of(inverse_norms),
@@ -439,7 +438,7 @@ impl Device for Cpu {
         }
         let offsets = row_offsets;
         let rows = MatrixRows(centers);
-        let pass = self.pass(&shape, margin, &offsets, embedded.transposed, &pairs, &rows, &mut cutter);
+        let pass = self.pass(&shape, margin, [&offsets, embedded.transposed], &pairs, &rows, &mut cutter);
         let input = UpdateInput { scaled, tangents: embedded.unit, coefficients };
         let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
             let center = &mut scratch_rows[..shape.dim];

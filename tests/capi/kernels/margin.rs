@@ -155,7 +155,7 @@ fn numerators_relative_to_each_rows_offset() {
     for (scale, filter) in [(64.0, 0.0), (90.0, 0.0), (128.0, 0.0), (128.0, 0.1)] {
         let m = pfc_margin { scale, interclass_filter: filter, ..margin() };
         let (batch, classes) = (9, 300);
-        let far = |i: usize| i % 3 == 0;
+        let far = |i: usize| i.is_multiple_of(3);
         let drawn: Vec<f64> = (0..batch * classes)
             .map(|at| f64::from(random.between(-1.0, if far(at / classes) { -0.4 } else { 0.09 }) as f32))
             .collect();
