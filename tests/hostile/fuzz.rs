@@ -45,6 +45,11 @@ fn random_calls_over_functions_of_the_caller() {
 }
 
 #[test]
+fn random_calls_over_functions_that_lie() {
+    println!("{}", episodes("lies", 1, 900));
+}
+
+#[test]
 fn random_calls_of_kernels() {
     println!("{}", episodes("kernels", 1, 3000));
 }
