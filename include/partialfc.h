@@ -103,8 +103,8 @@ const char *pfc_build_info(void);
 // Stays valid. Any thread.
 const char *pfc_status_name(pfc_status status);
 
-// The text of this thread's last error, or "". Valid until this thread's next failing call. On a
-// thread whose destructors of thread-local data are running, it may be a text that says so.
+// The text of this thread's last error, or "". At most 1023 bytes. Valid until this thread's next
+// failing call, or its end.
 const char *pfc_last_error(void);
 
 // Copies the text of pfc_last_error, cut to `size` bytes including its terminating zero. For
@@ -913,8 +913,9 @@ pfc_status pfc_head_write_state(pfc_head *head, int32_t tensor, uint64_t first, 
 //
 // To save a head, read its progress, its class centers and its state between two steps. To go on,
 // on as many ranks with the same options, write the rows first and then the progress: the steps
-// that follow then give the same bits as those of the head that was saved. (With dense row
-// updates, the head that was saved must read its progress too, before it goes on.)
+// that follow then give the same bits as those of the head that was saved. With dense row updates
+// this call brings every row up to date: the head that was saved must have made it before it went
+// on, and on all ranks of a replicated head or on none, else the next step is MISMATCH.
 //
 // @param draws written: samples drawn, not counting that of a pfc_head_prepare that no forward
 //   has followed yet

@@ -204,7 +204,8 @@ pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
     }
     error!(
         Mismatch,
-        "class centers or their state have been overwritten with other values on rank {rank} than on rank 0: \
+        "class centers or their state have been overwritten with other values on rank {rank} than on rank 0, \
+         or the progress of dense rows has been read or written on one of them alone: \
          all ranks of a replicated head must hold the same rows"
     )
 }

@@ -231,8 +231,24 @@ static void parts_of_a_step(struct rank *r, int prepare, double rate, double wei
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // The other calls of a head.
 
+static void progress(struct rank *r) {
+  struct draws *own = &r->own;
+  uint64_t draws = 0, updates = 0;
+  // Brings dense rows up to date, which replicas must all do.
+  if (r->options.placement == PFC_PLACEMENT_REPLICATED && r->options.row_update == PFC_ROW_UPDATE_DENSE && r->mistakes == 0)
+    return;
+  must_succeed(r, "pfc_head_read_progress",
+               DO(pfc_head_read_progress, r->head, &draws, &updates));
+  // Writing abandons a step, and another number makes the ranks differ.
+  if (r->mistakes > 0 && chance(own, 300)) {
+    if (chance(own, 500)) draws += ONE_OF(own, uint64_t, 1, 5, 1ull << 56, UINT64_MAX - draws);
+    DO(pfc_head_write_progress, r->head, draws, updates);
+  }
+}
+
 static void rows(struct rank *r) {
   struct draws *own = &r->own;
+  if (chance(own, 200)) progress(r);
   uint64_t of = 0, count = 0;
   must_succeed(r, "pfc_head_shard", DO(pfc_head_shard, r->head, &of, &count));
   uint64_t some = below(own, count + 1), first = of + below(own, count - some + 1), told = some;

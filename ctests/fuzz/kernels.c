@@ -136,8 +136,14 @@ static void softmax(struct draws *d, pfc_device *device, const struct shape *s) 
   struct grid c = grid_of(d, s->batch, s->classes, 1, s->wild);
   struct block targets = targets_of(d, s, &wrong_target), sums = numbers(d, s->batch, 0, 1);
   if (wrong_target) wrong = 1;
+  struct block offsets = numbers(d, s->batch, 0, 1);
   pfc_status status =
-      DO(pfc_partial_softmax, device, &m, &c.m, (int64_t *)targets.data, (float *)sums.data);
+      chance(d, 300)
+          ? DO(pfc_partial_softmax_offsets, device, &m, &c.m, (int64_t *)targets.data,
+               (float *)sums.data, (float *)offsets.data)
+          : DO(pfc_partial_softmax, device, &m, &c.m, (int64_t *)targets.data, (float *)sums.data);
+  must_be_kept("pfc_partial_softmax", status, &offsets);
+  drop(&offsets);
   if (wrong) must_fail("pfc_partial_softmax", status);
   judge_written("pfc_partial_softmax", status, &c);
   must_be_kept("pfc_partial_softmax", status, &sums);
@@ -160,9 +166,16 @@ static void fused(struct draws *d, pfc_device *device, const struct shape *s) {
   int small = s->batch > 0 && need > 0 && chance(d, 40);
   int wrong_grid = chance(d, 60) && spoil(d, &p, 1);
   struct block workspace = block_of(small ? need - 1 : need, 0x77);
-  pfc_status status = DO(pfc_fused_forward, device, &m, &e.m, &w.m, (int64_t *)targets.data,
-                         (float *)sums.data, (float *)logits.data, &p.m, workspace.data,
-                         workspace.bytes);
+  struct block offsets = numbers(d, s->batch, 0, 1);
+  const int has_offsets = chance(d, 300);
+  pfc_status status =
+      has_offsets
+          ? DO(pfc_fused_forward_offsets, device, &m, &e.m, &w.m, (int64_t *)targets.data,
+               (float *)sums.data, (float *)offsets.data, (float *)logits.data, &p.m,
+               workspace.data, workspace.bytes)
+          : DO(pfc_fused_forward, device, &m, &e.m, &w.m, (int64_t *)targets.data,
+               (float *)sums.data, (float *)logits.data, &p.m, workspace.data, workspace.bytes);
+  must_be_kept("pfc_fused_forward", status, &offsets);
   if (wrong || wrong_target || small || wrong_grid) must_fail("pfc_fused_forward", status);
   judge_written("pfc_fused_forward", status, &p);
   must_be_kept("pfc_fused_forward", status, &sums);
@@ -170,9 +183,14 @@ static void fused(struct draws *d, pfc_device *device, const struct shape *s) {
   if (status == PFC_OK || chance(d, 200)) {
     double weight = chance(d, 30) ? NAN : 0.1;
     int wrong_gradient = chance(d, 60) && spoil(d, chance(d, 500) ? &ge : &gw, 1);
-    status = DO(pfc_fused_backward, device, &m, &e.m, &w.m, (int64_t *)targets.data,
-                (float *)sums.data, (float *)logits.data, &p.m, weight, &ge.m, &gw.m,
-                workspace.data, workspace.bytes);
+    status =
+        has_offsets
+            ? DO(pfc_fused_backward_offsets, device, &m, &e.m, &w.m, (int64_t *)targets.data,
+                 (float *)sums.data, (float *)offsets.data, (float *)logits.data,
+                 (float *)offsets.data, &p.m, weight, &ge.m, &gw.m, workspace.data, workspace.bytes)
+            : DO(pfc_fused_backward, device, &m, &e.m, &w.m, (int64_t *)targets.data,
+                 (float *)sums.data, (float *)logits.data, &p.m, weight, &ge.m, &gw.m,
+                 workspace.data, workspace.bytes);
     if (wrong || wrong_target || small || wrong_gradient || isnan(weight))
       must_fail("pfc_fused_backward", status);
     judge_written("pfc_fused_backward", status, &ge);
@@ -186,6 +204,7 @@ static void fused(struct draws *d, pfc_device *device, const struct shape *s) {
   drop(&targets);
   drop(&sums);
   drop(&logits);
+  drop(&offsets);
   drop(&workspace);
 }
 

@@ -117,7 +117,9 @@ unsafe fn check(mine: &SampledRows, rank: u32) -> Result<()> {
     ensure!(count == 0 || !mine.ids.is_null(), InvalidArgument, "ids must not be NULL for a count of {count} (rank {rank})");
     // Rows are written from the last to the first: over the inputs that is safe in one layout only.
     let layout = |m: &Matrix| (m.data, m.dtype, m.row_stride);
-    let range = |m: &Matrix| m.data as usize..m.data as usize + m.rows * m.row_stride * m.dtype.size();
+    // What lies after the last row is not the matrix's.
+    let elements = |m: &Matrix| if m.rows == 0 { 0 } else { (m.rows - 1) * m.row_stride + m.cols };
+    let range = |m: &Matrix| m.data as usize..m.data as usize + elements(m) * m.dtype.size();
     let (from, to) = (range(&mine.rows), range(&mine.rows_out));
     let disjoint = from.end <= to.start || to.end <= from.start;
     ensure!(

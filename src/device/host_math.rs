@@ -13,6 +13,14 @@ pub(super) fn inverse_norm(sum_of_squares: f64) -> f64 {
     }
 }
 
+/// The same of a class center; NaN for one that is not finite, so that nothing passes for a number that comes of it.
+pub(super) fn center_inverse_norm(sum_of_squares: f64) -> f64 {
+    match sum_of_squares.is_finite() {
+        true => inverse_norm(sum_of_squares),
+        false => f64::NAN,
+    }
+}
+
 /// An operand of [`gemm`]: element (i, j) is `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
 pub(super) struct Operand<'a> {

@@ -5,7 +5,7 @@ use crate::device::Labels;
 use crate::matrix::Matrix;
 use crate::memory::zeros;
 use crate::optimizer::StateTensor;
-use crate::options::Placement;
+use crate::options::{Placement, RowUpdate};
 use crate::{ensure, error, Result};
 
 /// Bytes of rows that are compared at a time.
@@ -53,6 +53,7 @@ impl Head {
         // Dense rows then hold their values by themselves: who writes them into another head needs no learning rates of the past.
         let updates = self.backend.catch_up().and_then(|()| self.backend.updates());
         let updates = if self.poisoned.is_some() { updates } else { self.poison_unless_recoverable(updates) }?;
+        self.announce_caught_up(updates);
         // The sample of a prepared step is drawn again by who goes on from here.
         Ok(Progress { draws: self.draws - u64::from(self.prepared.is_some()), updates })
     }
@@ -67,6 +68,7 @@ impl Head {
         ensure!(updates < 1 << 32, InvalidArgument, "updates must be below 2^32, got {updates} (rank {rank})");
         let written = self.backend.catch_up().and_then(|()| self.backend.set_updates(updates));
         self.poison_unless_recoverable(written)?;
+        self.announce_caught_up(updates);
         (self.draws, self.updates) = (draws, updates);
         (self.state, self.prepared) = (CallState::Idle, None);
         Ok(())
@@ -87,6 +89,14 @@ impl Head {
         Ok(())
     }
 
+    /// Dense rows that are brought to now in two goes round twice: replicas of which one has done so differ in their last bits.
+    fn announce_caught_up(&mut self, updates: u64) {
+        let replicated = self.options.placement == Placement::Replicated && self.comm.size() > 1;
+        if replicated && self.options.row_update == RowUpdate::Dense {
+            self.written_rows = mix(self.written_rows, updates);
+        }
+    }
+
     /// A number that rows of a replicated head share with those of other ranks only if they are equal, but for a chance of 2^-64: the
     /// sum over the rows, so that it does not matter in which pieces they are written. 0 where ranks do not have the same rows.
     fn digest_rows(&self, tensor: StateTensor, first: u64, count: usize) -> Result<u64> {
@@ -103,10 +113,8 @@ impl Head {
             self.backend.read_rows(tensor, first + start as u64, &some)?;
             for (row, values) in values[..rows * dim].chunks_exact(dim).enumerate() {
                 let seed = (first + (start + row) as u64).wrapping_mul(4).wrapping_add(tensor as u64);
-                let mix = |hash: u64, value: &f32| {
-                    (hash ^ u64::from(value.to_bits())).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
-                };
-                sum = sum.wrapping_add(values.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, mix));
+                let digest = values.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, value| mix(hash, value.to_bits().into()));
+                sum = sum.wrapping_add(digest);
             }
         }
         Ok(sum)
@@ -145,4 +153,9 @@ impl Head {
         );
         Ok(first - shard.first)
     }
+}
+
+/// One step of a hash.
+fn mix(hash: u64, value: u64) -> u64 {
+    (hash ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
 }

@@ -59,7 +59,7 @@ fn the_published_table_beside_ours() {
                 output(Command::new(&program).args(options.iter().flat_map(|(name, value)| [name.to_string(), value.to_string()])));
             published.iter().for_each(|figure| assert!(text.contains(figure), "{figure}: {text}"));
             let (rows, shard) = (ranks * batch, classes.div_ceil(ranks));
-            let (labels, embeddings, sums) = (8 * (batch + 4), 4 * batch * dim, 4 * (2 * rows + 4));
+            let (labels, embeddings, sums) = (8 * (batch + 10), 4 * batch * dim, 4 * (2 * rows + 4));
             for ours in [
                 format!("{} = 4 C d", 4 * classes * dim),
                 format!("{} = 4 c d", 4 * shard * dim),

@@ -9,7 +9,7 @@ use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::{AvailableMemory, Sizes};
 use super::vector::{self, Softmax};
-use crate::device::host_math::{self, inverse_norm};
+use crate::device::host_math::{self, center_inverse_norm, inverse_norm};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures};
 use crate::exchange::Exchange;
 use crate::margin;
@@ -231,7 +231,7 @@ impl CpuHead {
                 vector::scale_into(raw, inverse as f32, out);
                 if let Some(column) = draft.column(row) {
                     centers.read(replay, draft.sample.row(column), center, scratch_rows);
-                    let center_inverse = inverse_norm(vector::sum_of_squares(center));
+                    let center_inverse = center_inverse_norm(vector::sum_of_squares(center));
                     let angle = margin::angle(raw, inverse, center, center_inverse);
                     let tangent = unsafe { tangents.range(row * pitch..row * pitch + dim) };
                     margin::tangent(raw, inverse, center, center_inverse, angle, tangent);

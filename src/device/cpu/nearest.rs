@@ -1,12 +1,12 @@
 //! The class centers nearest to each query: chunks of cosines, and the best k of each.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::pool::Pool;
 use super::products::{pitch, CHUNK};
 use super::rows::HostRows;
 use super::vector;
-use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
+use crate::device::host_math::{center_inverse_norm, gemm, inverse_norm, GemmShape, Operand, Store};
 use crate::device::nearest::{keep_best, offer, Nearest};
 use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::shard::Shard;
@@ -30,7 +30,7 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
     let mut found = Nearest { ids: zeros(&[count, k], "ids of top_k")?, cosines: zeros(&[count, k], "cosines of top_k")? };
     let replay = rows_of_shard.replay()?;
     let (scratch, all_cosines, all_ids) = (scratch.parts(), Parts::of(&mut found.cosines), Parts::of(&mut found.ids));
-    let out_of_memory = AtomicBool::new(false);
+    let (out_of_memory, bad_row) = (AtomicBool::new(false), AtomicUsize::new(usize::MAX));
     pool.run(tasks, &|task, worker| {
         let range = task * queries_a_task..((task + 1) * queries_a_task).min(count);
         // SAFETY: a worker number belongs to one thread, a query to one task.
@@ -53,7 +53,10 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
             for (slot, row) in columns.clone().enumerate() {
                 let center = &mut centers[slot * row_pitch..slot * row_pitch + dim];
                 rows_of_shard.read(&replay, row, center, spare);
-                let inverse = inverse_norm(vector::sum_of_squares(center)) as f32;
+                let inverse = center_inverse_norm(vector::sum_of_squares(center)) as f32;
+                if inverse.is_nan() {
+                    bad_row.fetch_min(row, Ordering::Relaxed);
+                }
                 vector::scale(center, inverse);
             }
             let shape = GemmShape { m: range.len(), n: columns.len(), k: dim };
@@ -75,6 +78,9 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
             }
         }
     });
+    if let row @ 0..usize::MAX = bad_row.into_inner() {
+        return Err(error!(NotFinite, "class center {} is not finite", shard.first + row as u64));
+    }
     match out_of_memory.into_inner() {
         true => Err(error!(OutOfMemory, "cannot allocate {} bytes for candidates of top_k", queries_a_task * 2 * k * 16)),
         false => Ok(found),

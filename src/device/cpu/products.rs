@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::pool::Pool;
 use super::vector::{self, Softmax};
-use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
+use crate::device::host_math::{center_inverse_norm, gemm, GemmShape, Operand, Store};
 use crate::memory::{reserve, Parts};
 use crate::Result;
 
@@ -173,7 +173,7 @@ impl<'a> Pass<'a> {
             }
             let row = &mut centers[slot * pitch..slot * pitch + dim];
             self.rows.read(column, row, scratch_rows);
-            let inverse = inverse_norm(vector::sum_of_squares(row)) as f32;
+            let inverse = center_inverse_norm(vector::sum_of_squares(row)) as f32;
             vector::scale(row, inverse);
             norms(column, inverse);
         }

@@ -338,7 +338,8 @@ impl Device for Cpu {
         offsets.fill(margin.offset() as f32);
         let rows = MatrixRows(centers);
         let pass = self.pass(&shape, margin, [&offsets, embedded.transposed], &pairs, &rows, &mut cutter);
-        let mut forward = |pass: &Pass<'_>| {
+        let mut own = zeros(&[shape.rows], "offsets of rows")?;
+        let mut forward = |pass: &Pass<'_>, own: &mut [f32]| {
             let output = ForwardOutput {
                 inverse_norms: Parts::of(inverse_norms),
                 sums: Parts::of(sums),
@@ -347,12 +348,15 @@ impl Device for Cpu {
             };
             products::forward(&self.pool, pass, &output);
             let largest = |row: usize| (0..shape.splits()).map(|split| best[split * shape.rows + row]).fold(ELSEWHERE, f32::max);
-            (0..shape.rows).map(|row| given_offset(margin, largest(row))).collect::<Vec<f32>>()
+            for (row, offset) in own.iter_mut().enumerate() {
+                *offset = given_offset(margin, largest(row));
+            }
         };
-        let own = forward(&pass);
+        forward(&pass, &mut own);
         if !arguments.row_offsets.is_null() {
             if own != offsets {
-                forward(&Pass { offsets: &own, ..pass });
+                let mut again = zeros(&[shape.rows], "offsets of rows")?;
+                forward(&Pass { offsets: &own, ..pass }, &mut again);
             }
             // SAFETY: the caller's array, a value for each row.
             unsafe { array_mut(arguments.row_offsets, shape.rows) }.copy_from_slice(&own);

@@ -1,7 +1,7 @@
 //! Ranks that make the same exchanges for different reasons: another head, another call, another rate, other rows. Nothing is mixed,
 //! and all are told the same.
 
-use partialfc::options::{HeadOptions, Placement};
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc::Status;
 
 use super::assert_refused;
@@ -155,4 +155,21 @@ fn equal_rows_of_replicas_written_in_other_ways() {
         step(a, if rank == 0 { 0.1 } else { 0.2 })
     });
     all_mismatch("a rate", told, &["learning_rate"]);
+}
+
+/// Rows that are brought up to date on one rank alone would differ in their last bits.
+#[test]
+fn progress_of_dense_replicas_read_on_one_rank_alone() {
+    let options = HeadOptions { placement: Placement::Replicated, row_update: RowUpdate::Dense, ..options(10, 4, 8) };
+    let told = on_ranks(2, |place| {
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+        step(&mut head, 0.1).expect("a step");
+        head.read_progress().expect("on all ranks");
+        step(&mut head, 0.1).expect("the rows are the same");
+        if place.rank == 1 {
+            head.read_progress().expect("on one rank");
+        }
+        step(&mut head, 0.1).expect_err("the rows may differ")
+    });
+    all_mismatch("progress", told, &["the progress of dense rows has been read or written on one of them alone"]);
 }
