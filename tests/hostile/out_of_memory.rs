@@ -112,6 +112,9 @@ fn allowed() -> (String, Vec<(String, String, String)>) {
     (comment.iter().map(|line| format!("{line}\n")).collect(), list.collect())
 }
 
+/// How often a place aborts, its lines, and the calls under which it does.
+type Aborts<'a> = (usize, BTreeSet<&'a str>, BTreeSet<&'a str>);
+
 #[test]
 fn every_allocation_may_fail() {
     if !tool("addr2line") {
@@ -124,7 +127,7 @@ fn every_allocation_may_fail() {
     output(command.args(["-ldl", "-lpthread", "-o"]).arg(&program));
     let refused: Vec<Refused> = SCENARIOS.iter().flat_map(|scenario| run(&program, scenario)).collect();
 
-    let mut aborts: BTreeMap<(&str, &str), (usize, BTreeSet<&str>, BTreeSet<&str>)> = BTreeMap::new();
+    let mut aborts: BTreeMap<(&str, &str), Aborts<'_>> = BTreeMap::new();
     let mut wrong = String::new();
     let mut table = String::new();
     for scenario in SCENARIOS {
