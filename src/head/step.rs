@@ -10,9 +10,9 @@
 //! ```
 //!
 //! The device computes, the communicator carries; this file has their order. A sharded step is four messages: *labels* (an all-gather
-//! of status, counters and labels), *embeddings* (an all-gather, padded to the largest batch), *sums* (an all-reduce of two numbers a
-//! row, three at large scales) and *gradient* (a reduce-scatter). A replicated step has *labels*, *replicated sums* (an all-reduce of losses and statuses)
-//! and *center gradient* (an all-reduce).
+//! of status, announcement and labels), *embeddings* (an all-gather, padded to the largest batch), *sums* (an all-reduce of two numbers a
+//! row, three at scales above 75) and *gradient* (a reduce-scatter). A replicated step has *labels*, *replicated sums* (an all-reduce of
+//! losses and statuses) and *center gradient* (an all-reduce).
 //!
 //! A rank that has failed still takes part in the messages that its peers have begun: see [`Contribution`] and `failure.rs`.
 
