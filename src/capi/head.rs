@@ -14,8 +14,8 @@
 //!
 //! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update, or a MISMATCH of steps or
 //! operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
-//! ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update
-//! and the device works, a poisoned head still gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
+//! ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update,
+//! a poisoned head on a CPU device still gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
 //!
 //! WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it is, how many samples they have drawn
 //! and updates they have done, the learning rate and the loss weight (of pfc_head_step its own; otherwise those of the update and

@@ -8,8 +8,8 @@
 //! | ranks at different steps | ends | poisoned | MISMATCH, poisoned |
 //! | of a collective, a device, or an update; a panic | is lost | poisoned, communicator aborted | COMM, ABORTED or TIMEOUT |
 //!
-//! A poisoned head answers every call with POISONED, but for those that read its rows where they are whole: nothing failed inside an
-//! update, and the device works.
+//! A poisoned head answers every call with POISONED, but for those that read its rows where they are whole: on a CPU, where nothing
+//! failed inside an update.
 
 use super::{CallState, Head, Poison};
 use crate::matrix::Matrix;
@@ -134,9 +134,11 @@ impl Head {
         self.poison_unless_recoverable(verdict)
     }
 
-    /// Poisons a head that was not updating its rows.
+    /// Poisons a head that was not updating its rows. On a device with streams an update may be under way all the same, with what a
+    /// failed exchange has left.
     fn poison_before_update(&mut self, cause: &Error) {
-        self.poison_with(cause, !matches!(cause.status, Status::Device | Status::Panic));
+        let whole_rows = self.device.streams().is_none() && !matches!(cause.status, Status::Device | Status::Panic);
+        self.poison_with(cause, whole_rows);
     }
 
     /// The outcome of an update: after a failure some ranks' rows may have moved and others' not.

@@ -8,7 +8,7 @@ use partialfc::options::HeadOptions;
 use partialfc::Status;
 
 use super::assert_refused;
-use partialfc_testing::capi::{options, outcome, Comm, Device, Head, Rows};
+use partialfc_testing::capi::{on_cuda, options, outcome, Comm, Device, Head, Rows};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::Batch;
 
@@ -30,6 +30,11 @@ fn assert_poisoned(what: &str, head: &mut Head, cause: &str) {
     assert_refused(what, head.write_centers(0, &[0.0; 4]), Status::Poisoned, &words);
     assert_refused(what, head.write_progress((0, 0)), Status::Poisoned, &words);
     let (first, count) = head.shard();
+    if on_cuda() {
+        // An update may have been under way.
+        assert_refused(what, head.read_centers(first, count), Status::Poisoned, &words);
+        return;
+    }
     head.read_centers(first, count).expect(what);
     head.read_state(PFC_STATE_MOMENTUM, first, count).expect(what);
     head.read_progress().expect(what);
@@ -155,7 +160,7 @@ fn a_head_in_use_is_refused_to_a_second_thread() {
 /// The shard and the last sample of a head are known while a step waits for another rank.
 #[test]
 fn shard_and_sample_are_answered_while_a_step_waits() {
-    if partialfc_testing::capi::on_cuda() {
+    if on_cuda() {
         return; // the ids are in the GPU's memory
     }
     let heads = on_ranks(2, |place| {

@@ -56,7 +56,7 @@ fn fail_in_step(options: &HeadOptions, at: i64, fault: Fault, timeout_ms: u64) -
             true => assert!(rows.is_ok(), "{what}: {rows:?}"),
             false => drop(assert_refused(&what, rows, Status::Poisoned, &["load a checkpoint"])),
         }
-        if options.placement == Placement::Sharded {
+        if options.placement == Placement::Sharded && !partialfc_testing::capi::on_cuda() {
             assert!(poisoned.message.contains("which are whole"), "{what}: no operation of these is in an update: {poisoned:?}");
         }
         failure
