@@ -105,7 +105,7 @@ PFC_DEVICE void clear_block(StepBlock& block) {
 // judge_labels. A rank's own failure is in its own block: the host has its message and does not
 // need the verdict's.
 // launch: judge_labels blocks 1 threads 1024 shared 256
-// gate: judge_labels registers <= 40
+// gate: judge_labels registers <= 64
 PFC_KERNEL_OF(judge_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
     const int64_t* const own = block_of(head, head.rank);
