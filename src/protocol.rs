@@ -1,6 +1,6 @@
 //! What the ranks tell each other in a step: the layouts of the messages, and the verdict that every rank reaches from them alike.
 //!
-//! *labels*, before any work, one block a rank: {status, rank, batch, announcement, labels[max_batch]}. Replicated heads with
+//! *labels*, before any work, one block a rank: {status, rank, batch, announcement, max_batch labels}. Replicated heads with
 //! sample_rate 1 need no one else's labels, but a caller's sample and a verdict on all labels do. What comes back is judged before any
 //! of it is an index: this rank's own block is what it sent, each block is at its rank's place, no batch is above max_batch.
 //! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,

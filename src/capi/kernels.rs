@@ -12,6 +12,9 @@
 //! memory. The arrays that are checked are targets, positives and ids, and in pfc_fused_backward row_sums, target_logits and offsets:
 //! keep them in host memory if you can.
 
+// The header's brackets are indices of arrays.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::ffi::c_void;
 
 use super::device::pfc_device;
