@@ -129,55 +129,37 @@ impl<F: Fn()> OnAnotherThread<F> {
 /// As [`gemm_into`].
 unsafe fn multiply(shape: GemmShape, destination: *mut f32, pitch: usize, left: Operand<'_>, right: Operand<'_>, store: Store) {
     let GemmShape { m, n, k } = shape;
-    let (left_row, left_column) = (left.row_stride as isize, left.column_stride as isize);
-    let (right_row, right_column) = (right.row_stride as isize, right.column_stride as isize);
-    let (destination_row, destination_column) = (pitch as isize, 1);
+    // (data, stride of a row, stride of a column)
+    let of = |operand: Operand<'_>| (operand.data.as_ptr(), operand.row_stride as isize, operand.column_stride as isize);
+    let (left, right, pitch) = (of(left), of(right), pitch as isize);
+    // The function is at its best with columns side by side. Rows side by side are the columns of the transpose, whose left operand is
+    // the right one's transpose.
+    let transposed = |(data, row, column)| (data, column, row);
+    let (m, n, (row, column), left, right) = match pitch > 1 {
+        true => (n, m, (1, pitch), transposed(right), transposed(left)),
+        false => (m, n, (pitch, 1), left, right),
+    };
     let function = gemm_f32::gemm::f32::get_gemm_fn();
-    let (add, none) = (store == Store::Add, Parallelism::None);
-    let (left, right) = (left.data.as_ptr(), right.data.as_ptr());
-    // The function is at its best with columns side by side. Rows side by side are the columns of the transpose.
-    match destination_column < destination_row {
-        true => function(
-            n,
-            m,
-            k,
-            destination,
-            destination_row,
-            destination_column,
-            add,
-            right,
-            right_row,
-            right_column,
-            left,
-            left_row,
-            left_column,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            none,
-        ),
-        false => function(
-            m,
-            n,
-            k,
-            destination,
-            destination_column,
-            destination_row,
-            add,
-            left,
-            left_column,
-            left_row,
-            right,
-            right_column,
-            right_row,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            none,
-        ),
-    }
+    let (add, one, plain) = (store == Store::Add, 1.0, false);
+    function(
+        m,
+        n,
+        k,
+        destination,
+        column,
+        row,
+        add,
+        left.0,
+        left.2,
+        left.1,
+        right.0,
+        right.2,
+        right.1,
+        one,
+        one,
+        plain,
+        plain,
+        plain,
+        Parallelism::None,
+    );
 }
