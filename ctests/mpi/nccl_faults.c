@@ -5,7 +5,8 @@
  *   mpicc -std=c99 nccl_faults.c -lpartialfc -lpthread
  *   mpirun -n 3 ./a.out FAULT MOMENT TIMEOUT_MS FOLDER
  *
- * In its third step rank 1 is killed (FAULT kill: SIGKILL) or stopped (stop: SIGSTOP), when
+ * In its third step rank 1 is killed (FAULT kill: SIGKILL) or stopped (stop: SIGSTOP), when, with
+ * TIMEOUT_MS from there on,
  *
  *   before   it has called nothing of the step: the others wait for its labels
  *   between  its forward pass is over: the others wait for its share of the gradient
@@ -67,6 +68,10 @@ static void check(pfc_status status, const char *what) {
   MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
+static void limit_waits(pfc_comm *comm, const char *ms) {
+  check(pfc_comm_set_timeout(comm, (uint64_t)atoll(ms)), "pfc_comm_set_timeout");
+}
+
 /* Ends or stops the process soon, whatever its other threads do. */
 static void *soon(void *unused) {
   sleep_ms(25);
@@ -125,17 +130,17 @@ int main(int argc, char **argv) {
   options.max_batch = BATCH;
   options.sample_rate = 0.5;
   check(pfc_head_create(device, comm, &options, &head), "pfc_head_create");
-  /* All are here: from now on a late rank is a lost one. */
-  MPI_Barrier(MPI_COMM_WORLD);
-  check(pfc_comm_set_timeout(comm, (uint64_t)atoll(argv[3])), "pfc_comm_set_timeout");
 
   for (step = 0; status == PFC_OK && step < STEPS; step++) {
     const int lost = rank == 1 && step == 2;
     for (i = 0; i < BATCH; i++) labels[i] = (step * 37 + rank * 11 + i * 5) % CLASSES;
     for (i = 0; i < BATCH * DIM; i++) embeddings[i] = (float)((i * 31 + step * 7) % 23) - 11;
+    /* The fault is near: a late rank is a lost one, however busy the machine was before. */
+    if (step == 2 && strcmp(moment, "between") != 0) limit_waits(comm, argv[3]);
     if (lost) strike(moment, "amid");
     if (lost) strike(moment, "before");
     status = pfc_head_forward(head, &e, labels, &loss);
+    if (step == 2 && strcmp(moment, "between") == 0) limit_waits(comm, argv[3]);
     if (lost) strike(moment, "between");
     if (status == PFC_OK) status = pfc_head_backward(head, 1, 1, &g);
     if (status == PFC_OK) status = pfc_head_update(head, 0.1);

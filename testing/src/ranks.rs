@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use crate::capi::Comm;
 
-/// No test waits longer for another rank.
-pub const TIMEOUT: Duration = Duration::from_secs(20);
-/// A wait that no test reaches unless something hangs.
-pub const LONG: Duration = Duration::from_secs(60);
+/// A wait that no test reaches unless something hangs, on a machine with ten times as many programs as cores either.
+pub const LONG: Duration = Duration::from_secs(240);
 
 /// One rank's place in the group.
 pub struct Rank {
@@ -37,7 +35,7 @@ pub fn on_comms<T: Send>(comms: Vec<Comm>, body: impl Fn(&Rank) -> T + Sync) -> 
             .map(|(rank, comm)| {
                 let (body, first_panic) = (&body, &first_panic);
                 scope.spawn(move || {
-                    comm.set_timeout(TIMEOUT);
+                    comm.set_timeout(LONG);
                     let place = Rank { rank, size, comm };
                     catch_unwind(AssertUnwindSafe(|| body(&place)))
                         .map_err(|panic| {

@@ -11,10 +11,9 @@ use partialfc::matrix::{DType, ReduceOp};
 use partialfc::stream::StreamMemory;
 use partialfc::{Error, Result, Status};
 
-use crate::fake_device::*;
+use partialfc_testing::ranks::LONG;
 
-/// A wait that no test reaches unless something hangs.
-const LONG: Duration = Duration::from_secs(60);
+use crate::fake_device::*;
 
 const HOST_MEMORY: u32 = 1;
 const DEVICE_MEMORY: u32 = 2;

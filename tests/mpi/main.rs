@@ -16,7 +16,7 @@ use partialfc_testing::programs::{fresh, link_shared, on_path, output, root, scr
 /// How long ranks wait for one that is lost: long beside what a busy machine may take between two messages.
 const PATIENCE_MS: u64 = 5000;
 /// The same where the ranks' GPUs are emulated, a few milliseconds from one message to the next.
-const NCCL_PATIENCE_MS: u64 = 2000;
+const NCCL_PATIENCE_MS: u64 = 5000;
 
 /// An MPI and its commands.
 #[derive(Clone, Copy, Debug)]
@@ -391,7 +391,7 @@ fn a_rank_that_nccl_loses() {
             let mut launcher = mpi.careless_launcher(3);
             on_emulated_gpus(&mut launcher, 3).env("PFC_STANDIN_TELL", if told { "1" } else { "0" });
             // Where the others are told they do not wait so long.
-            let patience = if told { 60_000 } else { NCCL_PATIENCE_MS };
+            let patience = if told { 240_000 } else { NCCL_PATIENCE_MS };
             launcher.arg(&program).args([kind, moment, &patience.to_string()]).arg(&folder);
             let (ends, printed) = lose_a_rank(launcher, &folder, kind == "stop");
             assert_no_findings(&printed);

@@ -7,7 +7,7 @@ use partialfc::Status;
 
 use super::assert_refused;
 use partialfc_testing::capi::{options, Comm, Device, Head, Rows};
-use partialfc_testing::ranks::on_comms;
+use partialfc_testing::ranks::{on_comms, LONG};
 use partialfc_testing::training::{assert_same_bits, train};
 use partialfc_testing::transport::{group, Fault, CODE};
 
@@ -76,7 +76,7 @@ fn operations(options: &HeadOptions) -> i64 {
 fn a_function_that_returns_a_code_is_comm_with_its_text_and_poisons() {
     for options in placements() {
         for at in 0..operations(&options) {
-            let failures = fail_in_step(&options, at, Fault::Code, 20_000);
+            let failures = fail_in_step(&options, at, Fault::Code, LONG.as_millis() as u64);
             let what = format!("{:?} operation {at}", options.placement);
             let code = CODE.to_string();
             let words = ["rank 1", code.as_str(), "cable 4242 is cut"];
