@@ -1154,7 +1154,8 @@ pfc_status pfc_sample_classes(const pfc_device *device, uint64_t seed, uint64_t 
 
 // Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
 //
-// A NaN or an infinity in a gradient or in the state goes into its element, and no further.
+// A NaN or an infinity in a gradient or in the state goes into its element, and no further. A
+// second moment below zero makes its element NaN.
 //
 // @param centers n x d in f32, updated
 // @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment

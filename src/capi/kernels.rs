@@ -393,7 +393,8 @@ pub unsafe extern "C" fn pfc_sample_classes(
 
 /// Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
 ///
-/// A NaN or an infinity in a gradient or in the state goes into its element, and no further.
+/// A NaN or an infinity in a gradient or in the state goes into its element, and no further. A second
+/// moment below zero makes its element NaN.
 ///
 /// @param centers n x d in f32, updated
 /// @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment
@@ -426,9 +427,6 @@ pub unsafe extern "C" fn pfc_update_rows(
             same_rows("second_moment", v.rows, w.rows)?;
         }
         let g = matrix("gradients", gradients, w.cols as u64)?;
-        if g.rows == 0 {
-            return Ok(());
-        }
         ensure!(
             g.rows <= w.rows,
             InvalidArgument,

@@ -137,6 +137,9 @@ fn what_cannot_be_is_refused_and_nothing_moves() {
     assert_refused("id below", try_ids(&mut t, &[-1, 0]), &["ids[0]", "-1"]);
     assert_refused("rate", update(&device, &sgd, &mut t, &[0, 1], &mut g, f64::NAN, 1), &["learning_rate", "NaN"]);
     assert_refused("rate", update(&device, &sgd, &mut t, &[0, 1], &mut g, -1.0, 1), &["learning_rate", "-1"]);
+    let none = |t: &mut Table, rate| update(&device, &sgd, t, &[], &mut Rows::output(0, 2), rate, 1);
+    assert_refused("rate for no rows", none(&mut t, f64::NAN), &["learning_rate", "NaN"]);
+    none(&mut t, 0.1).expect("no rows");
     let adamw = optimizer(2);
     assert_refused("update 0", update(&device, &adamw, &mut t, &[0, 1], &mut g, 0.1, 0), &["update", "0"]);
     let mut bad = optimizer(1);
@@ -176,4 +179,9 @@ fn what_is_no_number_stays_in_its_element() {
             assert!(found[4].is_nan() && !found[5].is_finite(), "{kind}: {found:?}");
         }
     }
+    let ones = |first| Rows::f32(&[first, 1.0, 1.0], 3);
+    let mut table = Table { centers: ones(1.0), momentum: ones(1.0), second_moment: ones(-1.0) };
+    update(&device, &optimizer(2), &mut table, &[0], &mut ones(0.0), 0.1, 1).expect("an update");
+    let found = table.centers.values();
+    assert!(found[0].is_nan() && found[1..].iter().all(|x| x.is_finite()), "a second moment below zero: {found:?}");
 }
