@@ -28,7 +28,7 @@ PFC_DEVICE double between(uint32_t dim, const E& e, const W& w, const Tangent& t
         products = rows::add_products(products, row, center);
     }
     const double e_inverse = rows::inverse_norm(warp_sum(e_squares));
-    const double w_inverse = rows::inverse_norm(warp_sum(w_squares));
+    const double w_inverse = rows::center_inverse_norm(warp_sum(w_squares));
     if (e_inverse == 0.0 || w_inverse == 0.0) {
         for (uint32_t base = 0; base < dim; base += rows::kSpan) {
             tangent(base + rows::kGroup * lane, rows::zeros());

@@ -41,7 +41,7 @@ PFC_KERNEL(gather_centers, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t fi
                 squares = rows::add_squares(
                     squares, replay::center(head, missed, row, base + rows::kGroup * lane));
             }
-            inverse = float(rows::inverse_norm(warp_sum(squares)));
+            inverse = float(rows::center_inverse_norm(warp_sum(squares)));
             if (lane == 0) {
                 head.center_inverse_norms[first + slot] = inverse;
             }

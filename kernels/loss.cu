@@ -322,7 +322,7 @@ PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
 // Writes this rank's terms of the sums message, also for a failed step: the other ranks wait for
 // them. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
 // no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
-// other ranks' hosts read both.
+// other ranks' hosts read both. A rank whose update has left float32 fails here, at the latest.
 // launch: pack_sums blocks 1 threads 256 shared 272
 // gate: pack_sums registers <= 64
 PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status,
@@ -330,6 +330,9 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_stat
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {
         return;
+    }
+    if (own_status == kOk && head.ledger->torn_row != kNone) {
+        own_status = kNotFinite;
     }
     if (head.sharded) {
         pack_sharded(head, own_status, loss_place, shared_of(dynamic));

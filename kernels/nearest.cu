@@ -8,8 +8,8 @@
 // registers, in descending order over the lanes, and shifts a larger one in. Of n keys in any order
 // about k ln(n / k) are larger; the rest cost one comparison. A row's columns are divided among
 // `warps_per_row` warps, whose lists are merged at the end.
-// Floor: 4 bytes a cosine, read once. Agrees with src/device/nearest.rs, where a NaN also comes
-// last.
+// A NaN is above all: the host finds the class center that it came from, and refuses.
+// Floor: 4 bytes a cosine, read once. Agrees with src/device/nearest.rs.
 #include "ptx/arithmetic.h"
 #include "rows.h"
 
@@ -24,7 +24,7 @@ PFC_DEVICE uint64_t key_of(float cosine, uint32_t class_here) {
         uint32_t bits;
     } cell;
     cell.value = cosine == 0.0f ? 0.0f : cosine;  // -0 and 0 are equal
-    const uint32_t order = cosine != cosine          ? 0u
+    const uint32_t order = cosine != cosine        ? ~0u
                            : cell.bits >> 31 != 0 ? ~cell.bits
                                                      : cell.bits | 0x80000000u;
     return uint64_t(order) << 32 | (0xffffffffu - class_here);
@@ -36,7 +36,7 @@ PFC_DEVICE float cosine_of(uint64_t key) {
         uint32_t bits;
         float value;
     } cell;
-    // The order 0 of a NaN becomes ~0, a NaN again.
+    // The order ~0 of a NaN becomes 2^31 - 1, a NaN again.
     cell.bits = order >> 31 != 0 ? order & 0x7fffffffu : ~order;
     return cell.value;
 }

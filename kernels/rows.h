@@ -35,6 +35,12 @@ PFC_DEVICE double inverse_norm(double sum_of_squares) {
     return norm < kShortest ? 0.0 : 1.0 / norm;
 }
 
+// The same of a class center; NaN for one that is not finite, so that nothing passes for a number
+// that comes of it.
+PFC_DEVICE double center_inverse_norm(double sum_of_squares) {
+    return is_finite(sum_of_squares) ? inverse_norm(sum_of_squares) : nan("");
+}
+
 PFC_DEVICE float read_element(const uint8_t* data, uint64_t index, int32_t dtype) {
     if (dtype == kF32) {
         return reinterpret_cast<const float*>(data)[index];

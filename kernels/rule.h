@@ -59,6 +59,17 @@ PFC_DEVICE void adamw(const Rule& rule, ptx::Float4& w, ptx::Float4& m, ptx::Flo
     adamw(rule, w.w, m.w, v.w, g.w);
 }
 
+// `so_far` is 0 while all elements were finite, and NaN from then on.
+PFC_DEVICE float probe(float so_far, float element) { return so_far + element * 0.0f; }
+
+PFC_DEVICE float probe(float so_far, const ptx::Float2& row) {
+    return probe(probe(so_far, row.x), row.y);
+}
+
+PFC_DEVICE float probe(float so_far, const ptx::Float4& row) {
+    return probe(probe(probe(probe(so_far, row.x), row.y), row.z), row.w);
+}
+
 // base^exponent by squaring: at most `exponent` roundings of a double, and unlike pow no stack.
 PFC_DEVICE double power(double base, uint64_t exponent) {
     double result = 1.0;

@@ -136,6 +136,8 @@ struct Ledger {
     uint64_t updates;         // done
     uint64_t failed;          // steps that failed since the host last asked
     StepBlock first_failure;  // the first of them
+    uint32_t torn_row;        // first row of the shard that an update took out of float32, or kNone
+    uint32_t reserved;
 };
 
 // The coefficients of one update (begin_update): src/optimizer UpdateRule.

@@ -80,6 +80,9 @@ PFC_DEVICE void normal_pair(uint32_t radius, uint32_t angle, float std, float& f
 // launch: start_values blocks 8 per SM threads 256 shared 0
 // gate: start_values registers <= 40
 PFC_KERNEL(start_values, (const PFC_GRID_CONSTANT HeadArrays head, double std)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        head.ledger->torn_row = kNone;
+    }
     for (uint32_t row = rows::first_row(); row < head.shard_rows; row += rows::row_stride()) {
         const uint64_t number = head.first_class + row;
         for (uint32_t column = rows::kGroup * (threadIdx.x % 32); column < head.master_pitch;

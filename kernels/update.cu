@@ -8,6 +8,7 @@
 // src/device/cpu/rows.rs and vector.rs normalize_backward. Floor of
 // update_rows: 4 d bytes of gradient and 16 d (SGD) or 24 d (AdamW) of rows and state a column; the
 // second pass over a row finds it in the cache.
+#include "ptx/atomic.h"
 #include "replay.h"
 
 // The coefficients of update number updates + 1.
@@ -62,6 +63,7 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
         const float inverse = head.center_inverse_norms[first + slot];
         const float along = float(warp_sum(dot) * double(inverse)) * inverse;
         double squares = 0.0;
+        float torn = 0.0f;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
@@ -80,9 +82,13 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
             }
             rows::write_group(head.centers + start, column, head.master_pitch, w);
             rows::write_group(head.momentum + start, column, head.master_pitch, m);
+            torn = rule::probe(rule::probe(rule::probe(torn, w), m), v);
             squares = rows::add_squares(squares, g);
         }
         squares = warp_sum(squares);
+        if (torn != 0.0f) {
+            ptx::atomic_min(&head.ledger->torn_row, row);
+        }
         ptx::sync_warp();  // every lane has read last_update
         if (lane == 0) {
             head.center_squares[first + slot] = float(squares);

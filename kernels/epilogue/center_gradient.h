@@ -20,6 +20,7 @@
 #include "epilogue/row_pipeline.h"
 #include "integers.h"
 #include "ptx/arithmetic.h"
+#include "ptx/atomic.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
 #include "rule.h"
@@ -213,7 +214,7 @@ PFC_DEVICE void update_centers(const HeadArrays& head, const Mainloop& mainloop,
     __syncthreads();
 
     const Rule rule = *head.rule;
-    float squares = 0.0f;
+    float squares = 0.0f, torn = 0.0f;
     Rows::run(load_rows, [&](int unit, int slot) {
         const int row = unit / kUnitsOfRow, i = row / 2, h = row % 2, first = tile_of(unit);
         const unsigned char* const window = own + slot * kSlot;
@@ -238,16 +239,21 @@ PFC_DEVICE void update_centers(const HeadArrays& head, const Mainloop& mainloop,
             if constexpr (kAdamw) {
                 ptx::Float2 v = Window::lane_values(window + 2 * kWindow, j);
                 rule::adamw(rule, w, m, v, g);
+                torn = rule::probe(torn, v);
                 *reinterpret_cast<ptx::Float2*>(head.second_moment + master + 8 * j) = v;
             } else {
                 rule::sgd(rule, w, m, g);
             }
+            torn = rule::probe(rule::probe(torn, w), m);
             *reinterpret_cast<ptx::Float2*>(head.momentum + master + 8 * j) = m;
             *reinterpret_cast<ptx::Float2*>(head.centers + master + 8 * j) = w;
         }
         if (first + kTiles == Mainloop::kColumnTiles) {
             write_partial_sum<kClasses>(partial, index, squares);
-            squares = 0.0f;
+            if (torn != 0.0f) {
+                ptx::atomic_min(&head.ledger->torn_row, classes.rows[index]);
+            }
+            squares = torn = 0.0f;
         }
     });
     __syncthreads();

@@ -158,8 +158,9 @@ pub trait HeadDevice: Send {
     fn failed_in_labels(&self) -> bool {
         false
     }
-    /// Whether the failure that `judge_sums` or `wait` gave is that the ranks' announcements differ.
-    fn ranks_differ(&self) -> bool {
+    /// Whether the head does not survive the failure that `judge_sums` or `wait` gave: announcements that differ, or rows that an update
+    /// took out of float32.
+    fn is_fatal(&self) -> bool {
         false
     }
     /// The verdict of everything enqueued.

@@ -1,10 +1,17 @@
 //! Lists of the class centers nearest to a query, as evaluation asks for them.
 
+use crate::{error, Error};
+
 /// Class ids and cosines, [queries, k], nearest first, equal cosines by ascending id.
 #[derive(Clone, Debug, Default)]
 pub struct Nearest {
     pub ids: Vec<i64>,
     pub cosines: Vec<f32>,
+}
+
+/// The error of a search over a class center that is no direction.
+pub(super) fn not_finite(class: u64) -> Error {
+    error!(NotFinite, "class center {class} is not finite")
 }
 
 /// Adds a candidate; the list is cut back to `k` only when it has doubled.

@@ -126,9 +126,9 @@ impl Head {
     }
 
     /// The same for a verdict that the device reached: MISMATCH may also be samples that differ, which the head survives.
-    pub(super) fn poison_if_ranks_differ<T>(&mut self, verdict: Result<T>) -> Result<T> {
+    pub(super) fn poison_if_fatal<T>(&mut self, verdict: Result<T>) -> Result<T> {
         let verdict = self.prefer_comm_failure(verdict);
-        if let (Err(error), true) = (&verdict, self.backend.ranks_differ()) {
+        if let (Err(error), true) = (&verdict, self.backend.is_fatal()) {
             self.poison_before_update(error);
         }
         self.poison_unless_recoverable(verdict)
@@ -150,8 +150,8 @@ impl Head {
         outcome
     }
 
-    /// A softmax sum that is no number, and the class center that made it one, if this rank has it: an update on a GPU does not look at
-    /// what it writes, and dense rows move without one.
+    /// A softmax sum that is no number, and the class center that made it one, if this rank has it: dense rows move without an update of
+    /// their own, which would look at them.
     pub(super) fn name_class_not_finite(&self, error: Error) -> Error {
         if !protocol::is_bad_sum(&error) {
             return error;
@@ -192,7 +192,7 @@ impl Head {
             self.own_failure = Some(error.clone());
         }
         computed?;
-        let loss = self.poison_if_ranks_differ(loss)?;
+        let loss = self.poison_if_fatal(loss)?;
         (self.state, self.failed) = (CallState::Forwarded, false);
         Ok(loss)
     }

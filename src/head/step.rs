@@ -121,7 +121,7 @@ impl Head {
     pub fn wait(&mut self) -> Result<()> {
         self.check_usable()?;
         let verdict = self.backend.wait();
-        self.poison_if_ranks_differ(verdict)
+        self.poison_if_fatal(verdict)
     }
 }
 

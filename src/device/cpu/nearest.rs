@@ -7,7 +7,7 @@ use super::products::{pitch, CHUNK};
 use super::rows::HostRows;
 use super::vector;
 use crate::device::host_math::{center_inverse_norm, gemm, inverse_norm, GemmShape, Operand, Store};
-use crate::device::nearest::{keep_best, offer, Nearest};
+use crate::device::nearest::{keep_best, not_finite, offer, Nearest};
 use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::shard::Shard;
 use crate::{error, Result};
@@ -79,7 +79,7 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
         }
     });
     if let row @ 0..usize::MAX = bad_row.into_inner() {
-        return Err(error!(NotFinite, "class center {} is not finite", shard.first + row as u64));
+        return Err(not_finite(shard.first + row as u64));
     }
     match out_of_memory.into_inner() {
         true => Err(error!(OutOfMemory, "cannot allocate {} bytes for candidates of top_k", queries_a_task * 2 * k * 16)),

@@ -7,8 +7,8 @@ use super::context::Gpu;
 use super::driver::DeviceBuffer;
 use super::shared_structs::{HeadArrays, MatrixView, TILE_COLUMNS, TILE_ROWS};
 use super::staging::fetch;
-use crate::device::host_math::{gemm, inverse_norm, GemmShape, Operand, Store};
-use crate::device::nearest::{keep_best, offer, Nearest};
+use crate::device::host_math::{center_inverse_norm, gemm, inverse_norm, GemmShape, Operand, Store};
+use crate::device::nearest::{keep_best, not_finite, offer, Nearest};
 use crate::matrix::{DType, Matrix};
 use crate::memory::{zeros, Plain};
 use crate::Result;
@@ -90,7 +90,12 @@ impl CenterSource<'_> {
         let (id_list, cosine_list) = (ids.as_mut_ptr().cast(), cosines.as_mut_ptr().cast());
         gpu.run(&gpu.entries.merge_nearest, (arrays, count as u64, k, warps_per_row, lists, id_list, cosine_list))?;
         let all = count * k as usize;
-        Ok(Nearest { ids: fetch(stream, ids.as_mut_ptr(), all)?, cosines: fetch(stream, cosines.as_mut_ptr(), all)? })
+        let found = Nearest { ids: fetch(stream, ids.as_mut_ptr(), all)?, cosines: fetch(stream, cosines.as_mut_ptr(), all)? };
+        // Queries are finite: a NaN, which is above all cosines, comes of a class center.
+        match found.cosines.iter().position(|cosine| cosine.is_nan()) {
+            Some(hit) => Err(not_finite(found.ids[hit] as u64)),
+            None => Ok(found),
+        }
     }
 
     fn nearest_on_host(&self, queries: &[f32], k: usize) -> Result<Nearest> {
@@ -106,7 +111,13 @@ impl CenterSource<'_> {
             let rows_here = HOST_ROWS.min(rows - first);
             let centers = &mut centers[..rows_here * dim];
             (self.read)(first, &Matrix::of_f32(centers, rows_here, dim))?;
-            centers.chunks_exact_mut(dim).for_each(normalize);
+            for (row, center) in centers.chunks_exact_mut(dim).enumerate() {
+                let inverse = center_inverse_norm(sum_of_squares(center)) as f32;
+                if inverse.is_nan() {
+                    return Err(not_finite(self.arrays.first_class + (first + row) as u64));
+                }
+                center.iter_mut().for_each(|x| *x *= inverse);
+            }
             let shape = GemmShape { m: count, n: rows_here, k: dim };
             gemm(shape, &mut cosines, rows_here, Operand::rows(&units, dim), Operand::transposed(centers, dim), Store::Replace);
             for (query, best) in best.iter_mut().enumerate() {
@@ -133,8 +144,11 @@ fn buffer<T: Plain>(gpu: &Gpu, count: u64, what: &str) -> Result<DeviceBuffer<T>
     DeviceBuffer::zeroed(&gpu.stream, count as usize, what)
 }
 
+fn sum_of_squares(row: &[f32]) -> f64 {
+    row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
+
 fn normalize(row: &mut [f32]) {
-    let squares = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    let inverse = inverse_norm(squares) as f32;
+    let inverse = inverse_norm(sum_of_squares(row)) as f32;
     row.iter_mut().for_each(|x| *x *= inverse);
 }

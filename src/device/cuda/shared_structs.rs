@@ -130,6 +130,8 @@ structures! {
         updates: u64,
         failed: u64,
         first_failure: StepBlock,
+        torn_row: u32,
+        reserved: u32,
     }
     /// An update's coefficients, made on the device.
     pub(crate) struct Rule {
@@ -270,7 +272,7 @@ const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
     assert!(std::mem::size_of::<StepBlock>() == 256);
-    assert!(std::mem::size_of::<Ledger>() == 272);
+    assert!(std::mem::size_of::<Ledger>() == 280);
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);

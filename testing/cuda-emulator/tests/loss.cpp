@@ -284,6 +284,19 @@ void expect_failure(RowHead& head, const double* loss, int32_t status, int32_t f
     EXPECT(head.get_ledger().failed == failed, what);
 }
 
+// An update has left float32: the other ranks hear of it as of any failure.
+void test_a_torn_row() {
+    RowHead head((Shape()), 5);
+    const Forward forward(head);
+    forward.put(head);
+    head.ledger.torn_row = 7;
+    head.put_ledger();
+    head.launch({1, 128}, "pack_sums", int32_t(kOk), int32_t(0), kSampleLimit);
+    const uint32_t capacity = head.arrays.label_capacity;
+    const std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
+    EXPECT(sums[0] == 0.0f && sums[2 * capacity + 2] == 65536.0f + 2, "a torn row");
+}
+
 void test_sharded_failures() {
     RowHead head((Shape()), 5);
     const Forward forward(head);
@@ -500,6 +513,7 @@ int main() {
         test_replicated(launch);
     }
     test_sharded(kLaunches[0], true);
+    test_a_torn_row();
     test_sharded_failures();
     test_far_rows(0.0);
     test_far_rows(0.01);

@@ -148,13 +148,20 @@ inline bool close(double value, double truth, double relative, double floor = 1e
     return std::fabs(value - truth) <= relative * std::fabs(truth) + floor;
 }
 
+// As start_values leaves it.
+inline Ledger ledger_at_start() {
+    Ledger ledger{};
+    ledger.torn_row = kNone;
+    return ledger;
+}
+
 class RowHead {
   public:
     DeviceMemory memory;
     HeadArrays arrays{};
     Shape shape;
     StepBlock block{};
-    Ledger ledger{};
+    Ledger ledger = ledger_at_start();
     std::mt19937 random;
     std::vector<uint32_t> batches;
     std::vector<int64_t> labels;

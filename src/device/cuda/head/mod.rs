@@ -20,7 +20,7 @@ use super::context::Gpu;
 use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
 use super::nearest::CenterSource;
 use super::products::LARGEST_DIM;
-use super::shared_structs::{fault, HeadArrays, Ledger, MatrixView, StepBlock};
+use super::shared_structs::{fault, HeadArrays, MatrixView, StepBlock};
 use super::sizes::{HeadMemory, Sizes};
 use super::staging::{self, Staging};
 use super::streams::{HeadStreams, StreamRole};
@@ -68,7 +68,8 @@ pub(super) struct CudaHead {
     /// The block of the last step that the host waited for.
     block: StepBlock,
     failed_in_labels: bool,
-    ranks_differ: bool,
+    /// The last failure is one that the head does not survive.
+    is_fatal: bool,
     /// Why the embeddings could not be copied to the device.
     upload_error: Option<Error>,
     /// The first launch or copy that failed where no error can be returned.
@@ -102,7 +103,7 @@ impl CudaHead {
             reported: None,
             outgrown: None,
             upload_error: None,
-            ranks_differ: false,
+            is_fatal: false,
             block: StepBlock::zeroed(),
             failed_in_labels: false,
             first_error: None,
@@ -375,16 +376,17 @@ impl HeadDevice for CudaHead {
         let (arrays, destination) = (self.arrays(), loss.unwrap_or(std::ptr::null_mut()));
         run!(self, Main, judge_sums, (arrays, destination.cast()));
         self.pending_error()?;
-        (self.failed_in_labels, self.ranks_differ) = (false, false);
+        (self.failed_in_labels, self.is_fatal) = (false, false);
         if loss.is_some() {
             return Ok(f64::NAN);
         }
         self.read_block()?;
         if self.block.status != 0 {
             self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::RANKS_DIFFER | fault::LABEL | fault::BLOCK);
-            self.ranks_differ = self.block.fault == fault::RANKS_DIFFER;
+            self.is_fatal = self.block.fault == fault::RANKS_DIFFER;
             // This call returns the failure; `wait` must not return it again.
-            self.discount_last_failure()?;
+            let ledger = self.discount_last_failure()?;
+            self.check_rows(&ledger)?;
             self.fault(&self.block)?;
         }
         Ok(self.block.loss)
@@ -394,21 +396,22 @@ impl HeadDevice for CudaHead {
         self.failed_in_labels
     }
 
-    fn ranks_differ(&self) -> bool {
-        self.ranks_differ
+    fn is_fatal(&self) -> bool {
+        self.is_fatal
     }
 
     fn wait(&mut self) -> Result<()> {
         self.pending_error()?;
-        self.ranks_differ = false;
+        self.is_fatal = false;
         self.streams.synchronize()?;
-        let ledger: Ledger = staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0];
+        let ledger = self.ledger()?;
+        self.check_rows(&ledger)?;
         if ledger.failed == 0 {
             return Ok(());
         }
         self.reset_failure_count()?;
         let (first, reported) = (ledger.first_failure, self.reported.take());
-        self.ranks_differ = first.fault == fault::RANKS_DIFFER;
+        self.is_fatal = first.fault == fault::RANKS_DIFFER;
         let verdict = match reported {
             // This rank has more of its own failure than the status that it sent.
             Some(ReportedFailure { step, error }) if step == first.draws => Err(error),

@@ -1,6 +1,6 @@
 //! Reads a head's sample, figures and rows, and overwrites rows.
 
-use super::super::shared_structs::{Ledger, StepBlock};
+use super::super::shared_structs::StepBlock;
 use super::super::staging;
 use super::super::streams::StreamRole;
 use super::{run, CudaHead};
@@ -30,7 +30,7 @@ impl CudaHead {
         let (arrays, block) = (self.arrays(), self.block);
         let rows = block.rows as usize;
         let stream = &self.gpu.stream;
-        let ledger: Ledger = staging::fetch(stream, arrays.ledger, 1)?[0];
+        let ledger = self.ledger()?;
         Ok(StepFigures {
             updates: ledger.updates,
             rows: block.global_rows.into(),
@@ -98,7 +98,9 @@ impl CudaHead {
     pub(super) fn applied_updates(&mut self) -> Result<u64> {
         self.pending_error()?;
         self.join(StreamRole::Main, StreamRole::Centers);
-        Ok(staging::fetch::<Ledger>(&self.gpu.stream, self.arrays().ledger, 1)?[0].updates)
+        let ledger = self.ledger()?;
+        self.check_rows(&ledger)?;
+        Ok(ledger.updates)
     }
 
     /// Brings every dense row to now.

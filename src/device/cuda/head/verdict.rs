@@ -1,6 +1,6 @@
 //! Why a step failed, as the device reports it.
 
-use super::super::shared_structs::{fault, Ledger, StepBlock};
+use super::super::shared_structs::{fault, Ledger, StepBlock, NONE};
 use super::super::staging;
 use super::CudaHead;
 use crate::{error, protocol, Error, Result};
@@ -46,6 +46,20 @@ impl CudaHead {
         })
     }
 
+    /// The ledger as of what is on the main stream.
+    pub(super) fn ledger(&self) -> Result<Ledger> {
+        Ok(staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0])
+    }
+
+    /// NOT_FINITE if an update has taken a row out of float32. The host learns it where it waits, which is after the update's own step.
+    pub(super) fn check_rows(&mut self, ledger: &Ledger) -> Result<()> {
+        if ledger.torn_row == NONE {
+            return Ok(());
+        }
+        self.is_fatal = true;
+        Err(protocol::bad_update(self.spec.shard.first + u64::from(ledger.torn_row), ledger.updates))
+    }
+
     /// Counts the failed steps from 0 again.
     pub(super) fn reset_failure_count(&self) -> Result<()> {
         let failed = self.arrays().ledger.cast::<u8>().wrapping_add(std::mem::offset_of!(Ledger, failed));
@@ -54,19 +68,21 @@ impl CudaHead {
     }
 
     /// Takes the step that has just failed out of the count. Failures before it, of steps with their losses on the device, stay for
-    /// `wait` to return.
-    pub(super) fn discount_last_failure(&mut self) -> Result<()> {
+    /// `wait` to return. Returns the ledger as it was.
+    pub(super) fn discount_last_failure(&mut self) -> Result<Ledger> {
         let step = self.drafts[self.current].step;
         if self.reported.as_ref().is_some_and(|reported| reported.step == step) {
             self.reported = None;
         }
-        let ledger: Ledger = staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0];
+        let ledger = self.ledger()?;
         if ledger.failed <= 1 {
-            return self.reset_failure_count();
+            self.reset_failure_count()?;
+            return Ok(ledger);
         }
         let (failed, left) = (std::mem::offset_of!(Ledger, failed), ledger.failed - 1);
         let destination = self.arrays().ledger.cast::<u8>().wrapping_add(failed);
         // SAFETY: the head's own ledger; the driver has copied pageable memory away when it returns.
-        unsafe { self.gpu.stream.upload(destination.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }
+        unsafe { self.gpu.stream.upload(destination.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }?;
+        Ok(ledger)
     }
 }
