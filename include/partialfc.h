@@ -685,52 +685,6 @@ void pfc_comm_free(pfc_comm *comm);
 // trains them.
 typedef struct pfc_head pfc_head;
 
-// Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
-//
-// After a step that failed all but updates, draws and the seconds is 0.
-//
-// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
-// enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
-// host memory, seconds_reduce includes the wait for everything that was enqueued before the loss.
-// Set PFC_TRACE to see when the GPU ran what.
-typedef struct pfc_metrics {
-  // sizeof(pfc_metrics), set by pfc_metrics_init.
-  uint64_t struct_size;
-  // Updates done since the head was made.
-  uint64_t updates;
-  // Samples drawn since the head was made. These are draws of classes, not training examples.
-  uint64_t draws;
-  // Rows of the global batch.
-  uint64_t rows;
-  // Rows of the global batch whose label is not ignore_label.
-  uint64_t valid_rows;
-  // Classes in this rank's sample.
-  uint64_t sample_size;
-  // Mean loss of the valid rows.
-  double loss;
-  // Share of the valid rows whose target cosine, without margin, is the largest of the sample.
-  double top1;
-  // Mean target cosine, without margin, of the valid rows.
-  double mean_target_cosine;
-  // L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
-  double grad_embeddings_norm;
-  // L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
-  double grad_centers_norm;
-  // Seconds in phase 1: gathering labels and embeddings.
-  double seconds_gather;
-  // Seconds in phase 2: drawing the sample.
-  double seconds_sample;
-  // Seconds in phases 3 and 4: reading rows, cosines, numerators, P @ W^.
-  double seconds_forward;
-  // Seconds in the all-reduce of the sums, and the loss.
-  double seconds_reduce;
-  // Seconds in phase 5 for the embeddings: their gradient and its reduce-scatter. In pfc_head_step
-  // the reduce-scatter runs beside the update and counts as seconds_update.
-  double seconds_backward;
-  // Seconds in phase 5 for the class centers: their gradient and the optimizer.
-  double seconds_update;
-} pfc_metrics;
-
 // Options of pfc_head_save. Fields will come with checkpoints.
 typedef struct pfc_save_options {
   // sizeof(pfc_save_options).
@@ -742,14 +696,6 @@ typedef struct pfc_load_options {
   // sizeof(pfc_load_options).
   uint64_t struct_size;
 } pfc_load_options;
-
-// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
-pfc_status pfc_metrics_init_sized(pfc_metrics *metrics, uint64_t struct_size);
-
-// pfc_metrics_init_sized for this header's pfc_metrics: what C and C++ programs call.
-static inline pfc_status pfc_metrics_init(pfc_metrics *metrics) {
-  return pfc_metrics_init_sized(metrics, sizeof(pfc_metrics));
-}
 
 // Makes a head. Collective.
 //
@@ -767,6 +713,20 @@ pfc_status pfc_head_create(const pfc_device *device, pfc_comm *comm,
 
 // Frees the head. NULL is fine. Not collective.
 void pfc_head_free(pfc_head *head);
+
+// Copies the text of the last error of a call on this head, on whatever thread that call was, cut
+// to `size` bytes including its terminating zero. For languages whose code moves between threads.
+// Any thread, also while another one uses the head; waits for no other call. Not collective.
+//
+// Calls that succeed leave the text as it is. pfc_last_error still has the text of this thread's
+// last error, and alone that of a pfc_head_create, of a NULL head and of a head in a process that
+// fork() has made.
+//
+// @param buffer written, or NULL to ask for the size only
+// @param size bytes at buffer
+// @return bytes of the whole text, including its terminating zero: 1 before the first error; 0,
+//   with nothing written, if head is NULL or was made by the parent of this process
+uint64_t pfc_head_error(const pfc_head *head, char *buffer, uint64_t size);
 
 // Begins the next step early: gathers the labels and draws the sample. Collective. Optional; any
 // time after the last forward.
@@ -844,11 +804,6 @@ pfc_status pfc_head_step(pfc_head *head, const pfc_matrix *embeddings, const int
 // failed after it. All ranks get the same status; if one rank's own arguments were wrong, that
 // rank gets its error and the others get REMOTE. Each failure is reported once.
 pfc_status pfc_head_wait(pfc_head *head);
-
-// Measurements of the last step. Collective.
-//
-// @param metrics prepared with pfc_metrics_init; written
-pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
 
 // Finds the k class centers nearest to each embedding, over all classes of all ranks. Collective.
 // For evaluation; changes nothing. Each array may be in host memory or in the CUDA device's
@@ -943,6 +898,84 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 // @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
 //   pfc_head_write_progress restore what was read
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// Measurements of a head.
+
+// Measurements of the last step, for pfc_head_metrics and pfc_head_last_metrics. Prepare with
+// pfc_metrics_init.
+//
+// After a step that failed all but updates, draws and the seconds is 0.
+//
+// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
+// enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
+// host memory, seconds_reduce includes the wait for everything that was enqueued before the loss.
+// Set PFC_TRACE to see when the GPU ran what.
+typedef struct pfc_metrics {
+  // sizeof(pfc_metrics), set by pfc_metrics_init.
+  uint64_t struct_size;
+  // Updates done since the head was made.
+  uint64_t updates;
+  // Samples drawn since the head was made. These are draws of classes, not training examples.
+  uint64_t draws;
+  // Rows of the global batch.
+  uint64_t rows;
+  // Rows of the global batch whose label is not ignore_label.
+  uint64_t valid_rows;
+  // Classes in this rank's sample.
+  uint64_t sample_size;
+  // Mean loss of the valid rows.
+  double loss;
+  // Share of the valid rows whose target cosine, without margin, is the largest of the sample.
+  double top1;
+  // Mean target cosine, without margin, of the valid rows.
+  double mean_target_cosine;
+  // L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
+  double grad_embeddings_norm;
+  // L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
+  double grad_centers_norm;
+  // Seconds in phase 1: gathering labels and embeddings.
+  double seconds_gather;
+  // Seconds in phase 2: drawing the sample.
+  double seconds_sample;
+  // Seconds in phases 3 and 4: reading rows, cosines, numerators, P @ W^.
+  double seconds_forward;
+  // Seconds in the all-reduce of the sums, and the loss.
+  double seconds_reduce;
+  // Seconds in phase 5 for the embeddings: their gradient and its reduce-scatter. In pfc_head_step
+  // the reduce-scatter runs beside the update and counts as seconds_update.
+  double seconds_backward;
+  // Seconds in phase 5 for the class centers: their gradient and the optimizer.
+  double seconds_update;
+} pfc_metrics;
+
+// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
+pfc_status pfc_metrics_init_sized(pfc_metrics *metrics, uint64_t struct_size);
+
+// pfc_metrics_init_sized for this header's pfc_metrics: what C and C++ programs call.
+static inline pfc_status pfc_metrics_init(pfc_metrics *metrics) {
+  return pfc_metrics_init_sized(metrics, sizeof(pfc_metrics));
+}
+
+// Measurements of the last step. Collective: all ranks must call it, or those that do wait for
+// the others; pfc_head_last_metrics is for one rank alone.
+//
+// @param metrics prepared with pfc_metrics_init; written
+pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
+
+// What this rank knows of the last step, for a logger on one rank. Not collective. On a CUDA
+// device it waits for what has been enqueued.
+//
+// Of all ranks, as pfc_head_metrics gives them: updates, draws, rows, valid_rows, loss,
+// mean_target_cosine. Of this rank alone: sample_size, the seconds, grad_embeddings_norm (of its
+// own rows) and grad_centers_norm (sharded: of the sampled class centers of its shard;
+// replicated: of all sampled class centers, as pfc_head_metrics). top1 is NaN where the negatives
+// of a row are on several ranks: sharded, on more than one rank. Replicated it is the share of
+// this rank's own valid rows, 0 where there are none. On one rank all fields are those of
+// pfc_head_metrics.
+//
+// @param metrics prepared with pfc_metrics_init; written
+pfc_status pfc_head_last_metrics(pfc_head *head, pfc_metrics *metrics);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Kernels without a head: stateless functions on a device, over the caller's memory.

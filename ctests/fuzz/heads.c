@@ -340,6 +340,16 @@ static void metrics(struct rank *r) {
   if (wrong || none) must_fail("pfc_head_metrics", status);
   if (status != PFC_OK && memcmp(&m, &was, sizeof m) != 0)
     finding("pfc_head_metrics wrote and failed");
+  if (chance(&r->own, 300)) {
+    pfc_metrics own = was;
+    status = DO(pfc_head_last_metrics, r->head, none ? NULL : &own);
+    if (wrong || none) must_fail("pfc_head_last_metrics", status);
+    if (status != PFC_OK && memcmp(&own, &was, sizeof own) != 0)
+      finding("pfc_head_last_metrics wrote and failed");
+    if (status == PFC_OK && r->mistakes == 0 && own.loss != m.loss && now.mode != LIES)
+      finding("two losses of one step");
+    return;
+  }
   if (status == PFC_OK && r->mistakes == 0 && now.mode != LIES) {
     if (!(m.top1 >= 0 && m.top1 <= 1)) finding("top1 is %g", m.top1);
     if (!isfinite(m.grad_embeddings_norm)) finding("a norm of %g", m.grad_embeddings_norm);
@@ -470,7 +480,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 22)) {
+  switch (below(&r->own, 24)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -492,6 +502,8 @@ static void hopeless(struct rank *r) {
     case 18: DO_OTHER(pfc_device_info, (NULL)); break;
     case 19: DO_OTHER(pfc_status_name, ((int32_t)draw(&r->own))); break;
     case 20: DO_OTHER(pfc_last_error_copy, (text, below(&r->own, sizeof text))); break;
+    case 21: status = DO(pfc_head_last_metrics, r->head, NULL); break;
+    case 22: DO_OTHER(pfc_head_error, (r->head, text, below(&r->own, sizeof text))); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");

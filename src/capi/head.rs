@@ -35,18 +35,18 @@
 //! theirs.
 
 mod arguments;
-mod locked;
+pub(super) mod locked;
 
 use std::ffi::c_char;
 use std::sync::atomic::AtomicBool;
 use std::sync::Mutex;
 
 use self::arguments::{label_argument, rows, state_tensor, step_input};
-use self::locked::{locked, with_head, with_outside};
+use self::locked::{last_error, locked, with_head, with_outside};
 use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;
-use super::status::pfc_status;
-use super::types::{init_sized, matrix, pfc_head_options, pfc_matrix, read_sized, sized, write_sized, Sized64};
+use super::status::{pfc_status, ErrorText};
+use super::types::{matrix, pfc_head_options, pfc_matrix, read_sized};
 use super::{array, boundary, output, required};
 use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor};
 use crate::{ensure, error};
@@ -65,77 +65,9 @@ pub struct pfc_head {
     busy: AtomicBool,
     /// A forked child must not wait for a lock that a thread of its parent held.
     process: u32,
+    /// Of the last call on this head that failed, on whatever thread.
+    last_error: Mutex<ErrorText>,
 }
-
-/// Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
-///
-/// After a step that failed all but updates, draws and the seconds is 0.
-///
-/// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to enqueue a phase and to wait for
-/// the communicator, not how long the GPU worked. With a loss in host memory, seconds_reduce includes the wait for everything that
-/// was enqueued before the loss. Set PFC_TRACE to see when the GPU ran what.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct pfc_metrics {
-    /// sizeof(pfc_metrics), set by pfc_metrics_init.
-    pub struct_size: u64,
-    /// Updates done since the head was made.
-    pub updates: u64,
-    /// Samples drawn since the head was made. These are draws of classes, not training examples.
-    pub draws: u64,
-    /// Rows of the global batch.
-    pub rows: u64,
-    /// Rows of the global batch whose label is not ignore_label.
-    pub valid_rows: u64,
-    /// Classes in this rank's sample.
-    pub sample_size: u64,
-    /// Mean loss of the valid rows.
-    pub loss: f64,
-    /// Share of the valid rows whose target cosine, without margin, is the largest of the sample.
-    pub top1: f64,
-    /// Mean target cosine, without margin, of the valid rows.
-    pub mean_target_cosine: f64,
-    /// L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
-    pub grad_embeddings_norm: f64,
-    /// L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
-    pub grad_centers_norm: f64,
-    /// Seconds in phase 1: gathering labels and embeddings.
-    pub seconds_gather: f64,
-    /// Seconds in phase 2: drawing the sample.
-    pub seconds_sample: f64,
-    /// Seconds in phases 3 and 4: reading rows, cosines, numerators, P @ W^.
-    pub seconds_forward: f64,
-    /// Seconds in the all-reduce of the sums, and the loss.
-    pub seconds_reduce: f64,
-    /// Seconds in phase 5 for the embeddings: their gradient and its reduce-scatter. In pfc_head_step the reduce-scatter runs
-    /// beside the update and counts as seconds_update.
-    pub seconds_backward: f64,
-    /// Seconds in phase 5 for the class centers: their gradient and the optimizer.
-    pub seconds_update: f64,
-}
-
-sized!(
-    pfc_metrics,
-    pfc_metrics {
-        struct_size: 0,
-        updates: 0,
-        draws: 0,
-        rows: 0,
-        valid_rows: 0,
-        sample_size: 0,
-        loss: 0.0,
-        top1: 0.0,
-        mean_target_cosine: 0.0,
-        grad_embeddings_norm: 0.0,
-        grad_centers_norm: 0.0,
-        seconds_gather: 0.0,
-        seconds_sample: 0.0,
-        seconds_forward: 0.0,
-        seconds_reduce: 0.0,
-        seconds_backward: 0.0,
-        seconds_update: 0.0,
-    }
-);
 
 /// Options of pfc_head_save. Fields will come with checkpoints.
 #[repr(C)]
@@ -151,12 +83,6 @@ pub struct pfc_save_options {
 pub struct pfc_load_options {
     /// sizeof(pfc_load_options).
     pub struct_size: u64,
-}
-
-/// Fills the struct with zeros and its size; see pfc_head_options_init_sized.
-#[no_mangle]
-pub unsafe extern "C" fn pfc_metrics_init_sized(metrics: *mut pfc_metrics, struct_size: u64) -> pfc_status {
-    boundary(|| init_sized(metrics, struct_size))
 }
 
 /// Makes a head. Collective.
@@ -186,7 +112,13 @@ pub unsafe extern "C" fn pfc_head_create(
         })();
         let head = abort_on_panic(&comm, || Head::create(comm.clone(), request))?;
         let (process, outside) = (head.process(), head.outside());
-        let handle = pfc_head { head: Mutex::new(head), outside, busy: AtomicBool::new(false), process };
+        let handle = pfc_head {
+            head: Mutex::new(head),
+            outside,
+            busy: AtomicBool::new(false),
+            process,
+            last_error: Mutex::new(ErrorText::EMPTY),
+        };
         *output("out", out)? = Box::into_raw(Box::new(handle));
         Ok(())
     })
@@ -201,6 +133,22 @@ pub unsafe extern "C" fn pfc_head_free(head: *mut pfc_head) {
             Ok(())
         });
     }
+}
+
+/// Copies the text of the last error of a call on this head, on whatever thread that call was, cut to `size` bytes including its
+/// terminating zero. For languages whose code moves between threads. Any thread, also while another one uses the head; waits for no
+/// other call. Not collective.
+///
+/// Calls that succeed leave the text as it is. pfc_last_error still has the text of this thread's last error, and alone that of a
+/// pfc_head_create, of a NULL head and of a head in a process that fork() has made.
+///
+/// @param buffer written, or NULL to ask for the size only
+/// @param size bytes at buffer
+/// @return bytes of the whole text, including its terminating zero: 1 before the first error; 0, with nothing written, if head is
+///   NULL or was made by the parent of this process
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_error(head: *const pfc_head, buffer: *mut c_char, size: u64) -> u64 {
+    last_error(head).map_or(0, |text| text.copy_to(buffer, size))
 }
 
 /// Begins the next step early: gathers the labels and draws the sample. Collective. Optional; any time after the last forward.
@@ -339,39 +287,6 @@ pub unsafe extern "C" fn pfc_head_step(
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_wait(head: *mut pfc_head) -> pfc_status {
     with_head(head, |head| head.wait())
-}
-
-/// Measurements of the last step. Collective.
-///
-/// @param metrics prepared with pfc_metrics_init; written
-#[no_mangle]
-pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc_metrics) -> pfc_status {
-    with_head(head, |head| {
-        // The other ranks are in it already: the exchange comes first.
-        let m = head.metrics()?;
-        ensure!(!metrics.is_null(), InvalidArgument, "metrics must not be NULL (rank {})", head.rank());
-        head.require_host("metrics", metrics)?;
-        let value = pfc_metrics {
-            struct_size: 0,
-            updates: m.updates,
-            draws: m.draws,
-            rows: m.rows,
-            valid_rows: m.valid_rows,
-            sample_size: m.sample_size,
-            loss: m.loss,
-            top1: m.top1,
-            mean_target_cosine: m.mean_target_cosine,
-            grad_embeddings_norm: m.grad_embeddings_norm,
-            grad_centers_norm: m.grad_centers_norm,
-            seconds_gather: m.seconds.gather,
-            seconds_sample: m.seconds.sample,
-            seconds_forward: m.seconds.forward,
-            seconds_reduce: m.seconds.reduce,
-            seconds_backward: m.seconds.backward,
-            seconds_update: m.seconds.update,
-        };
-        write_sized(metrics, value)
-    })
 }
 
 /// Finds the k class centers nearest to each embedding, over all classes of all ranks. Collective. For evaluation; changes nothing.

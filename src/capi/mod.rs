@@ -10,6 +10,7 @@ pub mod device;
 pub mod head;
 pub mod kernels;
 pub mod log;
+pub mod metrics;
 pub mod plan;
 pub mod status;
 pub mod types;

@@ -43,31 +43,57 @@ pub const PFC_ERROR_FORKED: pfc_status = 15;
 /// A bug in the library: it panicked. The handle is poisoned and its communicator aborted.
 pub const PFC_ERROR_PANIC: pfc_status = 16;
 
-/// Bytes of a thread's last error, with its terminating zero; longer texts are cut.
+/// Bytes of an error's text that is kept, with its terminating zero; longer texts are cut.
 const LONGEST: usize = 1024;
 
+/// The text of an error as callers get it. Needs no allocation: it is there when memory is not.
+#[derive(Clone, Copy)]
+pub(super) struct ErrorText([u8; LONGEST]);
+
+impl ErrorText {
+    pub const EMPTY: ErrorText = ErrorText([0; LONGEST]);
+
+    pub fn of(error: &Error) -> ErrorText {
+        let text = match error.message.is_empty() {
+            true => "there is no memory for the text of this error",
+            false => error.message.as_str(),
+        };
+        let mut bytes = [0; LONGEST];
+        let mut length = 0;
+        for character in text.chars() {
+            // A zero would end the text.
+            let character = if character == '\0' { '?' } else { character };
+            if length + character.len_utf8() >= LONGEST {
+                break;
+            }
+            length += character.encode_utf8(&mut bytes[length..]).len();
+        }
+        ErrorText(bytes)
+    }
+
+    /// Copies the text, cut to `size` bytes including its terminating zero, unless `buffer` is NULL; bytes of the whole text.
+    ///
+    /// # Safety
+    /// There is room for `size` bytes at `buffer`.
+    pub unsafe fn copy_to(&self, buffer: *mut c_char, size: u64) -> u64 {
+        let length = self.0.iter().position(|&byte| byte == 0).unwrap_or(LONGEST - 1);
+        if !buffer.is_null() && size > 0 {
+            let kept = length.min(size as usize - 1);
+            std::ptr::copy_nonoverlapping(self.0.as_ptr(), buffer.cast(), kept);
+            *buffer.add(kept) = 0;
+        }
+        length as u64 + 1
+    }
+}
+
 thread_local! {
-    /// Has no destructor and needs no allocation: it is there when memory is not, and while a thread ends.
-    static LAST_ERROR: Cell<[u8; LONGEST]> = const { Cell::new([0; LONGEST]) };
+    /// Has no destructor: it is there while a thread ends.
+    static LAST_ERROR: Cell<ErrorText> = const { Cell::new(ErrorText::EMPTY) };
 }
 
 /// Remembers the error for pfc_last_error and gives its status.
 pub(super) fn fail(error: &Error) -> pfc_status {
-    let text = match error.message.is_empty() {
-        true => "there is no memory for the text of this error",
-        false => error.message.as_str(),
-    };
-    let mut bytes = [0; LONGEST];
-    let mut length = 0;
-    for character in text.chars() {
-        // A zero would end the text.
-        let character = if character == '\0' { '?' } else { character };
-        if length + character.len_utf8() >= LONGEST {
-            break;
-        }
-        length += character.encode_utf8(&mut bytes[length..]).len();
-    }
-    LAST_ERROR.set(bytes);
+    LAST_ERROR.set(ErrorText::of(error));
     error.status as pfc_status
 }
 
@@ -135,12 +161,5 @@ pub extern "C" fn pfc_last_error() -> *const c_char {
 /// @return bytes of the whole text, including its terminating zero
 #[no_mangle]
 pub unsafe extern "C" fn pfc_last_error_copy(buffer: *mut c_char, size: u64) -> u64 {
-    let text = LAST_ERROR.get();
-    let length = text.iter().position(|&byte| byte == 0).unwrap_or(LONGEST - 1);
-    if !buffer.is_null() && size > 0 {
-        let kept = length.min(size as usize - 1);
-        std::ptr::copy_nonoverlapping(text.as_ptr(), buffer.cast(), kept);
-        *buffer.add(kept) = 0;
-    }
-    length as u64 + 1
+    LAST_ERROR.get().copy_to(buffer, size)
 }

@@ -41,28 +41,47 @@ impl Head {
         let mut squares = [figures.grad_embeddings, figures.grad_centers];
         let reduced = self.comm.all_reduce(&mut squares, ReduceOp::Sum);
         self.poison_unless_recoverable(reduced)?;
+        let grad_centers = match self.options.placement {
+            Placement::Sharded => squares[1],
+            // A replicated head's ranks all hold the whole gradient.
+            Placement::Replicated => figures.grad_centers,
+        };
+        Ok(self.metrics_of(&figures, share(correct, figures.valid_rows), squares[0], grad_centers))
+    }
+
+    /// What this rank knows of the last step; see `pfc_head_last_metrics`.
+    pub fn last_metrics(&mut self) -> Result<Metrics> {
+        self.check_usable()?;
+        let figures = self.backend.figures();
+        let figures = self.poison_unless_recoverable(figures)?;
+        let top1 = match self.options.placement {
+            Placement::Sharded if self.comm.size() > 1 => f64::NAN,
+            Placement::Sharded | Placement::Replicated => {
+                let own_valid = figures.own_target_cosines.iter().filter(|&&cosine| cosine < IGNORED).count();
+                share(own_top1(&figures) as f64, own_valid as u64)
+            }
+        };
+        Ok(self.metrics_of(&figures, top1, figures.grad_embeddings, figures.grad_centers))
+    }
+
+    /// `grad_embeddings`, `grad_centers`: sums of squares.
+    fn metrics_of(&self, figures: &StepFigures, top1: f64, grad_embeddings: f64, grad_centers: f64) -> Metrics {
+        let counts = Metrics { updates: figures.updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() };
         // A step that nobody waited for is known by its loss alone.
         if self.failed || figures.loss.is_nan() {
-            return Ok(Metrics { updates: figures.updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() });
+            return counts;
         }
-        let share = |sum: f64| if figures.valid_rows == 0 { 0.0 } else { sum / figures.valid_rows as f64 };
-        Ok(Metrics {
-            updates: figures.updates,
-            draws: self.draws,
+        Metrics {
             rows: figures.rows,
             valid_rows: figures.valid_rows,
             sample_size: figures.sample_size,
             loss: figures.loss,
-            top1: share(correct),
-            mean_target_cosine: share(figures.target_cosines),
-            grad_embeddings_norm: squares[0].sqrt(),
-            // A replicated head's ranks all hold the whole gradient.
-            grad_centers_norm: match self.options.placement {
-                Placement::Sharded => squares[1].sqrt(),
-                Placement::Replicated => figures.grad_centers.sqrt(),
-            },
-            seconds: self.seconds,
-        })
+            top1,
+            mean_target_cosine: share(figures.target_cosines, figures.valid_rows),
+            grad_embeddings_norm: grad_embeddings.sqrt(),
+            grad_centers_norm: grad_centers.sqrt(),
+            ..counts
+        }
     }
 
     /// The nearest class centers of all ranks; see `pfc_head_top_k`. Collective.
@@ -89,7 +108,6 @@ impl Head {
 
     /// Rows whose target cosine is above every negative's, over all ranks.
     fn count_top1(&self, figures: &StepFigures) -> Result<f64> {
-        let ahead = |target: f32, best: f32| (-1.5..=1.5).contains(&target) && target > best;
         match self.options.placement {
             Placement::Sharded => {
                 let mut cells = Vec::new();
@@ -99,11 +117,10 @@ impl Head {
                 cells.extend_from_slice(&figures.best_negatives);
                 self.comm.all_reduce(&mut cells, ReduceOp::Max)?;
                 let (targets, best) = cells.split_at(figures.own_target_cosines.len());
-                Ok(targets.iter().zip(best).filter(|(&target, &best)| ahead(target, best)).count() as f64)
+                Ok(targets.iter().zip(best).filter(|(&target, &best)| is_ahead(target, best)).count() as f64)
             }
             Placement::Replicated => {
-                let pairs = figures.own_target_cosines.iter().zip(&figures.best_negatives);
-                let mut correct = [pairs.filter(|(&target, &best)| ahead(target, best)).count() as f64];
+                let mut correct = [own_top1(figures) as f64];
                 self.comm.all_reduce(&mut correct, ReduceOp::Sum)?;
                 Ok(correct[0])
             }
@@ -207,6 +224,28 @@ impl Head {
             found.cosines.extend(hits.iter().map(|hit| hit.0));
         }
         Ok(found)
+    }
+}
+
+/// A target's cosine in the figures where the row is ignored.
+const IGNORED: f32 = 2.0;
+
+/// Whether a row's own class, without margin, is nearer than every negative.
+fn is_ahead(target: f32, best: f32) -> bool {
+    (-1.5..=1.5).contains(&target) && target > best
+}
+
+/// Rows of which this rank computed the target and all negatives, and the target is nearer.
+fn own_top1(figures: &StepFigures) -> usize {
+    let pairs = figures.own_target_cosines.iter().zip(&figures.best_negatives);
+    pairs.filter(|(&target, &best)| is_ahead(target, best)).count()
+}
+
+fn share(sum: f64, rows: u64) -> f64 {
+    if rows == 0 {
+        0.0
+    } else {
+        sum / rows as f64
     }
 }
 

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
-use partialfc::capi::head::{pfc_load_options, pfc_metrics, pfc_save_options};
+use partialfc::capi::head::{pfc_load_options, pfc_save_options};
+use partialfc::capi::metrics::pfc_metrics;
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::{pfc_head_options, pfc_margin, pfc_matrix, pfc_optimizer};
 use partialfc_testing::programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};

@@ -6,6 +6,7 @@ use std::ptr::null_mut;
 
 use partialfc::capi::comm as c_comm;
 use partialfc::capi::head as c_head;
+use partialfc::capi::metrics as c_metrics;
 use partialfc::capi::types::pfc_matrix;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
@@ -106,14 +107,16 @@ fn numbers_and_structs_of_the_hosts_are_refused_by_name_elsewhere() {
             let invalid = Status::InvalidArgument;
             // Only rank 1's are there: the figures are collective, and rank 0 has its own.
             let mut metrics: pfc_metrics = std::mem::zeroed();
-            outcome(c_head::pfc_metrics_init_sized(&mut metrics, size_of::<pfc_metrics>() as u64)).expect("defaults");
+            outcome(c_metrics::pfc_metrics_init_sized(&mut metrics, size_of::<pfc_metrics>() as u64)).expect("defaults");
             match place.rank {
-                0 => outcome(c_head::pfc_head_metrics(head.raw, &mut metrics)).expect("figures"),
+                0 => outcome(c_metrics::pfc_head_metrics(head.raw, &mut metrics)).expect("figures"),
                 _ => {
-                    let refused = outcome(c_head::pfc_head_metrics(head.raw, there.pointer()));
+                    let refused = outcome(c_metrics::pfc_head_metrics(head.raw, there.pointer()));
                     assert_told("metrics", refused, invalid, &["metrics", "device memory", "rank 1"]);
                 }
             }
+            let refused = outcome(c_metrics::pfc_head_last_metrics(head.raw, there.pointer()));
+            assert_told("last metrics", refused, invalid, &["metrics", "device memory"]);
             let refused = outcome(c_head::pfc_head_sample_ids(head.raw, null_mut(), 0, there.pointer()));
             assert_told("count of a sample", refused, invalid, &["count", "device memory"]);
             let refused = outcome(c_head::pfc_head_shard(head.raw, there.pointer(), &mut here));

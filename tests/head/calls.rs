@@ -207,3 +207,42 @@ fn ranks_of_different_counters_are_told_apart() {
         }
     }
 }
+
+/// The text of a head's last error is the head's, whatever thread its call was on, and can be read while another thread is inside.
+#[test]
+fn a_head_s_last_error_is_there_for_every_thread() {
+    let options = options(30, 5, ROWS as u64);
+    on_ranks(2, |place| {
+        let (mut head, other) = (head(place, &options), self::head(place, &options));
+        assert_eq!(head.error(), "", "before the first error");
+        let refused =
+            std::thread::scope(|scope| scope.spawn(|| head.update(0.1).expect_err("no backward")).join().expect("a thread"));
+        assert_eq!(head.error(), refused.message);
+        forward(&mut head, &options, place, 0);
+        assert_eq!(head.error(), refused.message, "a call that succeeds leaves it");
+        assert_eq!(other.error(), "", "another head's");
+        let mut short = [b'#' as std::ffi::c_char; 5];
+        // SAFETY: a live head; a buffer of this size.
+        let size = unsafe { partialfc::capi::head::pfc_head_error(head.raw, short.as_mut_ptr(), 4) };
+        assert_eq!(size as usize, refused.message.len() + 1);
+        assert_eq!(short.map(|c| c as u8), [b'p', b'f', b'c', 0, b'#'], "cut, with a zero, and no byte more");
+    });
+    // A rank waits inside a step for the other; its head's error is read meanwhile.
+    let entered = std::sync::Barrier::new(2);
+    on_ranks(2, |place| {
+        let mut head = head(place, &options);
+        let wrong = head.update(0.1).expect_err("no backward").message;
+        if place.rank == 0 {
+            let beside = Head { raw: head.raw, dim: head.dim };
+            std::thread::scope(|scope| {
+                scope.spawn(|| forward(&mut head, &options, place, 0));
+                assert_eq!(beside.error(), wrong);
+                entered.wait();
+            });
+            std::mem::forget(beside);
+        } else {
+            entered.wait();
+            forward(&mut head, &options, place, 0);
+        }
+    });
+}

@@ -3,7 +3,7 @@
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc_testing::reference::{self, RankInput, Step};
 
-use partialfc_testing::capi::{options, pfc_metrics, Comm, Device, Head, Rows};
+use partialfc_testing::capi::{options, pfc_metrics, traffic_between, Comm, Device, Head, Rows};
 use partialfc_testing::numbers::{assert_close, norm, widen, Random};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, train, Batch, Trace};
@@ -42,16 +42,17 @@ fn metrics_are_those_of_the_reference() {
             options.gradient_scale = 3.0;
             options.margin.scale = 24.0;
             let start = on_ranks(1, |place| Head::new(&Device::under_test(1), &place.comm, &options).centers()).remove(0);
-            type Seen = (Vec<i64>, [pfc_metrics; 3]);
+            type Seen = (Vec<i64>, [[pfc_metrics; 2]; 3]);
+            let both = |head: &mut Head| [head.metrics().expect("metrics"), head.last_metrics().expect("last metrics")];
             let seen: Vec<Seen> = on_ranks(3, |place| {
                 let mut head = Head::new(&Device::under_test(2), &place.comm, &options);
                 let batch = batch(&options, place.rank, 0, &start);
                 head.forward(&mut batch.rows(16), Some(&batch.labels)).expect("forward");
-                let after_forward = head.metrics().expect("metrics");
+                let after_forward = both(&mut head);
                 head.backward(0.5, 128.0, &mut Rows::output(batch.labels.len(), 16)).expect("backward");
-                let after_backward = head.metrics().expect("metrics");
+                let after_backward = both(&mut head);
                 head.update(learning_rate(0)).expect("update");
-                let after_update = head.metrics().expect("metrics");
+                let after_update = both(&mut head);
                 (head.sample_ids().expect("ids"), [after_forward, after_backward, after_update])
             });
             let judge = reference::Head::new(options.clone(), 3, widen(&start));
@@ -65,8 +66,9 @@ fn metrics_are_those_of_the_reference() {
             let sampled = if placement == Placement::Sharded { &step.grad_centers[..] } else { &step.grad_centers[..1] };
             let grad_centers = 0.5 * norm(&sampled.concat());
             for (rank, (sample, metrics)) in seen.iter().enumerate() {
-                for (at, m) in metrics.iter().enumerate() {
+                for (at, [m, last]) in metrics.iter().enumerate() {
                     let what = |field: &str| format!("{placement:?} rate {sample_rate} rank {rank} reading {at}: {field}");
+                    assert_own_part(&what("own"), m, last, placement);
                     let counts = (m.rows, m.valid_rows, m.sample_size, m.draws, m.updates);
                     let expected = (rows as u64, step.valid_rows as u64, sample.len() as u64, 1, u64::from(at == 2));
                     assert_eq!(counts, expected, "{}", what("rows, valid rows, sample size, draws, updates"));
@@ -81,8 +83,63 @@ fn metrics_are_those_of_the_reference() {
                     assert!(seconds.iter().chain([&m.seconds_update]).all(|s| (0.0..3600.0).contains(s)), "{}", what("seconds"));
                 }
             }
+            // What each rank knows of its own comes together to what all know.
+            for at in 0..3 {
+                let own = |value: fn(&pfc_metrics) -> f64| seen.iter().map(|(_, m)| value(&m[at][1])).collect::<Vec<f64>>();
+                let all = &seen[0].1[at][0];
+                assert_close("embeddings", &[norm(&own(|m| m.grad_embeddings_norm))], &[all.grad_embeddings_norm], 1e-6);
+                let parts = own(|m| m.grad_centers_norm);
+                let together = if placement == Placement::Sharded { norm(&parts) } else { parts[0] };
+                assert_close("centers", &[together], &[all.grad_centers_norm], 1e-6);
+                if placement == Placement::Replicated {
+                    let valid = |rank: usize| batches[rank].labels.iter().filter(|&&label| label != IGNORED).count() as f64;
+                    let hits: f64 = own(|m| m.top1).iter().enumerate().map(|(rank, top1)| top1 * valid(rank)).sum();
+                    assert_close("top1", &[hits / step.valid_rows as f64], &[all.top1], 1e-6);
+                }
+            }
         }
     }
+}
+
+/// What a rank knows by itself: the same where it is of all ranks or of this rank for both, and no guess elsewhere.
+fn assert_own_part(what: &str, all: &pfc_metrics, own: &pfc_metrics, placement: Placement) {
+    let counts = |m: &pfc_metrics| (m.rows, m.valid_rows, m.sample_size, m.draws, m.updates);
+    assert_eq!(counts(own), counts(all), "{what}");
+    let common = |m: &pfc_metrics| [m.loss, m.mean_target_cosine, m.seconds_forward].map(f64::to_bits);
+    assert_eq!(common(own), common(all), "{what}");
+    assert_eq!(own.top1.is_nan(), placement == Placement::Sharded, "{what}: top1 {}", own.top1);
+    assert!(own.grad_embeddings_norm <= all.grad_embeddings_norm && own.grad_centers_norm <= all.grad_centers_norm, "{what}");
+}
+
+/// A logger on one rank does not wait for the others.
+#[test]
+fn one_rank_alone_reads_its_metrics() {
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        let options = HeadOptions { placement, ..options(30, 4, 8) };
+        on_ranks(2, |place| {
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+            let batch = Batch::draw(&options, place.rank, 0, 5);
+            for updates in 1..=2 {
+                head.step(&mut batch.rows(4), &batch.labels, 0.1, &mut Rows::output(5, 4)).expect("step");
+                if place.rank == 0 {
+                    let before = place.comm.traffic();
+                    assert_eq!(head.last_metrics().expect("last metrics").updates, updates);
+                    assert_eq!(traffic_between(&before, &place.comm.traffic()), [0; 4], "no message");
+                }
+            }
+        });
+        on_ranks(1, |place| {
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+            let batch = Batch::draw(&options, 0, 0, 5);
+            head.step(&mut batch.rows(4), &batch.labels, 0.1, &mut Rows::output(5, 4)).expect("step");
+            let (all, own) = (head.metrics().expect("metrics"), head.last_metrics().expect("last metrics"));
+            assert_eq!(format!("{:?}", values(&own)), format!("{:?}", values(&all)), "{placement:?}: one rank knows all");
+        });
+    }
+}
+
+fn values(m: &pfc_metrics) -> [f64; 5] {
+    [m.loss, m.top1, m.mean_target_cosine, m.grad_embeddings_norm, m.grad_centers_norm]
 }
 
 /// A negative that beats the target is seen wherever it stands in a sample of many chunks and splits.

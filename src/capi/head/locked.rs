@@ -4,20 +4,22 @@ use std::sync::atomic::Ordering;
 use std::sync::PoisonError;
 
 use super::pfc_head;
-use crate::capi::status::pfc_status;
+use crate::capi::status::{pfc_status, ErrorText};
 use crate::capi::{boundary, caught, required};
 use crate::head::Head;
-use crate::{ensure, Result, Status};
+use crate::{ensure, error, Result, Status};
 
 /// Runs a call on a head that needs it alone.
-pub(super) unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
+pub(in crate::capi) unsafe fn with_head(head: *mut pfc_head, body: impl FnOnce(&mut Head) -> Result<()>) -> pfc_status {
     boundary(|| {
         let handle = required("head", head)?;
         check_process(handle)?;
-        ensure!(!handle.busy.swap(true, Ordering::Acquire), InvalidArgument, "head is in use by another thread");
+        if handle.busy.swap(true, Ordering::Acquire) {
+            return remembered(handle, Err(error!(InvalidArgument, "head is in use by another thread")));
+        }
         let outcome = locked(handle, body);
         handle.busy.store(false, Ordering::Release);
-        outcome
+        remembered(handle, outcome)
     })
 }
 
@@ -26,8 +28,23 @@ pub(super) unsafe fn with_outside(head: *const pfc_head, body: impl FnOnce(&pfc_
     boundary(|| {
         let handle = required("head", head)?;
         check_process(handle)?;
-        body(handle).map_err(|error| handle.outside.name_rank(&error))
+        remembered(handle, caught(|| body(handle)).map_err(|error| handle.outside.name_rank(&error)))
     })
+}
+
+/// Keeps the text of a failure for pfc_head_error.
+fn remembered<T>(handle: &pfc_head, outcome: Result<T>) -> Result<T> {
+    if let Err(error) = &outcome {
+        *handle.last_error.lock().unwrap_or_else(PoisonError::into_inner) = ErrorText::of(error);
+    }
+    outcome
+}
+
+/// The text of the last failure on a head, if there is a head in this process.
+pub(super) unsafe fn last_error(head: *const pfc_head) -> Option<ErrorText> {
+    let handle = required("head", head).ok()?;
+    check_process(handle).ok()?;
+    Some(*handle.last_error.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn check_process(handle: &pfc_head) -> Result<()> {

@@ -1,7 +1,9 @@
 //! Heads.
 
 use partialfc::capi::head as c_head;
-use partialfc::capi::head::{pfc_metrics, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+use partialfc::capi::head::{PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+use partialfc::capi::metrics as c_metrics;
+use partialfc::capi::metrics::pfc_metrics;
 use partialfc::capi::plan as c_plan;
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::pfc_head_options;
@@ -112,12 +114,36 @@ impl Head {
     }
 
     pub fn metrics(&mut self) -> Outcome<pfc_metrics> {
+        self.measured(c_metrics::pfc_head_metrics)
+    }
+
+    pub fn last_metrics(&mut self) -> Outcome<pfc_metrics> {
+        self.measured(c_metrics::pfc_head_last_metrics)
+    }
+
+    fn measured(&mut self, call: unsafe extern "C" fn(*mut c_head::pfc_head, *mut pfc_metrics) -> i32) -> Outcome<pfc_metrics> {
         // SAFETY: all zeros is a value of it; the size is its own.
         unsafe {
             let mut metrics: pfc_metrics = std::mem::zeroed();
-            outcome(c_head::pfc_metrics_init_sized(&mut metrics, std::mem::size_of::<pfc_metrics>() as u64))?;
-            outcome(c_head::pfc_head_metrics(self.raw, &mut metrics))?;
+            outcome(c_metrics::pfc_metrics_init_sized(&mut metrics, std::mem::size_of::<pfc_metrics>() as u64))?;
+            outcome(call(self.raw, &mut metrics))?;
             Ok(metrics)
+        }
+    }
+
+    /// The text of the last error of a call on this head.
+    pub fn error(&self) -> String {
+        // SAFETY: a live handle; as many bytes as asked for.
+        unsafe {
+            let size = c_head::pfc_head_error(self.raw, std::ptr::null_mut(), 0);
+            let mut text = vec![0u8; size as usize];
+            assert_eq!(
+                c_head::pfc_head_error(self.raw, text.as_mut_ptr().cast(), size),
+                size,
+                "the text changed between questions"
+            );
+            assert_eq!(text.pop(), Some(0), "a terminating zero");
+            String::from_utf8(text).expect("UTF-8")
         }
     }
 

@@ -17,7 +17,8 @@ pub use self::head::{plan, Head, LEAST};
 pub use self::matrix::Rows;
 pub use self::options::{head_options, options, to_c};
 pub use partialfc::capi::comm::pfc_traffic;
-pub use partialfc::capi::head::{pfc_metrics, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+pub use partialfc::capi::head::{PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
+pub use partialfc::capi::metrics::pfc_metrics;
 pub use partialfc::capi::plan::pfc_plan_report;
 
 /// A status that is not PFC_OK, and the text that goes with it.

@@ -7,6 +7,7 @@ use std::ptr::{null, null_mut};
 use partialfc::capi::comm as c_comm;
 use partialfc::capi::device as c_device;
 use partialfc::capi::head as c_head;
+use partialfc::capi::metrics as c_metrics;
 use partialfc::capi::plan as c_plan;
 use partialfc::capi::types as c_types;
 use partialfc::capi::types::pfc_matrix;
@@ -60,7 +61,9 @@ fn null_is_refused_by_name_where_a_call_is_local() {
         refused("update", c_head::pfc_head_update(none, 0.1), &["head"]);
         refused("step", c_head::pfc_head_step(none, &view, null(), 0.1, &view, &mut loss), &["head"]);
         refused("wait", c_head::pfc_head_wait(none), &["head"]);
-        refused("metrics", c_head::pfc_head_metrics(none, null_mut()), &["head"]);
+        refused("metrics", c_metrics::pfc_head_metrics(none, null_mut()), &["head"]);
+        refused("last metrics", c_metrics::pfc_head_last_metrics(none, null_mut()), &["head"]);
+        assert_eq!(c_head::pfc_head_error(none, null_mut(), 0), 0, "no head has no error");
         refused("top_k", c_head::pfc_head_top_k(none, &view, 1, null_mut(), null_mut()), &["head"]);
         refused("sample_ids", c_head::pfc_head_sample_ids(none, null_mut(), 0, &mut count), &["head"]);
         refused("shard", c_head::pfc_head_shard(none, &mut 0, &mut 0), &["head"]);
@@ -171,8 +174,11 @@ fn metrics_without_a_struct_on_one_rank_do_not_leave_the_others_waiting() {
         let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 8));
         if place.rank == 1 {
             // SAFETY: a live head; NULL is what is tested.
-            let status = unsafe { c_head::pfc_head_metrics(head.raw, null_mut()) };
+            let status = unsafe { c_metrics::pfc_head_metrics(head.raw, null_mut()) };
             assert_refused("metrics on rank 1", outcome(status), Status::InvalidArgument, &["metrics", "rank 1"]);
+            // SAFETY: as above.
+            let status = unsafe { c_metrics::pfc_head_last_metrics(head.raw, null_mut()) };
+            assert_refused("last metrics", outcome(status), Status::InvalidArgument, &["metrics", "rank 1"]);
         } else {
             head.metrics().expect("the others get theirs");
         }
