@@ -659,9 +659,9 @@ void pfc_comm_free(pfc_comm *comm);
 //
 // WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it
 // is, how many samples they have drawn and updates they have done, the learning rate and the loss
-// weight (of pfc_head_step its own; otherwise those of the update and the backward before), and,
-// replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A
-// difference is MISMATCH on all ranks.
+// weight (of pfc_head_step its own; otherwise those of the update and the backward before), the
+// factor of the last update, and, replicated, the rows that pfc_head_write_centers and
+// pfc_head_write_state have written. A difference is MISMATCH on all ranks.
 //
 // ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not
 // wait for the other ranks' labels: LABEL, MISMATCH and REMOTE come from the forward that
@@ -785,6 +785,8 @@ pfc_status pfc_head_backward(pfc_head *head, double loss_weight, double loss_sca
 // Phase 5 for the class centers: updates the sampled rows. After pfc_head_backward. Collective
 // when replicated.
 //
+// pfc_head_update_with also multiplies the gradient.
+//
 // @param learning_rate 0 or more; a wrong one changes nothing, and the call may be repeated
 // @return with a loss in device memory, on a rank whose own forward failed: that error, after its
 //   part in the exchange
@@ -900,12 +902,56 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
+// Updates with more than a learning rate.
+
+// Options of pfc_head_update_with. Prepare with pfc_update_options_init.
+typedef struct pfc_update_options {
+  // sizeof(pfc_update_options), set by pfc_update_options_init.
+  uint64_t struct_size;
+  // 0 or more; must be set. (default: NaN, which is refused)
+  double learning_rate;
+  // Multiplies the gradient of the class centers, not their weight decay or momentum. (default: 1)
+  double factor;
+  // Multiplies it, too: one number, in host memory or in the CUDA device's memory; NULL: 1. In
+  // device memory it is read in the order of the stream that the device was made with, the call
+  // does not wait for it, and the stream may overwrite it afterwards. (default: NULL)
+  const float *device_factor;
+  // Must be 0.
+  uint64_t reserved;
+} pfc_update_options;
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_update_options_init_sized(pfc_update_options *options, uint64_t struct_size);
+
+// pfc_update_options_init_sized for this header's pfc_update_options: what C and C++ programs
+// call.
+static inline pfc_status pfc_update_options_init(pfc_update_options *options) {
+  return pfc_update_options_init_sized(options, sizeof(pfc_update_options));
+}
+
+// pfc_head_update with the gradient of the class centers multiplied by factor times
+// device_factor: a loss weight that is known late, gradient clipping, the inverse of a loss
+// scale. Collective when replicated.
+//
+// If the product is not a finite float32 (a NaN, an infinity), the update is skipped: rows, state
+// and the count of updates stay as they are, the call succeeds, and skipped_updates of
+// pfc_metrics counts it. So a mixed-precision trainer needs no wait to find out.
+//
+// The product must be the same on all ranks. A difference is MISMATCH on all of them in the next
+// step, and poisons the heads.
+//
+// @param options borrowed for the call; wrong ones change nothing, and the call may be repeated
+// @return with a loss in device memory, on a rank whose own forward failed: that error, after its
+//   part in the exchange
+pfc_status pfc_head_update_with(pfc_head *head, const pfc_update_options *options);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
 // Measurements of a head.
 
 // Measurements of the last step, for pfc_head_metrics and pfc_head_last_metrics. Prepare with
 // pfc_metrics_init.
 //
-// After a step that failed all but updates, draws and the seconds is 0.
+// After a step that failed all but updates, skipped_updates, draws and the seconds is 0.
 //
 // Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
 // enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
@@ -932,7 +978,8 @@ typedef struct pfc_metrics {
   double mean_target_cosine;
   // L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
   double grad_embeddings_norm;
-  // L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
+  // L2 norm of the gradient of all ranks' sampled class centers, times the update's factor; 0
+  // before update, and after an update that was skipped.
   double grad_centers_norm;
   // Seconds in phase 1: gathering labels and embeddings.
   double seconds_gather;
@@ -947,6 +994,9 @@ typedef struct pfc_metrics {
   double seconds_backward;
   // Seconds in phase 5 for the class centers: their gradient and the optimizer.
   double seconds_update;
+  // Updates skipped since the head was made, because pfc_head_update_with had a factor that was not
+  // finite.
+  uint64_t skipped_updates;
 } pfc_metrics;
 
 // Fills the struct with zeros and its size; see pfc_head_options_init_sized.
@@ -966,13 +1016,13 @@ pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
 // What this rank knows of the last step, for a logger on one rank. Not collective. On a CUDA
 // device it waits for what has been enqueued.
 //
-// Of all ranks, as pfc_head_metrics gives them: updates, draws, rows, valid_rows, loss,
-// mean_target_cosine. Of this rank alone: sample_size, the seconds, grad_embeddings_norm (of its
-// own rows) and grad_centers_norm (sharded: of the sampled class centers of its shard;
-// replicated: of all sampled class centers, as pfc_head_metrics). top1 is NaN where the negatives
-// of a row are on several ranks: sharded, on more than one rank. Replicated it is the share of
-// this rank's own valid rows, 0 where there are none. On one rank all fields are those of
-// pfc_head_metrics.
+// Of all ranks, as pfc_head_metrics gives them: updates, skipped_updates, draws, rows,
+// valid_rows, loss, mean_target_cosine. Of this rank alone: sample_size, the seconds,
+// grad_embeddings_norm (of its own rows) and grad_centers_norm (sharded: of the sampled class
+// centers of its shard; replicated: of all sampled class centers, as pfc_head_metrics). top1 is
+// NaN where the negatives of a row are on several ranks: sharded, on more than one rank.
+// Replicated it is the share of this rank's own valid rows, 0 where there are none. On one rank
+// all fields are those of pfc_head_metrics.
 //
 // @param metrics prepared with pfc_metrics_init; written
 pfc_status pfc_head_last_metrics(pfc_head *head, pfc_metrics *metrics);

@@ -52,18 +52,20 @@ PFC_DEVICE uint32_t sort_tiles(const StepBlock& block) {
     return ceil_div(block.global_rows, kSortTile);
 }
 
-// labels_send = {header, labels .., 0 ..}; the batch of a rank that fails is 0.
+// labels_send = {header, labels .., 0 ..}; the batch of a rank that fails is 0. `factor` 0 or 1: the
+// word of the last update's factor is ledger->factors[factor], which the host does not know.
 // launch: pack_labels blocks 1 per SM threads 256 shared 0
 // gate: pack_labels registers <= 24
 PFC_KERNEL(pack_labels,
            (const PFC_GRID_CONSTANT HeadArrays head, const PFC_GRID_CONSTANT LabelHeader header,
-            const int64_t* __restrict__ labels)) {
+            const int64_t* __restrict__ labels, int32_t factor)) {
     const uint64_t batch = (uint64_t)header.words[kBatchWord];
     const uint32_t count = kLabelHeader + head.max_batch;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
          i += gridDim.x * blockDim.x) {
         int64_t value = 0;
         if (i < kLabelHeader) value = header.words[i];
+        if (i == kFactorWord && factor >= 0) value = head.ledger->factors[factor];
         if (i >= kLabelHeader && i - kLabelHeader < batch) value = labels[i - kLabelHeader];
         head.labels_send[i] = value;
     }

@@ -26,16 +26,20 @@ constexpr uint32_t kRankWord = 1;
 constexpr uint32_t kBatchWord = 2;
 constexpr uint32_t kAnnouncedWord = 3;
 constexpr uint32_t kDrawsWord = 5;
-constexpr uint32_t kAnnounced = 7;
+constexpr uint32_t kFactorWord = 10;  // the factor of the last update, in the announcement
+constexpr uint32_t kAnnounced = 8;
 constexpr uint32_t kLabelHeader = kAnnouncedWord + kAnnounced;
 constexpr uint32_t kTotals = 4;  // elements of the sums message beside the two of each row
 constexpr uint32_t kSlot = 4;    // elements of the replicated sums for each rank, after kTotals
+// Word of a factor that is no finite float32 (protocol.rs SKIPPED_FACTOR).
+constexpr int64_t kSkippedFactor = 0x7ff8000000000000;
 // Target cosine of a row whose class another rank owns; best negative of a row that has none.
 constexpr float kElsewhere = -2.0f;
 constexpr float kIgnored = 2.0f;  // target cosine of an ignored row
 
 // pfc_status values that kernels set.
 enum Status : int32_t {
+    kSkipped = -1,  // no failure, and never told: the step's update has been skipped (begin_update)
     kOk = 0,
     kComm = 5,
     kRemote = 6,
@@ -135,9 +139,11 @@ struct StepBlock {
 struct Ledger {
     uint64_t updates;         // done
     uint64_t failed;          // steps that failed since the host last asked
-    StepBlock first_failure;  // the first of them
+    uint64_t skipped;         // updates skipped for a factor that was not finite
+    int64_t factors[2];       // words of the last two updates' factors, in turn (begin_update)
+    float device_factor;      // of the update that comes next: a copy of the caller's
     uint32_t torn_row;        // first row of the shard that an update took out of float32, or kNone
-    uint32_t reserved;
+    StepBlock first_failure;  // the first of them
 };
 
 // The coefficients of one update (begin_update): src/optimizer UpdateRule.
@@ -149,7 +155,8 @@ struct Rule {
     float decay_factor;    // learning rate * weight decay
     float corrected_rate;  // learning rate / (1 - beta1^t)
     float sqrt_v_scale;    // 1 / sqrt(1 - beta2^t)
-    float epsilon, reserved;
+    float epsilon;
+    float factor;          // of the gradient
 };
 
 // The updates that dense rows missed which were last brought up to date at one update

@@ -11,11 +11,35 @@
 #include "ptx/atomic.h"
 #include "replay.h"
 
-// The coefficients of update number updates + 1.
+constexpr double kLargestFloat = 3.4028234663852886e38;
+
+// The coefficients of update number updates + 1. The gradient is multiplied by `factor` and, with
+// `on_device`, by the ledger's device_factor. If that comes to no finite float32, the update is
+// skipped: the kernels that follow leave rows, state and counters alone, as those of a failed step.
+// The ledger gets the factor's word at factors[slot]; the labels message of a later step tells it.
 // launch: begin_update blocks 1 threads 32 shared 0
-// gate: begin_update registers <= 32
-PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadArrays head, double learning_rate)) {
-    if (blockIdx.x != 0 || threadIdx.x != 0 || head.block->status != kOk) {
+// gate: begin_update registers <= 40
+PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadArrays head, double learning_rate,
+                          double factor, int32_t on_device, uint32_t slot)) {
+    if (blockIdx.x != 0 || threadIdx.x != 0) {
+        return;
+    }
+    Ledger& ledger = *head.ledger;
+    if (on_device != 0) {
+        factor *= double(ledger.device_factor);
+    }
+    const bool finite = fabs(factor) <= kLargestFloat;
+    int64_t word = kSkippedFactor;
+    if (finite) {
+        __builtin_memcpy(&word, &factor, sizeof word);
+    }
+    ledger.factors[slot] = word;
+    if (head.block->status != kOk) {
+        return;
+    }
+    if (!finite) {
+        ledger.skipped += 1;
+        head.block->status = kSkipped;
         return;
     }
     const OptimizerSettings& optimizer = head.optimizer;
@@ -35,6 +59,7 @@ PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadArrays head, double learni
         made.weight_decay = float(optimizer.weight_decay);
     }
     made.learning_rate = float(learning_rate);
+    made.factor = float(factor);
     *head.rule = made;
 }
 
@@ -62,6 +87,7 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
         }
         const float inverse = head.center_inverse_norms[first + slot];
         const float along = float(warp_sum(dot) * double(inverse)) * inverse;
+        const float length = inverse * rule.factor;
         double squares = 0.0;
         float torn = 0.0f;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
@@ -73,7 +99,7 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
                 v = rows::read_group(head.second_moment + start, column, head.master_pitch);
             }
             const ptx::Float4 g = rows::subtract_along(
-                rows::read_floats(unit_gradient, column, head.dim), along, w, inverse);
+                rows::read_floats(unit_gradient, column, head.dim), along, w, length);
             if (head.optimizer.adamw) {
                 rule::adamw(rule, w, m, v, g);
                 rows::write_group(head.second_moment + start, column, head.master_pitch, v);

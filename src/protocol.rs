@@ -49,10 +49,29 @@ pub struct Announcement {
     pub loss_weight: f64,
     /// A sum that changes with each row that the caller overwrites; 0 for a sharded head, whose ranks have different rows.
     pub written_rows: u64,
+    /// What the last update multiplied the class centers' gradient by.
+    pub factor: f64,
+}
+
+/// Word of a factor that is no finite float32: such an update is skipped, and by which factor does not matter.
+pub(crate) const SKIPPED_FACTOR: i64 = 0x7ff8_0000_0000_0000;
+
+/// Whether a gradient can be multiplied by it.
+pub(crate) fn is_factor(factor: f64) -> bool {
+    factor.abs() <= f64::from(f32::MAX)
+}
+
+/// A factor as ranks tell it each other.
+pub(crate) fn factor_word(factor: f64) -> i64 {
+    if is_factor(factor) {
+        factor.to_bits() as i64
+    } else {
+        SKIPPED_FACTOR
+    }
 }
 
 /// Elements of an announcement.
-pub(crate) const ANNOUNCED: usize = 7;
+pub(crate) const ANNOUNCED: usize = 8;
 
 impl Announcement {
     pub(crate) fn words(&self) -> [i64; ANNOUNCED] {
@@ -64,6 +83,7 @@ impl Announcement {
             self.learning_rate.to_bits() as i64,
             self.loss_weight.to_bits() as i64,
             self.written_rows as i64,
+            factor_word(self.factor),
         ]
     }
 }
@@ -201,6 +221,14 @@ pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
     if differs(5) {
         let (weight, others) = both(5);
         return error!(Mismatch, "loss_weight{of_backward} is {weight} on rank 0 and {others} on rank {rank}");
+    }
+    if differs(7) {
+        let shown = |word: i64| match word {
+            SKIPPED_FACTOR => "not finite".to_owned(),
+            word => f64::from_bits(word as u64).to_string(),
+        };
+        let (factor, others) = (shown(first[7]), shown(other[7]));
+        return error!(Mismatch, "factor times device_factor of the last update is {factor} on rank 0 and {others} on rank {rank}");
     }
     error!(
         Mismatch,

@@ -196,7 +196,8 @@ static void whole_step(struct rank *r, double rate) {
   drop_batch(&b);
 }
 
-static void parts_of_a_step(struct rank *r, int prepare, double rate, double weight, int update) {
+static void parts_of_a_step(struct rank *r, int prepare, double rate, double weight, int update,
+                            double factor) {
   struct batch b = batch_of(r);
   struct grid *e = &b.embeddings, *g = &b.gradient;
   const int64_t *labels = (int64_t *)b.labels.data;
@@ -222,7 +223,21 @@ static void parts_of_a_step(struct rank *r, int prepare, double rate, double wei
     must_be_kept("pfc_head_backward", status, &g->memory);
     if (b.wrong_gradient) must_fail("pfc_head_backward", status);
     if (!gaps_are_kept(g)) finding("pfc_head_backward wrote between the rows");
-    if (update) must_succeed(r, "pfc_head_update", DO(pfc_head_update, r->head, rate));
+    if (update && factor == 1)
+      must_succeed(r, "pfc_head_update", DO(pfc_head_update, r->head, rate));
+    if (update && factor != 1) {
+      float other = ONE_OF(&r->own, float, 1, 1, 2);
+      pfc_update_options o;
+      DO(pfc_update_options_init, &o);
+      o.learning_rate = rate;
+      o.factor = factor / other;
+      o.device_factor = chance(&r->own, 500) || other != 1 ? &other : NULL;
+      int wrong = mistake(r, 4);
+      if (wrong) o.reserved = 1;
+      status = DO(pfc_head_update_with, r->head, wrong && chance(&r->own, 500) ? NULL : &o);
+      must_succeed(r, "pfc_head_update_with", status);
+      if (wrong) must_fail("pfc_head_update_with", status);
+    }
     if (mistake(r, 4)) DO(pfc_head_update, r->head, rate);
   }
   drop_batch(&b);
@@ -480,7 +495,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 24)) {
+  switch (below(&r->own, 25)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -504,6 +519,7 @@ static void hopeless(struct rank *r) {
     case 20: DO_OTHER(pfc_last_error_copy, (text, below(&r->own, sizeof text))); break;
     case 21: status = DO(pfc_head_last_metrics, r->head, NULL); break;
     case 22: DO_OTHER(pfc_head_error, (r->head, text, below(&r->own, sizeof text))); break;
+    case 23: status = DO(pfc_head_update_with, r->head, NULL); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");
@@ -527,6 +543,7 @@ static void operation(struct rank *r) {
   int32_t op = 1 + (int32_t)below(all, 2);
   int which = (int)below(all, 5), equal = chance(all, 300), update = chance(all, 900);
   double rate = ONE_OF(all, double, 0.1, 0, 1e-3, 0.5), weight = ONE_OF(all, double, 1, 0.5, 0);
+  double factor = ONE_OF(all, double, 1, 1, 0.5, -0.25, NAN, INFINITY);
   struct draws sample = {draw(all)};
   if (mistake(r, 10)) return;
   if (mistake(r, 40)) DO(pfc_comm_abort, r->comm);
@@ -538,7 +555,7 @@ static void operation(struct rank *r) {
   if (pick < 25) {
     whole_step(r, rate);
   } else if (pick < 42) {
-    parts_of_a_step(r, pick >= 35, rate, weight, update);
+    parts_of_a_step(r, pick >= 35, rate, weight, update, factor);
   } else if (pick < 50) {
     rows(r);
   } else if (pick < 55) {

@@ -221,7 +221,7 @@ PFC_DEVICE void update_centers(const HeadArrays& head, const Mainloop& mainloop,
         const uint32_t index = first_of(unit) + lane / 4;
         const uint32_t column = Mainloop::warp_column() + 8 * first + 2 * (lane % 4);
         const float subtract = along[index];
-        const float factor = classes.inverse_norms[index] * tile.weight;
+        const float factor = classes.inverse_norms[index] * (tile.weight * rule.factor);
         const bool exists = index < tile.columns;
         const uint64_t master = uint64_t(classes.rows[index]) * head.master_pitch + column;
 #pragma unroll

@@ -19,7 +19,7 @@
 //!
 //! WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it is, how many samples they have drawn
 //! and updates they have done, the learning rate and the loss weight (of pfc_head_step its own; otherwise those of the update and
-//! the backward before), and, replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A difference
+//! the backward before), the factor of the last update, and, replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A difference
 //! is MISMATCH on all ranks.
 //!
 //! ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not wait for the other ranks' labels:
@@ -243,6 +243,8 @@ pub unsafe extern "C" fn pfc_head_backward(
 }
 
 /// Phase 5 for the class centers: updates the sampled rows. After pfc_head_backward. Collective when replicated.
+///
+/// pfc_head_update_with also multiplies the gradient.
 ///
 /// @param learning_rate 0 or more; a wrong one changes nothing, and the call may be repeated
 /// @return with a loss in device memory, on a rank whose own forward failed: that error, after its part in the exchange

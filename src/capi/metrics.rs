@@ -10,7 +10,7 @@ use crate::{ensure, Result};
 
 /// Measurements of the last step, for pfc_head_metrics and pfc_head_last_metrics. Prepare with pfc_metrics_init.
 ///
-/// After a step that failed all but updates, draws and the seconds is 0.
+/// After a step that failed all but updates, skipped_updates, draws and the seconds is 0.
 ///
 /// Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to enqueue a phase and to wait for
 /// the communicator, not how long the GPU worked. With a loss in host memory, seconds_reduce includes the wait for everything that
@@ -38,7 +38,8 @@ pub struct pfc_metrics {
     pub mean_target_cosine: f64,
     /// L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
     pub grad_embeddings_norm: f64,
-    /// L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
+    /// L2 norm of the gradient of all ranks' sampled class centers, times the update's factor; 0 before update, and after an update
+    /// that was skipped.
     pub grad_centers_norm: f64,
     /// Seconds in phase 1: gathering labels and embeddings.
     pub seconds_gather: f64,
@@ -53,6 +54,8 @@ pub struct pfc_metrics {
     pub seconds_backward: f64,
     /// Seconds in phase 5 for the class centers: their gradient and the optimizer.
     pub seconds_update: f64,
+    /// Updates skipped since the head was made, because pfc_head_update_with had a factor that was not finite.
+    pub skipped_updates: u64,
 }
 
 sized!(
@@ -75,6 +78,7 @@ sized!(
         seconds_reduce: 0.0,
         seconds_backward: 0.0,
         seconds_update: 0.0,
+        skipped_updates: 0,
     }
 );
 
@@ -100,7 +104,8 @@ pub unsafe extern "C" fn pfc_head_metrics(head: *mut pfc_head, metrics: *mut pfc
 /// What this rank knows of the last step, for a logger on one rank. Not collective. On a CUDA device it waits for what has been
 /// enqueued.
 ///
-/// Of all ranks, as pfc_head_metrics gives them: updates, draws, rows, valid_rows, loss, mean_target_cosine. Of this rank alone:
+/// Of all ranks, as pfc_head_metrics gives them: updates, skipped_updates, draws, rows, valid_rows, loss,
+/// mean_target_cosine. Of this rank alone:
 /// sample_size, the seconds, grad_embeddings_norm (of its own rows) and grad_centers_norm (sharded: of the sampled class centers of
 /// its shard; replicated: of all sampled class centers, as pfc_head_metrics). top1 is NaN where the negatives of a row are on several
 /// ranks: sharded, on more than one rank. Replicated it is the share of this rank's own valid rows, 0 where there are none. On one
@@ -136,6 +141,7 @@ unsafe fn write(head: &Head, metrics: *mut pfc_metrics, m: &Metrics) -> Result<(
         seconds_reduce: m.seconds.reduce,
         seconds_backward: m.seconds.backward,
         seconds_update: m.seconds.update,
+        skipped_updates: m.skipped_updates,
     };
     write_sized(metrics, value)
 }

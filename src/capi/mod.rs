@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod plan;
 pub mod status;
 pub mod types;
+pub mod update;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 

@@ -95,11 +95,29 @@ impl<'a> SampleIds<'a> {
     }
 }
 
+/// An update as its caller asks for it.
+#[derive(Clone, Copy, Debug)]
+pub struct UpdateCall {
+    pub learning_rate: f64,
+    /// Multiplies the gradient of the class centers. If it is no finite float32, the update is skipped.
+    pub factor: f64,
+    /// In the device's memory, and multiplies it, too; NULL: 1.
+    pub device_factor: *const f32,
+}
+
+impl UpdateCall {
+    pub fn of(learning_rate: f64) -> UpdateCall {
+        UpdateCall { learning_rate, factor: 1.0, device_factor: std::ptr::null() }
+    }
+}
+
 /// What a step was like, this rank's part of it.
 #[derive(Clone, Debug, Default)]
 pub struct StepFigures {
     /// Updates done by this head.
     pub updates: u64,
+    /// Updates skipped for a factor that was not finite.
+    pub skipped_updates: u64,
     /// Rows of the global batch.
     pub rows: u64,
     pub valid_rows: u64,
@@ -192,11 +210,11 @@ pub trait HeadDevice: Send {
     /// Phase 5, after *gradient*: the backward of normalize, times `factor`, into the caller's matrix.
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()>;
     /// Phase 5, sharded: the class centers' gradient and the optimizer, row by row. The calling thread runs `beside` meanwhile.
-    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Phase 5, replicated: the sampled class centers' gradient, for *center gradient*, which adds it up over the ranks.
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange;
     /// Phase 5, replicated: the optimizer on the summed gradient.
-    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()>;
+    fn apply_gradient(&mut self, update: UpdateCall) -> Result<()>;
     /// What the current step was like.
     fn figures(&mut self) -> Result<StepFigures>;
     /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.

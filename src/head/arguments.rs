@@ -2,7 +2,7 @@
 //! host does not read.
 
 use super::{failure, Head, LossTarget, StepInput};
-use crate::device::{Device, Labels};
+use crate::device::{Device, Labels, UpdateCall};
 use crate::matrix::{check_address, Matrix};
 use crate::memory::{zeros, Buffer, Plain};
 use crate::{ensure, error, Contribution, Result, Status};
@@ -105,6 +105,22 @@ impl Head {
             0 => Ok(()),
             _ => self.check_reachable(name, matrix.data),
         }
+    }
+
+    /// An update whose factor, unless the device alone can read it, is all in one number.
+    pub(super) fn check_update(&self, update: UpdateCall) -> Result<UpdateCall> {
+        self.check_factor("learning_rate", update.learning_rate)?;
+        let pointer = update.device_factor;
+        if pointer.is_null() {
+            return Ok(update);
+        }
+        check_address("device_factor", pointer, 1)?;
+        if self.backend.is_device_memory("device_factor", pointer.cast())? {
+            return Ok(update);
+        }
+        // SAFETY: the caller of the head's entry gave a number, and it is in host memory.
+        let factor = update.factor * f64::from(unsafe { *pointer });
+        Ok(UpdateCall { factor, device_factor: std::ptr::null(), ..update })
     }
 
     pub(super) fn check_factor(&self, name: &str, value: f64) -> Result<()> {

@@ -12,6 +12,7 @@ use crate::{ensure, error, Contribution, Result};
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     pub updates: u64,
+    pub skipped_updates: u64,
     pub draws: u64,
     pub rows: u64,
     pub valid_rows: u64,
@@ -66,7 +67,8 @@ impl Head {
 
     /// `grad_embeddings`, `grad_centers`: sums of squares.
     fn metrics_of(&self, figures: &StepFigures, top1: f64, grad_embeddings: f64, grad_centers: f64) -> Metrics {
-        let counts = Metrics { updates: figures.updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() };
+        let StepFigures { updates, skipped_updates, .. } = *figures;
+        let counts = Metrics { updates, skipped_updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() };
         // A step that nobody waited for is known by its loss alone.
         if self.failed || figures.loss.is_nan() {
             return counts;

@@ -149,6 +149,8 @@ pub struct Head {
     updates: u64,
     /// Of the last update.
     learning_rate: f64,
+    /// Of the last update, as far as the host knows it.
+    factor: f64,
     /// Of the last backward.
     loss_weight: f64,
     /// See [`crate::protocol::Announcement`].
@@ -207,6 +209,7 @@ impl Head {
             step: 0,
             updates: 0,
             learning_rate: 0.0,
+            factor: 1.0,
             loss_weight: 1.0,
             written_rows: 0,
             number,

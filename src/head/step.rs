@@ -19,7 +19,7 @@
 use std::time::Instant;
 
 use super::{CallState, Head, LossTarget, Seconds, StepInput};
-use crate::device::Labels;
+use crate::device::{Labels, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{Matrix, ReduceOp};
 use crate::options::Placement;
@@ -76,16 +76,21 @@ impl Head {
 
     /// Phase 5 for the class centers; see `pfc_head_update`.
     pub fn update(&mut self, learning_rate: f64) -> Result<()> {
+        self.update_with(UpdateCall::of(learning_rate))
+    }
+
+    /// The same with the gradient multiplied; see `pfc_head_update_with`. `device_factor` is the caller's, wherever it lies.
+    pub fn update_with(&mut self, update: UpdateCall) -> Result<()> {
         self.check_usable()?;
         self.expect(CallState::Backwarded, "pfc_head_update", "pfc_head_backward")?;
-        self.check_factor("learning_rate", learning_rate)?;
+        let update = self.check_update(update)?;
         let comm = self.comm.clone();
         // A shard is updated without a message.
         let _turn = match self.options.placement {
             Placement::Sharded => None,
             Placement::Replicated => Some(comm.take_turn()?),
         };
-        let outcome = self.update_centers(learning_rate, &mut || Ok(()));
+        let outcome = self.update_centers(update, &mut || Ok(()));
         self.poison_on_failure(outcome)?;
         self.own_failure.take().map_or(Ok(()), Err)
     }
@@ -160,6 +165,7 @@ impl Head {
             learning_rate: self.learning_rate,
             loss_weight: self.loss_weight,
             written_rows: self.written_rows,
+            factor: self.factor,
         }
     }
 
@@ -274,15 +280,15 @@ impl Head {
     }
 
     /// Phase 5: the class centers' gradient, summed over the ranks if each has all centers, and the optimizer. `beside` runs meanwhile.
-    fn update_centers(&mut self, learning_rate: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn update_centers(&mut self, update: UpdateCall, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope());
-        self.learning_rate = learning_rate;
+        (self.learning_rate, self.factor) = (update.learning_rate, update.factor);
         match self.options.placement {
-            Placement::Sharded => scope.host("update", || self.backend.update(learning_rate, self.loss_weight, beside))?,
+            Placement::Sharded => scope.host("update", || self.backend.update(update, self.loss_weight, beside))?,
             Placement::Replicated => {
                 let gradient = scope.host("center gradient", || self.backend.center_gradient(self.loss_weight));
                 scope.host("all_reduce center gradient", || gradient.all_reduce(&self.comm, ReduceOp::Sum))?;
-                scope.host("update", || self.backend.apply_gradient(learning_rate))?;
+                scope.host("update", || self.backend.apply_gradient(update))?;
             }
         }
         self.updates += 1;
@@ -297,7 +303,7 @@ impl Head {
         let partial = self.embedding_gradient();
         self.seconds.backward = start.elapsed().as_secs_f64();
         let comm = self.comm.clone();
-        self.update_centers(learning_rate, &mut || match sharded {
+        self.update_centers(UpdateCall::of(learning_rate), &mut || match sharded {
             true => scope.host("reduce_scatter gradient", || partial.reduce_scatter(&comm)),
             false => Ok(()),
         })?;

@@ -140,6 +140,15 @@ impl Case {
         }
     }
 
+    /// What a step's update multiplies the gradient by: 1, but for some seeds; NaN: the update is skipped. A number of its own would
+    /// have all cases drawn anew.
+    pub fn factor(&self, step: usize) -> f64 {
+        match (self.calls, self.seed % 5) {
+            (Calls::Step, _) | (_, 1..) => 1.0,
+            _ => [0.5, f64::NAN, 2.0, 1.0, 0.0][step % 5],
+        }
+    }
+
     /// Small enough that W moves by a few percent a step at most: what this test compares are steps, not the chaos of training.
     pub fn learning_rate(&self, step: usize) -> f64 {
         let size = if self.adamw { 0.01 } else { 0.05 / (1.0 + self.scale * self.m1) };

@@ -15,6 +15,7 @@ use partialfc::capi::head::{pfc_load_options, pfc_save_options};
 use partialfc::capi::metrics::pfc_metrics;
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::{pfc_head_options, pfc_margin, pfc_matrix, pfc_optimizer};
+use partialfc::capi::update::pfc_update_options;
 use partialfc_testing::programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};
 
 /// What the static library needs, as packaging/partialfc.pc.in tells users.
@@ -60,14 +61,14 @@ fn the_published_table_beside_ours() {
                 output(Command::new(&program).args(options.iter().flat_map(|(name, value)| [name.to_string(), value.to_string()])));
             published.iter().for_each(|figure| assert!(text.contains(figure), "{figure}: {text}"));
             let (rows, shard) = (ranks * batch, classes.div_ceil(ranks));
-            let (labels, embeddings, sums) = (8 * (batch + 10), 4 * batch * dim, 4 * (2 * rows + 4));
+            let (labels, embeddings, sums) = (8 * (batch + 11), 4 * batch * dim, 4 * (2 * rows + 4));
             for ours in [
                 format!("{} = 4 C d", 4 * classes * dim),
                 format!("{} = 4 c d", 4 * shard * dim),
-                format!("{} = 8 (b + 10) + 4 b d", labels + embeddings),
+                format!("{} = 8 (b + 11) + 4 b d", labels + embeddings),
                 format!("{sums} = 4 (2 B + 4)"),
                 format!("{} = 4 B d", 4 * rows * dim),
-                format!("{} = 8 (b + 10) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
+                format!("{} = 8 (b + 11) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
             ] {
                 assert!(text.contains(&ours), "{ours}: {text}");
             }
@@ -321,7 +322,9 @@ fn structs_lie_in_c_as_in_rust() {
         pfc_metrics {
             struct_size, updates, draws, rows, valid_rows, sample_size, loss, top1, mean_target_cosine, grad_embeddings_norm,
             grad_centers_norm, seconds_gather, seconds_sample, seconds_forward, seconds_reduce, seconds_backward, seconds_update,
+            skipped_updates,
         }
+        pfc_update_options { struct_size, learning_rate, factor, device_factor, reserved }
         pfc_save_options { struct_size }
         pfc_load_options { struct_size }
         pfc_plan_report {

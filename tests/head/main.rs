@@ -5,6 +5,7 @@ mod calls;
 mod conformance;
 mod digits;
 mod evaluation;
+mod factor;
 mod faults;
 mod reference;
 mod resume;

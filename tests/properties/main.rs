@@ -75,7 +75,10 @@ fn run_step(case: &Case, place: &Rank, head: &mut Head, start: &[f32], k: usize)
                 head.prepare(&next.labels)?;
             }
             head.backward(case.loss_weight, case.loss_scale, &mut grad)?;
-            head.update(rate)?;
+            match case.factor(k) {
+                1.0 => head.update(rate)?,
+                factor => head.update_with(rate, 2.0 * factor, &0.5)?,
+            }
         }
     }
     let centers = case.peek.then(|| head.centers());
@@ -99,8 +102,11 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
         };
         let allowance = budget.allowance(&head);
         compare_step(case, &step, &took_part, allowance).map_err(|e| format!("step {k}: {e}"))?;
-        budget.update(&head, &step, allowance, case.loss_weight, case.learning_rate(k));
-        head.update(&step, case.loss_weight, case.learning_rate(k));
+        let weight = case.loss_weight * case.factor(k);
+        if weight.is_finite() {
+            budget.update(&head, &step, allowance, weight, case.learning_rate(k));
+            head.update(&step, weight, case.learning_rate(k));
+        }
         for (rank, ran) in took_part.iter().enumerate() {
             if let Some(centers) = &ran.centers {
                 let what = format!("W of rank {rank} after step {k}");
@@ -337,6 +343,9 @@ fn known_cases() {
         Case { scale: 120.0, classes: 4, dim: 2, batches: vec![9, 6], rate: 1.0, placement: Placement::Replicated, ..plain() },
         Case { scale: 128.0, classes: 2, dim: 2, batches: vec![9], labels: partialfc_testing::cases::Labels::One, ..plain() },
         Case { scale: 128.0, batches: vec![3], classes: 1, ..plain() },
+        // Updates that are multiplied and skipped.
+        Case { seed: 10, steps: 5, ..plain() },
+        Case { seed: 10, steps: 5, placement: Placement::Replicated, calls: Calls::Ahead, adamw: true, ..plain() },
         // The caller's sample is larger than any draw.
         Case { placement: Placement::Replicated, rate: 0.497, given_sample: true, batches: vec![2, 1], dim: 2, seed: 3, ..plain() },
     ];

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::buffers::{Activations, Messages};
 use super::pool::Pool;
-use super::products::{self, Shape};
+use super::products::Shape;
 use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::{AvailableMemory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::{self, center_inverse_norm, inverse_norm};
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
@@ -42,6 +42,7 @@ pub(super) struct CpuHead {
     pub(super) step: StepState,
     /// Brings dense rows to the current step.
     pub(super) replay: Replay,
+    pub(super) skipped_updates: u64,
 
     pub(super) messages: Messages,
     pub(super) activations: Activations,
@@ -105,6 +106,7 @@ impl CpuHead {
             has_next: false,
             step: StepState { draft: Draft::with_room(options, spec.ranks)?, ..StepState::default() },
             replay: rows.replay()?,
+            skipped_updates: 0,
             rows,
             messages: Messages::new(&spec, &sizes, gather_dtype)?,
             activations: Activations::new(&sizes)?,
@@ -243,7 +245,7 @@ impl CpuHead {
             }
         });
         step.bad_row = bad_rows.iter().copied().find(|&row| row != usize::MAX);
-        transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
+        super::passes::transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
     }
 
     /// Counts an update whose rows have been written.
@@ -477,11 +479,15 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
-    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let weight = self.weight(loss_weight);
-        let outcome = self.update_pass(learning_rate, weight, beside);
+    fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if !protocol::is_factor(update.factor) {
+            self.skipped_updates += 1;
+            return beside();
+        }
+        let weight = self.weight(loss_weight) * update.factor;
+        let outcome = self.update_pass(update.learning_rate, weight, beside);
         self.step.grad_centers = self.step.totals.iter().sum();
-        outcome.and(self.count_update(learning_rate))
+        outcome.and(self.count_update(update.learning_rate))
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
@@ -491,18 +497,25 @@ impl HeadDevice for CpuHead {
         Exchange::host(data, data, self.step.shape.classes * self.step.shape.dim, DType::F32)
     }
 
-    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
+    fn apply_gradient(&mut self, update: UpdateCall) -> Result<()> {
+        if !protocol::is_factor(update.factor) {
+            self.skipped_updates += 1;
+            return Ok(());
+        }
+        let UpdateCall { learning_rate, factor, .. } = update;
         let CpuHead { pool, rows: centers, step, replay, messages, .. } = self;
         let StepState { draft, shape, totals, .. } = step;
         let dim = shape.dim;
         let rows = centers.updating(replay, learning_rate);
-        let totals = Parts::of(totals);
+        let (totals, gradients) = (Parts::of(totals), messages.center_gradient.parts());
         pool.run(shape.chunks(), &|chunk, _| {
             let mut squares = 0.0;
             for column in shape.chunk(chunk) {
-                let gradient = &messages.center_gradient[column * dim..(column + 1) * dim];
-                squares += vector::sum_of_squares(gradient);
                 // SAFETY: a column is in one chunk, a chunk in one task.
+                let gradient = unsafe { gradients.range(column * dim..(column + 1) * dim) };
+                vector::scale(gradient, factor as f32);
+                squares += vector::sum_of_squares(gradient);
+                // SAFETY: as above.
                 unsafe { rows.apply(draft.sample.row(column), gradient) };
             }
             unsafe { totals.range(chunk..chunk + 1)[0] = squares };
@@ -516,6 +529,7 @@ impl HeadDevice for CpuHead {
         let step = &self.step;
         Ok(StepFigures {
             updates: self.rows.updates(),
+            skipped_updates: self.skipped_updates,
             rows: step.draft.batches.iter().sum::<usize>() as u64,
             valid_rows: step.valid_rows,
             sample_size: step.draft.sample.len() as u64,
@@ -553,25 +567,6 @@ impl HeadDevice for CpuHead {
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         super::nearest::nearest(&self.pool, &self.rows, self.spec.shard, queries, k)
     }
-}
-
-/// `destination` [columns, pitch(rows)] = `source` [rows, source_pitch] transposed, by blocks that stay in the first-level cache.
-fn transpose(pool: &Pool, source: &[f32], source_pitch: usize, destination: &mut Buffer<f32>, rows: usize, columns: usize) {
-    const BLOCK: usize = 16;
-    let pitch = products::pitch(rows);
-    let destination = destination.parts();
-    pool.run(columns.div_ceil(BLOCK), &|task, _| {
-        let block = task * BLOCK..((task + 1) * BLOCK).min(columns);
-        // SAFETY: a block of destination rows belongs to one task.
-        let out = unsafe { destination.range(block.start * pitch..block.end * pitch) };
-        for first in (0..rows).step_by(BLOCK) {
-            for row in first..(first + BLOCK).min(rows) {
-                for (slot, column) in block.clone().enumerate() {
-                    out[slot * pitch + row] = source[row * source_pitch + column];
-                }
-            }
-        }
-    });
 }
 
 fn copied(values: &[f32]) -> Result<Vec<f32>> {

@@ -2,6 +2,7 @@
 
 use super::buffers::Activations;
 use super::head::{CpuHead, StepState, ELSEWHERE};
+use super::pool::Pool;
 use super::products::{self, ForwardOutput, Pass, UpdateInput};
 use super::rows::{HostRows, UpdatingRows};
 use super::sample::Sample;
@@ -158,4 +159,30 @@ impl CpuHead {
         products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, || ());
         step.totals = totals;
     }
+}
+
+/// `destination` [columns, pitch(rows)] = `source` [rows, source_pitch] transposed, by blocks that stay in the first-level cache.
+pub(super) fn transpose(
+    pool: &Pool,
+    source: &[f32],
+    source_pitch: usize,
+    destination: &mut Buffer<f32>,
+    rows: usize,
+    columns: usize,
+) {
+    const BLOCK: usize = 16;
+    let pitch = products::pitch(rows);
+    let destination = destination.parts();
+    pool.run(columns.div_ceil(BLOCK), &|task, _| {
+        let block = task * BLOCK..((task + 1) * BLOCK).min(columns);
+        // SAFETY: a block of destination rows belongs to one task.
+        let out = unsafe { destination.range(block.start * pitch..block.end * pitch) };
+        for first in (0..rows).step_by(BLOCK) {
+            for row in first..(first + BLOCK).min(rows) {
+                for (slot, column) in block.clone().enumerate() {
+                    out[slot * pitch + row] = source[row * source_pitch + column];
+                }
+            }
+        }
+    });
 }

@@ -86,7 +86,7 @@ macro_rules! entries {
 
 entries! {
     "labels" {
-        pack_labels(LabelHeader, Address);
+        pack_labels(LabelHeader, Address, i32);
         judge_labels();
         spread_labels();
         sort_labels_count(u32, u32);
@@ -139,7 +139,7 @@ entries! {
         sum_squares(i32);
     }
     "update" {
-        begin_update(f64);
+        begin_update(f64, f64, i32, u32);
         update_rows(u32, u32);
         advance_history();
         end_update();

@@ -129,9 +129,11 @@ structures! {
     pub(crate) struct Ledger {
         updates: u64,
         failed: u64,
-        first_failure: StepBlock,
+        skipped: u64,
+        factors: [i64; 2],
+        device_factor: f32,
         torn_row: u32,
-        reserved: u32,
+        first_failure: StepBlock,
     }
     /// An update's coefficients, made on the device.
     pub(crate) struct Rule {
@@ -146,7 +148,7 @@ structures! {
         corrected_rate: f32,
         sqrt_v_scale: f32,
         epsilon: f32,
-        reserved: f32,
+        factor: f32,
     }
     /// The updates that dense rows missed since one update, computed on the device.
     pub(crate) struct MissedUpdates {
@@ -271,8 +273,8 @@ impl RankPointers {
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
-    assert!(std::mem::size_of::<StepBlock>() == 256);
-    assert!(std::mem::size_of::<Ledger>() == 280);
+    assert!(std::mem::size_of::<StepBlock>() == 272);
+    assert!(std::mem::size_of::<Ledger>() == 320);
     assert!(std::mem::size_of::<Rule>() == 48);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
@@ -344,7 +346,7 @@ impl From<&UpdateRule> for Rule {
     fn from(rule: &UpdateRule) -> Rule {
         match rule.coefficients {
             Coefficients::Sgd(SgdCoefficients { momentum, weight_decay, learning_rate }) => {
-                Rule { momentum, weight_decay, learning_rate, ..Rule::zeroed() }
+                Rule { momentum, weight_decay, learning_rate, factor: 1.0, ..Rule::zeroed() }
             }
             Coefficients::Adamw(AdamwCoefficients {
                 beta1,
@@ -364,6 +366,7 @@ impl From<&UpdateRule> for Rule {
                 corrected_rate,
                 sqrt_v_scale,
                 epsilon,
+                factor: 1.0,
                 ..Rule::zeroed()
             },
         }
@@ -429,6 +432,8 @@ mod tests {
             ("kTileRows", TILE_ROWS as i64),
             ("kTileColumns", TILE_COLUMNS as i64),
             ("kLabelHeader", HEADER as i64),
+            ("kFactorWord", HEADER as i64 - 1),
+            ("kSkippedFactor", crate::protocol::SKIPPED_FACTOR),
             ("kAnnounced", ANNOUNCED as i64),
             ("kDrawsWord", crate::protocol::DRAWS_WORD as i64),
             ("kTotals", crate::protocol::TOTALS as i64),

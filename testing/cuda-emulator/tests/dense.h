@@ -38,7 +38,7 @@ class Training {
         head.block.status = fail ? kNotFinite : kOk;
         head.put_block();
         const double lr = rate(updates_ + 1);
-        head.launch(launch, "begin_update", lr);
+        head.launch(launch, "begin_update", lr, 1.0, int32_t(0), 0u);
         squares.clear();
         unprojected.clear();
         const std::vector<double> now = rows(0, launch);

@@ -117,6 +117,7 @@ void run(const Case& c, uint64_t seed) {
     rule.corrected_rate = 0.3f;
     rule.sqrt_v_scale = 1.1f;
     rule.epsilon = 1e-3f;
+    rule.factor = 1.0f;
 
     StepBlock block;
     memset(&block, 0, sizeof block);

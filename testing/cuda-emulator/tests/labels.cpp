@@ -367,7 +367,7 @@ void test_packing() {
                 header.words[kStatusWord] = status;
                 header.words[kBatchWord] = status == 0 ? int64_t(batch) : 0;
                 memory.launch("pack_labels", launch.grid, launch.block, 0, rig.arrays(), header,
-                              static_cast<const int64_t*>(source));
+                              static_cast<const int64_t*>(source), int32_t(-1));
                 std::vector<int64_t> expected(header.words, header.words + kLabelHeader);
                 expected.resize(kLabelHeader + 300);
                 if (status == 0)

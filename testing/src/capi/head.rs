@@ -7,6 +7,8 @@ use partialfc::capi::metrics::pfc_metrics;
 use partialfc::capi::plan as c_plan;
 use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::pfc_head_options;
+use partialfc::capi::update as c_update;
+use partialfc::capi::update::pfc_update_options;
 use partialfc::options::{HeadOptions, Precision};
 
 use super::{on_cuda, outcome, to_c, Comm, Device, Outcome, Rows};
@@ -97,6 +99,17 @@ impl Head {
     pub fn update(&mut self, learning_rate: f64) -> Outcome {
         // SAFETY: a live handle.
         outcome(unsafe { c_head::pfc_head_update(self.raw, learning_rate) })
+    }
+
+    /// `device_factor`: NULL, or of one number that outlives the call.
+    pub fn update_with(&mut self, learning_rate: f64, factor: f64, device_factor: *const f32) -> Outcome {
+        // SAFETY: a live handle; all zeros is a value of the options, the size is their own.
+        unsafe {
+            let mut options: pfc_update_options = std::mem::zeroed();
+            outcome(c_update::pfc_update_options_init_sized(&mut options, std::mem::size_of::<pfc_update_options>() as u64))?;
+            (options.learning_rate, options.factor, options.device_factor) = (learning_rate, factor, device_factor);
+            outcome(c_update::pfc_head_update_with(self.raw, &options))
+        }
     }
 
     pub fn step(&mut self, embeddings: &mut Rows, labels: &[i64], learning_rate: f64, grad: &mut Rows) -> Outcome<f64> {

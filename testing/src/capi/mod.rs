@@ -20,6 +20,7 @@ pub use partialfc::capi::comm::pfc_traffic;
 pub use partialfc::capi::head::{PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
 pub use partialfc::capi::metrics::pfc_metrics;
 pub use partialfc::capi::plan::pfc_plan_report;
+pub use partialfc::capi::update::pfc_update_options;
 
 /// A status that is not PFC_OK, and the text that goes with it.
 #[derive(Clone, PartialEq, Eq)]

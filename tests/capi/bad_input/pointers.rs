@@ -11,6 +11,7 @@ use partialfc::capi::metrics as c_metrics;
 use partialfc::capi::plan as c_plan;
 use partialfc::capi::types as c_types;
 use partialfc::capi::types::pfc_matrix;
+use partialfc::capi::update as c_update;
 use partialfc::Status;
 
 use super::assert_refused;
@@ -59,6 +60,8 @@ fn null_is_refused_by_name_where_a_call_is_local() {
         refused("forward", c_head::pfc_head_forward(none, &view, null(), &mut loss), &["head"]);
         refused("backward", c_head::pfc_head_backward(none, 1.0, 1.0, &view), &["head"]);
         refused("update", c_head::pfc_head_update(none, 0.1), &["head"]);
+        refused("update_with", c_update::pfc_head_update_with(none, null()), &["head"]);
+        refused("update options", c_update::pfc_update_options_init_sized(null_mut(), 8), &["pfc_update_options"]);
         refused("step", c_head::pfc_head_step(none, &view, null(), 0.1, &view, &mut loss), &["head"]);
         refused("wait", c_head::pfc_head_wait(none), &["head"]);
         refused("metrics", c_metrics::pfc_head_metrics(none, null_mut()), &["head"]);

@@ -8,6 +8,7 @@ mod launch;
 mod passes;
 mod rows;
 mod sample;
+mod update;
 mod verdict;
 
 use std::cell::RefCell;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use self::launch::{run, ExchangeBuffers, OpenExchange};
 use self::sample::{Draft, LabelSlots};
+use self::update::LastFactor;
 use self::verdict::ReportedFailure;
 use super::context::Gpu;
 use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
@@ -24,7 +26,7 @@ use super::shared_structs::{fault, HeadArrays, MatrixView, StepBlock};
 use super::sizes::{HeadMemory, Sizes};
 use super::staging::{self, Staging};
 use super::streams::{HeadStreams, StreamRole};
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
@@ -75,6 +77,7 @@ pub(super) struct CudaHead {
     /// The first launch or copy that failed where no error can be returned.
     first_error: Option<Error>,
     updates: u64,
+    last_factor: LastFactor,
 }
 
 impl CudaHead {
@@ -108,6 +111,7 @@ impl CudaHead {
             failed_in_labels: false,
             first_error: None,
             updates: 0,
+            last_factor: LastFactor::new(&gpu.context)?,
             memory,
             sizes: [sizes.clone(), sizes],
             spec,
@@ -213,24 +217,6 @@ impl CudaHead {
         } else {
             multiprocessors
         }
-    }
-
-    fn finish_update(&mut self) {
-        let arrays = self.arrays();
-        run!(self, Centers, sum_squares, (arrays, 1i32));
-        if self.dense() {
-            run!(self, Centers, advance_history, (arrays,));
-        }
-        run!(self, Centers, end_update, (arrays,));
-        self.updates += 1;
-        let half = self.sizes().capacities.history / 2;
-        if self.dense() && self.updates.is_multiple_of(half) {
-            // No row misses more updates than the ring holds: afterwards rows are at most half as old.
-            let before = self.updates - half / 2;
-            run!(self, Centers, catch_up_rows, (arrays, before));
-        }
-        self.step_in_progress = false;
-        self.gather_ahead();
     }
 }
 
@@ -467,9 +453,9 @@ impl HeadDevice for CudaHead {
         }
     }
 
-    fn update(&mut self, learning_rate: f64, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let (arrays, fused) = (self.scale_embeddings(), self.fused());
-        run!(self, Centers, begin_update, (arrays, learning_rate));
+        self.begin_update(update);
         for first in self.chunks() {
             if !self.sizes().keeps_probabilities() {
                 self.numerators(StreamRole::Centers, first, self.offsets());
@@ -505,10 +491,10 @@ impl HeadDevice for CudaHead {
         self.exchange("all_reduce center gradient", StreamRole::Centers, buffers, DType::F32)
     }
 
-    fn apply_gradient(&mut self, learning_rate: f64) -> Result<()> {
+    fn apply_gradient(&mut self, update: UpdateCall) -> Result<()> {
         self.received(StreamRole::Centers);
         let (arrays, first, count) = (self.arrays(), 0u32, self.sizes().capacities.sample as u32);
-        run!(self, Centers, begin_update, (arrays, learning_rate));
+        self.begin_update(update);
         run!(self, Centers, update_rows, (arrays, first, count));
         self.finish_update();
         self.pending_error()

@@ -33,6 +33,7 @@ impl CudaHead {
         let ledger = self.ledger()?;
         Ok(StepFigures {
             updates: ledger.updates,
+            skipped_updates: ledger.skipped,
             rows: block.global_rows.into(),
             valid_rows: block.valid_rows,
             sample_size: block.classes.into(),

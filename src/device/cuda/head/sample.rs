@@ -111,8 +111,8 @@ impl CudaHead {
         };
         let header = LabelHeader { words: protocol::label_header(self.spec.rank, announcement, batch, failure.as_ref()) };
         (self.drafts[next].batch, self.drafts[next].own_failure) = (batch, failure);
-        let arrays = self.memory.arrays[next];
-        run!(self, Draw, pack_labels, (arrays, header, source.cast()));
+        let (arrays, factor) = (self.memory.arrays[next], self.factor_of_last_update());
+        run!(self, Draw, pack_labels, (arrays, header, source.cast(), factor));
         let count = HEADER + self.spec.options.max_batch as usize;
         let buffers = ExchangeBuffers { send: arrays.labels_send, recv: arrays.labels_recv, count };
         self.exchange("all_gather labels", StreamRole::Draw, buffers, DType::I64)
