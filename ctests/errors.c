@@ -365,6 +365,34 @@ static void count_line(void *user, int32_t level, const char *message) {
   if (user == &lines && level >= PFC_LOG_ERROR && level <= PFC_LOG_INFO && *message != 0) lines++;
 }
 
+static int dropped = 0;
+
+static void count_dropped(void *user, int32_t level, const char *message) {
+  (void)user;
+  if (level == PFC_LOG_WARN && strstr(message, "is dropped") != NULL) dropped++;
+}
+
+/* A gradient of the class centers that nobody used is told of once. */
+static void dropped_gradients(pfc_device *device, pfc_comm *comm) {
+  const pfc_head_options options = usual();
+  const pfc_matrix e = matrix(values, BATCH), g = matrix(gradient, BATCH);
+  pfc_head *head = NULL;
+  double loss = -1;
+  int i;
+  WORKS(pfc_set_log(count_dropped, NULL, PFC_LOG_WARN));
+  WORKS(pfc_head_create(device, comm, &options, &head));
+  for (i = 0; i < 6; i++) {
+    WORKS(pfc_head_forward(head, &e, labels, &loss));
+    if (i != 3) WORKS(pfc_head_backward(head, 1, 1, &g));
+    if (i == 0) WORKS(pfc_head_update(head, 0.1));
+    if (i == 1) WORKS(pfc_head_accumulate(head));
+    /* A forward after steps 0 and 1 drops nothing, one after 2 and 4 does. */
+    EXPECT(dropped == (i > 2));
+  }
+  pfc_head_free(head);
+  WORKS(pfc_set_log(NULL, NULL, PFC_LOG_OFF));
+}
+
 static void logging(pfc_device *device, pfc_comm *comm) {
   const pfc_head_options options = usual();
   pfc_head *head = NULL;
@@ -400,6 +428,7 @@ int main(void) {
   steps(head);
   forked(head);
   logging(device, comm);
+  dropped_gradients(device, comm);
   pfc_device_free(device); /* the head holds what it needs */
   pfc_comm_free(comm);
   steps(head);

@@ -258,6 +258,14 @@ static void all_calls(pfc_device *device, pfc_comm *comm, const pfc_head_options
   UNLESS_OK(status, gradient, gradient_was);
   NEXT(pfc_head_update, head, 0.1);
 
+  // Micro-batches.
+  for (int i = 0; i < 2; i++) {
+    CALL(pfc_head_forward, head, &e, labels, loss);
+    NEXT(pfc_head_backward, head, 1, 1, &g);
+    NEXT(pfc_head_accumulate, head);
+  }
+  NEXT(pfc_head_update, head, 0.1);
+
   NEXT(pfc_head_sample_ids, head, sample, C, &count);
   CALL(pfc_head_shard, head, &first, &count);
   for (int i = 0; i < 3; i++) given[i] = (int64_t)first + 2 * i;

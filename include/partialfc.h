@@ -637,7 +637,8 @@ void pfc_comm_free(pfc_comm *comm);
 // A STEP is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order; pfc_head_step
 // is all three in one call. pfc_head_prepare may begin the next step early. pfc_head_set_sample
 // replaces the draw of its sample. If pfc_head_update is never called, the class centers stay as
-// they are. All ranks make the same calls in the same order.
+// they are. pfc_head_accumulate in its place leaves the update to a later step. All ranks make
+// the same calls in the same order.
 //
 // The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather),
 // `embeddings` (all-gather), `sums` (all-reduce), `gradient` (reduce-scatter). Replicated:
@@ -660,8 +661,9 @@ void pfc_comm_free(pfc_comm *comm);
 // WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it
 // is, how many samples they have drawn and updates they have done, the learning rate and the loss
 // weight (of pfc_head_step its own; otherwise those of the update and the backward before), the
-// factor of the last update, and, replicated, the rows that pfc_head_write_centers and
-// pfc_head_write_state have written. A difference is MISMATCH on all ranks.
+// factor of the last update, how many steps have been accumulated since, and, replicated, the
+// rows that pfc_head_write_centers and pfc_head_write_state have written. A difference is
+// MISMATCH on all ranks.
 //
 // ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not
 // wait for the other ranks' labels: LABEL, MISMATCH and REMOTE come from the forward that
@@ -902,7 +904,7 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
-// Updates with more than a learning rate.
+// Updates with more than a learning rate, and of several steps at once.
 
 // Options of pfc_head_update_with. Prepare with pfc_update_options_init.
 typedef struct pfc_update_options {
@@ -944,6 +946,32 @@ static inline pfc_status pfc_update_options_init(pfc_update_options *options) {
 // @return with a loss in device memory, on a rank whose own forward failed: that error, after its
 //   part in the exchange
 pfc_status pfc_head_update_with(pfc_head *head, const pfc_update_options *options);
+
+// After pfc_head_backward, in place of pfc_head_update: keeps the step's gradient of the sampled
+// class centers, added up by class with what earlier calls have kept. The next pfc_head_update,
+// pfc_head_update_with or pfc_head_step applies all of it at once, with its own step's if there
+// is one under way: momentum, weight decay and the count of updates once, for all classes of any
+// of the samples. This is what accumulating the gradient over micro-batches comes to; loss_weight
+// 1/k makes it the mean of k. Not collective, but all ranks call it, or none: a difference is
+// MISMATCH in the next step.
+//
+// An update may also come right after pfc_head_accumulate. If it is skipped
+// (pfc_head_update_with), all that was kept is dropped.
+//
+// A step that fails, or that a second forward abandons, adds nothing; what was kept before it
+// stays. pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress drop all that
+// was kept: call them on all ranks or on none. Reading rows and progress changes nothing, and
+// what is kept is not in it.
+//
+// Memory, beyond what the plan says, from the first call to the end of the head: 4 (embedding_dim
+// + 1) bytes for each class that has a gradient, at most those of the shard, and 4 for each class
+// of the shard. Sharded: 4 * embedding_dim more for each class of a sample (CUDA: of a chunk of
+// it). CUDA: the classes that have a gradient are counted as the sum of the most that the samples
+// can have; where that grows, the call waits for the GPU.
+//
+// @return OUT_OF_MEMORY with nothing changed, and the call may be repeated; with a loss in device
+//   memory, on a rank whose own forward failed: that error
+pfc_status pfc_head_accumulate(pfc_head *head);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Measurements of a head.
@@ -1303,7 +1331,7 @@ static inline pfc_status pfc_plan_report_init(pfc_plan_report *report) {
 // Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if
 // precision is auto. For the traffic of a CUDA device set precision to what it computes in (half,
 // unless you choose f32), and batch to max_batch: a CUDA device always passes max_batch rows to
-// the collectives, whatever the batch is.
+// the collectives, whatever the batch is. What pfc_head_accumulate takes is not in it.
 //
 // @param options the options of the head
 // @param ranks number of ranks

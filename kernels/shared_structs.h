@@ -27,7 +27,7 @@ constexpr uint32_t kBatchWord = 2;
 constexpr uint32_t kAnnouncedWord = 3;
 constexpr uint32_t kDrawsWord = 5;
 constexpr uint32_t kFactorWord = 10;  // the factor of the last update, in the announcement
-constexpr uint32_t kAnnounced = 8;
+constexpr uint32_t kAnnounced = 9;
 constexpr uint32_t kLabelHeader = kAnnouncedWord + kAnnounced;
 constexpr uint32_t kTotals = 4;  // elements of the sums message beside the two of each row
 constexpr uint32_t kSlot = 4;    // elements of the replicated sums for each rank, after kTotals
@@ -157,6 +157,18 @@ struct Rule {
     float sqrt_v_scale;    // 1 / sqrt(1 - beta2^t)
     float epsilon;
     float factor;          // of the gradient
+    int32_t active;        // 0: there is no update: its step failed, or it is skipped
+    int32_t reserved;
+};
+
+// Gradients of class centers that are summed up over micro-batches (accumulate_rows), until an
+// update applies them.
+struct Accumulated {
+    float* gradients;   // [capacity][d] zeros where no class has one
+    uint32_t* classes;  // [capacity] the class that a row is of, in the order in which they came
+    uint32_t* places;   // [shard_rows] 1 + the row of a class; 0: it has none
+    float* squares;     // [capacity] of the gradients that are applied
+    uint32_t* counts;   // [2] rows, micro-batches
 };
 
 // The updates that dense rows missed which were last brought up to date at one update

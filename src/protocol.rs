@@ -51,6 +51,8 @@ pub struct Announcement {
     pub written_rows: u64,
     /// What the last update multiplied the class centers' gradient by.
     pub factor: f64,
+    /// Micro-batches accumulated since the last update.
+    pub accumulated: u64,
 }
 
 /// Word of a factor that is no finite float32: such an update is skipped, and by which factor does not matter.
@@ -71,7 +73,7 @@ pub(crate) fn factor_word(factor: f64) -> i64 {
 }
 
 /// Elements of an announcement.
-pub(crate) const ANNOUNCED: usize = 8;
+pub(crate) const ANNOUNCED: usize = 9;
 
 impl Announcement {
     pub(crate) fn words(&self) -> [i64; ANNOUNCED] {
@@ -84,6 +86,7 @@ impl Announcement {
             self.loss_weight.to_bits() as i64,
             self.written_rows as i64,
             factor_word(self.factor),
+            self.accumulated as i64,
         ]
     }
 }
@@ -119,6 +122,9 @@ pub(crate) const HEADER: usize = 3 + ANNOUNCED;
 /// Where among them the samples drawn are.
 #[cfg(test)]
 pub(crate) const DRAWS_WORD: usize = 3 + 2;
+/// Where the last update's factor is.
+#[cfg(test)]
+pub(crate) const FACTOR_WORD: usize = 3 + 7;
 /// Elements of *sums* beside the two for each row.
 pub(crate) const TOTALS: usize = 4;
 /// The N of rows with offsets of their own travel times e to this power: relative to c they are e^-192 to e^-38, which it takes into
@@ -212,6 +218,12 @@ pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
             first[3],
             other[2],
             other[3]
+        );
+    }
+    if differs(8) {
+        return error!(
+            Mismatch,
+            "{} micro-batches have been accumulated since the last update on rank 0 and {} on rank {rank}", first[8], other[8]
         );
     }
     if differs(4) {

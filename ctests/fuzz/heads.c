@@ -197,7 +197,7 @@ static void whole_step(struct rank *r, double rate) {
 }
 
 static void parts_of_a_step(struct rank *r, int prepare, double rate, double weight, int update,
-                            double factor) {
+                            double factor, int kept) {
   struct batch b = batch_of(r);
   struct grid *e = &b.embeddings, *g = &b.gradient;
   const int64_t *labels = (int64_t *)b.labels.data;
@@ -223,6 +223,7 @@ static void parts_of_a_step(struct rank *r, int prepare, double rate, double wei
     must_be_kept("pfc_head_backward", status, &g->memory);
     if (b.wrong_gradient) must_fail("pfc_head_backward", status);
     if (!gaps_are_kept(g)) finding("pfc_head_backward wrote between the rows");
+    if (kept) must_succeed(r, "pfc_head_accumulate", DO(pfc_head_accumulate, r->head));
     if (update && factor == 1)
       must_succeed(r, "pfc_head_update", DO(pfc_head_update, r->head, rate));
     if (update && factor != 1) {
@@ -495,7 +496,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 25)) {
+  switch (below(&r->own, 26)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -520,6 +521,7 @@ static void hopeless(struct rank *r) {
     case 21: status = DO(pfc_head_last_metrics, r->head, NULL); break;
     case 22: DO_OTHER(pfc_head_error, (r->head, text, below(&r->own, sizeof text))); break;
     case 23: status = DO(pfc_head_update_with, r->head, NULL); break;
+    case 24: status = DO(pfc_head_accumulate, NULL); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");
@@ -544,6 +546,7 @@ static void operation(struct rank *r) {
   int which = (int)below(all, 5), equal = chance(all, 300), update = chance(all, 900);
   double rate = ONE_OF(all, double, 0.1, 0, 1e-3, 0.5), weight = ONE_OF(all, double, 1, 0.5, 0);
   double factor = ONE_OF(all, double, 1, 1, 0.5, -0.25, NAN, INFINITY);
+  int kept = chance(all, 300);
   struct draws sample = {draw(all)};
   if (mistake(r, 10)) return;
   if (mistake(r, 40)) DO(pfc_comm_abort, r->comm);
@@ -555,7 +558,7 @@ static void operation(struct rank *r) {
   if (pick < 25) {
     whole_step(r, rate);
   } else if (pick < 42) {
-    parts_of_a_step(r, pick >= 35, rate, weight, update, factor);
+    parts_of_a_step(r, pick >= 35, rate, weight, update, factor, kept);
   } else if (pick < 50) {
     rows(r);
   } else if (pick < 55) {

@@ -111,12 +111,12 @@ int main(int argc, char **argv) {
   heading("All-gather: labels and where the rank is; embeddings. The table's 384 KB are three\n"
           "times a rank's embeddings, 4 b d; it does not say why three. Ours are 2 b d where they\n"
           "travel in 16 bits, as in half precision on a GPU.");
-  labels = 8 * (batch + 11);
+  labels = 8 * (batch + 12);
   embeddings = 4 * batch * dim;
-  row(0, "-", plans[0].labels_bytes + plans[0].embeddings_bytes, EXACTLY, labels, "8 (b + 11)");
+  row(0, "-", plans[0].labels_bytes + plans[0].embeddings_bytes, EXACTLY, labels, "8 (b + 12)");
   for (column = 1; column < 3; column++) {
     row(column, "384 KB", plans[column].labels_bytes + plans[column].embeddings_bytes, EXACTLY,
-        labels + embeddings, "8 (b + 11) + 4 b d");
+        labels + embeddings, "8 (b + 12) + 4 b d");
   }
 
   heading("Softmax (all-reduce): two numbers for each row of the global batch, and four of the\n"
@@ -138,11 +138,11 @@ int main(int argc, char **argv) {
 
   heading("All of a step. The table has 38 GB for data parallel, and else twice its gradients.");
   row(0, "38 GB", plans[0].traffic_bytes, EXACTLY,
-      4 * classes * dim + labels + 8 * (4 + 4 * ranks), "4 C d + 8 (b + 11) + 8 (4 + 4 N)");
+      4 * classes * dim + labels + 8 * (4 + 4 * ranks), "4 C d + 8 (b + 12) + 8 (4 + 4 N)");
   for (column = 1; column < 3; column++) {
     row(column, column == 1 ? "1.01 GB" : "0.98 GB", plans[column].traffic_bytes, EXACTLY,
         labels + embeddings + 4 * (2 * rows + 4) + 4 * rows * dim,
-        "8 (b + 11) + 4 b d + 4 (2 B + 4) + 4 B d");
+        "8 (b + 12) + 4 b d + 4 (2 B + 4) + 4 B d");
   }
   return wrong;
 }

@@ -1,4 +1,4 @@
-//! Updates with more than a learning rate.
+//! Updates with more than a learning rate, and of several steps at once.
 
 use super::boundary;
 use super::head::locked::with_head;
@@ -54,4 +54,28 @@ pub unsafe extern "C" fn pfc_head_update_with(head: *mut pfc_head, options: *con
         ensure!(reserved == 0, InvalidArgument, "reserved must be 0, got {reserved}");
         head.update_with(UpdateCall { learning_rate, factor, device_factor })
     })
+}
+
+/// After pfc_head_backward, in place of pfc_head_update: keeps the step's gradient of the sampled class centers, added up by class with
+/// what earlier calls have kept. The next pfc_head_update, pfc_head_update_with or pfc_head_step applies all of it at once, with its own
+/// step's if there is one under way: momentum, weight decay and the count of updates once, for all classes of any of the samples. This is
+/// what accumulating the gradient over micro-batches comes to; loss_weight 1/k makes it the mean of k. Not collective, but all ranks call
+/// it, or none: a difference is MISMATCH in the next step.
+///
+/// An update may also come right after pfc_head_accumulate. If it is skipped (pfc_head_update_with), all that was kept is dropped.
+///
+/// A step that fails, or that a second forward abandons, adds nothing; what was kept before it stays. pfc_head_write_centers,
+/// pfc_head_write_state and pfc_head_write_progress drop all that was kept: call them on all ranks or on none. Reading rows and progress
+/// changes nothing, and what is kept is not in it.
+///
+/// Memory, beyond what the plan says, from the first call to the end of the head: 4 (embedding_dim + 1) bytes for each class that has a
+/// gradient, at most those of the shard, and 4 for each class of the shard. Sharded: 4 * embedding_dim more for each class of a sample
+/// (CUDA: of a chunk of it). CUDA: the classes that have a gradient are counted as the sum of the most that the samples can have; where
+/// that grows, the call waits for the GPU.
+///
+/// @return OUT_OF_MEMORY with nothing changed, and the call may be repeated; with a loss in device memory, on a rank whose own forward
+///   failed: that error
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_accumulate(head: *mut pfc_head) -> pfc_status {
+    with_head(head, |head| head.accumulate())
 }

@@ -215,6 +215,15 @@ pub trait HeadDevice: Send {
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange;
     /// Phase 5, replicated: the optimizer on the summed gradient.
     fn apply_gradient(&mut self, update: UpdateCall) -> Result<()>;
+    /// Phase 5, in place of an update: keeps the gradient of the sampled class centers, added up by class with what is kept already.
+    /// Out of memory, it changes nothing.
+    fn accumulate(&mut self, loss_weight: f64) -> Result<()>;
+    /// Drops what is kept.
+    fn drop_accumulated(&mut self);
+    /// Phase 5, replicated: what is kept, for *center gradient*.
+    fn accumulated_gradient(&mut self) -> Exchange;
+    /// Phase 5: the optimizer on what is kept, summed over the ranks if they are replicas. Nothing is kept any more.
+    fn apply_accumulated(&mut self, update: UpdateCall) -> Result<()>;
     /// What the current step was like.
     fn figures(&mut self) -> Result<StepFigures>;
     /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.

@@ -3,6 +3,7 @@
 //! | file | what it has |
 //! |---|---|
 //! | `step.rs` | a training step: gather, sample, forward, sums, loss, backward, update |
+//! | `accumulation.rs` | gradients of micro-batches, kept until an update |
 //! | `arguments.rs` | checks of what callers pass in, and copies from and to wherever it lies |
 //! | `failure.rs` | what a failure does to the head, its step and the other ranks |
 //! | `rows.rs` | reading and writing the shard's class centers and their state |
@@ -10,6 +11,7 @@
 //!
 //! A head knows no backend and no transport: it speaks to a [`HeadDevice`] and a [`Communicator`].
 
+mod accumulation;
 mod arguments;
 mod evaluation;
 mod failure;
@@ -151,6 +153,10 @@ pub struct Head {
     learning_rate: f64,
     /// Of the last update, as far as the host knows it.
     factor: f64,
+    /// Micro-batches whose gradients are kept until the next update.
+    accumulated: u64,
+    /// The log says that a gradient was dropped.
+    told_of_dropped_gradient: bool,
     /// Of the last backward.
     loss_weight: f64,
     /// See [`crate::protocol::Announcement`].
@@ -210,6 +216,8 @@ impl Head {
             updates: 0,
             learning_rate: 0.0,
             factor: 1.0,
+            accumulated: 0,
+            told_of_dropped_gradient: false,
             loss_weight: 1.0,
             written_rows: 0,
             number,

@@ -69,6 +69,7 @@ impl Head {
         let written = self.backend.catch_up().and_then(|()| self.backend.set_updates(updates));
         self.poison_unless_recoverable(written)?;
         self.announce_caught_up(updates);
+        self.drop_accumulated();
         (self.draws, self.updates) = (draws, updates);
         (self.state, self.prepared) = (CallState::Idle, None);
         Ok(())
@@ -83,6 +84,7 @@ impl Head {
         let written = self.backend.write_rows(tensor, first, rows);
         self.poison_unless_recoverable(written)?;
         self.state = CallState::Idle;
+        self.drop_accumulated();
         let after = self.digest_rows(tensor, first, rows.rows);
         let after = self.poison_unless_recoverable(after)?;
         self.written_rows = self.written_rows.wrapping_add(after.wrapping_sub(before));

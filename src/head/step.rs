@@ -82,8 +82,11 @@ impl Head {
     /// The same with the gradient multiplied; see `pfc_head_update_with`. `device_factor` is the caller's, wherever it lies.
     pub fn update_with(&mut self, update: UpdateCall) -> Result<()> {
         self.check_usable()?;
-        self.expect(CallState::Backwarded, "pfc_head_update", "pfc_head_backward")?;
+        if !self.has_accumulated() {
+            self.expect(CallState::Backwarded, "pfc_head_update", "pfc_head_backward")?;
+        }
         let update = self.check_update(update)?;
+        self.keep_before_update()?;
         let comm = self.comm.clone();
         // A shard is updated without a message.
         let _turn = match self.options.placement {
@@ -137,6 +140,7 @@ impl Head {
     /// # Errors
     /// What failed on all ranks alike, so that the step ends here.
     fn begin_step(&mut self, input: Contribution<StepInput>, announcement: Announcement) -> Result<Contribution<StepInput>> {
+        self.tell_of_dropped_gradient();
         (self.state, self.own_failure, self.failed) = (CallState::Idle, None, true);
         let input = input.and_then(|input| self.check_input(input));
         if self.prepared.is_none() {
@@ -166,6 +170,7 @@ impl Head {
             loss_weight: self.loss_weight,
             written_rows: self.written_rows,
             factor: self.factor,
+            accumulated: self.accumulated,
         }
     }
 
@@ -284,6 +289,7 @@ impl Head {
         let (start, scope) = (Instant::now(), self.scope());
         (self.learning_rate, self.factor) = (update.learning_rate, update.factor);
         match self.options.placement {
+            _ if self.accumulated > 0 => self.update_by_accumulated(update, beside)?,
             Placement::Sharded => scope.host("update", || self.backend.update(update, self.loss_weight, beside))?,
             Placement::Replicated => {
                 let gradient = scope.host("center gradient", || self.backend.center_gradient(self.loss_weight));
@@ -311,7 +317,7 @@ impl Head {
     }
 
     /// Whose spans the current step's are.
-    fn scope(&self) -> trace::Scope {
+    pub(super) fn scope(&self) -> trace::Scope {
         self.scope_of(self.step)
     }
 

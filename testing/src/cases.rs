@@ -149,6 +149,11 @@ impl Case {
         }
     }
 
+    /// Whether a step's gradient is kept for a later update: two steps of three, for some seeds.
+    pub fn accumulates(&self, step: usize) -> bool {
+        self.calls != Calls::Step && self.seed % 7 == 0 && step % 3 != 2
+    }
+
     /// Small enough that W moves by a few percent a step at most: what this test compares are steps, not the chaos of training.
     pub fn learning_rate(&self, step: usize) -> f64 {
         let size = if self.adamw { 0.01 } else { 0.05 / (1.0 + self.scale * self.m1) };

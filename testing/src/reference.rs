@@ -358,23 +358,31 @@ impl Head {
 
     /// Updates W and the state from a step's gradients, as if the loss had been multiplied by `loss_weight`.
     pub fn update(&mut self, step: &Step, loss_weight: f64, learning_rate: f64) {
+        self.update_by(&[(step, loss_weight)], learning_rate);
+    }
+
+    /// One update by the gradients of several steps, each with the weight of its loss, taken at the same W.
+    pub fn update_by(&mut self, steps: &[(&Step, f64)], learning_rate: f64) {
         let d = self.options.embedding_dim as usize;
         self.updates += 1;
         let mut gradients = vec![None; self.options.num_classes as usize];
-        for (sample, grad) in step.samples.iter().zip(&step.grad_centers) {
-            for (&class, row) in sample.iter().zip(grad.chunks_exact(d)) {
-                gradients[class as usize] = Some(row);
+        for (step, loss_weight) in steps {
+            // Replicas have the same sample and the same sum.
+            let owners = if self.options.placement == Placement::Sharded { step.samples.len() } else { 1 };
+            for (sample, grad) in step.samples.iter().zip(&step.grad_centers).take(owners) {
+                for (&class, row) in sample.iter().zip(grad.chunks_exact(d)) {
+                    add(gradients[class as usize].get_or_insert_with(|| vec![0.0; d]), *loss_weight, row);
+                }
             }
         }
-        let zeros = vec![0.0; d];
         for (class, gradient) in gradients.into_iter().enumerate() {
             let gradient = match (gradient, self.options.row_update) {
                 (Some(row), _) => row,
-                (None, RowUpdate::Dense) => &zeros,
+                (None, RowUpdate::Dense) => vec![0.0; d],
                 (None, RowUpdate::Lazy) => continue,
             };
             for (k, g) in gradient.iter().enumerate() {
-                self.update_element(class * d + k, loss_weight * g, learning_rate);
+                self.update_element(class * d + k, *g, learning_rate);
             }
         }
     }

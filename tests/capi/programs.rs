@@ -61,14 +61,14 @@ fn the_published_table_beside_ours() {
                 output(Command::new(&program).args(options.iter().flat_map(|(name, value)| [name.to_string(), value.to_string()])));
             published.iter().for_each(|figure| assert!(text.contains(figure), "{figure}: {text}"));
             let (rows, shard) = (ranks * batch, classes.div_ceil(ranks));
-            let (labels, embeddings, sums) = (8 * (batch + 11), 4 * batch * dim, 4 * (2 * rows + 4));
+            let (labels, embeddings, sums) = (8 * (batch + 12), 4 * batch * dim, 4 * (2 * rows + 4));
             for ours in [
                 format!("{} = 4 C d", 4 * classes * dim),
                 format!("{} = 4 c d", 4 * shard * dim),
-                format!("{} = 8 (b + 11) + 4 b d", labels + embeddings),
+                format!("{} = 8 (b + 12) + 4 b d", labels + embeddings),
                 format!("{sums} = 4 (2 B + 4)"),
                 format!("{} = 4 B d", 4 * rows * dim),
-                format!("{} = 8 (b + 11) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
+                format!("{} = 8 (b + 12) + 4 b d + 4 (2 B + 4) + 4 B d", labels + embeddings + sums + 4 * rows * dim),
             ] {
                 assert!(text.contains(&ours), "{ours}: {text}");
             }

@@ -10,12 +10,12 @@ use partialfc_testing::gpu::{gpu, Remote};
 use partialfc_testing::numbers::Random;
 use partialfc_testing::ranks::on_ranks;
 
-const ROWS: usize = 6;
-const DIM: usize = 8;
-const CLASSES: u64 = 40;
+pub(super) const ROWS: usize = 6;
+pub(super) const DIM: usize = 8;
+pub(super) const CLASSES: u64 = 40;
 
 /// Driver functions that make the host wait.
-const WAITS: [&str; 7] = [
+pub(super) const WAITS: [&str; 7] = [
     "cuStreamSynchronize",
     "cuEventSynchronize",
     "cuCtxSynchronize",
@@ -26,7 +26,7 @@ const WAITS: [&str; 7] = [
 ];
 
 /// A step's arrays on the GPU.
-struct Step {
+pub(super) struct Step {
     embeddings: Remote,
     labels: Remote,
     gradient: Remote,
@@ -34,7 +34,7 @@ struct Step {
 }
 
 impl Step {
-    fn draw(rank: usize, number: u64, wrong: bool) -> Step {
+    pub fn draw(rank: usize, number: u64, wrong: bool) -> Step {
         Step::draw_of(CLASSES, rank, number, wrong)
     }
 
@@ -53,13 +53,19 @@ impl Step {
     }
 
     fn run(&self, head: &Head) -> Outcome<()> {
+        self.begin(head)?;
+        // SAFETY: a live handle.
+        outcome(unsafe { c_head::pfc_head_update(head.raw, 0.1) })
+    }
+
+    /// Up to the backward.
+    pub fn begin(&self, head: &Head) -> Outcome<()> {
         let (embeddings, gradient) = (self.embeddings.matrix(DIM), self.gradient.matrix(DIM));
         // SAFETY: a live handle; arrays on the GPU of the sizes that the head takes.
         unsafe {
             let (labels, loss) = (self.labels.pointer::<i64>().cast_const(), self.loss.pointer::<f64>());
             outcome(c_head::pfc_head_forward(head.raw, &embeddings, labels, loss))?;
-            outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient))?;
-            outcome(c_head::pfc_head_update(head.raw, 0.1))
+            outcome(c_head::pfc_head_backward(head.raw, 1.0, 1.0, &gradient))
         }
     }
 }

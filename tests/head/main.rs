@@ -1,5 +1,6 @@
 //! The head: that its numbers are right, and what it promises beyond those of one step.
 
+mod accumulation;
 mod bits;
 mod calls;
 mod conformance;

@@ -1,6 +1,7 @@
 //! How far a float32 head may be from the float64 one: row by row, from the sizes of the terms that were added up.
 
 use partialfc::optimizer::Optimizer;
+use partialfc::options::Placement;
 use partialfc_testing::reference::{Head, Step};
 
 use partialfc_testing::numbers::norm;
@@ -48,17 +49,22 @@ impl Budget {
         Allowance { relative: 5e-5 * (margin.scale / 64.0).max(1.0) + 2.0 * steepness * off, gross: steepness * (4e-7 + 2.0 * off) }
     }
 
-    /// What the update that the reference is about to make adds. Call before `Head::update`.
-    pub fn update(&mut self, head: &Head, step: &Step, allowance: Allowance, loss_weight: f64, learning_rate: f64) {
+    /// What the update by these steps that the reference is about to make adds. Call before `Head::update_by`.
+    pub fn update(&mut self, head: &Head, steps: &[(Step, f64, Allowance)], learning_rate: f64) {
         let d = head.options.embedding_dim as usize;
         let t = (head.updates + 1) as f64;
         // By class: size of the gradient, and what it may be off by. None: not in the sample.
         let mut gradients: Vec<Option<(f64, f64)>> = vec![None; self.centers.len()];
-        for (rank, sample) in step.samples.iter().enumerate() {
-            for (j, &class) in sample.iter().enumerate() {
-                let size = loss_weight.abs() * norm(&step.grad_centers[rank][j * d..][..d]);
-                let gross = loss_weight.abs() * step.conditioning.gross_centers[rank][j];
-                gradients[class as usize] = Some((size, allowance.relative * size + allowance.gross * gross + floor(step)));
+        for (step, loss_weight, allowance) in steps {
+            let owners = if head.options.placement == Placement::Sharded { step.samples.len() } else { 1 };
+            for (rank, sample) in step.samples.iter().enumerate().take(owners) {
+                for (j, &class) in sample.iter().enumerate() {
+                    let size = loss_weight.abs() * norm(&step.grad_centers[rank][j * d..][..d]);
+                    let gross = loss_weight.abs() * step.conditioning.gross_centers[rank][j];
+                    let (sum, off) = gradients[class as usize].get_or_insert((0.0, 0.0));
+                    *sum += size;
+                    *off += allowance.relative * size + allowance.gross * gross + floor(step);
+                }
             }
         }
         let dense = head.options.row_update == partialfc::options::RowUpdate::Dense;

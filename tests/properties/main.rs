@@ -76,6 +76,7 @@ fn run_step(case: &Case, place: &Rank, head: &mut Head, start: &[f32], k: usize)
             }
             head.backward(case.loss_weight, case.loss_scale, &mut grad)?;
             match case.factor(k) {
+                _ if case.accumulates(k) => head.accumulate()?,
                 1.0 => head.update(rate)?,
                 factor => head.update_with(rate, 2.0 * factor, &0.5)?,
             }
@@ -94,6 +95,7 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
     let runs: Vec<RankRun> = runs.into_iter().collect::<Result<_, _>>()?;
     let mut head = reference::Head::new(judge, case.ranks(), start.iter().map(|&x| f64::from(x)).collect());
     let mut budget = Budget::new(&head);
+    let mut accumulated = Vec::new();
     for k in 0..case.steps {
         let inputs = case.inputs(k, &start);
         let took_part: Vec<&RankStep> = runs.iter().map(|run| &run.steps[k]).collect();
@@ -102,10 +104,16 @@ fn check(case: &Case, judge: HeadOptions) -> Result<(), String> {
         };
         let allowance = budget.allowance(&head);
         compare_step(case, &step, &took_part, allowance).map_err(|e| format!("step {k}: {e}"))?;
-        let weight = case.loss_weight * case.factor(k);
-        if weight.is_finite() {
-            budget.update(&head, &step, allowance, weight, case.learning_rate(k));
-            head.update(&step, weight, case.learning_rate(k));
+        accumulated.push((step, case.loss_weight, allowance));
+        if !case.accumulates(k) {
+            let factor = case.factor(k);
+            accumulated.iter_mut().for_each(|(_, weight, _)| *weight *= factor);
+            if factor.is_finite() {
+                budget.update(&head, &accumulated, case.learning_rate(k));
+                let steps: Vec<(&Step, f64)> = accumulated.iter().map(|(step, weight, _)| (step, *weight)).collect();
+                head.update_by(&steps, case.learning_rate(k));
+            }
+            accumulated.clear();
         }
         for (rank, ran) in took_part.iter().enumerate() {
             if let Some(centers) = &ran.centers {
@@ -346,6 +354,10 @@ fn known_cases() {
         // Updates that are multiplied and skipped.
         Case { seed: 10, steps: 5, ..plain() },
         Case { seed: 10, steps: 5, placement: Placement::Replicated, calls: Calls::Ahead, adamw: true, ..plain() },
+        // Micro-batches; with updates that are multiplied and skipped.
+        Case { seed: 7, steps: 6, ..plain() },
+        Case { seed: 35, steps: 6, rows: partialfc::options::RowUpdate::Dense, rate: 0.3, peek: false, ..plain() },
+        Case { seed: 7, steps: 5, placement: Placement::Replicated, calls: Calls::Ahead, adamw: true, rate: 0.3, ..plain() },
         // The caller's sample is larger than any draw.
         Case { placement: Placement::Replicated, rate: 0.497, given_sample: true, batches: vec![2, 1], dim: 2, seed: 3, ..plain() },
     ];

@@ -4,7 +4,7 @@ use super::products::Shape;
 use super::sizes::Sizes;
 use crate::device::HeadSpec;
 use crate::matrix::DType;
-use crate::memory::{zeros, Buffer};
+use crate::memory::{reserve, zeros, Buffer};
 use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::Result;
 
@@ -87,4 +87,19 @@ impl Activations {
             scratch: Buffer::zeroed(sizes.scratch, "scratch")?,
         })
     }
+}
+
+pub(super) fn copied(values: &[f32]) -> Result<Vec<f32>> {
+    let mut copy = Vec::new();
+    reserve(&mut copy, values.len(), "a step's figures")?;
+    copy.extend_from_slice(values);
+    Ok(copy)
+}
+
+pub(super) fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> {
+    if length > vector.capacity() {
+        *vector = zeros(&[length], "a step's figures")?;
+    }
+    vector.resize(length, T::default());
+    Ok(())
 }

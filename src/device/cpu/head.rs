@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::buffers::{Activations, Messages};
+use super::accumulation::Accumulation;
+use super::buffers::{copied, resize, Activations, Messages};
 use super::pool::Pool;
 use super::products::Shape;
 use super::rows::HostRows;
@@ -14,7 +15,7 @@ use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigure
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{reserve, zeros, Buffer, Parts};
+use crate::memory::{reserve, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
 use crate::protocol::{self, Announcement, LossPlace};
@@ -46,6 +47,8 @@ pub(super) struct CpuHead {
 
     pub(super) messages: Messages,
     pub(super) activations: Activations,
+    /// Made by the first `accumulate`.
+    pub(super) accumulation: Option<Accumulation>,
 }
 
 /// The current step: its draft, and what its phases found for each row.
@@ -107,6 +110,7 @@ impl CpuHead {
             step: StepState { draft: Draft::with_room(options, spec.ranks)?, ..StepState::default() },
             replay: rows.replay()?,
             skipped_updates: 0,
+            accumulation: None,
             rows,
             messages: Messages::new(&spec, &sizes, gather_dtype)?,
             activations: Activations::new(&sizes)?,
@@ -249,7 +253,7 @@ impl CpuHead {
     }
 
     /// Counts an update whose rows have been written.
-    fn count_update(&mut self, learning_rate: f64) -> Result<()> {
+    pub(super) fn count_update(&mut self, learning_rate: f64) -> Result<()> {
         let CpuHead { pool, rows, .. } = self;
         rows.count_update(learning_rate, &|tasks, body| pool.run(tasks, &|task, _| body(task)))
     }
@@ -261,7 +265,7 @@ impl CpuHead {
     }
 
     /// What a loss weight becomes: the mean is over the valid rows of the global batch.
-    fn weight(&self, loss_weight: f64) -> f64 {
+    pub(super) fn weight(&self, loss_weight: f64) -> f64 {
         match self.step.valid_rows {
             0 => 0.0,
             rows => loss_weight / rows as f64,
@@ -525,6 +529,22 @@ impl HeadDevice for CpuHead {
         verdict.and(self.count_update(learning_rate))
     }
 
+    fn accumulate(&mut self, loss_weight: f64) -> Result<()> {
+        self.accumulate_step(loss_weight)
+    }
+
+    fn drop_accumulated(&mut self) {
+        self.accumulation = None;
+    }
+
+    fn accumulated_gradient(&mut self) -> Exchange {
+        self.exchange_accumulated()
+    }
+
+    fn apply_accumulated(&mut self, update: UpdateCall) -> Result<()> {
+        self.update_by_accumulated(update)
+    }
+
     fn figures(&mut self) -> Result<StepFigures> {
         let step = &self.step;
         Ok(StepFigures {
@@ -567,19 +587,4 @@ impl HeadDevice for CpuHead {
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         super::nearest::nearest(&self.pool, &self.rows, self.spec.shard, queries, k)
     }
-}
-
-fn copied(values: &[f32]) -> Result<Vec<f32>> {
-    let mut copy = Vec::new();
-    reserve(&mut copy, values.len(), "a step's figures")?;
-    copy.extend_from_slice(values);
-    Ok(copy)
-}
-
-fn resize<T: Clone + Default>(vector: &mut Vec<T>, length: usize) -> Result<()> {
-    if length > vector.capacity() {
-        *vector = zeros(&[length], "a step's figures")?;
-    }
-    vector.resize(length, T::default());
-    Ok(())
 }

@@ -1,5 +1,6 @@
 //! The CPU backend.
 
+mod accumulation;
 mod buffers;
 mod head;
 mod loss;

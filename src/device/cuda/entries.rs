@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
 use super::images::Images;
-use super::shared_structs::{HeadArrays, LabelHeader, MatrixView, RankPointers, Rule};
+use super::shared_structs::{Accumulated, HeadArrays, LabelHeader, MatrixView, RankPointers, Rule};
 use crate::Result;
 
 type Address = *mut c_void;
@@ -139,7 +139,11 @@ entries! {
         sum_squares(i32);
     }
     "update" {
-        begin_update(f64, f64, i32, u32);
+        begin_update(f64, f64, i32, u32, Address);
+        place_rows(Accumulated);
+        accumulate_rows(Accumulated, u32, u32);
+        apply_accumulated(Accumulated);
+        finish_accumulated(Accumulated);
         update_rows(u32, u32);
         advance_history();
         end_update();

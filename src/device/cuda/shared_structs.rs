@@ -149,6 +149,16 @@ structures! {
         sqrt_v_scale: f32,
         epsilon: f32,
         factor: f32,
+        active: i32,
+        reserved: i32,
+    }
+    /// Gradients that are summed up over micro-batches.
+    pub(crate) struct Accumulated {
+        gradients: *mut f32,
+        classes: *mut u32,
+        places: *mut u32,
+        squares: *mut f32,
+        counts: *mut u32,
     }
     /// The updates that dense rows missed since one update, computed on the device.
     pub(crate) struct MissedUpdates {
@@ -273,9 +283,9 @@ impl RankPointers {
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
-    assert!(std::mem::size_of::<StepBlock>() == 272);
-    assert!(std::mem::size_of::<Ledger>() == 320);
-    assert!(std::mem::size_of::<Rule>() == 48);
+    assert!(std::mem::size_of::<StepBlock>() == 288);
+    assert!(std::mem::size_of::<Ledger>() == 336);
+    assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
     assert!(std::mem::size_of::<HeadArrays>() == 680);
@@ -385,7 +395,7 @@ mod tests {
     use super::*;
     use crate::matrix::DType;
     use crate::optimizer::{Adamw, Sgd};
-    use crate::protocol::BlockFault;
+    use crate::protocol::{BlockFault, FACTOR_WORD};
     use crate::Status;
 
     #[test]
@@ -432,7 +442,7 @@ mod tests {
             ("kTileRows", TILE_ROWS as i64),
             ("kTileColumns", TILE_COLUMNS as i64),
             ("kLabelHeader", HEADER as i64),
-            ("kFactorWord", HEADER as i64 - 1),
+            ("kFactorWord", FACTOR_WORD as i64),
             ("kSkippedFactor", crate::protocol::SKIPPED_FACTOR),
             ("kAnnounced", ANNOUNCED as i64),
             ("kDrawsWord", crate::protocol::DRAWS_WORD as i64),

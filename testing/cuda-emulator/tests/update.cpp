@@ -65,6 +65,31 @@ void test_the_longest_gap(bool adamw) {
     }
 }
 
+// Updates by several samples at once, among updates by one.
+void test_accumulation(const Shape& shape, const Launch& launch) {
+    const std::string what = shape.text() + " accumulated";
+    RowHead head(shape, shape.dim + 17);
+    const uint32_t rows = shape.shard_rows;
+    Accumulated kept;
+    kept.gradients = head.memory.make<float>(size_t(rows) * shape.dim);
+    kept.classes = head.memory.make<uint32_t>(rows);
+    kept.places = head.memory.make<uint32_t>(rows);
+    kept.squares = head.memory.make<float>(rows);
+    kept.counts = head.memory.make<uint32_t>(2);
+    head.fill(kept.gradients, size_t(rows) * shape.dim, 0.0f);
+    head.fill(kept.places, rows, 0u);
+    head.fill(kept.counts, 2, 0u);
+    Training training(head);
+    for (uint32_t i = 0; i < 4; ++i) {
+        training.update(launch);
+        training.accumulate(launch, kept, 1 + i);
+        for (int32_t tensor = 0; tensor < (shape.adamw ? 3 : 2); ++tensor) {
+            training.check(tensor, what + " after " + std::to_string(training.updates()), launch);
+        }
+    }
+    EXPECT(head.get_ledger().updates == 8, what);
+}
+
 void test_a_strong_decay() {
     // Far from the identity the product's entries themselves are kept.
     Shape shape;
@@ -93,6 +118,8 @@ int main() {
             shape.dense = kind / 2;
             shape.history = dim == 3 ? 16 : 8;
             test_training(shape, kLaunches[turn % 4], dim == 130 ? 8 : 21);
+            shape.history = 16;
+            test_accumulation(shape, kLaunches[turn % 4]);
         }
     }
     test_the_longest_gap(false);

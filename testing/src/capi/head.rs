@@ -101,6 +101,11 @@ impl Head {
         outcome(unsafe { c_head::pfc_head_update(self.raw, learning_rate) })
     }
 
+    pub fn accumulate(&mut self) -> Outcome {
+        // SAFETY: a live handle.
+        outcome(unsafe { c_update::pfc_head_accumulate(self.raw) })
+    }
+
     /// `device_factor`: NULL, or of one number that outlives the call.
     pub fn update_with(&mut self, learning_rate: f64, factor: f64, device_factor: *const f32) -> Outcome {
         // SAFETY: a live handle; all zeros is a value of the options, the size is their own.

@@ -61,6 +61,7 @@ fn null_is_refused_by_name_where_a_call_is_local() {
         refused("backward", c_head::pfc_head_backward(none, 1.0, 1.0, &view), &["head"]);
         refused("update", c_head::pfc_head_update(none, 0.1), &["head"]);
         refused("update_with", c_update::pfc_head_update_with(none, null()), &["head"]);
+        refused("accumulate", c_update::pfc_head_accumulate(none), &["head"]);
         refused("update options", c_update::pfc_update_options_init_sized(null_mut(), 8), &["pfc_update_options"]);
         refused("step", c_head::pfc_head_step(none, &view, null(), 0.1, &view, &mut loss), &["head"]);
         refused("wait", c_head::pfc_head_wait(none), &["head"]);

@@ -4,6 +4,7 @@
 //! figures, `wait`). The real sizes and the verdict of a step are in its [`StepBlock`] on the device, where every kernel reads
 //! them. streams.rs says which stream runs which work.
 
+mod accumulation;
 mod launch;
 mod passes;
 mod rows;
@@ -14,6 +15,7 @@ mod verdict;
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use self::accumulation::Accumulation;
 use self::launch::{run, ExchangeBuffers, OpenExchange};
 use self::sample::{Draft, LabelSlots};
 use self::update::LastFactor;
@@ -78,6 +80,8 @@ pub(super) struct CudaHead {
     first_error: Option<Error>,
     updates: u64,
     last_factor: LastFactor,
+    /// Made by the first `accumulate`.
+    accumulation: Option<Accumulation>,
 }
 
 impl CudaHead {
@@ -112,6 +116,7 @@ impl CudaHead {
             first_error: None,
             updates: 0,
             last_factor: LastFactor::new(&gpu.context)?,
+            accumulation: None,
             memory,
             sizes: [sizes.clone(), sizes],
             spec,
@@ -455,7 +460,7 @@ impl HeadDevice for CudaHead {
 
     fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let (arrays, fused) = (self.scale_embeddings(), self.fused());
-        self.begin_update(update);
+        self.begin_update(update, std::ptr::null_mut());
         for first in self.chunks() {
             if !self.sizes().keeps_probabilities() {
                 self.numerators(StreamRole::Centers, first, self.offsets());
@@ -494,10 +499,26 @@ impl HeadDevice for CudaHead {
     fn apply_gradient(&mut self, update: UpdateCall) -> Result<()> {
         self.received(StreamRole::Centers);
         let (arrays, first, count) = (self.arrays(), 0u32, self.sizes().capacities.sample as u32);
-        self.begin_update(update);
+        self.begin_update(update, std::ptr::null_mut());
         run!(self, Centers, update_rows, (arrays, first, count));
         self.finish_update();
         self.pending_error()
+    }
+
+    fn accumulate(&mut self, loss_weight: f64) -> Result<()> {
+        self.accumulate_step(loss_weight)
+    }
+
+    fn drop_accumulated(&mut self) {
+        self.accumulation = None;
+    }
+
+    fn accumulated_gradient(&mut self) -> Exchange {
+        self.exchange_accumulated()
+    }
+
+    fn apply_accumulated(&mut self, update: UpdateCall) -> Result<()> {
+        self.update_by_accumulated(update)
     }
 
     fn figures(&mut self) -> Result<StepFigures> {

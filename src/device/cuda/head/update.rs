@@ -27,7 +27,8 @@ impl LastFactor {
 
 impl CudaHead {
     /// Computes the update's coefficients, and whether it is skipped.
-    pub(super) fn begin_update(&mut self, update: UpdateCall) {
+    /// `counts` are those of the accumulated gradients that it applies; NULL: it applies the step's.
+    pub(super) fn begin_update(&mut self, update: UpdateCall, counts: *mut u32) {
         let (arrays, on_device) = (self.arrays(), !update.device_factor.is_null());
         self.last_factor.slot = 1 - self.last_factor.slot;
         self.last_factor.on_device = on_device;
@@ -40,7 +41,8 @@ impl CudaHead {
             self.join(StreamRole::Centers, StreamRole::Main);
         }
         let UpdateCall { learning_rate, factor, .. } = update;
-        run!(self, Centers, begin_update, (arrays, learning_rate, factor, i32::from(on_device), self.last_factor.slot));
+        let slot = self.last_factor.slot;
+        run!(self, Centers, begin_update, (arrays, learning_rate, factor, i32::from(on_device), slot, counts.cast()));
         if on_device {
             let recorded = self.last_factor.known.record(self.streams.of(StreamRole::Centers));
             self.remember_error(recorded);
@@ -60,6 +62,12 @@ impl CudaHead {
     pub(super) fn finish_update(&mut self) {
         let arrays = self.arrays();
         run!(self, Centers, sum_squares, (arrays, 1i32));
+        self.count_update();
+    }
+
+    /// Ends an update whose rows have been written.
+    pub(super) fn count_update(&mut self) {
+        let arrays = self.arrays();
         if self.dense() {
             run!(self, Centers, advance_history, (arrays,));
         }

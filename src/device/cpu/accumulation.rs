@@ -1,0 +1,132 @@
+//! Gradients of class centers, summed up over micro-batches until an update applies them.
+
+use super::head::CpuHead;
+use super::sample::Sample;
+use super::vector;
+use crate::device::UpdateCall;
+use crate::exchange::Exchange;
+use crate::matrix::DType;
+use crate::memory::{reserve, zeros, Buffer, Parts};
+use crate::protocol::is_factor;
+use crate::Result;
+
+/// Rows that one task adds up or updates.
+const ROWS_A_TASK: usize = 64;
+
+pub(super) struct Accumulation {
+    /// By row of the shard: 1 + its place below; 0: it has no gradient.
+    places: Vec<u32>,
+    /// The rows that have one, in the order in which they came.
+    rows: Vec<u32>,
+    /// [rows, d]
+    gradients: Vec<f32>,
+    /// Of an update's tasks: reserved beforehand, since an update that fails ends the head.
+    squares: Vec<f64>,
+}
+
+impl Accumulation {
+    fn new(shard_rows: usize) -> Result<Accumulation> {
+        let places = zeros(&[shard_rows], "places of accumulated gradients")?;
+        Ok(Accumulation { places, rows: Vec::new(), gradients: Vec::new(), squares: Vec::new() })
+    }
+
+    /// Makes room for the gradients of a sample.
+    fn reserve(&mut self, sample: &Sample, dim: usize) -> Result<()> {
+        let new = (0..sample.len()).filter(|&column| self.places[sample.row(column)] == 0).count();
+        reserve(&mut self.rows, new, "classes of accumulated gradients")?;
+        reserve(&mut self.squares, (self.rows.len() + new).div_ceil(ROWS_A_TASK), "sums of squares")?;
+        reserve(&mut self.gradients, new * dim, "accumulated gradients")
+    }
+
+    /// Gives each row of the sample a place, for which there is room.
+    fn place(&mut self, sample: &Sample, dim: usize) {
+        for row in (0..sample.len()).map(|column| sample.row(column)) {
+            if self.places[row] == 0 {
+                self.rows.push(row as u32);
+                self.places[row] = self.rows.len() as u32;
+            }
+        }
+        self.gradients.resize(self.rows.len() * dim, 0.0);
+    }
+
+    fn clear(&mut self) {
+        for row in self.rows.drain(..) {
+            self.places[row as usize] = 0;
+        }
+        self.gradients.clear();
+        self.squares.clear();
+    }
+}
+
+impl CpuHead {
+    pub(super) fn accumulate_step(&mut self, loss_weight: f64) -> Result<()> {
+        let (weight, dim, classes) = (self.weight(loss_weight), self.step.shape.dim, self.step.shape.classes);
+        if self.messages.center_gradient.len() < classes * dim {
+            // A sharded head's update needs none.
+            self.messages.center_gradient = Buffer::zeroed(classes * dim, "class centers' gradient")?;
+        }
+        let mut accumulation = match self.accumulation.take() {
+            Some(accumulation) => accumulation,
+            None => Accumulation::new(self.spec.shard.rows as usize)?,
+        };
+        let room = accumulation.reserve(&self.step.draft.sample, dim);
+        if room.is_ok() {
+            self.gradient_pass(weight);
+            let sample = &self.step.draft.sample;
+            accumulation.place(sample, dim);
+            let (sums, places, gradients) =
+                (Parts::of(&mut accumulation.gradients), &accumulation.places, &self.messages.center_gradient);
+            self.pool.run(classes.div_ceil(ROWS_A_TASK), &|task, _| {
+                for column in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(classes) {
+                    let place = places[sample.row(column)] as usize - 1;
+                    // SAFETY: a column is in one task, and no two columns are of one row.
+                    let sum = unsafe { sums.range(place * dim..(place + 1) * dim) };
+                    vector::add_scaled(sum, 1.0, &gradients[column * dim..(column + 1) * dim]);
+                }
+            });
+        }
+        self.accumulation = Some(accumulation);
+        room
+    }
+
+    pub(super) fn exchange_accumulated(&mut self) -> Exchange {
+        let gradients = self.accumulation.as_mut().map_or(&mut [][..], |accumulation| &mut accumulation.gradients);
+        let data = gradients.as_mut_ptr();
+        Exchange::host(data, data, gradients.len(), DType::F32)
+    }
+
+    pub(super) fn update_by_accumulated(&mut self, update: UpdateCall) -> Result<()> {
+        let UpdateCall { learning_rate, factor, .. } = update;
+        let CpuHead { pool, rows: centers, step, replay, accumulation, skipped_updates, .. } = self;
+        let Some(accumulation) = accumulation else { return Ok(()) };
+        step.grad_centers = 0.0;
+        if !is_factor(factor) {
+            *skipped_updates += 1;
+            accumulation.clear();
+            return Ok(());
+        }
+        let (dim, count) = (step.shape.dim, accumulation.rows.len());
+        let tasks = count.div_ceil(ROWS_A_TASK);
+        accumulation.squares.resize(tasks, 0.0);
+        let updating = centers.updating(replay, learning_rate);
+        let (gradients, sums) = (Parts::of(&mut accumulation.gradients), Parts::of(&mut accumulation.squares));
+        let rows = &accumulation.rows;
+        pool.run(tasks, &|task, _| {
+            let mut squares = 0.0;
+            for place in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(count) {
+                // SAFETY: a place is in one task, and has a row of its own.
+                let gradient = unsafe { gradients.range(place * dim..(place + 1) * dim) };
+                vector::scale(gradient, factor as f32);
+                squares += vector::sum_of_squares(gradient);
+                // SAFETY: as above.
+                unsafe { updating.apply(rows[place] as usize, gradient) };
+            }
+            // SAFETY: each task has its own.
+            unsafe { sums.range(task..task + 1)[0] = squares };
+        });
+        let verdict = updating.verdict();
+        step.grad_centers = accumulation.squares.iter().sum();
+        accumulation.clear();
+        verdict.and(self.count_update(learning_rate))
+    }
+}
