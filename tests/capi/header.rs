@@ -82,7 +82,7 @@ fn every_function_has_a_comment_above_it() {
 }
 
 /// The whole header.
-fn header() -> String {
+pub fn header() -> String {
     let config = cbindgen::Config::from_file(root().join("cbindgen.toml")).expect("cbindgen.toml is valid");
     let introduction = config.header.clone().expect("cbindgen.toml has the text on top");
     let mut out = comment(introduction.trim());

@@ -4,3 +4,4 @@ mod bad_input;
 mod header;
 mod kernels;
 mod programs;
+mod python;

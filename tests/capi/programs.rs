@@ -300,7 +300,7 @@ fn size_of_field<T, F>(_: fn(&T) -> &F) -> usize {
 }
 
 #[test]
-fn structs_lie_in_c_as_in_rust() {
+fn structs_lie_in_c_and_python_as_in_rust() {
     let lines = layouts! {
         pfc_matrix { data, dtype, reserved, rows, cols, row_stride }
         pfc_head_options {
@@ -340,11 +340,17 @@ fn structs_lie_in_c_as_in_rust() {
     assert_eq!(listed, declared, "structs of this list (left) and of the header (right) differ");
 
     let requests: String = lines.iter().map(|(request, _)| format!("{request}\n")).collect();
-    fs::write(scratch("offsets").join("fields.inc"), requests).expect("fields.inc can be written");
+    let fields = scratch("offsets").join("fields.inc");
+    fs::write(&fields, requests).expect("fields.inc can be written");
     let expected: Vec<&str> = lines.iter().map(|(_, layout)| layout.as_str()).collect();
     for program in build("offsets", &["ctests/offsets.c"]) {
         let printed = run(&program, &[]);
         assert_eq!(printed.lines().collect::<Vec<_>>(), expected, "C (left) and Rust (right) differ");
+    }
+    if tool("python3") {
+        let mut command = Command::new("python3");
+        command.args(["ctests/offsets.py", "python/partialfc/_abi.py"].map(|file| root().join(file))).arg(fields);
+        assert_eq!(output(&mut command).lines().collect::<Vec<_>>(), expected, "Python (left) and Rust (right) differ");
     }
 }
 
