@@ -1,0 +1,475 @@
+"""The head: a shard of the class centers, their optimizer state, and the step that trains them."""
+
+import ctypes
+import dataclasses
+
+import numpy as np
+
+from . import _abi
+from ._arrays import Reader, like
+from ._handles import Handle
+from ._library import check, failure, lib
+from .comm import Comm
+from .device import Device
+from .options import fill, names
+
+_STATES = {"momentum": _abi.PFC_STATE_MOMENTUM, "second_moment": _abi.PFC_STATE_SECOND_MOMENT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Measurements of the last step. After a step that failed all but updates, draws and the seconds is 0."""
+
+    #: Updates done since the head was made.
+    updates: int
+    #: Samples drawn since the head was made: draws of classes, not training examples.
+    draws: int
+    #: Rows of the global batch.
+    rows: int
+    #: Rows of the global batch whose label is not ignore_label.
+    valid_rows: int
+    #: Classes in this rank's sample.
+    sample_size: int
+    #: Mean loss of the valid rows.
+    loss: float
+    #: Share of the valid rows whose target cosine, without margin, is the largest of the sample.
+    top1: float
+    #: Mean target cosine, without margin, of the valid rows.
+    mean_target_cosine: float
+    #: L2 norm of the embeddings' gradient over all ranks, as it was written; 0 before backward.
+    grad_embeddings_norm: float
+    #: L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
+    grad_centers_norm: float
+    #: Seconds of this rank in gathering labels and embeddings.
+    seconds_gather: float
+    #: Seconds in drawing the sample.
+    seconds_sample: float
+    #: Seconds in the forward products.
+    seconds_forward: float
+    #: Seconds in the all-reduce of the sums, and the loss.
+    seconds_reduce: float
+    #: Seconds in the embeddings' gradient and its reduce-scatter.
+    seconds_backward: float
+    #: Seconds in the class centers' gradient and the optimizer.
+    seconds_update: float
+
+
+class Head(Handle):
+    """The classification head of one rank: forward, backward and update, or `step`, which is all three.
+
+    Making one is collective: every rank does, with the same options. Arrays are NumPy's, torch's, or those of
+    `__cuda_array_interface__` or DLPack 1, and are used where they lie: embeddings and gradients are (B, d) in
+    float32, float16 or bfloat16 with contiguous rows, labels are (B,) or (B, 1) in int64. A CPU head takes arrays
+    in host memory, a CUDA head also those of its own GPU. One thread at a time may be in a head.
+
+    Errors of arguments are TypeError or ValueError, and name the argument, the value and the rank. The other
+    ranks of the call get `PartialFCError` REMOTE. What the library finds is `PartialFCError`; after LABEL,
+    NOT_FINITE and INVALID_ARGUMENT nothing has been updated and the head remains usable.
+
+    Args:
+        num_classes: C, classes over all ranks.
+        embedding_dim: d, elements of an embedding.
+        max_batch: rows of the largest batch on any rank.
+        device: where it computes; None: the CPU, with all cores.
+        comm: the ranks; None: this one alone.
+        placement: "sharded": each class center lives on one rank. "replicated": all on every rank.
+        sample_rate: share of a shard's classes that take part in a step, 0 to 1. Positives always do.
+        seed: of the start values and of the sampling.
+        scale: factor of the cosines, above 0 and at most 128.
+        m1: target logit = scale * (cos(m1 * theta + m2) - m3).
+        m2: radians, 0 to pi.
+        m3: 0 to 2.
+        interclass_filter: a negative whose cosine is above it gets no gradient. 0: off.
+        margin_gradient: "exact", or "straight_through" as insightface's arcface_torch has it.
+        margin_guard: "on" keeps the target logit falling where m1 * theta + m2 exceeds pi.
+        optimizer: "sgd" or "adamw".
+        row_update: "lazy": only the sampled rows change. "dense": all get weight decay and momentum.
+        momentum, weight_decay, beta1, beta2, epsilon: of the optimizer.
+        gradient_scale: factor of the embeddings' gradient; the number of ranks if the trainer averages the
+            backbone's gradients over them.
+        init_std: standard deviation of the start values.
+        ignore_label: rows with this label are ignored and may hold NaN. The smallest int64: none.
+        precision: "auto", "f32" or "half".
+        gather_dtype: "auto", "f32", "f16" or "bf16": the type in which embeddings are sent.
+        workspace_limit: bytes beside class centers and state; 0: the library decides.
+        metrics_every: collects `last_metrics` in every n-th update, on all ranks; 0: never.
+    """
+
+    _what = "head"
+    _free = "pfc_head_free"
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        max_batch: int,
+        *,
+        device: Device | None = None,
+        comm: Comm | None = None,
+        placement: str = "sharded",
+        sample_rate: float = 1.0,
+        seed: int = 0,
+        scale: float = 64.0,
+        m1: float = 1.0,
+        m2: float = 0.5,
+        m3: float = 0.0,
+        interclass_filter: float = 0.0,
+        margin_gradient: str = "exact",
+        margin_guard: str = "off",
+        optimizer: str = "sgd",
+        row_update: str = "lazy",
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        gradient_scale: float = 1.0,
+        init_std: float = 0.01,
+        ignore_label: int = -(2**63),
+        precision: str = "auto",
+        gather_dtype: str = "auto",
+        workspace_limit: int = 0,
+        metrics_every: int = 0,
+    ):
+        arguments = locals()
+        self.device = Device.cpu() if device is None else device
+        self.comm = Comm.self() if comm is None else comm
+        rank = self.comm.rank
+        names_given = {name: value for name, value in arguments.items() if name not in _NOT_OPTIONS}
+        try:
+            options = fill(names_given)
+        except (TypeError, ValueError):
+            # So that no rank waits for this one: options that are wrong reach all of them.
+            lib.pfc_head_create(self.device._address, self.comm._address, None, ctypes.byref(ctypes.c_void_p()))
+            raise
+        out = ctypes.c_void_p()
+        self.comm._call(
+            lib.pfc_head_create, self.device._address, self.comm._address, ctypes.byref(options), ctypes.byref(out)
+        )
+        self._own(out)
+        # What the head calls must not be gone before it.
+        self._state.keep = (self.comm._state, self.device._state)
+        #: Every option, by its name.
+        self.options = names(options)
+        self.embedding_dim = embedding_dim
+        self.num_classes = num_classes
+        self.max_batch = max_batch
+        self.metrics_every = metrics_every
+        self._last_metrics: Metrics | None = None
+        self._updates = 0
+        self._reader = Reader(rank, self.device.ordinal, self.device.stream)
+        # Reused by every call: filling a struct costs less than making one.
+        self._embeddings = _abi.pfc_matrix()
+        self._gradient = _abi.pfc_matrix()
+        self._embeddings_at = ctypes.byref(self._embeddings)
+        self._gradient_at = ctypes.byref(self._gradient)
+        self._loss = ctypes.c_double()
+        self._loss_at = ctypes.byref(self._loss)
+        self._batch_view = None
+
+    # The step.
+
+    def forward(self, embeddings, labels=None, loss=None) -> float:
+        """Phases 1 to 4 of a step, up to the loss. Collective. A forward without an update before it abandons that step.
+
+        Args:
+            embeddings: (B, d), not normalized; B may differ between ranks and may be 0.
+            labels: (B,) class ids, 0 to C - 1 or ignore_label; None: those of `prepare`.
+            loss: a float64 array of one element to write the loss to, such as a torch tensor on the GPU; then
+                the call does not wait for the GPU.
+
+        Returns:
+            The mean over the valid rows of all ranks, the same on every rank; with `loss`, that array.
+
+        Raises:
+            PartialFCError: LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable.
+        """
+        with self._arguments(lib.pfc_head_forward, None, None, self._loss_at):
+            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
+            rows = view.shape[0]
+            self._fits(rows)
+            ids = None if labels is None else self._reader.vector(labels, "labels", count=rows)
+            out = None if loss is None else self._reader.flat(loss, "loss", code=_abi.PFC_F64, count=1, write=True)
+        self._batch_view = view
+        self._call(
+            lib.pfc_head_forward,
+            self._embeddings_at,
+            None if ids is None else ids.address,
+            self._loss_at if out is None else out.address,
+        )
+        return self._loss.value if out is None else loss
+
+    def backward(self, gradient=None, *, loss_weight: float = 1.0, loss_scale: float = 1.0):
+        """Phase 5 for the embeddings: their gradient. Collective. After `forward`.
+
+        Args:
+            gradient: (B, d), written; None: a new array like the embeddings.
+            loss_weight: multiplies the loss, so also this step's gradient of the class centers.
+            loss_scale: multiplies the embeddings' gradient only.
+
+        Returns:
+            The gradient, times loss_weight * loss_scale * gradient_scale.
+        """
+        with self._arguments(lib.pfc_head_backward, loss_weight, loss_scale, None):
+            gradient = self._gradient_for(gradient, self._batch_view)
+        self._call(lib.pfc_head_backward, loss_weight, loss_scale, self._gradient_at)
+        return gradient
+
+    def update(self, learning_rate: float) -> None:
+        """Phase 5 for the class centers: updates the sampled rows. After `backward`. Collective when replicated.
+
+        Args:
+            learning_rate: 0 or more.
+        """
+        self._call(lib.pfc_head_update, float(learning_rate))
+        self._updated()
+
+    def step(self, embeddings, labels, learning_rate: float, gradient=None):
+        """Forward, backward and update in one call. Collective.
+
+        Args:
+            embeddings: (B, d), not normalized.
+            labels: (B,) class ids; None: those of `prepare`.
+            learning_rate: 0 or more.
+            gradient: (B, d), written; None: a new array like the embeddings.
+
+        Returns:
+            (loss, gradient)
+        """
+        with self._arguments(lib.pfc_head_step, None, None, 0.0, None, self._loss_at):
+            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
+            rows = view.shape[0]
+            self._fits(rows)
+            ids = None if labels is None else self._reader.vector(labels, "labels", count=rows).address
+            gradient = self._gradient_for(gradient, view)
+            learning_rate = float(learning_rate)
+        self._call(lib.pfc_head_step, self._embeddings_at, ids, learning_rate, self._gradient_at, self._loss_at)
+        self._updated()
+        return self._loss.value, gradient
+
+    def prepare(self, labels) -> None:
+        """Begins the next step early: gathers the labels and draws the sample. Collective. Optional.
+
+        Args:
+            labels: (B,) class ids; copied.
+        """
+        with self._arguments(lib.pfc_head_prepare, None, 1):
+            view = self._reader.vector(labels, "labels")
+            rows = view.shape[0]
+            self._fits(rows)
+        self._call(lib.pfc_head_prepare, view.address, rows)
+
+    def set_sample(self, ids) -> None:
+        """Sets the class ids of the next sample, instead of a draw. Not collective. Missing positives are added.
+
+        Args:
+            ids: ascending, without repeats, all in this rank's shard; copied.
+        """
+        view = self._reader.vector(ids, "ids")
+        self._local(lib.pfc_head_set_sample, view.address, view.shape[0])
+
+    def sample_ids(self) -> np.ndarray:
+        """The class ids of this rank's last sample, ascending, int64."""
+        count = ctypes.c_uint64()
+        self._local(lib.pfc_head_sample_ids, None, 0, ctypes.byref(count))
+        ids = np.empty(count.value, np.int64)
+        self._local(lib.pfc_head_sample_ids, ids.ctypes.data, ids.size, ctypes.byref(count))
+        return ids
+
+    def wait(self) -> None:
+        """Waits for the device, and raises what failed since the last call. See `pfc_head_wait` of the header."""
+        self._call(lib.pfc_head_wait)
+
+    # What it measures and finds.
+
+    def metrics(self) -> Metrics:
+        """Measurements of the last step. Collective: all ranks must call it, or none; see `last_metrics`."""
+        out = _abi.pfc_metrics()
+        check(lib.pfc_metrics_init_sized(ctypes.byref(out), ctypes.sizeof(out)))
+        self._call(lib.pfc_head_metrics, ctypes.byref(out))
+        return Metrics(*(getattr(out, field.name) for field in dataclasses.fields(Metrics)))
+
+    @property
+    def last_metrics(self) -> Metrics | None:
+        """What the last update that `metrics_every` names has measured. Not collective: rank 0 alone may log it."""
+        return self._last_metrics
+
+    def top_k(self, embeddings, k: int, ids=None, cosines=None):
+        """The k class centers nearest to each embedding, over all classes of all ranks. Collective; changes nothing.
+
+        Args:
+            embeddings: (rows, d); rows may differ between ranks and may exceed max_batch.
+            k: 1 to C, equal on all ranks.
+            ids: (rows, k) int64, written; None: a new array of the embeddings' kind.
+            cosines: (rows, k) float32, written; None: a new array.
+
+        Returns:
+            (ids, cosines), nearest first; equal cosines in ascending order of id.
+        """
+        matrix = _abi.pfc_matrix()
+        with self._arguments(lib.pfc_head_top_k, None, 1, None, None):
+            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, matrix)
+            if not 1 <= k <= self.num_classes:
+                raise ValueError(f"k is {k}{self._reader.at}; it must be 1 to {self.num_classes}")
+            shape = (view.shape[0], k)
+            ids = like(embeddings, shape, "int64") if ids is None else ids
+            cosines = like(embeddings, shape, "float32") if cosines is None else cosines
+            ids_view = self._reader.block(ids, "ids", shape, _abi.PFC_I64)
+            cosines_view = self._reader.block(cosines, "cosines", shape, _abi.PFC_F32)
+        self._call(lib.pfc_head_top_k, ctypes.byref(matrix), k, ids_view.address, cosines_view.address)
+        return ids, cosines
+
+    # Rows: what there is to save and restore.
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(first, count): this rank owns the classes first to first + count - 1."""
+        first, count = ctypes.c_uint64(), ctypes.c_uint64()
+        self._local(lib.pfc_head_shard, ctypes.byref(first), ctypes.byref(count))
+        return first.value, count.value
+
+    def read_centers(self, first: int | None = None, count: int | None = None, out=None):
+        """Class centers of this rank's shard as of the last update. Not collective.
+
+        Args:
+            first: id of the first class; None: the shard's first.
+            count: number of classes; None: to the shard's end.
+            out: (count, d), written; None: a new float32 array of NumPy.
+        """
+        return self._read(lib.pfc_head_read_centers, (), first, count, out)
+
+    def write_centers(self, centers, first: int | None = None) -> None:
+        """Overwrites class centers of this rank's shard. Not collective; not between forward and update.
+
+        Args:
+            centers: (count, d), all finite.
+            first: id of the first class; None: the shard's first.
+        """
+        self._write(lib.pfc_head_write_centers, (), centers, "centers", first)
+
+    def read_state(self, name: str = "momentum", first: int | None = None, count: int | None = None, out=None):
+        """Optimizer state, as `read_centers` does.
+
+        Args:
+            name: "momentum" (AdamW: the first moment), or AdamW's "second_moment".
+        """
+        return self._read(lib.pfc_head_read_state, (self._tensor(name),), first, count, out)
+
+    def write_state(self, state, name: str = "momentum", first: int | None = None) -> None:
+        """Overwrites optimizer state, as `write_centers` does."""
+        self._write(lib.pfc_head_write_state, (self._tensor(name),), state, name, first)
+
+    def read_progress(self) -> tuple[int, int]:
+        """(draws, updates): with the class centers and their state all there is to save. Not collective.
+
+        With row_update "dense" this brings every row up to date, on all ranks of a replicated head or on none.
+        """
+        draws, updates = ctypes.c_uint64(), ctypes.c_uint64()
+        self._local(lib.pfc_head_read_progress, ctypes.byref(draws), ctypes.byref(updates))
+        return draws.value, updates.value
+
+    def write_progress(self, draws: int, updates: int) -> None:
+        """Goes on from the progress of another head, after its rows have been written. Not collective."""
+        self._local(lib.pfc_head_write_progress, draws, updates)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the optimizer's state."""
+        return tuple(_STATES) if self.options["optimizer"] == "adamw" else ("momentum",)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<partialfc.Head, closed>"
+        first, count = self.shard
+        options = self.options
+        return (
+            f"<partialfc.Head, {self.num_classes} classes x {self.embedding_dim}, {first} to {first + count - 1} on rank "
+            f"{self.comm.rank} of {self.comm.size}, {options['placement']}, rate {options['sample_rate']}, "
+            f"{options['optimizer']}, gradient_scale {options['gradient_scale']}>"
+        )
+
+    # Inside.
+
+    def _rank(self):
+        return self.comm.rank
+
+    def _call(self, function, *arguments) -> None:
+        address = self._address
+        self._state.calls += 1
+        try:
+            self.comm._call(function, address, *arguments)
+        finally:
+            self._state.calls -= 1
+
+    def _local(self, function, *arguments) -> None:
+        status = function(self._address, *arguments)
+        if status:
+            raise failure(status, self.comm.rank)
+
+    def _arguments(self, function, *refused) -> "_Collective":
+        """Where the arguments of a collective call are read."""
+        return _Collective(self, function, refused)
+
+    def _fits(self, rows: int) -> None:
+        if rows > self.max_batch:
+            raise ValueError(f"a batch of {rows} rows{self._reader.at} is beyond max_batch, which is {self.max_batch}")
+
+    def _gradient_for(self, gradient, view):
+        if gradient is None:
+            if view is None:
+                return None  # The library tells what is out of order.
+            source = view.source[0] if type(view.source) is tuple else view.source
+            gradient = like(source, tuple(view.shape), None)
+        view = self._reader.matrix(gradient, "gradient", self.embedding_dim, self._gradient, write=True)
+        return gradient
+
+    def _updated(self) -> None:
+        if self.metrics_every:
+            self._updates += 1
+            if self._updates % self.metrics_every == 0:
+                self._last_metrics = self.metrics()
+
+    def _tensor(self, name: str) -> int:
+        if name not in _STATES:
+            raise ValueError(f"name is {name!r}{self._reader.at}; it must be {' or '.join(map(repr, _STATES))}")
+        return _STATES[name]
+
+    def _read(self, function, tensor, first, count, out):
+        shard_first, shard_count = self.shard
+        first = shard_first if first is None else first
+        if out is None:
+            count = shard_first + shard_count - first if count is None else count
+            out = np.empty((max(count, 0), self.embedding_dim), np.float32)
+        matrix = _abi.pfc_matrix()
+        view = self._reader.matrix(out, "out", self.embedding_dim, matrix, write=True)
+        self._local(function, *tensor, first, view.shape[0] if count is None else count, ctypes.byref(matrix))
+        return out
+
+    def _write(self, function, tensor, rows, name, first) -> None:
+        matrix = _abi.pfc_matrix()
+        view = self._reader.matrix(rows, name, self.embedding_dim, matrix)
+        first = self.shard[0] if first is None else first
+        self._local(function, *tensor, first, view.shape[0], ctypes.byref(matrix))
+
+
+_NOT_OPTIONS = ("self", "device", "comm", "metrics_every")
+
+
+class _Collective:
+    """Reads the arguments of a collective call. Where they are wrong the call is made all the same, without them:
+    so the other ranks learn of it, and none waits."""
+
+    __slots__ = ("function", "head", "refused")
+
+    def __init__(self, head: Head, function, refused):
+        self.head = head
+        self.function = function
+        self.refused = refused
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, (TypeError, ValueError)) and self.head.comm.size > 1 and not self.head.closed:
+            self.function(self.head._address, *self.refused)
+        return False

@@ -1,0 +1,107 @@
+"""`python -m partialfc`: the plan, the flags, and programs that are built with them."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import partialfc
+
+C = r"""
+#include <partialfc.h>
+#include <stdio.h>
+int main(void) {
+  puts(pfc_build_info());
+  return pfc_version() != PFC_VERSION;
+}
+"""
+CMAKE = """
+cmake_minimum_required(VERSION 3.16)
+project(app C)
+find_package(partialfc 0.1 REQUIRED)
+if(TARGET partialfc::static)
+  message(FATAL_ERROR "a wheel has no static library")
+endif()
+add_executable(app main.c)
+target_link_libraries(app PRIVATE partialfc::partialfc)
+"""
+PREFIX = pathlib.Path(partialfc.__file__).parent
+installed = pytest.mark.skipif(not (PREFIX / "lib").exists(), reason="this package is not installed: it has no library of its own")
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "partialfc", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def needs(tool: str):
+    if shutil.which(tool) is None:
+        pytest.skip(f"there is no {tool}")
+
+
+def test_plan():
+    text = command("plan", "--classes", "10_000_000", "--ranks", "8", "--batch", "128", "--rate", "0.1")
+    lines = {line[:27].strip(): line[27:].split() for line in text.splitlines()}
+    assert lines["classes on a rank"] == ["1,250,000", "1,250,000", "10,000,000", "10,000,000"]
+    assert lines["classes in a step"] == ["1,250,000", "125,000", "10,000,000", "1,000,000"]
+    whole, sampled = (
+        partialfc.plan(10_000_000, 512, ranks=8, batch=128, sample_rate=rate, placement="sharded") for rate in (1.0, 0.1)
+    )
+    assert lines["memory of a rank"][:4] == [f"{whole.total_bytes / 1e9:.2f}", "GB", f"{sampled.total_bytes / 1e9:.2f}", "GB"]
+    assert lines["traffic of a rank and step"[:27]][:2] == [f"{whole.traffic_bytes / 1e6:.2f}", "MB"]
+
+
+def test_plan_refuses():
+    text = command("plan", "--classes", "4", "--ranks", "8", code=1)
+    assert "num_classes must be at least 8" in text and "Traceback" not in text
+    assert "Traceback" not in command("plan", "--classes", "many", code=2)
+
+
+def test_info():
+    assert partialfc.build_info() in command("info")
+
+
+@installed
+def test_a_c_program(tmp_path):
+    needs("cc")
+    (tmp_path / "main.c").write_text(C)
+    flags = command("--cflags", "--libs").split()
+    subprocess.run(["cc", "-Werror", "main.c", *flags, "-o", "main"], cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == partialfc.build_info()
+
+
+@installed
+def test_a_program_of_cmake_after_a_move(tmp_path):
+    needs("cmake")
+    moved = tmp_path / "moved"
+    shutil.copytree(command("--prefix").strip(), moved)
+    (tmp_path / "main.c").write_text(C)
+    (tmp_path / "CMakeLists.txt").write_text(CMAKE)
+    for arguments in (["-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={moved}"], ["--build", "build"]):
+        subprocess.run(["cmake", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([tmp_path / "build/app"], check=True, capture_output=True)
+
+
+@installed
+def test_pkg_config_after_a_move(tmp_path):
+    needs("pkg-config")
+    moved = tmp_path / "moved"
+    shutil.copytree(command("--prefix").strip(), moved)
+    environment = {"PKG_CONFIG_PATH": str(moved / "lib/pkgconfig"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "partialfc"], env=environment, capture_output=True, text=True, check=True
+    )
+    include, folder, library = done.stdout.split()
+    assert pathlib.Path(include[2:]).resolve() == moved / "include" and library == "-lpartialfc"
+    assert (pathlib.Path(folder[2:]) / "libpartialfc.so.0").exists()
+
+
+@installed
+def test_the_headers_are_those_of_the_library():
+    text = (PREFIX / "include/partialfc.h").read_text()
+    assert "#define PFC_VERSION_MINOR 1\n" in text
+    assert {path.name for path in (PREFIX / "include").iterdir()} == {"partialfc.h", "partialfc_mpi.h", "partialfc_nccl.h"}

@@ -1,0 +1,186 @@
+"""A head's step over NumPy, against a naive one in float64, and what there is to save and restore."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import partialfc
+from partialfc.options import CHOICES, FIELDS, fill, names
+from conftest import CLASSES, DIM, batch, make, on_ranks
+
+
+def naive(weight, embeddings, labels, scale=64.0, margin=0.5):
+    """Loss and gradients of ArcFace over all classes, in float64."""
+    w, e = weight.astype(np.float64), embeddings.astype(np.float64)
+    norms_w = np.linalg.norm(w, axis=1, keepdims=True)
+    norms_e = np.linalg.norm(e, axis=1, keepdims=True)
+    cosines = (e / norms_e) @ (w / norms_w).T
+    rows = np.arange(len(e))
+    target = cosines[rows, labels]
+    angle = np.arccos(target)
+    logits = scale * cosines
+    logits[rows, labels] = scale * np.cos(angle + margin)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    softmax = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    loss = -np.log(softmax[rows, labels]).mean()
+    d_logits = softmax.copy()
+    d_logits[rows, labels] -= 1
+    d_cosines = scale * d_logits / len(e)
+    d_cosines[rows, labels] *= np.sin(angle + margin) / np.sin(angle)
+
+    def through_norm(unit, gradient, norms):
+        return (gradient - unit * (unit * gradient).sum(axis=1, keepdims=True)) / norms
+
+    return (
+        loss,
+        through_norm(e / norms_e, d_cosines @ (w / norms_w), norms_e),
+        through_norm(w / norms_w, d_cosines.T @ (e / norms_e), norms_w),
+    )
+
+
+def test_a_step_is_the_naive_one(head):
+    embeddings, labels = batch()
+    before = head.read_centers()
+    loss, grad_embeddings, grad_centers = naive(before, embeddings, labels)
+    told, gradient = head.step(embeddings, labels, learning_rate=0.1)
+    assert told == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_allclose(gradient, grad_embeddings, rtol=1e-3, atol=1e-5 * np.abs(grad_embeddings).max())
+    after = before - 0.1 * (grad_centers + 5e-4 * before)
+    np.testing.assert_allclose(head.read_centers(), after, rtol=1e-4, atol=1e-5 * np.abs(after).max())
+
+
+def test_three_calls_are_one_step():
+    embeddings, labels = batch()
+    with make() as whole, make() as parts:
+        for _ in range(3):
+            loss, gradient = whole.step(embeddings, labels, 0.1)
+            assert parts.forward(embeddings, labels) == loss
+            np.testing.assert_array_equal(parts.backward(), gradient)
+            parts.update(0.1)
+        np.testing.assert_array_equal(whole.read_centers(), parts.read_centers())
+
+
+def test_weights_and_scales(head):
+    embeddings, labels = batch()
+    head.forward(embeddings, labels)
+    one = head.backward()
+    head.forward(embeddings, labels)
+    out = np.empty_like(one)
+    assert head.backward(out, loss_weight=0.5, loss_scale=8.0) is out
+    np.testing.assert_allclose(out, 4 * one, rtol=1e-6)
+
+
+def test_prepared_labels_and_given_samples():
+    embeddings, labels = batch()
+    with make(sample_rate=0.3) as head:
+        head.prepare(labels)
+        head.forward(embeddings)
+        sample = head.sample_ids()
+        assert sample.dtype == np.int64 and set(labels) <= set(sample.tolist())
+        head.set_sample(np.array([0, 7, 19]))
+        head.forward(embeddings, labels)
+        assert set(head.sample_ids().tolist()) == {0, 7, 19} | set(labels.tolist())
+
+
+def test_top_k(head):
+    embeddings, _ = batch(rows=20)
+    weight = head.read_centers()
+    cosines = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)) @ (weight / np.linalg.norm(weight, axis=1, keepdims=True)).T
+    ids, found = head.top_k(embeddings, 3)
+    np.testing.assert_array_equal(ids, np.argsort(-cosines, axis=1)[:, :3])
+    np.testing.assert_allclose(found, -np.sort(-cosines, axis=1)[:, :3], rtol=1e-5)
+    mine = np.empty((20, 3), np.int64), np.empty((20, 3), np.float32)
+    assert head.top_k(embeddings, 3, *mine)[0] is mine[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("row_update", ["lazy", "dense"])
+def test_a_restored_head_goes_on_to_the_bit(optimizer, row_update):
+    options = {"optimizer": optimizer, "row_update": row_update, "sample_rate": 0.3}
+    with make(**options) as first, make(**options) as second:
+        for seed in range(3):
+            first.step(*batch(seed=seed), 0.05)
+        progress = first.read_progress()
+        second.write_centers(first.read_centers())
+        for name in first.states:
+            second.write_state(first.read_state(name), name)
+        second.write_progress(*progress)
+        for seed in range(3, 6):
+            assert first.step(*batch(seed=seed), 0.05)[0] == second.step(*batch(seed=seed), 0.05)[0]
+        np.testing.assert_array_equal(first.read_centers(), second.read_centers())
+
+
+def test_rows_of_part_of_a_shard(head):
+    rows = np.full((3, DIM), 2, np.float32)
+    head.write_centers(rows, first=4)
+    np.testing.assert_array_equal(head.read_centers(first=4, count=3), rows)
+    out = np.zeros((3, DIM), np.float32)
+    assert head.read_centers(first=4, out=out) is out
+    np.testing.assert_array_equal(out, rows)
+
+
+@pytest.mark.parametrize("placement", ["sharded", "replicated"])
+def test_two_ranks_are_one(placement):
+    embeddings, labels = batch(rows=8)
+    with make() as alone:
+        losses = [alone.step(embeddings, labels, 0.1)[0] for _ in range(3)]
+        weight = alone.read_centers()
+
+    def run(comm):
+        with make(comm=comm, placement=placement) as head:
+            mine = slice(comm.rank * 5, 5 + comm.rank * 3)
+            told = [head.step(embeddings[mine], labels[mine], 0.1)[0] for _ in range(3)]
+            return told, head.shard, head.read_centers()
+
+    for told, (first, count), centers in on_ranks(run):
+        np.testing.assert_allclose(told, losses, rtol=1e-5)
+        np.testing.assert_allclose(centers, weight[first : first + count], rtol=1e-3, atol=1e-5)
+        assert count == (CLASSES if placement == "replicated" else CLASSES // 2)
+
+
+def test_metrics_are_kept_for_a_logger():
+    embeddings, labels = batch()
+    with make(metrics_every=2) as head:
+        loss, _ = head.step(embeddings, labels, 0.1)
+        assert head.last_metrics is None
+        loss, _ = head.step(embeddings, labels, 0.1)
+        assert head.last_metrics == head.metrics()
+        assert head.last_metrics.loss == pytest.approx(loss) and head.last_metrics.updates == 2
+        head.step(embeddings, labels, 0.1)
+        assert head.last_metrics.updates == 2
+
+
+def test_rank_0_alone_may_log():
+    def run(comm):
+        with make(comm=comm, metrics_every=1) as head:
+            head.step(*batch(seed=comm.rank), 0.1)
+            return head.last_metrics.rows if comm.rank == 0 else None
+
+    assert on_ranks(run) == [12, None]
+
+
+def test_the_defaults_are_the_librarys():
+    library = names(fill({}))
+    parameters = inspect.signature(partialfc.Head).parameters
+    given = {name: parameters[name].default for name in FIELDS if parameters[name].default is not inspect.Parameter.empty}
+    assert given == {name: value for name, value in library.items() if name in given}
+    assert set(FIELDS) - set(given) == {"num_classes", "embedding_dim", "max_batch"}
+
+
+def test_every_choice_has_its_number_back():
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            assert names(fill({name: choice}))[name] == choice
+
+
+def test_a_plan_adds_up():
+    plan = partialfc.plan(10_000_000, 512, ranks=64, batch=64, sample_rate=0.1)
+    assert plan.weight_bytes == 4 * 512 * 156_250
+    assert plan.total_bytes == plan.weight_bytes + plan.state_bytes + plan.activation_bytes + plan.probability_bytes
+    messages = (plan.labels_bytes, plan.embeddings_bytes, plan.sums_bytes, plan.grad_embeddings_bytes, plan.grad_centers_bytes)
+    assert plan.traffic_bytes == sum(messages) and plan.grad_embeddings_bytes == 4 * 64 * 64 * 512
+
+
+def test_what_is_printed(head):
+    assert "20 classes x 8" in repr(head) and "cpu" in repr(head.device) and "rank 0 of 1" in repr(head.comm)
