@@ -31,6 +31,8 @@ _DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: 
 
 _numpy_codes = {np.dtype(name): _CODES[name] for name in ("float32", "float16", "float64", "int32", "int64")}
 _torch_codes: dict = {}
+#: torch.Tensor, once one has been seen: the package does not import torch.
+_Tensor = _strided = None
 
 
 class View:
@@ -59,7 +61,9 @@ class View:
 
 
 def _of_torch(torch, x) -> View:
-    if not _torch_codes:
+    global _Tensor, _strided
+    if _Tensor is None:
+        _Tensor, _strided = torch.Tensor, torch.strided
         _torch_codes.update((getattr(torch, name), code) for name, code in _CODES.items())
     if x.layout is not torch.strided:
         raise TypeError(f"is a tensor of layout {x.layout}; it must be torch.strided")
@@ -82,6 +86,16 @@ def _of_numpy(x: np.ndarray) -> View:
 def _elements(strides, size):
     """Strides in elements; None where one is no whole number of them."""
     return tuple(stride // size if stride % size == 0 else None for stride in strides)
+
+
+def _fill(matrix: _abi.pfc_matrix, address: int, code: int, rows: int, cols: int, stride: int) -> None:
+    matrix.data = address
+    matrix.dtype = code
+    matrix.rows = rows
+    matrix.cols = cols
+    matrix.row_stride = stride
+    #: Keeps what DLPack lent.
+    matrix.source = None
 
 
 def _contiguous(shape):
@@ -149,6 +163,8 @@ class Reader:
         #: For messages.
         self.at = f" on rank {rank}"
         self.ordinal = ordinal
+        #: As Tensor.get_device() has it.
+        self.index = -1 if ordinal is None else ordinal
         #: As DLPack counts them: 1 is the legacy default stream.
         self.stream = stream or 1
 
@@ -172,8 +188,30 @@ class Reader:
             raise TypeError(f"{name} is in the memory of GPU {view.place}{self.at}; this head is on {mine}")
         return view
 
-    def matrix(self, x, name: str, cols: int, target: _abi.pfc_matrix, codes=FLOATS, write: bool = False) -> View:
-        """Fills `target` with a matrix of the caller's. The result keeps its memory."""
+    def matrix(self, x, name: str, cols: int, target: _abi.pfc_matrix, codes=FLOATS, write: bool = False) -> int:
+        """Fills `target` with a matrix of the caller's, who keeps its memory. The number of its rows."""
+        known = self._known(x, write)
+        if known is not None:
+            address, code, shape = known
+            if len(shape) == 2 and shape[1] == cols and code in codes:
+                _fill(target, address, code, shape[0], cols, cols)
+                return shape[0]
+        return self._matrix(x, name, cols, target, codes, write)
+
+    def _known(self, x, write: bool):
+        """(address, code, shape) of a contiguous array of the kinds that loops have, in the shortest time; or None."""
+        kind = type(x)
+        if kind is np.ndarray:
+            if x.flags.c_contiguous:
+                address, readonly = x.__array_interface__["data"]
+                if not (write and readonly):
+                    return address, _numpy_codes.get(x.dtype), x.shape
+        elif kind is _Tensor and x.layout is _strided and x.is_contiguous() and x.get_device() == self.index:
+            if not (write and x.requires_grad):
+                return x.data_ptr(), _torch_codes.get(x.dtype), x.shape
+        return None
+
+    def _matrix(self, x, name, cols, target, codes, write) -> int:
         view = self.view(x, name)
         if view.code not in codes:
             wanted = " or ".join(_NAMES[code] for code in codes)
@@ -190,18 +228,21 @@ class Reader:
             stride = cols
         elif stride is None or stride < cols:
             raise ValueError(f"{name} has a stride of {stride} elements from row to row{self.at}; it must be {cols} or more")
-        target.data = view.address
-        target.dtype = view.code
-        target.rows = rows
-        target.cols = cols
-        target.row_stride = stride
-        return view
+        _fill(target, view.address, view.code, rows, cols, stride)
+        target.source = view.source
+        return rows
 
-    def vector(self, x, name: str, code: int = _abi.PFC_I64, count: int | None = None, write: bool = False) -> View:
-        """A contiguous vector, or a matrix of one column, as torch's loaders give labels."""
+    def vector(self, x, name: str, count: int | None = None):
+        """The address and the length of a contiguous int64 vector, or of a matrix of one column, as loaders give
+        labels; and what keeps its memory."""
+        known = self._known(x, False)
+        if known is not None:
+            address, code, shape = known
+            if len(shape) == 1 and code == _abi.PFC_I64 and (count is None or shape[0] == count):
+                return address, shape[0], x
         view = self.view(x, name)
-        if view.code != code:
-            raise TypeError(f"{name} is {view.dtype}{self.at}; it must be {_NAMES[code]}")
+        if view.code != _abi.PFC_I64:
+            raise TypeError(f"{name} is {view.dtype}{self.at}; it must be int64")
         shape = view.shape
         if len(shape) != 1 and not (len(shape) == 2 and shape[1] == 1):
             raise ValueError(f"{name} has shape {tuple(shape)}{self.at}; it must be (rows,) or (rows, 1)")
@@ -209,9 +250,7 @@ class Reader:
             raise ValueError(f"{name} has {shape[0]} rows{self.at}; it must have {count}")
         if shape[0] > 1 and view.strides[0] != 1:
             raise ValueError(f"{name} is not contiguous{self.at}: from one element to the next are {view.strides[0]}, must be 1")
-        if write:
-            self._writable(x, view, name)
-        return view
+        return view.address, shape[0], view.source
 
     def flat(self, x, name: str, codes=None, code: int | None = None, count: int | None = None, write: bool = False) -> View:
         """A contiguous array of any shape, as its elements."""

@@ -245,12 +245,16 @@ class Comm(Handle):
         except KeyError:
             raise ValueError(f"op is {op!r}{self._reader.at}; it must be 'sum' or 'max'") from None
 
-    def _call(self, function, *arguments) -> None:
-        """Calls a collective, which Ctrl-C may end."""
-        state = self._state
-        state.calls += 1
+    def _enter(self) -> None:
+        """Before a call that Ctrl-C may end."""
         if threading.get_ident() == _main:
             self._waiting = next(_calls)
+
+    def _call(self, function, *arguments) -> None:
+        """Calls a collective."""
+        state = self._state
+        state.calls += 1
+        self._enter()
         try:
             status = function(*arguments)
         finally:

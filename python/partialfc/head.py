@@ -165,7 +165,9 @@ class Head(Handle):
         self._gradient_at = ctypes.byref(self._gradient)
         self._loss = ctypes.c_double()
         self._loss_at = ctypes.byref(self._loss)
-        self._batch_view = None
+        #: The embeddings of the last forward, and their rows.
+        self._batch = None
+        self._waits = self.comm.size > 1
 
     # The step.
 
@@ -184,17 +186,19 @@ class Head(Handle):
         Raises:
             PartialFCError: LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable.
         """
-        with self._arguments(lib.pfc_head_forward, None, None, self._loss_at):
-            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
-            rows = view.shape[0]
+        try:
+            rows = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
             self._fits(rows)
-            ids = None if labels is None else self._reader.vector(labels, "labels", count=rows)
+            ids = None if labels is None else self._reader.vector(labels, "labels", rows)
             out = None if loss is None else self._reader.flat(loss, "loss", code=_abi.PFC_F64, count=1, write=True)
-        self._batch_view = view
+        except (TypeError, ValueError):
+            self._refuse(lib.pfc_head_forward, None, None, self._loss_at)
+            raise
+        self._batch = embeddings, rows
         self._call(
             lib.pfc_head_forward,
             self._embeddings_at,
-            None if ids is None else ids.address,
+            None if ids is None else ids[0],
             self._loss_at if out is None else out.address,
         )
         return self._loss.value if out is None else loss
@@ -210,8 +214,12 @@ class Head(Handle):
         Returns:
             The gradient, times loss_weight * loss_scale * gradient_scale.
         """
-        with self._arguments(lib.pfc_head_backward, loss_weight, loss_scale, None):
-            gradient = self._gradient_for(gradient, self._batch_view)
+        try:
+            if self._batch is not None:  # Else the library tells what is out of order.
+                gradient = self._gradient_for(gradient, *self._batch)
+        except (TypeError, ValueError):
+            self._refuse(lib.pfc_head_backward, loss_weight, loss_scale, None)
+            raise
         self._call(lib.pfc_head_backward, loss_weight, loss_scale, self._gradient_at)
         return gradient
 
@@ -236,14 +244,23 @@ class Head(Handle):
         Returns:
             (loss, gradient)
         """
-        with self._arguments(lib.pfc_head_step, None, None, 0.0, None, self._loss_at):
-            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
-            rows = view.shape[0]
+        try:
+            rows = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
             self._fits(rows)
-            ids = None if labels is None else self._reader.vector(labels, "labels", count=rows).address
-            gradient = self._gradient_for(gradient, view)
+            ids = None if labels is None else self._reader.vector(labels, "labels", rows)
+            gradient = self._gradient_for(gradient, embeddings, rows)
             learning_rate = float(learning_rate)
-        self._call(lib.pfc_head_step, self._embeddings_at, ids, learning_rate, self._gradient_at, self._loss_at)
+        except (TypeError, ValueError):
+            self._refuse(lib.pfc_head_step, None, None, 0.0, None, self._loss_at)
+            raise
+        self._call(
+            lib.pfc_head_step,
+            self._embeddings_at,
+            None if ids is None else ids[0],
+            learning_rate,
+            self._gradient_at,
+            self._loss_at,
+        )
         self._updated()
         return self._loss.value, gradient
 
@@ -253,11 +270,13 @@ class Head(Handle):
         Args:
             labels: (B,) class ids; copied.
         """
-        with self._arguments(lib.pfc_head_prepare, None, 1):
-            view = self._reader.vector(labels, "labels")
-            rows = view.shape[0]
+        try:
+            address, rows, _source = self._reader.vector(labels, "labels")
             self._fits(rows)
-        self._call(lib.pfc_head_prepare, view.address, rows)
+        except (TypeError, ValueError):
+            self._refuse(lib.pfc_head_prepare, None, 1)
+            raise
+        self._call(lib.pfc_head_prepare, address, rows)
 
     def set_sample(self, ids) -> None:
         """Sets the class ids of the next sample, instead of a draw. Not collective. Missing positives are added.
@@ -265,8 +284,8 @@ class Head(Handle):
         Args:
             ids: ascending, without repeats, all in this rank's shard; copied.
         """
-        view = self._reader.vector(ids, "ids")
-        self._local(lib.pfc_head_set_sample, view.address, view.shape[0])
+        address, count, _source = self._reader.vector(ids, "ids")
+        self._local(lib.pfc_head_set_sample, address, count)
 
     def sample_ids(self) -> np.ndarray:
         """The class ids of this rank's last sample, ascending, int64."""
@@ -307,15 +326,17 @@ class Head(Handle):
             (ids, cosines), nearest first; equal cosines in ascending order of id.
         """
         matrix = _abi.pfc_matrix()
-        with self._arguments(lib.pfc_head_top_k, None, 1, None, None):
-            view = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, matrix)
+        try:
+            rows = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, matrix)
             if not 1 <= k <= self.num_classes:
                 raise ValueError(f"k is {k}{self._reader.at}; it must be 1 to {self.num_classes}")
-            shape = (view.shape[0], k)
-            ids = like(embeddings, shape, "int64") if ids is None else ids
-            cosines = like(embeddings, shape, "float32") if cosines is None else cosines
-            ids_view = self._reader.block(ids, "ids", shape, _abi.PFC_I64)
-            cosines_view = self._reader.block(cosines, "cosines", shape, _abi.PFC_F32)
+            ids = like(embeddings, (rows, k), "int64") if ids is None else ids
+            cosines = like(embeddings, (rows, k), "float32") if cosines is None else cosines
+            ids_view = self._reader.block(ids, "ids", (rows, k), _abi.PFC_I64)
+            cosines_view = self._reader.block(cosines, "cosines", (rows, k), _abi.PFC_F32)
+        except (TypeError, ValueError):
+            self._refuse(lib.pfc_head_top_k, None, 1, None, None)
+            raise
         self._call(lib.pfc_head_top_k, ctypes.byref(matrix), k, ids_view.address, cosines_view.address)
         return ids, cosines
 
@@ -394,33 +415,38 @@ class Head(Handle):
         return self.comm.rank
 
     def _call(self, function, *arguments) -> None:
-        address = self._address
-        self._state.calls += 1
+        """Calls a collective; where ranks wait for each other, Ctrl-C may end it."""
+        state, comm = self._state, self.comm
+        address = state.address or self._address
+        state.calls += 1
+        if self._waits:
+            comm._enter()
         try:
-            self.comm._call(function, address, *arguments)
+            status = function(address, *arguments)
         finally:
-            self._state.calls -= 1
+            state.calls -= 1
+            comm._waiting = 0
+        if status:
+            raise comm._failure(status)
 
     def _local(self, function, *arguments) -> None:
         status = function(self._address, *arguments)
         if status:
             raise failure(status, self.comm.rank)
 
-    def _arguments(self, function, *refused) -> "_Collective":
-        """Where the arguments of a collective call are read."""
-        return _Collective(self, function, refused)
+    def _refuse(self, function, *arguments) -> None:
+        """Makes a collective call without the arguments that were wrong: so the other ranks learn of it, and none waits."""
+        if self._waits and not self.closed:
+            function(self._address, *arguments)
 
     def _fits(self, rows: int) -> None:
         if rows > self.max_batch:
             raise ValueError(f"a batch of {rows} rows{self._reader.at} is beyond max_batch, which is {self.max_batch}")
 
-    def _gradient_for(self, gradient, view):
+    def _gradient_for(self, gradient, embeddings, rows: int):
         if gradient is None:
-            if view is None:
-                return None  # The library tells what is out of order.
-            source = view.source[0] if type(view.source) is tuple else view.source
-            gradient = like(source, tuple(view.shape), None)
-        view = self._reader.matrix(gradient, "gradient", self.embedding_dim, self._gradient, write=True)
+            gradient = like(embeddings, (rows, self.embedding_dim), None)
+        self._reader.matrix(gradient, "gradient", self.embedding_dim, self._gradient, write=True)
         return gradient
 
     def _updated(self) -> None:
@@ -441,35 +467,16 @@ class Head(Handle):
             count = shard_first + shard_count - first if count is None else count
             out = np.empty((max(count, 0), self.embedding_dim), np.float32)
         matrix = _abi.pfc_matrix()
-        view = self._reader.matrix(out, "out", self.embedding_dim, matrix, write=True)
-        self._local(function, *tensor, first, view.shape[0] if count is None else count, ctypes.byref(matrix))
+        rows = self._reader.matrix(out, "out", self.embedding_dim, matrix, write=True)
+        self._local(function, *tensor, first, rows if count is None else count, ctypes.byref(matrix))
         return out
 
     def _write(self, function, tensor, rows, name, first) -> None:
         matrix = _abi.pfc_matrix()
-        view = self._reader.matrix(rows, name, self.embedding_dim, matrix)
+        count = self._reader.matrix(rows, name, self.embedding_dim, matrix)
         first = self.shard[0] if first is None else first
-        self._local(function, *tensor, first, view.shape[0], ctypes.byref(matrix))
+        self._local(function, *tensor, first, count, ctypes.byref(matrix))
 
 
 _NOT_OPTIONS = ("self", "device", "comm", "metrics_every")
 
-
-class _Collective:
-    """Reads the arguments of a collective call. Where they are wrong the call is made all the same, without them:
-    so the other ranks learn of it, and none waits."""
-
-    __slots__ = ("function", "head", "refused")
-
-    def __init__(self, head: Head, function, refused):
-        self.head = head
-        self.function = function
-        self.refused = refused
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if isinstance(error, (TypeError, ValueError)) and self.head.comm.size > 1 and not self.head.closed:
-            self.function(self.head._address, *self.refused)
-        return False
