@@ -163,8 +163,6 @@ class Reader:
         #: For messages.
         self.at = f" on rank {rank}"
         self.ordinal = ordinal
-        #: As Tensor.get_device() has it.
-        self.index = -1 if ordinal is None else ordinal
         #: As DLPack counts them: 1 is the legacy default stream.
         self.stream = stream or 1
 
@@ -206,10 +204,14 @@ class Reader:
                 address, readonly = x.__array_interface__["data"]
                 if not (write and readonly):
                     return address, _numpy_codes.get(x.dtype), x.shape
-        elif kind is _Tensor and x.layout is _strided and x.is_contiguous() and x.get_device() == self.index:
+        elif kind is _Tensor and x.layout is _strided and x.is_contiguous() and self._here(x):
             if not (write and x.requires_grad):
                 return x.data_ptr(), _torch_codes.get(x.dtype), x.shape
         return None
+
+    def _here(self, tensor) -> bool:
+        ordinal = self.ordinal
+        return tensor.is_cpu if ordinal is None else tensor.is_cuda and tensor.get_device() == ordinal
 
     def _matrix(self, x, name, cols, target, codes, write) -> int:
         view = self.view(x, name)

@@ -68,6 +68,9 @@ class Handle:
             )
         self._finalizer()
 
+    def __reduce__(self):
+        raise TypeError(f"a {self._what} cannot be copied or pickled: it is this process's, and one")
+
     def __enter__(self):
         return self
 

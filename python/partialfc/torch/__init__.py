@@ -1,0 +1,10 @@
+"""The classification head as a module of PyTorch 2.1 or later.
+
+`Head` goes into the model or beside it, and its one parameter into the optimizer; the optimizer's step then updates
+the class centers. `PartialFC_V2` takes the place of insightface's class of that name. docs/pytorch.md is the guide.
+"""
+
+from ._head import Head
+from ._insightface import PartialFC_V2
+
+__all__ = ["Head", "PartialFC_V2"]

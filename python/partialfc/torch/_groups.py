@@ -1,0 +1,75 @@
+"""The ranks of a process group as a communicator of the library's."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from ..comm import Comm, nccl_unique_id
+from ..device import Device
+
+_OPS = {"sum": "SUM", "max": "MAX"}
+
+
+def ranks(group):
+    """(group, rank, size) of a process group; None means all ranks or, without torch.distributed, this one alone."""
+    if dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the group that it makes a head on")
+        return group, rank, dist.get_world_size(group)
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if group is not None or launched != "1":
+        why = "group is given" if group is not None else f"WORLD_SIZE is {launched}"
+        raise RuntimeError(
+            f"{why} on rank {os.environ.get('RANK', '0')}, but torch.distributed is not initialized: call init_process_group "
+            "before the head's first batch, or give comm=partialfc.Comm.self() for a head of this process alone"
+        )
+    return None, 0, 1
+
+
+def communicator(group, device: torch.device, library_device: Device) -> Comm:
+    """A communicator of the head's own, so that its messages never mix with those of DDP. Collective."""
+    group, rank, size = ranks(group)
+    if size == 1:
+        return Comm.self()
+    if device.type == "cuda" and "nccl" in _backend(group, device):
+        box = [nccl_unique_id() if rank == 0 else None]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+        return Comm.nccl(box[0], rank, size, library_device)
+    if dist.get_world_size() == size:
+        own = dist.new_group(backend="gloo")
+    else:
+        own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    return over_gloo(own)
+
+
+def _backend(group, device: torch.device) -> str:
+    """Such as "gloo"; a group may have one for each kind of device: "cpu:gloo,cuda:nccl"."""
+    backend = str(dist.get_backend(group))
+    for pair in backend.split(","):
+        kind, _, name = pair.partition(":")
+        if kind == device.type and name:
+            return name
+    return backend
+
+
+def over_gloo(group) -> Comm:
+    """The ranks of a group that carries host memory. The group must be the communicator's alone."""
+
+    def all_gather(send, recv):
+        own = torch.from_numpy(send)
+        if recv.ctypes.data <= send.ctypes.data < recv.ctypes.data + recv.nbytes:
+            own = own.clone()
+        dist.all_gather(list(torch.from_numpy(recv)), own, group=group)
+
+    def all_reduce(send, recv, op):
+        if send.ctypes.data != recv.ctypes.data:
+            recv[:] = send
+        dist.all_reduce(torch.from_numpy(recv), getattr(dist.ReduceOp, _OPS[op]), group=group)
+
+    backend = group._get_backend(torch.device("cpu"))
+    return Comm.custom(
+        dist.get_rank(group), dist.get_world_size(group), all_gather, all_reduce, abort=getattr(backend, "abort", None)
+    )

@@ -1,0 +1,450 @@
+"""The module: a step of the head as autograd sees it, and its update as the optimizer's step causes it."""
+
+import contextlib
+import datetime
+import math
+import weakref
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _abi
+from ..comm import Comm
+from ..device import Device
+from ..head import Head as LibraryHead
+from ..head import Metrics
+from .._library import PartialFCError
+from ..options import fill, names
+from . import _groups, _hooks
+
+#: The anchor's gradient is the weight of the loss times this. It is a power of two, so that unscaling and clipping
+#: multiply it exactly, and so small that a norm over all parameters is the same to the last bit without it.
+_UNIT = 2.0**-60
+
+
+def _autocast(kind: str):
+    """The type that autocast computes in on a kind of device, or None."""
+    try:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    except (AttributeError, TypeError):  # Before torch 2.4 a GPU's, which is where float16 is.
+        return torch.get_autocast_gpu_dtype() if kind == "cuda" and torch.is_autocast_enabled() else None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, anchor, head, labels):
+        loss = head._forward(embeddings, labels)
+        ctx.head, ctx.number = head, head._number
+        ctx.form = embeddings.shape, embeddings.dtype, embeddings.device
+        ctx.save_for_backward(loss)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight):
+        (loss,) = ctx.saved_tensors
+        shape, dtype, device = ctx.form
+        gradient = ctx.head._backward(ctx.number, torch.empty(shape, dtype=torch.float32, device=device))
+        # A step that failed has the loss NaN. Its gradients are NaN too, so that a GradScaler sees an overflow.
+        spoiled = loss * 0.0
+        gradient = gradient.mul_(weight).add_(spoiled).to(dtype)
+        return gradient, (weight * _UNIT + spoiled).reshape(1), None, None
+
+
+class Head(torch.nn.Module):
+    """The classification head of this rank: ``loss = head(embeddings, labels)``.
+
+    `parameters()` gives one parameter of one element, the anchor. Give it to the optimizer, in a group of its own or
+    with the backbone's: whenever that optimizer steps, the class centers are updated with the learning rate of the
+    anchor's group. The class centers are no parameters, so DDP neither copies nor averages them, and the whole model
+    may be wrapped. An optimizer step that a GradScaler leaves out leaves the head as it was.
+
+    The head is made with the first batch, on the anchor's device (`.to()`, `.cuda()`), with the ranks of the process
+    group; that is collective.
+
+    Args:
+        num_classes: C, classes over all ranks.
+        embedding_dim: d, elements of an embedding.
+        group: the process group; None: all ranks or, without torch.distributed, this process alone.
+        comm: a communicator to use instead of a process group.
+        max_batch: rows of the largest batch on any rank; None: of the first batch.
+        gradient_scale: factor of the embeddings' gradient. "auto": the number of ranks, because DDP and FSDP average
+            the backbone's gradients over them; 1 for a trainer that adds them.
+        nonfinite: what a NaN or an infinity in the embeddings is. "raise": an error of the forward, on all ranks.
+            "skip": a loss and gradients of NaN, which a GradScaler takes as an overflow; an optimizer step that
+            no GradScaler has left out raises. "auto": "skip" under autocast to float16, else "raise".
+        metrics_every: collects `last_metrics` in every n-th update; 0: never.
+        timeout: the longest that a wait for other ranks may take; None: 10 minutes.
+        options: the others of `partialfc.Head`, such as sample_rate, m2, optimizer="adamw". At every step the
+            optimizer's kind, momentum, weight decay and so on must be the head's.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, with its value and the rank. Other ranks get PartialFCError REMOTE.
+        PartialFCError: what the library finds, such as LABEL. Nothing was updated then, and the head is usable.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        group=None,
+        comm: Comm | None = None,
+        max_batch: int | None = None,
+        gradient_scale: float | str = "auto",
+        nonfinite: str = "auto",
+        metrics_every: int = 0,
+        timeout: datetime.timedelta | None = None,
+        **options,
+    ):
+        super().__init__()
+        if nonfinite not in ("auto", "raise", "skip"):
+            raise ValueError(f"nonfinite is {nonfinite!r}; it must be 'auto', 'raise' or 'skip'")
+        if isinstance(gradient_scale, str) and gradient_scale != "auto":
+            raise ValueError(f"gradient_scale is {gradient_scale!r}; it must be 'auto' or a number")
+        given = {"num_classes": num_classes, "embedding_dim": embedding_dim, **options}
+        #: Every option of the head by its name, as the library has it.
+        self.options = names(fill(given))
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.metrics_every = metrics_every
+        self.nonfinite = nonfinite
+        self._given = given
+        self._group, self._comm, self._timeout = group, comm, timeout
+        self._max_batch, self._gradient_scale = max_batch, gradient_scale
+        self._head: LibraryHead | None = None
+        #: What load_state_dict gave before there was a head.
+        self._loaded: dict | None = None
+        #: Forwards so far: which one a backward belongs to.
+        self._number = 0
+        #: Whether the last backward's gradient of the class centers is there, to be used by an update.
+        self._ready = False
+        #: Of a forward that failed and gave NaN.
+        self._error: PartialFCError | None = None
+        #: The weight of the loss, while an optimizer that holds the anchor is in its step.
+        self._factor: float | None = None
+        #: Where optimizers hold the anchor.
+        self._places = weakref.WeakKeyDictionary()
+        #: Kinds of the optimizers without the anchor that have stepped since the last backward.
+        self._strangers: set = set()
+        _hooks.listen(self)
+
+    # The step.
+
+    @torch.compiler.disable
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss over the valid rows of all ranks, a float32 scalar, the same on every rank. Collective.
+
+        Args:
+            embeddings: (B, d), float32, float16 or bfloat16, rows contiguous, not normalized; B may differ between
+                ranks and may be 0.
+            labels: (B,) or (B, 1), int64: class ids, or ignore_label.
+        """
+        return _Step.apply(embeddings, self.anchor, self, labels)
+
+    def update(self, learning_rate: float, factor: float = 1.0) -> None:
+        """Updates the class centers without an optimizer. Collective.
+
+        Args:
+            factor: multiplies their gradient, as the weight of the loss does.
+        """
+        self.anchor.grad = None
+        self._update(learning_rate, factor)
+
+    def _forward(self, embeddings, labels) -> torch.Tensor:
+        head = self._made(embeddings)
+        self._refuse_strangers()
+        self._number += 1
+        self._ready = False
+        self._error = None
+        #: What `_weigh` repeats a step with.
+        self._batch = embeddings, labels = embeddings.detach(), labels
+        with self._on_stream(head, embeddings, labels):
+            if head.device.ordinal is not None:
+                loss = torch.empty((), dtype=torch.float64, device=embeddings.device)
+                return head.forward(embeddings, labels, loss=loss).float()
+            try:
+                return torch.tensor(head.forward(embeddings, labels), dtype=torch.float32)
+            except PartialFCError as error:
+                if error.status != _abi.PFC_ERROR_NOT_FINITE or not self._skips():
+                    raise
+                self._error = error
+                return torch.tensor(math.nan, dtype=torch.float32)
+
+    def _backward(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
+        if number != self._number:
+            raise RuntimeError(
+                f"this is the backward of forward {number} on rank {self._head.comm.rank}, which forward {self._number} has "
+                "abandoned: a head has one step at a time, so call backward before the next forward"
+            )
+        self._refuse_accumulation()
+        if self._error is not None:
+            return gradient.zero_()
+        with self._on_stream(self._head, gradient):
+            self._head.backward(gradient)
+        self._ready = True
+        self._strangers.clear()
+        return gradient
+
+    def _update(self, learning_rate: float, factor: float) -> None:
+        """To be pfc_head_update_with, which takes the factor."""
+        if self._head is None:
+            raise RuntimeError("a head cannot be updated before its first batch")
+        if abs(factor - 1.0) > 1e-6:  # An average over ranks in float32 is 1 as well.
+            self._weigh(factor)
+        self._ready = False
+        self._head.update(learning_rate)
+
+    def _weigh(self, factor: float) -> None:
+        """Gives the gradient of the class centers another weight: the same step again, with that weight from the start.
+
+        For as long as an update takes no factor.
+        """
+        head = self._head
+        head.set_sample(head.sample_ids())
+        embeddings, labels = self._batch
+        head.forward(embeddings, labels)
+        head.backward(torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device), loss_weight=factor)
+
+    def _refuse_accumulation(self) -> None:
+        """For as long as the library cannot add the gradients of several backwards."""
+        earlier = self.anchor.grad
+        if earlier is None:
+            return
+        value = earlier.item()
+        if value != 0 and math.isfinite(value):
+            raise RuntimeError(
+                f"a backward on rank {self._head.comm.rank} follows one whose gradient of the class centers no step has used: "
+                "gradients are not accumulated over micro-batches. Step the optimizer that holds head.parameters() after each "
+                "backward; to abandon a step, zero its gradients"
+            )
+
+    def _refuse_strangers(self) -> None:
+        if self._ready and self._strangers and not self._places:
+            kinds = ", ".join(sorted(self._strangers))
+            raise RuntimeError(
+                f"{kinds} has stepped on rank {self._head.comm.rank} since the last backward, but no optimizer holds this head's "
+                "anchor, so its class centers are never updated: give head.parameters() to an optimizer, or call head.update"
+            )
+
+    def _skips(self) -> bool:
+        if self.nonfinite != "auto":
+            return self.nonfinite == "skip"
+        return _autocast(self.anchor.device.type) == torch.float16
+
+    @contextlib.contextmanager
+    def _on_stream(self, head: LibraryHead, *tensors):
+        """Runs what is inside on the head's own stream, ordered with the current one."""
+        if head.device.ordinal is None:
+            yield
+            return
+        current = torch.cuda.current_stream(head.device.ordinal)
+        if current.cuda_stream == head.device.stream:
+            yield
+            return
+        own = torch.cuda.ExternalStream(head.device.stream, device=head.device.ordinal)
+        own.wait_stream(current)
+        with torch.cuda.stream(own):
+            yield
+        current.wait_stream(own)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(own)
+
+    # Optimizers.
+
+    def _before_step(self, optimizer) -> None:
+        group = self._group_in(optimizer)
+        if group is None:
+            if self._ready:
+                self._strangers.add(type(optimizer).__name__)
+            return
+        if self._head is None:
+            return
+        _hooks.compare(optimizer, group, self.options, self._head.comm.rank)
+        self._take_factor(optimizer)
+
+    def _after_step(self, optimizer) -> None:
+        group = self._group_in(optimizer)
+        if group is None or self._head is None:
+            return
+        self._take_factor(optimizer)  # A closure's forward and backward were inside the step.
+        factor, self._factor = self._factor, None
+        if factor is not None:
+            self._update(float(group["lr"]), factor)
+
+    def _take_factor(self, optimizer) -> None:
+        """Takes the weight of the loss from the anchor, which the optimizer then passes over."""
+        gradient, self.anchor.grad = self.anchor.grad, None
+        if gradient is None:
+            return
+        # A fused optimizer is called on an overflow, too: it looks at these itself.
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None and found.item():
+            return
+        factor = gradient.item() / _UNIT
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            factor /= scale.item()
+        if not math.isfinite(factor):
+            error = self._error
+            raise error if error is not None else RuntimeError(
+                f"the gradient of the loss is {factor} on rank {self._head.comm.rank}: no optimizer may step then; a GradScaler sees to that"
+            )
+        if factor == 0.0 and not self._ready:
+            return  # zero_grad(set_to_none=False)
+        if not self._ready:
+            raise RuntimeError(
+                f"a forward on rank {self._head.comm.rank} follows the backward whose step this is, and has abandoned it: "
+                "step the optimizer before the next forward"
+            )
+        self._factor = factor
+
+    def _group_in(self, optimizer) -> dict | None:
+        """The group of an optimizer that has the anchor."""
+        groups = optimizer.param_groups
+        place = self._places.get(optimizer)
+        if place is not None:
+            group, index = place
+            if group < len(groups) and index < len(groups[group]["params"]) and groups[group]["params"][index] is self.anchor:
+                return groups[group]
+            del self._places[optimizer]
+        for group, contents in enumerate(groups):
+            for index, parameter in enumerate(contents["params"]):
+                if parameter is self.anchor:
+                    self._places[optimizer] = group, index
+                    return contents
+        return None
+
+    # Making it, saving it.
+
+    def _made(self, embeddings) -> LibraryHead:
+        if self.anchor.dtype != torch.float32:
+            raise TypeError(f"the head's anchor is {self.anchor.dtype}; it must be float32: call head.float() after half()")
+        if self._head is None:
+            self._head = self._make(embeddings.shape[0] if isinstance(embeddings, torch.Tensor) and embeddings.dim() else 0)
+            if self._loaded is not None:
+                self._restore(self._loaded)
+                self._loaded = None
+        return self._head
+
+    def _make(self, rows: int) -> LibraryHead:
+        place = self.anchor.device
+        if place.type == "cuda":
+            index = torch.cuda.current_device() if place.index is None else place.index
+            device = Device.cuda(index, torch.cuda.current_stream(index).cuda_stream)
+        elif place.type == "cpu":
+            device = Device.cpu(torch.get_num_threads())
+        else:
+            raise TypeError(f"the head's anchor is on {place}; a head is on the CPU or a CUDA GPU")
+        comm = _groups.communicator(self._group, place, device) if self._comm is None else self._comm
+        if self._timeout is not None:
+            comm.set_timeout(self._timeout.total_seconds())
+        # To be max_batch 0, which grows.
+        largest = self._max_batch
+        if largest is None:
+            found = np.array([max(rows, 1)], np.int64)
+            comm.all_reduce(found, "max")
+            largest = int(found[0])
+        scale = float(comm.size) if self._gradient_scale == "auto" else self._gradient_scale
+        given = {**self._given, "max_batch": largest, "gradient_scale": scale}
+        head = LibraryHead(device=device, comm=comm, metrics_every=self.metrics_every, **given)
+        self.options = head.options
+        return head
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._head is None:
+            saved = self._loaded or {}
+        else:
+            draws, updates = self._head.read_progress()
+            first, _ = self._head.shard
+            saved = {"weight": self.weight}
+            saved.update((name, torch.from_numpy(self._head.read_state(name))) for name in self._head.states)
+            saved["progress"] = torch.tensor([draws, updates, first, self.num_classes])
+        for name, tensor in saved.items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        known = ("weight", "momentum", "second_moment", "progress")
+        found = {name: state_dict[prefix + name].detach() for name in known if prefix + name in state_dict}
+        if strict:
+            if "weight" not in found:
+                missing_keys.append(prefix + "weight")
+            others = (key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in known)
+            unexpected_keys.extend(key for key in others if key != prefix + "anchor")
+        if not found:
+            return
+        try:
+            if self._head is None:
+                self._loaded = {name: tensor.clone() for name, tensor in found.items()}
+            else:
+                self._restore(found)
+        except (ValueError, TypeError, PartialFCError) as error:
+            error_msgs.append(str(error))
+
+    def _restore(self, saved: dict) -> None:
+        """Rows first, then the progress: so the steps that follow have the same bits."""
+        head = self._head
+        first, count = head.shard
+        for name in ("weight", *head.states):
+            if name not in saved:
+                continue
+            rows = saved[name].to("cpu", torch.float32).contiguous()
+            if tuple(rows.shape) != (count, self.embedding_dim):
+                raise ValueError(
+                    f"{name} has shape {tuple(rows.shape)} in the state dict; on rank {head.comm.rank} of {head.comm.size} "
+                    f"the head has {(count, self.embedding_dim)}: a state dict is that of one rank of as many"
+                )
+            head.write_centers(rows) if name == "weight" else head.write_state(rows, name)
+        if "progress" in saved:
+            draws, updates, saved_first, classes = saved["progress"].tolist()
+            if (saved_first, classes) != (first, self.num_classes):
+                raise ValueError(
+                    f"the state dict is that of classes {saved_first} on of {classes}; rank {head.comm.rank} has {first} on of {self.num_classes}"
+                )
+            head.write_progress(draws, updates)
+        self._ready = False
+
+    # What it has and tells.
+
+    @property
+    def library_head(self) -> LibraryHead:
+        """The `partialfc.Head`, once there has been a batch."""
+        if self._head is None:
+            raise RuntimeError("the head is made with its first batch, and there has been none")
+        return self._head
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy of this rank's class centers, (rows of the shard, d), float32, in host memory."""
+        if self._head is None and self._loaded is not None:
+            return self._loaded["weight"].clone()
+        return torch.from_numpy(self.library_head.read_centers())
+
+    @property
+    def last_metrics(self) -> Metrics | None:
+        """What the last update that `metrics_every` names has measured. Not collective: rank 0 alone may log it."""
+        return None if self._head is None else self._head.last_metrics
+
+    def metrics(self) -> Metrics:
+        """Measurements of the last step. Collective: all ranks must call it, or none; see `last_metrics`."""
+        return self.library_head.metrics()
+
+    @torch.no_grad()
+    def top_k(self, embeddings: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, cosines) of the k nearest class centers of all ranks, (rows, k), nearest first. Collective."""
+        return self._made(embeddings).top_k(embeddings, k)
+
+    def extra_repr(self) -> str:
+        made = "made with its first batch"
+        if self._head is not None:
+            first, count = self._head.shard
+            comm = self._head.comm
+            made = f"classes {first} to {first + count - 1} on rank {comm.rank} of {comm.size}"
+        scale = self._gradient_scale if self._head is None else self.options["gradient_scale"]
+        return (
+            f"{self.num_classes} classes x {self.embedding_dim}, {made}, sample_rate={self.options['sample_rate']}, "
+            f"optimizer={self.options['optimizer']}, gradient_scale={scale}"
+        )

@@ -1,0 +1,55 @@
+"""What heads hear of optimizers: every `Optimizer.step` of the process, before and after."""
+
+import weakref
+
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_heads: "weakref.WeakSet" = weakref.WeakSet()
+_registered = False
+
+
+def listen(head) -> None:
+    """Calls the head's `_before_step` and `_after_step` from now on."""
+    global _registered
+    _heads.add(head)
+    if not _registered:
+        _registered = True
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
+
+
+def _before(optimizer, _arguments, _keywords) -> None:
+    for head in tuple(_heads):
+        head._before_step(optimizer)
+
+
+def _after(optimizer, _arguments, _keywords) -> None:
+    for head in tuple(_heads):
+        head._after_step(optimizer)
+
+
+def compare(optimizer, group: dict, options: dict, rank: int) -> None:
+    """Raises where an optimizer does with a group what the head, which has its own, does not do with its rows."""
+    # By name: torch's own, and those that wrap or derive from them.
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if "AdamW" in kinds:
+        kind = "adamw"
+        theirs = {"beta1": group["betas"][0], "beta2": group["betas"][1], "epsilon": group["eps"]}
+        never = ("amsgrad", "maximize")
+    elif "SGD" in kinds:
+        kind = "sgd"
+        theirs = {"momentum": group["momentum"]}
+        never = ("dampening", "nesterov", "maximize")
+    else:
+        raise ValueError(f"the optimizer is {type(optimizer).__name__} on rank {rank}; a head's class centers have SGD or AdamW")
+    theirs["optimizer"] = kind
+    theirs["weight_decay"] = group["weight_decay"]
+    for name, value in theirs.items():
+        if options[name] != value:
+            raise ValueError(
+                f"{name} is {value!r} in the optimizer and {options[name]!r} in the head on rank {rank}; "
+                f"make the head with {name}={value!r}, or the optimizer's group with the head's"
+            )
+    for name in never:
+        if group.get(name):
+            raise ValueError(f"{name} is {group[name]!r} in the optimizer on rank {rank}; a head's class centers have none")

@@ -1,0 +1,157 @@
+"""One of two ranks over gloo, for test_torch_ranks.py: ranks.py MODE, with what a launcher sets in the environment."""
+
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+import partialfc
+from partialfc.torch import Head
+from plain import backbone, data
+
+CLASSES, DIM, FEATURES, BATCH = 101, 16, 24, 32
+rank = int(os.environ["RANK"])
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.net = backbone(FEATURES, DIM, seed=rank)  # DDP makes them equal.
+        self.head = Head(CLASSES, DIM, seed=3, init_std=0.1, **options)
+
+    def forward(self, x, y):
+        return self.head(self.net(x), y)
+
+
+def rows_of(batch, step):
+    """This rank's rows of a batch; on some steps the ranks have different numbers of them."""
+    cut = BATCH // 2 if step % 2 == 0 else 20
+    mine = slice(0, cut) if rank == 0 else slice(cut, BATCH)
+    return batch[0][mine], batch[1][mine]
+
+
+def train(placement):
+    model = Model(placement=placement, max_batch=BATCH, metrics_every=1)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    for step, batch in enumerate(data(20, BATCH, FEATURES, CLASSES)):
+        optimizer.zero_grad()
+        loss = ddp(*rows_of(batch, step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ddp.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    first, count = model.head.library_head.shard
+    weight = model.head.weight
+    # Every replica of the backbone, and of the class centers where they are replicated, has the same bits.
+    for tensor in [*model.net.parameters(), *([weight] if placement == "replicated" else [])]:
+        others = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(others, tensor.detach().contiguous())
+        assert torch.equal(others[0], others[1])
+    assert (first, count) == ((0, CLASSES) if placement == "replicated" else ((0, 51), (51, 50))[rank])
+    assert "gradient_scale=2.0" in repr(model.head)
+    if rank == 0:
+        assert model.head.last_metrics.rows == BATCH  # On this rank alone.
+
+    # One rank alone trains to the same numbers.
+    torch.manual_seed(0)
+    alone_net = backbone(FEATURES, DIM, seed=0)
+    alone = Head(CLASSES, DIM, seed=3, init_std=0.1, comm=partialfc.Comm.self())
+    alone_optimizer = torch.optim.SGD([*alone_net.parameters(), *alone.parameters()], lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for step, (x, y) in enumerate(data(20, BATCH, FEATURES, CLASSES)):
+        alone_optimizer.zero_grad()
+        loss = alone(alone_net(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*alone_net.parameters(), *alone.parameters()], 5.0)
+        alone_optimizer.step()
+        assert abs(loss.item() - losses[step]) <= 1e-4 * losses[step], (step, loss.item(), losses[step])
+    torch.testing.assert_close(weight, alone.weight[first : first + count], rtol=1e-3, atol=1e-4)
+
+    # A state dict of each rank goes on to the bit.
+    other = Model(placement=placement, max_batch=BATCH)
+    other.load_state_dict(model.state_dict())
+    for step, batch in enumerate(data(3, BATCH, FEATURES, CLASSES, seed=1)):
+        x, y = rows_of(batch, step)
+        assert model(x, y).item() == other(x, y).item()
+    return model
+
+
+def refuse(model):
+    """What is wrong on one rank is an error on both, and the heads remain usable."""
+    x, y = rows_of(next(data(1, BATCH, FEATURES, CLASSES)), 0)
+    embeddings = x[:, :DIM].contiguous()
+    before = model.head(embeddings, y).item()
+    wrong = y.clone()
+    wrong[2] = -7
+    for labels, mine, others in (
+        (wrong, "PFC_ERROR_LABEL", "PFC_ERROR_LABEL"),
+        (y.int(), "labels is torch.int32 on rank 1", "PFC_ERROR_REMOTE"),
+    ):
+        try:
+            model.head(embeddings, labels if rank == 1 else y)
+            raise AssertionError("no error")
+        except (partialfc.PartialFCError, TypeError) as error:
+            assert (mine if rank == 1 else others) in str(error), error
+            assert "rank 1" in str(error), error
+    assert model.head(embeddings, y).item() == before
+
+
+def interrupt():
+    """Rank 1 never comes to the second step."""
+    head = Head(CLASSES, DIM)
+    head(torch.ones(4, DIM), torch.arange(4))
+    if rank == 1:
+        time.sleep(20)
+        return
+
+    def kill():
+        while not head.library_head.comm._waiting:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=kill, daemon=True).start()
+    start = time.monotonic()
+    try:
+        head(torch.ones(4, DIM), torch.arange(4))
+    except KeyboardInterrupt:
+        print(f"interrupted after {time.monotonic() - start:.0f} s", flush=True)
+        os._exit(0)  # Without waiting for rank 1.
+    raise AssertionError("not interrupted")
+
+
+def lose():
+    """Rank 1 ends; rank 0 learns of it."""
+    head = Head(CLASSES, DIM, timeout=datetime.timedelta(seconds=60))
+    head(torch.ones(4, DIM), torch.arange(4))
+    if rank == 1:
+        os._exit(0)
+    try:
+        head(torch.ones(4, DIM), torch.arange(4))
+    except partialfc.PartialFCError as error:
+        print(f"{error} from {error.__cause__!r}", flush=True)
+        os._exit(0)
+    raise AssertionError("no error")
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if sys.argv[1] == "interrupt":
+        interrupt()
+    elif sys.argv[1] == "lose":
+        lose()
+    else:
+        refuse(train(sys.argv[1]))
+        print("as it should be", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
