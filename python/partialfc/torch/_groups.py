@@ -1,6 +1,7 @@
 """The ranks of a process group as a communicator of the library's."""
 
 import os
+import threading
 
 import torch
 import torch.distributed as dist
@@ -55,21 +56,39 @@ def _backend(group, device: torch.device) -> str:
     return backend
 
 
+class _Waiting:
+    """Waits for a group's operations, of which gloo's cannot be ended: what ends is the wait."""
+
+    def __init__(self):
+        self.over = threading.Event()
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.over.set()
+
+    def end(self, work) -> None:
+        work.get_future().add_done_callback(lambda _: self.over.set())
+        self.over.wait()
+        if self.aborted:
+            raise RuntimeError("the communicator was aborted while it waited for other ranks")
+        self.over.clear()
+        work.wait()  # Raises what went wrong.
+
+
 def over_gloo(group) -> Comm:
     """The ranks of a group that carries host memory. The group must be the communicator's alone."""
+    waiting = _Waiting()
 
+    # In tensors of their own: an operation whose wait has been aborted may still write to its memory.
     def all_gather(send, recv):
-        own = torch.from_numpy(send)
-        if recv.ctypes.data <= send.ctypes.data < recv.ctypes.data + recv.nbytes:
-            own = own.clone()
-        dist.all_gather(list(torch.from_numpy(recv)), own, group=group)
+        own, blocks = torch.from_numpy(send).clone(), torch.empty(recv.shape, dtype=torch.uint8)
+        waiting.end(dist.all_gather(list(blocks), own, group=group, async_op=True))
+        recv[:] = blocks.numpy()
 
     def all_reduce(send, recv, op):
-        if send.ctypes.data != recv.ctypes.data:
-            recv[:] = send
-        dist.all_reduce(torch.from_numpy(recv), getattr(dist.ReduceOp, _OPS[op]), group=group)
+        own = torch.from_numpy(send).clone()
+        waiting.end(dist.all_reduce(own, getattr(dist.ReduceOp, _OPS[op]), group=group, async_op=True))
+        recv[:] = own.numpy()
 
-    backend = group._get_backend(torch.device("cpu"))
-    return Comm.custom(
-        dist.get_rank(group), dist.get_world_size(group), all_gather, all_reduce, abort=getattr(backend, "abort", None)
-    )
+    return Comm.custom(dist.get_rank(group), dist.get_world_size(group), all_gather, all_reduce, abort=waiting.abort)
