@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import partialfc  # noqa: E402
-from partialfc.torch import Head, PartialFC_V2  # noqa: E402
+from partialfc.torch import Head, PartialFC_V2, reshard  # noqa: E402
+from conftest import on_ranks  # noqa: E402
 from plain import LazyRows, PlainHead, backbone, data  # noqa: E402
 
 CLASSES, DIM, FEATURES, BATCH = 100, 16, 24, 32
@@ -387,6 +388,36 @@ def test_a_state_dict_goes_on_to_the_bit(row_update, before_the_first_batch, tmp
             losses.append(loss.item())
         assert losses[0] == losses[1]
     assert same(rows(head), rows(other))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_four_ranks_go_on_as_three(kind):
+    classes, batches = 10, list(data(6, 24, DIM, 10))
+
+    def run(comm, steps, state=None):
+        head = Head(classes, DIM, comm=comm, seed=3, init_std=0.1, optimizer=kind, gradient_scale=1.0, max_batch=24)
+        if state is not None:
+            head.load_state_dict(state)
+        losses = []
+        for x, y in steps:
+            mine = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
+            loss = head(x[mine], y[mine])
+            loss.backward()
+            head.update(0.02)
+            losses.append(loss.item())
+        return losses, rows(head)
+
+    states = [state for _, state in on_ranks(lambda comm: run(comm, batches[:3]), 4)]
+    assert [len(state["weight"]) for state in states] == [3, 3, 2, 2]
+    expected = on_ranks(lambda comm: run(comm, batches), 4)[0][0][3:]
+    told = on_ranks(lambda comm: run(comm, batches[3:], reshard(states, comm.rank, 3)), 3)
+    assert [len(state["weight"]) for _, state in told] == [4, 3, 3]
+    assert told[0][0] == pytest.approx(expected, rel=1e-6)
+    for wrong in (states[:3], states[::-1], [states[0], *states[:3]]):
+        with pytest.raises(ValueError, match="give those of all ranks"):
+            reshard(wrong, 0, 3)
+    with pytest.raises(ValueError, match="rank is 3; it must be 0 to 2"):
+        reshard(states, 3, 3)
 
 
 def test_the_state_dict_of_insightface():

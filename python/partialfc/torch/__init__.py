@@ -6,5 +6,6 @@ the class centers. `PartialFC_V2` takes the place of insightface's class of that
 
 from ._head import Head
 from ._insightface import PartialFC_V2
+from ._reshard import reshard
 
-__all__ = ["Head", "PartialFC_V2"]
+__all__ = ["Head", "PartialFC_V2", "reshard"]
