@@ -143,6 +143,8 @@ def lose():
 
 
 def main():
+    # What a shell runs in the background ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = pathlib.Path(sys.argv[1])

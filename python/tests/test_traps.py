@@ -12,6 +12,8 @@ from conftest import batch, make, on_ranks, run_python
 PROGRAM = """
 import os, signal, sys, threading, time
 import numpy as np, partialfc
+# What a shell runs in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 embeddings, labels = np.ones((4, 8), np.float32), np.arange(4)
 def make(**options):
     return partialfc.Head(20, 8, 16, device=partialfc.Device.cpu(1), **options)

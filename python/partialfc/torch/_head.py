@@ -35,7 +35,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, anchor, head, labels):
         loss = head._forward(embeddings, labels)
-        ctx.head, ctx.number = head, head._number
+        ctx.head, ctx.number = head, head._run.number
         ctx.form = embeddings.shape, embeddings.dtype, embeddings.device
         ctx.save_for_backward(loss)
         return loss
@@ -44,12 +44,29 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, weight):
         (loss,) = ctx.saved_tensors
-        shape, dtype, device = ctx.form
-        gradient = ctx.head._backward(ctx.number, torch.empty(shape, dtype=torch.float32, device=device))
-        # A step that failed has the loss NaN. Its gradients are NaN too, so that a GradScaler sees an overflow.
-        spoiled = loss * 0.0
-        gradient = gradient.mul_(weight).add_(spoiled).to(dtype)
-        return gradient, (weight * _UNIT + spoiled).reshape(1), None, None
+        return *ctx.head._backward(ctx.number, ctx.form, loss, weight), None, None
+
+
+class _Run:
+    """Where the step is. Apart from the module, whose attributes are slow to set."""
+
+    __slots__ = ("batch", "error", "factor", "number", "places", "ready", "strangers")
+
+    def __init__(self):
+        #: Forwards so far: which one a backward belongs to.
+        self.number = 0
+        #: The last forward's embeddings and labels: what `Head._weigh` repeats a step with.
+        self.batch = None
+        #: Of a forward that failed and gave NaN.
+        self.error: PartialFCError | None = None
+        #: Whether the last backward's gradient of the class centers is there, to be used by an update.
+        self.ready = False
+        #: The weight of the loss, while an optimizer that holds the anchor is in its step.
+        self.factor: float | None = None
+        #: Where optimizers hold the anchor.
+        self.places = weakref.WeakKeyDictionary()
+        #: Kinds of the optimizers without the anchor that have stepped since the last backward.
+        self.strangers: set = set()
 
 
 class Head(torch.nn.Module):
@@ -117,18 +134,7 @@ class Head(torch.nn.Module):
         self._head: LibraryHead | None = None
         #: What load_state_dict gave before there was a head.
         self._loaded: dict | None = None
-        #: Forwards so far: which one a backward belongs to.
-        self._number = 0
-        #: Whether the last backward's gradient of the class centers is there, to be used by an update.
-        self._ready = False
-        #: Of a forward that failed and gave NaN.
-        self._error: PartialFCError | None = None
-        #: The weight of the loss, while an optimizer that holds the anchor is in its step.
-        self._factor: float | None = None
-        #: Where optimizers hold the anchor.
-        self._places = weakref.WeakKeyDictionary()
-        #: Kinds of the optimizers without the anchor that have stepped since the last backward.
-        self._strangers: set = set()
+        self._run = _Run()
         _hooks.listen(self)
 
     # The step.
@@ -156,11 +162,10 @@ class Head(torch.nn.Module):
     def _forward(self, embeddings, labels) -> torch.Tensor:
         head = self._made(embeddings)
         self._refuse_strangers()
-        self._number += 1
-        self._ready = False
-        self._error = None
-        #: What `_weigh` repeats a step with.
-        self._batch = embeddings, labels = embeddings.detach(), labels
+        self._run.number += 1
+        self._run.ready = False
+        self._run.error = None
+        self._run.batch = embeddings, labels = embeddings.detach(), labels
         with self._on_stream(head, embeddings, labels):
             if head.device.ordinal is not None:
                 loss = torch.empty((), dtype=torch.float64, device=embeddings.device)
@@ -170,23 +175,35 @@ class Head(torch.nn.Module):
             except PartialFCError as error:
                 if error.status != _abi.PFC_ERROR_NOT_FINITE or not self._skips():
                     raise
-                self._error = error
+                self._run.error = error
                 return torch.tensor(math.nan, dtype=torch.float32)
 
-    def _backward(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
-        if number != self._number:
+    def _backward(self, number: int, form, loss: torch.Tensor, weight: torch.Tensor):
+        """The gradients of the embeddings and of the anchor."""
+        if number != self._run.number:
             raise RuntimeError(
-                f"this is the backward of forward {number} on rank {self._head.comm.rank}, which forward {self._number} has "
+                f"this is the backward of forward {number} on rank {self._head.comm.rank}, which forward {self._run.number} has "
                 "abandoned: a head has one step at a time, so call backward before the next forward"
             )
         self._refuse_accumulation()
-        if self._error is not None:
-            return gradient.zero_()
-        with self._on_stream(self._head, gradient):
-            self._head.backward(gradient)
-        self._ready = True
-        self._strangers.clear()
-        return gradient
+        shape, dtype, device = form
+        if device.type == "cpu" and self._run.error is None and 0 <= (scale := weight.item()) < math.inf:
+            gradient = torch.empty(shape, dtype=dtype)
+            self._head.backward(gradient, loss_scale=scale)
+            self._run.ready = True
+            self._run.strangers.clear()
+            return gradient, torch.full((1,), scale * _UNIT)
+        gradient = torch.empty(shape, dtype=torch.float32, device=device)
+        if self._run.error is not None:
+            gradient.zero_()
+        else:
+            with self._on_stream(self._head, gradient):
+                self._head.backward(gradient)
+            self._run.ready = True
+            self._run.strangers.clear()
+        # A step that failed has the loss NaN. Its gradients are NaN too, so that a GradScaler sees an overflow.
+        spoiled = loss * 0.0
+        return gradient.mul_(weight).add_(spoiled).to(dtype), (weight * _UNIT + spoiled).reshape(1)
 
     def _update(self, learning_rate: float, factor: float) -> None:
         """To be pfc_head_update_with, which takes the factor."""
@@ -194,7 +211,7 @@ class Head(torch.nn.Module):
             raise RuntimeError("a head cannot be updated before its first batch")
         if abs(factor - 1.0) > 1e-6:  # An average over ranks in float32 is 1 as well.
             self._weigh(factor)
-        self._ready = False
+        self._run.ready = False
         self._head.update(learning_rate)
 
     def _weigh(self, factor: float) -> None:
@@ -204,7 +221,7 @@ class Head(torch.nn.Module):
         """
         head = self._head
         head.set_sample(head.sample_ids())
-        embeddings, labels = self._batch
+        embeddings, labels = self._run.batch
         head.forward(embeddings, labels)
         head.backward(torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device), loss_weight=factor)
 
@@ -222,8 +239,8 @@ class Head(torch.nn.Module):
             )
 
     def _refuse_strangers(self) -> None:
-        if self._ready and self._strangers and not self._places:
-            kinds = ", ".join(sorted(self._strangers))
+        if self._run.ready and self._run.strangers and not self._run.places:
+            kinds = ", ".join(sorted(self._run.strangers))
             raise RuntimeError(
                 f"{kinds} has stepped on rank {self._head.comm.rank} since the last backward, but no optimizer holds this head's "
                 "anchor, so its class centers are never updated: give head.parameters() to an optimizer, or call head.update"
@@ -258,8 +275,8 @@ class Head(torch.nn.Module):
     def _before_step(self, optimizer) -> None:
         group = self._group_in(optimizer)
         if group is None:
-            if self._ready:
-                self._strangers.add(type(optimizer).__name__)
+            if self._run.ready:
+                self._run.strangers.add(type(optimizer).__name__)
             return
         if self._head is None:
             return
@@ -271,7 +288,7 @@ class Head(torch.nn.Module):
         if group is None or self._head is None:
             return
         self._take_factor(optimizer)  # A closure's forward and backward were inside the step.
-        factor, self._factor = self._factor, None
+        factor, self._run.factor = self._run.factor, None
         if factor is not None:
             self._update(float(group["lr"]), factor)
 
@@ -289,32 +306,32 @@ class Head(torch.nn.Module):
         if scale is not None:
             factor /= scale.item()
         if not math.isfinite(factor):
-            error = self._error
+            error = self._run.error
             raise error if error is not None else RuntimeError(
                 f"the gradient of the loss is {factor} on rank {self._head.comm.rank}: no optimizer may step then; a GradScaler sees to that"
             )
-        if factor == 0.0 and not self._ready:
+        if factor == 0.0 and not self._run.ready:
             return  # zero_grad(set_to_none=False)
-        if not self._ready:
+        if not self._run.ready:
             raise RuntimeError(
                 f"a forward on rank {self._head.comm.rank} follows the backward whose step this is, and has abandoned it: "
                 "step the optimizer before the next forward"
             )
-        self._factor = factor
+        self._run.factor = factor
 
     def _group_in(self, optimizer) -> dict | None:
         """The group of an optimizer that has the anchor."""
         groups = optimizer.param_groups
-        place = self._places.get(optimizer)
+        place = self._run.places.get(optimizer)
         if place is not None:
             group, index = place
             if group < len(groups) and index < len(groups[group]["params"]) and groups[group]["params"][index] is self.anchor:
                 return groups[group]
-            del self._places[optimizer]
+            del self._run.places[optimizer]
         for group, contents in enumerate(groups):
             for index, parameter in enumerate(contents["params"]):
                 if parameter is self.anchor:
-                    self._places[optimizer] = group, index
+                    self._run.places[optimizer] = group, index
                     return contents
         return None
 
@@ -405,7 +422,7 @@ class Head(torch.nn.Module):
                     f"the state dict is that of classes {saved_first} on of {classes}; rank {head.comm.rank} has {first} on of {self.num_classes}"
                 )
             head.write_progress(draws, updates)
-        self._ready = False
+        self._run.ready = False
 
     # What it has and tells.
 
