@@ -254,8 +254,8 @@ class Comm(Handle):
         """Calls a collective."""
         state = self._state
         state.calls += 1
-        self._enter()
         try:
+            self._enter()
             status = function(*arguments)
         finally:
             self._waiting = 0

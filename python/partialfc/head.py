@@ -419,9 +419,9 @@ class Head(Handle):
         state, comm = self._state, self.comm
         address = state.address or self._address
         state.calls += 1
-        if self._waits:
-            comm._enter()
         try:
+            if self._waits:
+                comm._enter()
             status = function(address, *arguments)
         finally:
             state.calls -= 1

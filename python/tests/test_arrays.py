@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import partialfc
+from partialfc._abi import pfc_matrix
+from partialfc._arrays import Reader
 from conftest import CLASSES, DIM, OnGpu, OnlyDlpack, batch, make
 
 
@@ -95,6 +97,34 @@ def test_halves(dtype):
 
 def test_no_rows(head):
     assert head.step(np.empty((0, DIM), np.float32), np.empty(0, np.int64), 0.1)[1].shape == (0, DIM)
+
+
+class DlpackOnGpu(OnlyDlpack):
+    """Says that its memory is a GPU's, and keeps the stream that the reader names."""
+
+    def __dlpack__(self, *, stream, **arguments):
+        self.stream = stream
+        return super().__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+@pytest.mark.parametrize("stream", [0, 4711])
+def test_a_gpus_arrays_are_read_where_they_lie(stream):
+    """As a head on GPU 0 reads them; the legacy default stream is 1 in DLPack, and 0 is none."""
+    reader = Reader(0, 0, stream)
+    embeddings, _ = batch()
+    for array, address in (
+        (DlpackOnGpu(embeddings), embeddings.ctypes.data),
+        (given := OnGpu((6, DIM), "<f4", stream=stream or 1), given.__cuda_array_interface__["data"][0]),
+    ):
+        matrix = pfc_matrix()
+        assert reader.matrix(array, "embeddings", DIM, matrix) == 6
+        assert (matrix.data, matrix.rows, matrix.cols, matrix.row_stride) == (address, 6, DIM, DIM)
+        assert getattr(array, "stream", stream or 1) == (stream or 1)
+    with pytest.raises(TypeError, match="embeddings is in the memory of GPU 0 on rank 3; this head is on GPU 1"):
+        Reader(3, 1, 0).matrix(DlpackOnGpu(embeddings), "embeddings", DIM, pfc_matrix())
 
 
 REFUSED = [

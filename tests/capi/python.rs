@@ -37,8 +37,7 @@ fn the_committed_declarations_are_what_the_header_says() {
         fs::write(&path, &fresh).unwrap_or_else(|error| panic!("{FILE}: {error}"));
     }
     let committed = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{FILE}: {error}"));
-    let lines = committed.lines().zip(fresh.lines()).enumerate();
-    if let Some((number, (is, should))) = lines.filter(|(_, (is, should))| is != should).next() {
+    if let Some((number, (is, should))) = committed.lines().zip(fresh.lines()).enumerate().find(|(_, (is, should))| is != should) {
         panic!(
             "{FILE}:{} is\n  {is}\nand should be\n  {should}\nPFC_BLESS=1 cargo test --release --test capi writes it",
             number + 1
