@@ -293,6 +293,29 @@ def test_accumulation_is_refused():
     assert head.library_head.read_progress()[1] == 1
 
 
+def test_one_call_of_the_head_over_micro_batches():
+    """The recipe of docs/pytorch.md: the same as one large batch."""
+    (x, y), nets, heads = next(data(1, BATCH, FEATURES, CLASSES)), [], []
+    for micro in (False, True):
+        head, net = make(), backbone(FEATURES, DIM)
+        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+        if micro:
+            parts = x.split(8)
+            with torch.no_grad():
+                embeddings = torch.cat([net(part) for part in parts])
+            embeddings.requires_grad_()
+            head(embeddings, y).backward()
+            for part, gradient in zip(parts, embeddings.grad.split(8)):
+                net(part).backward(gradient)
+        else:
+            head(net(x), y).backward()
+        optimizer.step()
+        nets.append(net)
+        heads.append(head)
+    torch.testing.assert_close(heads[0].weight, heads[1].weight)
+    torch.testing.assert_close(nets[0][0].weight, nets[1][0].weight)
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_a_step_that_was_abandoned_is_no_accumulation(to_none):
     head, net = make(), backbone(FEATURES, DIM)
