@@ -104,8 +104,11 @@ def main():
             # As a dictionary for TensorBoard or what a trainer has. Rank 0 alone may ask for it.
             metrics = model.head.last_metrics
             rate = (step + 1) * arguments.batch / (time.perf_counter() - start)
-            print(f"step {step:3}  loss {metrics.loss:.3f}  top-1 {metrics.top1:.2f}  target cosine {metrics.mean_target_cosine:.2f}"
-                  f"  {rate:.0f} images/s", flush=True)
+            print(
+                f"step {step:3}  loss {metrics.loss:.3f}  top-1 {metrics.top1:.2f}  "
+                f"target cosine {metrics.mean_target_cosine:.2f}  {rate:.0f} images/s",
+                flush=True,
+            )
 
     # The nearest class center of images that the network has not seen, over the class centers of all ranks.
     model.eval()

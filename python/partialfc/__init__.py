@@ -9,13 +9,14 @@
 `partialfc.torch` has the module for PyTorch. docs/python.md and docs/pytorch.md are the guides.
 """
 
-from ._library import PartialFCError, build_info
+from ._library import PartialFCError, build_info, version
 from .comm import Comm, Traffic, nccl_unique_id
 from .device import Device
 from .head import Head, Metrics
 from .options import Plan, plan
 
-__version__ = "0.1.0"
+#: The library's, which the package's follows.
+__version__ = version()
 __all__ = [
     "Comm",
     "Device",

@@ -68,7 +68,8 @@ def table(arguments) -> str:
     for field, what in _MEMORY + _TRAFFIC:
         rows.append([what] + [size(getattr(p, field)) for p in plans])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]) for row in rows)
+    lines = ([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def main() -> int:
@@ -108,7 +109,7 @@ def main() -> int:
         print(" ".join(printed))
     elif arguments.command == "info":
         print(build_info())
-        print(f"package {__version__}, library {lib._name}, SONAME {SONAME}")
+        print(f"{lib._name}, SONAME {SONAME}")
     elif arguments.command == "plan":
         try:
             print(table(arguments))

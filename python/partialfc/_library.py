@@ -71,3 +71,9 @@ def check(status: int, rank: int | None = None) -> None:
 def build_info() -> str:
     """Version, commit, target and backends of the library, as one line."""
     return lib.pfc_build_info().decode()
+
+
+def version() -> str:
+    """Such as "0.1.0"."""
+    number = lib.pfc_version()
+    return f"{number >> 16}.{number >> 8 & 255}.{number & 255}"

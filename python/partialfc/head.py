@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import operator
 
 import numpy as np
 
@@ -328,6 +329,7 @@ class Head(Handle):
         matrix = _abi.pfc_matrix()
         try:
             rows = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, matrix)
+            k = operator.index(k)
             if not 1 <= k <= self.num_classes:
                 raise ValueError(f"k is {k}{self._reader.at}; it must be 1 to {self.num_classes}")
             ids = like(embeddings, (rows, k), "int64") if ids is None else ids
@@ -391,7 +393,7 @@ class Head(Handle):
 
     def write_progress(self, draws: int, updates: int) -> None:
         """Goes on from the progress of another head, after its rows have been written. Not collective."""
-        self._local(lib.pfc_head_write_progress, draws, updates)
+        self._local(lib.pfc_head_write_progress, operator.index(draws), operator.index(updates))
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -468,14 +470,15 @@ class Head(Handle):
             out = np.empty((max(count, 0), self.embedding_dim), np.float32)
         matrix = _abi.pfc_matrix()
         rows = self._reader.matrix(out, "out", self.embedding_dim, matrix, write=True)
-        self._local(function, *tensor, first, rows if count is None else count, ctypes.byref(matrix))
+        count = rows if count is None else operator.index(count)
+        self._local(function, *tensor, operator.index(first), count, ctypes.byref(matrix))
         return out
 
     def _write(self, function, tensor, rows, name, first) -> None:
         matrix = _abi.pfc_matrix()
         count = self._reader.matrix(rows, name, self.embedding_dim, matrix)
         first = self.shard[0] if first is None else first
-        self._local(function, *tensor, first, count, ctypes.byref(matrix))
+        self._local(function, *tensor, operator.index(first), count, ctypes.byref(matrix))
 
 
 _NOT_OPTIONS = ("self", "device", "comm", "metrics_every")

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import operator
 
 from . import _abi
 from ._library import check, lib
@@ -44,6 +45,8 @@ def fill(values: dict) -> _abi.pfc_head_options:
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; it must be {' or '.join(map(repr, choices))}")
             value = choices[value]
+        if types[name] is not ctypes.c_double and hasattr(value, "__index__"):
+            value = operator.index(value)  # NumPy's integers, which ctypes does not take.
         bits = _BITS.get(types[name])
         if bits is not None and isinstance(value, int) and not 0 <= value < 2**bits:
             raise ValueError(f"{name} is {value}; it must be 0 to {2**bits - 1}")

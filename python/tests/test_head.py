@@ -182,5 +182,15 @@ def test_a_plan_adds_up():
     assert plan.traffic_bytes == sum(messages) and plan.grad_embeddings_bytes == 4 * 64 * 64 * 512
 
 
+def test_numbers_of_numpy():
+    with partialfc.Head(np.int64(CLASSES), np.uint32(DIM), np.int32(16), sample_rate=np.float32(0.5), seed=np.uint64(3)) as head:
+        head.step(*batch(), np.float32(0.1))
+        assert head.top_k(batch()[0], np.int64(2))[0].shape == (6, 2)
+        assert head.read_centers(np.int64(2), np.int64(3)).shape == (3, DIM)
+        head.write_progress(*np.array(head.read_progress()))
+        with pytest.raises(partialfc.PartialFCError, match="classes must be in the shard, 0 to 19, got 15 to 24"):
+            head.read_centers(15, 10)
+
+
 def test_what_is_printed(head):
     assert "20 classes x 8" in repr(head) and "cpu" in repr(head.device) and "rank 0 of 1" in repr(head.comm)

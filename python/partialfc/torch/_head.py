@@ -419,7 +419,8 @@ class Head(torch.nn.Module):
             draws, updates, saved_first, classes = saved["progress"].tolist()
             if (saved_first, classes) != (first, self.num_classes):
                 raise ValueError(
-                    f"the state dict is that of classes {saved_first} on of {classes}; rank {head.comm.rank} has {first} on of {self.num_classes}"
+                    f"the state dict is that of classes {saved_first} on of {classes}; rank {head.comm.rank} has {first} on "
+                    f"of {self.num_classes}"
                 )
             head.write_progress(draws, updates)
         self._run.ready = False
