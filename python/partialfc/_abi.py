@@ -371,10 +371,51 @@ class pfc_traffic(Structure):
     ]
 
 
-class pfc_metrics(Structure):
-    """Measurements of the last step, for pfc_head_metrics. Prepare with pfc_metrics_init.
+class pfc_save_options(Structure):
+    """Options of pfc_head_save. Fields will come with checkpoints.
+    """
 
-    After a step that failed all but updates, draws and the seconds is 0.
+    _fields_ = [
+        # sizeof(pfc_save_options).
+        ("struct_size", c_uint64),
+    ]
+
+
+class pfc_load_options(Structure):
+    """Options of pfc_head_load. Fields will come with checkpoints.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_load_options).
+        ("struct_size", c_uint64),
+    ]
+
+
+class pfc_update_options(Structure):
+    """Options of pfc_head_update_with. Prepare with pfc_update_options_init.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_update_options), set by pfc_update_options_init.
+        ("struct_size", c_uint64),
+        # 0 or more; must be set. (default: NaN, which is refused)
+        ("learning_rate", c_double),
+        # Multiplies the gradient of the class centers, not their weight decay or momentum. (default: 1)
+        ("factor", c_double),
+        # Multiplies it, too: one number, in host memory or in the CUDA device's memory; NULL: 1. In
+        # device memory it is read in the order of the stream that the device was made with, the call
+        # does not wait for it, and the stream may overwrite it afterwards. (default: NULL)
+        ("device_factor", c_void_p),
+        # Must be 0.
+        ("reserved", c_uint64),
+    ]
+
+
+class pfc_metrics(Structure):
+    """Measurements of the last step, for pfc_head_metrics and pfc_head_last_metrics. Prepare with
+    pfc_metrics_init.
+
+    After a step that failed all but updates, skipped_updates, draws and the seconds is 0.
 
     Seconds are wall time of the calling thread. On a CUDA device they measure how long it took to
     enqueue a phase and to wait for the communicator, not how long the GPU worked. With a loss in
@@ -403,7 +444,8 @@ class pfc_metrics(Structure):
         ("mean_target_cosine", c_double),
         # L2 norm of grad_embeddings over all ranks, as it was written; 0 before backward.
         ("grad_embeddings_norm", c_double),
-        # L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
+        # L2 norm of the gradient of all ranks' sampled class centers, times the update's factor; 0
+        # before update, and after an update that was skipped.
         ("grad_centers_norm", c_double),
         # Seconds in phase 1: gathering labels and embeddings.
         ("seconds_gather", c_double),
@@ -418,26 +460,9 @@ class pfc_metrics(Structure):
         ("seconds_backward", c_double),
         # Seconds in phase 5 for the class centers: their gradient and the optimizer.
         ("seconds_update", c_double),
-    ]
-
-
-class pfc_save_options(Structure):
-    """Options of pfc_head_save. Fields will come with checkpoints.
-    """
-
-    _fields_ = [
-        # sizeof(pfc_save_options).
-        ("struct_size", c_uint64),
-    ]
-
-
-class pfc_load_options(Structure):
-    """Options of pfc_head_load. Fields will come with checkpoints.
-    """
-
-    _fields_ = [
-        # sizeof(pfc_load_options).
-        ("struct_size", c_uint64),
+        # Updates skipped since the head was made, because pfc_head_update_with had a factor that was not
+        # finite.
+        ("skipped_updates", c_uint64),
     ]
 
 
@@ -850,14 +875,6 @@ def declare(library):
     Frees this rank's communicator. Heads on it keep it alive until they are freed. NULL is fine.
     """
 
-    function = library.pfc_metrics_init_sized
-    function.restype = c_int32
-    function.argtypes = [POINTER(pfc_metrics), c_uint64]
-    function.__doc__ = """pfc_metrics_init_sized(metrics, struct_size)
-
-    Fills the struct with zeros and its size; see pfc_head_options_init_sized.
-    """
-
     function = library.pfc_head_create
     function.restype = c_int32
     function.argtypes = [c_void_p, c_void_p, POINTER(pfc_head_options), POINTER(c_void_p)]
@@ -882,6 +899,25 @@ def declare(library):
     function.__doc__ = """pfc_head_free(head)
 
     Frees the head. NULL is fine. Not collective.
+    """
+
+    function = library.pfc_head_error
+    function.restype = c_uint64
+    function.argtypes = [c_void_p, c_void_p, c_uint64]
+    function.__doc__ = """pfc_head_error(head, buffer, size)
+
+    Copies the text of the last error of a call on this head, on whatever thread that call was, cut
+    to `size` bytes including its terminating zero. For languages whose code moves between threads.
+    Any thread, also while another one uses the head; waits for no other call. Not collective.
+
+    Calls that succeed leave the text as it is. pfc_last_error still has the text of this thread's
+    last error, and alone that of a pfc_head_create, of a NULL head and of a head in a process that
+    fork() has made.
+
+    @param buffer written, or NULL to ask for the size only
+    @param size bytes at buffer
+    @return bytes of the whole text, including its terminating zero: 1 before the first error; 0,
+      with nothing written, if head is NULL or was made by the parent of this process
     """
 
     function = library.pfc_head_prepare
@@ -964,6 +1000,8 @@ def declare(library):
     Phase 5 for the class centers: updates the sampled rows. After pfc_head_backward. Collective
     when replicated.
 
+    pfc_head_update_with also multiplies the gradient.
+
     @param learning_rate 0 or more; a wrong one changes nothing, and the call may be repeated
     @return with a loss in device memory, on a rank whose own forward failed: that error, after its
       part in the exchange
@@ -991,16 +1029,6 @@ def declare(library):
     no-op. The text has the number of that step, which counts draws from 0, and how many steps
     failed after it. All ranks get the same status; if one rank's own arguments were wrong, that
     rank gets its error and the others get REMOTE. Each failure is reported once.
-    """
-
-    function = library.pfc_head_metrics
-    function.restype = c_int32
-    function.argtypes = [c_void_p, POINTER(pfc_metrics)]
-    function.__doc__ = """pfc_head_metrics(head, metrics)
-
-    Measurements of the last step. Collective.
-
-    @param metrics prepared with pfc_metrics_init; written
     """
 
     function = library.pfc_head_top_k
@@ -1144,6 +1172,104 @@ def declare(library):
 
     @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
       pfc_head_write_progress restore what was read
+    """
+
+    function = library.pfc_update_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_update_options), c_uint64]
+    function.__doc__ = """pfc_update_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_head_update_with
+    function.restype = c_int32
+    function.argtypes = [c_void_p, POINTER(pfc_update_options)]
+    function.__doc__ = """pfc_head_update_with(head, options)
+
+    pfc_head_update with the gradient of the class centers multiplied by factor times
+    device_factor: a loss weight that is known late, gradient clipping, the inverse of a loss
+    scale. Collective when replicated.
+
+    If the product is not a finite float32 (a NaN, an infinity), the update is skipped: rows, state
+    and the count of updates stay as they are, the call succeeds, and skipped_updates of
+    pfc_metrics counts it. So a mixed-precision trainer needs no wait to find out.
+
+    The product must be the same on all ranks. A difference is MISMATCH on all of them in the next
+    step, and poisons the heads.
+
+    @param options borrowed for the call; wrong ones change nothing, and the call may be repeated
+    @return with a loss in device memory, on a rank whose own forward failed: that error, after its
+      part in the exchange
+    """
+
+    function = library.pfc_head_accumulate
+    function.restype = c_int32
+    function.argtypes = [c_void_p]
+    function.__doc__ = """pfc_head_accumulate(head)
+
+    After pfc_head_backward, in place of pfc_head_update: keeps the step's gradient of the sampled
+    class centers, added up by class with what earlier calls have kept. The next pfc_head_update,
+    pfc_head_update_with or pfc_head_step applies all of it at once, with its own step's if there
+    is one under way: momentum, weight decay and the count of updates once, for all classes of any
+    of the samples. This is what accumulating the gradient over micro-batches comes to; loss_weight
+    1/k makes it the mean of k. Not collective, but all ranks call it, or none: a difference is
+    MISMATCH in the next step.
+
+    An update may also come right after pfc_head_accumulate. If it is skipped
+    (pfc_head_update_with), all that was kept is dropped.
+
+    A step that fails, or that a second forward abandons, adds nothing; what was kept before it
+    stays. pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress drop all that
+    was kept: call them on all ranks or on none. Reading rows and progress changes nothing, and
+    what is kept is not in it.
+
+    Memory, beyond what the plan says, from the first call to the end of the head: 4 (embedding_dim
+    + 1) bytes for each class that has a gradient, at most those of the shard, and 4 for each class
+    of the shard. Sharded: 4 * embedding_dim more for each class of a sample (CUDA: of a chunk of
+    it). CUDA: the classes that have a gradient are counted as the sum of the most that the samples
+    can have; where that grows, the call waits for the GPU.
+
+    @return OUT_OF_MEMORY with nothing changed, and the call may be repeated; with a loss in device
+      memory, on a rank whose own forward failed: that error
+    """
+
+    function = library.pfc_metrics_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_metrics), c_uint64]
+    function.__doc__ = """pfc_metrics_init_sized(metrics, struct_size)
+
+    Fills the struct with zeros and its size; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_head_metrics
+    function.restype = c_int32
+    function.argtypes = [c_void_p, POINTER(pfc_metrics)]
+    function.__doc__ = """pfc_head_metrics(head, metrics)
+
+    Measurements of the last step. Collective: all ranks must call it, or those that do wait for
+    the others; pfc_head_last_metrics is for one rank alone.
+
+    @param metrics prepared with pfc_metrics_init; written
+    """
+
+    function = library.pfc_head_last_metrics
+    function.restype = c_int32
+    function.argtypes = [c_void_p, POINTER(pfc_metrics)]
+    function.__doc__ = """pfc_head_last_metrics(head, metrics)
+
+    What this rank knows of the last step, for a logger on one rank. Not collective. On a CUDA
+    device it waits for what has been enqueued.
+
+    Of all ranks, as pfc_head_metrics gives them: updates, skipped_updates, draws, rows,
+    valid_rows, loss, mean_target_cosine. Of this rank alone: sample_size, the seconds,
+    grad_embeddings_norm (of its own rows) and grad_centers_norm (sharded: of the sampled class
+    centers of its shard; replicated: of all sampled class centers, as pfc_head_metrics). top1 is
+    NaN where the negatives of a row are on several ranks: sharded, on more than one rank.
+    Replicated it is the share of this rank's own valid rows, 0 where there are none. On one rank
+    all fields are those of pfc_head_metrics.
+
+    @param metrics prepared with pfc_metrics_init; written
     """
 
     function = library.pfc_normalize_rows
@@ -1374,7 +1500,8 @@ def declare(library):
 
     Updates rows of W by their gradients: row i of gradients belongs to row `ids[i]` of centers.
 
-    A NaN or an infinity in a gradient or in the state goes into its element, and no further.
+    A NaN or an infinity in a gradient or in the state goes into its element, and no further. A
+    second moment below zero makes its element NaN.
 
     @param centers n x d in f32, updated
     @param momentum n x d in f32, updated: SGD's momentum or AdamW's first moment
@@ -1403,7 +1530,7 @@ def declare(library):
     Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if
     precision is auto. For the traffic of a CUDA device set precision to what it computes in (half,
     unless you choose f32), and batch to max_batch: a CUDA device always passes max_batch rows to
-    the collectives, whatever the batch is.
+    the collectives, whatever the batch is. What pfc_head_accumulate takes is not in it.
 
     @param options the options of the head
     @param ranks number of ranks
