@@ -31,6 +31,7 @@ def main():
     os.environ.setdefault("MASTER_PORT", "12584")
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
     people = torch.randn(arguments.classes, 128, generator=torch.Generator().manual_seed(1))
     numbers = torch.Generator().manual_seed(rank)
 

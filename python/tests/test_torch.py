@@ -484,6 +484,16 @@ def test_a_head_in_a_model():
         copy.deepcopy(model)
 
 
+def test_a_copy_before_the_first_batch():
+    head = make()
+    copied = copy.deepcopy(head)
+    loop(head)
+    loop(copied)
+    assert same(rows(head), rows(copied)) and copied.library_head is not head.library_head
+    with pytest.raises(TypeError, match="a head cannot be copied or pickled"):
+        copy.deepcopy(head)
+
+
 def test_compile():
     head, net = make(), torch.compile(backbone(FEATURES, DIM), backend="eager")
     compiled = torch.compile(head, backend="eager")

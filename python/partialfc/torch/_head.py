@@ -137,6 +137,12 @@ class Head(torch.nn.Module):
         self._run = _Run()
         _hooks.listen(self)
 
+    def __setstate__(self, state):
+        """Of a copy, which a head can have before its first batch."""
+        super().__setstate__(state)
+        self._run = _Run()
+        _hooks.listen(self)
+
     # The step.
 
     @torch.compiler.disable
