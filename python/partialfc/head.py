@@ -53,6 +53,8 @@ class Metrics:
     seconds_backward: float
     #: Seconds in the class centers' gradient and the optimizer.
     seconds_update: float
+    #: Updates skipped since the head was made, because their factor was not finite.
+    skipped_updates: int
 
 
 class Head(Handle):
@@ -164,6 +166,9 @@ class Head(Handle):
         self._gradient = _abi.pfc_matrix()
         self._embeddings_at = ctypes.byref(self._embeddings)
         self._gradient_at = ctypes.byref(self._gradient)
+        self._update_options = _abi.pfc_update_options()
+        self._update_options_at = ctypes.byref(self._update_options)
+        check(lib.pfc_update_options_init_sized(self._update_options_at, ctypes.sizeof(self._update_options)))
         self._loss = ctypes.c_double()
         self._loss_at = ctypes.byref(self._loss)
         #: The embeddings of the last forward, and their rows.
@@ -224,14 +229,31 @@ class Head(Handle):
         self._call(lib.pfc_head_backward, loss_weight, loss_scale, self._gradient_at)
         return gradient
 
-    def update(self, learning_rate: float) -> None:
-        """Phase 5 for the class centers: updates the sampled rows. After `backward`. Collective when replicated.
+    def update(self, learning_rate: float, factor: float = 1.0, device_factor=None) -> None:
+        """Phase 5 for the class centers: updates the sampled rows. After `backward` or `accumulate`. Collective when replicated.
 
         Args:
             learning_rate: 0 or more.
+            factor: multiplies the class centers' gradient: clipping, a weight of the loss that is known late. If it is
+                not finite the update is skipped, and `skipped_updates` counts it. The same on all ranks.
+            device_factor: multiplies it, too: a float32 array of one element in host memory or that of the head's GPU,
+                which the call does not wait for; None: 1.
         """
-        self._call(lib.pfc_head_update, float(learning_rate))
+        options = self._update_options
+        options.learning_rate, options.factor, options.device_factor = float(learning_rate), float(factor), None
+        if device_factor is not None:
+            given = self._reader.flat(device_factor, "device_factor", code=_abi.PFC_F32, count=1)
+            options.device_factor = given.address
+        self._call(lib.pfc_head_update_with, self._update_options_at)
         self._updated()
+
+    def accumulate(self) -> None:
+        """Keeps the step's gradient of the class centers for the next `update`. After `backward`, in place of `update`.
+
+        The update applies what all calls have kept and its own step's, if there is one, at once, as an optimizer
+        does after several backwards. Not collective, but all ranks call it, or none.
+        """
+        self._call(lib.pfc_head_accumulate)
 
     def step(self, embeddings, labels, learning_rate: float, gradient=None):
         """Forward, backward and update in one call. Collective.
@@ -303,10 +325,21 @@ class Head(Handle):
     # What it measures and finds.
 
     def metrics(self) -> Metrics:
-        """Measurements of the last step. Collective: all ranks must call it, or none; see `last_metrics`."""
+        """Measurements of the last step. Collective: all ranks must call it, or none; see `own_metrics`, `last_metrics`."""
+        return self._measured(lib.pfc_head_metrics)
+
+    def own_metrics(self) -> Metrics:
+        """What this rank knows of the last step. Not collective; on a GPU it waits for what has been enqueued.
+
+        sample_size, the seconds and the norms of gradients are this rank's. top1 is NaN on a sharded head of several
+        ranks; on a replicated one it is that of this rank's rows.
+        """
+        return self._measured(lib.pfc_head_last_metrics)
+
+    def _measured(self, function) -> Metrics:
         out = _abi.pfc_metrics()
         check(lib.pfc_metrics_init_sized(ctypes.byref(out), ctypes.sizeof(out)))
-        self._call(lib.pfc_head_metrics, ctypes.byref(out))
+        self._call(function, ctypes.byref(out))
         return Metrics(*(getattr(out, field.name) for field in dataclasses.fields(Metrics)))
 
     @property

@@ -71,6 +71,42 @@ def test_weights_and_scales(head):
     np.testing.assert_allclose(out, 4 * one, rtol=1e-6)
 
 
+def test_micro_batches_are_one_update():
+    embeddings, labels = batch(6)
+    others, more = batch(4, seed=1)
+    with make(momentum=0.0, weight_decay=0.0) as head, make(momentum=0.0, weight_decay=0.0) as one:
+        start = head.read_centers()
+        moves = []
+        for e, y in ((embeddings, labels), (others, more)):
+            one.write_centers(start)
+            one.forward(e, y)
+            one.backward(loss_weight=0.5)
+            one.update(0.1)
+            moves.append(one.read_centers() - start)
+            head.forward(e, y)
+            head.backward(loss_weight=0.5)
+            head.accumulate()
+        head.update(0.1, factor=2.0, device_factor=np.array([0.5], np.float32))
+        np.testing.assert_allclose(head.read_centers() - start, moves[0] + moves[1], atol=1e-6)
+        assert head.own_metrics().updates == 1
+
+
+def test_a_factor_that_is_not_finite_skips_the_update(head):
+    embeddings, labels = batch()
+    before = head.read_centers()
+    head.forward(embeddings, labels)
+    head.backward()
+    head.update(0.1, device_factor=np.array([np.inf], np.float32))
+    np.testing.assert_array_equal(head.read_centers(), before)
+    assert (head.own_metrics().skipped_updates, head.metrics().updates) == (1, 0)
+    for wrong, kind, text in (
+        (np.ones(2, np.float32), ValueError, "device_factor has 2 elements on rank 0; it must have 1"),
+        (np.ones(1), TypeError, "device_factor is float64 on rank 0; it must be float32"),
+    ):
+        with pytest.raises(kind, match=text):
+            head.update(0.1, device_factor=wrong)
+
+
 def test_prepared_labels_and_given_samples():
     embeddings, labels = batch()
     with make(sample_rate=0.3) as head:

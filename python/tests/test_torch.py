@@ -279,18 +279,97 @@ def test_two_heads_and_a_weighted_sum():
     assert one.library_head.read_progress()[1] == two.library_head.read_progress()[1] == 2
 
 
-def test_accumulation_is_refused():
-    head, net = make(), backbone(FEATURES, DIM)
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-    batches = list(data(4, BATCH, FEATURES, CLASSES))
-    head(net(batches[0][0]), batches[0][1]).backward()
-    with pytest.raises(RuntimeError, match="a backward on rank 0 follows one whose gradient .* no step has used"):
-        head(net(batches[1][0]), batches[1][1]).backward()
-    # It remains usable.
-    optimizer.zero_grad()
-    head(net(batches[2][0]), batches[2][1]).backward()
-    optimizer.step()
-    assert head.library_head.read_progress()[1] == 1
+@pytest.mark.parametrize("row_update", ["lazy", "dense"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_accumulation_is_autograds(row_update, kind):
+    """Micro-batches of several sizes and weights, with different samples, clipped and unscaled before one step."""
+    options = {"optimizer": kind, "row_update": row_update, "scale": 32.0, "m2": 0.3}
+    if kind == "adamw":
+        options["weight_decay"] = 0.01
+    theirs, more, lr = (torch.optim.SGD, SGD, 0.05) if kind == "sgd" else (torch.optim.AdamW, ADAMW, 2e-3)
+    head, net, plain_net = make(max_batch=BATCH, **options), backbone(FEATURES, DIM), backbone(FEATURES, DIM)
+    optimizer = theirs([*net.parameters(), *head.parameters()], lr=lr, **more)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    head(torch.zeros(BATCH, DIM) + 1, torch.arange(BATCH)).detach()  # So that there are start values.
+    plain = PlainHead(head.weight, 32.0, 0.3)
+    plain_optimizer = theirs(plain_net.parameters(), lr=lr, **more)
+    plain_rows = LazyRows(plain.weight, theirs, **more) if row_update == "lazy" else theirs([plain.weight], lr=lr, **more)
+    for x, y in data(8, BATCH, FEATURES, CLASSES):
+        optimizer.zero_grad()
+        plain_optimizer.zero_grad()
+        plain.weight.grad = None
+        union = set()
+        for part, labels, weight in zip(x.split([16, 8, 4, 4]), y.split([16, 8, 4, 4]), [0.5, 0.25, 0.125, 0.125]):
+            loss = weight * head(net(part), labels)
+            scaler.scale(loss).backward()
+            sample = torch.from_numpy(head.library_head.sample_ids())
+            union.update(sample.tolist())
+            plain_loss = weight * plain(plain_net(part), labels, sample)
+            plain_loss.backward()
+            assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 2.0)
+        scaler.step(optimizer)
+        scaler.update()
+        norm = torch.nn.utils.clip_grad_norm_(plain_net.parameters(), 2.0)
+        if norm > 2.0:  # The head's gradient is clipped with the backbone's.
+            plain.weight.grad.mul_(2.0 / (norm + 1e-6))
+        plain_optimizer.step()
+        if row_update == "lazy":
+            plain_rows.step(torch.tensor(sorted(union)), lr)
+        else:
+            plain_rows.step()
+    assert head.library_head.read_progress()[1] == 8
+    assert len(union) > len(sample)
+    difference = (head.weight - plain.weight.detach().float()).norm() / plain.weight.detach().norm()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("between", [False, True])
+def test_what_an_overflow_leaves_of_micro_batches_is_dropped(to_none, between):
+    """The scaler leaves a step out, with a forward for a look at the loss before the gradients are zeroed, or without."""
+    heads = []
+    for overflows in (True, False):
+        head, net = make(nonfinite="skip"), backbone(FEATURES, DIM)
+        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        batches = list(data(4, BATCH, FEATURES, CLASSES))
+        head(torch.ones(BATCH, DIM), torch.arange(BATCH)).detach()  # So that there is a head.
+        for step in range(2):
+            if step == 0 and not overflows:
+                continue
+            for micro, (x, y) in enumerate(batches[2 * step : 2 * step + 2]):
+                embeddings = net(x) * (torch.inf if step == 0 and micro == 1 else 1.0)
+                sample = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(2 * step + micro))[:40].sort().values
+                head.library_head.set_sample(sample)
+                scaler.scale(head(embeddings, y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if between:
+                with torch.no_grad():
+                    head(net(batches[0][0]), batches[0][1])
+            optimizer.zero_grad(set_to_none=to_none)
+        assert head.library_head.read_progress()[1] == 1
+        heads.append(head)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_a_batch_that_is_refused_among_micro_batches():
+    heads = []
+    for refused in (True, False):
+        head, net = make(sample_rate=1.0), backbone(FEATURES, DIM)
+        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+        batches = list(data(2, BATCH, FEATURES, CLASSES))
+        for x, y in batches:
+            head(net(x), y).backward()
+        if refused:
+            with pytest.raises(partialfc.PartialFCError, match="LABEL"):
+                head(net(batches[0][0]), batches[0][1] + CLASSES)
+        optimizer.step()
+        assert head.library_head.read_progress()[1] == 1
+        heads.append(head)
+    assert torch.equal(heads[0].weight, heads[1].weight)
 
 
 def test_one_call_of_the_head_over_micro_batches():

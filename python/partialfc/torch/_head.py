@@ -50,18 +50,22 @@ class _Step(torch.autograd.Function):
 class _Run:
     """Where the step is. Apart from the module, whose attributes are slow to set."""
 
-    __slots__ = ("batch", "error", "factor", "number", "places", "ready", "strangers")
+    __slots__ = ("error", "factor", "forwarded", "kept", "number", "places", "ready", "strangers", "weights")
 
     def __init__(self):
         #: Forwards so far: which one a backward belongs to.
         self.number = 0
-        #: The last forward's embeddings and labels: what `Head._weigh` repeats a step with.
-        self.batch = None
         #: Of a forward that failed and gave NaN.
         self.error: PartialFCError | None = None
+        #: Whether the last forward succeeded and has had no backward.
+        self.forwarded = False
         #: Whether the last backward's gradient of the class centers is there, to be used by an update.
         self.ready = False
-        #: The weight of the loss, while an optimizer that holds the anchor is in its step.
+        #: Whether the library keeps those of micro-batches before it.
+        self.kept = False
+        #: The weights of the losses that these are of: numbers that the library has applied, or a GPU's tensors.
+        self.weights: list = []
+        #: What multiplies the gradient, while an optimizer that holds the anchor is in its step.
         self.factor: float | None = None
         #: Where optimizers hold the anchor.
         self.places = weakref.WeakKeyDictionary()
@@ -75,7 +79,8 @@ class Head(torch.nn.Module):
     `parameters()` gives one parameter of one element, the anchor. Give it to the optimizer, in a group of its own or
     with the backbone's: whenever that optimizer steps, the class centers are updated with the learning rate of the
     anchor's group. The class centers are no parameters, so DDP neither copies nor averages them, and the whole model
-    may be wrapped. An optimizer step that a GradScaler leaves out leaves the head as it was.
+    may be wrapped. An optimizer step that a GradScaler leaves out leaves the head as it was. Gradients of several
+    backwards add up until the optimizer's step, as those of parameters do; `zero_grad` drops them.
 
     The head is made with the first batch, on the anchor's device (`.to()`, `.cuda()`), with the ranks of the process
     group; that is collective.
@@ -163,21 +168,26 @@ class Head(torch.nn.Module):
             factor: multiplies their gradient, as the weight of the loss does.
         """
         self.anchor.grad = None
-        self._update(learning_rate, factor)
+        self._update(learning_rate, factor * self._weight_to_apply())
 
     def _forward(self, embeddings, labels) -> torch.Tensor:
         head = self._made(embeddings)
         self._refuse_strangers()
+        self._keep_or_drop(head)
         self._run.number += 1
-        self._run.ready = False
+        self._run.ready = self._run.forwarded = False
         self._run.error = None
-        self._run.batch = embeddings, labels = embeddings.detach(), labels
+        embeddings = embeddings.detach()
         with self._on_stream(head, embeddings, labels):
             if head.device.ordinal is not None:
                 loss = torch.empty((), dtype=torch.float64, device=embeddings.device)
-                return head.forward(embeddings, labels, loss=loss).float()
+                loss = head.forward(embeddings, labels, loss=loss).float()
+                self._run.forwarded = True
+                return loss
             try:
-                return torch.tensor(head.forward(embeddings, labels), dtype=torch.float32)
+                loss = head.forward(embeddings, labels)
+                self._run.forwarded = True
+                return torch.tensor(loss, dtype=torch.float32)
             except PartialFCError as error:
                 if error.status != _abi.PFC_ERROR_NOT_FINITE or not self._skips():
                     raise
@@ -191,58 +201,65 @@ class Head(torch.nn.Module):
                 f"this is the backward of forward {number} on rank {self._head.comm.rank}, which forward {self._run.number} has "
                 "abandoned: a head has one step at a time, so call backward before the next forward"
             )
-        self._refuse_accumulation()
+        run = self._run
         shape, dtype, device = form
-        if device.type == "cpu" and self._run.error is None and 0 <= (scale := weight.item()) < math.inf:
+        if device.type == "cpu" and run.error is None and math.isfinite(scale := weight.item()):
             gradient = torch.empty(shape, dtype=dtype)
-            self._head.backward(gradient, loss_scale=scale)
-            self._run.ready = True
-            self._run.strangers.clear()
+            self._head.backward(gradient, loss_weight=scale)
+            self._backwarded(scale)
             return gradient, torch.full((1,), scale * _UNIT)
         gradient = torch.empty(shape, dtype=torch.float32, device=device)
-        if self._run.error is not None:
+        if run.error is not None:
             gradient.zero_()
         else:
             with self._on_stream(self._head, gradient):
                 self._head.backward(gradient)
-            self._run.ready = True
-            self._run.strangers.clear()
+            self._backwarded(weight)
         # A step that failed has the loss NaN. Its gradients are NaN too, so that a GradScaler sees an overflow.
         spoiled = loss * 0.0
         return gradient.mul_(weight).add_(spoiled).to(dtype), (weight * _UNIT + spoiled).reshape(1)
 
+    def _backwarded(self, weight) -> None:
+        self._run.weights.append(weight)
+        self._run.ready, self._run.forwarded = True, False
+        self._run.strangers.clear()
+
     def _update(self, learning_rate: float, factor: float) -> None:
-        """To be pfc_head_update_with, which takes the factor."""
         if self._head is None:
             raise RuntimeError("a head cannot be updated before its first batch")
-        if abs(factor - 1.0) > 1e-6:  # An average over ranks in float32 is 1 as well.
-            self._weigh(factor)
-        self._run.ready = False
-        self._head.update(learning_rate)
+        self._run.ready = self._run.kept = False
+        self._run.weights.clear()
+        self._head.update(learning_rate, 1.0 if abs(factor - 1.0) < 1e-6 else factor)  # As an average in float32 may be.
 
-    def _weigh(self, factor: float) -> None:
-        """Gives the gradient of the class centers another weight: the same step again, with that weight from the start.
-
-        For as long as an update takes no factor.
-        """
-        head = self._head
-        head.set_sample(head.sample_ids())
-        embeddings, labels = self._run.batch
-        head.forward(embeddings, labels)
-        head.backward(torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device), loss_weight=factor)
-
-    def _refuse_accumulation(self) -> None:
-        """For as long as the library cannot add the gradients of several backwards."""
-        earlier = self.anchor.grad
-        if earlier is None:
+    def _keep_or_drop(self, head: LibraryHead) -> None:
+        """Before a forward: what no step has used of the class centers' gradient goes the way of the anchor's."""
+        run = self._run
+        if not run.weights:
             return
-        value = earlier.item()
-        if value != 0 and math.isfinite(value):
+        share = self.anchor.grad
+        if share is not None and share.item() != 0:
+            if run.ready:
+                head.accumulate()
+                run.kept = True
+            return
+        if run.kept:
+            if run.forwarded:
+                head.backward()
+            head.update(0.0, math.nan)  # Skipped, which drops it.
+            run.kept = False
+        run.weights.clear()
+
+    def _weight_to_apply(self) -> float:
+        """The weight of the losses that the library has not applied: a GPU's backward does not wait for it."""
+        weights = self._run.weights
+        if not weights or not isinstance(weights[0], torch.Tensor):
+            return 1.0
+        numbers = torch.stack(weights).tolist()
+        if any(number != numbers[0] for number in numbers):
             raise RuntimeError(
-                f"a backward on rank {self._head.comm.rank} follows one whose gradient of the class centers no step has used: "
-                "gradients are not accumulated over micro-batches. Step the optimizer that holds head.parameters() after each "
-                "backward; to abandon a step, zero its gradients"
+                f"the losses of the micro-batches have the weights {numbers} on rank {self._head.comm.rank}; on a GPU they must be equal"
             )
+        return numbers[0]
 
     def _refuse_strangers(self) -> None:
         if self._run.ready and self._run.strangers and not self._run.places:
@@ -316,14 +333,16 @@ class Head(torch.nn.Module):
             raise error if error is not None else RuntimeError(
                 f"the gradient of the loss is {factor} on rank {self._head.comm.rank}: no optimizer may step then; a GradScaler sees to that"
             )
-        if factor == 0.0 and not self._run.ready:
+        if factor == 0.0 and not self._run.weights:
             return  # zero_grad(set_to_none=False)
-        if not self._run.ready:
+        if not self._run.ready and (self._run.forwarded or not self._run.kept):
             raise RuntimeError(
                 f"a forward on rank {self._head.comm.rank} follows the backward whose step this is, and has abandoned it: "
                 "step the optimizer before the next forward"
             )
-        self._run.factor = factor
+        # What has become of the weights on their way: unscaled, clipped, averaged.
+        total = float(sum(self._run.weights))
+        self._run.factor = (factor / total if total else 1.0) * self._weight_to_apply()
 
     def _group_in(self, optimizer) -> dict | None:
         """The group of an optimizer that has the anchor."""
@@ -429,7 +448,8 @@ class Head(torch.nn.Module):
                     f"of {self.num_classes}"
                 )
             head.write_progress(draws, updates)
-        self._run.ready = False
+        self._run.ready = self._run.kept = self._run.forwarded = False  # Writing has dropped it.
+        self._run.weights.clear()
 
     # What it has and tells.
 
