@@ -262,7 +262,9 @@ static void all_calls(pfc_device *device, pfc_comm *comm, const pfc_head_options
   for (int i = 0; i < 2; i++) {
     CALL(pfc_head_forward, head, &e, labels, loss);
     NEXT(pfc_head_backward, head, 1, 1, &g);
-    NEXT(pfc_head_accumulate, head);
+    // Only this rank knows that it failed: it asks again, so that it does what the others do.
+    status = NEXT(pfc_head_accumulate, head);
+    if (status == PFC_ERROR_OUT_OF_MEMORY) NEXT(pfc_head_accumulate, head);
   }
   NEXT(pfc_head_update, head, 0.1);
 

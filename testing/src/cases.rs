@@ -151,7 +151,7 @@ impl Case {
 
     /// Whether a step's gradient is kept for a later update: two steps of three, for some seeds.
     pub fn accumulates(&self, step: usize) -> bool {
-        self.calls != Calls::Step && self.seed % 7 == 0 && step % 3 != 2
+        self.calls != Calls::Step && self.seed.is_multiple_of(7) && step % 3 != 2
     }
 
     /// Small enough that W moves by a few percent a step at most: what this test compares are steps, not the chaos of training.

@@ -19,6 +19,10 @@ fn heads() -> Vec<HeadOptions> {
             heads.push(HeadOptions { placement, row_update, optimizer: ADAMW, ..base.clone() });
         }
     }
+    if on_cuda() {
+        // Each of them takes its time where every thread of every kernel is emulated.
+        return [0, 3, 5].map(|number| heads[number].clone()).to_vec();
+    }
     heads
 }
 

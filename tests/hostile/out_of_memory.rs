@@ -41,7 +41,12 @@ impl Place {
             "pfc_device_cpu" | "pfc_device_cuda" | "pfc_comm_self" | "pfc_comm_threads" | "pfc_comm_custom" | "pfc_head_create" => {
                 "create"
             }
-            "pfc_head_prepare" | "pfc_head_forward" | "pfc_head_backward" | "pfc_head_update" | "pfc_head_step" => "step",
+            "pfc_head_prepare"
+            | "pfc_head_forward"
+            | "pfc_head_backward"
+            | "pfc_head_update"
+            | "pfc_head_accumulate"
+            | "pfc_head_step" => "step",
             _ => "other",
         }
     }

@@ -113,13 +113,14 @@ impl CpuHead {
         let rows = &accumulation.rows;
         pool.run(tasks, &|task, _| {
             let mut squares = 0.0;
-            for place in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(count) {
+            let places = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(count);
+            for (place, &row) in places.clone().zip(&rows[places]) {
                 // SAFETY: a place is in one task, and has a row of its own.
                 let gradient = unsafe { gradients.range(place * dim..(place + 1) * dim) };
                 vector::scale(gradient, factor as f32);
                 squares += vector::sum_of_squares(gradient);
                 // SAFETY: as above.
-                unsafe { updating.apply(rows[place] as usize, gradient) };
+                unsafe { updating.apply(row as usize, gradient) };
             }
             // SAFETY: each task has its own.
             unsafe { sums.range(task..task + 1)[0] = squares };
