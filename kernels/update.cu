@@ -220,6 +220,7 @@ PFC_KERNEL(apply_accumulated, (const PFC_GRID_CONSTANT HeadArrays head,
         float* const from = accumulated.gradients + uint64_t(slot) * head.dim;
         const replay::Missed missed = replay::missed(head, row);
         double squares = 0.0;
+        float torn = 0.0f;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             const ptx::Float4 g =
@@ -234,13 +235,18 @@ PFC_KERNEL(apply_accumulated, (const PFC_GRID_CONSTANT HeadArrays head,
                 ptx::Float4 v =
                     rows::read_group(head.second_moment + start, column, head.master_pitch);
                 rule::adamw(rule, w, m, v, g);
+                torn = rule::probe(torn, v);
                 rows::write_group(head.second_moment + start, column, head.master_pitch, v);
             } else {
                 rule::sgd(rule, w, m, g);
             }
             rows::write_group(head.centers + start, column, head.master_pitch, w);
             rows::write_group(head.momentum + start, column, head.master_pitch, m);
+            torn = rule::probe(rule::probe(torn, w), m);
             squares = rows::add_squares(squares, g);
+        }
+        if (torn != 0.0f) {
+            ptx::atomic_min(&head.ledger->torn_row, row);
         }
         squares = warp_sum(squares);
         ptx::sync_warp();  // every lane has read last_update

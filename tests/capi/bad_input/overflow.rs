@@ -35,6 +35,24 @@ fn an_update_that_leaves_float32_names_the_class() {
     }
 }
 
+/// The same for an update by the gradients of micro-batches.
+#[test]
+fn an_accumulated_update_that_leaves_float32_names_the_class() {
+    on_ranks(1, |place| {
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options(10, 4, 4));
+        let embeddings = Random(3).normals(4 * 4, 1.0);
+        let mut micro_batch = || {
+            head.forward(&mut Rows::f32(&embeddings, 4), Some(&[0, 1, 2, 3]))?;
+            head.backward(1.0, 1.0, &mut Rows::output(4, 4))?;
+            head.accumulate()?;
+            head.update(1e38)
+        };
+        let told = (0..200).find_map(|_| micro_batch().err()).expect("a class center that leaves float32");
+        assert_refused::<()>("told", Err(told), Status::NotFinite, &["class center", "out of float32"]);
+        assert_refused("poisoned", step(&mut head, 0.1), Status::Poisoned, &["load a checkpoint"]);
+    });
+}
+
 /// The rank whose class it is says which; no rank waits for it.
 #[test]
 fn other_ranks_do_not_wait_for_a_rank_whose_update_failed() {
