@@ -2,7 +2,8 @@
 //!
 //! A STEP is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order; pfc_head_step is all three in one call.
 //! pfc_head_prepare may begin the next step early. pfc_head_set_sample replaces the draw of its sample. If pfc_head_update is never
-//! called, the class centers stay as they are. pfc_head_accumulate in its place leaves the update to a later step. All ranks make the same calls in the same order.
+//! called, the class centers stay as they are. pfc_head_accumulate in its place leaves the update to a later step. All ranks make the
+//! same calls in the same order.
 //!
 //! The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather), `embeddings` (all-gather), `sums`
 //! (all-reduce), `gradient` (reduce-scatter). Replicated: `labels`, `replicated sums` (all-reduce), `center gradient` (all-reduce).
@@ -19,9 +20,8 @@
 //!
 //! WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it is, how many samples they have drawn
 //! and updates they have done, the learning rate and the loss weight (of pfc_head_step its own; otherwise those of the update and
-//! the backward before), the factor of the last update, how many steps have been
-//! accumulated since, and, replicated, the rows that pfc_head_write_centers and pfc_head_write_state have written. A difference
-//! is MISMATCH on all ranks.
+//! the backward before), the factor of the last update, how many steps have been accumulated since, and, replicated, the rows that
+//! pfc_head_write_centers and pfc_head_write_state have written. A difference is MISMATCH on all ranks.
 //!
 //! ON A CUDA DEVICE the head enqueues its work on the device's stream. pfc_head_prepare does not wait for the other ranks' labels:
 //! LABEL, MISMATCH and REMOTE come from the forward that follows. If this rank's own arguments were wrong, pfc_head_prepare says so
