@@ -325,6 +325,55 @@ def test_accumulation_is_autograds(row_update, kind):
     assert difference < 1e-4
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The way of a GPU, which reads no tensor, with tensors in host memory."""
+    monkeypatch.setattr("partialfc.torch._head._on_gpu", lambda tensor: True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gpus_way_is_the_same_training(monkeypatch, fused):
+    """Weights of losses, micro-batches, clipping, a scaler, and an overflow in the second step."""
+    heads = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr("partialfc.torch._head._on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
+        head, net = make(nonfinite="skip", sample_rate=1.0, max_batch=BATCH), backbone(FEATURES, DIM)
+        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, fused=fused, **SGD)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step, (x, y) in enumerate(data(5, BATCH, FEATURES, CLASSES)):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            parts = 1 if step == 3 else 4
+            for micro, (part, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
+                spoiled = torch.inf if (step, micro) == (1, 2) else 1.0
+                scaler.scale(0.7 / parts * head(net(part) * spoiled, labels)).backward()
+            if not fused:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 2.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert head.library_head.read_progress()[1] == 4
+        heads.append(head)
+    torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_gpus_way_refuses(as_on_a_gpu):
+    head, net = make(max_batch=BATCH), backbone(FEATURES, DIM)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+    (x, y), (other, labels) = data(2, BATCH, FEATURES, CLASSES)
+    head(net(x), y).backward()
+    (0.5 * head(net(other), labels)).backward()
+    with pytest.raises(RuntimeError, match=r"have the weights \[1.0, 0.5\] on rank 0; on a GPU they must be equal"):
+        optimizer.step()
+    optimizer.zero_grad()
+    (0.5 * head(net(x), y)).backward()
+    head.update(0.05, factor=2.0)
+    head(net(x), y).backward()
+    head(net(other), labels)
+    with pytest.raises(RuntimeError, match="a forward on rank 0 follows the backward whose step this is"):
+        optimizer.step()
+    assert head.library_head.read_progress()[1] == 1
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("between", [False, True])
 def test_what_an_overflow_leaves_of_micro_batches_is_dropped(to_none, between):

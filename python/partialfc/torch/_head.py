@@ -23,6 +23,11 @@ from . import _groups, _hooks
 _UNIT = 2.0**-60
 
 
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether to read a tensor would wait for a GPU."""
+    return tensor.is_cuda
+
+
 def _autocast(kind: str):
     """The type that autocast computes in on a kind of device, or None."""
     try:
@@ -65,8 +70,8 @@ class _Run:
         self.kept = False
         #: The weights of the losses that these are of: numbers that the library has applied, or a GPU's tensors.
         self.weights: list = []
-        #: What multiplies the gradient, while an optimizer that holds the anchor is in its step.
-        self.factor: float | None = None
+        #: What multiplies the gradient, while an optimizer that holds the anchor is in its step: a number or a GPU's tensor.
+        self.factor: float | torch.Tensor | None = None
         #: Where optimizers hold the anchor.
         self.places = weakref.WeakKeyDictionary()
         #: Kinds of the optimizers without the anchor that have stepped since the last backward.
@@ -168,7 +173,12 @@ class Head(torch.nn.Module):
             factor: multiplies their gradient, as the weight of the loss does.
         """
         self.anchor.grad = None
-        self._update(learning_rate, factor * self._weight_to_apply())
+        weights = self._run.weights
+        if weights and isinstance(weights[0], torch.Tensor):
+            self._refuse_unequal_weights()
+            self._update(learning_rate, weights[0] * factor)
+        else:
+            self._update(learning_rate, factor)
 
     def _forward(self, embeddings, labels) -> torch.Tensor:
         head = self._made(embeddings)
@@ -203,7 +213,7 @@ class Head(torch.nn.Module):
             )
         run = self._run
         shape, dtype, device = form
-        if device.type == "cpu" and run.error is None and math.isfinite(scale := weight.item()):
+        if not _on_gpu(weight) and run.error is None and math.isfinite(scale := weight.item()):
             gradient = torch.empty(shape, dtype=dtype)
             self._head.backward(gradient, loss_weight=scale)
             self._backwarded(scale)
@@ -224,12 +234,18 @@ class Head(torch.nn.Module):
         self._run.ready, self._run.forwarded = True, False
         self._run.strangers.clear()
 
-    def _update(self, learning_rate: float, factor: float) -> None:
-        if self._head is None:
+    def _update(self, learning_rate: float, factor: float | torch.Tensor) -> None:
+        head = self._head
+        if head is None:
             raise RuntimeError("a head cannot be updated before its first batch")
         self._run.ready = self._run.kept = False
         self._run.weights.clear()
-        self._head.update(learning_rate, 1.0 if abs(factor - 1.0) < 1e-6 else factor)  # As an average in float32 may be.
+        if isinstance(factor, torch.Tensor):
+            factor = factor.detach().to(torch.float32).reshape(1)
+            with self._on_stream(head, factor):
+                head.update(learning_rate, device_factor=factor)
+        else:
+            head.update(learning_rate, 1.0 if abs(factor - 1.0) < 1e-6 else factor)  # As an average in float32 may be.
 
     def _keep_or_drop(self, head: LibraryHead) -> None:
         """Before a forward: what no step has used of the class centers' gradient goes the way of the anchor's."""
@@ -249,17 +265,24 @@ class Head(torch.nn.Module):
             run.kept = False
         run.weights.clear()
 
-    def _weight_to_apply(self) -> float:
-        """The weight of the losses that the library has not applied: a GPU's backward does not wait for it."""
+    def _refuse_unequal_weights(self) -> None:
+        """A GPU's backward does not wait for the weight of its loss, so the library has not applied it: one for all it must be."""
         weights = self._run.weights
-        if not weights or not isinstance(weights[0], torch.Tensor):
-            return 1.0
+        if len(weights) < 2:
+            return
         numbers = torch.stack(weights).tolist()
-        if any(number != numbers[0] for number in numbers):
+        finite = [number for number in numbers if math.isfinite(number)]
+        if any(number != finite[0] for number in finite):
             raise RuntimeError(
                 f"the losses of the micro-batches have the weights {numbers} on rank {self._head.comm.rank}; on a GPU they must be equal"
             )
-        return numbers[0]
+
+    def _refuse_abandoned(self) -> None:
+        if not self._run.ready and (self._run.forwarded or not self._run.kept):
+            raise RuntimeError(
+                f"a forward on rank {self._head.comm.rank} follows the backward whose step this is, and has abandoned it: "
+                "step the optimizer before the next forward"
+            )
 
     def _refuse_strangers(self) -> None:
         if self._run.ready and self._run.strangers and not self._run.places:
@@ -316,16 +339,27 @@ class Head(torch.nn.Module):
             self._update(float(group["lr"]), factor)
 
     def _take_factor(self, optimizer) -> None:
-        """Takes the weight of the loss from the anchor, which the optimizer then passes over."""
+        """Takes what multiplies the class centers' gradient from the anchor's, which the optimizer then passes over."""
         gradient, self.anchor.grad = self.anchor.grad, None
         if gradient is None:
             return
-        # A fused optimizer is called on an overflow, too: it looks at these itself.
-        found = getattr(optimizer, "found_inf", None)
+        # A fused optimizer is called on an overflow, too, and with gradients that are scaled: it looks at these itself.
+        found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        weights = self._run.weights
+        if _on_gpu(gradient):
+            # Nothing is read here: where it is not finite, the library skips the update.
+            if not weights:
+                return  # zero_grad(set_to_none=False)
+            self._refuse_abandoned()
+            self._refuse_unequal_weights()
+            factor = gradient / (_UNIT * len(weights))
+            if scale is not None:
+                factor = factor / scale
+            self._run.factor = factor if found is None else torch.where(found != 0, math.nan, factor)
+            return
         if found is not None and found.item():
             return
         factor = gradient.item() / _UNIT
-        scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             factor /= scale.item()
         if not math.isfinite(factor):
@@ -333,16 +367,12 @@ class Head(torch.nn.Module):
             raise error if error is not None else RuntimeError(
                 f"the gradient of the loss is {factor} on rank {self._head.comm.rank}: no optimizer may step then; a GradScaler sees to that"
             )
-        if factor == 0.0 and not self._run.weights:
+        if factor == 0.0 and not weights:
             return  # zero_grad(set_to_none=False)
-        if not self._run.ready and (self._run.forwarded or not self._run.kept):
-            raise RuntimeError(
-                f"a forward on rank {self._head.comm.rank} follows the backward whose step this is, and has abandoned it: "
-                "step the optimizer before the next forward"
-            )
-        # What has become of the weights on their way: unscaled, clipped, averaged.
-        total = float(sum(self._run.weights))
-        self._run.factor = (factor / total if total else 1.0) * self._weight_to_apply()
+        self._refuse_abandoned()
+        # The library has the weights. What has become of them on their way: unscaled, clipped, averaged.
+        total = sum(weights)
+        self._run.factor = factor / total if total else 1.0
 
     def _group_in(self, optimizer) -> dict | None:
         """The group of an optimizer that has the anchor."""
