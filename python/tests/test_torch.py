@@ -112,6 +112,24 @@ def test_the_weights_of_losses_and_of_clipping_were_there():
     assert (runs[0] - runs[1]).norm() / runs[0].norm() > 1e-2
 
 
+def test_a_loss_may_be_changed_in_place():
+    heads = []
+    for in_place in (True, False):
+        head, net = make(), backbone(FEATURES, DIM)
+        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+        for x, y in data(3, BATCH, FEATURES, CLASSES):
+            optimizer.zero_grad()
+            loss = head(net(x), y)
+            if in_place:
+                loss *= 0.7
+            else:
+                loss = loss * 0.7
+            loss.backward()
+            optimizer.step()
+        heads.append(head)
+    assert same(*map(rows, heads))
+
+
 def test_the_anchor_is_no_part_of_a_norm():
     head, net = make(), backbone(FEATURES, DIM)
     x, y = next(data(1, BATCH, FEATURES, CLASSES))

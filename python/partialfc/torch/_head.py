@@ -42,7 +42,7 @@ class _Step(torch.autograd.Function):
         loss = head._forward(embeddings, labels)
         ctx.head, ctx.number = head, head._run.number
         ctx.form = embeddings.shape, embeddings.dtype, embeddings.device
-        ctx.save_for_backward(loss)
+        ctx.save_for_backward(loss.clone())  # The caller may change its own: loss /= k.
         return loss
 
     @staticmethod
