@@ -57,6 +57,11 @@ class Metrics:
     skipped_updates: int
 
 
+def state_names(optimizer: str) -> tuple[str, ...]:
+    """The names of an optimizer's state."""
+    return tuple(_STATES) if optimizer == "adamw" else ("momentum",)
+
+
 class Head(Handle):
     """The classification head of one rank: forward, backward and update, or `step`, which is all three.
 
@@ -431,7 +436,7 @@ class Head(Handle):
     @property
     def states(self) -> tuple[str, ...]:
         """The names of the optimizer's state."""
-        return tuple(_STATES) if self.options["optimizer"] == "adamw" else ("momentum",)
+        return state_names(self.options["optimizer"])
 
     def __repr__(self) -> str:
         if self.closed:

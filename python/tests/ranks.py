@@ -1,4 +1,4 @@
-"""One of two ranks over gloo, for test_torch_ranks.py: ranks.py FOLDER MODE.., with what a launcher sets in the environment."""
+"""One of some ranks over gloo, for test_torch_ranks.py: ranks.py FOLDER MODE.., with what a launcher sets in the environment."""
 
 import datetime
 import os
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import partialfc
-from partialfc.torch import Head
+from partialfc.torch import DistributedState, Head
 from plain import backbone, data
 
 CLASSES, DIM, FEATURES, BATCH = 101, 16, 24, 32
@@ -103,6 +103,51 @@ def refuse(model):
     assert model.head(embeddings, y).item() == before
 
 
+def checkpoint(folder, mode):
+    """Saves a head after some steps, or loads it into one that has had none, or one; then prints the losses of five steps.
+
+    save-PLACEMENT, or load-PLACEMENT-PLACEMENT: what was saved, and the head that loads it.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    verb, saved, *loads = mode.split("-")
+    placement, kept = (loads or [saved])[0], folder / saved
+    size = dist.get_world_size()
+    head = Head(CLASSES, DIM, placement=placement, optimizer="adamw", weight_decay=0.01, scale=16.0, m2=0.3, max_batch=BATCH)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
+    batches = list(data(8, BATCH, DIM, CLASSES))
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = head(*(part.tensor_split(size)[rank].contiguous() for part in batch))
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    state = DistributedState(head)
+    if verb == "save":
+        for batch in batches[:3]:
+            step(batch)
+        dcp.save({"head": state}, checkpoint_id=kept)
+    else:
+        if placement == "replicated":
+            step(batches[7])
+        dcp.load({"head": state}, checkpoint_id=kept)
+        mine = head.state_dict()
+    losses = [step(batch) for batch in batches[3:]]
+    assert head.library_head.read_progress() == (8, 8)
+    print("losses", mode, *losses, flush=True)
+    if loads and size == 3:
+        rows = (CLASSES + 2 - rank) // 3 if placement == "sharded" else CLASSES
+        assert mine["second_moment"].shape == (rows, DIM) and mine["second_moment"].any()
+        # What is not of the checkpoint's size is named.
+        try:
+            dcp.load({"head": DistributedState(Head(CLASSES + 1, DIM, optimizer="adamw"))}, checkpoint_id=kept)
+            raise AssertionError("no error")
+        except dcp.api.CheckpointException as error:
+            assert "[102, 16]" in str(error) and "head.weight" in str(error), error
+
+
 def interrupt(folder):
     """Rank 1 comes to no second step before rank 0 has been interrupted in it."""
     head = Head(CLASSES, DIM)
@@ -153,6 +198,8 @@ def main():
             interrupt(folder)
         elif mode == "lose":
             lose()
+        elif "-" in mode:
+            checkpoint(folder, mode)
         else:
             refuse(train(mode))
             print(mode, "as it should be", flush=True)

@@ -1,13 +1,14 @@
 """`partialfc.torch` beside a plain PyTorch head, and what loops of PyTorch do with a module."""
 
 import copy
+import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import partialfc  # noqa: E402
-from partialfc.torch import Head, PartialFC_V2, reshard  # noqa: E402
+from partialfc.torch import DistributedState, Head, PartialFC_V2, reshard  # noqa: E402
 from conftest import on_ranks  # noqa: E402
 from plain import LazyRows, PlainHead, backbone, data  # noqa: E402
 
@@ -745,3 +746,39 @@ def test_hooks_keep_no_head():
     del head
     gc.collect()
     assert alive() is None
+
+
+def test_a_distributed_checkpoint_of_one_process(tmp_path):
+    """Without torch.distributed. test_torch_ranks.py has several ranks."""
+    import torch.distributed.checkpoint as dcp
+
+    head = make()
+    loop(head)
+    dcp.save({"head": DistributedState(head)}, checkpoint_id=tmp_path / "made", no_dist=True)
+    other = make()
+    dcp.load({"head": DistributedState(other)}, checkpoint_id=tmp_path / "made", no_dist=True)
+    assert loop(other, seed=1)[2] == loop(head, seed=1)[2]
+    assert same(rows(other), rows(head))
+
+    # Class centers alone, as insightface saves them, are a head with no momentum yet.
+    alone, from_alone = make(), make()
+    alone.load_state_dict({"weight": head.weight}, strict=False)
+    dcp.save({"head": DistributedState(alone)}, checkpoint_id=tmp_path / "alone", no_dist=True)
+    dcp.load({"head": DistributedState(from_alone)}, checkpoint_id=tmp_path / "alone", no_dist=True)
+    assert loop(from_alone)[2] == loop(alone)[2]
+
+    dcp.save({"head": DistributedState(make())}, checkpoint_id=tmp_path / "unmade", no_dist=True)
+    with pytest.raises(ValueError, match="the checkpoint is that of a head before its first batch"):
+        dcp.load({"head": DistributedState(make())}, checkpoint_id=tmp_path / "unmade", no_dist=True)
+
+
+def test_what_a_distributed_checkpoint_refuses(monkeypatch):
+    from partialfc.torch import _checkpoint
+
+    with pytest.raises(ValueError, match="the head has comm"):
+        DistributedState(make(comm=partialfc.Comm.self()))
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor._shards_wrapper", None)
+    monkeypatch.setattr(_checkpoint._groups, "ranks", lambda group: (None, 0, 2))
+    with pytest.raises(RuntimeError, match="has no LocalShardsWrapper.*partialfc.torch.reshard"):
+        DistributedState(make())
+    DistributedState(make(placement="replicated"))

@@ -4,8 +4,9 @@
 the class centers. `PartialFC_V2` takes the place of insightface's class of that name. docs/pytorch.md is the guide.
 """
 
+from ._checkpoint import DistributedState
 from ._head import Head
 from ._insightface import PartialFC_V2
 from ._reshard import reshard
 
-__all__ = ["Head", "PartialFC_V2", "reshard"]
+__all__ = ["DistributedState", "Head", "PartialFC_V2", "reshard"]

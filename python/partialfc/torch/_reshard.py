@@ -5,6 +5,11 @@ import torch
 _ROWS = ("weight", "momentum", "second_moment")
 
 
+def shard(classes: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first, count) of a rank's classes. The first ranks own one class more, as insightface has it, too."""
+    return rank * (classes // ranks) + min(rank, classes % ranks), classes // ranks + (rank < classes % ranks)
+
+
 def reshard(state_dicts: list[dict], rank: int, ranks: int) -> dict:
     """The state dict of one of `ranks` ranks, from those of all the ranks that saved, in their order.
 
@@ -28,9 +33,7 @@ def reshard(state_dicts: list[dict], rank: int, ranks: int) -> dict:
         expected += len(saved["weight"])
     if expected != classes:
         raise ValueError(f"the state dicts have {expected} of {classes} classes: give those of all ranks")
-    # The first ranks own one class more, as insightface has it, too.
-    first = rank * (classes // ranks) + min(rank, classes % ranks)
-    count = classes // ranks + (rank < classes % ranks)
+    first, count = shard(classes, rank, ranks)
     found = {
         name: torch.cat([saved[name] for saved in state_dicts])[first : first + count].clone() for name in _ROWS if name in state_dicts[0]
     }
