@@ -29,7 +29,9 @@ class DistributedState:
 
     def __init__(self, head: Head):
         if head._comm is not None:
-            raise ValueError("the head has comm, a communicator given by its caller; torch.distributed.checkpoint needs one with group")
+            raise ValueError(
+                "the head has comm, a communicator given by its caller; torch.distributed.checkpoint needs a process group"
+            )
         self._head = head
         # The ranks come first: without torch.distributed a head is whole.
         self._group, self._rank, self._ranks = _groups.ranks(head._group)
@@ -44,7 +46,7 @@ class DistributedState:
         """
         head = self._head
         saved = head.state_dict()
-        # Before the first batch there is what was loaded, or nothing: a load wants the shapes, and a save is refused when it is loaded.
+        # Before the first batch there is what was loaded, or nothing, of which a load wants the shapes.
         progress = saved.get("progress", torch.tensor([0, 0] if "weight" in saved else [_NONE, _NONE]))
         _, count = self._shard()
         none = torch.zeros(count, head.embedding_dim)
