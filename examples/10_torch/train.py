@@ -4,12 +4,12 @@
 import argparse
 import os
 import pathlib
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from partialfc.torch import Head
+from report import Report
 from torch import nn
 
 SIDE = 32
@@ -78,6 +78,9 @@ def main():
     parser.add_argument("--batch", type=int, default=128, help="rows of all ranks (%(default)s)")
     parser.add_argument("--rate", type=float, default=0.5, help="sample_rate (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--every", type=int, default=20, help="steps from one report to the next (%(default)s)")
+    parser.add_argument("--metrics", type=pathlib.Path, help="file for a line of JSON with each report")
+    parser.add_argument("--plot", type=pathlib.Path, help="file for a picture of the loss, the top-1 and the learning rate")
     arguments = parser.parse_args()
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,24 +94,28 @@ def main():
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=arguments.steps)
 
     numbers = torch.Generator().manual_seed(rank)
-    start = time.perf_counter()
-    for step in range(arguments.steps):
+    report = Report(arguments.steps, arguments.every, arguments.metrics, arguments.plot) if rank == 0 else None
+    for _ in range(arguments.steps):
         images, labels = data.batch(numbers, arguments.batch // ranks)
         optimizer.zero_grad()
         loss = wrapped(images, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(wrapped.parameters(), 5)
         optimizer.step()
+        learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        if rank == 0 and (step % 20 == 0 or step == arguments.steps - 1):
-            # As a dictionary for TensorBoard or what a trainer has. Rank 0 alone may ask for it.
+        if report is not None:
+            # Rank 0 alone may ask for it.
             metrics = model.head.last_metrics
-            rate = (step + 1) * arguments.batch / (time.perf_counter() - start)
-            print(
-                f"step {step:3}  loss {metrics.loss:.3f}  top-1 {metrics.top1:.2f}  "
-                f"target cosine {metrics.mean_target_cosine:.2f}  {rate:.0f} images/s",
-                flush=True,
+            report.step(
+                arguments.batch,
+                loss=metrics.loss,
+                top1=metrics.top1,
+                target_cosine=metrics.mean_target_cosine,
+                learning_rate=learning_rate,
             )
+    if report is not None:
+        report.close()
 
     # The nearest class center of images that the network has not seen, over the class centers of all ranks.
     model.eval()
