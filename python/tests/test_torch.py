@@ -590,6 +590,32 @@ def test_four_ranks_go_on_as_three(kind):
         reshard(states, 3, 3)
 
 
+def test_a_state_dict_of_another_rank_is_an_error_on_all():
+    """As where all ranks load what rank 0 has saved, before the first batch."""
+    x, y = next(data(1, BATCH, DIM, CLASSES))
+
+    def run(comm):
+        saved = make(comm=comm)
+        saved(x, y)
+        right = saved.state_dict()
+        head = make(comm=comm)
+        wrong = {name: tensor.clone() for name, tensor in right.items()}
+        wrong["progress"][2] = 0  # Rank 0's.
+        head.load_state_dict(wrong, strict=False)
+        texts = []
+        for _ in range(2):
+            with pytest.raises((ValueError, partialfc.PartialFCError)) as caught:
+                head(x, y)
+            texts.append(str(caught.value))
+        head.load_state_dict(right, strict=False)
+        assert head(x, y).item() == saved(x, y).item()
+        return texts
+
+    zero, one = on_ranks(run)
+    assert zero == ["rank 1 cannot take the state dict that it has loaded [PFC_ERROR_REMOTE, rank 0]"] * 2
+    assert one == ["the state dict is that of classes 0 on of 100; rank 1 has 50 on of 100"] * 2
+
+
 def test_the_state_dict_of_insightface():
     weight = torch.randn(CLASSES, DIM)
     head = PartialFC_V2(Margin(), DIM, CLASSES)
@@ -748,6 +774,7 @@ def test_hooks_keep_no_head():
     assert alive() is None
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_of_one_process(tmp_path):
     """Without torch.distributed. test_torch_ranks.py has several ranks."""
     import torch.distributed.checkpoint as dcp

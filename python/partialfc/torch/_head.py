@@ -397,10 +397,26 @@ class Head(torch.nn.Module):
             raise TypeError(f"the head's anchor is {self.anchor.dtype}; it must be float32: call head.float() after half()")
         if self._head is None:
             self._head = self._make(embeddings.shape[0] if isinstance(embeddings, torch.Tensor) and embeddings.dim() else 0)
+            self._take_loaded(self._head.comm)
+        return self._head
+
+    def _take_loaded(self, comm: Comm) -> None:
+        """What load_state_dict gave before there was a head. Where one rank cannot take it, all go without a head. Collective."""
+        failure = None
+        try:
             if self._loaded is not None:
                 self._restore(self._loaded)
-                self._loaded = None
-        return self._head
+        except (ValueError, TypeError, PartialFCError) as error:
+            failure = error
+        failed = np.array([-1 if failure is None else comm.rank], np.int64)
+        comm.all_reduce(failed, "max")
+        if failed[0] < 0:
+            self._loaded = None
+            return
+        self._head = None
+        if failure is not None:
+            raise failure
+        raise PartialFCError(_abi.PFC_ERROR_REMOTE, f"rank {failed[0]} cannot take the state dict that it has loaded", comm.rank)
 
     def _make(self, rows: int) -> LibraryHead:
         place = self.anchor.device
