@@ -176,7 +176,7 @@ pub trait HeadDevice: Send {
     fn failed_in_labels(&self) -> bool {
         false
     }
-    /// Whether the head does not survive the failure that `judge_sums` or `wait` gave: announcements that differ, or rows that an update
+    /// Whether the failure that `judge_sums` or `wait` gave ends the head: announcements that differ, or rows that an update
     /// took out of float32.
     fn is_fatal(&self) -> bool {
         false

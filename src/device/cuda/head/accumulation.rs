@@ -91,7 +91,7 @@ impl CudaHead {
         self.pending_error()
     }
 
-    /// Room for the gradients of the current step's sample; dW^ of a chunk goes to `center_gradient` in any case.
+    /// Memory for the gradients of the current step's sample; dW^ of a chunk goes to `center_gradient` in any case.
     fn reserve_accumulation(&mut self) -> Result<Accumulated> {
         let (dim, shard_rows, chunk) = (self.dim(), self.spec.shard.rows as usize, self.sizes().chunks.columns as usize);
         let more = match self.sharded() {

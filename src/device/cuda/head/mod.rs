@@ -72,7 +72,7 @@ pub(super) struct CudaHead {
     /// The block of the last step that the host waited for.
     block: StepBlock,
     failed_in_labels: bool,
-    /// The last failure is one that the head does not survive.
+    /// The last failure is one that ends the head.
     is_fatal: bool,
     /// Why the embeddings could not be copied to the device.
     upload_error: Option<Error>,
