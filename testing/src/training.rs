@@ -1,13 +1,29 @@
 //! Short training runs whose every output is kept, for tests that compare runs with each other.
 
 use partialfc::optimizer::{Adamw, Optimizer};
-use partialfc::options::HeadOptions;
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
 
-use crate::capi::{Device, Head, Rows};
+use crate::capi::{on_cuda, Device, Head, Rows};
 use crate::numbers::Random;
 use crate::ranks::Rank;
 
 pub const ADAMW: Optimizer = Optimizer::Adamw(Adamw { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 });
+
+/// These options with both placements, lazy and dense rows, the optimizer as it is and AdamW. On the emulated GPU three of the eight:
+/// each of them takes its time where every thread of every kernel is emulated.
+pub fn ways_to_update(base: &HeadOptions) -> Vec<HeadOptions> {
+    let mut heads = Vec::new();
+    for placement in [Placement::Sharded, Placement::Replicated] {
+        for row_update in [RowUpdate::Lazy, RowUpdate::Dense] {
+            heads.push(HeadOptions { placement, row_update, ..base.clone() });
+            heads.push(HeadOptions { placement, row_update, optimizer: ADAMW, ..base.clone() });
+        }
+    }
+    match on_cuda() {
+        true => [0, 3, 5].map(|number| heads[number].clone()).to_vec(),
+        false => heads,
+    }
+}
 
 /// One rank's rows of one step.
 #[derive(Clone, Debug)]

@@ -1,29 +1,17 @@
 //! Gradients of micro-batches, applied at once. That the sum is right is the property tests' matter; here is what belongs to it.
 
-use partialfc::options::{HeadOptions, Placement, RowUpdate};
+use partialfc::options::{HeadOptions, RowUpdate};
 use partialfc::Status;
 use partialfc_testing::capi::{assert_failed, on_cuda, options, Device, Head, Outcome, Rows};
 use partialfc_testing::numbers::assert_close;
 use partialfc_testing::ranks::on_ranks;
-use partialfc_testing::training::{assert_same_bits, bits, Batch, Trace, ADAMW};
+use partialfc_testing::training::{assert_same_bits, bits, ways_to_update, Batch, Trace};
 
 const ROWS: usize = 5;
 const INVALID: i32 = Status::InvalidArgument as i32;
 
 fn heads() -> Vec<HeadOptions> {
-    let base = HeadOptions { sample_rate: 0.3, ..options(60, 9, ROWS as u64) };
-    let mut heads = Vec::new();
-    for placement in [Placement::Sharded, Placement::Replicated] {
-        for row_update in [RowUpdate::Lazy, RowUpdate::Dense] {
-            heads.push(HeadOptions { placement, row_update, ..base.clone() });
-            heads.push(HeadOptions { placement, row_update, optimizer: ADAMW, ..base.clone() });
-        }
-    }
-    if on_cuda() {
-        // Each of them takes its time where every thread of every kernel is emulated.
-        return [0, 3, 5].map(|number| heads[number].clone()).to_vec();
-    }
-    heads
+    ways_to_update(&HeadOptions { sample_rate: 0.3, ..options(60, 9, ROWS as u64) })
 }
 
 /// A step up to its backward; the classes of its sample.

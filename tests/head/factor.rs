@@ -1,28 +1,16 @@
 //! An update whose gradient is multiplied: by what a loss weight would have done, or not at all.
 
-use partialfc::options::{HeadOptions, Placement, RowUpdate};
+use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
-use partialfc_testing::capi::{assert_failed, on_cuda, options, Device, Head, Rows};
+use partialfc_testing::capi::{assert_failed, options, Device, Head, Rows};
 use partialfc_testing::numbers::{assert_close, widen};
 use partialfc_testing::ranks::{on_ranks, Rank};
-use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, Batch, Trace, ADAMW};
+use partialfc_testing::training::{assert_same_bits, batch_rows, learning_rate, ways_to_update, Batch, Trace};
 
 const NO_POINTER: *const f32 = std::ptr::null();
 
 fn heads() -> Vec<HeadOptions> {
-    let base = HeadOptions { sample_rate: 0.5, ..options(37, 9, 8) };
-    let mut heads = Vec::new();
-    for placement in [Placement::Sharded, Placement::Replicated] {
-        for row_update in [RowUpdate::Lazy, RowUpdate::Dense] {
-            heads.push(HeadOptions { placement, row_update, ..base.clone() });
-            heads.push(HeadOptions { placement, row_update, optimizer: ADAMW, ..base.clone() });
-        }
-    }
-    if on_cuda() {
-        // Each of them takes its time where every thread of every kernel is emulated.
-        return [0, 3, 5].map(|number| heads[number].clone()).to_vec();
-    }
-    heads
+    ways_to_update(&HeadOptions { sample_rate: 0.5, ..options(37, 9, 8) })
 }
 
 /// Steps whose updates `update` does.
