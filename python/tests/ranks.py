@@ -48,7 +48,7 @@ def train(placement):
         torch.nn.utils.clip_grad_norm_(ddp.parameters(), 5.0)
         optimizer.step()
         losses.append(loss.item())
-    first, count = model.head.library_head.shard
+    first, count = model.head.rank_head.shard
     weight = model.head.weight
     # Every replica of the backbone, and of the class centers where they are replicated, has the same bits.
     for tensor in [*model.net.parameters(), *([weight] if placement == "replicated" else [])]:
@@ -135,7 +135,7 @@ def checkpoint(folder, mode):
         dcp.load({"head": state}, checkpoint_id=kept)
         mine = head.state_dict()
     losses = [step(batch) for batch in batches[3:]]
-    assert head.library_head.read_progress() == (8, 8)
+    assert head.rank_head.read_progress() == (8, 8)
     print("losses", mode, *losses, flush=True)
     if loads and size == 3:
         rows = (CLASSES + 2 - rank) // 3 if placement == "sharded" else CLASSES
@@ -159,7 +159,7 @@ def interrupt(folder):
         return
 
     def kill():
-        while not head.library_head.comm._waiting:
+        while not head.rank_head.comm._waiting:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,47 +1,15 @@
 """`partialfc.torch` beside a plain PyTorch head, and what loops of PyTorch do with a module."""
 
 import copy
-import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import partialfc  # noqa: E402
-from partialfc.torch import DistributedState, Head, PartialFC_V2, reshard  # noqa: E402
-from conftest import on_ranks  # noqa: E402
+from partialfc.torch import PartialFC_V2  # noqa: E402
+from loops import ADAMW, BATCH, CLASSES, DIM, FEATURES, SGD, Margin, loop, make, rows, same  # noqa: E402
 from plain import LazyRows, PlainHead, backbone, data  # noqa: E402
-
-CLASSES, DIM, FEATURES, BATCH = 100, 16, 24, 32
-SGD = {"momentum": 0.9, "weight_decay": 5e-4}
-ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-
-
-def make(**options) -> Head:
-    return Head(CLASSES, DIM, **{"seed": 3, "sample_rate": 0.4, "init_std": 0.1, **options})
-
-
-def loop(head, steps=3, lr=0.05, seed=0):
-    """(backbone, optimizer, head) after some steps of the usual loop."""
-    net = backbone(FEATURES, DIM)
-    optimizer = torch.optim.SGD([{"params": net.parameters()}, {"params": head.parameters()}], lr=lr, **SGD)
-    losses = []
-    for x, y in data(steps, BATCH, FEATURES, CLASSES, seed):
-        optimizer.zero_grad()
-        loss = head(net(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return net, optimizer, losses
-
-
-def rows(head):
-    """All there is of a head, to be compared bit by bit."""
-    return {name: tensor.clone() for name, tensor in head.state_dict().items()}
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("row_update", ["lazy", "dense"])
@@ -71,7 +39,7 @@ def test_fifty_steps_are_those_of_a_plain_head(row_update, kind, margin_gradient
         optimizer.zero_grad()
         loss = head(ours(x), y)
         (weight * loss).backward()
-        sample = torch.from_numpy(head.library_head.sample_ids())
+        sample = torch.from_numpy(head.rank_head.sample_ids())
         norm = torch.nn.utils.clip_grad_norm_(list(ours.parameters()) + list(head.parameters()), 5.0)
         optimizer.step()
         scheduler.step()
@@ -173,7 +141,7 @@ def test_an_overflow_leaves_the_head_as_it_was(fused, unscale, where):
             assert same(net.state_dict(), backbone_before)
             assert scaler.get_scale() == 512.0
             assert loss.isnan().item() == (where == "embeddings")
-            reference.library_head.write_progress(after["progress"][0].item(), after["progress"][1].item())
+            reference.rank_head.write_progress(after["progress"][0].item(), after["progress"][1].item())
         else:
             reference_optimizer.zero_grad()
             expected = reference(reference_net(x), y)
@@ -235,7 +203,7 @@ def test_bfloat16_embeddings_of_autocast():
         head(embeddings, y).backward()
         assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
         optimizer.step()
-    assert head.library_head.read_progress() == (2, 2)
+    assert head.rank_head.read_progress() == (2, 2)
 
 
 def test_a_closure():
@@ -295,206 +263,7 @@ def test_two_heads_and_a_weighted_sum():
         embeddings = net(x)
         (one(embeddings, y) + 0.5 * two(embeddings, y)).backward()
         optimizer.step()
-    assert one.library_head.read_progress()[1] == two.library_head.read_progress()[1] == 2
-
-
-@pytest.mark.parametrize("row_update", ["lazy", "dense"])
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_accumulation_is_autograds(row_update, kind):
-    """Micro-batches of several sizes and weights, with different samples, clipped and unscaled before one step."""
-    options = {"optimizer": kind, "row_update": row_update, "scale": 32.0, "m2": 0.3}
-    if kind == "adamw":
-        options["weight_decay"] = 0.01
-    theirs, more, lr = (torch.optim.SGD, SGD, 0.05) if kind == "sgd" else (torch.optim.AdamW, ADAMW, 2e-3)
-    head, net, plain_net = make(max_batch=BATCH, **options), backbone(FEATURES, DIM), backbone(FEATURES, DIM)
-    optimizer = theirs([*net.parameters(), *head.parameters()], lr=lr, **more)
-    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-    head(torch.zeros(BATCH, DIM) + 1, torch.arange(BATCH)).detach()  # So that there are start values.
-    plain = PlainHead(head.weight, 32.0, 0.3)
-    plain_optimizer = theirs(plain_net.parameters(), lr=lr, **more)
-    plain_rows = LazyRows(plain.weight, theirs, **more) if row_update == "lazy" else theirs([plain.weight], lr=lr, **more)
-    for x, y in data(8, BATCH, FEATURES, CLASSES):
-        optimizer.zero_grad()
-        plain_optimizer.zero_grad()
-        plain.weight.grad = None
-        union = set()
-        for part, labels, weight in zip(x.split([16, 8, 4, 4]), y.split([16, 8, 4, 4]), [0.5, 0.25, 0.125, 0.125]):
-            loss = weight * head(net(part), labels)
-            scaler.scale(loss).backward()
-            sample = torch.from_numpy(head.library_head.sample_ids())
-            union.update(sample.tolist())
-            plain_loss = weight * plain(plain_net(part), labels, sample)
-            plain_loss.backward()
-            assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 2.0)
-        scaler.step(optimizer)
-        scaler.update()
-        norm = torch.nn.utils.clip_grad_norm_(plain_net.parameters(), 2.0)
-        if norm > 2.0:  # The head's gradient is clipped with the backbone's.
-            plain.weight.grad.mul_(2.0 / (norm + 1e-6))
-        plain_optimizer.step()
-        if row_update == "lazy":
-            plain_rows.step(torch.tensor(sorted(union)), lr)
-        else:
-            plain_rows.step()
-    assert head.library_head.read_progress()[1] == 8
-    assert len(union) > len(sample)
-    difference = (head.weight - plain.weight.detach().float()).norm() / plain.weight.detach().norm()
-    assert difference < 1e-4
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The way of a GPU, which reads no tensor, with tensors in host memory."""
-    monkeypatch.setattr("partialfc.torch._head._on_gpu", lambda tensor: True)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_gpus_way_is_the_same_training(monkeypatch, fused):
-    """Weights of losses, micro-batches, clipping, a scaler, and an overflow in the second step."""
-    heads = []
-    for on_gpu in (False, True):
-        monkeypatch.setattr("partialfc.torch._head._on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
-        head, net = make(nonfinite="skip", sample_rate=1.0, max_batch=BATCH), backbone(FEATURES, DIM)
-        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, fused=fused, **SGD)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        for step, (x, y) in enumerate(data(5, BATCH, FEATURES, CLASSES)):
-            optimizer.zero_grad(set_to_none=step % 2 == 0)
-            parts = 1 if step == 3 else 4
-            for micro, (part, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
-                spoiled = torch.inf if (step, micro) == (1, 2) else 1.0
-                scaler.scale(0.7 / parts * head(net(part) * spoiled, labels)).backward()
-            if not fused:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 2.0)
-            scaler.step(optimizer)
-            scaler.update()
-        assert head.library_head.read_progress()[1] == 4
-        heads.append(head)
-    torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-6)
-
-
-def test_what_a_gpus_way_refuses(as_on_a_gpu):
-    head, net = make(max_batch=BATCH), backbone(FEATURES, DIM)
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-    (x, y), (other, labels) = data(2, BATCH, FEATURES, CLASSES)
-    head(net(x), y).backward()
-    (0.5 * head(net(other), labels)).backward()
-    with pytest.raises(RuntimeError, match=r"have the weights \[1.0, 0.5\] on rank 0; on a GPU they must be equal"):
-        optimizer.step()
-    optimizer.zero_grad()
-    (0.5 * head(net(x), y)).backward()
-    head.update(0.05, factor=2.0)
-    head(net(x), y).backward()
-    head(net(other), labels)
-    with pytest.raises(RuntimeError, match="a forward on rank 0 follows the backward whose step this is"):
-        optimizer.step()
-    assert head.library_head.read_progress()[1] == 1
-
-
-@pytest.mark.parametrize("to_none", [True, False])
-@pytest.mark.parametrize("between", [False, True])
-def test_what_an_overflow_leaves_of_micro_batches_is_dropped(to_none, between):
-    """The scaler leaves a step out, with a forward for a look at the loss before the gradients are zeroed, or without."""
-    heads = []
-    for overflows in (True, False):
-        head, net = make(nonfinite="skip"), backbone(FEATURES, DIM)
-        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        batches = list(data(4, BATCH, FEATURES, CLASSES))
-        head(torch.ones(BATCH, DIM), torch.arange(BATCH)).detach()  # So that there is a head.
-        for step in range(2):
-            if step == 0 and not overflows:
-                continue
-            for micro, (x, y) in enumerate(batches[2 * step : 2 * step + 2]):
-                embeddings = net(x) * (torch.inf if step == 0 and micro == 1 else 1.0)
-                sample = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(2 * step + micro))[:40].sort().values
-                head.library_head.set_sample(sample)
-                scaler.scale(head(embeddings, y)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if between:
-                with torch.no_grad():
-                    head(net(batches[0][0]), batches[0][1])
-            optimizer.zero_grad(set_to_none=to_none)
-        assert head.library_head.read_progress()[1] == 1
-        heads.append(head)
-    assert torch.equal(heads[0].weight, heads[1].weight)
-
-
-def test_a_batch_that_is_refused_among_micro_batches():
-    heads = []
-    for refused in (True, False):
-        head, net = make(sample_rate=1.0), backbone(FEATURES, DIM)
-        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-        batches = list(data(2, BATCH, FEATURES, CLASSES))
-        for x, y in batches:
-            head(net(x), y).backward()
-        if refused:
-            with pytest.raises(partialfc.PartialFCError, match="LABEL"):
-                head(net(batches[0][0]), batches[0][1] + CLASSES)
-        optimizer.step()
-        assert head.library_head.read_progress()[1] == 1
-        heads.append(head)
-    assert torch.equal(heads[0].weight, heads[1].weight)
-
-
-def test_one_call_of_the_head_over_micro_batches():
-    """The recipe of docs/pytorch.md: the same as one large batch."""
-    (x, y), nets, heads = next(data(1, BATCH, FEATURES, CLASSES)), [], []
-    for micro in (False, True):
-        head, net = make(), backbone(FEATURES, DIM)
-        optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-        if micro:
-            parts = x.split(8)
-            with torch.no_grad():
-                embeddings = torch.cat([net(part) for part in parts])
-            embeddings.requires_grad_()
-            head(embeddings, y).backward()
-            for part, gradient in zip(parts, embeddings.grad.split(8)):
-                net(part).backward(gradient)
-        else:
-            head(net(x), y).backward()
-        optimizer.step()
-        nets.append(net)
-        heads.append(head)
-    torch.testing.assert_close(heads[0].weight, heads[1].weight)
-    torch.testing.assert_close(nets[0][0].weight, nets[1][0].weight)
-
-
-@pytest.mark.parametrize("to_none", [True, False])
-def test_a_step_that_was_abandoned_is_no_accumulation(to_none):
-    head, net = make(), backbone(FEATURES, DIM)
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-    for step, (x, y) in enumerate(data(4, BATCH, FEATURES, CLASSES)):
-        loss = head(net(x), y)
-        optimizer.zero_grad(set_to_none=to_none)
-        loss.backward()
-        if step % 2:
-            optimizer.step()
-    assert head.library_head.read_progress() == (4, 2)
-
-
-def test_a_forward_between_backward_and_step():
-    head, net = make(), backbone(FEATURES, DIM)
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
-    (x, y), (other, labels) = data(2, BATCH, FEATURES, CLASSES)
-    head(net(x), y).backward()
-    head(net(other), labels)
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(RuntimeError, match="a forward on rank 0 follows the backward whose step this is"):
-        optimizer.step()
-    assert same(net.state_dict(), before)
-
-
-def test_a_backward_of_an_earlier_forward():
-    head, net = make(), backbone(FEATURES, DIM)
-    (x, y), (other, labels) = data(2, BATCH, FEATURES, CLASSES)
-    first = head(net(x), y)
-    head(net(other), labels)
-    with pytest.raises(RuntimeError, match="this is the backward of forward 1 on rank 0, which forward 2 has abandoned"):
-        first.backward()
+    assert one.rank_head.read_progress()[1] == two.rank_head.read_progress()[1] == 2
 
 
 def test_an_optimizer_that_does_not_hold_the_anchor():
@@ -531,106 +300,6 @@ def test_an_optimizer_that_does_something_else(kind, more, options, text):
     assert same(net.state_dict(), before)
 
 
-@pytest.mark.parametrize("row_update", ["lazy", "dense"])
-@pytest.mark.parametrize("before_the_first_batch", [True, False])
-def test_a_state_dict_goes_on_to_the_bit(row_update, before_the_first_batch, tmp_path):
-    head = make(row_update=row_update)
-    net, optimizer, _ = loop(head)
-    torch.save({"head": head.state_dict(), "net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "all.pt")
-    saved = torch.load(tmp_path / "all.pt", weights_only=True)
-    other = make(row_update=row_update)
-    x, y = next(data(1, BATCH, FEATURES, CLASSES))
-    if not before_the_first_batch:
-        other(x[:, :DIM], y)
-    other.load_state_dict(saved["head"])
-    assert same(rows(other), saved["head"])
-    again = backbone(FEATURES, DIM)
-    again.load_state_dict(saved["net"])
-    resumed = torch.optim.SGD([{"params": again.parameters()}, {"params": other.parameters()}], lr=0.05, **SGD)
-    resumed.load_state_dict(saved["optimizer"])
-    for x, y in data(3, BATCH, FEATURES, CLASSES, seed=8):
-        losses = []
-        for model, module, steps in ((net, head, optimizer), (again, other, resumed)):
-            steps.zero_grad()
-            loss = module(model(x), y)
-            loss.backward()
-            steps.step()
-            losses.append(loss.item())
-        assert losses[0] == losses[1]
-    assert same(rows(head), rows(other))
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_four_ranks_go_on_as_three(kind):
-    classes, batches = 10, list(data(6, 24, DIM, 10))
-
-    def run(comm, steps, state=None):
-        head = Head(classes, DIM, comm=comm, seed=3, init_std=0.1, optimizer=kind, gradient_scale=1.0, max_batch=24)
-        if state is not None:
-            head.load_state_dict(state)
-        losses = []
-        for x, y in steps:
-            mine = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
-            loss = head(x[mine], y[mine])
-            loss.backward()
-            head.update(0.02)
-            losses.append(loss.item())
-        return losses, rows(head)
-
-    states = [state for _, state in on_ranks(lambda comm: run(comm, batches[:3]), 4)]
-    assert [len(state["weight"]) for state in states] == [3, 3, 2, 2]
-    expected = on_ranks(lambda comm: run(comm, batches), 4)[0][0][3:]
-    told = on_ranks(lambda comm: run(comm, batches[3:], reshard(states, comm.rank, 3)), 3)
-    assert [len(state["weight"]) for _, state in told] == [4, 3, 3]
-    assert told[0][0] == pytest.approx(expected, rel=1e-6)
-    for wrong in (states[:3], states[::-1], [states[0], *states[:3]]):
-        with pytest.raises(ValueError, match="give those of all ranks"):
-            reshard(wrong, 0, 3)
-    with pytest.raises(ValueError, match="rank is 3; it must be 0 to 2"):
-        reshard(states, 3, 3)
-
-
-def test_a_state_dict_of_another_rank_is_an_error_on_all():
-    """As where all ranks load what rank 0 has saved, before the first batch."""
-    x, y = next(data(1, BATCH, DIM, CLASSES))
-
-    def run(comm):
-        saved = make(comm=comm)
-        saved(x, y)
-        right = saved.state_dict()
-        head = make(comm=comm)
-        wrong = {name: tensor.clone() for name, tensor in right.items()}
-        wrong["progress"][2] = 0  # Rank 0's.
-        head.load_state_dict(wrong, strict=False)
-        texts = []
-        for _ in range(2):
-            with pytest.raises((ValueError, partialfc.PartialFCError)) as caught:
-                head(x, y)
-            texts.append(str(caught.value))
-        head.load_state_dict(right, strict=False)
-        assert head(x, y).item() == saved(x, y).item()
-        return texts
-
-    zero, one = on_ranks(run)
-    assert zero == ["rank 1 cannot take the state dict that it has loaded [PFC_ERROR_REMOTE, rank 0]"] * 2
-    assert one == ["the state dict is that of classes 0 on of 100; rank 1 has 50 on of 100"] * 2
-
-
-def test_the_state_dict_of_insightface():
-    weight = torch.randn(CLASSES, DIM)
-    head = PartialFC_V2(Margin(), DIM, CLASSES)
-    head.load_state_dict({"weight": weight})
-    x, y = next(data(1, BATCH, FEATURES, CLASSES))
-    head(x[:, :DIM], y)
-    assert torch.equal(head.weight, weight)
-    with pytest.raises(RuntimeError, match=r"weight has shape \(7, 16\) in the state dict; on rank 0 of 1 the head has \(100, 16\)"):
-        head.load_state_dict({"weight": weight[:7]})
-    with pytest.raises(RuntimeError, match="Missing key.*weight"):
-        head.load_state_dict({})
-    with pytest.raises(RuntimeError, match="Unexpected key.*bias"):
-        head.load_state_dict({"weight": weight, "bias": weight})
-
-
 def test_a_head_in_a_model():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -655,16 +324,6 @@ def test_a_head_in_a_model():
     other.load_state_dict(model.state_dict())
     with pytest.raises(TypeError, match="a head cannot be copied or pickled"):
         copy.deepcopy(model)
-
-
-def test_a_copy_before_the_first_batch():
-    head = make()
-    copied = copy.deepcopy(head)
-    loop(head)
-    loop(copied)
-    assert same(rows(head), rows(copied)) and copied.library_head is not head.library_head
-    with pytest.raises(TypeError, match="a head cannot be copied or pickled"):
-        copy.deepcopy(head)
 
 
 def test_compile():
@@ -717,7 +376,7 @@ def test_refused(change, kind, text):
         head(*change(embeddings, y))
     head(embeddings, y).backward()
     head.update(0.1)
-    assert head.library_head.read_progress()[1] == 2
+    assert head.rank_head.read_progress()[1] == 2
 
 
 def test_wrong_options():
@@ -742,14 +401,6 @@ def test_a_process_group_that_is_not_initialized(monkeypatch):
     make(comm=partialfc.Comm.self())(torch.ones(2, DIM), torch.arange(2))
 
 
-class Margin:
-    """The attributes of insightface's CombinedMarginLoss."""
-
-    def __init__(self, s=64.0, m1=1.0, m2=0.5, m3=0.0, interclass_filtering_threshold=0):
-        self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
-        self.interclass_filtering_threshold = interclass_filtering_threshold
-
-
 def test_insightfaces_margins():
     arc = PartialFC_V2(Margin(), DIM, CLASSES, 0.3, False).options
     assert (arc["scale"], arc["m1"], arc["m2"], arc["m3"]) == (64.0, 1.0, 0.5, 0.0)
@@ -768,44 +419,7 @@ def test_hooks_keep_no_head():
 
     head = make()
     loop(head)
-    alive = weakref.ref(head.library_head)
+    alive = weakref.ref(head.rank_head)
     del head
     gc.collect()
     assert alive() is None
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_distributed_checkpoint_of_one_process(tmp_path):
-    """Without torch.distributed. test_torch_ranks.py has several ranks."""
-    import torch.distributed.checkpoint as dcp
-
-    head = make()
-    loop(head)
-    dcp.save({"head": DistributedState(head)}, checkpoint_id=tmp_path / "made", no_dist=True)
-    other = make()
-    dcp.load({"head": DistributedState(other)}, checkpoint_id=tmp_path / "made", no_dist=True)
-    assert loop(other, seed=1)[2] == loop(head, seed=1)[2]
-    assert same(rows(other), rows(head))
-
-    # Class centers alone, as insightface saves them, are a head with no momentum yet.
-    alone, from_alone = make(), make()
-    alone.load_state_dict({"weight": head.weight}, strict=False)
-    dcp.save({"head": DistributedState(alone)}, checkpoint_id=tmp_path / "alone", no_dist=True)
-    dcp.load({"head": DistributedState(from_alone)}, checkpoint_id=tmp_path / "alone", no_dist=True)
-    assert loop(from_alone)[2] == loop(alone)[2]
-
-    dcp.save({"head": DistributedState(make())}, checkpoint_id=tmp_path / "unmade", no_dist=True)
-    with pytest.raises(ValueError, match="the checkpoint is that of a head before its first batch"):
-        dcp.load({"head": DistributedState(make())}, checkpoint_id=tmp_path / "unmade", no_dist=True)
-
-
-def test_what_a_distributed_checkpoint_refuses(monkeypatch):
-    from partialfc.torch import _checkpoint
-
-    with pytest.raises(ValueError, match="the head has comm"):
-        DistributedState(make(comm=partialfc.Comm.self()))
-    monkeypatch.setitem(sys.modules, "torch.distributed.tensor._shards_wrapper", None)
-    monkeypatch.setattr(_checkpoint._groups, "ranks", lambda group: (None, 0, 2))
-    with pytest.raises(RuntimeError, match="has no LocalShardsWrapper.*partialfc.torch.reshard"):
-        DistributedState(make())
-    DistributedState(make(placement="replicated"))

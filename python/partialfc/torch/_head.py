@@ -500,7 +500,7 @@ class Head(torch.nn.Module):
     # What it has and tells.
 
     @property
-    def library_head(self) -> LibraryHead:
+    def rank_head(self) -> LibraryHead:
         """The `partialfc.Head`, once there has been a batch."""
         if self._head is None:
             raise RuntimeError("the head is made with its first batch, and there has been none")
@@ -511,7 +511,7 @@ class Head(torch.nn.Module):
         """A copy of this rank's class centers, (rows of the shard, d), float32, in host memory."""
         if self._head is None and self._loaded is not None:
             return self._loaded["weight"].clone()
-        return torch.from_numpy(self.library_head.read_centers())
+        return torch.from_numpy(self.rank_head.read_centers())
 
     @property
     def last_metrics(self) -> Metrics | None:
@@ -520,7 +520,7 @@ class Head(torch.nn.Module):
 
     def metrics(self) -> Metrics:
         """Measurements of the last step. Collective: all ranks must call it, or none; see `last_metrics`."""
-        return self.library_head.metrics()
+        return self.rank_head.metrics()
 
     @torch.no_grad()
     def top_k(self, embeddings: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
