@@ -7,7 +7,6 @@
 """
 
 import argparse
-import dataclasses
 import sys
 
 from . import PartialFCError, __version__, build_info, plan
