@@ -26,6 +26,7 @@ use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix};
 use partialfc::optimizer::{Optimizer, Sgd, StateTensor};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::row_terms::RowTermArrays;
 use partialfc::trace;
 
 #[path = "gpu/driver.rs"]
@@ -267,7 +268,7 @@ impl Batch {
 
     /// Of a prepared step.
     fn forward(&self, head: &mut Head) {
-        let input = StepInput { embeddings: self.matrix(&self.embeddings), labels: None };
+        let input = StepInput { embeddings: self.matrix(&self.embeddings), labels: None, terms: RowTermArrays::NONE };
         head.forward(Ok(input), LossTarget::Device(self.loss.pointer())).expect("a forward");
     }
 
@@ -493,6 +494,7 @@ fn options(shape: Shape, rate: f64, workspace_limit: usize) -> HeadOptions {
         ignore_label: None,
         precision: Precision::Half,
         gather_dtype: None,
+        row_terms: false,
         workspace_limit: workspace_limit as u64,
     }
 }

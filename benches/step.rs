@@ -16,6 +16,7 @@ use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::Matrix;
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::row_terms::RowTermArrays;
 
 const HELP: &str = "\
 Time of a whole step by phase, as a share of the machine's GEMM rate, and peak memory.
@@ -288,6 +289,7 @@ fn options(shape: &Shape) -> HeadOptions {
         ignore_label: None,
         precision: Precision::Auto,
         gather_dtype: None,
+        row_terms: false,
         workspace_limit: 0,
     };
     if shape.recompute {
@@ -338,6 +340,7 @@ fn steps(shape: &Shape, comm: Arc<Communicator>) -> Vec<(f64, Metrics)> {
         let input = StepInput {
             embeddings: Matrix::of_f32(&mut embeddings, rows, shape.dim),
             labels: Some(Labels { data: labels.as_ptr(), count: rows }),
+            terms: RowTermArrays::NONE,
         };
         comm.barrier().expect("all ranks begin");
         let start = Instant::now();

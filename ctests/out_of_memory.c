@@ -268,6 +268,28 @@ static void all_calls(pfc_device *device, pfc_comm *comm, const pfc_head_options
   }
   NEXT(pfc_head_update, head, 0.1);
 
+  // Rows with terms of their own.
+  if (options->row_terms == PFC_ROW_TERMS_ON) {
+    float terms[B], margins[B], margins_was[B];
+    for (int i = 0; i < B; i++) terms[i] = (float)(i % 5) / 8;
+    memset(margins, 7, sizeof margins);
+    memcpy(margins_was, margins, sizeof margins);
+    pfc_forward_options forward;
+    pfc_backward_options backward;
+    pfc_forward_options_init(&forward);
+    pfc_backward_options_init(&backward);
+    forward.m2 = forward.weight = terms;
+    backward.grad_m2 = margins;
+    loss[0] = -1;
+    status = CALL(pfc_head_forward_with, head, &e, labels, &forward, loss);
+    UNLESS_OK(status, loss, loss_was);
+    status = NEXT(pfc_head_backward_with, head, &backward, &g);
+    UNLESS_OK(status, margins, margins_was);
+    NEXT(pfc_head_update, head, 0.1);
+    terms[3] = 4;
+    CALL_OR(PFC_ERROR_INVALID_ARGUMENT, pfc_head_forward_with, head, &e, labels, &forward, loss);
+  }
+
   NEXT(pfc_head_sample_ids, head, sample, C, &count);
   CALL(pfc_head_shard, head, &first, &count);
   for (int i = 0; i < 3; i++) given[i] = (int64_t)first + 2 * i;
@@ -364,11 +386,13 @@ static void sharded(void) {
 static void dense(void) {
   pfc_head_options options =
       options_of(PFC_PLACEMENT_SHARDED, PFC_OPTIMIZER_ADAMW, PFC_ROW_UPDATE_DENSE, 0.1);
+  options.row_terms = PFC_ROW_TERMS_ON;
   one_rank(&options, 0);
 }
 static void replicated(void) {
   pfc_head_options options =
       options_of(PFC_PLACEMENT_REPLICATED, PFC_OPTIMIZER_SGD, PFC_ROW_UPDATE_DENSE, 0.5);
+  options.row_terms = PFC_ROW_TERMS_ON;
   one_rank(&options, 1);
 }
 

@@ -160,6 +160,9 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 #define PFC_RESIDENCY_HOST 2    // W and optimizer state in host memory, sampled rows on the device.
 #define PFC_RESIDENCY_FILE 3    // W and optimizer state in a file at storage_path.
 
+#define PFC_ROW_TERMS_OFF 1  // All rows have the options' m2 and m3, and weight 1.
+#define PFC_ROW_TERMS_ON 2   // A row may have its own m2, m3 and weight.
+
 // Options of a head. Fill with pfc_head_options_init, then set at least num_classes,
 // embedding_dim and max_batch.
 //
@@ -240,6 +243,12 @@ typedef struct pfc_head_options {
   uint64_t workspace_limit;
   // Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
   const char *storage_path;
+  // PFC_ROW_TERMS_*: whether rows may have margins and weights of their own
+  // (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
+  // when sharded, whatever the step uses. (default: off)
+  int32_t row_terms;
+  // Must be 0.
+  uint32_t reserved_end;
 } pfc_head_options;
 
 // Scale, margin and filter for functions that need no head. The fields mean what they mean in
@@ -637,8 +646,9 @@ void pfc_comm_free(pfc_comm *comm);
 // A STEP is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order; pfc_head_step
 // is all three in one call. pfc_head_prepare may begin the next step early. pfc_head_set_sample
 // replaces the draw of its sample. If pfc_head_update is never called, the class centers stay as
-// they are. pfc_head_accumulate in its place leaves the update to a later step. All ranks make
-// the same calls in the same order.
+// they are. pfc_head_accumulate in its place leaves the update to a later step.
+// pfc_head_forward_with takes margins and weights of the rows' own. All ranks make the same calls
+// in the same order.
 //
 // The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather),
 // `embeddings` (all-gather), `sums` (all-reduce), `gradient` (reduce-scatter). Replicated:
@@ -902,6 +912,109 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 // @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
 //   pfc_head_write_progress restore what was read
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// Steps whose rows have margins and weights of their own.
+//
+// In a head with row_terms on, each row of a step may have its own m2, m3 and weight:
+//
+// loss = sum over the valid rows i of weight_i * loss_i / valid rows loss_i = -log
+// softmax(z_i)[y_i], target logit = scale * (cos(max(m1 * theta_i + m2_i, 0)) - m3_i)
+//
+// AdaFace (arXiv:2204.00964), MagFace (arXiv:2103.06627) and ElasticFace (arXiv:2109.09416) come
+// to an m2 and an m3 for each row, class-balanced losses (arXiv:1901.05555) to a weight.
+
+// Options of pfc_head_forward_with. Prepare with pfc_forward_options_init. Each array has a
+// number for each row of this rank's batch, in host memory or in the CUDA device's memory, and is
+// borrowed for the call; in device memory it is read in the order of the stream that the device
+// was made with. NULL: the default of all rows. Ranks need not give the same arrays. Numbers of
+// ignored rows are not used and may be NaN.
+typedef struct pfc_forward_options {
+  // sizeof(pfc_forward_options), set by pfc_forward_options_init.
+  uint64_t struct_size;
+  // In radians, -pi to pi: unlike an option, a row's may be below 0. (default: NULL, m2 of
+  // pfc_head_options)
+  const float *m2;
+  // 0 to 2. (default: NULL, m3 of pfc_head_options)
+  const float *m3;
+  // 0 or more, finite. The sum is divided by the number of valid rows, not by the sum of their
+  // weights. (default: NULL, 1)
+  const float *weight;
+  // Must be 0.
+  uint64_t reserved;
+} pfc_forward_options;
+
+// Options of pfc_head_backward_with. Prepare with pfc_backward_options_init.
+typedef struct pfc_backward_options {
+  // sizeof(pfc_backward_options), set by pfc_backward_options_init.
+  uint64_t struct_size;
+  // As in pfc_head_backward. (default: 1)
+  double loss_weight;
+  // As in pfc_head_backward; multiplies grad_m2 and grad_m3, too. (default: 1)
+  double loss_scale;
+  // A number for each row of this rank's batch, written: the derivative of the loss by the row's
+  // m2, times loss_weight * loss_scale * gradient_scale, as grad_embeddings; 0 for an ignored row.
+  // It is that of the formula, whatever margin_gradient says. In host memory or in the CUDA
+  // device's memory; needs row_terms on. (default: NULL, not wanted)
+  float *grad_m2;
+  // The same by the row's m3. (default: NULL, not wanted)
+  float *grad_m3;
+  // Must be 0.
+  uint64_t reserved;
+} pfc_backward_options;
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_forward_options_init_sized(pfc_forward_options *options, uint64_t struct_size);
+
+// pfc_forward_options_init_sized for this header's pfc_forward_options: what C and C++ programs
+// call.
+static inline pfc_status pfc_forward_options_init(pfc_forward_options *options) {
+  return pfc_forward_options_init_sized(options, sizeof(pfc_forward_options));
+}
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_backward_options_init_sized(pfc_backward_options *options, uint64_t struct_size);
+
+// pfc_backward_options_init_sized for this header's pfc_backward_options: what C and C++ programs
+// call.
+static inline pfc_status pfc_backward_options_init(pfc_backward_options *options) {
+  return pfc_backward_options_init_sized(options, sizeof(pfc_backward_options));
+}
+
+// pfc_head_forward with margins and weights of the rows' own. Collective; the same call as
+// pfc_head_forward to the other ranks. It may follow pfc_head_prepare.
+//
+// In a head with row_terms on, pfc_head_forward and pfc_head_step are this with defaults alone.
+//
+// @param embeddings as in pfc_head_forward
+// @param labels as in pfc_head_forward
+// @param options borrowed for the call
+// @param loss as in pfc_head_forward
+// @return as pfc_head_forward; INVALID_ARGUMENT on all ranks, with the row, the value and its
+//   rank, for a number out of its range. With a loss in device memory it comes from
+//   pfc_head_wait. INVALID_ARGUMENT on this rank and REMOTE on the others for an array that is
+//   given to a head without row_terms, or that the device cannot read. NOT_FINITE for a row that
+//   a large weight takes out of float32.
+pfc_status pfc_head_forward_with(pfc_head *head, const pfc_matrix *embeddings,
+                                 const int64_t *labels, const pfc_forward_options *options,
+                                 double *loss);
+
+// pfc_head_backward with gradients of the rows' margins. Collective. After pfc_head_forward or
+// pfc_head_forward_with.
+//
+// d loss / d m3_i = weight_i / valid rows * (1 - p_i) * scale d loss / d m2_i = that * sin(max(m1
+// * theta_i + m2_i, 0))
+//
+// p_i is the softmax of the row's own class. With margin_guard the second is that of the guard's
+// formula beyond pi.
+//
+// @param options borrowed for the call. Wrong ones, but for a wrong grad_m2 or grad_m3, abandon
+//   the step, as a wrong loss_weight does in pfc_head_backward.
+// @param grad_embeddings as in pfc_head_backward
+// @return as pfc_head_backward. A wrong grad_m2 or grad_m3 is an error on this rank only, as a
+//   wrong grad_embeddings is: then neither of the two is written, and pfc_head_update may follow.
+pfc_status pfc_head_backward_with(pfc_head *head, const pfc_backward_options *options,
+                                  const pfc_matrix *grad_embeddings);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Updates with more than a learning rate, and of several steps at once.

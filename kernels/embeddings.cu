@@ -18,6 +18,7 @@
 #include "angle.h"
 #include "ptx/atomic.h"
 #include "replay.h"
+#include "row_terms.h"
 
 namespace {
 
@@ -178,6 +179,35 @@ PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
     block.row = head.sharded ? origin % head.max_batch : origin;
 }
 
+// Takes the terms of this rank's rows from the caller's arrays, of which each may be null, and
+// forgets the angles of the step before.
+// launch: take_terms blocks 1 per SM threads 256 shared 0
+// gate: take_terms registers <= 40
+PFC_KERNEL(take_terms, (const PFC_GRID_CONSTANT HeadArrays head, const float* m2, const float* m3,
+                        const float* weight)) {
+    const StepBlock& block = *head.block;
+    if (block.status != kOk) {
+        return;
+    }
+    for (uint32_t row = blockIdx.x * blockDim.x + threadIdx.x; row < head.row_capacity;
+         row += gridDim.x * blockDim.x) {
+        // Rows before the first are beyond the last, too.
+        const uint32_t number = row - block.first_own;
+        const bool own = number < block.own_rows;
+        head.angles[row] = 0.0;
+        for (uint32_t term = 0; term < row_terms::kCount; ++term) {
+            const float* const given =
+                term == row_terms::kM2 ? m2 : term == row_terms::kM3 ? m3 : weight;
+            float value = 0.0f;
+            if (own) {
+                value = given == nullptr ? row_terms::default_term(head.margin, term)
+                                         : given[number];
+            }
+            head.terms[uint64_t(term) * head.row_capacity + row] = value;
+        }
+    }
+}
+
 // The angle of each row whose class center is in this rank's sample, the margin on it, and the
 // tangent. Reads the rows as they came, not E^, which is rounded.
 // launch: find_targets blocks 4 per SM threads 256 shared 0
@@ -207,9 +237,14 @@ PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadArrays head, MatrixView so
                                   head.depth_pitch, tangent);
             });
         if (lane == 0) {
+            head.target_cosines[row] = float(margin::cosine(angle));
+            if (head.angles != nullptr) {
+                // The row's rank alone knows its margin.
+                head.angles[row] = angle;
+                continue;
+            }
             const margin::Target found = margin::target(head.margin, angle);
             head.target_logits[row] = float(found.logit);
-            head.target_cosines[row] = float(margin::cosine(angle));
             head.derivatives[row] = float(found.derivative);
         }
     }

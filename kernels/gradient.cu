@@ -130,6 +130,27 @@ PFC_KERNEL(finish_gradient,
     }
 }
 
+// Writes the gradients of the margins of this rank's rows to the caller's arrays, of which each may
+// be null. A failed step gives zeros.
+// launch: margin_gradients blocks 1 per SM threads 256 shared 0
+// gate: margin_gradients registers <= 40
+PFC_KERNEL(margin_gradients,
+           (const PFC_GRID_CONSTANT HeadArrays head, double factor, float* m2, float* m3)) {
+    const StepBlock& block = *head.block;
+    const bool none = block.status != kOk || block.valid_rows == 0;
+    const double weight = none ? 0.0 : factor / double(block.valid_rows);
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < block.own_rows;
+         i += gridDim.x * blockDim.x) {
+        const float* const own = head.margin_gradients + block.first_own + i;
+        if (m2 != nullptr) {
+            m2[i] = none ? 0.0f : float(double(own[0]) * weight);
+        }
+        if (m3 != nullptr) {
+            m3[i] = none ? 0.0f : float(double(own[head.row_capacity]) * weight);
+        }
+    }
+}
+
 // Computes block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns).
 // One CTA of up to 1024 threads: a sample has many squares, and fewer threads would have too few
 // loads under way.

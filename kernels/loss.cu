@@ -7,6 +7,9 @@
 // A row that is far from all its negatives (far.h) has its N relative to an offset of its own, and
 // so is its factor. N and L are doubles, which have them relative to exp(c) however small.
 //
+// With row terms (row_terms.h) the message has theta_i for zt_i; loss_i, factor_i and coefficient_i
+// are times weight_i.
+//
 // Agrees with src/device/cpu/loss.rs and src/protocol.rs, in double where the CPU has doubles.
 // reduce_rows reads the tiles' sums, 8 bytes for 128 columns of a row: 32 MB at 4096 rows and
 // 125000 columns; scale_embeddings B * pitch floats and as many operands; the others are one CTA
@@ -14,6 +17,7 @@
 #include "far.h"
 #include "ptx/atomic.h"
 #include "reduce.h"
+#include "row_terms.h"
 #include "rows.h"
 
 namespace {
@@ -21,14 +25,16 @@ namespace {
 constexpr float kOneError = 65536.0f;  // protocol.rs ONE_ERROR
 constexpr uint32_t kLanesOfRow = 4;    // reduce_rows: lanes that share a row, 8 rows a warp
 
-// Shared memory of the kernels of one CTA: kReduceBytes, then bad_row.
+// Shared memory of the kernels of one CTA: kReduceBytes, then bad_row and bad_term.
 struct Shared {
     void* reduce;
-    uint32_t* bad_row;  // first row whose sum leaves float32
+    uint32_t* bad_row;   // first row whose sum leaves float32
+    uint32_t* bad_term;  // kCount * row + term, of the first term that is out of its range
 };
 
 PFC_DEVICE Shared shared_of(unsigned char* dynamic) {
-    return Shared{dynamic, reinterpret_cast<uint32_t*>(dynamic + kReduceBytes)};
+    uint32_t* const found = reinterpret_cast<uint32_t*>(dynamic + kReduceBytes);
+    return Shared{dynamic, found, found + 1};
 }
 
 PFC_DEVICE float pack_error(uint32_t rank) {
@@ -36,39 +42,60 @@ PFC_DEVICE float pack_error(uint32_t rank) {
 }
 
 // Computes loss, coefficient and factor of a row from its reduced sums; NaN where they leave
-// float32.
-PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, double sum, float logit,
-                             bool only_target) {
+// float32. `sent` is the target's logit, or with terms its angle.
+PFC_DEVICE double finish_row(const HeadArrays& head, uint32_t row, double sum, float sent,
+                             bool only_target, const row_terms::Terms& terms) {
+    const bool has_terms = terms.values != nullptr;
     if (head.target_cosines[row] == kIgnored || only_target) {
         head.coefficients[row] = 0.0f;
         head.factors[row] = 0.0f;
+        if (has_terms) {
+            row_terms::keep_gradients(head, row, 0.0, 0.0);
+        }
         return 0.0;
     }
-    const double offset = head.margin.offset, over = double(logit) - offset;
+    row_terms::Target own = {double(sent), double(head.derivatives[row]), 0.0, 1.0};
+    if (has_terms) {
+        own = row_terms::target(head, terms, row, sent);
+    }
+    const double offset = head.margin.offset, over = own.logit - offset;
     const double denominator = sum + exp(over);
     // Without a negative on this rank there is nothing to weigh, and where the other ranks' are far
     // 1 / L would leave float32.
     const bool alone = head.shifts != nullptr && head.best_negatives[row] == kElsewhere;
     const float factor =
-        alone ? 0.0f : float(head.margin.scale / denominator * far::from_own_offset(head, row));
+        alone ? 0.0f
+              : float(own.weight * head.margin.scale / denominator *
+                      far::from_own_offset(head, row));
     if (!(sum > 0.0) || !rows::is_finite(denominator) ||
         !rows::is_finite(double(factor))) {
         return nan("");
     }
+    const double steepness = own.weight * head.margin.scale * (sum / denominator);
     head.factors[row] = factor;
-    head.coefficients[row] =
-        float(-head.margin.scale * (sum / denominator) * double(head.derivatives[row]));
+    head.coefficients[row] = float(-steepness * own.derivative);
+    if (has_terms) {
+        row_terms::keep_gradients(head, row, steepness, own.by_m2);
+    }
     const double excess = log(sum) - over;
-    return (excess > 0.0 ? excess : 0.0) + log1p(exp(-fabs(excess)));
+    return own.weight * ((excess > 0.0 ? excess : 0.0) + log1p(exp(-fabs(excess))));
 }
 
-// Calls finish_row for all rows; returns the sum of their losses, in every thread. `sums` and
-// `logits` are those of the sums message (`all_ranks`) or this rank's own.
-PFC_DEVICE double finish_rows(const HeadArrays& head, const float* sums, const float* logits,
-                              bool all_ranks, bool only_target, const Shared& shared) {
+// What is sent of a row's target.
+PFC_DEVICE float sent_target(const HeadArrays& head, uint32_t row) {
+    return head.angles != nullptr ? float(head.angles[row]) : head.target_logits[row];
+}
+
+// Calls finish_row for all rows; returns the sum of their losses, in every thread. Of the sums
+// message (`all_ranks`) or of this rank's own sums.
+PFC_DEVICE double finish_rows(const HeadArrays& head, bool all_ranks, bool only_target,
+                              const Shared& shared) {
     const double far_unit = exp(-far::kTravelExponent);
+    const float* const sums = all_ranks ? head.sums : head.row_sums;
+    const row_terms::Terms terms = row_terms::terms(head, all_ranks);
     if (threadIdx.x == 0) {
         *shared.bad_row = kNone;
+        *shared.bad_term = kNone;
     }
     __syncthreads();
     double loss = 0.0;
@@ -79,7 +106,15 @@ PFC_DEVICE double finish_rows(const HeadArrays& head, const float* sums, const f
         } else if (head.shifts != nullptr) {
             sum += double(far::far_sums(head)[row]) * far_unit;
         }
-        const double row_loss = finish_row(head, row, sum, logits[row], only_target);
+        const float sent =
+            all_ranks ? head.sums[head.label_capacity + row] : sent_target(head, row);
+        if (terms.values != nullptr && head.target_cosines[row] != kIgnored) {
+            const uint32_t term = row_terms::bad_term(terms, row);
+            if (term < row_terms::kCount) {
+                ptx::atomic_min(shared.bad_term, row_terms::kCount * row + term);
+            }
+        }
+        const double row_loss = finish_row(head, row, sum, sent, only_target, terms);
         if (row_loss != row_loss) {
             ptx::atomic_min(shared.bad_row, row);
         }
@@ -108,7 +143,13 @@ PFC_DEVICE void pack_sharded(const HeadArrays& head, int32_t own_status, int32_t
         const bool row = counts && i < block.rows;
         const bool own = row && far::has_own_offset(head, i);
         head.sums[i] = row && !own ? head.row_sums[i] : 0.0f;
-        head.sums[head.label_capacity + i] = row ? head.target_logits[i] : 0.0f;
+        head.sums[head.label_capacity + i] = row ? sent_target(head, i) : 0.0f;
+        if (head.terms != nullptr) {
+            for (uint32_t term = 0; term < row_terms::kCount; ++term) {
+                row_terms::message(head)[uint64_t(term) * head.label_capacity + i] =
+                    row ? head.terms[uint64_t(term) * head.row_capacity + i] : 0.0f;
+            }
+        }
         if (head.shifts != nullptr) {
             const double exponent =
                 own ? -double(head.shifts[i]) / far::kLog2E - head.margin.offset : 0.0;
@@ -131,16 +172,22 @@ PFC_DEVICE void pack_replicated(const HeadArrays& head, int32_t own_status, int3
                                 uint64_t sample_limit, const Shared& shared) {
     const StepBlock& block = *head.block;
     double loss = 0.0, cosines = 0.0, status = double(own_status), row = 0.0;
+    double value = 0.0;
     if (own_status != kOk) {
         row = 0.0;
     } else if (block.status != kOk) {
         status = double(block.status);
         row = block.fault == kFaultEmbedding ? double(block.row) : 0.0;
     } else {
-        loss = finish_rows(head, head.row_sums, head.target_logits, false, block.classes <= 1,
-                           shared);
+        loss = finish_rows(head, false, block.classes <= 1, shared);
         cosines = sum_cosines(head, shared);
-        if (*shared.bad_row != kNone) {
+        if (*shared.bad_term != kNone) {
+            const row_terms::Terms terms = row_terms::terms(head, false);
+            const uint32_t found = *shared.bad_term;
+            status = double(kInvalidArgument);
+            row = -1.0 - double(found);
+            value = double(terms.of(found % row_terms::kCount, found / row_terms::kCount));
+        } else if (*shared.bad_row != kNone) {
             status = double(kNotFinite);
             row = -1.0 - double(*shared.bad_row);
         }
@@ -153,6 +200,7 @@ PFC_DEVICE void pack_replicated(const HeadArrays& head, int32_t own_status, int3
         double* slot = head.replicated_sums + kTotals + kSlot * head.rank;
         slot[0] = status;
         slot[1] = row;
+        slot[2] = value;
         slot[3] = double(sample_limit);
         head.replicated_sums[3] = double(loss_place);
         if (status == double(kOk)) {
@@ -180,14 +228,20 @@ PFC_DEVICE double judge_sharded(const HeadArrays& head, const Shared& shared) {
     double loss = 0.0;
     const bool failed = !(errors < kOneError);
     if (!failed) {
-        loss = finish_rows(head, head.sums, head.sums + head.label_capacity, true, classes <= 1.0f,
-                           shared);
+        loss = finish_rows(head, true, classes <= 1.0f, shared);
     }
     if (threadIdx.x == 0) {
         if (failed) {
             const bool one = errors < 2 * kOneError;
             const int64_t rank = one ? int64_t(errors - kOneError) - 1 : 0;
             fail(block, kRemote, kFaultForward, rank, 0, int64_t(errors));
+        } else if (*shared.bad_term != kNone) {
+            const uint32_t row = *shared.bad_term / row_terms::kCount;
+            const uint32_t term = *shared.bad_term % row_terms::kCount;
+            const uint32_t origin = head.origins[block.first_computed + row];
+            fail(block, kInvalidArgument, kFaultTerm, origin / head.max_batch,
+                 int64_t(row_terms::kCount) * (origin % head.max_batch) + term,
+                 ptx::float_bits(row_terms::terms(head, true).of(term, row)));
         } else if (*shared.bad_row != kNone) {
             const uint32_t origin = head.origins[block.first_computed + *shared.bad_row];
             fail(block, kNotFinite, kFaultSum, origin / head.max_batch, origin % head.max_batch,
@@ -219,6 +273,9 @@ PFC_DEVICE void judge_replicated(const HeadArrays& head) {
             fail(block, kNotFinite, kFaultSum, rank, int64_t(-slot[1] - 1.0), 0);
         } else if (status == kNotFinite) {
             fail(block, kNotFinite, kFaultEmbedding, rank, int64_t(slot[1]), 0);
+        } else if (status == kInvalidArgument && slot[1] < 0.0) {
+            fail(block, kInvalidArgument, kFaultTerm, rank, int64_t(-slot[1] - 1.0),
+                 ptx::float_bits(float(slot[2])));
         } else {
             fail(block, kRemote, kFaultSums, rank, 0, status);
         }
@@ -324,7 +381,7 @@ PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
 // no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
 // other ranks' hosts read both. A rank whose update has left float32 fails here, at the latest.
 // launch: pack_sums blocks 1 threads 256 shared 272
-// gate: pack_sums registers <= 64
+// gate: pack_sums registers <= 128
 PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status,
                        int32_t loss_place, uint64_t sample_limit)) {
     PFC_DYNAMIC_SHARED(dynamic);
@@ -344,7 +401,7 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_stat
 // The verdict on the reduced sums, and the loss; `loss` may be null. This ends a step's forward: it
 // counts a step that failed anywhere.
 // launch: judge_sums blocks 1 threads 256 shared 272
-// gate: judge_sums registers <= 72
+// gate: judge_sums registers <= 128
 PFC_KERNEL(judge_sums, (const PFC_GRID_CONSTANT HeadArrays head, double* loss)) {
     PFC_DYNAMIC_SHARED(dynamic);
     if (blockIdx.x != 0) {

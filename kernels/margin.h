@@ -57,8 +57,14 @@ struct Target {
     double derivative;  // psi' by cos(theta), without the scale
 };
 
-PFC_DEVICE Target target(const MarginSettings& margin, double theta) {
+// m1 * theta + m2, and 0 where that is below.
+PFC_DEVICE double turned_angle(const MarginSettings& margin, double theta) {
     const double turned = margin.m1 * theta + margin.m2;
+    return turned > 0.0 ? turned : 0.0;
+}
+
+PFC_DEVICE Target target(const MarginSettings& margin, double theta) {
+    const double turned = turned_angle(margin, theta);
     const Turn at = turn(turned);
     double psi = turned == kHalfPi ? 0.0 : at.cosine;
     double derivative = 1.0;
@@ -76,6 +82,20 @@ PFC_DEVICE Target target(const MarginSettings& margin, double theta) {
         derivative = margin.m1 * at.sine / (sine > kLeastSine ? sine : kLeastSine);
     }
     return Target{margin.scale * (psi - margin.m3), derivative};
+}
+
+// src/margin.rs Margin::derivative_by_m2
+PFC_DEVICE double derivative_by_m2(const MarginSettings& margin, double theta) {
+    const double turned = turned_angle(margin, theta);
+    if (!(margin.guard && turned > kPi)) {
+        return -turn(turned).sine;
+    }
+    if (margin.m1 != 1.0) {
+        return -turn((kPi - margin.m2) / margin.m1).sine / margin.m1;
+    }
+    const Turn edge = turn(margin.m2);
+    const bool arcface = -margin.m2 * edge.sine < edge.cosine - 1.0;
+    return -edge.sine - (arcface ? margin.m2 * edge.cosine : 0.0);
 }
 
 }  // namespace margin

@@ -41,6 +41,7 @@ constexpr float kIgnored = 2.0f;  // target cosine of an ignored row
 enum Status : int32_t {
     kSkipped = -1,  // no failure, and never told: the step's update has been skipped (begin_update)
     kOk = 0,
+    kInvalidArgument = 1,
     kComm = 5,
     kRemote = 6,
     kMismatch = 11,
@@ -63,6 +64,8 @@ enum Fault : int32_t {
     kFaultSums = 8,       // replicated: rank `rank` sent status `value` in the sums message
     kFaultBlock = 9,      // the gather brought back rank `rank`'s block of labels wrongly: `row` is
                           // a BlockFault, `value` the rank or the batch that it names
+    kFaultTerm = 10,      // a row's own term is out of its range: `row` is 3 * row + term, `value`
+                          // its bits
 };
 
 // What is wrong with a gathered block (protocol.rs `BlockFault`).
@@ -241,6 +244,10 @@ struct HeadArrays {
                                  // where all rows have offset c
     uint32_t* far_tiles;         // [row_capacity / kTileRows] 1 where a row of a tile has an offset
                                  // of its own; null as shifts
+    float* terms;                // [3][row_capacity] m2, m3, weight of this rank's rows, 0 for the
+                                 // others (row_terms.h); null without row terms
+    double* angles;              // [row_capacity] theta where the target is here, else 0
+    float* margin_gradients;     // [2][row_capacity] of a row's loss by its m2 and its m3
     // Results of the numerators by column tile: [column_tiles][row_capacity].
     float* partial_sums;
     float* partial_best;
@@ -254,7 +261,8 @@ struct HeadArrays {
                                  // splits
     // The sums message.
     float* sums;                 // sharded: [2 * label_capacity + 4] {N, zt, totals}; with shifts
-                                 // [label_capacity] more: N of rows with offsets of their own
+                                 // [label_capacity] more: N of rows with offsets of their own;
+                                 // with row terms theta for zt, and [3][label_capacity] more
     double* replicated_sums;     // replicated: [4 + 4 * ranks]
     // The gradient message.
     float* gradient_send;        // [ranks][max_batch][d]

@@ -50,17 +50,28 @@ const LEAST_EXPONENT: f64 = -60.0;
 /// Least sine in the derivative's denominator: at theta = 0 and pi the angle has no derivative by its cosine.
 const LEAST_SINE: f64 = 1e-4;
 
+fn within(value: f64, most: f64) -> bool {
+    (0.0..=most).contains(&value)
+}
+
+pub(crate) fn within_m2(m2: f64) -> bool {
+    // A caller's pi may be a little above ours, as pi in f32 is.
+    within(m2, PI + 1e-6)
+}
+
+pub(crate) fn within_m3(m3: f64) -> bool {
+    within(m3, 2.0)
+}
+
 impl Margin {
     /// Errors: INVALID_ARGUMENT, for a field that is NaN or outside 0 < scale <= 128, 0 < m1 <= 16, 0 <= m2 <= pi, 0 <= m3 <= 2,
     /// 0 <= interclass_filter <= 1.
     pub fn check(&self) -> Result<()> {
         let above = |value: f64, most: f64| value > 0.0 && value <= most;
-        let within = |value: f64, most: f64| (0.0..=most).contains(&value);
         ensure!(above(self.scale, 128.0), InvalidArgument, "scale must be above 0 and at most 128, got {:?}", self.scale);
         ensure!(above(self.m1, 16.0), InvalidArgument, "m1 must be above 0 and at most 16, got {:?}", self.m1);
-        // A caller's pi may be a little above ours, as pi in f32 is.
-        ensure!(within(self.m2, PI + 1e-6), InvalidArgument, "m2 must be 0 to pi, in radians, got {:?}", self.m2);
-        ensure!(within(self.m3, 2.0), InvalidArgument, "m3 must be 0 to 2, got {:?}", self.m3);
+        ensure!(within_m2(self.m2), InvalidArgument, "m2 must be 0 to pi, in radians, got {:?}", self.m2);
+        ensure!(within_m3(self.m3), InvalidArgument, "m3 must be 0 to 2, got {:?}", self.m3);
         let filter = self.interclass_filter;
         ensure!(within(filter, 1.0), InvalidArgument, "interclass_filter must be 0 (off) to 1, got {filter:?}");
         Ok(())
@@ -89,13 +100,13 @@ impl Margin {
 
     /// The target logit at an angle theta in [0, pi], and its derivative:
     ///
-    /// psi = cos(m1 * theta + m2) - m3, psi' = m1 * sin(m1 * theta + m2) / max(sin(theta), 1e-4).
+    /// psi = cos(m1 * theta + m2) - m3, psi' = m1 * sin(m1 * theta + m2) / max(sin(theta), 1e-4). m1 * theta + m2 below 0 counts as 0.
     ///
     /// With the guard, where m1 * theta + m2 > pi, psi = cos(theta) + k - m3 and psi' = 1. For m1 = 1, k = -m2 * sin(m2) as in
     /// ArcFace's code, or cos(m2) - 1 where that is less (m2 above 2.33: ArcFace's would jump upwards); for other m1,
     /// k = -1 - cos((pi - m2) / m1), with which psi is continuous. Straight-through: psi' = 1 everywhere.
     pub fn target(&self, theta: f64) -> Target {
-        let turned = self.m1 * theta + self.m2;
+        let turned = self.turned(theta);
         let guarded = self.guard && turned > PI;
         let psi = if guarded { cosine(theta) + self.guard_shift() } else { cosine(turned) };
         let derivative = if guarded || self.gradient == MarginGradient::StraightThrough {
@@ -104,6 +115,26 @@ impl Margin {
             self.m1 * turned.sin() / theta.sin().max(LEAST_SINE)
         };
         Target { logit: self.scale * (psi - self.m3), derivative }
+    }
+
+    /// The derivative of psi by m2, of the formula whatever `gradient` says: -sin(m1 * theta + m2), and with the guard beyond pi that of
+    /// k. By m3 it is -1.
+    pub fn derivative_by_m2(&self, theta: f64) -> f64 {
+        let turned = self.turned(theta);
+        if !(self.guard && turned > PI) {
+            -turned.sin()
+        } else if self.m1 != 1.0 {
+            -((PI - self.m2) / self.m1).sin() / self.m1
+        } else if -self.m2 * self.m2.sin() < self.m2.cos() - 1.0 {
+            -self.m2.sin() - self.m2 * self.m2.cos()
+        } else {
+            -self.m2.sin()
+        }
+    }
+
+    /// m1 * theta + m2, and 0 where that is below, as a row's own m2 can have it: there the logit stays at its largest.
+    fn turned(&self, theta: f64) -> f64 {
+        (self.m1 * theta + self.m2).max(0.0)
     }
 
     fn guard_shift(&self) -> f64 {
@@ -301,6 +332,37 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn derivatives_by_m2_are_finite_differences() {
+        for (guard, m1) in [(false, 1.0), (true, 1.0), (false, 1.35), (true, 1.35), (true, 0.5), (true, 4.0)] {
+            // 2.33 is where k with m1 = 1 goes from one formula to the other.
+            for m2 in [-0.4, 0.1, 0.5, 1.5, 2.2, 2.5, 3.0] {
+                let at = |m2: f64| Margin { guard, scale: 1.0, ..margin(m1, m2, 0.2) };
+                for theta in (1..200).map(|step| PI * f64::from(step) / 200.0) {
+                    let h = 1e-6;
+                    if (m1 * theta + m2 - PI).abs() < 1e-3 {
+                        continue;
+                    }
+                    let difference = (at(m2 + h).target(theta).logit - at(m2 - h).target(theta).logit) / (2.0 * h);
+                    let derivative = at(m2).derivative_by_m2(theta);
+                    assert!((difference - derivative).abs() < 1e-8, "{guard} {m1} {m2} {theta}: {difference} {derivative}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_margin_below_0_ends_where_the_logit_is_largest() {
+        for m1 in [0.8, 1.0, 1.4] {
+            let negative = Margin { scale: 1.0, ..margin(m1, -0.4, 0.1) };
+            let edge = 0.4 / m1;
+            assert_eq!(negative.target(edge - 1e-3), Target { logit: 0.9, derivative: 0.0 });
+            assert_eq!(negative.derivative_by_m2(edge - 1e-3), 0.0);
+            let beyond = negative.target(edge + 0.1);
+            assert!((beyond.logit - ((0.1 * m1).cos() - 0.1)).abs() < 1e-15 && beyond.derivative > 0.0);
         }
     }
 

@@ -51,6 +51,8 @@ pub struct HeadOptions {
     pub precision: Precision,
     /// None: f16 where the device computes in half precision, else f32.
     pub gather_dtype: Option<DType>,
+    /// Rows may have margins and weights of their own: [`crate::row_terms`].
+    pub row_terms: bool,
     /// Bytes, 0: the library decides. May differ between ranks.
     pub workspace_limit: u64,
 }
@@ -174,12 +176,13 @@ impl HeadOptions {
             Field::signed("ignore_label", self.ignore_label.unwrap_or(i64::MIN)),
             Field::int("precision", self.precision as u64),
             Field::int("gather_dtype", self.gathered_dtype(auto) as u64),
+            Field::int("row_terms", 1 + u64::from(self.row_terms)),
         ]
     }
 }
 
 /// How many fields `HeadOptions::fields` gives: the handshake's block must not depend on whether a rank has options at all.
-pub(crate) const FIELDS: usize = 25;
+pub(crate) const FIELDS: usize = 26;
 
 fn within(name: &str, value: f64, low: f64, high: f64) -> Result<()> {
     // A NaN is in no range.

@@ -49,7 +49,7 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
         Placement::Sharded => StepTraffic {
             labels,
             embeddings: batch * d * gathered,
-            sums: 4 * sum_elements((n * batch) as usize, &options.margin) as u64,
+            sums: 4 * sum_elements((n * batch) as usize, options) as u64,
             grad_embeddings: 4 * n * batch * d,
             grad_centers: 0,
         },

@@ -4,12 +4,15 @@
 //! sample_rate 1 need no one else's labels, but a caller's sample and a verdict on all labels do. What comes back is judged before any
 //! of it is an index: this rank's own block is what it sent, each block is at its rank's place, no batch is above max_batch.
 //! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,
-//! classes}, and where rows may have offsets of their own, those rows' N: see [`far_sum`].
+//! classes}, and where rows may have offsets of their own, those rows' N: see [`far_sum`]. With row terms {N, angle, ..} and, at the end,
+//! m2, m3 and weight of each row, from the rank that it comes from: see [`crate::row_terms`].
 //! *replicated sums*: {loss, valid rows, sum of the target cosines, loss places} and {status, row, sample, capacity} of each rank, whose
 //! center gradient has rows for `capacity` classes (0: for those of its sample).
 //! The loss places are added up ([`LossPlace`]): a rank with an unusable loss pointer learns from them what the others do.
 
 use crate::margin::Margin;
+use crate::options::HeadOptions;
+use crate::row_terms::RowTerm;
 use crate::{error, Error, Result, Status};
 
 /// The call that a rank's *labels* are of.
@@ -150,7 +153,12 @@ pub(crate) fn label_header(rank: u32, announcement: &Announcement, batch: usize,
 }
 
 /// Elements of *sums* for as many rows.
-pub(crate) fn sum_elements(rows: usize, margin: &Margin) -> usize {
+pub(crate) fn sum_elements(rows: usize, options: &HeadOptions) -> usize {
+    terms_start(rows, &options.margin) + if options.row_terms { RowTerm::ALL.len() * rows } else { 0 }
+}
+
+/// Where in *sums* the rows' terms begin.
+pub(crate) fn terms_start(rows: usize, margin: &Margin) -> usize {
     2 * rows + TOTALS + if margin.has_row_offsets() { rows } else { 0 }
 }
 
@@ -185,7 +193,24 @@ pub(crate) fn bad_sum(row: usize, rank: usize) -> Error {
     error!(NotFinite, "{BAD_SUM} {row} is no number that has a gradient: NaN, infinite or 0 (rank {rank})")
 }
 
-/// Whether it is that error: it may have its cause in a class center.
+/// The error of a row whose own term is out of its range.
+pub(crate) fn bad_term(term: RowTerm, value: f32, row: usize, rank: usize) -> Error {
+    error!(InvalidArgument, "{}[{row}] must be {}, got {value:?} (rank {rank})", term.name(), term.range())
+}
+
+/// A row's term in a slot of *replicated sums*, beside INVALID_ARGUMENT: below 0, since a rank's own failure has 0 there. The value is
+/// where a step that has not failed has its sample.
+pub(crate) fn term_word(term: RowTerm, row: usize) -> f64 {
+    -1.0 - (RowTerm::ALL.len() * row + term as usize) as f64
+}
+
+/// The error that such a slot tells of.
+pub(crate) fn bad_term_of(word: f64, value: f64, rank: usize) -> Error {
+    let (terms, number) = (RowTerm::ALL.len(), (-word - 1.0) as usize);
+    bad_term(RowTerm::ALL[number % terms], value as f32, number / terms, rank)
+}
+
+/// Whether it is the error of `bad_sum`: it may have its cause in a class center.
 pub(crate) fn is_bad_sum(error: &Error) -> bool {
     error.status == Status::NotFinite && error.message.starts_with(BAD_SUM)
 }

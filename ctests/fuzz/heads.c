@@ -68,11 +68,12 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.init_std = ONE_OF(d, double, 0.01, 0, 1, 1e-20);
   o.ignore_label = chance(d, 300) ? ONE_OF(d, int64_t, -1, -100, INT64_MAX) : INT64_MIN;
   o.gather_dtype = (int32_t)below(d, 4);
+  o.row_terms = chance(d, 400) ? PFC_ROW_TERMS_ON : PFC_ROW_TERMS_OFF;
   return o;
 }
 
 int spoil_options(struct draws *d, pfc_head_options *o) {
-  switch (below(d, 26)) {
+  switch (below(d, 27)) {
     case 0: o->num_classes = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 63); return 1;
     case 1: o->embedding_dim = ONE_OF(d, uint32_t, 0, UINT32_MAX, 65537); return 1;
     case 2: o->placement = ONE_OF(d, int32_t, 0, 3, -1, INT32_MIN); return 1;
@@ -104,6 +105,7 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 22: o->weight_dtype = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
     case 23: o->residency = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
     case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
+    case 25: o->row_terms = ONE_OF(d, int32_t, 0, 3, -1); return 1;
     // It may be enough.
     default: o->workspace_limit = 1 + below(d, 1 << 22); return 0;
   }
@@ -196,6 +198,76 @@ static void whole_step(struct rank *r, double rate) {
   drop_batch(&b);
 }
 
+// A forward, with margins and weights of the rows' own or not; *wrong: it has to fail.
+static pfc_status forward(struct rank *r, struct batch *b, const int64_t *labels, double *loss,
+                          int *wrong) {
+  struct draws *own = &r->own;
+  struct grid *e = &b->embeddings;
+  if (chance(own, 500)) return DO(pfc_head_forward, r->head, &e->m, labels, loss);
+  struct block terms[3];
+  const float *given[3] = {NULL, NULL, NULL};
+  const int on = r->options.row_terms == PFC_ROW_TERMS_ON, unasked = !on && mistake(r, 4);
+  for (int t = 0; t < 3; t++) {
+    terms[t] = block_of(e->rows * 4, 0);
+    float *values = (float *)terms[t].data;
+    for (uint64_t i = 0; i < e->rows; i++) values[i] = (float)(unit(own) * (t == 0 ? 3 : 2));
+    // It may be of an ignored row.
+    if (e->rows > 0 && mistake(r, 4))
+      values[below(own, e->rows)] = ONE_OF(own, float, -1, 4, NAN, INFINITY, -0.0f);
+    keep(&terms[t]);
+    if (unasked || (on && chance(own, 600))) given[t] = values;
+  }
+  pfc_forward_options o;
+  DO(pfc_forward_options_init, &o);
+  o.m2 = given[0];
+  o.m3 = given[1];
+  o.weight = given[2];
+  const int odd = mistake(r, 4);
+  if (odd) o.reserved = 1;
+  // A block without bytes may have no address.
+  *wrong |= odd || (unasked && (o.m2 != NULL || o.m3 != NULL || o.weight != NULL));
+  pfc_status status = DO(pfc_head_forward_with, r->head, &e->m, labels,
+                         odd && chance(own, 500) ? NULL : &o, loss);
+  for (int t = 0; t < 3; t++) {
+    if (!is_kept(&terms[t])) finding("pfc_head_forward_with wrote its options' arrays");
+    drop(&terms[t]);
+  }
+  return status;
+}
+
+// A backward, with gradients of the margins or not.
+static pfc_status backward(struct rank *r, struct batch *b, double weight, double scale) {
+  struct draws *own = &r->own;
+  struct grid *g = &b->gradient;
+  if (chance(own, 500)) return DO(pfc_head_backward, r->head, weight, scale, &g->m);
+  struct block margins[2];
+  for (int t = 0; t < 2; t++) {
+    margins[t] = block_of(b->embeddings.rows * 4, 0x5B);
+    keep(&margins[t]);
+  }
+  const int on = r->options.row_terms == PFC_ROW_TERMS_ON, unasked = !on && mistake(r, 4);
+  pfc_backward_options o;
+  DO(pfc_backward_options_init, &o);
+  o.loss_weight = weight;
+  o.loss_scale = scale;
+  if (unasked || (on && chance(own, 600))) o.grad_m2 = (float *)margins[0].data;
+  if (unasked || (on && chance(own, 600))) o.grad_m3 = (float *)margins[1].data;
+  const int odd = mistake(r, 4);
+  if (odd) o.reserved = 1;
+  pfc_status status = DO(pfc_head_backward_with, r->head, odd && chance(own, 500) ? NULL : &o,
+                         &g->m);
+  if (odd || (unasked && o.grad_m2 != NULL)) must_fail("pfc_head_backward_with", status);
+  for (int t = 0; t < 2; t++) {
+    const int asked = (t == 0 ? o.grad_m2 : o.grad_m3) != NULL;
+    if ((!on || !asked || odd) && !is_kept(&margins[t]))
+      finding("pfc_head_backward_with wrote an array that was not given or is wrong");
+    drop(&margins[t]);
+  }
+  // A wrong array of this kind leaves the other outputs right.
+  if (unasked) keep(&g->memory);
+  return status;
+}
+
 static void parts_of_a_step(struct rank *r, int prepare, double rate, double weight, int update,
                             double factor, int kept) {
   struct batch b = batch_of(r);
@@ -208,17 +280,18 @@ static void parts_of_a_step(struct rank *r, int prepare, double rate, double wei
     must_succeed(r, "pfc_head_prepare", DO(pfc_head_prepare, r->head, labels, e->rows));
     no_labels = 1;
   }
-  pfc_status status = DO(pfc_head_forward, r->head, &e->m, no_labels ? NULL : labels,
-                         no_loss ? NULL : (double *)b.loss.data);
+  int wrong_terms = 0;
+  pfc_status status = forward(r, &b, no_labels ? NULL : labels,
+                              no_loss ? NULL : (double *)b.loss.data, &wrong_terms);
   must_succeed(r, "pfc_head_forward", status);
   must_be_kept("pfc_head_forward", status, &b.loss);
-  if (b.wrong_embeddings || no_loss) must_fail("pfc_head_forward", status);
+  if (b.wrong_embeddings || no_loss || wrong_terms) must_fail("pfc_head_forward", status);
   if (!is_kept(&e->memory)) finding("pfc_head_forward wrote its embeddings");
   if (status == PFC_OK) keep_loss(r, loss_in(&b));
   if (!mistake(r, 8)) {
     double scale = ONE_OF(&r->own, double, 1, 128, 0.5);
     if (mistake(r, 4)) weight = ONE_OF(&r->own, double, NAN, -1, INFINITY, 1e39);
-    status = DO(pfc_head_backward, r->head, weight, scale, &g->m);
+    status = backward(r, &b, weight, scale);
     must_succeed(r, "pfc_head_backward", status);
     must_be_kept("pfc_head_backward", status, &g->memory);
     if (b.wrong_gradient) must_fail("pfc_head_backward", status);
@@ -496,7 +569,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 26)) {
+  switch (below(&r->own, 28)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -522,6 +595,8 @@ static void hopeless(struct rank *r) {
     case 22: DO_OTHER(pfc_head_error, (r->head, text, below(&r->own, sizeof text))); break;
     case 23: status = DO(pfc_head_update_with, r->head, NULL); break;
     case 24: status = DO(pfc_head_accumulate, NULL); break;
+    case 25: status = DO(pfc_head_forward_with, NULL, &m, NULL, NULL, &loss); break;
+    case 26: status = DO(pfc_head_backward_with, NULL, NULL, NULL); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");

@@ -99,6 +99,10 @@ PFC_RESIDENCY_DEVICE = 1
 PFC_RESIDENCY_HOST = 2
 #: W and optimizer state in a file at storage_path.
 PFC_RESIDENCY_FILE = 3
+#: All rows have the options' m2 and m3, and weight 1.
+PFC_ROW_TERMS_OFF = 1
+#: A row may have its own m2, m3 and weight.
+PFC_ROW_TERMS_ON = 2
 #: Sum over the ranks.
 PFC_SUM = 1
 #: Maximum over the ranks.
@@ -210,6 +214,12 @@ class pfc_head_options(Structure):
         ("workspace_limit", c_uint64),
         # Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
         ("storage_path", c_char_p),
+        # PFC_ROW_TERMS_*: whether rows may have margins and weights of their own
+        # (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
+        # when sharded, whatever the step uses. (default: off)
+        ("row_terms", c_int32),
+        # Must be 0.
+        ("reserved_end", c_uint32),
     ]
 
 
@@ -388,6 +398,53 @@ class pfc_load_options(Structure):
     _fields_ = [
         # sizeof(pfc_load_options).
         ("struct_size", c_uint64),
+    ]
+
+
+class pfc_forward_options(Structure):
+    """Options of pfc_head_forward_with. Prepare with pfc_forward_options_init. Each array has a
+    number for each row of this rank's batch, in host memory or in the CUDA device's memory, and is
+    borrowed for the call; in device memory it is read in the order of the stream that the device
+    was made with. NULL: the default of all rows. Ranks need not give the same arrays. Numbers of
+    ignored rows are not used and may be NaN.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_forward_options), set by pfc_forward_options_init.
+        ("struct_size", c_uint64),
+        # In radians, -pi to pi: unlike an option, a row's may be below 0. (default: NULL, m2 of
+        # pfc_head_options)
+        ("m2", c_void_p),
+        # 0 to 2. (default: NULL, m3 of pfc_head_options)
+        ("m3", c_void_p),
+        # 0 or more, finite. The sum is divided by the number of valid rows, not by the sum of their
+        # weights. (default: NULL, 1)
+        ("weight", c_void_p),
+        # Must be 0.
+        ("reserved", c_uint64),
+    ]
+
+
+class pfc_backward_options(Structure):
+    """Options of pfc_head_backward_with. Prepare with pfc_backward_options_init.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_backward_options), set by pfc_backward_options_init.
+        ("struct_size", c_uint64),
+        # As in pfc_head_backward. (default: 1)
+        ("loss_weight", c_double),
+        # As in pfc_head_backward; multiplies grad_m2 and grad_m3, too. (default: 1)
+        ("loss_scale", c_double),
+        # A number for each row of this rank's batch, written: the derivative of the loss by the row's
+        # m2, times loss_weight * loss_scale * gradient_scale, as grad_embeddings; 0 for an ignored row.
+        # It is that of the formula, whatever margin_gradient says. In host memory or in the CUDA
+        # device's memory; needs row_terms on. (default: NULL, not wanted)
+        ("grad_m2", c_void_p),
+        # The same by the row's m3. (default: NULL, not wanted)
+        ("grad_m3", c_void_p),
+        # Must be 0.
+        ("reserved", c_uint64),
     ]
 
 
@@ -1172,6 +1229,64 @@ def declare(library):
 
     @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
       pfc_head_write_progress restore what was read
+    """
+
+    function = library.pfc_forward_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_forward_options), c_uint64]
+    function.__doc__ = """pfc_forward_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_backward_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_backward_options), c_uint64]
+    function.__doc__ = """pfc_backward_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_head_forward_with
+    function.restype = c_int32
+    function.argtypes = [c_void_p, POINTER(pfc_matrix), c_void_p, POINTER(pfc_forward_options), c_void_p]
+    function.__doc__ = """pfc_head_forward_with(head, embeddings, labels, options, loss)
+
+    pfc_head_forward with margins and weights of the rows' own. Collective; the same call as
+    pfc_head_forward to the other ranks. It may follow pfc_head_prepare.
+
+    In a head with row_terms on, pfc_head_forward and pfc_head_step are this with defaults alone.
+
+    @param embeddings as in pfc_head_forward
+    @param labels as in pfc_head_forward
+    @param options borrowed for the call
+    @param loss as in pfc_head_forward
+    @return as pfc_head_forward; INVALID_ARGUMENT on all ranks, with the row, the value and its
+      rank, for a number out of its range. With a loss in device memory it comes from
+      pfc_head_wait. INVALID_ARGUMENT on this rank and REMOTE on the others for an array that is
+      given to a head without row_terms, or that the device cannot read. NOT_FINITE for a row that
+      a large weight takes out of float32.
+    """
+
+    function = library.pfc_head_backward_with
+    function.restype = c_int32
+    function.argtypes = [c_void_p, POINTER(pfc_backward_options), POINTER(pfc_matrix)]
+    function.__doc__ = """pfc_head_backward_with(head, options, grad_embeddings)
+
+    pfc_head_backward with gradients of the rows' margins. Collective. After pfc_head_forward or
+    pfc_head_forward_with.
+
+    d loss / d m3_i = weight_i / valid rows * (1 - p_i) * scale d loss / d m2_i = that * sin(max(m1
+    * theta_i + m2_i, 0))
+
+    p_i is the softmax of the row's own class. With margin_guard the second is that of the guard's
+    formula beyond pi.
+
+    @param options borrowed for the call. Wrong ones, but for a wrong grad_m2 or grad_m3, abandon
+      the step, as a wrong loss_weight does in pfc_head_backward.
+    @param grad_embeddings as in pfc_head_backward
+    @return as pfc_head_backward. A wrong grad_m2 or grad_m3 is an error on this rank only, as a
+      wrong grad_embeddings is: then neither of the two is written, and pfc_head_update may follow.
     """
 
     function = library.pfc_update_options_init_sized

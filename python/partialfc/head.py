@@ -100,6 +100,7 @@ class Head(Handle):
         precision: "auto", "f32" or "half".
         gather_dtype: "auto", "f32", "f16" or "bf16": the type in which embeddings are sent.
         workspace_limit: bytes beside class centers and state; 0: the library decides.
+        row_terms: "on" for a `forward` with m2, m3 or weight of each row.
         metrics_every: collects `last_metrics` in every n-th update, on all ranks; 0: never.
     """
 
@@ -137,6 +138,7 @@ class Head(Handle):
         precision: str = "auto",
         gather_dtype: str = "auto",
         workspace_limit: int = 0,
+        row_terms: str = "off",
         metrics_every: int = 0,
     ):
         arguments = locals()
@@ -174,6 +176,12 @@ class Head(Handle):
         self._update_options = _abi.pfc_update_options()
         self._update_options_at = ctypes.byref(self._update_options)
         check(lib.pfc_update_options_init_sized(self._update_options_at, ctypes.sizeof(self._update_options)))
+        self._forward_options = _abi.pfc_forward_options()
+        self._forward_options_at = ctypes.byref(self._forward_options)
+        check(lib.pfc_forward_options_init_sized(self._forward_options_at, ctypes.sizeof(self._forward_options)))
+        self._backward_options = _abi.pfc_backward_options()
+        self._backward_options_at = ctypes.byref(self._backward_options)
+        check(lib.pfc_backward_options_init_sized(self._backward_options_at, ctypes.sizeof(self._backward_options)))
         self._loss = ctypes.c_double()
         self._loss_at = ctypes.byref(self._loss)
         #: The embeddings of the last forward, and their rows.
@@ -182,7 +190,7 @@ class Head(Handle):
 
     # The step.
 
-    def forward(self, embeddings, labels=None, loss=None) -> float:
+    def forward(self, embeddings, labels=None, loss=None, *, m2=None, m3=None, weight=None) -> float:
         """Phases 1 to 4 of a step, up to the loss. Collective. A forward without an update before it abandons that step.
 
         Args:
@@ -190,37 +198,48 @@ class Head(Handle):
             labels: (B,) class ids, 0 to C - 1 or ignore_label; None: those of `prepare`.
             loss: a float64 array of one element to write the loss to, such as a torch tensor on the GPU; then
                 the call does not wait for the GPU.
+            m2, m3: (B,) float32, the rows' own margins: radians from -pi to pi, cosines from 0 to 2. None: those of
+                the options. With one of these or `weight` the head needs row_terms="on". Ranks may differ in what
+                they give.
+            weight: (B,) float32, 0 or more: multiplies the row's loss. None: 1. The mean still is over all valid rows.
 
         Returns:
             The mean over the valid rows of all ranks, the same on every rank; with `loss`, that array.
 
         Raises:
-            PartialFCError: LABEL or NOT_FINITE on all ranks, with nothing updated and the head usable.
+            PartialFCError: LABEL or NOT_FINITE, and INVALID_ARGUMENT for a margin or a weight out of its range, on all
+                ranks, with nothing updated and the head usable.
         """
+        own = m2 is not None or m3 is not None or weight is not None
         try:
             rows = self._reader.matrix(embeddings, "embeddings", self.embedding_dim, self._embeddings)
             self._fits(rows)
             ids = None if labels is None else self._reader.vector(labels, "labels", rows)
             out = None if loss is None else self._reader.flat(loss, "loss", code=_abi.PFC_F64, count=1, write=True)
+            given = [self._of_rows(x, name, rows) for x, name in ((m2, "m2"), (m3, "m3"), (weight, "weight"))] if own else ()
         except (TypeError, ValueError):
-            self._refuse(lib.pfc_head_forward, None, None, self._loss_at)
+            self._refuse_forward()
             raise
         self._batch = embeddings, rows
-        self._call(
-            lib.pfc_head_forward,
-            self._embeddings_at,
-            None if ids is None else ids[0],
-            self._loss_at if out is None else out.address,
-        )
+        labels_at = None if ids is None else ids[0]
+        loss_at = self._loss_at if out is None else out.address
+        if own:
+            options = self._forward_options
+            options.m2, options.m3, options.weight = (None if view is None else view.address for view in given)
+            self._call(lib.pfc_head_forward_with, self._embeddings_at, labels_at, self._forward_options_at, loss_at)
+        else:
+            self._call(lib.pfc_head_forward, self._embeddings_at, labels_at, loss_at)
         return self._loss.value if out is None else loss
 
-    def backward(self, gradient=None, *, loss_weight: float = 1.0, loss_scale: float = 1.0):
+    def backward(self, gradient=None, *, loss_weight: float = 1.0, loss_scale: float = 1.0, grad_m2=None, grad_m3=None):
         """Phase 5 for the embeddings: their gradient. Collective. After `forward`.
 
         Args:
             gradient: (B, d), written; None: a new array like the embeddings.
             loss_weight: multiplies the loss, so also this step's gradient of the class centers.
-            loss_scale: multiplies the embeddings' gradient only.
+            loss_scale: multiplies what is written only.
+            grad_m2, grad_m3: (B,) float32, written: the derivatives of the loss by the rows' m2 and m3, with the factors
+                of the gradient. None: not wanted. They need row_terms="on".
 
         Returns:
             The gradient, times loss_weight * loss_scale * gradient_scale.
@@ -228,10 +247,18 @@ class Head(Handle):
         try:
             if self._batch is not None:  # Else the library tells what is out of order.
                 gradient = self._gradient_for(gradient, *self._batch)
+            rows = None if self._batch is None else self._batch[1]
+            margins = [self._of_rows(x, name, rows, write=True) for x, name in ((grad_m2, "grad_m2"), (grad_m3, "grad_m3"))]
         except (TypeError, ValueError):
             self._refuse(lib.pfc_head_backward, loss_weight, loss_scale, None)
             raise
-        self._call(lib.pfc_head_backward, loss_weight, loss_scale, self._gradient_at)
+        if margins == [None, None]:
+            self._call(lib.pfc_head_backward, loss_weight, loss_scale, self._gradient_at)
+            return gradient
+        options = self._backward_options
+        options.loss_weight, options.loss_scale = float(loss_weight), float(loss_scale)
+        options.grad_m2, options.grad_m3 = (None if view is None else view.address for view in margins)
+        self._call(lib.pfc_head_backward_with, self._backward_options_at, self._gradient_at)
         return gradient
 
     def update(self, learning_rate: float, factor: float = 1.0, device_factor=None) -> None:
@@ -479,9 +506,16 @@ class Head(Handle):
         if self._waits and not self.closed:
             function(self._address, *arguments)
 
+    def _refuse_forward(self) -> None:
+        self._refuse(lib.pfc_head_forward, None, None, self._loss_at)
+
     def _fits(self, rows: int) -> None:
         if rows > self.max_batch:
             raise ValueError(f"a batch of {rows} rows{self._reader.at} is beyond max_batch, which is {self.max_batch}")
+
+    def _of_rows(self, x, name: str, rows: int | None, write: bool = False):
+        """Where an array with a float32 for each row lies; None for None."""
+        return None if x is None else self._reader.flat(x, name, code=_abi.PFC_F32, count=rows, write=write)
 
     def _gradient_for(self, gradient, embeddings, rows: int):
         if gradient is None:

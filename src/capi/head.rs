@@ -2,8 +2,8 @@
 //!
 //! A STEP is pfc_head_forward, pfc_head_backward and pfc_head_update, in this order; pfc_head_step is all three in one call.
 //! pfc_head_prepare may begin the next step early. pfc_head_set_sample replaces the draw of its sample. If pfc_head_update is never
-//! called, the class centers stay as they are. pfc_head_accumulate in its place leaves the update to a later step. All ranks make the
-//! same calls in the same order.
+//! called, the class centers stay as they are. pfc_head_accumulate in its place leaves the update to a later step.
+//! pfc_head_forward_with takes margins and weights of the rows' own. All ranks make the same calls in the same order.
 //!
 //! The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather), `embeddings` (all-gather), `sums`
 //! (all-reduce), `gradient` (reduce-scatter). Replicated: `labels`, `replicated sums` (all-reduce), `center gradient` (all-reduce).
@@ -42,7 +42,8 @@ use std::ffi::c_char;
 use std::sync::atomic::AtomicBool;
 use std::sync::Mutex;
 
-use self::arguments::{label_argument, rows, state_tensor, step_input};
+pub(super) use self::arguments::step_input;
+use self::arguments::{label_argument, rows, state_tensor};
 use self::locked::{last_error, locked, with_head, with_outside};
 use super::comm::{abort_on_panic, pfc_comm};
 use super::device::pfc_device;

@@ -7,6 +7,7 @@
 
 pub mod comm;
 pub mod device;
+pub mod forward;
 pub mod head;
 pub mod kernels;
 pub mod log;

@@ -66,6 +66,11 @@ pub const PFC_RESIDENCY_HOST: i32 = 2;
 /// W and optimizer state in a file at storage_path.
 pub const PFC_RESIDENCY_FILE: i32 = 3;
 
+/// All rows have the options' m2 and m3, and weight 1.
+pub const PFC_ROW_TERMS_OFF: i32 = 1;
+/// A row may have its own m2, m3 and weight.
+pub const PFC_ROW_TERMS_ON: i32 = 2;
+
 /// A matrix in the caller's memory, row by row. Borrowed for the call.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -156,6 +161,11 @@ pub struct pfc_head_options {
     pub workspace_limit: u64,
     /// Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
     pub storage_path: *const c_char,
+    /// PFC_ROW_TERMS_*: whether rows may have margins and weights of their own (pfc_head_forward_with). On, each step sends 12 bytes
+    /// more for each row of the global batch when sharded, whatever the step uses. (default: off)
+    pub row_terms: i32,
+    /// Must be 0.
+    pub reserved_end: u32,
 }
 
 /// Scale, margin and filter for functions that need no head. The fields mean what they mean in pfc_head_options.
@@ -322,6 +332,8 @@ sized!(
         reserved: 0,
         workspace_limit: 0,
         storage_path: std::ptr::null(),
+        row_terms: PFC_ROW_TERMS_OFF,
+        reserved_end: 0,
     }
 );
 
@@ -463,6 +475,7 @@ impl pfc_head_options {
         ensure!(resident, Unsupported, "residency must be 1 (device), got {}: other memory is not supported yet", self.residency);
         ensure!(self.storage_path.is_null(), Unsupported, "storage_path must be NULL: residency file is not supported yet");
         ensure!(self.reserved == 0, InvalidArgument, "reserved must be 0, got {}", self.reserved);
+        ensure!(self.reserved_end == 0, InvalidArgument, "reserved_end must be 0, got {}", self.reserved_end);
         Ok(HeadOptions {
             num_classes: self.num_classes,
             embedding_dim: self.embedding_dim,
@@ -498,6 +511,7 @@ impl pfc_head_options {
                 self.gather_dtype,
                 &[(PFC_GATHER_AUTO, None), (PFC_F32, Some(DType::F32)), (PFC_F16, Some(DType::F16)), (PFC_BF16, Some(DType::Bf16))],
             )?,
+            row_terms: choose("row_terms", self.row_terms, &[(PFC_ROW_TERMS_OFF, false), (PFC_ROW_TERMS_ON, true)])?,
             workspace_limit: self.workspace_limit,
         })
     }

@@ -23,6 +23,7 @@ use crate::matrix::Matrix;
 use crate::optimizer::{Optimizer, StateTensor};
 use crate::options::{HeadOptions, Placement, Precision};
 pub use crate::protocol::{Announcement, LossPlace, StepCall};
+use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::shard::Shard;
 use crate::stream::StreamDevice;
 use crate::{Contribution, Result};
@@ -160,8 +161,9 @@ pub trait HeadDevice: Send {
     fn batch(&self) -> usize;
     /// Phase 1, sharded: this rank's block of *embeddings*; zeros without.
     fn pack_embeddings(&mut self, embeddings: Option<&Matrix>) -> Exchange;
-    /// Phases 3 and 4: normalized rows, targets, numerators, row sums, weighted centers. Replicated: of `embeddings`.
-    fn forward(&mut self, embeddings: &Matrix) -> Result<()>;
+    /// Phases 3 and 4: normalized rows, targets, numerators, row sums, weighted centers. Replicated: of `embeddings`. `terms`: of this
+    /// rank's rows, where the head has row terms.
+    fn forward(&mut self, embeddings: &Matrix, terms: &RowTermArrays) -> Result<()>;
     /// Phase 4: this rank's part of *sums*, or its failure. `loss_place` is where this rank has its loss.
     fn pack_sums(&mut self, outcome: &Result<()>, loss_place: LossPlace) -> Exchange;
     /// Phase 4, after *sums*: where the ranks with a usable loss pointer have their losses. Waits. Only a device with memory of its
@@ -209,6 +211,8 @@ pub trait HeadDevice: Send {
     fn backward(&mut self) -> Exchange;
     /// Phase 5, after *gradient*: the backward of normalize, times `factor`, into the caller's matrix.
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()>;
+    /// After the loss, where the head has row terms: the gradients of this rank's m2 and m3, times `factor`, into the caller's arrays.
+    fn margin_gradients(&mut self, factor: f64, gradients: &MarginGradientArrays) -> Result<()>;
     /// Phase 5, sharded: the class centers' gradient and the optimizer, row by row. The calling thread runs `beside` meanwhile.
     fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Phase 5, replicated: the sampled class centers' gradient, for *center gradient*, which adds it up over the ranks.

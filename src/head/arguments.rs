@@ -1,10 +1,11 @@
 //! What callers pass in: checks of it, and copies from and to wherever it lies, in the host's memory or in the device's, which the
 //! host does not read.
 
-use super::{failure, Head, LossTarget, StepInput};
+use super::{failure, BackwardCall, Head, LossTarget, StepInput};
 use crate::device::{Device, Labels, UpdateCall};
 use crate::matrix::{check_address, Matrix};
 use crate::memory::{zeros, Buffer, Plain};
+use crate::row_terms::MarginGradientArrays;
 use crate::{ensure, error, Contribution, Result, Status};
 
 /// Checks of a step's arguments.
@@ -26,6 +27,9 @@ impl Head {
     /// A forward's embeddings lie where the device can use them; after `prepare` they and the labels fit what it had.
     pub(super) fn check_input(&self, input: StepInput) -> Result<StepInput> {
         self.check_memory("embeddings", &input.embeddings)?;
+        for (term, array) in input.terms.given() {
+            self.check_row_array(term.name(), array, input.embeddings.rows)?;
+        }
         match self.prepared.is_some() {
             true => self.check_prepared(input),
             false => Ok(input),
@@ -99,12 +103,37 @@ impl Head {
         Ok(gradient)
     }
 
+    pub(super) fn check_margin_gradients(&self, gradients: &MarginGradientArrays) -> Result<()> {
+        gradients.given().try_for_each(|(name, array)| self.check_row_array(name, array.cast_const(), self.backend.batch()))
+    }
+
+    /// A number for each row, of a head that has row terms.
+    fn check_row_array(&self, name: &str, array: *const f32, rows: usize) -> Result<()> {
+        ensure!(
+            self.options.row_terms,
+            InvalidArgument,
+            "{name} must be NULL for a head without row_terms, got {array:p} (rank {})",
+            self.rank()
+        );
+        check_address(name, array, rows as u64)?;
+        match rows {
+            0 => Ok(()),
+            _ => self.check_reachable(name, array),
+        }
+    }
+
     /// Whether the device can use a matrix where it lies.
     fn check_memory(&self, name: &str, matrix: &Matrix) -> Result<()> {
         match matrix.rows {
             0 => Ok(()),
             _ => self.check_reachable(name, matrix.data),
         }
+    }
+
+    pub(super) fn check_backward(&self, call: BackwardCall) -> Result<BackwardCall> {
+        self.check_factor("loss_weight", call.loss_weight)?;
+        self.check_factor("loss_scale", call.loss_scale)?;
+        Ok(call)
     }
 
     /// An update whose factor, unless the device alone can read it, is all in one number.

@@ -29,6 +29,7 @@ use crate::matrix::Matrix;
 pub use crate::optimizer::StateTensor;
 use crate::options::HeadOptions;
 use crate::protocol::LossPlace;
+use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::shard::Shard;
 use crate::{trace, Contribution, Error, Result};
 
@@ -40,11 +41,20 @@ enum CallState {
     Backwarded,
 }
 
-/// What a forward takes: this rank's embeddings, and their labels unless `prepare` had them.
+/// What a forward takes: this rank's embeddings, their labels unless `prepare` had them, and their row terms.
 #[derive(Clone, Copy, Debug)]
 pub struct StepInput {
     pub embeddings: Matrix,
     pub labels: Option<Labels>,
+    pub terms: RowTermArrays,
+}
+
+/// What a backward takes beside the matrix for the gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardCall {
+    pub loss_weight: f64,
+    pub loss_scale: f64,
+    pub margin_gradients: MarginGradientArrays,
 }
 
 /// Where a forward leaves its loss.

@@ -18,12 +18,13 @@
 
 use std::time::Instant;
 
-use super::{CallState, Head, LossTarget, Seconds, StepInput};
+use super::{BackwardCall, CallState, Head, LossTarget, Seconds, StepInput};
 use crate::device::{Labels, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{Matrix, ReduceOp};
 use crate::options::Placement;
 use crate::protocol::{Announcement, LossPlace, StepCall};
+use crate::row_terms::MarginGradientArrays;
 use crate::{trace, Contribution, Result};
 
 /// The calls that make up a step.
@@ -49,13 +50,21 @@ impl Head {
 
     /// Phase 5 for the embeddings; see `pfc_head_backward`.
     pub fn backward(&mut self, loss_weight: f64, loss_scale: f64, gradient: Contribution<Matrix>) -> Result<()> {
+        let call = BackwardCall { loss_weight, loss_scale, margin_gradients: MarginGradientArrays::NONE };
+        self.backward_with(Ok(call), gradient)
+    }
+
+    /// The same, and the gradients of the rows' margins; see `pfc_head_backward_with`.
+    pub fn backward_with(&mut self, call: Contribution<BackwardCall>, gradient: Contribution<Matrix>) -> Result<()> {
         self.check_usable()?;
         self.expect(CallState::Forwarded, "pfc_head_backward", "pfc_head_forward")?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
-        let factors = self.check_factor("loss_weight", loss_weight).and(self.check_factor("loss_scale", loss_scale));
+        if let Ok(call) = &call {
+            self.loss_weight = call.loss_weight;
+        }
+        let call = call.and_then(|call| self.check_backward(call));
         let gradient = gradient.and_then(|gradient| self.check_gradient(gradient, self.backend.batch()));
-        self.loss_weight = loss_weight;
         let start = Instant::now();
         let partial = self.embedding_gradient();
         let summed = self.scatter_gradient(&partial);
@@ -66,12 +75,18 @@ impl Head {
         }
         // The other ranks have their gradient either way. Without a weight there is nothing to update by: the step is abandoned.
         self.state = CallState::Idle;
-        factors?;
-        let finished = self.finish_gradient(loss_weight * loss_scale, gradient.as_ref().ok());
+        let BackwardCall { loss_weight, loss_scale, margin_gradients } = call?;
+        let checked = self.check_margin_gradients(&margin_gradients);
+        let factor = loss_weight * loss_scale;
+        let finished = self.finish_gradient(factor, gradient.as_ref().ok());
+        let finished = match checked.is_ok() {
+            true => finished.and(self.finish_margins(factor, &margin_gradients)),
+            false => finished,
+        };
         self.state = CallState::Backwarded;
         self.poison_unless_recoverable(finished)?;
         self.seconds.backward = start.elapsed().as_secs_f64();
-        gradient.map(|_| ())
+        gradient.map(|_| ()).and(checked)
     }
 
     /// Phase 5 for the class centers; see `pfc_head_update`.
@@ -233,7 +248,7 @@ impl Head {
     /// Phases 3 and 4: cosines, margins, softmax numerators and their sums over this rank's sample.
     fn compute_numerators(&mut self, input: Contribution<StepInput>) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope());
-        let computed = scope.host("forward", || input.and_then(|input| self.backend.forward(&input.embeddings)));
+        let computed = scope.host("forward", || input.and_then(|input| self.backend.forward(&input.embeddings, &input.terms)));
         self.seconds.forward = start.elapsed().as_secs_f64();
         computed
     }
@@ -282,6 +297,15 @@ impl Head {
     fn finish_gradient(&mut self, factor: f64, gradient: Option<&Matrix>) -> Result<()> {
         let factor = factor * self.options.gradient_scale;
         self.scope().host("finish gradient", || self.backend.finish_gradient(factor, gradient))
+    }
+
+    /// The gradients of the rows' margins, into the caller's arrays.
+    fn finish_margins(&mut self, factor: f64, gradients: &MarginGradientArrays) -> Result<()> {
+        if gradients.given().next().is_none() {
+            return Ok(());
+        }
+        let factor = factor * self.options.gradient_scale;
+        self.scope().host("margin gradients", || self.backend.margin_gradients(factor, gradients))
     }
 
     /// Phase 5: the class centers' gradient, summed over the ranks if each has all centers, and the optimizer. `beside` runs meanwhile.

@@ -90,6 +90,8 @@ pub struct Input {
     pub embeddings: Rows,
     pub labels: Vec<i64>,
     pub sample: Vec<i64>,
+    /// m2, m3 and weight of each row; `None`: those of the options.
+    pub terms: [Option<Vec<f32>>; 3],
 }
 
 impl Case {
@@ -126,6 +128,7 @@ impl Case {
             ignore_label: self.ignore_label,
             precision: Precision::Auto,
             gather_dtype: self.gather,
+            row_terms: self.row_terms(),
             workspace_limit: self.workspace_limit,
         }
     }
@@ -152,6 +155,27 @@ impl Case {
     /// Whether a step's gradient is kept for a later update: two steps of three, for some seeds.
     pub fn accumulates(&self, step: usize) -> bool {
         self.calls != Calls::Step && self.seed.is_multiple_of(7) && step % 3 != 2
+    }
+
+    /// Whether the head is one whose rows may have margins and weights of their own: for some seeds.
+    pub fn row_terms(&self) -> bool {
+        self.seed % 3 == 2
+    }
+
+    /// The terms of a rank's rows in a step: some of the three, of some ranks. Ignored rows have NaN.
+    fn terms(&self, step: usize, rank: usize, labels: &[i64]) -> [Option<Vec<f32>>; 3] {
+        let mut random = Random(self.seed ^ (1000 * step as u64 + rank as u64 + 7).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let given = random.below(8);
+        let mut draw = |term: usize, of: &mut dyn FnMut(&mut Random) -> f64| {
+            let has = self.row_terms() && self.calls != Calls::Step && (given >> term & 1 == 1 || given == 0);
+            let of_row = |&label: &i64| if Some(label) == self.ignore_label { f32::NAN } else { of(&mut random) as f32 };
+            has.then(|| labels.iter().map(of_row).collect())
+        };
+        [
+            draw(0, &mut |random| [0.0, random.between(-0.5, 0.5), random.between(0.0, 1.2 * self.m2.min(2.6))][random.below(3)]),
+            draw(1, &mut |random| random.between(0.0, 0.6)),
+            draw(2, &mut |random| [0.0, 1.0, random.between(0.1, 3.0)][random.below(3)]),
+        ]
     }
 
     /// Small enough that W moves by a few percent a step at most: what this test compares are steps, not the chaos of training.
@@ -195,7 +219,8 @@ impl Case {
                     Placement::Sharded => self.subset(self.shard(rank), &mut random),
                     Placement::Replicated => common.clone(),
                 };
-                Input { embeddings: Rows::new(&embeddings, self.dim, self.embeddings, self.padding), labels, sample }
+                let terms = self.terms(step, rank, &labels);
+                Input { embeddings: Rows::new(&embeddings, self.dim, self.embeddings, self.padding), labels, sample, terms }
             })
             .collect()
     }

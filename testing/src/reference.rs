@@ -6,7 +6,7 @@
 //! ```text
 //! z_ij   = scale * cos_ij, the target's z with margin, a filtered negative's 0
 //! loss_i = -log softmax(z_i)[y_i] = softplus(log sum over negatives of exp(z_ij) - z_iy)
-//! dz_ij  = p_ij for a negative, -(1 - p_iy) for the target
+//! dz_ij  = p_ij for a negative, -(1 - p_iy) for the target; times the row's weight, where rows have one
 //! dE_i   = d normalize: sum_j dz_ij * scale * psi'_ij * W^_j
 //! dW_j   = d normalize: sum_i dz_ij * scale * psi'_ij * E^_i
 //! ```
@@ -60,6 +60,14 @@ pub struct RankInput<'a> {
     pub sample: &'a [i64],
 }
 
+/// The margins and the weight of each row of a rank, where rows have their own.
+#[derive(Clone, Debug, Default)]
+pub struct RowTerms {
+    pub m2: Vec<f64>,
+    pub m3: Vec<f64>,
+    pub weight: Vec<f64>,
+}
+
 /// What a step comes to. The gradients are those of the mean loss: loss_weight, loss_scale and gradient_scale are left to the reader.
 #[derive(Clone, Debug, Default)]
 pub struct Step {
@@ -69,6 +77,9 @@ pub struct Step {
     pub valid_rows: usize,
     /// By rank: batch x d.
     pub grad_embeddings: Vec<Vec<f64>>,
+    /// By rank and row: by the row's m2 and by its m3, of the formula, however the margin's gradient by theta is taken.
+    pub grad_m2: Vec<Vec<f64>>,
+    pub grad_m3: Vec<Vec<f64>>,
     /// By rank: sample x d. Replicated: the sum over ranks, on each.
     pub grad_centers: Vec<Vec<f64>>,
     pub samples: Vec<Vec<i64>>,
@@ -121,26 +132,33 @@ impl Default for Conditioning {
 pub struct Target {
     pub psi: f64,
     pub slope: f64,
+    /// What a change of m2 does to psi.
+    pub by_m2: f64,
 }
 
 /// The margin at angle `theta`: psi = cos(m1 * theta + m2) - m3 and its derivative by cos(theta).
 pub fn target(margin: &Margin, theta: f64) -> Target {
-    let angle = margin.m1 * theta + margin.m2;
+    // Below 0 only where a row has an m2 of its own.
+    let angle = (margin.m1 * theta + margin.m2).max(0.0);
     let guarded = margin.guard && angle > PI;
-    let psi = if !guarded {
-        angle.cos() - margin.m3
+    let (sin_m2, cos_m2) = margin.m2.sin_cos();
+    let (psi, by_m2) = if !guarded {
+        (angle.cos() - margin.m3, -angle.sin())
     } else if margin.m1 == 1.0 {
         // Beyond m2 = 2.33 ArcFace's constant would let psi jump up.
-        theta.cos() - (margin.m2 * margin.m2.sin()).max(1.0 - margin.m2.cos()) - margin.m3
+        let (arcface, least) = (margin.m2 * sin_m2, 1.0 - cos_m2);
+        let by_m2 = if arcface > least { -sin_m2 - margin.m2 * cos_m2 } else { -sin_m2 };
+        (theta.cos() - arcface.max(least) - margin.m3, by_m2)
     } else {
-        theta.cos() - 1.0 - ((PI - margin.m2) / margin.m1).cos() - margin.m3
+        let edge = (PI - margin.m2) / margin.m1;
+        (theta.cos() - 1.0 - edge.cos() - margin.m3, -edge.sin() / margin.m1)
     };
     let slope = if guarded || margin.gradient == MarginGradient::StraightThrough {
         1.0
     } else {
         margin.m1 * angle.sin() / theta.sin().max(SMALLEST_SIN)
     };
-    Target { psi, slope }
+    Target { psi, slope, by_m2 }
 }
 
 /// A row divided by its norm, or zeros.
@@ -228,22 +246,35 @@ impl Head {
 
     /// Loss and gradients; changes nothing.
     pub fn forward(&self, inputs: &[RankInput]) -> Result<Step> {
+        let Margin { m2, m3, .. } = self.options.margin;
+        let terms = inputs.iter().map(|input| {
+            let all = |value: f64| vec![value; input.labels.len()];
+            RowTerms { m2: all(m2), m3: all(m3), weight: all(1.0) }
+        });
+        self.forward_with(inputs, &terms.collect::<Vec<_>>())
+    }
+
+    /// The same where rows have margins and weights of their own; by rank.
+    pub fn forward_with(&self, inputs: &[RankInput], terms: &[RowTerms]) -> Result<Step> {
         let d = self.options.embedding_dim as usize;
         self.check(inputs)?;
         let mut step = Step { samples: inputs.iter().map(|input| input.sample.to_vec()).collect(), ..Step::default() };
         let mut columns = self.columns(inputs);
         let valid = |label: &i64| Some(*label) != self.options.ignore_label;
         step.valid_rows = inputs.iter().flat_map(|input| input.labels).filter(|label| valid(label)).count();
-        let weight = if step.valid_rows == 0 { 0.0 } else { 1.0 / step.valid_rows as f64 };
+        let mean = if step.valid_rows == 0 { 0.0 } else { 1.0 / step.valid_rows as f64 };
 
-        for input in inputs {
+        for (input, terms) in inputs.iter().zip(terms) {
             let batch = input.labels.len();
+            let (mut grad_m2, mut grad_m3) = (vec![0.0; batch], vec![0.0; batch]);
             let mut grad = vec![0.0; batch * d];
             let (mut gross, mut tied) = (vec![0.0; batch], vec![0.0; batch]);
             let mut cosines = vec![0.0; batch];
             for (i, &label) in input.labels.iter().enumerate().filter(|(_, label)| valid(label)) {
                 let unit = Unit::of(&input.embeddings[i * d..][..d]);
-                let row = self.row(&unit, label, weight, &mut columns, &mut step);
+                let margin = Margin { m2: terms.m2[i], m3: terms.m3[i], ..self.options.margin };
+                let row = self.row(&unit, label, &margin, terms.weight[i] * mean, mean, &mut columns, &mut step);
+                (grad_m2[i], grad_m3[i]) = row.grad_margins;
                 grad[i * d..][..d].copy_from_slice(&unit.backward(&row.gradient));
                 gross[i] = row.gross * unit.inverse_norm;
                 tied[i] = row.tied * unit.inverse_norm;
@@ -253,6 +284,8 @@ impl Head {
             step.conditioning.gross_embeddings.push(gross);
             step.conditioning.tied_embeddings.push(tied);
             step.target_cosines.push(cosines);
+            step.grad_m2.push(grad_m2);
+            step.grad_m3.push(grad_m3);
         }
 
         let mut rest = columns.as_slice();
@@ -268,9 +301,19 @@ impl Head {
         Ok(step)
     }
 
-    /// One row against all columns: adds to the loss and to the columns' gradients.
-    fn row(&self, unit: &Unit, label: i64, weight: f64, columns: &mut [Column], step: &mut Step) -> Row {
-        let margin = &self.options.margin;
+    /// One row against all columns: adds to the loss and to the columns' gradients. `weight` is its own, times `mean`, which is every
+    /// row's share of the mean.
+    #[allow(clippy::too_many_arguments)] // The row, what is made of it, and where that goes.
+    fn row(
+        &self,
+        unit: &Unit,
+        label: i64,
+        margin: &Margin,
+        weight: f64,
+        mean: f64,
+        columns: &mut [Column],
+        step: &mut Step,
+    ) -> Row {
         let (scale, filter) = (margin.scale, margin.interclass_filter);
         let seen = &mut step.conditioning;
 
@@ -294,7 +337,7 @@ impl Head {
         }
         let (at, target_cosine) = target_at.expect("checked: positives are in the sample");
         let theta = unit.angle(&columns[at].unit);
-        let Target { psi, slope } = target(margin, theta);
+        let Target { psi, slope, by_m2 } = target(margin, theta);
         if margin.guard {
             seen.guard_distance = seen.guard_distance.min((margin.m1 * theta + margin.m2 - PI).abs());
         }
@@ -304,7 +347,7 @@ impl Head {
         let log_n = log_sum_exp(logits.iter().flatten().map(|logit| logit.0));
         let excess = log_n - scale * psi;
         step.loss += weight * softplus(excess);
-        step.top1 += weight * f64::from(u8::from(target_cosine >= best_negative));
+        step.top1 += mean * f64::from(u8::from(target_cosine >= best_negative));
         // 1 - p of the target, without the cancellation.
         let missing = sigmoid(excess);
         if log_n > f64::NEG_INFINITY {
@@ -313,7 +356,9 @@ impl Head {
         }
 
         // Gradients of the directions.
-        let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, tied: 0.0, target_cosine };
+        let by_m3 = weight * scale * missing;
+        let grad_margins = (-by_m2 * by_m3, by_m3);
+        let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, tied: 0.0, target_cosine, grad_margins };
         // A rank's numerators have an offset of their own where all of them are far.
         let mut rounded = Vec::new();
         if self.operands == Operands::Half {
@@ -468,6 +513,8 @@ struct Row {
     gross: f64,
     tied: f64,
     target_cosine: f64,
+    /// By m2 and by m3.
+    grad_margins: (f64, f64),
 }
 
 /// A row's operands of the gradients where they are rounded.

@@ -129,6 +129,7 @@ impl Vectors {
             ignore_label: None,
             precision: Precision::Auto,
             gather_dtype: None,
+            row_terms: false,
             workspace_limit: 0,
         }
     }

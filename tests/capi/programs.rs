@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
+use partialfc::capi::forward::{pfc_backward_options, pfc_forward_options};
 use partialfc::capi::head::{pfc_load_options, pfc_save_options};
 use partialfc::capi::metrics::pfc_metrics;
 use partialfc::capi::plan::pfc_plan_report;
@@ -307,7 +308,7 @@ fn structs_lie_in_c_and_python_as_in_rust() {
             struct_size, num_classes, embedding_dim, placement, sample_rate, seed, max_batch, scale, m1, m2, m3, interclass_filter,
             margin_gradient, margin_guard, optimizer, row_update, momentum, weight_decay, beta1, beta2, epsilon, gradient_scale,
             init_std, ignore_label, precision, gather_dtype, weight_dtype, state_dtype, residency, reserved, workspace_limit,
-            storage_path,
+            storage_path, row_terms, reserved_end,
         }
         pfc_margin { struct_size, scale, m1, m2, m3, interclass_filter, margin_gradient, margin_guard }
         pfc_optimizer { struct_size, kind, reserved, momentum, weight_decay, beta1, beta2, epsilon }
@@ -325,6 +326,8 @@ fn structs_lie_in_c_and_python_as_in_rust() {
             skipped_updates,
         }
         pfc_update_options { struct_size, learning_rate, factor, device_factor, reserved }
+        pfc_forward_options { struct_size, m2, m3, weight, reserved }
+        pfc_backward_options { struct_size, loss_weight, loss_scale, grad_m2, grad_m3, reserved }
         pfc_save_options { struct_size }
         pfc_load_options { struct_size }
         pfc_plan_report {

@@ -50,7 +50,7 @@ fn run(case: &Case, place: &Rank, start: &[f32]) -> Result<Found, Failure> {
     let (first, count) = head.shard();
     let shard = first as usize * case.dim..(first + count) as usize * case.dim;
     head.write_centers(first, &start[shard]).expect("start values");
-    let Input { mut embeddings, labels, sample } = case.inputs(0, start).swap_remove(place.rank);
+    let Input { mut embeddings, labels, sample, .. } = case.inputs(0, start).swap_remove(place.rank);
     let mut grad = Rows::output(labels.len(), case.dim);
     if case.given_sample {
         head.set_sample(&sample).expect("a sample");

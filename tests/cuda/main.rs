@@ -8,3 +8,4 @@ mod half;
 mod kernels;
 mod loss;
 mod pointers;
+mod row_terms;

@@ -10,6 +10,7 @@ mod factor;
 mod faults;
 mod reference;
 mod resume;
+mod row_terms;
 mod rows;
 mod sampling;
 mod start;

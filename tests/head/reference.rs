@@ -5,7 +5,7 @@ use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::Status;
 use partialfc_testing::numbers::{assert_close, relative_l2, widen, Random};
-use partialfc_testing::reference::{target, Head, RankInput, Step};
+use partialfc_testing::reference::{target, Head, RankInput, RowTerms, Step};
 use partialfc_testing::vectors::{Vectors, NAMES};
 
 const MARGIN: Margin =
@@ -27,6 +27,7 @@ fn options(margin: Margin, placement: Placement) -> HeadOptions {
         ignore_label: Some(-1),
         precision: Precision::Auto,
         gather_dtype: None,
+        row_terms: false,
         workspace_limit: 0,
     }
 }
@@ -133,6 +134,79 @@ fn gradients_are_the_finite_differences_of_the_loss() {
                 }
                 assert_close(&format!("{what}: dW"), &found, &differences, 3e-6);
             }
+        }
+    }
+}
+
+/// Of the margins and the weights of rows; and with them all other gradients still are what they should be.
+#[test]
+fn gradients_of_row_terms_are_finite_differences() {
+    let margins = [
+        MARGIN,
+        Margin { scale: 64.0, m1: 1.2, ..MARGIN },
+        Margin { guard: true, m2: 1.7, ..MARGIN },
+        Margin { guard: true, m1: 2.0, m2: 0.9, ..MARGIN },
+        // The formula's, where the embeddings' gradient is not.
+        Margin { gradient: MarginGradient::StraightThrough, ..MARGIN },
+    ];
+    let h = 1e-5;
+    for margin in margins {
+        for seed in 0..4 {
+            let (head, owned) = problem(margin, Placement::Sharded, seed);
+            let mut random = Random(seed + 5);
+            let terms: Vec<RowTerms> = owned
+                .iter()
+                .map(|own| {
+                    let mut draw = |from: f64, to: f64| own.labels.iter().map(|_| random.between(from, to)).collect::<Vec<f64>>();
+                    RowTerms { m2: draw(0.5 * margin.m2, margin.m2 + 0.3), m3: draw(0.0, 0.5), weight: draw(0.0, 2.0) }
+                })
+                .collect();
+            let at = |owned: &[Owned], terms: &[RowTerms]| {
+                let inputs: Vec<RankInput> =
+                    owned.iter().map(|o| RankInput { embeddings: &o.embeddings, labels: &o.labels, sample: &o.sample }).collect();
+                head.forward_with(&inputs, terms).expect("a valid step")
+            };
+            let step = at(&owned, &terms);
+            if step.conditioning.guard_distance < 1e-3 {
+                continue;
+            }
+            let what = format!("{margin:?} seed {seed}");
+            type Pick = fn(&mut RowTerms) -> &mut Vec<f64>;
+            let by = |pick: Pick| {
+                let mut slopes = Vec::new();
+                for rank in 0..owned.len() {
+                    for row in 0..owned[rank].labels.len() {
+                        slopes.push(slope(h, |by| {
+                            let mut moved = terms.clone();
+                            pick(&mut moved[rank])[row] += by;
+                            at(&owned, &moved).loss
+                        }));
+                    }
+                }
+                slopes
+            };
+            assert_close(&format!("{what}: dm2"), &step.grad_m2.concat(), &by(|terms| &mut terms.m2), 3e-6);
+            assert_close(&format!("{what}: dm3"), &step.grad_m3.concat(), &by(|terms| &mut terms.m3), 3e-6);
+            // The loss is linear in the weights.
+            let weighted: f64 = by(|terms| &mut terms.weight)
+                .iter()
+                .zip(terms.iter().flat_map(|terms| &terms.weight))
+                .map(|(slope, weight)| slope * weight)
+                .sum();
+            assert_close(&format!("{what}: weights"), &[weighted], &[step.loss], 1e-6);
+            if margin.gradient == MarginGradient::StraightThrough {
+                continue;
+            }
+            let differences: Vec<f64> = (0..owned[0].embeddings.len())
+                .map(|number| {
+                    slope(h, |by| {
+                        let mut moved = owned.clone();
+                        moved[0].embeddings[number] += by;
+                        at(&moved, &terms).loss
+                    })
+                })
+                .collect();
+            assert_close(&format!("{what}: dE"), &step.grad_embeddings[0], &differences, 3e-6);
         }
     }
 }

@@ -10,11 +10,12 @@ use partialfc_testing::training::{Batch, ADAMW};
 #[test]
 fn a_step_hands_over_the_bytes_that_the_plan_names() {
     for placement in [Placement::Sharded, Placement::Replicated] {
-        for sample_rate in [1.0, 0.5] {
+        for (sample_rate, row_terms) in [(1.0, false), (0.5, true)] {
             for (classes, dim, max_batch, batch) in [(101, 7, 6, 6), (64, 16, 9, 4), (33, 3, 1, 0)] {
                 for ranks in 1..=3 {
                     let gather_dtype = [None, Some(DType::F16), Some(DType::Bf16)][ranks as usize - 1];
-                    let options = HeadOptions { placement, sample_rate, gather_dtype, ..options(classes, dim, max_batch) };
+                    let options =
+                        HeadOptions { placement, sample_rate, gather_dtype, row_terms, ..options(classes, dim, max_batch) };
                     let report = plan(&to_c(&options), ranks, batch).expect("a plan");
                     let what =
                         format!("{placement:?} rate {sample_rate} {classes} x {dim}, {batch} of {max_batch} rows, {ranks} ranks");

@@ -43,7 +43,9 @@ impl Place {
             }
             "pfc_head_prepare"
             | "pfc_head_forward"
+            | "pfc_head_forward_with"
             | "pfc_head_backward"
+            | "pfc_head_backward_with"
             | "pfc_head_update"
             | "pfc_head_accumulate"
             | "pfc_head_step" => "step",

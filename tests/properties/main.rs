@@ -6,13 +6,14 @@ mod budget;
 
 use budget::{floor, Budget};
 use half::{bf16, f16};
+use partialfc::margin::Margin;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc_testing::capi::{Device, Failure, Head, Rows};
 use partialfc_testing::cases::{cases, large_cases, Calls, Case, Input, Sizes};
 use partialfc_testing::numbers::{distance, norm};
 use partialfc_testing::ranks::{on_ranks, Rank};
-use partialfc_testing::reference::{self, RankInput, Step};
+use partialfc_testing::reference::{self, RankInput, RowTerms, Step};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
@@ -20,6 +21,8 @@ use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunne
 struct RankStep {
     loss: f64,
     grad: Vec<f64>,
+    /// Of m2 and m3, where rows have their own.
+    grad_margins: Option<[Vec<f32>; 2]>,
     sample: Vec<i64>,
     /// W of the shard afterwards, if it was read.
     centers: Option<Vec<f32>>,
@@ -47,11 +50,12 @@ fn run(case: &Case, place: &Rank, start: &[f32]) -> Result<RankRun, Failure> {
 
 fn run_step(case: &Case, place: &Rank, head: &mut Head, start: &[f32], k: usize) -> Result<RankStep, Failure> {
     let input = |k: usize| case.inputs(k, start).swap_remove(place.rank);
-    let Input { mut embeddings, labels, sample } = input(k);
+    let Input { mut embeddings, labels, sample, terms } = input(k);
     let rate = case.learning_rate(k);
     let mut grad = Rows::new(&vec![-123.0; labels.len() * case.dim], case.dim, case.grads, case.padding);
     let give = |head: &mut Head, sample: &[i64]| if case.given_sample { head.set_sample(sample) } else { Ok(()) };
     let (loss, ids);
+    let mut grad_margins = None;
     match case.calls {
         Calls::Step => {
             give(head, &sample)?;
@@ -67,14 +71,21 @@ fn run_step(case: &Case, place: &Rank, head: &mut Head, start: &[f32], k: usize)
             }
             // After prepare the labels may be left out or said again.
             let again = case.calls == Calls::Separate || k % 2 == 1;
-            loss = head.forward(&mut embeddings, again.then_some(labels.as_slice()))?;
+            let again = again.then_some(labels.as_slice());
+            loss = match case.row_terms() {
+                true => head.forward_with(&mut embeddings, again, &terms)?,
+                false => head.forward(&mut embeddings, again)?,
+            };
             ids = head.sample_ids()?;
             if case.calls == Calls::Ahead && k + 1 < case.steps {
                 let next = input(k + 1);
                 give(head, &next.sample)?;
                 head.prepare(&next.labels)?;
             }
-            head.backward(case.loss_weight, case.loss_scale, &mut grad)?;
+            match case.row_terms() {
+                true => grad_margins = Some(head.backward_with(case.loss_weight, case.loss_scale, &mut grad)?),
+                false => head.backward(case.loss_weight, case.loss_scale, &mut grad)?,
+            }
             match case.factor(k) {
                 _ if case.accumulates(k) => head.accumulate()?,
                 1.0 => head.update(rate)?,
@@ -83,7 +94,7 @@ fn run_step(case: &Case, place: &Rank, head: &mut Head, start: &[f32], k: usize)
         }
     }
     let centers = case.peek.then(|| head.centers());
-    Ok(RankStep { loss, grad: grad.values(), sample: ids, centers })
+    Ok(RankStep { loss, grad: grad.values(), grad_margins, sample: ids, centers })
 }
 
 /// Runs the case and compares it with the reference head of `judge`, which are the case's own options but for planted faults.
@@ -148,7 +159,15 @@ fn judge_step(case: &Case, head: &reference::Head, inputs: &[Input], ran: &[&Ran
     let rank_inputs: Vec<RankInput> = (0..case.ranks())
         .map(|rank| RankInput { embeddings: &embeddings[rank], labels: &inputs[rank].labels, sample: samples[rank] })
         .collect();
-    let step = head.forward(&rank_inputs).map_err(|e| format!("the reference refuses: {e}"))?;
+    let Margin { m2, m3, .. } = head.options.margin;
+    let terms = inputs.iter().map(|input| {
+        let of = |term: usize, default: f64| match &input.terms[term] {
+            Some(values) if head.options.row_terms => widen(values),
+            _ => vec![default; input.labels.len()],
+        };
+        RowTerms { m2: of(0, m2), m3: of(1, m3), weight: of(2, 1.0) }
+    });
+    let step = head.forward_with(&rank_inputs, &terms.collect::<Vec<_>>()).map_err(|e| format!("the reference refuses: {e}"))?;
     let seen = &step.conditioning;
     if seen.filter_distance < 1e-5 || seen.guard_distance < 1e-5 {
         return Ok(None);
@@ -197,6 +216,18 @@ fn compare_step(case: &Case, step: &Step, ran: &[&RankStep], allowance: budget::
             ensure(off <= allowed, || {
                 format!("dE of rank {rank} row {i} is off by {off:e}, allowed {allowed:e}: {found:?}, expected {truth:?}")
             })?;
+        }
+        let Some(margins) = &found.grad_margins else { continue };
+        for (name, found, truth) in [("m2", &margins[0], &step.grad_m2[rank]), ("m3", &margins[1], &step.grad_m3[rank])] {
+            for (i, (&found, &truth)) in found.iter().zip(truth).enumerate() {
+                let (truth, by_m3) = (factor * truth, factor * step.grad_m3[rank][i]);
+                // A slope near 0 is a rounded one, too.
+                let allowed = allowance.relative * truth.abs() + allowance.gross * by_m3 + factor * floor(step);
+                let off = (f64::from(found) - truth).abs();
+                ensure(off <= allowed, || {
+                    format!("d{name} of rank {rank} row {i} is {found:e}, expected {truth:e}, allowed {allowed:e}")
+                })?;
+            }
         }
     }
     Ok(())
@@ -358,6 +389,15 @@ fn known_cases() {
         Case { seed: 7, steps: 6, ..plain() },
         Case { seed: 35, steps: 6, rows: partialfc::options::RowUpdate::Dense, rate: 0.3, peek: false, ..plain() },
         Case { seed: 7, steps: 5, placement: Placement::Replicated, calls: Calls::Ahead, adamw: true, rate: 0.3, ..plain() },
+        // Margins and weights of the rows' own: with guard, straight-through, far rows, micro-batches, a prepared step, ignored rows.
+        Case { seed: 2, ..plain() },
+        Case { seed: 5, m2: 1.5, guard: true, placement: Placement::Replicated, ..plain() },
+        Case { seed: 8, gradient: partialfc::margin::MarginGradient::StraightThrough, calls: Calls::Ahead, ..plain() },
+        Case { seed: 14, steps: 6, rows: partialfc::options::RowUpdate::Dense, rate: 0.3, adamw: true, ..plain() },
+        Case { seed: 11, scale: 128.0, classes: 3, dim: 2, batches: vec![9, 0, 6], rate: 1.0, m1: 1.3, ..plain() },
+        Case { seed: 17, ignore_label: Some(-1), ignored: 0.4, batches: vec![8, 5, 1], workspace_limit: 1, ..plain() },
+        Case { seed: 20, ignore_label: Some(-1), ignored: 0.4, placement: Placement::Replicated, steps: 5, ..plain() },
+        Case { seed: 23, calls: Calls::Step, ..plain() },
         // The caller's sample is larger than any draw.
         Case { placement: Placement::Replicated, rate: 0.497, given_sample: true, batches: vec![2, 1], dim: 2, seed: 3, ..plain() },
     ];
@@ -405,6 +445,9 @@ fn planted_faults_are_caught() {
         plant(&mut options);
         assert!(check(&case, options).is_err(), "a fault in {name} goes unseen");
     }
+    let case = Case { seed: 2, ..plain() };
+    let options = HeadOptions { row_terms: false, ..case.options() };
+    assert!(check(&case, options).is_err(), "terms of the rows' own go unseen");
 }
 
 fn sgd(options: &mut HeadOptions) -> &mut partialfc::optimizer::Sgd {

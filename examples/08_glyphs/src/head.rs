@@ -9,6 +9,7 @@ use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix, ReduceOp};
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::row_terms::RowTermArrays;
 use partialfc::{Error, Result, Status};
 
 /// A rank's end of a group of threads.
@@ -73,6 +74,7 @@ pub fn arcface(classes: usize, dim: usize, max_batch: usize) -> HeadOptions {
         ignore_label: None,
         precision: Precision::Auto,
         gather_dtype: None,
+        row_terms: false,
         workspace_limit: 0,
     }
 }
@@ -96,6 +98,7 @@ impl Head {
         let input = StepInput {
             embeddings: Matrix { data, dtype: DType::F32, rows, cols, row_stride: cols },
             labels: Some(Labels { data: labels.as_ptr(), count: rows }),
+            terms: RowTermArrays::NONE,
         };
         self.0.step(Ok((input, Matrix::of_f32(gradient, rows, cols))), learning_rate, LossTarget::Host)
     }

@@ -6,6 +6,7 @@ use crate::capi::array;
 use crate::capi::status::pfc_status;
 use crate::capi::types::{matrix, pfc_matrix};
 use crate::head::{Head, Labels, StateTensor, StepInput};
+use crate::row_terms::RowTermArrays;
 use crate::{ensure, error, Result};
 
 pub(super) unsafe fn rows(
@@ -37,12 +38,12 @@ pub(super) fn state_tensor(code: i32) -> Result<StateTensor> {
     }
 }
 
-pub(super) unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const i64) -> Result<StepInput> {
+pub(in crate::capi) unsafe fn step_input(head: &Head, embeddings: *const pfc_matrix, labels: *const i64) -> Result<StepInput> {
     let embeddings = matrix("embeddings", embeddings, head.embedding_dim())?;
     // An empty batch needs no labels: the pointer of an empty array may be NULL.
     let given = !labels.is_null() || embeddings.rows == 0;
     let labels = if given { Some(label_argument(labels, embeddings.rows as u64)?) } else { None };
-    Ok(StepInput { embeddings, labels })
+    Ok(StepInput { embeddings, labels, terms: RowTermArrays::NONE })
 }
 
 pub(super) fn label_argument(labels: *const i64, batch: u64) -> Result<Labels> {

@@ -41,7 +41,7 @@ impl Messages {
             embeddings_recv: Buffer::zeroed(if_sharded(ranks * embeddings), "gathered embeddings")?,
             send_row: zeros(&[dim], "a row to gather")?,
             send_scales: zeros(&[if gather_dtype == DType::F16 { if_sharded(max_batch) } else { 0 }], "scales of rows to gather")?,
-            sums: zeros(&[if_sharded(protocol::sum_elements(rows, &spec.options.margin))], "row sums")?,
+            sums: zeros(&[if_sharded(protocol::sum_elements(rows, &spec.options))], "row sums")?,
             replicated_sums: zeros(&[REPLICATED_TOTALS + REPLICATED_SLOT * ranks], "replicated sums")?,
             gradient_send: Buffer::zeroed(if_sharded(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,

@@ -6,6 +6,7 @@ use super::accumulation::Accumulation;
 use super::buffers::{copied, resize, Activations, Messages};
 use super::pool::Pool;
 use super::products::Shape;
+use super::row_terms::TermFigures;
 use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::{AvailableMemory, Sizes};
@@ -19,6 +20,7 @@ use crate::memory::{reserve, Buffer, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
 use crate::protocol::{self, Announcement, LossPlace};
+use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::{Contribution, Error, Result};
 
 /// Rows of a batch that one task normalizes or finishes.
@@ -74,6 +76,8 @@ pub(super) struct StepState {
     pub(super) offsets: Vec<f32>,
     pub(super) row_sums: Vec<f32>,
     pub(super) best_negatives: Vec<f32>,
+    /// Empty without row terms.
+    pub(super) terms: TermFigures,
     pub(super) totals: Vec<f64>,
     pub(super) valid_rows: u64,
     pub(super) loss: f64,
@@ -166,6 +170,9 @@ impl CpuHead {
         ] {
             resize(vector, shape.rows)?;
         }
+        if self.spec.options.row_terms {
+            step.terms.resize(shape.rows)?;
+        }
         resize(&mut step.center_inverse_norms, shape.classes)?;
         resize(&mut step.totals, shape.chunks())?;
         resize(&mut step.bad_rows, shape.rows.div_ceil(ROWS_A_TASK))?;
@@ -192,7 +199,7 @@ impl CpuHead {
         let (padded, sharded) = (self.padded_rows(), self.sharded());
         let CpuHead { spec, pool, rows: centers, step, replay, activations, .. } = self;
         let Activations { units, tangents, scratch, .. } = activations;
-        let StepState { draft, shape, bad_rows, inverse_norms, target_logits, target_cosines, derivatives, .. } = step;
+        let StepState { draft, shape, bad_rows, inverse_norms, target_logits, target_cosines, derivatives, terms, .. } = step;
         let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
         let margin = &spec.options.margin;
         let tasks = rows.div_ceil(ROWS_A_TASK);
@@ -201,6 +208,7 @@ impl CpuHead {
         let (scratch, normalized, inverse_norms) = (scratch.parts(), units.parts(), Parts::of(inverse_norms));
         let tangents = tangents.parts();
         let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
+        let (has_terms, angles) = (spec.options.row_terms, Parts::of(&mut terms.angles));
         pool.run(tasks, &|task, worker| {
             // SAFETY: a worker number belongs to one thread, a row to one task.
             let (raw, rest) = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
@@ -241,9 +249,14 @@ impl CpuHead {
                     let angle = margin::angle(raw, inverse, center, center_inverse);
                     let tangent = unsafe { tangents.range(row * pitch..row * pitch + dim) };
                     margin::tangent(raw, inverse, center, center_inverse, angle, tangent);
+                    cell(&cosines, margin::cosine(angle) as f32);
+                    if has_terms {
+                        // The row's rank alone knows its margin.
+                        unsafe { angles.range(row..row + 1)[0] = angle };
+                        continue;
+                    }
                     let target = margin.target(angle);
                     cell(&logits, target.logit as f32);
-                    cell(&cosines, margin::cosine(angle) as f32);
                     cell(&derivatives, target.derivative as f32);
                 }
             }
@@ -387,8 +400,9 @@ impl HeadDevice for CpuHead {
         )
     }
 
-    fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+    fn forward(&mut self, embeddings: &Matrix, terms: &RowTermArrays) -> Result<()> {
         self.replay = self.rows.replay()?;
+        self.take_terms(terms);
         self.embed(embeddings);
         if let Some(row) = self.step.bad_row {
             let (rank, number) = if self.sharded() { self.step.draft.origin(row) } else { (self.spec.rank as usize, row) };
@@ -483,6 +497,11 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
+    fn margin_gradients(&mut self, factor: f64, gradients: &MarginGradientArrays) -> Result<()> {
+        self.write_margin_gradients(factor, gradients);
+        Ok(())
+    }
+
     fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         if !protocol::is_factor(update.factor) {
             self.skipped_updates += 1;
@@ -506,27 +525,7 @@ impl HeadDevice for CpuHead {
             self.skipped_updates += 1;
             return Ok(());
         }
-        let UpdateCall { learning_rate, factor, .. } = update;
-        let CpuHead { pool, rows: centers, step, replay, messages, .. } = self;
-        let StepState { draft, shape, totals, .. } = step;
-        let dim = shape.dim;
-        let rows = centers.updating(replay, learning_rate);
-        let (totals, gradients) = (Parts::of(totals), messages.center_gradient.parts());
-        pool.run(shape.chunks(), &|chunk, _| {
-            let mut squares = 0.0;
-            for column in shape.chunk(chunk) {
-                // SAFETY: a column is in one chunk, a chunk in one task.
-                let gradient = unsafe { gradients.range(column * dim..(column + 1) * dim) };
-                vector::scale(gradient, factor as f32);
-                squares += vector::sum_of_squares(gradient);
-                // SAFETY: as above.
-                unsafe { rows.apply(draft.sample.row(column), gradient) };
-            }
-            unsafe { totals.range(chunk..chunk + 1)[0] = squares };
-        });
-        let verdict = rows.verdict();
-        self.step.grad_centers = self.step.totals.iter().sum();
-        verdict.and(self.count_update(learning_rate))
+        self.apply_pass(update)
     }
 
     fn accumulate(&mut self, loss_weight: f64) -> Result<()> {

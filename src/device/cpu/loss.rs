@@ -7,25 +7,37 @@ use crate::protocol::{self, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::{Error, Result, Status};
 
 impl CpuHead {
-    /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else.
-    fn finish_row(&mut self, row: usize, sum: f64, logit: f32, only_target: bool) -> std::result::Result<f64, ()> {
-        let (margin, step) = (&self.spec.options.margin, &self.step);
+    /// Loss, coefficient and factor of a row from its reduced sums; `only_target`: its sample holds nothing else. `target` is the
+    /// target's logit, or with row terms its angle.
+    fn finish_row(&mut self, row: usize, sum: f64, target: f32, only_target: bool) -> std::result::Result<f64, ()> {
+        let (margin, step, has_terms) = (&self.spec.options.margin, &self.step, self.spec.options.row_terms);
         if step.target_cosines[row] == IGNORED || only_target {
             (self.step.coefficients[row], self.step.factors[row]) = (0.0, 0.0);
+            if has_terms {
+                self.step.terms.keep_gradients(row, 0.0, None);
+            }
             return Ok(0.0);
         }
-        let (logit, offset) = (f64::from(logit), margin.offset());
+        let own = has_terms.then(|| step.terms.target(margin, row, target, step.target_cosines[row]));
+        let (logit, derivative, weight) = match &own {
+            Some(own) => (own.logit, own.derivative, own.weight),
+            None => (f64::from(target), f64::from(step.derivatives[row]), 1.0),
+        };
+        let offset = margin.offset();
         let denominator = sum + (logit - offset).exp();
         // Without a negative on this rank there is nothing to weigh, and where the other ranks' are far 1 / L would leave float32.
         let alone = margin.has_row_offsets() && step.best_negatives[row] == ELSEWHERE;
-        let factor = if alone { 0.0 } else { (margin.scale / denominator * self.own_offset_factor(row)) as f32 };
+        let factor = if alone { 0.0 } else { (weight * margin.scale / denominator * self.own_offset_factor(row)) as f32 };
         if sum.is_nan() || sum <= 0.0 || denominator.is_infinite() || !factor.is_finite() {
             return Err(());
         }
-        let coefficient = (-margin.scale * (sum / denominator) * f64::from(step.derivatives[row])) as f32;
-        (self.step.coefficients[row], self.step.factors[row]) = (coefficient, factor);
+        let steepness = weight * margin.scale * (sum / denominator);
+        (self.step.coefficients[row], self.step.factors[row]) = ((-steepness * derivative) as f32, factor);
+        if has_terms {
+            self.step.terms.keep_gradients(row, steepness, own.as_ref());
+        }
         let excess = sum.ln() + offset - logit;
-        Ok(excess.max(0.0) + (-excess.abs()).exp().ln_1p())
+        Ok(weight * (excess.max(0.0) + (-excess.abs()).exp().ln_1p()))
     }
 
     /// What takes numerators relative to the row's offset on this rank to those relative to c.
@@ -42,8 +54,8 @@ impl CpuHead {
     /// This rank's part of *sums*: its own N and zt, or zeros and an error.
     pub(super) fn pack_sharded_sums(&mut self, outcome: &Result<()>, rank: usize) -> Exchange {
         let rows = self.step.draft.labels.len();
-        let margin = &self.spec.options.margin;
-        let count = protocol::sum_elements(rows, margin);
+        let (margin, has_terms) = (&self.spec.options.margin, self.spec.options.row_terms);
+        let (count, terms_start) = (protocol::sum_elements(rows, &self.spec.options), protocol::terms_start(rows, margin));
         let sums = &mut self.messages.sums[..count];
         sums.fill(0.0);
         // NOT_FINITE was found in what all ranks gathered: all know it already.
@@ -52,7 +64,13 @@ impl CpuHead {
                 let step = &self.step;
                 sums[..rows].copy_from_slice(&step.row_sums[..rows]);
                 sums[rows..2 * rows].copy_from_slice(&step.target_logits[..rows]);
-                let (near, rest) = sums.split_at_mut(2 * rows);
+                if has_terms {
+                    sums[rows..2 * rows].iter_mut().zip(&step.terms.angles).for_each(|(sent, &angle)| *sent = angle as f32);
+                    for (sent, values) in sums[terms_start..].chunks_exact_mut(rows.max(1)).zip(&step.terms.terms) {
+                        sent.copy_from_slice(&values[..rows]);
+                    }
+                }
+                let (near, rest) = sums[..terms_start].split_at_mut(2 * rows);
                 let (totals, far) = rest.split_at_mut(TOTALS);
                 for (row, far) in far.iter_mut().enumerate().filter(|&(row, _)| step.offsets[row] != self.softmax.offset) {
                     *far = protocol::far_sum(std::mem::take(&mut near[row]), step.offsets[row], margin);
@@ -73,7 +91,7 @@ impl CpuHead {
         let slot = REPLICATED_TOTALS + REPLICATED_SLOT * rank;
         let verdict = match outcome {
             Ok(()) => self.own_loss(),
-            Err(error) => Err((error.status, self.step.bad_row.unwrap_or(0) as f64)),
+            Err(error) => Err((error.status, self.step.bad_row.unwrap_or(0) as f64, 0.0)),
         };
         match verdict {
             Ok(loss) => {
@@ -83,23 +101,30 @@ impl CpuHead {
                 self.messages.replicated_sums[1] = self.step.draft.valid_rows as f64;
                 self.messages.replicated_sums[slot + 2] = self.step.draft.sample.digest();
             }
-            Err((status, row)) => {
+            Err((status, row, value)) => {
                 self.messages.replicated_sums[slot] = f64::from(status as i32);
-                self.messages.replicated_sums[slot + 1] = row;
+                (self.messages.replicated_sums[slot + 1], self.messages.replicated_sums[slot + 2]) = (row, value);
             }
         }
         let data = self.messages.replicated_sums.as_mut_ptr();
         Exchange::host(data, data, self.messages.replicated_sums.len(), DType::F64)
     }
 
-    /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32.
-    fn own_loss(&mut self) -> std::result::Result<f64, (Status, f64)> {
+    /// The sum of this rank's losses; or the status and, below 0, the row of a sum that leaves float32, or the row and its term that is
+    /// out of its range, and the value of that.
+    fn own_loss(&mut self) -> std::result::Result<f64, (Status, f64, f64)> {
+        if let Some((term, row, value)) = self.bad_term() {
+            return Err((Status::InvalidArgument, protocol::term_word(term, row), value.into()));
+        }
         let only_target = self.step.shape.classes <= 1;
         let mut loss = 0.0;
         for row in 0..self.step.shape.rows {
-            let (sum, logit) = (self.step.row_sums[row], self.step.target_logits[row]);
-            let sum = f64::from(sum) * self.own_offset_factor(row);
-            loss += self.finish_row(row, sum, logit, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64))?;
+            let sum = f64::from(self.step.row_sums[row]) * self.own_offset_factor(row);
+            let target = match self.spec.options.row_terms {
+                true => self.step.terms.angles[row] as f32,
+                false => self.step.target_logits[row],
+            };
+            loss += self.finish_row(row, sum, target, only_target).map_err(|()| (Status::NotFinite, -1.0 - row as f64, 0.0))?;
         }
         Ok(loss)
     }
@@ -111,13 +136,23 @@ impl CpuHead {
         let totals = &self.messages.sums[2 * rows..2 * rows + TOTALS];
         let (cosines, errors, classes) = (totals[0], totals[2], totals[3]);
         protocol::judge_errors(errors, self.spec.rank as usize)?;
+        if self.spec.options.row_terms {
+            let terms_start = protocol::terms_start(rows, &self.spec.options.margin);
+            let count = protocol::sum_elements(rows, &self.spec.options);
+            let sent = self.messages.sums[terms_start..count].chunks_exact(rows.max(1));
+            sent.zip(&mut self.step.terms.terms).for_each(|(sent, values)| values.copy_from_slice(sent));
+            if let Some((term, row, value)) = self.bad_term() {
+                let (origin, number) = self.step.draft.origin(row);
+                return Err(protocol::bad_term(term, value, number, origin));
+            }
+        }
         self.step.valid_rows = self.step.draft.valid_rows as u64;
         self.step.target_cosine_sum = f64::from(cosines);
         let mut loss = 0.0;
         for row in 0..rows {
             let far = if has_far { self.messages.sums[2 * rows + TOTALS + row] } else { 0.0 };
-            let (sum, logit) = (protocol::whole_sum(self.messages.sums[row], far), self.messages.sums[rows + row]);
-            loss += self.finish_row(row, sum, logit, classes <= 1.0).map_err(|()| {
+            let (sum, target) = (protocol::whole_sum(self.messages.sums[row], far), self.messages.sums[rows + row]);
+            loss += self.finish_row(row, sum, target, classes <= 1.0).map_err(|()| {
                 let (origin, number) = self.step.draft.origin(row);
                 protocol::bad_sum(number, origin)
             })?;
@@ -133,6 +168,9 @@ impl CpuHead {
                 None => {}
                 Some(Status::NotFinite) if row < 0.0 => return Err(protocol::bad_sum((-row - 1.0) as usize, other)),
                 Some(Status::NotFinite) => return Err(protocol::bad_embedding(row as usize, other)),
+                Some(Status::InvalidArgument) if row < 0.0 => {
+                    return Err(protocol::bad_term_of(row, self.messages.replicated_sums[slot(other) + 2], other));
+                }
                 Some(status) => return Err(Error::remote(other, status as i64)),
             }
         }

@@ -8,6 +8,7 @@ mod nearest;
 mod passes;
 mod pool;
 mod products;
+mod row_terms;
 mod rows;
 mod sample;
 mod sizes;

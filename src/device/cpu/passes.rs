@@ -7,6 +7,7 @@ use super::products::{self, ForwardOutput, Pass, UpdateInput};
 use super::rows::{HostRows, UpdatingRows};
 use super::sample::Sample;
 use super::vector::{self, Softmax};
+use crate::device::UpdateCall;
 use crate::memory::{Buffer, Parts};
 use crate::optimizer::Replay;
 use crate::Result;
@@ -158,6 +159,31 @@ impl CpuHead {
         let prefetch = |column: usize| shard.prefetch(step.draft.sample.row(column));
         products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, || ());
         step.totals = totals;
+    }
+
+    /// Phase 5 for W, replicated: the optimizer on the gradient that the ranks have summed.
+    pub(super) fn apply_pass(&mut self, update: UpdateCall) -> Result<()> {
+        let UpdateCall { learning_rate, factor, .. } = update;
+        let CpuHead { pool, rows: centers, step, replay, messages, .. } = self;
+        let StepState { draft, shape, totals, .. } = step;
+        let dim = shape.dim;
+        let rows = centers.updating(replay, learning_rate);
+        let (totals, gradients) = (Parts::of(totals), messages.center_gradient.parts());
+        pool.run(shape.chunks(), &|chunk, _| {
+            let mut squares = 0.0;
+            for column in shape.chunk(chunk) {
+                // SAFETY: a column is in one chunk, a chunk in one task.
+                let gradient = unsafe { gradients.range(column * dim..(column + 1) * dim) };
+                vector::scale(gradient, factor as f32);
+                squares += vector::sum_of_squares(gradient);
+                // SAFETY: as above.
+                unsafe { rows.apply(draft.sample.row(column), gradient) };
+            }
+            unsafe { totals.range(chunk..chunk + 1)[0] = squares };
+        });
+        let verdict = rows.verdict();
+        self.step.grad_centers = self.step.totals.iter().sum();
+        verdict.and(self.count_update(learning_rate))
     }
 }
 

@@ -12,6 +12,9 @@ use crate::{ensure, Result};
 /// Figures of a row that a step keeps: norms, logits, cosines, sums, target columns and the like.
 const ROW_FIGURES: usize = 16;
 
+/// The same with row terms: terms, angle, gradients, and the terms in the message.
+const ROW_TERM_FIGURES: usize = 10;
+
 /// Elements of a head's buffers, from capacities: the largest batch and sample there can be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
@@ -68,8 +71,8 @@ impl Sizes {
         // Blocks of the gradient and of the embeddings, or the replicated gradient.
         let exchanges = if sharded { block } else { max_batch * dim + classes * dim };
         let embedded = if sharded { block * options.gathered_dtype(Precision::F32).size() } else { 0 };
-        let elements =
-            embeddings + exchanges + self.weighted_centers + self.scratch + self.split_rows + classes + ROW_FIGURES * rows;
+        let figures = ROW_FIGURES + if options.row_terms { ROW_TERM_FIGURES } else { 0 };
+        let elements = embeddings + exchanges + self.weighted_centers + self.scratch + self.split_rows + classes + figures * rows;
         // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
         let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
         let labels = 4 * ranks * max_batch + max_batch;

@@ -114,6 +114,7 @@ entries! {
         pack_embeddings(MatrixView, u64);
         normalize_embeddings(MatrixView);
         judge_embeddings();
+        take_terms(Address, Address, Address);
         find_targets(MatrixView);
     }
     "start" {
@@ -136,6 +137,7 @@ entries! {
     "gradient" {
         embedding_gradient();
         finish_gradient(f64, MatrixView);
+        margin_gradients(f64, Address, Address);
         sum_squares(i32);
     }
     "update" {

@@ -36,6 +36,8 @@ pub(crate) mod fault {
     pub(crate) const SUMS: i32 = 8;
     /// The gather brought back rank `rank`'s block of labels wrongly: `row` is a `BlockFault`, `value` the rank or batch that it names.
     pub(crate) const BLOCK: i32 = 9;
+    /// A row's own term is out of its range: `row` is 3 * row + term, `value` its bits.
+    pub(crate) const TERM: i32 = 10;
 }
 
 macro_rules! structures {
@@ -213,6 +215,9 @@ structures! {
         best_negatives: *mut f32,
         shifts: *mut f32,
         far_tiles: *mut u32,
+        terms: *mut f32,
+        angles: *mut f64,
+        margin_gradients: *mut f32,
         partial_sums: *mut f32,
         partial_best: *mut f32,
         center_operand: *mut u16,
@@ -288,7 +293,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 680);
+    assert!(std::mem::size_of::<HeadArrays>() == 704);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.
@@ -449,6 +454,7 @@ mod tests {
             ("kTotals", crate::protocol::TOTALS as i64),
             ("kTotals", crate::protocol::REPLICATED_TOTALS as i64),
             ("kSlot", crate::protocol::REPLICATED_SLOT as i64),
+            ("kInvalidArgument", Status::InvalidArgument as i64),
             ("kComm", Status::Comm as i64),
             ("kRemote", Status::Remote as i64),
             ("kMismatch", Status::Mismatch as i64),
@@ -464,6 +470,7 @@ mod tests {
             ("kFaultSamples", fault::SAMPLES.into()),
             ("kFaultSums", fault::SUMS.into()),
             ("kFaultBlock", fault::BLOCK.into()),
+            ("kFaultTerm", fault::TERM.into()),
             ("kBlockChanged", BlockFault::Changed as i64),
             ("kBlockMisplaced", BlockFault::Misplaced as i64),
             ("kBlockBatch", BlockFault::Batch as i64),

@@ -16,11 +16,12 @@ pub(super) const COPIED_BYTES: usize = 16 << 20;
 pub(super) struct Staging {
     matrix: Option<DeviceBuffer<u8>>,
     classes: Option<DeviceBuffer<u32>>,
+    row_arrays: Option<DeviceBuffer<f32>>,
 }
 
 impl Staging {
     pub fn new() -> Staging {
-        Staging { matrix: None, classes: None }
+        Staging { matrix: None, classes: None, row_arrays: None }
     }
 
     /// A matrix that the kernels which `stream` runs next read.
@@ -71,6 +72,12 @@ impl Staging {
         // SAFETY: as in `upload`.
         unsafe { stream.upload(buffer.as_mut_ptr().cast(), classes.as_ptr().cast(), size_of_val(classes)) }?;
         Ok(buffer.as_mut_ptr())
+    }
+
+    /// Three arrays with a number for each row of a batch.
+    pub fn row_arrays(&mut self, stream: &Stream, max_batch: usize) -> Result<[*mut f32; 3]> {
+        let first = grown(&mut self.row_arrays, stream, 3 * max_batch, "the rows' terms")?.as_mut_ptr();
+        Ok([0, 1, 2].map(|number| first.wrapping_add(number * max_batch)))
     }
 
     fn compact(&mut self, stream: &Stream, matrix: &Matrix) -> Result<MatrixView> {

@@ -266,6 +266,61 @@ void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtyp
                   what);
 }
 
+// The terms of this rank's rows, some given and the others the options'; angles in place of logits.
+void test_terms(bool sharded, unsigned given, const Launch& launch) {
+    Shape shape;
+    shape.sharded = sharded;
+    RowHead head(shape, 4 + given);
+    head.allow_terms();
+    head.arrays.margin.m3 = 0.25;
+    const uint32_t rows = head.block.rows, own = head.block.own_rows;
+    const uint32_t pitch = head.arrays.row_capacity;
+    const float defaults[3] = {0.5f, 0.25f, 1.0f};
+    std::vector<float> values[3];
+    const float* there[3] = {nullptr, nullptr, nullptr};
+    for (unsigned term = 0; term < 3; ++term) {
+        for (uint32_t i = 0; i < own; ++i) {
+            values[term].push_back(given >> term & 1 ? head.uniform() : defaults[term]);
+        }
+        if (given >> term & 1) {
+            float* const copy = head.memory.make<float>(own);
+            head.memory.put(copy, values[term]);
+            there[term] = copy;
+        }
+    }
+    head.launch(launch, "take_terms", there[0], there[1], there[2]);
+    const std::vector<float> taken = head.memory.get(head.arrays.terms, 3 * pitch);
+    for (unsigned term = 0; term < 3; ++term) {
+        for (uint32_t row = 0; row < pitch; ++row) {
+            const uint32_t number = row - head.block.first_own;
+            const float truth = number < own ? values[term][number] : 0.0f;
+            EXPECT(taken[term * pitch + row] == truth, "term");
+        }
+    }
+    const std::vector<float> e = draw(head, false, kF32);
+    MatrixView source{};
+    if (sharded) {
+        std::vector<float> gathered(size_t(head.arrays.label_capacity) * shape.dim, 0.0f);
+        for (uint32_t row = 0; row < rows; ++row) {
+            std::copy(&e[size_t(row) * shape.dim], &e[size_t(row) * shape.dim] + shape.dim,
+                      &gathered[size_t(head.origins[row]) * shape.dim]);
+        }
+        head.memory.put(head.arrays.embeddings_recv, packed(gathered, shape.dim, shape.dim, kF32));
+    } else {
+        source = head.matrix(e, shape.dim, kF32);
+    }
+    head.launch(launch, "normalize_embeddings", source);
+    head.launch(launch, "find_targets", source);
+    const std::vector<double> angles = head.memory.get(head.arrays.angles, pitch);
+    const std::vector<float> cosines = head.memory.get(head.arrays.target_cosines, rows);
+    const std::vector<float> logits = head.memory.get(head.arrays.target_logits, rows);
+    for (uint32_t row = 0; row < pitch; ++row) {
+        const bool here = row < rows && std::fabs(cosines[row]) <= 1;
+        EXPECT(close(std::cos(angles[row]), here ? cosines[row] : 1.0, 2e-7, 1e-7), "angle");
+        EXPECT(row >= rows || logits[row] == 0, "no logit");
+    }
+}
+
 void test_a_failed_step_is_left_alone() {
     RowHead head((Shape()));
     head.block.status = kLabel;
@@ -301,6 +356,10 @@ int main() {
                 test_a_batch(shape, margins[0], dtype, true, kLaunches[turn % 4]);
             }
         }
+    }
+    for (unsigned given = 0; given < 8; ++given) {
+        test_terms(given % 2 == 0, given, kLaunches[given % 4]);
+        test_terms(given % 2 == 1, given, kLaunches[given % 4]);
     }
     test_a_failed_step_is_left_alone();
     return finish();

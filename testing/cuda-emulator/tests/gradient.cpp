@@ -145,6 +145,41 @@ void test_finishing(const Shape& shape, int32_t dtype, bool failed, const Launch
     }
 }
 
+void test_margins(bool sharded, bool failed, const Launch& launch) {
+    Shape shape;
+    shape.sharded = sharded;
+    RowHead head(shape, 3);
+    head.allow_terms();
+    head.block.valid_rows = 37;
+    head.block.status = failed ? kNotFinite : kOk;
+    head.put_block();
+    const uint32_t own = head.block.own_rows, pitch = head.arrays.row_capacity;
+    std::vector<float> gradients;
+    for (uint32_t i = 0; i < 2 * pitch; ++i) {
+        gradients.push_back(head.uniform());
+    }
+    head.memory.put(head.arrays.margin_gradients, gradients);
+    float* const out[2] = {head.memory.make<float>(own + 1), head.memory.make<float>(own + 1)};
+    for (unsigned wanted = 0; wanted < 4; ++wanted) {
+        for (float* to : out) {
+            head.fill(to, own + 1, -5.0f);
+        }
+        float* const none = nullptr;
+        head.launch(launch, "margin_gradients", 2.5, wanted & 1 ? out[0] : none,
+                    wanted & 2 ? out[1] : none);
+        for (unsigned which = 0; which < 2; ++which) {
+            const std::vector<float> found = head.memory.get(out[which], own + 1);
+            for (uint32_t i = 0; i < own; ++i) {
+                const float from = gradients[which * pitch + head.block.first_own + i];
+                const double truth = failed ? 0 : from * 2.5 / 37;
+                EXPECT(wanted >> which & 1 ? close(found[i], truth, 1e-7) : found[i] == -5.0f,
+                       "margin " + std::to_string(which));
+            }
+            EXPECT(found[own] == -5.0f, "beyond the rows");
+        }
+    }
+}
+
 void test_squares_of_centers() {
     RowHead head((Shape()), 8);
     std::vector<float> squares;
@@ -233,6 +268,10 @@ int main() {
         shape.dim = dim;
         test_embedding_gradient(shape, true, kLaunches[turn % 4]);
         test_finishing(shape, kBf16, true, kLaunches[turn % 4]);
+    }
+    for (const Launch& launch : kLaunches) {
+        test_margins(true, false, launch);
+        test_margins(false, launch.grid == 1, launch);
     }
     test_squares_of_centers();
     test_reductions<float>(kElementF32);

@@ -230,6 +230,147 @@ void test_far_sums(bool sharded) {
     }
 }
 
+// Margins and weights of the rows' own: logits from angles, weighted losses, the margins' gradients,
+// and values out of their ranges.
+void test_row_terms(bool sharded, bool offsets, const Launch& launch) {
+    Shape shape;
+    shape.sharded = sharded;
+    RowHead head(shape, 12);
+    if (offsets) {
+        allow_offsets(head);
+        head.fill(head.arrays.shifts, head.arrays.row_capacity, float(-64 * 1.4426950408889634));
+        head.fill(head.arrays.best_negatives, head.arrays.row_capacity, 0.5f);
+    }
+    head.allow_terms();
+    const MarginSettings margin = head.arrays.margin;
+    const uint32_t rows = head.block.rows, capacity = head.arrays.label_capacity;
+    const uint32_t pitch = head.arrays.row_capacity;
+    const Forward forward(head);
+    forward.put(head);
+    // This rank's rows have terms here, and rows whose class is here an angle.
+    std::vector<float> terms(3 * pitch, 0.0f);
+    std::vector<double> angles(pitch, 0.0);
+    const auto draw = [&](uint32_t row) {
+        const bool ignored = head.ignored(row);
+        terms[row] = ignored ? NAN : head.uniform();  // some below 0
+        terms[pitch + row] = ignored ? NAN : std::fabs(head.uniform());
+        const float weight = row % 4 == 0 ? 0.0f : 2 * std::fabs(head.uniform());
+        terms[2 * pitch + row] = ignored ? NAN : weight;
+    };
+    for (uint32_t row = 0; row < rows; ++row) {
+        if (row - head.block.first_own < head.block.own_rows) {
+            draw(row);
+        }
+        if (head.columns[head.global(row)] != kNone) {
+            angles[row] = row % 11 == 0 ? 0.0 : 1.5 + head.uniform();
+        }
+    }
+    head.memory.put(head.arrays.terms, terms);
+    head.memory.put(head.arrays.angles, angles);
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    double* const cell = loss_cell(head);
+    const size_t start = (offsets ? 3 : 2) * size_t(capacity) + kTotals;
+    std::vector<float> sums;
+    std::vector<double> sent(rows);
+    if (sharded) {
+        sums = head.memory.get(head.arrays.sums, start + 3 * capacity);
+        for (uint32_t row = 0; row < rows; ++row) {
+            EXPECT(sums[capacity + row] == float(angles[row]), "angle");
+            for (uint32_t term = 0; term < 3; ++term) {
+                const float own = terms[term * pitch + row];
+                const float found = sums[start + term * capacity + row];
+                EXPECT(found == own || (found != found && own != own), "term");
+            }
+            // What the other ranks add.
+            if (row - head.block.first_own >= head.block.own_rows) {
+                draw(row);
+            }
+            for (uint32_t term = 0; term < 3; ++term) {
+                sums[start + term * capacity + row] = terms[term * pitch + row];
+            }
+            if (head.columns[head.global(row)] == kNone) {
+                sums[capacity + row] = 2.0f;
+            }
+            sent[row] = sums[capacity + row];
+        }
+        head.memory.put(head.arrays.sums, sums);
+        judge(head, launch, cell);
+    } else {
+        for (uint32_t row = 0; row < rows; ++row) {
+            sent[row] = float(angles[row]);
+        }
+    }
+    Finished truth;
+    std::vector<double> by_m2, by_m3;
+    for (uint32_t row = 0; row < rows; ++row) {
+        const bool here = forward.cosines[row] != kElsewhere;
+        const double m2 = terms[row], m3 = terms[pitch + row], weight = terms[2 * pitch + row];
+        const double turned = std::max(sent[row] + m2, 0.0), at = std::max(angles[row] + m2, 0.0);
+        const double zt = margin.scale * (std::cos(turned) - m3), n = forward.sums[row];
+        const double target = std::exp(zt - margin.offset), whole = n + target;
+        const double slope = here ? std::sin(at) / std::max(std::sin(angles[row]), 1e-4) : 0.0;
+        const bool counts = forward.cosines[row] != kIgnored;
+        truth.factors.push_back(counts ? weight * margin.scale / whole : 0);
+        by_m3.push_back(counts ? weight * margin.scale * n / whole : 0);
+        by_m2.push_back(by_m3.back() * std::sin(counts ? turned : 0));
+        truth.coefficients.push_back(counts ? -by_m3.back() * slope : 0);
+        truth.loss += counts ? weight * std::log1p(n / target) : 0;
+    }
+    const std::vector<float> factors = head.memory.get(head.arrays.factors, rows);
+    const std::vector<float> coefficients = head.memory.get(head.arrays.coefficients, rows);
+    const std::vector<float> m2 = head.memory.get(head.arrays.margin_gradients, rows);
+    const std::vector<float> m3 = head.memory.get(head.arrays.margin_gradients + pitch, rows);
+    for (uint32_t row = 0; row < rows; ++row) {
+        EXPECT(close(factors[row], truth.factors[row], 1e-6), "factor with terms");
+        EXPECT(close(coefficients[row], truth.coefficients[row], 1e-6), "coefficient with terms");
+        EXPECT(close(m2[row], by_m2[row], 1e-6, 1e-6 * by_m3[row]), "by m2");
+        EXPECT(close(m3[row], by_m3[row], 1e-6), "by m3");
+    }
+    if (sharded) {
+        const StepBlock block = head.get_block();
+        EXPECT(block.status == kOk, "status with terms");
+        EXPECT(close(block.loss, truth.loss / double(block.valid_rows), 1e-9), "loss with terms");
+    } else {
+        EXPECT(close(head.memory.get(head.arrays.replicated_sums, 1)[0], truth.loss, 1e-9), "loss");
+    }
+    // Values out of their ranges: the least row counts, then its first term.
+    uint32_t row = 10;
+    while (head.ignored(row)) {
+        ++row;
+    }
+    const float wrong[][2] = {{0, 3.2f}, {0, -3.2f}, {0, NAN},     {1, -0.1f},
+                              {1, 2.1f}, {2, -1.0f}, {2, INFINITY}};
+    for (const float* bad : wrong) {
+        std::vector<float> spoiled = terms;
+        const uint32_t term = uint32_t(bad[0]);
+        spoiled[term * pitch + row] = bad[1];
+        spoiled[2 * pitch + row + 1] = -5.0f;
+        uint32_t bits = 0;
+        std::memcpy(&bits, &bad[1], 4);
+        head.put_block();
+        head.put_ledger();
+        if (sharded) {
+            std::vector<float> all = sums;
+            for (uint32_t i = 0; i < rows; ++i) {
+                for (uint32_t t = 0; t < 3; ++t) {
+                    all[start + t * capacity + i] = spoiled[t * pitch + i];
+                }
+            }
+            head.memory.put(head.arrays.sums, all);
+        } else {
+            head.memory.put(head.arrays.terms, spoiled);
+            head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+        }
+        judge(head, launch, cell);
+        const uint32_t place = sharded ? head.origins[row] : shape.rank * shape.max_batch + row;
+        const StepBlock block = head.get_block();
+        EXPECT(block.status == kInvalidArgument && block.fault == kFaultTerm, "a bad term");
+        EXPECT(block.rank == int32_t(place / shape.max_batch), "its rank");
+        EXPECT(block.row == int64_t(3 * (place % shape.max_batch) + term), "its row");
+        EXPECT(uint32_t(block.value) == bits || bad[1] != bad[1], "its value");
+    }
+}
+
 void test_sharded(const Launch& launch, bool only_target) {
     Shape shape;
     if (only_target) {
@@ -519,6 +660,10 @@ int main() {
     test_far_rows(0.01);
     test_far_sums(true);
     test_far_sums(false);
+    for (const Launch& launch : kLaunches) {
+        test_row_terms(true, launch.grid == 1, launch);
+        test_row_terms(false, false, launch);
+    }
     unsigned turn = 0;
     for (uint32_t dim : {1u, 3u, 65u, 130u}) {
         test_scaling(false, dim, kLaunches[turn % 4]);

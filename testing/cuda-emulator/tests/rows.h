@@ -232,6 +232,14 @@ class RowHead {
         return MatrixView{data, values.size() / shape.dim, shape.dim, stride, dtype, 0};
     }
 
+    // Rows may have margins and weights of their own.
+    void allow_terms() {
+        arrays.terms = memory.make<float>(3 * arrays.row_capacity);
+        arrays.angles = memory.make<double>(arrays.row_capacity);
+        arrays.margin_gradients = memory.make<float>(2 * arrays.row_capacity);
+        arrays.sums = memory.make<float>(6 * arrays.label_capacity + kTotals);
+    }
+
   private:
     void allocate() {
         const uint32_t d = shape.dim;

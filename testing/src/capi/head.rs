@@ -1,5 +1,7 @@
 //! Heads.
 
+use partialfc::capi::forward as c_forward;
+use partialfc::capi::forward::{pfc_backward_options, pfc_forward_options};
 use partialfc::capi::head as c_head;
 use partialfc::capi::head::{PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT};
 use partialfc::capi::metrics as c_metrics;
@@ -94,6 +96,55 @@ impl Head {
         let view = grad.view();
         // SAFETY: a live handle; a matrix that owns its memory.
         outcome(unsafe { c_head::pfc_head_backward(self.raw, loss_weight, loss_scale, &view) })
+    }
+
+    /// `terms`: m2, m3 and weight, each with a number for each row.
+    pub fn forward_with(&mut self, embeddings: &mut Rows, labels: Option<&[i64]>, terms: &[Option<Vec<f32>>; 3]) -> Outcome<f64> {
+        if let Some(terms) = terms.iter().flatten().find(|terms| terms.len() != embeddings.rows) {
+            panic!("{} numbers for {} rows", terms.len(), embeddings.rows);
+        }
+        let [m2, m3, weight] = terms.each_ref().map(|terms| terms.as_ref().map_or(std::ptr::null(), |terms| terms.as_ptr()));
+        self.forward_by(embeddings, labels, |options| (options.m2, options.m3, options.weight) = (m2, m3, weight))
+    }
+
+    /// The same with the options as `set` makes them.
+    pub fn forward_by(
+        &mut self,
+        embeddings: &mut Rows,
+        labels: Option<&[i64]>,
+        set: impl FnOnce(&mut pfc_forward_options),
+    ) -> Outcome<f64> {
+        let (view, pointer, mut loss) = (embeddings.view(), labels.map_or(std::ptr::null(), <[i64]>::as_ptr), -321.0);
+        // SAFETY: a live handle; all zeros is a value of the options, the size is their own.
+        let result = unsafe {
+            let mut options: pfc_forward_options = std::mem::zeroed();
+            outcome(c_forward::pfc_forward_options_init_sized(&mut options, std::mem::size_of::<pfc_forward_options>() as u64))?;
+            set(&mut options);
+            outcome(c_forward::pfc_head_forward_with(self.raw, &view, pointer, &options, &mut loss))
+        };
+        written(result, loss, -321.0)
+    }
+
+    /// The gradients of m2 and m3 of the batch's rows.
+    pub fn backward_with(&mut self, loss_weight: f64, loss_scale: f64, grad: &mut Rows) -> Outcome<[Vec<f32>; 2]> {
+        let mut margins = [vec![-77.0; grad.rows], vec![-77.0; grad.rows]];
+        let [m2, m3] = margins.each_mut().map(|values| values.as_mut_ptr());
+        self.backward_by(grad, |options| {
+            (options.loss_weight, options.loss_scale, options.grad_m2, options.grad_m3) = (loss_weight, loss_scale, m2, m3);
+        })?;
+        Ok(margins)
+    }
+
+    /// The same with the options as `set` makes them.
+    pub fn backward_by(&mut self, grad: &mut Rows, set: impl FnOnce(&mut pfc_backward_options)) -> Outcome {
+        let view = grad.view();
+        // SAFETY: as above.
+        unsafe {
+            let mut options: pfc_backward_options = std::mem::zeroed();
+            outcome(c_forward::pfc_backward_options_init_sized(&mut options, std::mem::size_of::<pfc_backward_options>() as u64))?;
+            set(&mut options);
+            outcome(c_forward::pfc_head_backward_with(self.raw, &options, &view))
+        }
     }
 
     pub fn update(&mut self, learning_rate: f64) -> Outcome {

@@ -7,6 +7,7 @@ mod options;
 mod overflow;
 mod pointers;
 mod ranks;
+mod row_terms;
 mod rows;
 mod steps;
 mod transports;

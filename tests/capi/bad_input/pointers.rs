@@ -6,6 +6,7 @@ use std::ptr::{null, null_mut};
 
 use partialfc::capi::comm as c_comm;
 use partialfc::capi::device as c_device;
+use partialfc::capi::forward as c_forward;
 use partialfc::capi::head as c_head;
 use partialfc::capi::metrics as c_metrics;
 use partialfc::capi::plan as c_plan;
@@ -60,6 +61,10 @@ fn null_is_refused_by_name_where_a_call_is_local() {
         refused("forward", c_head::pfc_head_forward(none, &view, null(), &mut loss), &["head"]);
         refused("backward", c_head::pfc_head_backward(none, 1.0, 1.0, &view), &["head"]);
         refused("update", c_head::pfc_head_update(none, 0.1), &["head"]);
+        refused("forward_with", c_forward::pfc_head_forward_with(none, &view, null(), null(), &mut loss), &["head"]);
+        refused("backward_with", c_forward::pfc_head_backward_with(none, null(), &view), &["head"]);
+        refused("forward options", c_forward::pfc_forward_options_init_sized(null_mut(), 8), &["pfc_forward_options"]);
+        refused("backward options", c_forward::pfc_backward_options_init_sized(null_mut(), 8), &["pfc_backward_options"]);
         refused("update_with", c_update::pfc_head_update_with(none, null()), &["head"]);
         refused("accumulate", c_update::pfc_head_accumulate(none), &["head"]);
         refused("update options", c_update::pfc_update_options_init_sized(null_mut(), 8), &["pfc_update_options"]);

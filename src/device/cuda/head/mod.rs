@@ -7,6 +7,7 @@
 mod accumulation;
 mod launch;
 mod passes;
+mod row_terms;
 mod rows;
 mod sample;
 mod update;
@@ -34,6 +35,7 @@ use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
 use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
+use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::{ensure, Contribution, Error, Result};
 
 /// Multiprocessors that the center gradient leaves to the collectives beside it.
@@ -302,7 +304,7 @@ impl HeadDevice for CudaHead {
         self.exchange("all_gather embeddings", StreamRole::Main, buffers, dtype)
     }
 
-    fn forward(&mut self, embeddings: &Matrix) -> Result<()> {
+    fn forward(&mut self, embeddings: &Matrix, terms: &RowTermArrays) -> Result<()> {
         if let Some(error) = self.upload_error.take() {
             return Err(error);
         }
@@ -314,6 +316,7 @@ impl HeadDevice for CudaHead {
         let arrays = self.arrays();
         run!(self, Main, normalize_embeddings, (arrays, source));
         run!(self, Main, judge_embeddings, (arrays,));
+        self.take_terms(terms)?;
         run!(self, Main, find_targets, (arrays, source));
         self.multiply();
         run!(self, Main, reduce_rows, (arrays,));
@@ -331,7 +334,7 @@ impl HeadDevice for CudaHead {
         run!(self, Main, pack_sums, (arrays, status, loss_place as i32, sample_limit));
         let exchange = match self.sharded() {
             true => {
-                let count = sum_elements(self.sizes().capacities.labels as usize, &self.spec.options.margin);
+                let count = sum_elements(self.sizes().capacities.labels as usize, &self.spec.options);
                 let buffers = ExchangeBuffers { send: arrays.sums, recv: arrays.sums, count };
                 self.exchange("all_reduce sums", StreamRole::Main, buffers, DType::F32)
             }
@@ -456,6 +459,10 @@ impl HeadDevice for CudaHead {
             (Some(matrix), output) => self.staging.borrow().download(&self.gpu.stream, matrix, &output),
             (None, _) => Ok(()),
         }
+    }
+
+    fn margin_gradients(&mut self, factor: f64, gradients: &MarginGradientArrays) -> Result<()> {
+        self.write_margin_gradients(factor, gradients)
     }
 
     fn update(&mut self, update: UpdateCall, loss_weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -3,6 +3,7 @@
 use super::super::shared_structs::{fault, Ledger, StepBlock, NONE};
 use super::super::staging;
 use super::CudaHead;
+use crate::row_terms::RowTerm;
 use crate::{error, protocol, Error, Result};
 
 /// A failure of this rank's own that a call has returned.
@@ -41,6 +42,10 @@ impl CudaHead {
                 Err(error) => error,
                 Ok(()) => error!(Device, "the device reports a failed forward, but no rank that failed"),
             },
+            fault::TERM => {
+                let (terms, value) = (RowTerm::ALL.len(), f32::from_bits(block.value as u32));
+                protocol::bad_term(RowTerm::ALL[row % terms], value, row / terms, rank)
+            }
             fault::SAMPLES => protocol::samples_differ(rank),
             other => error!(Device, "the device reports a fault of kind {other}"),
         })

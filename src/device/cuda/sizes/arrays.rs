@@ -7,6 +7,7 @@ use crate::matrix::DType;
 use crate::optimizer::Optimizer;
 use crate::options::RowUpdate;
 use crate::protocol::{label_block, sum_elements, REPLICATED_SLOT, REPLICATED_TOTALS};
+use crate::row_terms::RowTerm;
 
 /// The purpose of an array, as `Memory` counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +104,9 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, best_negatives: f32, rows);
     array!(Activation, 1, shifts: f32, only(options.margin.has_row_offsets(), rows));
     array!(Activation, 1, far_tiles: u32, only(options.margin.has_row_offsets(), rows / TILE_ROWS));
+    array!(Activation, 1, terms: f32, only(options.row_terms, times(&[RowTerm::ALL.len() as u64, rows])));
+    array!(Activation, 1, angles: f64, only(options.row_terms, rows));
+    array!(Activation, 1, margin_gradients: f32, only(options.row_terms, times(&[2, rows])));
     array!(Activation, 1, partial_sums: f32, times(&[capacities.column_tiles(), rows]));
     array!(Activation, 1, partial_best: f32, times(&[capacities.column_tiles(), rows]));
     if capacities.split_operands {
@@ -115,7 +119,7 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, center_inverse_norms: f32, sample);
     array!(Probability, 1, numerators: u16, times(&[planes, rows, chunk]));
     array!(Activation, 1, weighted_centers: f32, times(&[chunks.splits, rows, pitch]));
-    array!(Activation, 1, sums: f32, only(sharded, sum_elements(labels as usize, &options.margin) as u64));
+    array!(Activation, 1, sums: f32, only(sharded, sum_elements(labels as usize, options) as u64));
     array!(
         Activation,
         1,

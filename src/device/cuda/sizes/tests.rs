@@ -28,6 +28,7 @@ fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> Head
         ignore_label: None,
         precision: Precision::Auto,
         gather_dtype: None,
+        row_terms: false,
         workspace_limit: 0,
     };
     change(&mut options);
