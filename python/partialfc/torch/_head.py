@@ -36,10 +36,30 @@ def _autocast(kind: str):
         return torch.get_autocast_gpu_dtype() if kind == "cuda" and torch.is_autocast_enabled() else None
 
 
+def _float_rows(values: torch.Tensor) -> torch.Tensor:
+    """A number for each row as the library takes them."""
+    if not isinstance(values, torch.Tensor) or not values.dtype.is_floating_point:
+        return values  # The library's head says what is wrong with it.
+    return values.detach().to(torch.float32).contiguous()
+
+
+def _empty_rows(rows: int, device, wanted) -> dict:
+    """Tensors for the gradients of the margins that are wanted."""
+    names = [name for name, form in zip(("grad_m2", "grad_m3"), wanted) if form is not None]
+    return {name: torch.empty(rows, dtype=torch.float32, device=device) for name in names}
+
+
+def _formed(margins: dict, wanted) -> list:
+    """The gradients of m2 and m3 in the shape and type of these, None where they are not wanted."""
+    found = (margins.get(name) for name in ("grad_m2", "grad_m3"))
+    return [None if form is None else values.reshape(form[0]).to(form[1]) for values, form in zip(found, wanted)]
+
+
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, anchor, head, labels):
-        loss = head._forward(embeddings, labels)
+    def forward(ctx, embeddings, anchor, head, labels, m2, m3, weight):
+        loss = head._forward(embeddings, labels, m2, m3, weight)
+        ctx.margins = [None if x is None else (x.shape, x.dtype) for x in (m2, m3)]
         ctx.head, ctx.number = head, head._run.number
         ctx.form = embeddings.shape, embeddings.dtype, embeddings.device
         ctx.save_for_backward(loss.clone())  # The caller may change its own: loss /= k.
@@ -49,7 +69,9 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, weight):
         (loss,) = ctx.saved_tensors
-        return *ctx.head._backward(ctx.number, ctx.form, loss, weight), None, None
+        wanted = [form if needs else None for form, needs in zip(ctx.margins, ctx.needs_input_grad[4:6])]
+        gradient, anchor, margins = ctx.head._backward(ctx.number, ctx.form, loss, weight, wanted)
+        return gradient, anchor, None, None, *margins, None
 
 
 class _Run:
@@ -156,15 +178,28 @@ class Head(torch.nn.Module):
     # The step.
 
     @torch.compiler.disable
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        m2: torch.Tensor | None = None,
+        m3: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The mean loss over the valid rows of all ranks, a float32 scalar, the same on every rank. Collective.
 
         Args:
             embeddings: (B, d), float32, float16 or bfloat16, rows contiguous, not normalized; B may differ between
                 ranks and may be 0.
             labels: (B,) or (B, 1), int64: class ids, or ignore_label.
+            m2, m3: (B,), the rows' own margins: radians from -pi to pi, cosines from 0 to 2. None: those of the options.
+                They may require gradients, which are those of the formula whatever margin_gradient is. With one of
+                these or `weight` the head needs row_terms="on".
+            weight: (B,), 0 or more: multiplies the row's loss, and has no gradient. None: 1. The mean still is over all
+                valid rows.
         """
-        return _Step.apply(embeddings, self.anchor, self, labels)
+        return _Step.apply(embeddings, self.anchor, self, labels, m2, m3, weight)
 
     def update(self, learning_rate: float, factor: float = 1.0) -> None:
         """Updates the class centers without an optimizer. Collective.
@@ -180,22 +215,26 @@ class Head(torch.nn.Module):
         else:
             self._update(learning_rate, factor)
 
-    def _forward(self, embeddings, labels) -> torch.Tensor:
+    def _forward(self, embeddings, labels, m2, m3, weight) -> torch.Tensor:
         head = self._made(embeddings)
+        own = {name: _float_rows(x) for name, x in (("m2", m2), ("m3", m3), ("weight", weight)) if x is not None}
         self._refuse_strangers()
         self._keep_or_drop(head)
         self._run.number += 1
         self._run.ready = self._run.forwarded = False
         self._run.error = None
+        if getattr(weight, "requires_grad", False):
+            head._refuse_forward()
+            raise ValueError(f"weight requires a gradient on rank {head.comm.rank}, and the head has none for it; detach() it")
         embeddings = embeddings.detach()
-        with self._on_stream(head, embeddings, labels):
+        with self._on_stream(head, embeddings, labels, *own.values()):
             if head.device.ordinal is not None:
                 loss = torch.empty((), dtype=torch.float64, device=embeddings.device)
-                loss = head.forward(embeddings, labels, loss=loss).float()
+                loss = head.forward(embeddings, labels, loss=loss, **own).float()
                 self._run.forwarded = True
                 return loss
             try:
-                loss = head.forward(embeddings, labels)
+                loss = head.forward(embeddings, labels, **own)
                 self._run.forwarded = True
                 return torch.tensor(loss, dtype=torch.float32)
             except PartialFCError as error:
@@ -204,8 +243,8 @@ class Head(torch.nn.Module):
                 self._run.error = error
                 return torch.tensor(math.nan, dtype=torch.float32)
 
-    def _backward(self, number: int, form, loss: torch.Tensor, weight: torch.Tensor):
-        """The gradients of the embeddings and of the anchor."""
+    def _backward(self, number: int, form, loss: torch.Tensor, weight: torch.Tensor, wanted):
+        """The gradients of the embeddings, of the anchor, and of m2 and m3 where a form of theirs is wanted."""
         if number != self._run.number:
             raise RuntimeError(
                 f"this is the backward of forward {number} on rank {self._head.comm.rank}, which forward {self._run.number} has "
@@ -215,19 +254,24 @@ class Head(torch.nn.Module):
         shape, dtype, device = form
         if not _on_gpu(weight) and run.error is None and math.isfinite(scale := weight.item()):
             gradient = torch.empty(shape, dtype=dtype)
-            self._head.backward(gradient, loss_weight=scale)
+            margins = _empty_rows(shape[0], device, wanted)
+            self._head.backward(gradient, loss_weight=scale, **margins)
             self._backwarded(scale)
-            return gradient, torch.full((1,), scale * _UNIT)
+            return gradient, torch.full((1,), scale * _UNIT), _formed(margins, wanted)
         gradient = torch.empty(shape, dtype=torch.float32, device=device)
+        margins = _empty_rows(shape[0], device, wanted)
         if run.error is not None:
-            gradient.zero_()
+            for written in (gradient, *margins.values()):
+                written.zero_()
         else:
-            with self._on_stream(self._head, gradient):
-                self._head.backward(gradient)
+            with self._on_stream(self._head, gradient, *margins.values()):
+                self._head.backward(gradient, **margins)
             self._backwarded(weight)
         # A step that failed has the loss NaN. Its gradients are NaN too, so that a GradScaler sees an overflow.
         spoiled = loss * 0.0
-        return gradient.mul_(weight).add_(spoiled).to(dtype), (weight * _UNIT + spoiled).reshape(1)
+        for written in (gradient, *margins.values()):
+            written.mul_(weight).add_(spoiled)
+        return gradient.to(dtype), (weight * _UNIT + spoiled).reshape(1), _formed(margins, wanted)
 
     def _backwarded(self, weight) -> None:
         self._run.weights.append(weight)

@@ -55,6 +55,6 @@ class PartialFC_V2(Head):
         self.sample_rate = sample_rate
         self.fp16 = fp16
 
-    def forward(self, local_embeddings: torch.Tensor, local_labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, local_embeddings: torch.Tensor, local_labels: torch.Tensor, **terms) -> torch.Tensor:
         """The loss of the global batch; see `Head.forward`."""
-        return super().forward(local_embeddings, local_labels)
+        return super().forward(local_embeddings, local_labels, **terms)
