@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use partialfc_testing::programs::{compile, link_shared, output, root, scratch, C};
 
-const SOURCES: [&str; 5] = ["base.c", "transport.c", "heads.c", "kernels.c", "main.c"];
+const SOURCES: [&str; 7] = ["base.c", "transport.c", "options.c", "steps.c", "heads.c", "kernels.c", "main.c"];
 
 fn build(name: &str, options: &[&str], more: &[&str]) -> PathBuf {
     let program = scratch("fuzz").join(name);
