@@ -6,4 +6,5 @@ mod custom;
 mod fake_device;
 mod rows;
 mod streams;
+mod tables;
 mod turns;

@@ -7,5 +7,6 @@ mod faults;
 mod half;
 mod kernels;
 mod loss;
+mod memory;
 mod pointers;
 mod row_terms;
