@@ -230,7 +230,7 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   FAILS(pfc_head_create(device, comm, &options, &head), status, message)
   REFUSED(num_classes, 0, PFC_ERROR_INVALID_ARGUMENT, "num_classes");
   REFUSED(embedding_dim, 0, PFC_ERROR_INVALID_ARGUMENT, "embedding_dim");
-  REFUSED(max_batch, 0, PFC_ERROR_INVALID_ARGUMENT, "max_batch");
+  REFUSED(max_batch, (1u << 24) + 1, PFC_ERROR_INVALID_ARGUMENT, "max_batch");
   REFUSED(placement, 7, PFC_ERROR_INVALID_ARGUMENT, "placement must be one of 1, 2, got 7");
   REFUSED(sample_rate, 1.5, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");
   REFUSED(sample_rate, NAN, PFC_ERROR_INVALID_ARGUMENT, "sample_rate");

@@ -163,8 +163,8 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 #define PFC_ROW_TERMS_OFF 1  // All rows have the options' m2 and m3, and weight 1.
 #define PFC_ROW_TERMS_ON 2   // A row may have its own m2, m3 and weight.
 
-// Options of a head. Fill with pfc_head_options_init, then set at least num_classes,
-// embedding_dim and max_batch.
+// Options of a head. Fill with pfc_head_options_init, then set at least num_classes and
+// embedding_dim.
 //
 // All ranks must give the same values, except for storage_path, workspace_limit and residency.
 typedef struct pfc_head_options {
@@ -183,7 +183,9 @@ typedef struct pfc_head_options {
   double sample_rate;
   // Seed of the start values and of the sampling. (default: 0)
   uint64_t seed;
-  // Rows of the largest batch on any rank, 1 to 2^24. (default: 0, must be set)
+  // Rows of the largest batch on any rank, to 2^24. 0: the head makes room for larger batches as
+  // they come, in the gather of their labels; on a CUDA device each step then waits for that
+  // gather. (default: 0)
   uint64_t max_batch;
   // Factor of the cosines, above 0 and at most 128. (default: 64)
   double scale;
@@ -747,7 +749,8 @@ uint64_t pfc_head_error(const pfc_head *head, char *buffer, uint64_t size);
 // first one; the first one's draw (or the ids of pfc_head_set_sample) is used up.
 //
 // @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
-// @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
+// @param batch rows on this rank, at most max_batch unless that is 0; may differ between ranks
+//   and may be 0
 pfc_status pfc_head_prepare(pfc_head *head, const int64_t *labels, uint64_t batch);
 
 // Sets the class ids of the next sample, instead of a draw. Not collective. Positives that are
@@ -1444,7 +1447,8 @@ static inline pfc_status pfc_plan_report_init(pfc_plan_report *report) {
 // Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if
 // precision is auto. For the traffic of a CUDA device set precision to what it computes in (half,
 // unless you choose f32), and batch to max_batch: a CUDA device always passes max_batch rows to
-// the collectives, whatever the batch is. What pfc_head_accumulate takes is not in it.
+// the collectives, whatever the batch is. With max_batch 0 both are those of a head that has had
+// such a batch. What pfc_head_accumulate takes is not in it.
 //
 // @param options the options of the head
 // @param ranks number of ranks

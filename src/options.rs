@@ -41,6 +41,7 @@ pub struct HeadOptions {
     pub placement: Placement,
     pub sample_rate: f64,
     pub seed: u64,
+    /// 0: as large as the batches that come.
     pub max_batch: u64,
     pub margin: Margin,
     pub row_update: RowUpdate,
@@ -59,6 +60,8 @@ pub struct HeadOptions {
 
 /// No rank's batch is larger: rows of a global batch are numbered in 32 bits.
 const LARGEST_BATCH: u64 = 1 << 24;
+/// A head without `max_batch` makes room for a multiple of it.
+const BATCH_STEP: u64 = 8;
 pub(crate) const LARGEST_DIM: u32 = 1 << 16;
 
 impl HeadOptions {
@@ -85,9 +88,9 @@ impl HeadOptions {
         );
         within("sample_rate", self.sample_rate, 0.0, 1.0)?;
         ensure!(
-            (1..=LARGEST_BATCH).contains(&self.max_batch),
+            self.max_batch <= LARGEST_BATCH,
             InvalidArgument,
-            "max_batch must be 1 to {LARGEST_BATCH}, got {}",
+            "max_batch must be 0 to {LARGEST_BATCH}, got {}",
             self.max_batch
         );
         ensure!(
@@ -125,6 +128,27 @@ impl HeadOptions {
             );
         }
         Ok(())
+    }
+
+    /// Whether the head makes room for larger batches as they come.
+    pub(crate) fn grows(&self) -> bool {
+        self.max_batch == 0
+    }
+
+    /// Rows of the largest batch that a rank may bring.
+    pub(crate) fn largest_batch(&self, ranks: u32) -> u64 {
+        match self.max_batch {
+            0 => LARGEST_BATCH.min(u64::from(u32::MAX / ranks.max(1))),
+            rows => rows,
+        }
+    }
+
+    /// Rows that a head makes room for where batches of as many come: the same on all ranks.
+    pub(crate) fn batch_room(&self, rows: u64, ranks: u32) -> u64 {
+        match self.max_batch {
+            0 => rows.max(1).next_multiple_of(BATCH_STEP).min(self.largest_batch(ranks)),
+            rows => rows,
+        }
     }
 
     /// The type embeddings travel in, on a device whose `auto` precision is this one.

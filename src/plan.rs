@@ -40,6 +40,7 @@ pub struct Plan {
 pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     ensure!(ranks > 0, InvalidArgument, "ranks must be at least 1, got 0");
     options.check(ranks)?;
+    let options = &HeadOptions { max_batch: options.batch_room(batch, ranks), ..options.clone() };
     ensure!(batch <= options.max_batch, InvalidArgument, "batch must be at most max_batch, {}, got {batch}", options.max_batch);
     let shard = options.shard(ranks, 0);
     let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));

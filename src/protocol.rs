@@ -172,11 +172,10 @@ pub(crate) fn whole_sum(near: f32, far: f32) -> f64 {
     f64::from(near) + f64::from(far) * (-FAR_EXPONENT).exp()
 }
 
-/// Fills a rank's block of *labels*.
+/// Fills a rank's block of *labels*. Where the batch is larger than the block there are none: its number asks for a larger one.
 pub(crate) fn pack_labels(block: &mut [i64], header: &[i64; HEADER], labels: &[i64]) {
     block.fill(0);
     block[..HEADER].copy_from_slice(header);
-    let labels = &labels[..header[2] as usize];
     block[HEADER..HEADER + labels.len()].copy_from_slice(labels);
 }
 
@@ -323,6 +322,27 @@ pub(crate) fn bad_label(label: i64, row: usize, rank: usize, num_classes: u64) -
 /// The error of replicated heads whose callers gave them different samples.
 pub(crate) fn samples_differ(rank: usize) -> Error {
     error!(Mismatch, "the samples of rank 0 and rank {rank} differ: all ranks of a replicated head must be given the same ids")
+}
+
+/// Rows of the largest batch that a rank asks for, from the gathered headers of blocks that are `stride` apart.
+pub(crate) fn largest_batch(sent: &[i64], blocks: &[i64], stride: usize, rank: usize, limit: u64) -> Result<u64> {
+    let header = |r: usize| &blocks[r * stride..][..HEADER];
+    let wrong = |fault: BlockFault, r: usize, found: i64| Err(bad_block(fault as i64, r, found, limit));
+    if header(rank) != &sent[..HEADER] {
+        return wrong(BlockFault::Changed, rank, 0);
+    }
+    let mut largest = 0;
+    for r in 0..blocks.len() / stride {
+        let (place, batch) = (header(r)[1], header(r)[2]);
+        if place != r as i64 {
+            return wrong(BlockFault::Misplaced, r, place);
+        }
+        if !(0..=limit as i64).contains(&batch) {
+            return wrong(BlockFault::Batch, r, batch);
+        }
+        largest = largest.max(batch as u64);
+    }
+    Ok(largest)
 }
 
 /// What every rank concludes from the gathered labels: the ranks' batches, for which `batches` has room, or the same failure.

@@ -289,7 +289,7 @@ static void plan(struct draws *d) {
   }
   uint32_t ranks = 1 + (uint32_t)below(d, 9);
   if (chance(d, 300)) ranks = ONE_OF(d, uint32_t, 0, UINT32_MAX, 1u << 20, 65534);
-  uint64_t batch = chance(d, 100) ? UINT64_MAX : below(d, o.max_batch + 1);
+  uint64_t batch = chance(d, 100) ? UINT64_MAX : below(d, (o.max_batch == 0 ? 4096 : o.max_batch) + 1);
   if (chance(d, 50)) report.struct_size = ONE_OF(d, uint64_t, 0, 8, 40, UINT64_MAX);
   was = report;
   pfc_status status = DO(pfc_plan, &o, ranks, batch, &report);

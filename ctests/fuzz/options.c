@@ -7,7 +7,7 @@ pfc_head_options options_of(struct draws *d, int n) {
   do o.num_classes = ONE_OF(d, uint64_t, 1, 2, 3, 5, 10, 64, 255, 257, 300, 1000);
   while (o.num_classes < (uint64_t)n);
   o.embedding_dim = ONE_OF(d, uint32_t, 1, 2, 3, 7, 16, 33, 64, 130);
-  o.max_batch = ONE_OF(d, uint64_t, 1, 2, 5, 16, 17, 40);
+  o.max_batch = ONE_OF(d, uint64_t, 0, 1, 2, 5, 16, 17, 40);
   o.placement = chance(d, 300) ? PFC_PLACEMENT_REPLICATED : PFC_PLACEMENT_SHARDED;
   o.sample_rate = ONE_OF(d, double, 1, 1, 0, 0.1, 0.5, 0.999);
   o.seed = draw(d);
@@ -42,7 +42,7 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 1: o->embedding_dim = ONE_OF(d, uint32_t, 0, UINT32_MAX, 65537); return 1;
     case 2: o->placement = ONE_OF(d, int32_t, 0, 3, -1, INT32_MIN); return 1;
     case 3: o->sample_rate = ONE_OF(d, double, -1, 1.0000001, NAN, INFINITY); return 1;
-    case 4: o->max_batch = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 25, 1ull << 33); return 1;
+    case 4: o->max_batch = ONE_OF(d, uint64_t, UINT64_MAX, 1ull << 25, 1ull << 33); return 1;
     case 5: o->scale = ONE_OF(d, double, 0, -1, 129, NAN, INFINITY); return 1;
     case 6: o->m1 = ONE_OF(d, double, 0, -1, 17, NAN); return 1;
     case 7: o->m2 = ONE_OF(d, double, -0.1, 3.2, NAN); return 1;

@@ -31,8 +31,10 @@ struct batch {
 static struct batch batch_of(struct rank *r) {
   struct draws *own = &r->own;
   struct batch b;
-  uint64_t rows = chance(own, 100) ? 0 : below(own, r->options.max_batch + 1);
-  if (mistake(r, 6)) rows = r->options.max_batch + 1 + below(own, 3);
+  // A head without max_batch takes what comes.
+  const uint64_t most = r->options.max_batch == 0 ? 40 : r->options.max_batch;
+  uint64_t rows = chance(own, 100) ? 0 : below(own, most + 1);
+  if (r->options.max_batch != 0 && mistake(r, 6)) rows = most + 1 + below(own, 3);
   int wild = r->mistakes > 0 && chance(own, 100) ? 60 : 0;
   b.embeddings = grid_of(own, rows, r->options.embedding_dim, 0, wild);
   b.gradient = grid_of(own, rows, r->options.embedding_dim, 0, 0);

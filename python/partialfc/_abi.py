@@ -132,8 +132,8 @@ PFC_LOG_DEBUG = 4
 
 
 class pfc_head_options(Structure):
-    """Options of a head. Fill with pfc_head_options_init, then set at least num_classes,
-    embedding_dim and max_batch.
+    """Options of a head. Fill with pfc_head_options_init, then set at least num_classes and
+    embedding_dim.
 
     All ranks must give the same values, except for storage_path, workspace_limit and residency.
     """
@@ -154,7 +154,9 @@ class pfc_head_options(Structure):
         ("sample_rate", c_double),
         # Seed of the start values and of the sampling. (default: 0)
         ("seed", c_uint64),
-        # Rows of the largest batch on any rank, 1 to 2^24. (default: 0, must be set)
+        # Rows of the largest batch on any rank, to 2^24. 0: the head makes room for larger batches as
+        # they come, in the gather of their labels; on a CUDA device each step then waits for that
+        # gather. (default: 0)
         ("max_batch", c_uint64),
         # Factor of the cosines, above 0 and at most 128. (default: 64)
         ("scale", c_double),
@@ -989,7 +991,8 @@ def declare(library):
     first one; the first one's draw (or the ids of pfc_head_set_sample) is used up.
 
     @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
-    @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
+    @param batch rows on this rank, at most max_batch unless that is 0; may differ between ranks
+      and may be 0
     """
 
     function = library.pfc_head_set_sample
@@ -1645,7 +1648,8 @@ def declare(library):
     Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if
     precision is auto. For the traffic of a CUDA device set precision to what it computes in (half,
     unless you choose f32), and batch to max_batch: a CUDA device always passes max_batch rows to
-    the collectives, whatever the batch is. What pfc_head_accumulate takes is not in it.
+    the collectives, whatever the batch is. With max_batch 0 both are those of a head that has had
+    such a batch. What pfc_head_accumulate takes is not in it.
 
     @param options the options of the head
     @param ranks number of ranks

@@ -77,7 +77,8 @@ class Head(Handle):
     Args:
         num_classes: C, classes over all ranks.
         embedding_dim: d, elements of an embedding.
-        max_batch: rows of the largest batch on any rank.
+        max_batch: rows of the largest batch on any rank. 0: it makes room for larger ones as they come; on a GPU each
+            step then waits for the labels.
         device: where it computes; None: the CPU, with all cores.
         comm: the ranks; None: this one alone.
         placement: "sharded": each class center lives on one rank. "replicated": all on every rank.
@@ -111,7 +112,7 @@ class Head(Handle):
         self,
         num_classes: int,
         embedding_dim: int,
-        max_batch: int,
+        max_batch: int = 0,
         *,
         device: Device | None = None,
         comm: Comm | None = None,
@@ -510,7 +511,7 @@ class Head(Handle):
         self._refuse(lib.pfc_head_forward, None, None, self._loss_at)
 
     def _fits(self, rows: int) -> None:
-        if rows > self.max_batch:
+        if rows > self.max_batch > 0:
             raise ValueError(f"a batch of {rows} rows{self._reader.at} is beyond max_batch, which is {self.max_batch}")
 
     def _of_rows(self, x, name: str, rows: int | None, write: bool = False):

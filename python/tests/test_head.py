@@ -201,7 +201,7 @@ def test_the_defaults_are_the_librarys():
     parameters = inspect.signature(partialfc.Head).parameters
     given = {name: parameters[name].default for name in FIELDS if parameters[name].default is not inspect.Parameter.empty}
     assert given == {name: value for name, value in library.items() if name in given}
-    assert set(FIELDS) - set(given) == {"num_classes", "embedding_dim", "max_batch"}
+    assert set(FIELDS) - set(given) == {"num_classes", "embedding_dim"}
 
 
 def test_every_choice_has_its_number_back():

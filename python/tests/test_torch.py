@@ -359,7 +359,6 @@ REFUSED = [
     (lambda e, y: (e.to("meta"), y), TypeError, "embeddings is on device meta on rank 0"),
     (lambda e, y: (e.t().contiguous().t(), y), ValueError, "embeddings has rows that are not contiguous on rank 0"),
     (lambda e, y: (e, y[:-1]), ValueError, "labels has 31 rows on rank 0; it must have 32"),
-    (lambda e, y: (e.repeat(2, 1), y.repeat(2)), ValueError, "a batch of 64 rows on rank 0 is beyond max_batch, which is 32"),
     (lambda e, y: (e.to_sparse(), y), TypeError, "embeddings is a tensor of layout torch.sparse_coo"),
     (lambda e, y: (e, y - 200), partialfc.PartialFCError, r"labels\[0\] must be 0 to 99 or ignore_label"),
 ]
@@ -423,3 +422,15 @@ def test_hooks_keep_no_head():
     del head
     gc.collect()
     assert alive() is None
+
+
+def test_later_batches_may_be_larger():
+    head, fixed = make(), make(max_batch=3 * BATCH)
+    for rows, (x, y) in zip((BATCH, 3 * BATCH, 1, 2 * BATCH), data(4, 3 * BATCH, FEATURES, CLASSES)):
+        of = [each(x[:rows, :DIM].contiguous(), y[:rows]) for each in (head, fixed)]
+        assert of[0].item() == of[1].item()
+        for each, loss in zip((head, fixed), of):
+            loss.backward()
+            each.update(0.1)
+    with pytest.raises(ValueError, match="a batch of 97 rows on rank 0 is beyond max_batch, which is 96"):
+        fixed(torch.ones(97, DIM), torch.zeros(97, dtype=torch.int64))

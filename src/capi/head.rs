@@ -159,7 +159,7 @@ pub unsafe extern "C" fn pfc_head_error(head: *const pfc_head, buffer: *mut c_ch
 /// the ids of pfc_head_set_sample) is used up.
 ///
 /// @param labels class ids, 0 to num_classes - 1 or ignore_label; copied
-/// @param batch rows on this rank, at most max_batch; may differ between ranks and may be 0
+/// @param batch rows on this rank, at most max_batch unless that is 0; may differ between ranks and may be 0
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_prepare(head: *mut pfc_head, labels: *const i64, batch: u64) -> pfc_status {
     with_head(head, |head| head.prepare(label_argument(labels, batch)))

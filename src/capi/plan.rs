@@ -71,7 +71,8 @@ pub unsafe extern "C" fn pfc_plan_report_init_sized(report: *mut pfc_plan_report
 ///
 /// Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if precision is auto. For the
 /// traffic of a CUDA device set precision to what it computes in (half, unless you choose f32), and batch to max_batch: a CUDA
-/// device always passes max_batch rows to the collectives, whatever the batch is. What pfc_head_accumulate takes is not in it.
+/// device always passes max_batch rows to the collectives, whatever the batch is. With max_batch 0 both are those of a head that has
+/// had such a batch. What pfc_head_accumulate takes is not in it.
 ///
 /// @param options the options of the head
 /// @param ranks number of ranks

@@ -87,7 +87,7 @@ pub struct pfc_matrix {
     pub row_stride: u64,
 }
 
-/// Options of a head. Fill with pfc_head_options_init, then set at least num_classes, embedding_dim and max_batch.
+/// Options of a head. Fill with pfc_head_options_init, then set at least num_classes and embedding_dim.
 ///
 /// All ranks must give the same values, except for storage_path, workspace_limit and residency.
 #[repr(C)]
@@ -106,7 +106,8 @@ pub struct pfc_head_options {
     pub sample_rate: f64,
     /// Seed of the start values and of the sampling. (default: 0)
     pub seed: u64,
-    /// Rows of the largest batch on any rank, 1 to 2^24. (default: 0, must be set)
+    /// Rows of the largest batch on any rank, to 2^24. 0: the head makes room for larger batches as they come, in the gather of their
+    /// labels; on a CUDA device each step then waits for that gather. (default: 0)
     pub max_batch: u64,
     /// Factor of the cosines, above 0 and at most 128. (default: 64)
     pub scale: f64,

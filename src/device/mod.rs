@@ -141,8 +141,14 @@ pub struct StepFigures {
 /// Two samples live here at most: the next step's, drawn by `sample`, and the current step's, which `begin` makes of it.
 /// Where a phase has failed on this rank, the exchanges after it are still handed out, so that the other ranks learn of it.
 pub trait HeadDevice: Send {
-    /// Phase 1: this rank's block of *labels*. The labels are copied.
+    /// Phase 1: this rank's block of *labels*. The labels are copied, unless there is no room for them: then the block asks for it.
     fn pack_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange;
+    /// Phase 1, where batches have no largest size: rows of the largest that a rank asks for, `limit` at most. Waits.
+    fn largest_batch(&mut self, limit: u64) -> Result<u64>;
+    /// Makes memory for batches of as many rows, and puts it aside. What there is stays as it is.
+    fn reserve_batch(&mut self, rows: u64) -> Result<()>;
+    /// Uses what was put aside, from the next *labels* on, or drops it. The step under way keeps its arrays until it is over.
+    fn take_reserved(&mut self, used: bool);
     /// Phase 1: the verdict on the gathered blocks, the same on all ranks. A device with streams leaves it to `judge_sums`.
     fn judge_labels(&mut self) -> Result<()>;
     /// Phase 2: draws the next step's sample, number `draw`, or takes the caller's ids (positives missing from them are added).

@@ -45,12 +45,13 @@ impl Head {
 
     /// The labels of a batch that is not too large; an error names this rank, since it is for the others too.
     pub(super) fn check_batch(&self, labels: Contribution<Labels>) -> Contribution<Labels> {
+        let largest = self.options.largest_batch(self.comm.size());
         let labels = labels.and_then(|labels| {
             ensure!(
-                labels.count as u64 <= self.options.max_batch,
+                labels.count as u64 <= largest,
                 InvalidArgument,
-                "the batch must be at most max_batch, {}, got {} rows (rank {})",
-                self.options.max_batch,
+                "the batch must be at most {}{largest}, got {} rows (rank {})",
+                if self.options.grows() { "" } else { "max_batch, " },
                 labels.count,
                 self.rank()
             );

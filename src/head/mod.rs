@@ -151,6 +151,8 @@ pub struct Head {
     state: CallState,
     /// The next step has its labels and its sample, or has failed since the ranks gathered their labels.
     prepared: Option<Result<()>>,
+    /// Rows of a rank's batch that the head has room for: the same on all ranks.
+    batch_room: u64,
     /// The caller's ids for the next sample.
     chosen: Option<Vec<i64>>,
     /// Samples drawn so far.
@@ -200,8 +202,8 @@ impl Head {
             options.check(comm.size())?;
             comm.check_device(device.streams())?;
             let shard = options.shard(comm.size(), comm.rank());
-            let spec = HeadSpec { options: options.clone(), ranks: comm.size(), rank: comm.rank(), shard };
-            let backend = device.open(spec)?;
+            let room = HeadOptions { max_batch: options.batch_room(0, comm.size()), ..options.clone() };
+            let backend = device.open(HeadSpec { options: room, ranks: comm.size(), rank: comm.rank(), shard })?;
             Ok((device, options, shard, backend))
         });
         let fields = match &opened {
@@ -213,6 +215,7 @@ impl Head {
         trace.open();
         let (device, options, shard, backend) = opened?;
         Ok(Head {
+            batch_room: options.batch_room(0, comm.size()),
             options,
             shard,
             device,

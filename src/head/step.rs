@@ -18,7 +18,8 @@
 
 use std::time::Instant;
 
-use super::{BackwardCall, CallState, Head, LossTarget, Seconds, StepInput};
+use super::{failure, BackwardCall, CallState, Head, LossTarget, Seconds, StepInput};
+use crate::comm::gather_words;
 use crate::device::{Labels, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{Matrix, ReduceOp};
@@ -203,10 +204,33 @@ impl Head {
     fn gather_labels(&mut self, labels: Contribution<Labels>, announcement: Announcement) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope_of(self.draws));
         let labels = self.check_batch(labels);
-        let block = self.backend.pack_labels(&announcement, labels);
+        let block = self.backend.pack_labels(&announcement, labels.clone());
         scope.host("all_gather labels", || block.all_gather(&self.comm))?;
+        if self.options.grows() {
+            let asked = self.backend.largest_batch(self.options.largest_batch(self.comm.size()))?;
+            if asked > self.batch_room {
+                self.grow(asked)?;
+                let block = self.backend.pack_labels(&announcement, labels);
+                scope.host("all_gather labels", || block.all_gather(&self.comm))?;
+            }
+        }
         self.backend.judge_labels()?;
         self.seconds.gather = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Makes room for batches of as many rows, on all ranks or on none.
+    fn grow(&mut self, rows: u64) -> Result<()> {
+        let room = self.options.batch_room(rows, self.comm.size());
+        let reserved = self.scope_of(self.draws).host("grow", || self.backend.reserve_batch(room));
+        let reserved = reserved.map(|()| []).map_err(|error| failure::on_rank(&error, self.rank()));
+        // A rank without memory says so: messages have one size on all ranks.
+        if let Err(error) = gather_words(&self.comm, reserved) {
+            self.backend.take_reserved(false);
+            return Err(error);
+        }
+        self.backend.take_reserved(true);
+        self.batch_room = room;
         Ok(())
     }
 

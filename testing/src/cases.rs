@@ -99,6 +99,14 @@ impl Case {
         self.batches.len()
     }
 
+    /// A third of those without a limit of memory make room for the batches as they come.
+    fn max_batch(&self) -> u64 {
+        match self.workspace_limit == 0 && self.seed.is_multiple_of(3) {
+            true => 0,
+            false => self.batches.iter().copied().max().unwrap_or(0).max(1) as u64,
+        }
+    }
+
     pub fn options(&self) -> HeadOptions {
         HeadOptions {
             num_classes: self.classes as u64,
@@ -106,7 +114,7 @@ impl Case {
             placement: self.placement,
             sample_rate: self.rate,
             seed: self.seed,
-            max_batch: self.batches.iter().copied().max().unwrap_or(0).max(1) as u64,
+            max_batch: self.max_batch(),
             margin: Margin {
                 scale: self.scale,
                 m1: self.m1,

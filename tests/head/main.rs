@@ -8,6 +8,7 @@ mod digits;
 mod evaluation;
 mod factor;
 mod faults;
+mod growing;
 mod reference;
 mod resume;
 mod row_terms;

@@ -117,7 +117,8 @@ class Head(torch.nn.Module):
         embedding_dim: d, elements of an embedding.
         group: the process group; None: all ranks or, without torch.distributed, this process alone.
         comm: a communicator to use instead of a process group.
-        max_batch: rows of the largest batch on any rank; None: of the first batch.
+        max_batch: rows of the largest batch on any rank. 0: any; on a GPU each step then waits for the labels. None: 0
+            on a CPU, the first batch on a GPU.
         gradient_scale: factor of the embeddings' gradient. "auto": the number of ranks, because DDP and FSDP average
             the backbone's gradients over them; 1 for a trainer that adds them.
         nonfinite: what a NaN or an infinity in the embeddings is. "raise": an error of the forward, on all ranks.
@@ -474,8 +475,9 @@ class Head(torch.nn.Module):
         comm = _groups.communicator(self._group, place, device) if self._comm is None else self._comm
         if self._timeout is not None:
             comm.set_timeout(self._timeout.total_seconds())
-        # To be max_batch 0, which grows.
         largest = self._max_batch
+        if largest is None and place.type == "cpu":
+            largest = 0
         if largest is None:
             found = np.array([max(rows, 1)], np.int64)
             comm.all_reduce(found, "max")

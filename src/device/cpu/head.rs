@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::accumulation::Accumulation;
-use super::buffers::{copied, resize, Activations, Messages};
+use super::buffers::{copied, resize, Activations, BatchRoom, Messages};
 use super::pool::Pool;
 use super::products::Shape;
 use super::row_terms::TermFigures;
@@ -12,7 +12,7 @@ use super::sample::{merge, Draft, Sample};
 use super::sizes::{AvailableMemory, Sizes};
 use super::vector::{self, Softmax};
 use crate::device::host_math::{self, center_inverse_norm, inverse_norm};
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
+use crate::device::{HeadDevice, HeadSpec, Labels, Memory, Nearest, SampleIds, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
@@ -49,8 +49,28 @@ pub(super) struct CpuHead {
 
     pub(super) messages: Messages,
     pub(super) activations: Activations,
+    /// Memory for larger batches, put aside until all ranks have it.
+    reserved: Option<BatchRoom>,
+    /// The same for the next step: the one under way still uses what it replaces.
+    grown: Option<BatchRoom>,
     /// Made by the first `accumulate`.
     pub(super) accumulation: Option<Accumulation>,
+}
+
+/// Sizes for which this machine has memory. `rows`: class centers and their state are still to be made.
+fn affordable_sizes(spec: &HeadSpec, threads: usize, rows: bool) -> Result<Sizes> {
+    let (options, available) = (&spec.options, AvailableMemory::now());
+    let mut sizes = Sizes::new(options, spec.ranks, spec.shard, threads)?;
+    let (what, needed): (&str, fn(Memory) -> u64) = match rows {
+        true => ("class centers, their state and the workspace", |memory| memory.total()),
+        false => ("the workspace of a larger batch", |memory| memory.activation + memory.probability),
+    };
+    if options.workspace_limit == 0 && needed(sizes.memory(options, spec.ranks, spec.shard)) > available.least() / 4 * 3 {
+        // Twice the arithmetic beats swapping.
+        sizes.kept_chunks = 0;
+    }
+    available.require(needed(sizes.memory(options, spec.ranks, spec.shard)), what)?;
+    Ok(sizes)
 }
 
 /// The current step: its draft, and what its phases found for each row.
@@ -89,36 +109,31 @@ pub(super) struct StepState {
 impl CpuHead {
     pub fn new(spec: HeadSpec, pool: Arc<Pool>) -> Result<CpuHead> {
         let options = &spec.options;
-        let mut sizes = Sizes::new(options, spec.ranks, spec.shard, pool.threads())?;
+        let sizes = affordable_sizes(&spec, pool.threads(), true)?;
         let memory = sizes.memory(options, spec.ranks, spec.shard);
-        let available = AvailableMemory::now();
-        if options.workspace_limit == 0 && memory.total() > available.least() / 4 * 3 {
-            // Twice the arithmetic beats swapping.
-            sizes.kept_chunks = 0;
-        }
-        let needed = sizes.memory(options, spec.ranks, spec.shard).total();
-        available.require(needed, "class centers, their state and the workspace")?;
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
         // The calling thread takes tasks, too, and most often it is the one that steps.
         host_math::warm_up();
-        let mut own_labels = Vec::new();
-        reserve(&mut own_labels, options.max_batch as usize, "labels")?;
+        let BatchRoom { sizes, messages, activations, own_labels, drafts: [draft, next], .. } =
+            BatchRoom::new(&spec, sizes, gather_dtype)?;
         let head = CpuHead {
             softmax: Softmax::new(&options.margin),
             gather_dtype,
             own_labels,
             own_failure: None,
-            next: Draft::with_room(options, spec.ranks)?,
+            next,
             has_next: false,
-            step: StepState { draft: Draft::with_room(options, spec.ranks)?, ..StepState::default() },
+            step: StepState { draft, ..StepState::default() },
             replay: rows.replay()?,
             skipped_updates: 0,
             accumulation: None,
             rows,
-            messages: Messages::new(&spec, &sizes, gather_dtype)?,
-            activations: Activations::new(&sizes)?,
+            messages,
+            activations,
             sizes,
+            reserved: None,
+            grown: None,
             pool,
             spec,
         };
@@ -291,12 +306,16 @@ impl HeadDevice for CpuHead {
         self.has_next = false;
         self.own_labels.clear();
         self.own_failure = None;
+        let batch = labels.as_ref().map_or(0, |labels| labels.count);
         match labels {
             // SAFETY: the caller of the head's entry gave this many labels of its host memory.
-            Ok(labels) => self.own_labels.extend_from_slice(unsafe { labels.as_slice() }),
+            Ok(labels) if batch as u64 <= self.spec.options.max_batch => {
+                self.own_labels.extend_from_slice(unsafe { labels.as_slice() });
+            }
+            Ok(_) => {}
             Err(error) => self.own_failure = Some(error),
         }
-        let header = protocol::label_header(self.spec.rank, announcement, self.own_labels.len(), self.own_failure.as_ref());
+        let header = protocol::label_header(self.spec.rank, announcement, batch, self.own_failure.as_ref());
         protocol::pack_labels(&mut self.messages.labels_send, &header, &self.own_labels);
         Exchange::host(
             self.messages.labels_send.as_ptr(),
@@ -304,6 +323,30 @@ impl HeadDevice for CpuHead {
             self.messages.labels_send.len(),
             DType::I64,
         )
+    }
+
+    fn largest_batch(&mut self, limit: u64) -> Result<u64> {
+        let Messages { labels_send, labels_recv, .. } = &self.messages;
+        protocol::largest_batch(labels_send, labels_recv, labels_send.len(), self.spec.rank as usize, limit)
+    }
+
+    fn reserve_batch(&mut self, rows: u64) -> Result<()> {
+        let mut spec = self.spec.clone();
+        spec.options.max_batch = rows;
+        let sizes = affordable_sizes(&spec, self.pool.threads(), false)?;
+        self.reserved = Some(BatchRoom::new(&spec, sizes, self.gather_dtype)?);
+        Ok(())
+    }
+
+    fn take_reserved(&mut self, used: bool) {
+        let Some(mut room) = self.reserved.take().filter(|_| used) else { return };
+        self.spec.options.max_batch = room.max_batch;
+        // The next step's labels come before the step under way is over.
+        let Messages { labels_send, labels_recv, .. } = &mut room.messages;
+        (self.messages.labels_send, self.messages.labels_recv) = (std::mem::take(labels_send), std::mem::take(labels_recv));
+        self.own_labels = std::mem::take(&mut room.own_labels);
+        self.next = std::mem::take(&mut room.drafts[1]);
+        self.grown = Some(room);
     }
 
     fn judge_labels(&mut self) -> Result<()> {
@@ -358,6 +401,11 @@ impl HeadDevice for CpuHead {
     fn begin(&mut self) -> Result<()> {
         if std::mem::take(&mut self.has_next) {
             std::mem::swap(&mut self.step.draft, &mut self.next);
+            if let Some(BatchRoom { sizes, mut messages, activations, drafts: [draft, _], .. }) = self.grown.take() {
+                std::mem::swap(&mut messages.labels_send, &mut self.messages.labels_send);
+                std::mem::swap(&mut messages.labels_recv, &mut self.messages.labels_recv);
+                (self.sizes, self.messages, self.activations, self.next) = (sizes, messages, activations, draft);
+            }
         }
         self.size_step()
     }

@@ -27,7 +27,7 @@ fn values_outside_their_range_are_refused_by_name() {
         ("struct_size", "18446744073709551615", |o| o.struct_size = u64::MAX),
         ("num_classes", "0", |o| o.num_classes = 0),
         ("embedding_dim", "0", |o| o.embedding_dim = 0),
-        ("max_batch", "0", |o| o.max_batch = 0),
+        ("max_batch", "16777217", |o| o.max_batch = (1 << 24) + 1),
         ("placement", "0", |o| o.placement = 0),
         ("placement", "3", |o| o.placement = 3),
         ("sample_rate", "-0.1", |o| o.sample_rate = -0.1),

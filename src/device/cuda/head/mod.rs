@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use self::accumulation::Accumulation;
 use self::launch::{run, ExchangeBuffers, OpenExchange};
-use self::sample::{Draft, LabelSlots};
+use self::sample::{Draft, LabelSlots, Reserved};
 use self::update::LastFactor;
 use self::verdict::ReportedFailure;
 use super::context::Gpu;
@@ -57,6 +57,7 @@ pub(super) struct CudaHead {
     /// Its pointers, like the drafts, are those of the current step and of the next one, as `current` says.
     memory: HeadMemory,
     outgrown: Option<Outgrown>,
+    reserved: Option<Reserved>,
     drafts: [Draft; 2],
     current: usize,
     /// The next step has its labels.
@@ -111,6 +112,7 @@ impl CudaHead {
             open_exchange: None,
             reported: None,
             outgrown: None,
+            reserved: None,
             upload_error: None,
             is_fatal: false,
             block: StepBlock::zeroed(),
@@ -232,7 +234,23 @@ impl HeadDevice for CudaHead {
         self.draft_labels(announcement, labels)
     }
 
+    fn largest_batch(&mut self, limit: u64) -> Result<u64> {
+        self.gathered_batch(limit)
+    }
+
+    fn reserve_batch(&mut self, rows: u64) -> Result<()> {
+        self.reserve_rows(rows)
+    }
+
+    fn take_reserved(&mut self, used: bool) {
+        match used {
+            true => self.use_reserved(),
+            false => self.reserved = None,
+        }
+    }
+
     fn judge_labels(&mut self) -> Result<()> {
+        self.next_has_labels = true;
         self.received(StreamRole::Draw);
         let arrays = self.memory.arrays[self.next()];
         run!(self, Draw, judge_labels, (arrays,));
@@ -299,7 +317,7 @@ impl HeadDevice for CudaHead {
         let (arrays, batch) = (self.arrays(), source.rows);
         run!(self, Main, pack_embeddings, (arrays, source, batch));
         let dtype = self.sizes().capacities.gather_dtype;
-        let count = self.spec.options.max_batch as usize * self.dim();
+        let count = arrays.max_batch as usize * self.dim();
         let buffers = ExchangeBuffers { send: arrays.embeddings_send, recv: arrays.embeddings_recv, count };
         self.exchange("all_gather embeddings", StreamRole::Main, buffers, dtype)
     }
@@ -433,7 +451,7 @@ impl HeadDevice for CudaHead {
     fn backward(&mut self) -> Exchange {
         let arrays = self.arrays();
         run!(self, Main, embedding_gradient, (arrays,));
-        let count = self.spec.options.max_batch as usize * self.dim();
+        let count = arrays.max_batch as usize * self.dim();
         let buffers = ExchangeBuffers { send: arrays.gradient_send, recv: arrays.gradient_recv, count };
         let exchange = self.exchange("reduce_scatter gradient", StreamRole::Main, buffers, DType::F32);
         if !self.sharded() {

@@ -38,7 +38,7 @@ impl CudaHead {
 
     /// Memory of the head's for as many arrays of the host's.
     fn row_arrays(&self) -> Result<[*mut f32; 3]> {
-        self.staging.borrow_mut().row_arrays(&self.gpu.stream, self.spec.options.max_batch as usize)
+        self.staging.borrow_mut().row_arrays(&self.gpu.stream, self.arrays().max_batch as usize)
     }
 
     pub(super) fn write_margin_gradients(&mut self, factor: f64, gradients: &MarginGradientArrays) -> Result<()> {

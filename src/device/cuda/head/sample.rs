@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, PinnedBuffer, Stream};
 use super::super::shared_structs::LabelHeader;
-use super::super::sizes::{Grown, Sizes};
+use super::super::sizes::{LargerArrays, Replaced, Sizes};
 use super::super::staging;
 use super::super::streams::StreamRole;
 use super::{run, CudaHead, ExchangeBuffers, Outgrown};
-use crate::device::{sample_capacity, Labels};
+use crate::device::{sample_capacity, HeadSpec, Labels};
 use crate::exchange::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, Announcement, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
@@ -91,6 +91,14 @@ impl LabelSlots {
     }
 }
 
+/// Memory for larger batches, put aside until all ranks have it.
+pub(super) struct Reserved {
+    max_batch: u64,
+    arrays: LargerArrays,
+    labels_in: [DeviceBuffer<i64>; 2],
+    label_slots: LabelSlots,
+}
+
 impl CudaHead {
     /// Phase 1: this rank's block of A, of its labels or of its failure.
     pub(super) fn draft_labels(&mut self, announcement: &Announcement, labels: Contribution<Labels>) -> Exchange {
@@ -101,7 +109,7 @@ impl CudaHead {
         }
         let released = self.streams.of(StreamRole::Draw).wait(&self.drafts[next].released);
         self.remember_error(released);
-        self.next_has_labels = true;
+        self.next_has_labels = false;
         let draft = &mut self.drafts[next];
         (draft.step, draft.batch, draft.labels, draft.own_failure, draft.gathered) = (announcement.draws, 0, None, None, false);
         let uploaded = labels.and_then(|labels| Ok((self.upload_labels(next, &labels)?, labels.count)));
@@ -120,7 +128,8 @@ impl CudaHead {
 
     fn upload_labels(&mut self, next: usize, labels: &Labels) -> Result<*mut i64> {
         let destination = self.drafts[next].labels_in.as_mut_ptr();
-        if labels.count == 0 {
+        if labels.count == 0 || labels.count as u64 > self.spec.options.max_batch {
+            // In the second case the block has no room for them and asks for it.
             return Ok(destination);
         }
         let (draft, draw) = (&mut self.drafts[next], self.streams.of(StreamRole::Draw));
@@ -152,19 +161,67 @@ impl CudaHead {
         if classes as u64 <= self.sizes[next].capacities.sample_limit {
             return Ok(());
         }
+        let larger = self.larger_arrays(&self.spec, classes as u64)?;
+        self.replace_arrays(larger);
+        Ok(())
+    }
+
+    /// Arrays for the next step and those after it. They are zero when it returns.
+    fn larger_arrays(&self, spec: &HeadSpec, least_sample: u64) -> Result<LargerArrays> {
         self.streams.synchronize()?;
-        let (held, mut gpu) = (self.sizes[next].memory(), self.gpu.capacity()?);
+        let (held, mut gpu) = (self.sizes[self.next()].memory(), self.gpu.capacity()?);
         // Sizes are chosen as for a new head.
         gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
-        let sizes = Sizes::new(&self.spec, gpu, classes as u64)?;
-        let Grown { arrays, replaced } = self.memory.grow(&sizes, &self.gpu.stream)?;
+        let larger = self.memory.larger(Sizes::new(spec, gpu, least_sample)?, &self.gpu.stream)?;
+        // The other streams use memory that is cleared on this one.
+        self.gpu.stream.synchronize()?;
+        Ok(larger)
+    }
+
+    /// Takes them for the next step. The step in progress keeps its arrays until it is over.
+    fn replace_arrays(&mut self, larger: LargerArrays) {
+        let (next, Replaced { sizes, arrays, buffers: replaced }) = (self.next(), self.memory.replace(larger));
         self.sizes[next] = sizes;
         self.memory.arrays[next] = arrays[next];
         let mut buffers = self.outgrown.take().map_or_else(Vec::new, |outgrown| outgrown.buffers);
         buffers.extend(replaced);
         self.outgrown = Some(Outgrown { arrays: arrays[self.current], buffers });
-        // The other streams use memory that is cleared on this one.
-        self.gpu.stream.synchronize()
+    }
+
+    /// What the ranks' headers ask for. Waits for the gather.
+    pub(super) fn gathered_batch(&mut self, limit: u64) -> Result<u64> {
+        self.received(StreamRole::Draw);
+        self.pending_error()?;
+        let (arrays, stream) = (self.memory.arrays[self.next()], self.streams.of(StreamRole::Draw));
+        let stride = HEADER + arrays.max_batch as usize;
+        let sent = staging::fetch(stream, arrays.labels_send, HEADER)?;
+        let blocks = staging::fetch(stream, arrays.labels_recv, self.spec.ranks as usize * stride)?;
+        protocol::largest_batch(&sent, &blocks, stride, self.spec.rank as usize, limit)
+    }
+
+    pub(super) fn reserve_rows(&mut self, rows: u64) -> Result<()> {
+        let mut spec = self.spec.clone();
+        spec.options.max_batch = rows;
+        let (limit, drawn) = (self.sizes[self.next()].capacities.sample_limit, self.drawn_sample_limit());
+        // A caller's sample was larger than the draws, and may be again.
+        let arrays = self.larger_arrays(&spec, if limit > drawn { limit } else { 0 })?;
+        let (context, stream, rows) = (&self.gpu.context, &self.gpu.stream, rows as usize);
+        let labels_in = || DeviceBuffer::zeroed(stream, rows, "labels");
+        let labels_in = [labels_in()?, labels_in()?];
+        stream.synchronize()?;
+        self.reserved = Some(Reserved { max_batch: rows as u64, arrays, labels_in, label_slots: LabelSlots::new(context, rows)? });
+        Ok(())
+    }
+
+    pub(super) fn use_reserved(&mut self) {
+        let Some(Reserved { max_batch, arrays, labels_in, label_slots }) = self.reserved.take() else { return };
+        self.spec.options.max_batch = max_batch;
+        self.replace_arrays(arrays);
+        // The labels of the step in progress have been packed.
+        for (draft, labels_in) in self.drafts.iter_mut().zip(labels_in) {
+            draft.labels_in = labels_in;
+        }
+        self.label_slots = label_slots;
     }
 
     /// The draw: sorts labels, finds positives, draws negatives, finds the targets' columns.

@@ -1,4 +1,4 @@
-//! A head's memory: allocated once, and replaced in part where a caller's sample outgrows it.
+//! A head's memory: allocated once, and replaced in part where a caller's sample or a batch outgrows it.
 
 use super::Sizes;
 use crate::device::cuda::driver::{DeviceBuffer, Stream};
@@ -12,12 +12,21 @@ pub(in crate::device::cuda) struct HeadMemory {
     pub buffers: Vec<DeviceBuffer<u8>>,
 }
 
-/// The result of [`HeadMemory::grow`].
-pub(in crate::device::cuda) struct Grown {
+/// Larger arrays, which a head does not use yet.
+pub(in crate::device::cuda) struct LargerArrays {
+    sizes: Sizes,
     /// The pointers of both steps, with the new arrays.
+    arrays: [HeadArrays; 2],
+    /// By their numbers among the buffers.
+    made: Vec<(usize, DeviceBuffer<u8>)>,
+}
+
+/// The result of [`HeadMemory::replace`].
+pub(in crate::device::cuda) struct Replaced {
+    pub sizes: Sizes,
     pub arrays: [HeadArrays; 2],
     /// The arrays that were replaced: earlier `HeadArrays` still point to them.
-    pub replaced: Vec<DeviceBuffer<u8>>,
+    pub buffers: Vec<DeviceBuffer<u8>>,
 }
 
 impl HeadMemory {
@@ -42,11 +51,10 @@ impl HeadMemory {
         Ok(HeadMemory { arrays, buffers })
     }
 
-    /// Replaces the arrays that have another size in `sizes`, zeroed in the order of `stream`. W and the state keep their memory,
-    /// and so do the arrays that labels are sorted in. `arrays` stays as it is.
+    /// Makes the arrays that have another size in `sizes`, zeroed in the order of `stream`. W and the state keep their memory.
     ///
-    /// Errors: OUT_OF_MEMORY, naming the array; nothing is changed then.
-    pub fn grow(&mut self, sizes: &Sizes, stream: &Stream) -> Result<Grown> {
+    /// Errors: OUT_OF_MEMORY, naming the array.
+    pub fn larger(&self, sizes: Sizes, stream: &Stream) -> Result<LargerArrays> {
         let mut arrays = [sizes.head_arrays(); 2];
         let (mut number, mut made) = (0, Vec::new());
         for array in sizes.list() {
@@ -66,7 +74,12 @@ impl HeadMemory {
                 (array.assign)(of_step, data);
             }
         }
-        let replaced = made.into_iter().map(|(number, buffer)| std::mem::replace(&mut self.buffers[number], buffer)).collect();
-        Ok(Grown { arrays, replaced })
+        Ok(LargerArrays { sizes, arrays, made })
+    }
+
+    /// Takes them. `arrays` stays as it is.
+    pub fn replace(&mut self, LargerArrays { sizes, arrays, made }: LargerArrays) -> Replaced {
+        let buffers = made.into_iter().map(|(number, buffer)| std::mem::replace(&mut self.buffers[number], buffer)).collect();
+        Replaced { sizes, arrays, buffers }
     }
 }

@@ -13,7 +13,7 @@ use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
 use crate::{ensure, Result};
 
-pub(super) use allocation::{Grown, HeadMemory};
+pub(super) use allocation::{HeadMemory, LargerArrays, Replaced};
 pub(super) use capacities::{Capacities, COUNTED_CLASSES, DEPTH_MULTIPLE, HISTOGRAM_BINS};
 pub(super) use chunks::{weighted_splits, Chunks, LARGEST_CHUNK};
 
