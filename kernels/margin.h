@@ -60,7 +60,7 @@ struct Target {
 // m1 * theta + m2, and 0 where that is below.
 PFC_DEVICE double turned_angle(const MarginSettings& margin, double theta) {
     const double turned = margin.m1 * theta + margin.m2;
-    return turned > 0.0 ? turned : 0.0;
+    return turned < 0.0 ? 0.0 : turned;  // a NaN stays
 }
 
 PFC_DEVICE Target target(const MarginSettings& margin, double theta) {

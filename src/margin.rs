@@ -134,7 +134,11 @@ impl Margin {
 
     /// m1 * theta + m2, and 0 where that is below, as a row's own m2 can have it: there the logit stays at its largest.
     fn turned(&self, theta: f64) -> f64 {
-        (self.m1 * theta + self.m2).max(0.0)
+        match self.m1 * theta + self.m2 {
+            below if below < 0.0 => 0.0,
+            // A NaN stays one.
+            turned => turned,
+        }
     }
 
     fn guard_shift(&self) -> f64 {
