@@ -87,12 +87,7 @@ impl HeadOptions {
             self.embedding_dim
         );
         within("sample_rate", self.sample_rate, 0.0, 1.0)?;
-        ensure!(
-            self.max_batch <= LARGEST_BATCH,
-            InvalidArgument,
-            "max_batch must be 0 to {LARGEST_BATCH}, got {}",
-            self.max_batch
-        );
+        ensure!(self.max_batch <= LARGEST_BATCH, InvalidArgument, "max_batch must be 0 to {LARGEST_BATCH}, got {}", self.max_batch);
         ensure!(
             u64::from(ranks) * self.max_batch <= u32::MAX.into(),
             InvalidArgument,

@@ -9,7 +9,7 @@ use partialfc_testing::training::{assert_same_bits, learning_rate, ways_to_updat
 
 const DIM: usize = 6;
 /// Rows of each rank, by step: growing by little and by much, shrinking, none.
-const BATCHES: [[usize; 2]; 8] = [[3, 1], [9, 2], [8, 40], [1, 0], [0, 0], [41, 7], [5, 150], [3, 3]];
+const BATCHES: [[usize; 2]; 8] = [[3, 1], [9, 2], [8, 40], [1, 0], [0, 0], [41, 7], [5, 70], [3, 3]];
 
 fn base() -> HeadOptions {
     HeadOptions { sample_rate: 0.3, seed: 5, ..options(61, DIM as u32, 0) }
