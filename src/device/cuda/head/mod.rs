@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use self::accumulation::Accumulation;
 use self::launch::{run, ExchangeBuffers, OpenExchange};
-use self::sample::{Draft, LabelSlots, Reserved};
+use self::sample::{Draft, LabelMemory, Reserved};
 use self::update::LastFactor;
 use self::verdict::ReportedFailure;
 use super::context::Gpu;
@@ -48,6 +48,14 @@ struct Outgrown {
     buffers: Vec<DeviceBuffer<u8>>,
 }
 
+/// Memory that nothing uses any more. It is freed with the next growth or the head: that waits for everything under way in the context,
+/// also for collectives of other ranks that share it, which may wait for this rank.
+#[derive(Default)]
+struct Retired {
+    arrays: Vec<DeviceBuffer<u8>>,
+    labels: Vec<LabelMemory>,
+}
+
 pub(super) struct CudaHead {
     gpu: Arc<Gpu>,
     spec: HeadSpec,
@@ -58,6 +66,7 @@ pub(super) struct CudaHead {
     memory: HeadMemory,
     outgrown: Option<Outgrown>,
     reserved: Option<Reserved>,
+    retired: Retired,
     drafts: [Draft; 2],
     current: usize,
     /// The next step has its labels.
@@ -69,7 +78,7 @@ pub(super) struct CudaHead {
     open_exchange: Option<OpenExchange>,
     /// First local failure since `wait`: already reported to the caller, still in the device's failure count.
     reported: Option<ReportedFailure>,
-    label_slots: LabelSlots,
+    labels: LabelMemory,
     staging: RefCell<Staging>,
     verdict: PinnedBuffer<StepBlock>,
     /// The block of the last step that the host waited for.
@@ -98,13 +107,12 @@ impl CudaHead {
         let sizes = Sizes::new(&spec, gpu.capacity()?, 0)?;
         let memory = HeadMemory::allocate(&sizes, &gpu.stream)?;
         let max_batch = spec.options.max_batch as usize;
-        let draft = || Draft::new(&gpu.context, &gpu.stream, max_batch);
         let mut head = CudaHead {
-            drafts: [draft()?, draft()?],
+            drafts: [Draft::new(&gpu.context)?, Draft::new(&gpu.context)?],
             streams: HeadStreams::new(&gpu.context, &gpu.stream, spec.ranks)?,
             verdict: PinnedBuffer::zeroed(&gpu.context, 1, "the verdict")?,
             staging: RefCell::new(Staging::new()),
-            label_slots: LabelSlots::new(&gpu.context, max_batch)?,
+            labels: LabelMemory::new(&gpu.context, &gpu.stream, max_batch)?,
             current: 0,
             next_has_labels: false,
             step_in_progress: false,
@@ -113,6 +121,7 @@ impl CudaHead {
             reported: None,
             outgrown: None,
             reserved: None,
+            retired: Retired::default(),
             upload_error: None,
             is_fatal: false,
             block: StepBlock::zeroed(),
@@ -289,8 +298,8 @@ impl HeadDevice for CudaHead {
                 let before = self.next();
                 self.memory.arrays[before] = arrays;
                 self.sizes[before] = self.sizes().clone();
-                // Waits for the step before, which is the last one to use them.
-                drop(buffers);
+                // The step before is the last one to use them.
+                self.retired.arrays.extend(buffers);
             }
         }
         self.step_in_progress = true;

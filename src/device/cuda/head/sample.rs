@@ -7,7 +7,7 @@ use super::super::shared_structs::LabelHeader;
 use super::super::sizes::{LargerArrays, Replaced, Sizes};
 use super::super::staging;
 use super::super::streams::StreamRole;
-use super::{run, CudaHead, ExchangeBuffers, Outgrown};
+use super::{run, CudaHead, ExchangeBuffers, Outgrown, Retired};
 use crate::device::{sample_capacity, HeadSpec, Labels};
 use crate::exchange::Exchange;
 use crate::matrix::DType;
@@ -19,8 +19,6 @@ const LABEL_SLOTS: usize = 4;
 
 /// A step's labels and draw, as far as the host knows them.
 pub(super) struct Draft {
-    /// This rank's labels on the device.
-    labels_in: DeviceBuffer<i64>,
     /// Its sample is drawn.
     pub drawn: Event,
     /// No enqueued work uses it any more.
@@ -40,9 +38,8 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    pub fn new(context: &Arc<Context>, stream: &Stream, max_batch: usize) -> Result<Draft> {
+    pub fn new(context: &Arc<Context>) -> Result<Draft> {
         Ok(Draft {
-            labels_in: DeviceBuffer::zeroed(stream, max_batch, "labels")?,
             drawn: Event::new(context)?,
             released: Event::new(context)?,
             step: 0,
@@ -62,14 +59,27 @@ struct LabelSlot {
     copied: Event,
 }
 
+/// This rank's labels on the device, of the current step and of the next one, and what they come through.
+pub(super) struct LabelMemory {
+    of_drafts: [DeviceBuffer<i64>; 2],
+    slots: LabelSlots,
+}
+
+impl LabelMemory {
+    pub fn new(context: &Arc<Context>, stream: &Stream, max_batch: usize) -> Result<LabelMemory> {
+        let labels = || DeviceBuffer::zeroed(stream, max_batch, "labels");
+        Ok(LabelMemory { of_drafts: [labels()?, labels()?], slots: LabelSlots::new(context, max_batch)? })
+    }
+}
+
 /// Slots that are used in turn.
-pub(super) struct LabelSlots {
+struct LabelSlots {
     slots: Vec<LabelSlot>,
     next: usize,
 }
 
 impl LabelSlots {
-    pub fn new(context: &Arc<Context>, max_batch: usize) -> Result<LabelSlots> {
+    fn new(context: &Arc<Context>, max_batch: usize) -> Result<LabelSlots> {
         let slot = || {
             Ok(LabelSlot { labels: PinnedBuffer::zeroed(context, max_batch, "labels under way")?, copied: Event::new(context)? })
         };
@@ -95,8 +105,7 @@ impl LabelSlots {
 pub(super) struct Reserved {
     max_batch: u64,
     arrays: LargerArrays,
-    labels_in: [DeviceBuffer<i64>; 2],
-    label_slots: LabelSlots,
+    labels: LabelMemory,
 }
 
 impl CudaHead {
@@ -127,7 +136,7 @@ impl CudaHead {
     }
 
     fn upload_labels(&mut self, next: usize, labels: &Labels) -> Result<*mut i64> {
-        let destination = self.drafts[next].labels_in.as_mut_ptr();
+        let destination = self.labels.of_drafts[next].as_mut_ptr();
         if labels.count == 0 || labels.count as u64 > self.spec.options.max_batch {
             // In the second case the block has no room for them and asks for it.
             return Ok(destination);
@@ -145,7 +154,7 @@ impl CudaHead {
         // SAFETY: the caller of the head's entry gave this many labels, and they are in host memory.
         let given = unsafe { labels.as_slice() };
         // SAFETY: as above.
-        unsafe { self.label_slots.upload(draw, destination, given) }?;
+        unsafe { self.labels.slots.upload(draw, destination, given) }?;
         draft.labels = Some(given.to_vec());
         Ok(destination)
     }
@@ -161,14 +170,15 @@ impl CudaHead {
         if classes as u64 <= self.sizes[next].capacities.sample_limit {
             return Ok(());
         }
-        let larger = self.larger_arrays(&self.spec, classes as u64)?;
+        let larger = self.larger_arrays(&self.spec.clone(), classes as u64)?;
         self.replace_arrays(larger);
         Ok(())
     }
 
     /// Arrays for the next step and those after it. They are zero when it returns.
-    fn larger_arrays(&self, spec: &HeadSpec, least_sample: u64) -> Result<LargerArrays> {
+    fn larger_arrays(&mut self, spec: &HeadSpec, least_sample: u64) -> Result<LargerArrays> {
         self.streams.synchronize()?;
+        self.retired = Retired::default();
         let (held, mut gpu) = (self.sizes[self.next()].memory(), self.gpu.capacity()?);
         // Sizes are chosen as for a new head.
         gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
@@ -205,23 +215,18 @@ impl CudaHead {
         let (limit, drawn) = (self.sizes[self.next()].capacities.sample_limit, self.drawn_sample_limit());
         // A caller's sample was larger than the draws, and may be again.
         let arrays = self.larger_arrays(&spec, if limit > drawn { limit } else { 0 })?;
-        let (context, stream, rows) = (&self.gpu.context, &self.gpu.stream, rows as usize);
-        let labels_in = || DeviceBuffer::zeroed(stream, rows, "labels");
-        let labels_in = [labels_in()?, labels_in()?];
-        stream.synchronize()?;
-        self.reserved = Some(Reserved { max_batch: rows as u64, arrays, labels_in, label_slots: LabelSlots::new(context, rows)? });
+        let labels = LabelMemory::new(&self.gpu.context, &self.gpu.stream, rows as usize)?;
+        self.gpu.stream.synchronize()?;
+        self.reserved = Some(Reserved { max_batch: rows, arrays, labels });
         Ok(())
     }
 
     pub(super) fn use_reserved(&mut self) {
-        let Some(Reserved { max_batch, arrays, labels_in, label_slots }) = self.reserved.take() else { return };
+        let Some(Reserved { max_batch, arrays, labels }) = self.reserved.take() else { return };
         self.spec.options.max_batch = max_batch;
         self.replace_arrays(arrays);
         // The labels of the step in progress have been packed.
-        for (draft, labels_in) in self.drafts.iter_mut().zip(labels_in) {
-            draft.labels_in = labels_in;
-        }
-        self.label_slots = label_slots;
+        self.retired.labels.push(std::mem::replace(&mut self.labels, labels));
     }
 
     /// The draw: sorts labels, finds positives, draws negatives, finds the targets' columns.
