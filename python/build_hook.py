@@ -1,7 +1,8 @@
 """What hatchling calls to put the library into the wheel.
 
-cargo builds it, unless PFC_LIBRARY in the environment names a libpartialfc.so that was built elsewhere. The wheel
-serves every Python 3 of its platform, because the package has no extension module.
+cargo builds it, unless PFC_LIBRARY in the environment names a libpartialfc.so that was built elsewhere. With
+PFC_GLIBC=2.28 cargo-zigbuild builds it instead, for systems with that glibc or a later one. The wheel serves every
+Python 3 of its platform, because the package has no extension module.
 """
 
 import os
@@ -10,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -18,6 +20,10 @@ SONAME = "libpartialfc.so.0"
 
 
 class Hook(BuildHookInterface):
+    def dependencies(self):
+        """What pip installs before it builds."""
+        return ["cargo-zigbuild>=0.20", "ziglang"] if glibc() and self.target_name == "wheel" else []
+
     def initialize(self, version, build_data):
         if self.target_name != "wheel" or version == "editable":
             return
@@ -61,13 +67,22 @@ class Hook(BuildHookInterface):
         return path
 
 
+def glibc() -> str | None:
+    """The oldest that the library shall run with; None: that of this machine."""
+    return None if os.environ.get("PFC_LIBRARY") else os.environ.get("PFC_GLIBC")
+
+
 def built(root: pathlib.Path) -> pathlib.Path:
     """The library, built as `make build` does: it names no folder of this machine."""
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or root / "target")
     home = os.environ.get("CARGO_HOME") or pathlib.Path.home() / ".cargo"
     remap = [f"--remap-path-prefix={what}" for what in (f"{root}=partialfc", f"{home}=cargo", f"{target}=target")]
-    command = ["cargo", "build", "--release", "--lib", "--locked"]
-    environment = dict(os.environ)
+    command, folder, environment = ["cargo", "build"], target / "release", dict(os.environ)
+    if oldest := glibc():
+        triple = f"{platform.machine()}-unknown-linux-gnu"
+        command, folder = ["cargo-zigbuild", "zigbuild", "--target", f"{triple}.{oldest}"], target / triple / "release"
+        environment["CARGO_ZIGBUILD_PYTHON_PATH"] = sys.executable  # Which has zig.
+    command += ["--release", "--lib", "--locked"]
     if flags := environment.get("RUSTFLAGS"):
         environment["RUSTFLAGS"] = " ".join([flags, *remap])
     else:
@@ -75,10 +90,11 @@ def built(root: pathlib.Path) -> pathlib.Path:
     try:
         subprocess.run(command, cwd=root, env=environment, check=True)
     except FileNotFoundError:
+        remedy = "pip install cargo-zigbuild ziglang" if oldest else "install Rust"
         raise SystemExit(
-            "partialfc is built by cargo, which is not on PATH: install Rust, or name a built library in PFC_LIBRARY"
+            f"partialfc is built by {command[0]}, which is not on PATH: {remedy}, or name a built library in PFC_LIBRARY"
         ) from None
-    return root / target / "release" / "libpartialfc.so"
+    return root / folder / "libpartialfc.so"
 
 
 def strip(library: pathlib.Path) -> None:
