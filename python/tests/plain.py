@@ -3,12 +3,16 @@
 import torch
 
 
+def with_margin(cosines, m2, m3):
+    return (cosines.clamp(-1, 1).arccos() + m2).clamp(min=0).cos() - m3
+
+
 class StraightThrough(torch.autograd.Function):
     """The margin forward, and no margin backward, as insightface has it."""
 
     @staticmethod
     def forward(ctx, cosines, m2, m3):
-        return (cosines.clamp(-1, 1).arccos() + m2).cos() - m3
+        return with_margin(cosines, m2, m3)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -23,16 +27,15 @@ class PlainHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight.clone().double())
         self.scale, self.m2, self.m3, self.straight_through = scale, m2, m3, straight_through
 
-    def forward(self, embeddings, labels, sample):
+    def forward(self, embeddings, labels, sample, m2=None, m3=None):
+        """The rows' own m2 and m3 take the place of the head's."""
         rows = torch.nn.functional.normalize(self.weight[sample])
         cosines = torch.nn.functional.normalize(embeddings.double()) @ rows.T
         columns = torch.searchsorted(sample, labels)
         index = torch.arange(len(labels))
         target = cosines[index, columns]
-        if self.straight_through:
-            margin = StraightThrough.apply(target, self.m2, self.m3)
-        else:
-            margin = (target.clamp(-1, 1).arccos() + self.m2).cos() - self.m3
+        margins = self.m2 if m2 is None else m2.double(), self.m3 if m3 is None else m3.double()
+        margin = (StraightThrough.apply if self.straight_through else with_margin)(target, *margins)
         logits = cosines.index_put((index, columns), margin) * self.scale
         return torch.nn.functional.cross_entropy(logits, columns)
 
