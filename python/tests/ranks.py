@@ -60,18 +60,7 @@ def train(placement):
     if rank == 0:
         assert model.head.last_metrics.rows == BATCH  # On this rank alone.
 
-    # One rank alone trains to the same numbers.
-    torch.manual_seed(0)
-    alone_net = backbone(FEATURES, DIM, seed=0)
-    alone = Head(CLASSES, DIM, seed=3, init_std=0.1, comm=partialfc.Comm.self())
-    alone_optimizer = torch.optim.SGD([*alone_net.parameters(), *alone.parameters()], lr=0.05, momentum=0.9, weight_decay=5e-4)
-    for step, (x, y) in enumerate(data(20, BATCH, FEATURES, CLASSES)):
-        alone_optimizer.zero_grad()
-        loss = alone(alone_net(x), y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*alone_net.parameters(), *alone.parameters()], 5.0)
-        alone_optimizer.step()
-        assert abs(loss.item() - losses[step]) <= 1e-4 * losses[step], (step, loss.item(), losses[step])
+    _, alone = train_alone(losses)
     torch.testing.assert_close(weight, alone.weight[first : first + count], rtol=1e-3, atol=1e-4)
 
     # A state dict of each rank goes on to the bit.
@@ -81,6 +70,61 @@ def train(placement):
         x, y = rows_of(batch, step)
         assert model(x, y).item() == other(x, y).item()
     return model
+
+
+def train_alone(losses):
+    """(backbone, head) of one rank that trains by itself with the rows of all, to the same losses."""
+    net = backbone(FEATURES, DIM, seed=0)
+    head = Head(CLASSES, DIM, seed=3, init_std=0.1, comm=partialfc.Comm.self())
+    parameters = [*net.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for step, (x, y) in enumerate(data(20, BATCH, FEATURES, CLASSES)):
+        optimizer.zero_grad()
+        loss = head(net(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        assert abs(loss.item() - losses[step]) <= 1e-4 * losses[step], (step, loss.item(), losses[step])
+    return net, head
+
+
+def shard(which):
+    """FSDP2 shards the backbone; the head is left out of it, or its anchor is."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Model(max_batch=BATCH)
+    for parameter in model.net.parameters():
+        dist.broadcast(parameter.detach(), 0)  # DDP does so by itself, FSDP does not.
+    if which == "backbone":
+        fully_shard(model.net, mesh=mesh)
+    elif which == "model":
+        fully_shard(model, mesh=mesh, ignored_params={model.head.anchor})
+    else:
+        fully_shard(model, mesh=mesh)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    for step, batch in enumerate(data(20, BATCH, FEATURES, CLASSES)):
+        optimizer.zero_grad()
+        loss = model(*rows_of(batch, step))
+        loss.backward()
+        if which == "anchor":
+            try:
+                optimizer.step()
+                raise AssertionError("no error")
+            except TypeError as error:
+                assert f"the head's anchor is a DTensor on rank {rank}" in str(error), error
+                return
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    net, head = train_alone(losses)
+    for mine, other in zip(model.net.parameters(), net.parameters()):
+        assert isinstance(mine, torch.distributed.tensor.DTensor)
+        torch.testing.assert_close(mine.full_tensor(), other, rtol=1e-3, atol=1e-4)
+    first, count = model.head.rank_head.shard
+    torch.testing.assert_close(model.head.weight, head.weight[first : first + count], rtol=1e-3, atol=1e-4)
 
 
 def refuse(model):
@@ -198,6 +242,9 @@ def main():
             interrupt(folder)
         elif mode == "lose":
             lose()
+        elif mode.startswith("fsdp "):
+            shard(mode.split()[1])
+            print(mode, "as it should be", flush=True)
         elif "-" in mode:
             checkpoint(folder, mode)
         else:

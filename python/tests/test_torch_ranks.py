@@ -1,4 +1,4 @@
-"""Processes over gloo: DDP over the whole model, errors of one rank, Ctrl-C, a rank that is lost, other numbers of ranks."""
+"""Processes over gloo: DDP over the whole model, FSDP2, errors of one rank, Ctrl-C, a rank that is lost, other numbers of ranks."""
 
 import os
 import pathlib
@@ -38,6 +38,13 @@ def launch(folder, *modes: str, size: int = 2) -> list[str]:
 def test_ddp_over_the_whole_model(tmp_path):
     for printed in launch(tmp_path, "sharded", "replicated"):
         assert "sharded as it should be" in printed and "replicated as it should be" in printed
+
+
+def test_fsdp2(tmp_path):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("fully_shard came with torch 2.6")
+    for printed in launch(tmp_path, "fsdp backbone", "fsdp model", "fsdp anchor"):
+        assert printed.count("as it should be") == 3
 
 
 def test_ctrl_c_inside_a_collective_and_a_rank_that_is_lost(tmp_path):

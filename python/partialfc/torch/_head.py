@@ -371,6 +371,11 @@ class Head(torch.nn.Module):
             return
         if self._head is None:
             return
+        if hasattr(self.anchor, "full_tensor"):
+            raise TypeError(
+                f"the head's anchor is a DTensor on rank {self._head.comm.rank}: FSDP has taken it into its shards; leave the head out, "
+                "fully_shard(backbone), or give fully_shard(model, ignored_params={head.anchor})"
+            )
         _hooks.compare(optimizer, group, self.options, self._head.comm.rank)
         self._take_factor(optimizer)
 
