@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import math
+import warnings
 import weakref
 
 import numpy as np
@@ -77,7 +78,20 @@ class _Step(torch.autograd.Function):
 class _Run:
     """Where the step is. Apart from the module, whose attributes are slow to set."""
 
-    __slots__ = ("error", "factor", "forwarded", "kept", "number", "places", "ready", "strangers", "weights")
+    __slots__ = (
+        "error",
+        "factor",
+        "first_rate",
+        "forwarded",
+        "kept",
+        "number",
+        "places",
+        "rates",
+        "ready",
+        "scheduled",
+        "strangers",
+        "weights",
+    )
 
     def __init__(self):
         #: Forwards so far: which one a backward belongs to.
@@ -98,6 +112,12 @@ class _Run:
         self.places = weakref.WeakKeyDictionary()
         #: Kinds of the optimizers without the anchor that have stepped since the last backward.
         self.strangers: set = set()
+        #: The anchor's learning rate in its first step; NaN once there has been a warning.
+        self.first_rate: float | None = None
+        #: The first learning rate of other groups than the anchor's, by optimizer.
+        self.rates = weakref.WeakKeyDictionary()
+        #: The optimizer of these whose learning rate has changed since.
+        self.scheduled: str | None = None
 
 
 class Head(torch.nn.Module):
@@ -365,6 +385,8 @@ class Head(torch.nn.Module):
 
     def _before_step(self, optimizer) -> None:
         group = self._group_in(optimizer)
+        if self._head is not None:
+            self._watch_rates(optimizer, group)
         if group is None:
             if self._run.ready:
                 self._run.strangers.add(type(optimizer).__name__)
@@ -378,6 +400,26 @@ class Head(torch.nn.Module):
             )
         _hooks.compare(optimizer, group, self.options, self._head.comm.rank)
         self._take_factor(optimizer)
+
+    def _watch_rates(self, optimizer, group) -> None:
+        """Warns once where a scheduler has other groups and not the anchor's, so that the head's learning rate stays."""
+        run, other = self._run, optimizer.param_groups[0]
+        if other is not group and isinstance(rate := other.get("lr"), (int, float)):
+            if run.rates.setdefault(optimizer, rate) != rate:
+                run.scheduled = type(optimizer).__name__
+        # Every scheduler but ReduceLROnPlateau leaves its mark on its groups.
+        if group is None or "initial_lr" in group or not isinstance(rate := group["lr"], (int, float)):
+            return
+        if run.first_rate is None:
+            run.first_rate, run.scheduled = rate, None
+        elif run.scheduled is not None and rate == run.first_rate:
+            run.first_rate = math.nan
+            warnings.warn(
+                f"a learning rate of {run.scheduled} has changed, but lr of the group with the head's anchor is {rate} on rank "
+                f"{self._head.comm.rank} as it was at first, and no scheduler has that group: the class centers are not scheduled",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _after_step(self, optimizer) -> None:
         group = self._group_in(optimizer)

@@ -1,5 +1,6 @@
 """What heads hear of optimizers: every `Optimizer.step` of the process, before and after."""
 
+import math
 import weakref
 
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -46,10 +47,13 @@ def compare(optimizer, group: dict, options: dict, rank: int) -> None:
     theirs["weight_decay"] = group["weight_decay"]
     for name, value in theirs.items():
         if options[name] != value:
-            raise ValueError(
-                f"{name} is {value!r} in the optimizer and {options[name]!r} in the head on rank {rank}; "
-                f"make the head with {name}={value!r}, or the optimizer's group with the head's"
-            )
+            remedy = f"make the head with {name}={value!r}, or the optimizer's group with the head's"
+            if name in ("momentum", "beta1") and "max_momentum" in group:
+                remedy = "a scheduler changes it, and the head's stays: give the scheduler cycle_momentum=False"
+            raise ValueError(f"{name} is {value!r} in the optimizer and {options[name]!r} in the head on rank {rank}; {remedy}")
+    rate = group["lr"]
+    if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:  # A tensor's may be on a GPU: the library looks at it.
+        raise ValueError(f"lr is {rate!r} in the optimizer on rank {rank}; it must be a number of at least 0")
     for name in never:
         if group.get(name):
             raise ValueError(f"{name} is {group[name]!r} in the optimizer on rank {rank}; a head's class centers have none")
