@@ -151,6 +151,32 @@ def test_an_overflow_leaves_the_head_as_it_was(fused, unscale, where):
     torch.testing.assert_close(head.weight, reference.weight, rtol=1e-5, atol=1e-7)
 
 
+def test_an_overflow_in_a_loop_of_insightface():
+    """With all that its train_v2.py has beside: a schedule, clipping at 5, two groups, gradients that are zeroed after the step."""
+    head, net = PartialFC_V2(Margin(m2=0.3), DIM, CLASSES, 0.4, seed=3, init_std=0.1), backbone(FEATURES, DIM)
+    optimizer = torch.optim.SGD([{"params": net.parameters()}, {"params": head.parameters()}], lr=0.1, **SGD)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=20, power=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=100)
+    losses, norms = [], []
+    for step, (x, y) in enumerate(data(20, BATCH, FEATURES, CLASSES)):
+        loss = head(net(x), y)
+        before = [tensor.clone() for tensor in [*net.parameters(), *rows(head).values()]]
+        scaler.scale(loss).backward()
+        if step == 8:
+            net[0].weight.grad[3, 1] = torch.inf
+        scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 5).item())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scheduler.step()
+        after = [*net.parameters(), *rows(head).values()]
+        assert [torch.equal(*pair) for pair in zip(before, after)] == len(before) * [step == 8]
+        losses.append(loss.item())
+    assert scaler.get_scale() == 512 and head.rank_head.read_progress() == (20, 19)
+    assert sum(losses[-5:]) < sum(losses[:5]) and min(norms) > 5
+
+
 def test_scaling_alone_changes_no_bit():
     head, net = make(), backbone(FEATURES, DIM)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
@@ -357,6 +383,7 @@ REFUSED = [
     (lambda e, y: (e, y.float()), TypeError, "labels is torch.float32 on rank 0"),
     (lambda e, y: (e.double(), y), TypeError, "embeddings is torch.float64 on rank 0; it must be float32"),
     (lambda e, y: (e.to("meta"), y), TypeError, "embeddings is on device meta on rank 0"),
+    (lambda e, y: (e, y.to("meta")), TypeError, "labels is on device meta on rank 0"),
     (lambda e, y: (e.t().contiguous().t(), y), ValueError, "embeddings has rows that are not contiguous on rank 0"),
     (lambda e, y: (e, y[:-1]), ValueError, "labels has 31 rows on rank 0; it must have 32"),
     (lambda e, y: (e.to_sparse(), y), TypeError, "embeddings is a tensor of layout torch.sparse_coo"),
@@ -376,6 +403,17 @@ def test_refused(change, kind, text):
     head(embeddings, y).backward()
     head.update(0.1)
     assert head.rank_head.read_progress()[1] == 2
+
+
+def test_a_head_that_has_been_closed():
+    head, net = make(), backbone(FEATURES, DIM)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)
+    x, y = next(data(1, BATCH, FEATURES, CLASSES))
+    head(net(x), y).backward()
+    head.rank_head.close()
+    for call in (optimizer.step, lambda: head(net(x), y), head.state_dict, lambda: head.top_k(net(x), 1)):
+        with pytest.raises(partialfc.PartialFCError, match=r"this head has been closed \[PFC_ERROR_INVALID_ARGUMENT, rank 0"):
+            call()
 
 
 def test_wrong_options():
