@@ -38,9 +38,10 @@ fn placements() -> [HeadOptions; 4] {
 fn train(place: &Rank, options: &HeadOptions) -> Trace {
     let mut head = Head::new(&gpu_apart(), &place.comm, options);
     let mut trace = Trace::default();
-    // A head that makes room for its batches has room for 8 rows at first.
-    let rows = |step| if options.max_batch == 0 { ROWS + 4 * step } else { ROWS };
-    let batch = |step| Batch::draw(options, place.rank, step, rows(step) - place.rank % 2);
+    // A head that makes room for its batches has room for 8 rows at first. The first step grows: later ones would free memory, which waits
+    // for the collectives of other ranks on the same emulated GPU.
+    let rows = if options.max_batch == 0 { 2 * ROWS } else { ROWS };
+    let batch = |step| Batch::draw(options, place.rank, step, rows - place.rank % 2);
     for step in 0..3 {
         let Batch { labels, .. } = batch(step);
         let mut rows = batch(step).rows(head.dim);
