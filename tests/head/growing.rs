@@ -47,7 +47,7 @@ fn growing_does_not_change_what_a_head_does() {
         let largest = BATCHES.iter().flatten().copied().max().unwrap() as u64;
         let of = |max_batch: u64| {
             let options = HeadOptions { max_batch, ..options.clone() };
-            on_ranks(2, |place| train(&place, &options))
+            on_ranks(2, |place| train(place, &options))
         };
         let (grown, expected) = (of(0), of(largest));
         if !on_cuda() {
