@@ -3,6 +3,8 @@
 //! *labels*, before any work, one block a rank: {status, rank, batch, announcement, max_batch labels}. Replicated heads with
 //! sample_rate 1 need no one else's labels, but a caller's sample and a verdict on all labels do. What comes back is judged before any
 //! of it is an index: this rank's own block is what it sent, each block is at its rank's place, no batch is above max_batch.
+//! With max_batch 0 it is the room that all ranks have. A block with a larger batch asks for more: a handshake tells that all have made
+//! it, and *labels* is gathered once more.
 //! *sums*, after the forward of a sharded head: {N of each row, zt of each row, sum of the target cosines, loss places, errors,
 //! classes}, and where rows may have offsets of their own, those rows' N: see [`far_sum`]. With row terms {N, angle, ..} and, at the end,
 //! m2, m3 and weight of each row, from the rank that it comes from: see [`crate::row_terms`].
