@@ -1,6 +1,7 @@
 """`partialfc.torch` beside a plain PyTorch head, and what loops of PyTorch do with a module."""
 
 import copy
+import sys
 
 import pytest
 
@@ -460,6 +461,19 @@ def test_hooks_keep_no_head():
     del head
     gc.collect()
     assert alive() is None
+
+
+def test_hooks_that_were_taken_come_back(monkeypatch):
+    """As torch.compile takes them in torch 2.1: from every optimizer of torch.optim, and for good."""
+    plain = make()
+    loop(plain)
+    taken = torch.optim.SGD.step.__wrapped__
+    monkeypatch.setattr(torch.optim.SGD, "step", taken)
+    monkeypatch.setattr(taken, "hooked", True, raising=False)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", sys.modules.get("torch._dynamo"))
+    head = make()
+    loop(head)
+    assert same(rows(head), rows(plain)) and head.rank_head.read_progress()[1] > 0
 
 
 def test_later_batches_may_be_larger():

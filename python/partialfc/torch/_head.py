@@ -238,6 +238,7 @@ class Head(torch.nn.Module):
 
     def _forward(self, embeddings, labels, m2, m3, weight) -> torch.Tensor:
         head = self._made(embeddings)
+        _hooks.keep()
         own = {name: _float_rows(x) for name, x in (("m2", m2), ("m3", m3), ("weight", weight)) if x is not None}
         self._refuse_strangers()
         self._keep_or_drop(head)

@@ -1,12 +1,16 @@
 """What heads hear of optimizers: every `Optimizer.step` of the process, before and after."""
 
 import math
+import sys
 import weakref
 
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _heads: "weakref.WeakSet" = weakref.WeakSet()
 _registered = False
+#: Of every `step` that calls hooks.
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def listen(head) -> None:
@@ -17,6 +21,22 @@ def listen(head) -> None:
         _registered = True
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)
+
+
+def keep() -> None:
+    """Gives optimizers their hooks back, which torch.compile takes from all of torch.optim in torch 2.1."""
+    if "torch._dynamo" not in sys.modules or not _has_lost(torch.optim.SGD):
+        return
+    for kind in tuple(vars(torch.optim).values()):
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and "step" in vars(kind) and _has_lost(kind):
+            kind.step = Optimizer.profile_hook_step(kind.step)
+            kind.step.hooked = True
+
+
+def _has_lost(kind: type) -> bool:
+    """Whether a kind of optimizer is marked as calling hooks, so that it is left as it is, and does not."""
+    step = kind.step
+    return getattr(step, "hooked", False) and getattr(step, "__code__", _HOOKED) is not _HOOKED
 
 
 def _before(optimizer, _arguments, _keywords) -> None:
