@@ -270,14 +270,26 @@ static void without_nccl(const pfc_device *device) {
   EXPECT(comm == NULL);
 }
 
-static void not_in_this_version(pfc_head *head) {
-  pfc_save_options save = {sizeof save};
-  pfc_load_options load = {sizeof load};
+static void not_in_this_build(void) {
   pfc_device *cuda = NULL;
   FAILS(pfc_device_cuda(0, NULL, &cuda), PFC_ERROR_UNSUPPORTED, "CUDA");
-  FAILS(pfc_head_save(head, "directory", &save), PFC_ERROR_UNSUPPORTED, "pfc_head_read_centers");
-  FAILS(pfc_head_load(head, "directory", &load), PFC_ERROR_UNSUPPORTED, "pfc_head_write_centers");
   EXPECT(cuda == NULL);
+}
+
+static void checkpoints(pfc_head *head) {
+  pfc_save_options save;
+  pfc_load_options load;
+  FAILS(pfc_save_options_init(NULL), PFC_ERROR_INVALID_ARGUMENT, "options must not be NULL");
+  EXPECT(pfc_save_options_init(&save) == PFC_OK && pfc_load_options_init(&load) == PFC_OK);
+  FAILS(pfc_head_save(NULL, "directory", &save), PFC_ERROR_INVALID_ARGUMENT, "head must not be");
+  FAILS(pfc_head_save(head, NULL, &save), PFC_ERROR_INVALID_ARGUMENT, "directory must not be NULL");
+  FAILS(pfc_head_save(head, "", &save), PFC_ERROR_INVALID_ARGUMENT, "directory must not be empty");
+  FAILS(pfc_head_load(head, "/dev/null", &load), PFC_ERROR_IO, "/dev/null/manifest.json");
+  FAILS(pfc_head_save(head, "/dev/null", NULL), PFC_ERROR_IO, "/dev/null");
+  save.struct_size = 4;
+  FAILS(pfc_head_save(head, "/dev/null", &save), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
+  load.struct_size = 0;
+  FAILS(pfc_head_load(head, "/dev/null", &load), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
 }
 
 static void steps(pfc_head *head) {
@@ -424,7 +436,8 @@ int main(void) {
   sizes(device, comm);
   options_out_of_range(device, comm);
   without_nccl(device);
-  not_in_this_version(head);
+  not_in_this_build();
+  checkpoints(head);
   steps(head);
   forked(head);
   logging(device, comm);

@@ -24,6 +24,7 @@ pub mod trace;
 
 mod agreement;
 mod cancellation;
+mod checkpoint;
 mod environment;
 mod float_environment;
 

@@ -287,8 +287,8 @@ static void hopeless(struct rank *r) {
     case 13: status = DO(pfc_comm_abort, NULL); break;
     case 14: status = DO(pfc_comm_barrier, NULL); break;
     case 15: status = DO(pfc_head_prepare, NULL, NULL, 0); break;
-    case 16: status = DO(pfc_head_save, r->head, "/nonexistent", NULL); break;
-    case 17: status = DO(pfc_head_load, r->head, "/nonexistent", NULL); break;
+    case 16: status = DO(pfc_head_save, NULL, "/nonexistent", NULL); break;
+    case 17: status = DO(pfc_head_load, NULL, "/nonexistent", NULL); break;
     case 18: DO_OTHER(pfc_device_info, (NULL)); break;
     case 19: DO_OTHER(pfc_status_name, ((int32_t)draw(&r->own))); break;
     case 20: DO_OTHER(pfc_last_error_copy, (text, below(&r->own, sizeof text))); break;

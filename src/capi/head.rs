@@ -50,8 +50,8 @@ use super::device::pfc_device;
 use super::status::{pfc_status, ErrorText};
 use super::types::{matrix, pfc_head_options, pfc_matrix, read_sized};
 use super::{array, boundary, output, required};
+use crate::ensure;
 use crate::head::{require_host, Head, HeadOutside, Labels, LossTarget, Progress, StateTensor};
-use crate::{ensure, error};
 
 /// SGD: m. AdamW: the first moment.
 pub const PFC_STATE_MOMENTUM: i32 = 1;
@@ -69,22 +69,6 @@ pub struct pfc_head {
     process: u32,
     /// Of the last call on this head that failed, on whatever thread.
     last_error: Mutex<ErrorText>,
-}
-
-/// Options of pfc_head_save. Fields will come with checkpoints.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct pfc_save_options {
-    /// sizeof(pfc_save_options).
-    pub struct_size: u64,
-}
-
-/// Options of pfc_head_load. Fields will come with checkpoints.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct pfc_load_options {
-    /// sizeof(pfc_load_options).
-    pub struct_size: u64,
 }
 
 /// Makes a head. Collective.
@@ -477,40 +461,4 @@ pub unsafe extern "C" fn pfc_head_read_progress(head: *mut pfc_head, draws: *mut
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_write_progress(head: *mut pfc_head, draws: u64, updates: u64) -> pfc_status {
     with_head(head, |head| head.write_progress(Progress { draws, updates }))
-}
-
-/// Writes a checkpoint. Collective.
-///
-/// @return UNSUPPORTED in this version; pfc_head_read_progress, pfc_head_read_centers and pfc_head_read_state return all there is to save
-#[no_mangle]
-pub unsafe extern "C" fn pfc_head_save(
-    head: *mut pfc_head,
-    directory: *const c_char,
-    options: *const pfc_save_options,
-) -> pfc_status {
-    let _ = (directory, options);
-    with_head(head, |_| {
-        Err(error!(
-            Unsupported,
-            "pfc_head_save is not supported yet: save what pfc_head_read_progress, pfc_head_read_centers and pfc_head_read_state return"
-        ))
-    })
-}
-
-/// Reads a checkpoint. Collective.
-///
-/// @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress restore what was read
-#[no_mangle]
-pub unsafe extern "C" fn pfc_head_load(
-    head: *mut pfc_head,
-    directory: *const c_char,
-    options: *const pfc_load_options,
-) -> pfc_status {
-    let _ = (directory, options);
-    with_head(head, |_| {
-        Err(error!(
-            Unsupported,
-            "pfc_head_load is not supported yet: use pfc_head_write_centers, pfc_head_write_state and pfc_head_write_progress"
-        ))
-    })
 }

@@ -107,6 +107,9 @@ impl Head {
                     | Status::OutOfMemory
                     | Status::Remote
                     | Status::Mismatch
+                    | Status::Io
+                    | Status::Corrupt
+                    | Status::Unsupported
             );
             if !recoverable || self.comm.failure().is_some() {
                 self.poison_before_update(error);

@@ -6,6 +6,7 @@
 //! | `accumulation.rs` | gradients of micro-batches, kept until an update |
 //! | `arguments.rs` | checks of what callers pass in, and copies from and to wherever it lies |
 //! | `failure.rs` | what a failure does to the head, its step and the other ranks |
+//! | `checkpoint.rs` | saving a head to a directory, and loading one |
 //! | `rows.rs` | reading and writing the shard's class centers and their state |
 //! | `evaluation.rs` | metrics of the last step, and the nearest class centers |
 //!
@@ -13,6 +14,7 @@
 
 mod accumulation;
 mod arguments;
+mod checkpoint;
 mod evaluation;
 mod failure;
 mod rows;

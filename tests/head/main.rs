@@ -3,6 +3,7 @@
 mod accumulation;
 mod bits;
 mod calls;
+mod checkpoint;
 mod conformance;
 mod digits;
 mod evaluation;

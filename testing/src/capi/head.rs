@@ -1,5 +1,10 @@
 //! Heads.
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use partialfc::capi::checkpoint as c_checkpoint;
 use partialfc::capi::forward as c_forward;
 use partialfc::capi::forward::{pfc_backward_options, pfc_forward_options};
 use partialfc::capi::head as c_head;
@@ -68,6 +73,18 @@ impl Head {
             c.workspace_limit = needed + options.workspace_limit - LEAST;
         }
         Head::create(device, comm, &c)
+    }
+
+    pub fn save(&mut self, directory: &Path) -> Outcome {
+        let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
+        // SAFETY: a live handle, a path that outlives the call, the defaults.
+        outcome(unsafe { c_checkpoint::pfc_head_save(self.raw, directory.as_ptr(), std::ptr::null()) })
+    }
+
+    pub fn load(&mut self, directory: &Path) -> Outcome {
+        let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
+        // SAFETY: as above.
+        outcome(unsafe { c_checkpoint::pfc_head_load(self.raw, directory.as_ptr(), std::ptr::null()) })
     }
 
     pub fn prepare(&mut self, labels: &[i64]) -> Outcome {

@@ -1,7 +1,7 @@
 //! Options that no head can have, and those that this version does not.
 
 use partialfc::capi::device::pfc_device_cuda;
-use partialfc::capi::head::{pfc_head_create, pfc_head_load, pfc_head_save};
+use partialfc::capi::head::pfc_head_create;
 use partialfc::capi::types::pfc_head_options;
 use partialfc::Status;
 
@@ -112,11 +112,6 @@ fn what_is_not_in_this_version_is_unsupported() {
             assert_refused("a CUDA device", refused, Status::Unsupported, &["CUDA"]);
             assert!(cuda.is_null());
         }
-        let head = Head::create(&device, &comm, &head_options(10, 4, 8)).expect("a head");
-        let refused = outcome(pfc_head_save(head.raw, c"/nowhere".as_ptr(), std::ptr::null()));
-        assert_refused("a checkpoint", refused, Status::Unsupported, &["pfc_head_save"]);
-        let refused = outcome(pfc_head_load(head.raw, c"/nowhere".as_ptr(), std::ptr::null()));
-        assert_refused("a checkpoint", refused, Status::Unsupported, &["pfc_head_load"]);
     }
 }
 

@@ -1,0 +1,121 @@
+// Saves a checkpoint while the disk misbehaves at one call of the system, chosen by its number.
+// tests/hostile/checkpoints.rs goes through all of them and looks at what is left.
+//
+//   disk_faults DIRECTORY FAULT NUMBER
+//
+// loads the checkpoint, makes one step, and saves it to the same directory; with NUMBER 0 nothing
+// fails. FAULT is what becomes of the NUMBER-th call: killed (the process, before the call), half
+// (a write writes half of its bytes, then the process is killed), full (ENOSPC), broken (EIO),
+// interrupted (EINTR), short (a write writes less, as it may).
+//
+// Prints how many calls there were, the status of the save and its text. Exits with 0 if the head
+// makes another step afterwards, with 77 where it was killed.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <partialfc.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { CLASSES = 700, DIM = 512, BATCH = 4, KILLED = 77 };
+
+static const char *fault = "";
+static long number, calls;
+static int armed;
+
+// Whether this is the call. A process that is to be killed ends here.
+static int is_it(int writes) {
+  if (!armed || ++calls != number) return 0;
+  if (strcmp(fault, "killed") == 0 || (strcmp(fault, "half") == 0 && !writes)) _exit(KILLED);
+  return 1;
+}
+// Sets errno of a call that fails; 0: it does not fail.
+static int fails(void) {
+  errno = strcmp(fault, "full") == 0          ? ENOSPC
+          : strcmp(fault, "broken") == 0      ? EIO
+          : strcmp(fault, "interrupted") == 0 ? EINTR
+                                              : 0;
+  return errno != 0;
+}
+
+// The C library's own function of this name.
+#define REAL(type, name, ...)     \
+  type (*real)(__VA_ARGS__);      \
+  *(void **)&real = dlsym(RTLD_NEXT, name)
+
+ssize_t write(int fd, const void *bytes, size_t count) {
+  REAL(ssize_t, "write", int, const void *, size_t);
+  // What this program prints goes through.
+  if (fd <= 2 || !is_it(1)) return real(fd, bytes, count);
+  if (fails()) return -1;
+  ssize_t written = real(fd, bytes, count / 2);
+  if (strcmp(fault, "half") == 0) _exit(KILLED);
+  return written;
+}
+int fsync(int fd) {
+  REAL(int, "fsync", int);
+  return is_it(0) && fails() ? -1 : real(fd);
+}
+int rename(const char *from, const char *to) {
+  REAL(int, "rename", const char *, const char *);
+  return is_it(0) && fails() ? -1 : real(from, to);
+}
+int unlink(const char *path) {
+  REAL(int, "unlink", const char *);
+  return is_it(0) && fails() ? -1 : real(path);
+}
+int open64(const char *path, int flags, ...) {
+  REAL(int, "open64", const char *, int, ...);
+  va_list more;
+  va_start(more, flags);
+  int mode = va_arg(more, int);
+  va_end(more);
+  // What the library asks of the system by itself is not a file of the checkpoint.
+  if (strncmp(path, "/proc", 5) == 0 || strncmp(path, "/sys", 4) == 0) return real(path, flags, mode);
+  return is_it(0) && fails() ? -1 : real(path, flags, mode);
+}
+
+static void need(const char *what, pfc_status status) {
+  if (status == PFC_OK) return;
+  fprintf(stderr, "%s: %s: %s\n", what, pfc_status_name(status), pfc_last_error());
+  exit(1);
+}
+
+static void step(pfc_head *head) {
+  static float embeddings[BATCH * DIM], gradient[BATCH * DIM];
+  int64_t labels[BATCH];
+  double loss;
+  for (int i = 0; i < BATCH * DIM; i++) embeddings[i] = (float)(i * 7 % 13) - 6;
+  for (int i = 0; i < BATCH; i++) labels[i] = i * 100;
+  pfc_matrix e = {embeddings, PFC_F32, 0, BATCH, DIM, DIM};
+  pfc_matrix g = {gradient, PFC_F32, 0, BATCH, DIM, DIM};
+  need("a step", pfc_head_step(head, &e, labels, 0.1, &g, &loss));
+}
+
+int main(int argc, char **argv) {
+  if (argc != 4) return 2;
+  pfc_device *device;
+  pfc_comm *comm;
+  pfc_head *head;
+  pfc_head_options options;
+  need("device", pfc_device_cpu(1, &device));
+  need("comm", pfc_comm_self(&comm));
+  need("options", pfc_head_options_init(&options));
+  options.num_classes = CLASSES, options.embedding_dim = DIM;
+  need("head", pfc_head_create(device, comm, &options, &head));
+  // The first run finds no checkpoint and makes one.
+  pfc_status loaded = pfc_head_load(head, argv[1], NULL);
+  if (loaded != PFC_ERROR_IO) need("load", loaded);
+  step(head);
+  fault = argv[2], number = strtol(argv[3], NULL, 10), armed = 1;
+  pfc_status saved = pfc_head_save(head, argv[1], NULL);
+  armed = 0;
+  printf("%ld\t%s\t%s\n", calls, pfc_status_name(saved), saved == PFC_OK ? "" : pfc_last_error());
+  step(head);
+  pfc_head_free(head), pfc_comm_free(comm), pfc_device_free(device);
+  return 0;
+}

@@ -1,0 +1,123 @@
+//! Checkpoints of a head.
+
+use std::ffi::{c_char, c_void, CStr, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::head::locked::with_head;
+use super::head::pfc_head;
+use super::status::pfc_status;
+use super::types::{init_sized, read_sized, sized, Sized64};
+use super::{boundary, required};
+use crate::{ensure, Result};
+
+/// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread, first with 0 and last with all of
+/// them. Must not call pfc_ functions on handles.
+pub type pfc_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64)>;
+
+/// Options of pfc_head_save. Prepare with pfc_save_options_init.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_save_options {
+    /// sizeof(pfc_save_options), set by pfc_save_options_init.
+    pub struct_size: u64,
+    /// (default: NULL)
+    pub progress: pfc_progress_fn,
+    /// Handed to progress. (default: NULL)
+    pub user: *mut c_void,
+}
+
+sized!(pfc_save_options, pfc_save_options { struct_size: 0, progress: None, user: std::ptr::null_mut() });
+
+/// Fills options with defaults; see pfc_head_options_init_sized.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_save_options_init_sized(options: *mut pfc_save_options, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(options, struct_size))
+}
+
+/// Options of pfc_head_load. Prepare with pfc_load_options_init.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct pfc_load_options {
+    /// sizeof(pfc_load_options), set by pfc_load_options_init.
+    pub struct_size: u64,
+    /// (default: NULL)
+    pub progress: pfc_progress_fn,
+    /// Handed to progress. (default: NULL)
+    pub user: *mut c_void,
+}
+
+sized!(pfc_load_options, pfc_load_options { struct_size: 0, progress: None, user: std::ptr::null_mut() });
+
+/// Fills options with defaults; see pfc_head_options_init_sized.
+#[no_mangle]
+pub unsafe extern "C" fn pfc_load_options_init_sized(options: *mut pfc_load_options, struct_size: u64) -> pfc_status {
+    boundary(|| init_sized(options, struct_size))
+}
+
+/// Saves the head: class centers, the optimizer's state, and how far it is. Collective. The head remains as it is, but for dense rows,
+/// which are brought to now as by pfc_head_read_progress; a step under way goes on. Micro-batches that have been accumulated are not
+/// saved: the call is refused while there are any.
+///
+/// The directory, which all ranks must see, is made if it is not there. Each rank writes a safetensors file of its own, with tensors
+/// weight, momentum and, for AdamW, second_moment, of [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the
+/// manifest, manifest.json, into place. Until then the directory holds the checkpoint that was there before, whatever happens; from then
+/// on it holds the new one, and the files of the old one are removed. Nothing is left of a save that fails but, where the process ends,
+/// files that the next save removes.
+///
+/// @param directory a path, ending with a zero byte
+/// @param options NULL for the defaults
+/// @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the head is usable, and the checkpoint
+///   before it is whole
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_save(
+    head: *mut pfc_head,
+    directory: *const c_char,
+    options: *const pfc_save_options,
+) -> pfc_status {
+    with_head(head, |head| {
+        let options = if options.is_null() { Ok(pfc_save_options::defaults()) } else { read_sized(options) };
+        let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
+        let directory = options.and_then(|_| path("directory", directory));
+        head.save(directory, &mut |done, total| tell(report, done, total))
+    })
+}
+
+/// Loads a checkpoint into a head, from a save of any number of ranks and of any placement. Collective. The head goes on from there: on
+/// as many ranks, with the options of the head that was saved, with the same bits. What was prepared, begun or accumulated is dropped.
+///
+/// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer; its other options are its own.
+///
+/// @param directory as for pfc_head_save
+/// @param options NULL for the defaults
+/// @return MISMATCH for a checkpoint of another kind of head, which names what differs and both values; UNSUPPORTED for one of a later
+///   format; CORRUPT where a file is not what was written, which names the file and the bytes; IO where the system refuses. If that is
+///   found in the manifest, nothing has changed. If it is found in the rows, some of them are new: the heads of all ranks are poisoned
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_load(
+    head: *mut pfc_head,
+    directory: *const c_char,
+    options: *const pfc_load_options,
+) -> pfc_status {
+    with_head(head, |head| {
+        let options = if options.is_null() { Ok(pfc_load_options::defaults()) } else { read_sized(options) };
+        let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
+        let directory = options.and_then(|_| path("directory", directory));
+        head.load(directory, &mut |done, total| tell(report, done, total))
+    })
+}
+
+/// A path argument, or the error that names it.
+unsafe fn path<'a>(name: &str, text: *const c_char) -> Result<&'a Path> {
+    let first = required(name, text)?;
+    ensure!(*first != 0, InvalidArgument, "{name} must not be empty");
+    Ok(Path::new(OsStr::from_bytes(CStr::from_ptr(text).to_bytes())))
+}
+
+/// Calls the caller's function, if there is one.
+fn tell((progress, user): (pfc_progress_fn, *mut c_void), done: u64, total: u64) {
+    if let Some(progress) = progress {
+        // SAFETY: the caller gave a function that may be called with its pointer.
+        unsafe { progress(user, done, total) }
+    }
+}

@@ -1,0 +1,262 @@
+//! Saving a head to a directory, and loading one from it: the order of both over the ranks. Files are those of [`crate::checkpoint`].
+//!
+//! A save: all ranks agree on a generation; each writes, flushes and renames a file with rows; when all have, rank 0 writes the manifest
+//! and renames it into place, which is the commit; files of other generations go.
+//!
+//! A load: each rank reads the manifest and the rows that it owns, from whichever files have them. What is wrong with the manifest or
+//! does not fit the head changes nothing. What is wrong with a block of rows poisons the head on all ranks, since some rows are new then.
+
+use std::path::Path;
+
+use super::{CallState, Head, Progress};
+use crate::checkpoint::{as_bytes, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, FORMAT};
+use crate::comm::gather_words;
+use crate::matrix::Matrix;
+use crate::memory::zeros;
+use crate::optimizer::StateTensor;
+use crate::shard::Shard;
+use crate::{ensure, error, Contribution, Result};
+
+/// Bytes of rows that are read from the head, or written into it, at a time.
+const STAGED: usize = 4 << 20;
+
+/// The names of W and of the optimizer's tensors in a file.
+const TENSORS: [&str; 3] = ["weight", "momentum", "second_moment"];
+const STATE: [StateTensor; 3] = [StateTensor::Centers, StateTensor::Momentum, StateTensor::SecondMoment];
+
+/// Is told how many bytes of this rank are done, and how many there are.
+pub type Report<'a> = &'a mut dyn FnMut(u64, u64);
+
+impl Head {
+    /// Writes the head to a directory; see `pfc_head_save`.
+    pub fn save(&mut self, directory: Contribution<&Path>, report: Report<'_>) -> Result<()> {
+        self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
+        let begun = directory.and_then(|directory| self.begin_save(Directory(directory)));
+        let words = begun.as_ref().map(|(_, Progress { draws, updates }, newest)| [*newest, *draws, *updates]);
+        let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(error)));
+        let all = self.poison_unless_recoverable(agreed)?;
+        let (directory, progress, _) = begun?;
+        for (rank, words) in all.iter().enumerate() {
+            ensure!(
+                words[1..] == all[0][1..],
+                Mismatch,
+                "rank 0 has drawn {} samples and done {} updates, and rank {rank} {} and {}",
+                all[0][1],
+                all[0][2],
+                words[1],
+                words[2]
+            );
+        }
+        let generation = all.iter().map(|words| words[0]).max().unwrap_or(0) + 1;
+        let written = self.write_file(&directory, generation, report);
+        let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
+        let failed = words.is_err();
+        let agreed = gather_words(&self.comm, words);
+        if failed || agreed.is_err() {
+            directory.remove(generation, true);
+        }
+        let checksums = self.poison_unless_recoverable(agreed)?;
+        let committed = match self.rank() {
+            0 => self.commit(&directory, generation, progress, &checksums),
+            _ => Ok(()),
+        };
+        let words = committed.map(|()| []).map_err(|error| self.name_rank(&error));
+        let agreed = gather_words(&self.comm, words);
+        self.poison_unless_recoverable(agreed)?;
+        Ok(())
+    }
+
+    /// What all ranks do before the first byte is written.
+    fn begin_save<'a>(&mut self, directory: Directory<'a>) -> Result<(Directory<'a>, Progress, u64)> {
+        ensure!(
+            self.accumulated == 0,
+            InvalidArgument,
+            "{} micro-batches have been accumulated, and a checkpoint does not hold them: update first",
+            self.accumulated
+        );
+        directory.create()?;
+        let progress = self.read_progress()?;
+        let newest = directory.newest_generation()?;
+        Ok((directory, progress, newest))
+    }
+
+    /// The classes whose rows this rank writes.
+    fn written_classes(&self, rank: u32) -> Shard {
+        Shard::of(self.options.num_classes, self.comm.size().into(), rank.into())
+    }
+
+    fn tensors(&self) -> &'static [&'static str] {
+        &TENSORS[..1 + self.options.optimizer.state_tensors()]
+    }
+
+    fn layout(&self, rows: u64) -> Layout<'static> {
+        Layout { dim: self.options.embedding_dim.into(), rows, tensors: self.tensors() }
+    }
+
+    /// Rows that are staged at a time.
+    fn staged_rows(&self) -> usize {
+        (STAGED / (4 * self.options.embedding_dim as usize)).max(1)
+    }
+
+    /// Writes this rank's rows. Returns the checksum of their checksums.
+    fn write_file(&mut self, directory: &Directory<'_>, generation: u64, report: Report<'_>) -> Result<u32> {
+        let (own, dim) = (self.written_classes(self.rank()), self.options.embedding_dim as usize);
+        let layout = self.layout(own.rows);
+        let name = Directory::rows_name(generation, self.rank(), self.comm.size());
+        let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&name)), &layout)?;
+        let mut staged = zeros(&[self.staged_rows().min(own.rows as usize), dim], "rows on their way to a file")?;
+        let total = (self.tensors().len() as u64) * own.rows * 4 * dim as u64;
+        let mut done = 0;
+        report(done, total);
+        for tensor in STATE.into_iter().take(self.tensors().len()) {
+            for first in (0..own.rows).step_by(self.staged_rows()) {
+                let rows = self.staged_rows().min((own.rows - first) as usize);
+                let values = &mut staged[..rows * dim];
+                let matrix = Matrix::of_f32(values, rows, dim);
+                let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &matrix);
+                self.prefer_comm_failure(read)?;
+                file.write(as_bytes(values))?;
+                done += 4 * values.len() as u64;
+                report(done, total);
+            }
+        }
+        let checksum = file.finish()?;
+        directory.finish(&name)?;
+        directory.sync()?;
+        Ok(checksum)
+    }
+
+    /// Makes the generation the one that a load finds.
+    fn commit(&self, directory: &Directory<'_>, generation: u64, progress: Progress, checksums: &[[u64; 1]]) -> Result<()> {
+        let files = checksums.iter().zip(0..).map(|(&[checksum], rank)| {
+            let Shard { first, rows } = self.written_classes(rank);
+            RowsFile {
+                name: Directory::rows_name(generation, rank, self.comm.size()),
+                first,
+                rows,
+                checksums_crc32: checksum as u32,
+            }
+        });
+        let manifest = Manifest {
+            format: FORMAT,
+            library: env!("CARGO_PKG_VERSION").to_owned(),
+            generation,
+            num_classes: self.options.num_classes,
+            embedding_dim: self.options.embedding_dim.into(),
+            tensors: self.tensors().iter().map(|&name| name.to_owned()).collect(),
+            draws: progress.draws,
+            updates: progress.updates,
+            files: files.collect(),
+        };
+        let ready = self.see_files(directory, &manifest).and_then(|()| directory.write_manifest(&manifest));
+        if let Err(error) = ready.and_then(|()| directory.finish(crate::checkpoint::MANIFEST)) {
+            directory.remove_unfinished_manifest();
+            directory.remove(generation, true);
+            return Err(error);
+        }
+        // From here on a load finds the new files, so they stay even if the system does not say that the names are on the disk.
+        directory.sync()?;
+        directory.remove(generation, false);
+        Ok(())
+    }
+
+    /// All ranks must have written to one directory.
+    fn see_files(&self, directory: &Directory<'_>, manifest: &Manifest) -> Result<()> {
+        for (rank, RowsFile { name, .. }) in manifest.files.iter().enumerate() {
+            let path = directory.path(name);
+            ensure!(
+                path.exists(),
+                Io,
+                "rank {rank} has written {name}, which is not in the directory of rank 0, {}: all ranks must see one directory",
+                directory.0.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads the head from a directory; see `pfc_head_load`.
+    pub fn load(&mut self, directory: Contribution<&Path>, report: Report<'_>) -> Result<()> {
+        self.check_usable()?;
+        let comm = self.comm.clone();
+        let _turn = comm.take_turn()?;
+        let read = directory.and_then(|directory| {
+            let manifest = Directory(directory).manifest()?;
+            self.check_manifest(&manifest, directory)?;
+            let checksum = manifest.checksum()?;
+            Ok((Directory(directory), manifest, checksum))
+        });
+        let words = read.as_ref().map(|(_, _, checksum)| [u64::from(*checksum)]).map_err(|error| self.name_rank(error));
+        let agreed = gather_words(&self.comm, words);
+        let all = self.poison_unless_recoverable(agreed)?;
+        let (directory, manifest, checksum) = read?;
+        if let Some(rank) = (1..all.len()).find(|&rank| all[rank] != all[0]) {
+            return Err(error!(Mismatch, "rank 0 and rank {rank} have read different manifests: all ranks must see one directory"));
+        }
+        let loaded = self
+            .read_files(&directory, &manifest, report)
+            .and_then(|()| self.write_progress(Progress { draws: manifest.draws, updates: manifest.updates }));
+        let words = loaded.map(|()| []).map_err(|error| self.name_rank(&error));
+        let agreed = gather_words(&self.comm, words);
+        self.poison_on_failure(agreed)?;
+        // All replicas hold these rows.
+        self.written_rows = checksum.into();
+        Ok(())
+    }
+
+    /// Refuses a checkpoint of another kind of head.
+    fn check_manifest(&self, manifest: &Manifest, directory: &Path) -> Result<()> {
+        let own = |name: &str, there: u64, here: u64| {
+            ensure!(
+                there == here,
+                Mismatch,
+                "{name} is {there} in the checkpoint {} and {here} in the head (rank {})",
+                directory.display(),
+                self.rank()
+            );
+            Ok(())
+        };
+        own("num_classes", manifest.num_classes, self.options.num_classes)?;
+        own("embedding_dim", manifest.embedding_dim, self.options.embedding_dim.into())?;
+        ensure!(
+            manifest.tensors == self.tensors(),
+            Mismatch,
+            "the checkpoint {} holds {}, and the head's optimizer needs {} (rank {})",
+            directory.display(),
+            manifest.tensors.join(", "),
+            self.tensors().join(", "),
+            self.rank()
+        );
+        Ok(())
+    }
+
+    /// Reads the rows of this rank's shard from the files that have them.
+    fn read_files(&mut self, directory: &Directory<'_>, manifest: &Manifest, report: Report<'_>) -> Result<()> {
+        (self.state, self.prepared) = (CallState::Idle, None);
+        let dim = self.options.embedding_dim as usize;
+        let mut staged = zeros(&[self.staged_rows().min(self.shard.rows as usize), dim], "rows on their way from a file")?;
+        let total = (self.tensors().len() as u64) * self.shard.rows * 4 * dim as u64;
+        let mut done = 0;
+        report(done, total);
+        for named in &manifest.files {
+            let (first, end) = (named.first.max(self.shard.first), named.shard().end().min(self.shard.end()));
+            if first >= end {
+                continue;
+            }
+            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(named.rows), named)?;
+            for (number, tensor) in STATE.into_iter().take(self.tensors().len()).enumerate() {
+                for class in (first..end).step_by(self.staged_rows()) {
+                    let rows = self.staged_rows().min((end - class) as usize);
+                    let values = &mut staged[..rows * dim];
+                    file.read(number, class - named.first, values)?;
+                    let matrix = Matrix::of_f32(values, rows, dim);
+                    self.backend.write_rows(tensor, class - self.shard.first, &matrix)?;
+                    done += 4 * values.len() as u64;
+                    report(done, total);
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! Disks that fail. `ctests/disk_faults.c` saves a checkpoint while one call of the system goes wrong; here each of them does in turn, in
+//! every way, and what is left must be the checkpoint before or the new one, never a mixture.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use partialfc_testing::capi::{options, Comm, Device, Head};
+use partialfc_testing::programs::{compile, fresh, link_shared, output, root, scratch, C};
+
+/// As the program has them.
+const CLASSES: u64 = 700;
+const DIM: u32 = 512;
+const KILLED: i32 = 77;
+
+fn program() -> PathBuf {
+    let program = scratch("disk_faults").join("program");
+    let mut build = compile("cc");
+    build.args(C).arg(root().join("ctests/disk_faults.c")).arg("-o").arg(&program);
+    link_shared(&mut build);
+    // The library is to find the program's functions.
+    output(build.args(["-rdynamic", "-ldl"]));
+    program
+}
+
+/// What a run of the program came to.
+struct Saved {
+    killed: bool,
+    calls: u64,
+    status: String,
+    text: String,
+}
+
+fn save(program: &Path, folder: &Path, fault: &str, number: u64) -> Saved {
+    let result = Command::new(program).arg(folder).arg(fault).arg(number.to_string()).output().expect("the program runs");
+    let (printed, errors) = (String::from_utf8_lossy(&result.stdout), String::from_utf8_lossy(&result.stderr));
+    if result.status.code() == Some(KILLED) {
+        return Saved { killed: true, calls: 0, status: String::new(), text: String::new() };
+    }
+    assert!(result.status.success(), "{fault} {number}: {}\n{printed}{errors}", result.status);
+    let fields: Vec<&str> = printed.trim_end_matches('\n').split('\t').collect();
+    Saved { killed: false, calls: fields[0].parse().expect("a number"), status: fields[1].to_owned(), text: fields[2].to_owned() }
+}
+
+/// W of the checkpoint in a folder.
+fn centers(folder: &Path) -> Vec<f32> {
+    let mut head = Head::new(&Device::cpu(1), &Comm::solo(), &options(CLASSES, DIM, 0));
+    head.load(folder).expect("a checkpoint that is whole");
+    head.centers()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fresh(to);
+    for entry in fs::read_dir(from).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, to.join(path.file_name().expect("a name"))).expect("a copy");
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("an entry").file_name().into_string().expect("a name");
+    let mut names: Vec<String> = fs::read_dir(folder).expect("the folder").map(name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
+    let (program, folders) = (program(), scratch("disk"));
+    let (base, whole, folder) = (folders.join("base"), folders.join("whole"), folders.join("now"));
+    fresh(&base);
+    assert_eq!(save(&program, &base, "none", 0).status, "PFC_OK");
+    copy(&base, &whole);
+    let sound = save(&program, &whole, "none", 0);
+    assert_eq!(sound.status, "PFC_OK");
+    assert_eq!(names(&whole), ["manifest.json", "rows-2-0-of-1.safetensors"]);
+    let (before, after) = (centers(&base), centers(&whole));
+    assert!(before != after && sound.calls > 10, "{} calls", sound.calls);
+    let (mut old, mut new) = (0, 0);
+    for fault in ["killed", "half", "full", "broken", "interrupted", "short"] {
+        for number in 1..=sound.calls {
+            copy(&base, &folder);
+            let Saved { killed, status, text, .. } = save(&program, &folder, fault, number);
+            let what = format!("{fault} {number}: {status} {text}");
+            let found = centers(&folder);
+            assert!(found == before || found == after, "{what}: a mixture");
+            let is_new = found == after;
+            if is_new {
+                new += 1;
+            } else {
+                old += 1;
+            }
+            match fault {
+                "killed" | "half" => assert!(killed, "{what}"),
+                "short" => assert!(status == "PFC_OK" && is_new, "{what}"),
+                _ if status == "PFC_OK" => assert!(is_new, "{what}"),
+                _ => {
+                    assert!(status == "PFC_ERROR_IO" && text.contains(folder.to_str().expect("a path")), "{what}");
+                    // Of a new checkpoint that is whole the system may not say that its names are on the disk.
+                    assert!(!is_new || text.contains("cannot flush"), "{what}");
+                }
+            }
+            if !killed {
+                assert!(names(&folder).iter().all(|name| !name.ends_with(".tmp")), "{what}: {:?}", names(&folder));
+            }
+            // The next save finds its way, and tidies up.
+            assert_eq!(save(&program, &folder, "none", 0).status, "PFC_OK", "{what}, and again");
+            assert_eq!(names(&folder).len(), 2, "{what}, and again: {:?}", names(&folder));
+        }
+    }
+    assert!(old > 20 && new > 5, "{old} times the checkpoint before, {new} times the new one");
+}
