@@ -699,18 +699,6 @@ void pfc_comm_free(pfc_comm *comm);
 // trains them.
 typedef struct pfc_head pfc_head;
 
-// Options of pfc_head_save. Fields will come with checkpoints.
-typedef struct pfc_save_options {
-  // sizeof(pfc_save_options).
-  uint64_t struct_size;
-} pfc_save_options;
-
-// Options of pfc_head_load. Fields will come with checkpoints.
-typedef struct pfc_load_options {
-  // sizeof(pfc_load_options).
-  uint64_t struct_size;
-} pfc_load_options;
-
 // Makes a head. Collective.
 //
 // The start value of a class center depends on the seed, the class and the column alone, not on
@@ -903,18 +891,6 @@ pfc_status pfc_head_read_progress(pfc_head *head, uint64_t *draws, uint64_t *upd
 // @param draws of pfc_head_read_progress, below 2^56
 // @param updates of pfc_head_read_progress, below 2^32
 pfc_status pfc_head_write_progress(pfc_head *head, uint64_t draws, uint64_t updates);
-
-// Writes a checkpoint. Collective.
-//
-// @return UNSUPPORTED in this version; pfc_head_read_progress, pfc_head_read_centers and
-//   pfc_head_read_state return all there is to save
-pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_options *options);
-
-// Reads a checkpoint. Collective.
-//
-// @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
-//   pfc_head_write_progress restore what was read
-pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Steps whose rows have margins and weights of their own.
@@ -1170,6 +1146,84 @@ pfc_status pfc_head_metrics(pfc_head *head, pfc_metrics *metrics);
 //
 // @param metrics prepared with pfc_metrics_init; written
 pfc_status pfc_head_last_metrics(pfc_head *head, pfc_metrics *metrics);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// Checkpoints of a head.
+
+// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread,
+// first with 0 and last with all of them. Must not call pfc_ functions on handles.
+typedef void (*pfc_progress_fn)(void *user, uint64_t done, uint64_t total);
+
+// Options of pfc_head_save. Prepare with pfc_save_options_init.
+typedef struct pfc_save_options {
+  // sizeof(pfc_save_options), set by pfc_save_options_init.
+  uint64_t struct_size;
+  // (default: NULL)
+  pfc_progress_fn progress;
+  // Handed to progress. (default: NULL)
+  void *user;
+} pfc_save_options;
+
+// Options of pfc_head_load. Prepare with pfc_load_options_init.
+typedef struct pfc_load_options {
+  // sizeof(pfc_load_options), set by pfc_load_options_init.
+  uint64_t struct_size;
+  // (default: NULL)
+  pfc_progress_fn progress;
+  // Handed to progress. (default: NULL)
+  void *user;
+} pfc_load_options;
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_save_options_init_sized(pfc_save_options *options, uint64_t struct_size);
+
+// pfc_save_options_init_sized for this header's pfc_save_options: what C and C++ programs call.
+static inline pfc_status pfc_save_options_init(pfc_save_options *options) {
+  return pfc_save_options_init_sized(options, sizeof(pfc_save_options));
+}
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_load_options_init_sized(pfc_load_options *options, uint64_t struct_size);
+
+// pfc_load_options_init_sized for this header's pfc_load_options: what C and C++ programs call.
+static inline pfc_status pfc_load_options_init(pfc_load_options *options) {
+  return pfc_load_options_init_sized(options, sizeof(pfc_load_options));
+}
+
+// Saves the head: class centers, the optimizer's state, and how far it is. Collective; call it
+// between two steps. The head remains as it is, but for dense rows, which are brought to now as
+// by pfc_head_read_progress. Micro-batches that have been accumulated are not saved: the call is
+// refused while there are any.
+//
+// The directory, which all ranks must see, is made if it is not there. Each rank writes a
+// safetensors file of its own, with tensors weight, momentum and, for AdamW, second_moment, of
+// [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the manifest,
+// manifest.json, into place. Until then the directory holds the checkpoint that was there before,
+// whatever happens; from then on it holds the new one, and the files of the old one are removed.
+// Nothing is left of a save that fails but, where the process ends, files that the next save
+// removes.
+//
+// @param directory a path, ending with a zero byte
+// @param options NULL for the defaults
+// @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the
+//   head is usable, and the checkpoint before it is whole
+pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_options *options);
+
+// Loads a checkpoint into a head, from a save of any number of ranks and of any placement.
+// Collective. The head goes on from there: on as many ranks, with the options of the head that
+// was saved, with the same bits. What was prepared, begun or accumulated is dropped.
+//
+// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer;
+// its other options are its own.
+//
+// @param directory as for pfc_head_save
+// @param options NULL for the defaults
+// @return MISMATCH for a checkpoint of another kind of head, which names what differs and both
+//   values; UNSUPPORTED for one of a later format; CORRUPT where a file is not what was written,
+//   which names the file and the bytes; IO where the system refuses. If that is found in the
+//   manifest, nothing has changed. If it is found in the rows, some of them are new: the heads of
+//   all ranks are poisoned
+pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Kernels without a head: stateless functions on a device, over the caller's memory.

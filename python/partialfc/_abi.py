@@ -383,26 +383,6 @@ class pfc_traffic(Structure):
     ]
 
 
-class pfc_save_options(Structure):
-    """Options of pfc_head_save. Fields will come with checkpoints.
-    """
-
-    _fields_ = [
-        # sizeof(pfc_save_options).
-        ("struct_size", c_uint64),
-    ]
-
-
-class pfc_load_options(Structure):
-    """Options of pfc_head_load. Fields will come with checkpoints.
-    """
-
-    _fields_ = [
-        # sizeof(pfc_load_options).
-        ("struct_size", c_uint64),
-    ]
-
-
 class pfc_forward_options(Structure):
     """Options of pfc_head_forward_with. Prepare with pfc_forward_options_init. Each array has a
     number for each row of this rank's batch, in host memory or in the CUDA device's memory, and is
@@ -522,6 +502,39 @@ class pfc_metrics(Structure):
         # Updates skipped since the head was made, because pfc_head_update_with had a factor that was not
         # finite.
         ("skipped_updates", c_uint64),
+    ]
+
+
+# Is told how far a rank is with its own part: done of total bytes. Called on the calling thread,
+# first with 0 and last with all of them. Must not call pfc_ functions on handles.
+pfc_progress_fn = CFUNCTYPE(None, c_void_p, c_uint64, c_uint64)
+
+
+class pfc_save_options(Structure):
+    """Options of pfc_head_save. Prepare with pfc_save_options_init.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_save_options), set by pfc_save_options_init.
+        ("struct_size", c_uint64),
+        # (default: NULL)
+        ("progress", pfc_progress_fn),
+        # Handed to progress. (default: NULL)
+        ("user", c_void_p),
+    ]
+
+
+class pfc_load_options(Structure):
+    """Options of pfc_head_load. Prepare with pfc_load_options_init.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_load_options), set by pfc_load_options_init.
+        ("struct_size", c_uint64),
+        # (default: NULL)
+        ("progress", pfc_progress_fn),
+        # Handed to progress. (default: NULL)
+        ("user", c_void_p),
     ]
 
 
@@ -1212,28 +1225,6 @@ def declare(library):
     @param updates of pfc_head_read_progress, below 2^32
     """
 
-    function = library.pfc_head_save
-    function.restype = c_int32
-    function.argtypes = [c_void_p, c_char_p, POINTER(pfc_save_options)]
-    function.__doc__ = """pfc_head_save(head, directory, options)
-
-    Writes a checkpoint. Collective.
-
-    @return UNSUPPORTED in this version; pfc_head_read_progress, pfc_head_read_centers and
-      pfc_head_read_state return all there is to save
-    """
-
-    function = library.pfc_head_load
-    function.restype = c_int32
-    function.argtypes = [c_void_p, c_char_p, POINTER(pfc_load_options)]
-    function.__doc__ = """pfc_head_load(head, directory, options)
-
-    Reads a checkpoint. Collective.
-
-    @return UNSUPPORTED in this version; pfc_head_write_centers, pfc_head_write_state and
-      pfc_head_write_progress restore what was read
-    """
-
     function = library.pfc_forward_options_init_sized
     function.restype = c_int32
     function.argtypes = [POINTER(pfc_forward_options), c_uint64]
@@ -1388,6 +1379,67 @@ def declare(library):
     all fields are those of pfc_head_metrics.
 
     @param metrics prepared with pfc_metrics_init; written
+    """
+
+    function = library.pfc_save_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_save_options), c_uint64]
+    function.__doc__ = """pfc_save_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_load_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_load_options), c_uint64]
+    function.__doc__ = """pfc_load_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_head_save
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_char_p, POINTER(pfc_save_options)]
+    function.__doc__ = """pfc_head_save(head, directory, options)
+
+    Saves the head: class centers, the optimizer's state, and how far it is. Collective; call it
+    between two steps. The head remains as it is, but for dense rows, which are brought to now as
+    by pfc_head_read_progress. Micro-batches that have been accumulated are not saved: the call is
+    refused while there are any.
+
+    The directory, which all ranks must see, is made if it is not there. Each rank writes a
+    safetensors file of its own, with tensors weight, momentum and, for AdamW, second_moment, of
+    [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the manifest,
+    manifest.json, into place. Until then the directory holds the checkpoint that was there before,
+    whatever happens; from then on it holds the new one, and the files of the old one are removed.
+    Nothing is left of a save that fails but, where the process ends, files that the next save
+    removes.
+
+    @param directory a path, ending with a zero byte
+    @param options NULL for the defaults
+    @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the
+      head is usable, and the checkpoint before it is whole
+    """
+
+    function = library.pfc_head_load
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_char_p, POINTER(pfc_load_options)]
+    function.__doc__ = """pfc_head_load(head, directory, options)
+
+    Loads a checkpoint into a head, from a save of any number of ranks and of any placement.
+    Collective. The head goes on from there: on as many ranks, with the options of the head that
+    was saved, with the same bits. What was prepared, begun or accumulated is dropped.
+
+    The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer;
+    its other options are its own.
+
+    @param directory as for pfc_head_save
+    @param options NULL for the defaults
+    @return MISMATCH for a checkpoint of another kind of head, which names what differs and both
+      values; UNSUPPORTED for one of a later format; CORRUPT where a file is not what was written,
+      which names the file and the bytes; IO where the system refuses. If that is found in the
+      manifest, nothing has changed. If it is found in the rows, some of them are new: the heads of
+      all ranks are poisoned
     """
 
     function = library.pfc_normalize_rows

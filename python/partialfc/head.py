@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import operator
+import os
 
 import numpy as np
 
@@ -460,6 +461,62 @@ class Head(Handle):
     def write_progress(self, draws: int, updates: int) -> None:
         """Goes on from the progress of another head, after its rows have been written. Not collective."""
         self._local(lib.pfc_head_write_progress, operator.index(draws), operator.index(updates))
+
+    def save(self, directory, progress=None) -> None:
+        """Saves class centers, optimizer state and progress to a directory that all ranks see. Collective.
+
+        The checkpoint that was in the directory stays whole until the new one is, and then goes. Not between `accumulate`
+        and the update.
+
+        Args:
+            directory: a path; made if it is not there.
+            progress: called with the bytes of this rank that are done and how many there are. What it raises is raised
+                when the checkpoint is saved.
+        """
+        self._checkpoint(lib.pfc_head_save, _abi.pfc_save_options, lib.pfc_save_options_init_sized, directory, progress)
+
+    def load(self, directory, progress=None) -> None:
+        """Loads a checkpoint of any number of ranks, and goes on from there. Collective.
+
+        The head must have its num_classes, embedding_dim and optimizer; on as many ranks, with all options of the head that
+        was saved, it goes on with the same bits.
+
+        Args:
+            directory: a path.
+            progress: as for `save`.
+
+        Raises:
+            PartialFCError: MISMATCH for another kind of head, CORRUPT where a file is not what was written. If that is found
+                in the rows, the heads of all ranks are at their end.
+        """
+        self._checkpoint(lib.pfc_head_load, _abi.pfc_load_options, lib.pfc_load_options_init_sized, directory, progress)
+
+    def _checkpoint(self, function, kind, init, directory, progress) -> None:
+        raised = []
+
+        def tell(_user, done, total):
+            try:
+                if not raised:
+                    progress(done, total)
+            except BaseException as error:  # ctypes would only print it.
+                raised.append(error)
+
+        options = kind()
+        check(init(ctypes.byref(options), ctypes.sizeof(options)))
+        try:
+            path = os.fsencode(directory)
+            if b"\0" in path:
+                raise ValueError(f"directory is {directory!r}{self._reader.at}; a path has no zero byte")
+            if progress is not None:
+                if not callable(progress):
+                    raise TypeError(f"progress is a {type(progress).__name__}{self._reader.at}; it must be a function of two numbers")
+                options.progress = type(options.progress)(tell)
+        except (TypeError, ValueError):
+            self._refuse(function, None, None)
+            raise
+        self._call(function, path, ctypes.byref(options))
+        if raised:
+            raise raised[0]
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """A head's step over NumPy, against a naive one in float64, and what there is to save and restore."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -230,3 +231,47 @@ def test_numbers_of_numpy():
 
 def test_what_is_printed(head):
     assert "20 classes x 8" in repr(head) and "cpu" in repr(head.device) and "rank 0 of 1" in repr(head.comm)
+
+
+def test_a_checkpoint_goes_on_to_the_bit_and_has_plain_tensors(tmp_path):
+    embeddings, labels = batch()
+    told = []
+    with make() as head, make() as other:
+        head.step(embeddings, labels, 0.1)
+        head.save(tmp_path / "kept", progress=lambda done, total: told.append((done, total)))
+        weight = head.read_centers()
+        other.load(tmp_path / "kept")
+        assert other.read_progress() == head.read_progress() == (1, 1)
+        assert other.step(embeddings, labels, 0.1)[0] == head.step(embeddings, labels, 0.1)[0]
+        np.testing.assert_array_equal(other.read_centers(), head.read_centers())
+    assert told[0] == (0, told[0][1]) and told[-1] == (told[0][1], 2 * weight.nbytes)
+    # As the format has it: the length of the header, the header, the tensors.
+    content = (tmp_path / "kept" / "rows-1-0-of-1.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + length])["weight"]
+    first, end = entry["data_offsets"]
+    assert entry["dtype"] == "F32" and entry["shape"] == [CLASSES, DIM]
+    np.testing.assert_array_equal(np.frombuffer(content[8 + length + first : 8 + length + end], "<f4").reshape(CLASSES, DIM), weight)
+
+
+def test_checkpoints_that_are_refused(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    embeddings, labels = batch()
+    with make() as head:
+        loss = head.forward(embeddings, labels)
+        with pytest.raises(partialfc.PartialFCError, match="cannot create .*file: .*IO"):
+            head.save(tmp_path / "file")
+        with pytest.raises(partialfc.PartialFCError, match="cannot read .*nowhere/manifest.json: .*IO"):
+            head.load(tmp_path / "nowhere")
+        with pytest.raises(TypeError):
+            head.save(7)
+        with pytest.raises(ValueError, match="no zero byte"):
+            head.save("a\0b")
+        with pytest.raises(TypeError, match="progress is a int"):
+            head.save(tmp_path / "kept", progress=3)
+        with pytest.raises(KeyError, match="mine"):
+            head.save(tmp_path / "kept", progress=lambda done, total: {}["mine"])
+        with partialfc.Head(CLASSES, DIM + 1) as other:
+            with pytest.raises(partialfc.PartialFCError, match=f"embedding_dim is {DIM} .* and {DIM + 1}"):
+                other.load(tmp_path / "kept")
+        assert head.forward(embeddings, labels) == loss

@@ -55,8 +55,8 @@ pub unsafe extern "C" fn pfc_load_options_init_sized(options: *mut pfc_load_opti
     boundary(|| init_sized(options, struct_size))
 }
 
-/// Saves the head: class centers, the optimizer's state, and how far it is. Collective. The head remains as it is, but for dense rows,
-/// which are brought to now as by pfc_head_read_progress; a step under way goes on. Micro-batches that have been accumulated are not
+/// Saves the head: class centers, the optimizer's state, and how far it is. Collective; call it between two steps. The head remains as
+/// it is, but for dense rows, which are brought to now as by pfc_head_read_progress. Micro-batches that have been accumulated are not
 /// saved: the call is refused while there are any.
 ///
 /// The directory, which all ranks must see, is made if it is not there. Each rank writes a safetensors file of its own, with tensors

@@ -117,7 +117,7 @@ impl RowsWriter {
 
     /// Writes the checksums, and waits until all is on the disk. Returns the checksum of the checksums.
     pub fn finish(mut self) -> Result<u32> {
-        if self.written as usize % BLOCK > 0 {
+        if !(self.written as usize).is_multiple_of(BLOCK) {
             self.end_block();
         }
         let mut bytes = Vec::new();

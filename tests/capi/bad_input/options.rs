@@ -102,8 +102,6 @@ fn what_is_not_in_this_version_is_unsupported() {
     let head = Head::create(&Device::cpu(1), &Comm::solo(), &half).map(|_| ());
     assert_refused("precision half on the CPU", head, Status::Unsupported, &["precision", "half"]);
 
-    let comm = Comm::solo();
-    let device = Device::under_test(1);
     // SAFETY: outputs that outlive their calls, live handles.
     unsafe {
         if !on_cuda() {
