@@ -1,7 +1,6 @@
 //! A head's buffers on the CPU: what its exchanges send and receive, and what its phases leave for each other.
 
 use super::products::Shape;
-use super::sample::Draft;
 use super::sizes::Sizes;
 use crate::device::HeadSpec;
 use crate::matrix::DType;
@@ -47,32 +46,6 @@ impl Messages {
             gradient_send: Buffer::zeroed(if_sharded(ranks * max_batch * dim), "embeddings' gradient to scatter")?,
             gradient_recv: Buffer::zeroed(max_batch * dim, "embeddings' gradient")?,
             center_gradient: Buffer::zeroed(if sharded { 0 } else { classes * dim }, "class centers' gradient")?,
-        })
-    }
-}
-
-/// All of a head whose size follows its largest batch.
-pub(super) struct BatchRoom {
-    pub max_batch: u64,
-    pub sizes: Sizes,
-    pub messages: Messages,
-    pub activations: Activations,
-    pub own_labels: Vec<i64>,
-    /// Of the current step and of the next one.
-    pub drafts: [Draft; 2],
-}
-
-impl BatchRoom {
-    pub fn new(spec: &HeadSpec, sizes: Sizes, gather_dtype: DType) -> Result<BatchRoom> {
-        let mut own_labels = Vec::new();
-        reserve(&mut own_labels, spec.options.max_batch as usize, "labels")?;
-        Ok(BatchRoom {
-            max_batch: spec.options.max_batch,
-            messages: Messages::new(spec, &sizes, gather_dtype)?,
-            activations: Activations::new(&sizes)?,
-            sizes,
-            own_labels,
-            drafts: [Draft::with_room(&spec.options, spec.ranks)?, Draft::with_room(&spec.options, spec.ranks)?],
         })
     }
 }

@@ -3,20 +3,21 @@
 use std::sync::Arc;
 
 use super::accumulation::Accumulation;
-use super::buffers::{copied, resize, Activations, BatchRoom, Messages};
+use super::batch_room::{affordable_sizes, BatchRoom};
+use super::buffers::{copied, Activations, Messages};
 use super::pool::Pool;
 use super::products::Shape;
 use super::row_terms::TermFigures;
 use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
-use super::sizes::{AvailableMemory, Sizes};
+use super::sizes::Sizes;
 use super::vector::{self, Softmax};
 use crate::device::host_math::{self, center_inverse_norm, inverse_norm};
-use crate::device::{HeadDevice, HeadSpec, Labels, Memory, Nearest, SampleIds, StepFigures, UpdateCall};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
 use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{reserve, Buffer, Parts};
+use crate::memory::{reserve, Parts};
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
 use crate::protocol::{self, Announcement, LossPlace};
@@ -24,7 +25,7 @@ use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::{Contribution, Error, Result};
 
 /// Rows of a batch that one task normalizes or finishes.
-const ROWS_A_TASK: usize = 16;
+pub(super) const ROWS_A_TASK: usize = 16;
 /// A row's target cosine where another rank owns its class.
 pub(super) const ELSEWHERE: f32 = -2.0;
 /// A row's target cosine where its label is ignored.
@@ -50,27 +51,11 @@ pub(super) struct CpuHead {
     pub(super) messages: Messages,
     pub(super) activations: Activations,
     /// Memory for larger batches, put aside until all ranks have it.
-    reserved: Option<BatchRoom>,
+    pub(super) reserved: Option<BatchRoom>,
     /// The same for the next step: the one under way still uses what it replaces.
-    grown: Option<BatchRoom>,
+    pub(super) grown: Option<BatchRoom>,
     /// Made by the first `accumulate`.
     pub(super) accumulation: Option<Accumulation>,
-}
-
-/// Sizes for which this machine has memory. `rows`: class centers and their state are still to be made.
-fn affordable_sizes(spec: &HeadSpec, threads: usize, rows: bool) -> Result<Sizes> {
-    let (options, available) = (&spec.options, AvailableMemory::now());
-    let mut sizes = Sizes::new(options, spec.ranks, spec.shard, threads)?;
-    let (what, needed): (&str, fn(Memory) -> u64) = match rows {
-        true => ("class centers, their state and the workspace", |memory| memory.total()),
-        false => ("the workspace of a larger batch", |memory| memory.activation + memory.probability),
-    };
-    if options.workspace_limit == 0 && needed(sizes.memory(options, spec.ranks, spec.shard)) > available.least() / 4 * 3 {
-        // Twice the arithmetic beats swapping.
-        sizes.kept_chunks = 0;
-    }
-    available.require(needed(sizes.memory(options, spec.ranks, spec.shard)), what)?;
-    Ok(sizes)
 }
 
 /// The current step: its draft, and what its phases found for each row.
@@ -151,7 +136,7 @@ impl CpuHead {
         Ok(head)
     }
 
-    fn sharded(&self) -> bool {
+    pub(super) fn sharded(&self) -> bool {
         self.spec.is_sharded()
     }
 
@@ -164,42 +149,6 @@ impl CpuHead {
     /// Rows of a rank's block of embeddings and of gradient: the largest batch.
     fn padded_rows(&self) -> usize {
         self.step.draft.batches.iter().copied().max().unwrap_or(0)
-    }
-
-    /// Sizes the step's vectors to its rows and classes, and forgets the figures of the step before.
-    fn size_step(&mut self) -> Result<()> {
-        let draft = &self.step.draft;
-        let shape = Shape { rows: draft.labels.len(), dim: self.sizes.capacity.dim, classes: draft.sample.len() };
-        let step = &mut self.step;
-        step.shape = shape;
-        for vector in [
-            &mut step.inverse_norms,
-            &mut step.target_logits,
-            &mut step.target_cosines,
-            &mut step.derivatives,
-            &mut step.coefficients,
-            &mut step.factors,
-            &mut step.offsets,
-            &mut step.row_sums,
-            &mut step.best_negatives,
-        ] {
-            resize(vector, shape.rows)?;
-        }
-        if self.spec.options.row_terms {
-            step.terms.resize(shape.rows)?;
-        }
-        resize(&mut step.center_inverse_norms, shape.classes)?;
-        resize(&mut step.totals, shape.chunks())?;
-        resize(&mut step.bad_rows, shape.rows.div_ceil(ROWS_A_TASK))?;
-        step.target_cosines.fill(ELSEWHERE);
-        step.best_negatives.fill(ELSEWHERE);
-        (step.bad_row, step.valid_rows, step.loss, step.target_cosine_sum) = (None, 0, 0.0, 0.0);
-        (step.grad_embeddings, step.grad_centers) = (0.0, 0.0);
-        if !self.sharded() && shape.classes * shape.dim > self.messages.center_gradient.len() {
-            // A caller's sample beyond every draw.
-            self.messages.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
-        }
-        Ok(())
     }
 
     /// Phase 3 for E: judges the rows, normalizes them into E^ and finds the angle of each target in this rank's sample.
@@ -331,22 +280,14 @@ impl HeadDevice for CpuHead {
     }
 
     fn reserve_batch(&mut self, rows: u64) -> Result<()> {
-        let mut spec = self.spec.clone();
-        spec.options.max_batch = rows;
-        let sizes = affordable_sizes(&spec, self.pool.threads(), false)?;
-        self.reserved = Some(BatchRoom::new(&spec, sizes, self.gather_dtype)?);
-        Ok(())
+        self.reserve_room(rows)
     }
 
     fn take_reserved(&mut self, used: bool) {
-        let Some(mut room) = self.reserved.take().filter(|_| used) else { return };
-        self.spec.options.max_batch = room.max_batch;
-        // The next step's labels come before the step under way is over.
-        let Messages { labels_send, labels_recv, .. } = &mut room.messages;
-        (self.messages.labels_send, self.messages.labels_recv) = (std::mem::take(labels_send), std::mem::take(labels_recv));
-        self.own_labels = std::mem::take(&mut room.own_labels);
-        self.next = std::mem::take(&mut room.drafts[1]);
-        self.grown = Some(room);
+        match self.reserved.take() {
+            Some(room) if used => self.use_for_labels(room),
+            _ => {}
+        }
     }
 
     fn judge_labels(&mut self) -> Result<()> {
@@ -401,11 +342,7 @@ impl HeadDevice for CpuHead {
     fn begin(&mut self) -> Result<()> {
         if std::mem::take(&mut self.has_next) {
             std::mem::swap(&mut self.step.draft, &mut self.next);
-            if let Some(BatchRoom { sizes, mut messages, activations, drafts: [draft, _], .. }) = self.grown.take() {
-                std::mem::swap(&mut messages.labels_send, &mut self.messages.labels_send);
-                std::mem::swap(&mut messages.labels_recv, &mut self.messages.labels_recv);
-                (self.sizes, self.messages, self.activations, self.next) = (sizes, messages, activations, draft);
-            }
+            self.use_grown();
         }
         self.size_step()
     }

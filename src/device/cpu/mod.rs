@@ -1,6 +1,7 @@
 //! The CPU backend.
 
 mod accumulation;
+mod batch_room;
 mod buffers;
 mod head;
 mod loss;
