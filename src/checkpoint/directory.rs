@@ -87,7 +87,8 @@ impl Directory<'_> {
             for entry in std::fs::read_dir(self.0)? {
                 let path = entry?.path();
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let generation = name.strip_prefix("rows-").and_then(|rest| rest.split('-').next()?.parse().ok());
+                let stem = name.strip_suffix(UNFINISHED).unwrap_or(&name).strip_suffix(".safetensors");
+                let generation = stem.and_then(|stem| stem.strip_prefix("rows-")?.split('-').next()?.parse().ok());
                 files.extend(generation.map(|generation| (generation, path)));
             }
             Ok(files)

@@ -36,7 +36,7 @@ impl Head {
         let begun = directory.and_then(|directory| self.begin_save(Directory(directory)));
         let words = begun.as_ref().map(|(_, Progress { draws, updates }, newest)| [*newest, *draws, *updates]);
         let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(error)));
-        let all = self.poison_unless_recoverable(agreed)?;
+        let all = self.poison_without_peers(agreed)?;
         let (directory, progress, _) = begun?;
         for (rank, words) in all.iter().enumerate() {
             ensure!(
@@ -57,15 +57,24 @@ impl Head {
         if failed || agreed.is_err() {
             directory.remove(generation, true);
         }
-        let checksums = self.poison_unless_recoverable(agreed)?;
+        let checksums = self.poison_without_peers(agreed)?;
         let committed = match self.rank() {
             0 => self.commit(&directory, generation, progress, &checksums),
             _ => Ok(()),
         };
         let words = committed.map(|()| []).map_err(|error| self.name_rank(&error));
         let agreed = gather_words(&self.comm, words);
-        self.poison_unless_recoverable(agreed)?;
+        self.poison_without_peers(agreed)?;
         Ok(())
+    }
+
+    /// What ranks have told each other. A rank's own failure leaves the heads usable, a failure to tell it does not.
+    fn poison_without_peers<T>(&mut self, agreed: Result<T>) -> Result<T> {
+        let agreed = self.prefer_comm_failure(agreed);
+        if let (Err(error), Some(_)) = (&agreed, self.comm.failure()) {
+            self.poison_before_update(error);
+        }
+        agreed
     }
 
     /// What all ranks do before the first byte is written.
@@ -189,7 +198,7 @@ impl Head {
         });
         let words = read.as_ref().map(|(_, _, checksum)| [u64::from(*checksum)]).map_err(|error| self.name_rank(error));
         let agreed = gather_words(&self.comm, words);
-        let all = self.poison_unless_recoverable(agreed)?;
+        let all = self.poison_without_peers(agreed)?;
         let (directory, manifest, checksum) = read?;
         if let Some(rank) = (1..all.len()).find(|&rank| all[rank] != all[0]) {
             return Err(error!(Mismatch, "rank 0 and rank {rank} have read different manifests: all ranks must see one directory"));

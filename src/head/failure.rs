@@ -107,9 +107,6 @@ impl Head {
                     | Status::OutOfMemory
                     | Status::Remote
                     | Status::Mismatch
-                    | Status::Io
-                    | Status::Corrupt
-                    | Status::Unsupported
             );
             if !recoverable || self.comm.failure().is_some() {
                 self.poison_before_update(error);
@@ -139,7 +136,7 @@ impl Head {
 
     /// Poisons a head that was not updating its rows. On a device with streams an update may be under way all the same, with what a
     /// failed exchange has left.
-    fn poison_before_update(&mut self, cause: &Error) {
+    pub(super) fn poison_before_update(&mut self, cause: &Error) {
         let whole_rows = self.device.streams().is_none() && !matches!(cause.status, Status::Device | Status::Panic);
         self.poison_with(cause, whole_rows);
     }

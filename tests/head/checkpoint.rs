@@ -202,6 +202,11 @@ fn another_kind_of_head_is_refused_and_stays_as_it_is() {
         assert_failure(words[0], outcome, Status::Mismatch, &words);
         assert_eq!(head.read_progress().expect("a usable head"), (0, 0));
     }
+    let manifest = std::fs::read_to_string(folder.join("manifest.json")).expect("the manifest");
+    std::fs::write(folder.join("manifest.json"), manifest.replace("\"format\": 1", "\"format\": 2")).expect("a file");
+    let (mut head, outcome) = load(&folder, &base());
+    assert_failure("a later format", outcome, Status::Unsupported, &["manifest.json", "format 2", "reads format 1"]);
+    assert_eq!(head.read_progress().expect("a usable head"), (0, 0));
     let (_, outcome) = load(&folder.join("elsewhere"), &base());
     assert_failure("no directory", outcome, Status::Io, &["elsewhere", "manifest.json", "rank 0"]);
 }
