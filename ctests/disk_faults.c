@@ -1,5 +1,5 @@
 // Saves a checkpoint while the disk misbehaves at one call of the system, chosen by its number.
-// tests/hostile/checkpoints.rs goes through all of them and looks at what is left.
+// tests/hostile/disk.rs goes through all of them and looks at what is left.
 //
 //   disk_faults DIRECTORY FAULT NUMBER
 //

@@ -664,11 +664,11 @@ void pfc_comm_free(pfc_comm *comm);
 // next step is MISMATCH on all of them.
 //
 // ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an
-// update, or a MISMATCH of steps or operations, the head is POISONED and its communicator is
-// aborted, so that no rank waits for it. Free both. (A MISMATCH of the ids of pfc_head_set_sample
-// or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an
-// update, a poisoned head on a CPU device still gives its rows: pfc_head_read_centers,
-// pfc_head_read_state, pfc_head_read_progress.
+// update or among the rows of a pfc_head_load, or a MISMATCH of steps or operations, the head is
+// POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH
+// of the ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head
+// usable.) If nothing failed inside an update, a poisoned head on a CPU device still gives its
+// rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
 //
 // WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it
 // is, how many samples they have drawn and updates they have done, the learning rate and the loss
@@ -1200,18 +1200,22 @@ static inline pfc_status pfc_load_options_init(pfc_load_options *options) {
 // [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the manifest,
 // manifest.json, into place. Until then the directory holds the checkpoint that was there before,
 // whatever happens; from then on it holds the new one, and the files of the old one are removed.
-// Nothing is left of a save that fails but, where the process ends, files that the next save
-// removes.
+// What a save that was cut short has left, the next save removes.
+//
+// The ranks wait for the slowest of them: pfc_comm_set_timeout must allow for it.
 //
 // @param directory a path, ending with a zero byte
 // @param options NULL for the defaults
 // @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the
-//   head is usable, and the checkpoint before it is whole
+//   head is usable, and the directory holds the checkpoint before or, if only its names could not
+//   be flushed, the new one; NOT_FINITE for a row that no load would take, which names the class,
+//   with nothing changed
 pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_options *options);
 
 // Loads a checkpoint into a head, from a save of any number of ranks and of any placement.
 // Collective. The head goes on from there: on as many ranks, with the options of the head that
-// was saved, with the same bits. What was prepared, begun or accumulated is dropped.
+// was saved, with the same bits. What was prepared, chosen, begun or accumulated is dropped. No
+// other job may save to the directory meanwhile.
 //
 // The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer;
 // its other options are its own.

@@ -10,7 +10,7 @@ import numpy as np
 from . import _abi
 from ._arrays import Reader, like
 from ._handles import Handle
-from ._library import check, failure, lib
+from ._library import PartialFCError, check, failure, lib
 from .comm import Comm
 from .device import Device
 from .options import fill, names
@@ -470,8 +470,8 @@ class Head(Handle):
 
         Args:
             directory: a path; made if it is not there.
-            progress: called with the bytes of this rank that are done and how many there are. What it raises is raised
-                when the checkpoint is saved.
+            progress: called with the bytes of this rank that are done and how many there are; it must not call this
+                library. What it raises is raised when the checkpoint is saved.
         """
         self._checkpoint(lib.pfc_head_save, _abi.pfc_save_options, lib.pfc_save_options_init_sized, directory, progress)
 
@@ -509,12 +509,20 @@ class Head(Handle):
                 raise ValueError(f"directory is {directory!r}{self._reader.at}; a path has no zero byte")
             if progress is not None:
                 if not callable(progress):
-                    raise TypeError(f"progress is a {type(progress).__name__}{self._reader.at}; it must be a function of two numbers")
+                    found = type(progress).__name__
+                    raise TypeError(f"progress is a {found}{self._reader.at}; it must be a function of two numbers")
                 options.progress = type(options.progress)(tell)
-        except (TypeError, ValueError):
+        except BaseException:  # Also of the path's own __fspath__: no rank may wait.
             self._refuse(function, None, None)
             raise
-        self._call(function, path, ctypes.byref(options))
+        try:
+            self._call(function, path, ctypes.byref(options))
+        except PartialFCError as error:
+            if not raised:
+                raise
+            if not isinstance(raised[0], Exception):  # Ctrl-C.
+                raise raised[0] from error
+            raise error from raised[0]
         if raised:
             raise raised[0]
 

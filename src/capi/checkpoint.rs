@@ -62,13 +62,15 @@ pub unsafe extern "C" fn pfc_load_options_init_sized(options: *mut pfc_load_opti
 /// The directory, which all ranks must see, is made if it is not there. Each rank writes a safetensors file of its own, with tensors
 /// weight, momentum and, for AdamW, second_moment, of [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the
 /// manifest, manifest.json, into place. Until then the directory holds the checkpoint that was there before, whatever happens; from then
-/// on it holds the new one, and the files of the old one are removed. Nothing is left of a save that fails but, where the process ends,
-/// files that the next save removes.
+/// on it holds the new one, and the files of the old one are removed. What a save that was cut short has left, the next save removes.
+///
+/// The ranks wait for the slowest of them: pfc_comm_set_timeout must allow for it.
 ///
 /// @param directory a path, ending with a zero byte
 /// @param options NULL for the defaults
-/// @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the head is usable, and the checkpoint
-///   before it is whole
+/// @return IO where the system refuses, which names the file, and REMOTE on the other ranks: the head is usable, and the directory
+///   holds the checkpoint before or, if only its names could not be flushed, the new one; NOT_FINITE for a row that no load would take,
+///   which names the class, with nothing changed
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_save(
     head: *mut pfc_head,
@@ -84,7 +86,8 @@ pub unsafe extern "C" fn pfc_head_save(
 }
 
 /// Loads a checkpoint into a head, from a save of any number of ranks and of any placement. Collective. The head goes on from there: on
-/// as many ranks, with the options of the head that was saved, with the same bits. What was prepared, begun or accumulated is dropped.
+/// as many ranks, with the options of the head that was saved, with the same bits. What was prepared, chosen, begun or accumulated is
+/// dropped. No other job may save to the directory meanwhile.
 ///
 /// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer; its other options are its own.
 ///

@@ -13,8 +13,8 @@
 //! rank's own arguments were wrong. pfc_head_backward and pfc_head_update exchange no status: a wrong argument there is an error on
 //! its own rank only. If the ranks have then done different numbers of updates, the next step is MISMATCH on all of them.
 //!
-//! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update, or a MISMATCH of steps or
-//! operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
+//! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update or among the rows of a
+//! pfc_head_load, or a MISMATCH of steps or operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
 //! ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update,
 //! a poisoned head on a CPU device still gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
 //!

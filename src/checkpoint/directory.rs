@@ -1,7 +1,7 @@
 //! The directory of checkpoints: its names, and the renames that make a save whole.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::{refused, Manifest, MANIFEST};
@@ -15,7 +15,13 @@ pub(crate) struct Directory<'a>(pub &'a Path);
 impl Directory<'_> {
     /// Makes the directory if it is not there.
     pub fn create(&self) -> Result<()> {
-        std::fs::create_dir_all(self.0).map_err(|cause| refused("create", self.0, &cause))
+        let is_new = !self.0.exists();
+        std::fs::create_dir_all(self.0).map_err(|cause| refused("create", self.0, &cause))?;
+        match self.0.parent() {
+            // Its own name is to be on the disk, too.
+            Some(parent) if is_new && !parent.as_os_str().is_empty() => Directory(parent).sync(),
+            _ => Ok(()),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -67,16 +73,23 @@ impl Directory<'_> {
         let _ = std::fs::remove_file(self.path(&Self::unfinished(MANIFEST)));
     }
 
-    /// Removes files of rows that are not of this generation, or that are, and what was left unfinished. What cannot be removed stays:
-    /// the manifest does not name it.
-    pub fn remove(&self, generation: u64, of_it: bool) {
-        for (found, path) in self.rows_files().unwrap_or_default() {
-            let unfinished = path.to_string_lossy().ends_with(UNFINISHED);
-            if (found == generation) == of_it || (!of_it && unfinished) {
-                if let Err(cause) = std::fs::remove_file(&path) {
-                    log::warn!("cannot remove {}: {cause}", path.display());
-                }
+    /// Removes the files of rows of these generations. What cannot be removed stays: the manifest does not name it.
+    pub fn remove(&self, of: impl Fn(u64) -> bool) {
+        for (_, path) in self.rows_files().unwrap_or_default().into_iter().filter(|&(generation, _)| of(generation)) {
+            match std::fs::remove_file(&path) {
+                // Another rank was faster.
+                Err(cause) if cause.kind() != ErrorKind::NotFound => log::warn!("cannot remove {}: {cause}", path.display()),
+                _ => {}
             }
+        }
+    }
+
+    /// Removes the files of rows that no manifest names, where that is known.
+    pub fn remove_unnamed(&self) {
+        match self.manifest() {
+            Ok(manifest) => self.remove(|generation| generation != manifest.generation),
+            Err(_) if !self.path(MANIFEST).exists() => self.remove(|_| true),
+            Err(_) => {}
         }
     }
 
@@ -87,12 +100,45 @@ impl Directory<'_> {
             for entry in std::fs::read_dir(self.0)? {
                 let path = entry?.path();
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let stem = name.strip_suffix(UNFINISHED).unwrap_or(&name).strip_suffix(".safetensors");
-                let generation = stem.and_then(|stem| stem.strip_prefix("rows-")?.split('-').next()?.parse().ok());
+                let generation = Self::generation(&name);
                 files.extend(generation.map(|generation| (generation, path)));
             }
             Ok(files)
         };
         list().map_err(|cause| refused("list", self.0, &cause))
+    }
+
+    /// The generation of a file of rows; `None` for any other file.
+    fn generation(name: &str) -> Option<u64> {
+        let name = name.strip_suffix(UNFINISHED).unwrap_or(name);
+        let (generation, rest) = name.strip_prefix("rows-")?.split_once('-')?;
+        let (rank, ranks) = rest.strip_suffix(".safetensors")?.split_once("-of-")?;
+        let (generation, rank, ranks) = (generation.parse().ok()?, rank.parse().ok()?, ranks.parse().ok()?);
+        (Self::rows_name(generation, rank, ranks) == name && generation < u64::MAX).then_some(generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_others_are_not_ours() {
+        assert_eq!(Directory::generation("rows-12-0-of-2.safetensors"), Some(12));
+        assert_eq!(Directory::generation("rows-3-1-of-2.safetensors.tmp"), Some(3));
+        let others = [
+            "rows-2024.safetensors",
+            "rows-3-0-of-2-best.safetensors",
+            "rows-2024-01-05.safetensors",
+            "rows-03-0-of-2.safetensors",
+            "rows-+3-0-of-2.safetensors",
+            "rows-18446744073709551615-0-of-1.safetensors",
+            "rows-3-0-of-2.safetensors.tmp.tmp",
+            "rows-3-0-of-2.npy",
+            "manifest.json",
+        ];
+        for name in others {
+            assert_eq!(Directory::generation(name), None, "{name}");
+        }
     }
 }

@@ -92,6 +92,9 @@ impl Manifest {
 
     /// The files hold each class once.
     fn check(&self, path: &Path) -> Result<()> {
+        if self.draws >= 1 << 56 || self.updates >= 1 << 32 {
+            return Err(corrupt(path, format_args!("no head has drawn {} samples and done {} updates", self.draws, self.updates)));
+        }
         let mut next = 0u64;
         for RowsFile { name, first, rows, .. } in &self.files {
             let end = first.checked_add(*rows).filter(|&end| *first == next && end <= self.num_classes);

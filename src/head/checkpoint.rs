@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use super::{CallState, Head, Progress};
-use crate::checkpoint::{as_bytes, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, FORMAT};
+use crate::checkpoint::{as_bytes, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, FORMAT, MANIFEST};
 use crate::comm::gather_words;
 use crate::matrix::Matrix;
 use crate::memory::zeros;
@@ -33,29 +33,22 @@ impl Head {
         self.check_usable()?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
-        let begun = directory.and_then(|directory| self.begin_save(Directory(directory)));
+        // Also where the directory is wrong: replicas bring dense rows to now on all ranks or on none.
+        let progress = self.read_progress();
+        let begun = directory.and_then(|directory| self.begin_save(Directory(directory), progress?));
         let words = begun.as_ref().map(|(_, Progress { draws, updates }, newest)| [*newest, *draws, *updates]);
         let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(error)));
         let all = self.poison_without_peers(agreed)?;
         let (directory, progress, _) = begun?;
-        for (rank, words) in all.iter().enumerate() {
-            ensure!(
-                words[1..] == all[0][1..],
-                Mismatch,
-                "rank 0 has drawn {} samples and done {} updates, and rank {rank} {} and {}",
-                all[0][1],
-                all[0][2],
-                words[1],
-                words[2]
-            );
-        }
+        self.require_same_progress(&all)?;
         let generation = all.iter().map(|words| words[0]).max().unwrap_or(0) + 1;
         let written = self.write_file(&directory, generation, report);
         let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
         let failed = words.is_err();
         let agreed = gather_words(&self.comm, words);
-        if failed || agreed.is_err() {
-            directory.remove(generation, true);
+        // Where only this rank was not told that all is well, rank 0 may be committing: then the next save removes the files.
+        if failed || (agreed.is_err() && self.comm.failure().is_none()) {
+            directory.remove(|found| found == generation);
         }
         let checksums = self.poison_without_peers(agreed)?;
         let committed = match self.rank() {
@@ -65,7 +58,23 @@ impl Head {
         let words = committed.map(|()| []).map_err(|error| self.name_rank(&error));
         let agreed = gather_words(&self.comm, words);
         self.poison_without_peers(agreed)?;
+        if self.rank() == 0 {
+            directory.remove(|found| found != generation);
+        }
         Ok(())
+    }
+
+    /// Ranks at different steps never meet again.
+    fn require_same_progress(&mut self, all: &[[u64; 3]]) -> Result<()> {
+        let Some(rank) = (1..all.len()).find(|&rank| all[rank][1..] != all[0][1..]) else { return Ok(()) };
+        let ([_, draws, updates], [_, others_draws, others_updates]) = (all[0], all[rank]);
+        let error = error!(
+            Mismatch,
+            "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, \
+             {others_draws} and {others_updates} on rank {rank}"
+        );
+        self.poison_before_update(&error);
+        Err(error)
     }
 
     /// What ranks have told each other. A rank's own failure leaves the heads usable, a failure to tell it does not.
@@ -77,8 +86,8 @@ impl Head {
         agreed
     }
 
-    /// What all ranks do before the first byte is written.
-    fn begin_save<'a>(&mut self, directory: Directory<'a>) -> Result<(Directory<'a>, Progress, u64)> {
+    /// What a rank does before the first byte is written.
+    fn begin_save<'a>(&self, directory: Directory<'a>, progress: Progress) -> Result<(Directory<'a>, Progress, u64)> {
         ensure!(
             self.accumulated == 0,
             InvalidArgument,
@@ -86,8 +95,11 @@ impl Head {
             self.accumulated
         );
         directory.create()?;
-        let progress = self.read_progress()?;
         let newest = directory.newest_generation()?;
+        if self.rank() == 0 {
+            // What killed saves have left may be what the disk has no room for.
+            directory.remove_unnamed();
+        }
         Ok((directory, progress, newest))
     }
 
@@ -126,6 +138,12 @@ impl Head {
                 let matrix = Matrix::of_f32(values, rows, dim);
                 let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &matrix);
                 self.prefer_comm_failure(read)?;
+                // Dense rows may have left float32 since the last update looked at them, and no load would take them.
+                if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                    let class = own.first + first + (at / dim) as u64;
+                    let name = TENSORS[tensor as usize];
+                    return Err(error!(NotFinite, "{name} of class {class} is not finite, and could not be loaded again"));
+                }
                 file.write(as_bytes(values))?;
                 done += 4 * values.len() as u64;
                 report(done, total);
@@ -159,16 +177,25 @@ impl Head {
             updates: progress.updates,
             files: files.collect(),
         };
-        let ready = self.see_files(directory, &manifest).and_then(|()| directory.write_manifest(&manifest));
-        if let Err(error) = ready.and_then(|()| directory.finish(crate::checkpoint::MANIFEST)) {
+        if let Err(error) = self.see_files(directory, &manifest).and_then(|()| directory.write_manifest(&manifest)) {
             directory.remove_unfinished_manifest();
-            directory.remove(generation, true);
+            directory.remove(|found| found == generation);
             return Err(error);
         }
-        // From here on a load finds the new files, so they stay even if the system does not say that the names are on the disk.
-        directory.sync()?;
-        directory.remove(generation, false);
-        Ok(())
+        if let Err(error) = directory.finish(MANIFEST) {
+            // Over a network a rename may be reported as failed and have happened: then the new files are those that count.
+            match directory.manifest() {
+                Ok(found) if found == manifest => {}
+                Ok(_) => {
+                    directory.remove_unfinished_manifest();
+                    directory.remove(|found| found == generation);
+                    return Err(error);
+                }
+                // Without a manifest it is not known: the next save removes what is not named.
+                Err(_) => return Err(error),
+            }
+        }
+        directory.sync()
     }
 
     /// All ranks must have written to one directory.
@@ -193,6 +220,10 @@ impl Head {
         let read = directory.and_then(|directory| {
             let manifest = Directory(directory).manifest()?;
             self.check_manifest(&manifest, directory)?;
+            // What can be seen before the first row is written leaves the head as it is.
+            for named in manifest.files.iter().filter(|named| self.common_classes(named).is_some()) {
+                RowsReader::open(&Directory(directory).path(&named.name), self.layout(named.rows), named)?;
+            }
             let checksum = manifest.checksum()?;
             Ok((Directory(directory), manifest, checksum))
         });
@@ -240,19 +271,22 @@ impl Head {
         Ok(())
     }
 
+    /// The classes of a file that are in this rank's shard: the first, and the one after the last.
+    fn common_classes(&self, named: &RowsFile) -> Option<(u64, u64)> {
+        let (first, end) = (named.first.max(self.shard.first), named.shard().end().min(self.shard.end()));
+        (first < end).then_some((first, end))
+    }
+
     /// Reads the rows of this rank's shard from the files that have them.
     fn read_files(&mut self, directory: &Directory<'_>, manifest: &Manifest, report: Report<'_>) -> Result<()> {
-        (self.state, self.prepared) = (CallState::Idle, None);
+        (self.state, self.prepared, self.chosen) = (CallState::Idle, None, None);
         let dim = self.options.embedding_dim as usize;
         let mut staged = zeros(&[self.staged_rows().min(self.shard.rows as usize), dim], "rows on their way from a file")?;
         let total = (self.tensors().len() as u64) * self.shard.rows * 4 * dim as u64;
         let mut done = 0;
         report(done, total);
         for named in &manifest.files {
-            let (first, end) = (named.first.max(self.shard.first), named.shard().end().min(self.shard.end()));
-            if first >= end {
-                continue;
-            }
+            let Some((first, end)) = self.common_classes(named) else { continue };
             let mut file = RowsReader::open(&directory.path(&named.name), self.layout(named.rows), named)?;
             for (number, tensor) in STATE.into_iter().take(self.tensors().len()).enumerate() {
                 for class in (first..end).step_by(self.staged_rows()) {

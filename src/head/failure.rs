@@ -6,6 +6,7 @@
 //! | wrong label, embedding that is no number | ends on all ranks | usable | the same status: all judge the same data |
 //! | of one rank alone, after the labels are gathered | goes on, then ends on all ranks | usable | REMOTE, from the sums |
 //! | ranks at different steps | ends | poisoned | MISMATCH, poisoned |
+//! | of a load, among the rows | ends | poisoned | REMOTE, poisoned |
 //! | of a collective, a device, or an update; a panic | is lost | poisoned, communicator aborted | COMM, ABORTED or TIMEOUT |
 //!
 //! A poisoned head answers every call with POISONED, but for those that read its rows where they are whole: on a CPU, where nothing

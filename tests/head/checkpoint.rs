@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use partialfc::options::{HeadOptions, Placement};
+use partialfc::optimizer::{Optimizer, Sgd};
+use partialfc::options::{HeadOptions, Placement, RowUpdate};
 use partialfc::shard::Shard;
 use partialfc::Status;
 use partialfc_testing::capi::{options, Device, Failure, Head, Outcome, Rows};
@@ -116,13 +117,15 @@ fn a_save_takes_the_place_of_the_one_before() {
                 std::fs::write(folder.join("rows-9-1-of-2.safetensors.tmp"), "half").expect("a file");
                 std::fs::write(folder.join("manifest.json.tmp"), "half").expect("a file");
                 std::fs::write(folder.join("notes.txt"), "somebody's").expect("a file");
+                std::fs::write(folder.join("rows-2-0-of-2-best.safetensors"), "somebody's").expect("a file");
             }
             place.comm.barrier().expect("a barrier");
             head.save(&folder).expect("a save");
         }
         assert_eq!(head.read_progress().expect("progress"), (3, 3));
     });
-    assert_eq!(files(&folder), ["manifest.json", "notes.txt", "rows-10-0-of-2.safetensors", "rows-10-1-of-2.safetensors"]);
+    let whole = ["rows-10-0-of-2.safetensors", "rows-10-1-of-2.safetensors"];
+    assert_eq!(files(&folder), ["manifest.json", "notes.txt", whole[0], whole[1], "rows-2-0-of-2-best.safetensors"]);
 }
 
 /// A folder with a checkpoint of two ranks, and the rows that it holds.
@@ -170,13 +173,18 @@ fn what_is_not_what_was_written_is_corrupt() {
             _ => "the checksums",
         };
         assert_failure(&format!("byte {at}"), outcome, Status::Corrupt, &["rows-1-1-of-2.safetensors", block]);
+        if at >= 4096 + 2 * half {
+            assert_eq!(head.read_progress().expect("a head that is as it was"), (0, 0));
+            continue;
+        }
         let again = head.step(&mut Rows::f32(&[0.0; DIM as usize], DIM as usize), &[0], 0.1, &mut Rows::output(1, DIM as usize));
         assert_failure("afterwards", again.map(|_| ()), Status::Poisoned, &["rows-1-1-of-2"]);
     }
     for length in [0, 7, 4096, 4096 + half, bytes.len() - 1] {
         std::fs::write(&file, &bytes[..length]).expect("a file");
-        let words = [&format!("{length} bytes"), "rows-1-1-of-2"];
-        assert_failure("cut short", load(&folder, &base()).1, Status::Corrupt, &words);
+        let (mut head, outcome) = load(&folder, &base());
+        assert_failure("cut short", outcome, Status::Corrupt, &[&format!("{length} bytes"), "rows-1-1-of-2"]);
+        assert_eq!(head.read_progress().expect("a head that is as it was"), (0, 0));
     }
     std::fs::remove_file(&file).expect("the file");
     assert_failure("missing", load(&folder, &base()).1, Status::Corrupt, &["rows-1-1-of-2", "not there"]);
@@ -243,6 +251,47 @@ fn a_rank_that_cannot_write_fails_the_save_on_all() {
         ["apart", "manifest.json", "notes", "rows-1-0-of-2.safetensors", "rows-1-1-of-2.safetensors"],
         "nothing is left of saves that failed"
     );
+}
+
+/// A rank whose directory is wrong brings its dense rows to now all the same: replicas go on alike.
+#[test]
+fn a_save_that_fails_on_one_rank_leaves_replicas_alike() {
+    let file = folder("alike");
+    std::fs::create_dir_all(file.parent().expect("a folder")).expect("a folder");
+    std::fs::write(&file, "no folder").expect("a file");
+    let options = HeadOptions { placement: Placement::Replicated, row_update: RowUpdate::Dense, ..base() };
+    on_ranks(2, |place| {
+        let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
+        for step in 0..3 {
+            train_step(&mut head, place, &options, step, &mut Trace::default());
+            let outcome = head.save(&if place.rank == 1 { file.clone() } else { folder(&format!("alike-{step}")) });
+            match place.rank {
+                1 => assert_failure("a file for a folder", outcome, Status::Io, &["alike", "rank 1"]),
+                _ => assert_failure("the other rank", outcome, Status::Remote, &["rank 1", "IO"]),
+            }
+        }
+    });
+    std::fs::remove_file(&file).expect("the file");
+}
+
+/// Dense rows that no sample has may leave float32 unseen.
+#[test]
+fn rows_that_no_load_would_take_are_not_saved() {
+    let folder = folder("not-finite");
+    let sgd = Optimizer::Sgd(Sgd { momentum: 0.0, weight_decay: 1e13 });
+    let options = HeadOptions { sample_rate: 0.0, row_update: RowUpdate::Dense, optimizer: sgd, ..options(4, 2, 0) };
+    let mut head = Head::new(&Device::under_test(1), &partialfc_testing::capi::Comm::solo(), &options);
+    // The class that the steps look at is the last to leave it.
+    head.write_centers(0, &[1e-30, 1e-30]).expect("a row");
+    head.save(&folder).expect("a save");
+    for _ in 0..4 {
+        let (mut rows, mut grad) = (Rows::f32(&[1.0, 2.0], 2), Rows::output(1, 2));
+        head.step(&mut rows, &[0], 0.1, &mut grad).expect("a step");
+    }
+    assert_failure("a save", head.save(&folder), Status::NotFinite, &["weight of class 1 is not finite", "rank 0"]);
+    let (mut before, outcome) = load(&folder, &options);
+    outcome.expect("the checkpoint before");
+    assert_eq!(before.centers()[..2], [1e-30, 1e-30]);
 }
 
 #[test]

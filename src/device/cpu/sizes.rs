@@ -53,7 +53,7 @@ impl Sizes {
             ensure!(
                 limit >= fixed,
                 InvalidArgument,
-                "workspace_limit must be 0 or at least {fixed} bytes for max_batch {} on {ranks} ranks of dimension {dim}, got {limit}",
+                "workspace_limit must be 0 or at least {fixed} bytes for batches of {} rows on {ranks} ranks of dimension {dim}, got {limit}",
                 options.max_batch
             );
             let chunk = 4 * capacity.chunk_elements() as u64;

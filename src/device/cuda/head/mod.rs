@@ -48,7 +48,7 @@ struct Outgrown {
     buffers: Vec<DeviceBuffer<u8>>,
 }
 
-/// Memory that nothing uses any more. It is freed with the next growth or the head: that waits for everything under way in the context,
+/// Memory that nothing uses any more. It is freed by the next growth, `wait` or the head's end: that waits for everything under way in the context,
 /// also for collectives of other ranks that share it, which may wait for this rank.
 #[derive(Default)]
 struct Retired {
@@ -425,6 +425,7 @@ impl HeadDevice for CudaHead {
         self.pending_error()?;
         self.is_fatal = false;
         self.streams.synchronize()?;
+        self.retired = Retired::default();
         let ledger = self.ledger()?;
         self.check_rows(&ledger)?;
         if ledger.failed == 0 {

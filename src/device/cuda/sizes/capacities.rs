@@ -67,7 +67,7 @@ impl Capacities {
             ensure!(
                 count <= u32::MAX.into(),
                 InvalidArgument,
-                "{what} must be at most {} on a GPU, got {count} for max_batch {} on {} ranks with {} classes each",
+                "{what} must be at most {} on a GPU, got {count} for batches of {} rows on {} ranks with {} classes each",
                 u32::MAX,
                 options.max_batch,
                 spec.ranks,

@@ -52,7 +52,7 @@ impl Sizes {
         ensure!(
             limit == 0 || least_sample > 0,
             InvalidArgument,
-            "workspace_limit must be 0 or at least {} bytes for max_batch {} on {} ranks of dimension {}, got {limit}",
+            "workspace_limit must be 0 or at least {} bytes for batches of {} rows on {} ranks of dimension {}, got {limit}",
             sizes.workspace(),
             spec.options.max_batch,
             spec.ranks,
