@@ -80,8 +80,12 @@ pfc_status did(const char *call, pfc_status status) {
   if (verbose && status != PFC_OK) fprintf(stderr, "[rank %d]   %s\n", now.rank, pfc_last_error());
   switch (status) {
     case PFC_ERROR_PANIC: finding("%s panicked", call); break;
-    case PFC_ERROR_DEVICE:
-    case PFC_ERROR_IO: finding("%s gave %s", call, pfc_status_name(status)); break;
+    case PFC_ERROR_DEVICE: finding("%s gave %s", call, pfc_status_name(status)); break;
+    // A folder that is none, or a checkpoint that was not saved.
+    case PFC_ERROR_IO:
+      if (strcmp(call, "pfc_head_save") != 0 && strcmp(call, "pfc_head_load") != 0)
+        finding("%s gave %s", call, pfc_status_name(status));
+      break;
     // What came from another rank may be damaged where the transport lies.
     case PFC_ERROR_CORRUPT:
       if (now.mode != LIES) finding("%s gave %s", call, pfc_status_name(status));

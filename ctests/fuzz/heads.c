@@ -2,6 +2,7 @@
 // now and then.
 #include "heads.h"
 
+#include <dirent.h>
 #include <unistd.h>
 
 int mistake(struct rank *r, int part) { return chance(&r->own, r->mistakes / part); }
@@ -308,6 +309,47 @@ static void hopeless(struct rank *r) {
   if (a != 7 || loss != 3) finding("a call with NULL wrote an output");
 }
 
+// Where the ranks of this process keep their checkpoint.
+static void name_folder(char folder[64]) {
+  snprintf(folder, 64, "/tmp/partialfc-fuzz-%ld", (long)getpid());
+}
+
+static void checkpoint(struct rank *r) {
+  struct draws *own = &r->own;
+  char folder[64];
+  name_folder(folder);
+  pfc_save_options save;
+  pfc_load_options load;
+  DO(pfc_save_options_init, &save);
+  DO(pfc_load_options_init, &load);
+  int wrong = mistake(r, 3), none = mistake(r, 6), elsewhere = mistake(r, 6);
+  if (wrong) save.struct_size = load.struct_size = ONE_OF(own, uint64_t, 0, 7, UINT64_MAX);
+  int defaults = !wrong && chance(own, 500);
+  const char *where = none ? NULL : elsewhere ? "/dev/null" : folder;
+  note("checkpoint: wrong %d %d %d", wrong, none, elsewhere);
+  pfc_status status = DO(pfc_head_save, r->head, where, defaults ? NULL : &save);
+  if (wrong || none || elsewhere) must_fail("pfc_head_save", status);
+  // Accumulated gradients are refused without a mistake, too.
+  if (status != PFC_ERROR_INVALID_ARGUMENT) must_succeed(r, "pfc_head_save", status);
+  int saved = status == PFC_OK;
+  status = DO(pfc_head_load, r->head, where, defaults ? NULL : &load);
+  if (wrong || none || elsewhere) must_fail("pfc_head_load", status);
+  if (saved) must_succeed(r, "pfc_head_load", status);
+}
+
+static void remove_checkpoint(void) {
+  char folder[64], path[512];
+  name_folder(folder);
+  DIR *list = opendir(folder);
+  if (list == NULL) return;
+  for (struct dirent *entry; (entry = readdir(list)) != NULL;) {
+    snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
+    remove(path);
+  }
+  closedir(list);
+  remove(folder);
+}
+
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
 // What all ranks draw is drawn first, so that they stay in step.
@@ -343,8 +385,10 @@ static void operation(struct rank *r) {
     metrics(r);
   } else if (pick < 65) {
     sample_ids(r);
-  } else if (pick < 70) {
+  } else if (pick < 69) {
     set_sample(r, &sample);
+  } else if (pick < 70) {
+    checkpoint(r);
   } else if (pick < 76) {
     hopeless(r);
   } else if (pick < 92) {
@@ -478,4 +522,5 @@ void episode_of_heads(enum mode mode, uint64_t seed) {
   }
   for (int i = 0; i < n && shared == NULL; i++) DO_OTHER(pfc_device_free, (devices[i]));
   DO_OTHER(pfc_device_free, (shared));
+  remove_checkpoint();
 }

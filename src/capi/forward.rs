@@ -2,8 +2,8 @@
 //!
 //! In a head with row_terms on, each row of a step may have its own m2, m3 and weight:
 //!
-//!     loss = sum over the valid rows i of weight_i * loss_i / valid rows
-//!     loss_i = -log softmax(z_i)[y_i], target logit = scale * (cos(max(m1 * theta_i + m2_i, 0)) - m3_i)
+//!   loss = sum over the valid rows i of weight_i * loss_i / valid rows
+//!   loss_i = -log softmax(z_i)[y_i], target logit = scale * (cos(max(m1 * theta_i + m2_i, 0)) - m3_i)
 //!
 //! AdaFace (arXiv:2204.00964), MagFace (arXiv:2103.06627) and ElasticFace (arXiv:2109.09416) come to an m2 and an m3 for each row,
 //! class-balanced losses (arXiv:1901.05555) to a weight.
@@ -125,8 +125,8 @@ pub unsafe extern "C" fn pfc_head_forward_with(
 
 /// pfc_head_backward with gradients of the rows' margins. Collective. After pfc_head_forward or pfc_head_forward_with.
 ///
-///     d loss / d m3_i = weight_i / valid rows * (1 - p_i) * scale
-///     d loss / d m2_i = that * sin(max(m1 * theta_i + m2_i, 0))
+///   d loss / d m3_i = weight_i / valid rows * (1 - p_i) * scale
+///   d loss / d m2_i = that * sin(max(m1 * theta_i + m2_i, 0))
 ///
 /// p_i is the softmax of the row's own class. With margin_guard the second is that of the guard's formula beyond pi.
 ///

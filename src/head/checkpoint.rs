@@ -41,7 +41,7 @@ impl Head {
         let all = self.poison_without_peers(agreed)?;
         let (directory, progress, _) = begun?;
         self.require_same_progress(&all)?;
-        let generation = all.iter().map(|words| words[0]).max().unwrap_or(0) + 1;
+        let generation = all.iter().map(|words| words[0]).max().unwrap_or(0).saturating_add(1);
         let written = self.write_file(&directory, generation, report);
         let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
         let failed = words.is_err();
