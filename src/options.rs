@@ -141,7 +141,7 @@ impl HeadOptions {
     /// Rows that a head makes room for where batches of as many come: the same on all ranks.
     pub(crate) fn batch_room(&self, rows: u64, ranks: u32) -> u64 {
         match self.max_batch {
-            0 => rows.max(1).next_multiple_of(BATCH_STEP).min(self.largest_batch(ranks)),
+            0 => rows.clamp(1, self.largest_batch(ranks)).next_multiple_of(BATCH_STEP).min(self.largest_batch(ranks)),
             rows => rows,
         }
     }

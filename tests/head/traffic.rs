@@ -138,3 +138,14 @@ fn memory_is_planned_by_shard_and_state() {
     let replicated = plan(&to_c(&HeadOptions { placement: Placement::Replicated, ..base }), 4, 16).expect("a plan");
     assert_eq!((replicated.shard_rows, replicated.weight_bytes), (1003, 1003 * 64 * 4));
 }
+
+#[test]
+fn the_plan_of_a_head_without_max_batch_is_that_of_one_with_room_for_the_batch() {
+    let of = |max_batch: u64, batch: u64| plan(&to_c(&options(1000, 16, max_batch)), 2, batch);
+    let (grown, fixed) = (of(0, 13).expect("a plan"), of(16, 13).expect("a plan"));
+    assert_eq!((grown.total_bytes, grown.traffic_bytes), (fixed.total_bytes, fixed.traffic_bytes));
+    for batch in [(1 << 24) + 1, u64::MAX] {
+        let refused = of(0, batch).err().expect("no batch is as large");
+        assert!(refused.message.contains(&batch.to_string()), "{refused:?}");
+    }
+}
