@@ -88,7 +88,8 @@ impl Directory<'_> {
     pub fn remove_unnamed(&self) {
         match self.manifest() {
             Ok(manifest) => self.remove(|generation| generation != manifest.generation),
-            Err(_) if !self.path(MANIFEST).exists() => self.remove(|_| true),
+            // Only where it is certain that there is none: a disk that does not answer may have one.
+            Err(_) if matches!(self.path(MANIFEST).try_exists(), Ok(false)) => self.remove(|_| true),
             Err(_) => {}
         }
     }
