@@ -895,10 +895,13 @@ pfc_status pfc_head_write_progress(pfc_head *head, uint64_t draws, uint64_t upda
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Steps whose rows have margins and weights of their own.
 //
-// In a head with row_terms on, each row of a step may have its own m2, m3 and weight:
+// In a head with row_terms on, each row of a step may have its own m2, m3 and weight. The loss is
+// then
 //
-// loss = sum over the valid rows i of weight_i * loss_i / valid rows loss_i = -log
-// softmax(z_i)[y_i], target logit = scale * (cos(max(m1 * theta_i + m2_i, 0)) - m3_i)
+// sum over the valid rows i of weight_i * loss_i / valid rows,
+//
+// where loss_i = -log softmax(z_i) at the row's own class, whose logit is scale * (cos(max(m1 *
+// theta_i + m2_i, 0)) - m3_i).
 //
 // AdaFace (arXiv:2204.00964), MagFace (arXiv:2103.06627) and ElasticFace (arXiv:2109.09416) come
 // to an m2 and an m3 for each row, class-balanced losses (arXiv:1901.05555) to a weight.
