@@ -8,6 +8,7 @@
 
 mod cpu;
 mod cuda;
+mod gemm;
 mod host_math;
 mod nearest;
 mod sizes;

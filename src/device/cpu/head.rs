@@ -12,7 +12,7 @@ use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::Sizes;
 use super::vector::{self, Softmax};
-use crate::device::host_math::{self, center_inverse_norm, inverse_norm};
+use crate::device::host_math::{center_inverse_norm, inverse_norm};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
 use crate::margin;
@@ -98,8 +98,6 @@ impl CpuHead {
         let memory = sizes.memory(options, spec.ranks, spec.shard);
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
-        // The calling thread takes tasks, too, and most often it is the one that steps.
-        host_math::warm_up();
         let BatchRoom { sizes, messages, activations, own_labels, drafts: [draft, next], .. } =
             BatchRoom::new(&spec, sizes, gather_dtype)?;
         let head = CpuHead {

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 
-use crate::device::host_math;
 use crate::float_environment;
 
 /// A job's body: (task, worker). Workers are numbered from 0, the calling thread.
@@ -169,7 +168,6 @@ impl Shared {
 fn work(shared: &Shared, worker: usize) {
     // A thread begins with the settings of the one that made it.
     let _maker = float_environment::usual();
-    host_math::warm_up();
     let mut seen = 0;
     let mut state = shared.lock();
     loop {

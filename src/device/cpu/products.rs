@@ -15,7 +15,8 @@ use std::ops::Range;
 
 use super::pool::Pool;
 use super::vector::{self, Softmax};
-use crate::device::host_math::{center_inverse_norm, gemm, GemmShape, Operand, Store};
+use crate::device::gemm::{gemm, GemmShape, Operand, Store};
+use crate::device::host_math::center_inverse_norm;
 use crate::memory::{reserve, Parts};
 use crate::Result;
 
