@@ -246,3 +246,21 @@ fn a_head_s_last_error_is_there_for_every_thread() {
         }
     });
 }
+
+/// What docs/errors.md promises. The device's one thread is the caller's.
+#[test]
+fn a_step_needs_no_more_than_256_kib_of_stack() {
+    on_ranks(1, |place| {
+        let steps = || {
+            let options = HeadOptions { sample_rate: 0.5, optimizer: ADAMW, ..options(700, 600, ROWS as u64) };
+            let mut head = head(place, &options);
+            (0..2).for_each(|number| drop(step(&mut head, &options, place, number)));
+            let (mut rows, _) = batch(&options, place, 2);
+            head.top_k(&mut rows, 3).expect("top k");
+        };
+        std::thread::scope(|scope| {
+            let small = std::thread::Builder::new().stack_size(256 << 10).spawn_scoped(scope, steps);
+            small.expect("a thread").join().expect("the steps");
+        });
+    });
+}

@@ -37,7 +37,7 @@ impl Place {
     fn when(&self, call: &str) -> &'static str {
         match call {
             // A thread of the library starts when the machine lets it, whatever call there is by then.
-            _ if self.function == STARTING_THREAD || self.function.ends_with("host_math::warm_up") => "any",
+            _ if self.function == STARTING_THREAD => "any",
             "pfc_device_cpu" | "pfc_device_cuda" | "pfc_comm_self" | "pfc_comm_threads" | "pfc_comm_custom" | "pfc_head_create" => {
                 "create"
             }

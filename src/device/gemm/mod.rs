@@ -1,14 +1,18 @@
 //! A matrix product on the calling thread, which allocates nothing: what it packs lies on the stack, 96 KiB.
 //!
 //! The destination is cut into strips of columns, as wide as a tile ([`tile`]). Of the right operand a strip is packed, [`DEPTH`] rows
-//! at a time, so that the tile reads it along memory, from the second-level cache; the left one is read where it lies, [`BLOCK`] rows
-//! for all strips, which then stay in that cache too. Floor: m n k fused multiply-adds, 32 of them a cycle on AVX-512, 16 on AVX2; the
-//! packing moves n k elements a block of rows.
+//! at a time, so that the tile reads it along memory, from the second-level cache. The left one is read where it lies: [`BLOCK`] rows,
+//! which stay in that cache while all strips take them. Floor: m n k fused multiply-adds, 32 of them a cycle on AVX-512, 16 on AVX2;
+//! the packing moves n k elements a block of rows.
 //!
-//! An element is the sum, in order, of the blocks of DEPTH products, each summed in order by itself. So its bits depend on its own row
-//! and column alone, not on the shape around it, nor on the instruction set where that has a fused multiply-add.
+//! An element is what the destination held, or the first block, plus the blocks of DEPTH products one after the other; each block is
+//! summed in order by itself. So its bits depend on its own row and column alone, not on the shape around it, nor on the instruction
+//! set where that has a fused multiply-add. Only which NaN it is may differ.
 
 mod tile;
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use tile::{strip, Portable, Strip, Vector};
 
@@ -51,9 +55,10 @@ impl<'a> Operand<'a> {
         Operand { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
 
-    /// The number of the last element of rows x columns.
-    fn last(&self, rows: usize, columns: usize) -> usize {
-        (rows.max(1) - 1) * self.row_stride + (columns.max(1) - 1) * self.column_stride
+    /// Whether all of rows x columns elements, at least one, are in its data.
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        let (rows, columns) = ((rows - 1).checked_mul(self.row_stride), (columns - 1).checked_mul(self.column_stride));
+        rows.zip(columns).and_then(|(row, column)| row.checked_add(column)).is_some_and(|last| last < self.data.len())
     }
 }
 
@@ -78,7 +83,8 @@ pub(super) fn gemm(shape: GemmShape, destination: &mut [f32], pitch: usize, left
     if m == 0 || n == 0 {
         return;
     }
-    assert!((m - 1) * pitch + n <= destination.len(), "destination of {m} x {n}");
+    let needed = (m - 1).checked_mul(pitch).and_then(|rows| rows.checked_add(n));
+    assert!(needed.is_some_and(|needed| needed <= destination.len()), "destination of {m} x {n}, {pitch} apart");
     // SAFETY: as just checked; the destination is borrowed alone.
     unsafe { gemm_into(shape, destination.as_mut_ptr(), pitch, left, right, store) }
 }
@@ -86,7 +92,8 @@ pub(super) fn gemm(shape: GemmShape, destination: &mut [f32], pitch: usize, left
 /// [`gemm`] into memory that is not one slice of ours.
 ///
 /// # Safety
-/// The destination has m rows of n elements, of which nobody else uses these.
+/// The destination has m rows of n elements, `pitch` apart, which nobody else reads or writes meanwhile and which are none of the
+/// operands'.
 pub(super) unsafe fn gemm_into(
     shape: GemmShape,
     destination: *mut f32,
@@ -124,8 +131,8 @@ unsafe fn gemm_on(
         }
         return;
     }
-    assert!(left.last(m, k) < left.data.len(), "left of {m} x {k}");
-    assert!(right.last(k, n) < right.data.len(), "right of {k} x {n}");
+    assert!(left.holds(m, k), "left of {m} x {k}");
+    assert!(right.holds(k, n), "right of {k} x {n}");
     let product = match right.column_stride > 1 && 4 * m <= n {
         false => Product { shape, destination, row_stride: pitch, column_stride: 1, left, right, store },
         // A few rows times many columns that lie along k: of the transposed product the right operand is the small one.
@@ -142,7 +149,7 @@ unsafe fn gemm_on(
             Level::Avx512 => avx512(&product),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => avx2(&product),
-            Level::Portable => product.run::<Portable, PORTABLE_ROWS>(1),
+            Level::Portable => product.run::<Portable, PORTABLE_ROWS, 1>(),
         }
     }
 }
@@ -153,7 +160,7 @@ unsafe fn gemm_on(
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
 unsafe fn avx512(product: &Product<'_>) {
     // 24 of the 32 registers hold the tile: 11 loads for 24 multiply-adds.
-    unsafe { product.run::<std::arch::x86_64::__m512, 8>(3) }
+    unsafe { product.run::<std::arch::x86_64::__m512, 8, 3>() }
 }
 
 /// # Safety
@@ -162,10 +169,10 @@ unsafe fn avx512(product: &Product<'_>) {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(product: &Product<'_>) {
     // 12 of the 16 registers hold the tile: 8 loads for 12 multiply-adds.
-    unsafe { product.run::<std::arch::x86_64::__m256, 6>(2) }
+    unsafe { product.run::<std::arch::x86_64::__m256, 6, 2>() }
 }
 
-/// A vector of the portable copy takes two registers, of which there are 32 on aarch64, else at least 16.
+/// On aarch64 a vector of the portable copy takes two of 32 registers; elsewhere there are fewer.
 const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
 
 struct Product<'a> {
@@ -180,26 +187,24 @@ struct Product<'a> {
 
 /// A packed strip, aligned for every vector.
 #[repr(align(64))]
-struct Packed([std::mem::MaybeUninit<f32>; DEPTH * WIDTH]);
+struct Packed(#[allow(dead_code)] [f32; DEPTH * WIDTH]);
 
 impl Product<'_> {
-    /// By tiles of ROWS rows and at most `vectors` vectors.
+    /// By tiles of ROWS rows and at most MOST vectors.
     ///
     /// # Safety
-    /// As [`gemm_into`], and the processor has what `V` needs.
+    /// As [`gemm_into`], the operands hold the shape, and the processor has what `V` needs.
     #[inline(always)]
-    unsafe fn run<V: Vector, const ROWS: usize>(&self, vectors: usize) {
+    unsafe fn run<V: Vector, const ROWS: usize, const MOST: usize>(&self) {
+        const { assert!(MOST >= 1 && MOST <= 3 && MOST * V::LANES <= WIDTH) }
         let GemmShape { m, n, k } = self.shape;
-        let mut packed = Packed([const { std::mem::MaybeUninit::uninit() }; DEPTH * WIDTH]);
-        let packed = packed.0.as_mut_ptr().cast::<f32>();
+        let mut packed = MaybeUninit::<Packed>::uninit();
+        let packed = packed.as_mut_ptr().cast::<f32>();
         // Strips as even as can be: a narrow one has fewer sums to hide the multiply-adds' latency behind.
         let all_vectors = n.div_ceil(V::LANES);
-        let strips = all_vectors.div_ceil(vectors);
-        // A strip that must be transposed costs more to pack, and is packed less often.
-        let block = match self.right.column_stride {
-            1 => BLOCK.next_multiple_of(ROWS),
-            _ => (4 * BLOCK).next_multiple_of(ROWS),
-        };
+        let strips = all_vectors.div_ceil(MOST);
+        // A strip that must be transposed costs more to pack, and is packed less often, although the rows may leave the cache.
+        let block = if self.right.column_stride == 1 { BLOCK } else { 4 * BLOCK }.next_multiple_of(ROWS);
         for first in (0..k).step_by(DEPTH) {
             let depth = (k - first).min(DEPTH);
             for top in (0..m).step_by(block) {
@@ -235,8 +240,9 @@ impl Product<'_> {
                         };
                         match vectors {
                             1 => strip::<V, ROWS, 1>(&task),
-                            2 => strip::<V, ROWS, 2>(&task),
-                            _ => strip::<V, ROWS, 3>(&task),
+                            2 if MOST >= 2 => strip::<V, ROWS, 2>(&task),
+                            3 if MOST >= 3 => strip::<V, ROWS, 3>(&task),
+                            _ => unreachable!("a strip has 1 to {MOST} vectors"),
                         }
                     }
                 }
@@ -244,18 +250,13 @@ impl Product<'_> {
         }
     }
 
-    /// Packs these rows and columns of the right operand as rows of `width`, zeros beyond the columns.
+    /// Packs these rows and columns of the right operand as rows of `width`, zeros beyond the columns. What the zeros are multiplied by
+    /// is stored nowhere.
     ///
     /// # Safety
-    /// The operand has them, and `packed` room.
+    /// The operand has them, and `packed` has room for rows x `width` elements.
     #[inline(always)]
-    unsafe fn pack<V: Vector>(
-        &self,
-        packed: *mut f32,
-        rows: std::ops::Range<usize>,
-        columns: std::ops::Range<usize>,
-        width: usize,
-    ) {
+    unsafe fn pack<V: Vector>(&self, packed: *mut f32, rows: Range<usize>, columns: Range<usize>, width: usize) {
         let (row_stride, column_stride) = (self.right.row_stride, self.right.column_stride);
         let (depth, filled) = (rows.len(), columns.len());
         // SAFETY: the caller answers for all of these elements.
@@ -308,72 +309,105 @@ mod tests {
         (0..count).map(|_| next()).collect()
     }
 
-    /// Rows or columns side by side, further apart than they must be.
-    fn operand(data: &[f32], rows: usize, columns: usize, transposed: bool) -> Operand<'_> {
-        match transposed {
-            true => Operand::transposed(data, rows + 3),
-            false => Operand::rows(data, columns + 3),
+    /// Rows or columns side by side, further apart than they must be, in memory that ends with the last element.
+    struct Exact {
+        data: Box<[f32]>,
+        pitch: usize,
+        transposed: bool,
+    }
+
+    impl Exact {
+        fn new(rows: usize, columns: usize, transposed: bool, seed: u32) -> Exact {
+            let (lines, length) = if transposed { (columns, rows) } else { (rows, columns) };
+            let pitch = length + 3;
+            let count = if lines * length == 0 { 0 } else { (lines - 1) * pitch + length };
+            Exact { data: numbers(count, seed).into(), pitch, transposed }
+        }
+
+        fn operand(&self) -> Operand<'_> {
+            match self.transposed {
+                true => Operand::transposed(&self.data, self.pitch),
+                false => Operand::rows(&self.data, self.pitch),
+            }
         }
     }
 
-    const SIZES: [(usize, usize, usize); 12] = [
+    /// Edges of tiles, strips, blocks of rows and DEPTH.
+    const SIZES: [(usize, usize, usize); 15] = [
         (1, 1, 1),
         (1, 300, 70),
         (300, 1, 70),
         (2, 9, 300),
-        (7, 48, 256),
-        (8, 47, 257),
+        (7, 48, 511),
+        (8, 47, 512),
         (9, 49, 513),
         (16, 96, 8),
         (17, 31, 0),
-        (25, 130, 255),
+        (25, 130, 1025),
         (257, 33, 37),
-        (260, 16, 20),
+        (260, 16, 520),
+        (1030, 20, 1100),
+        (20, 1100, 520),
+        (300, 60, 1025),
     ];
 
     fn for_all_layouts(mut check: impl FnMut((usize, usize, usize), Operand<'_>, Operand<'_>)) {
         for (m, n, k) in SIZES {
             for (left_transposed, right_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
-                let left = numbers((m + 3) * (k + 3), 1);
-                let right = numbers((n + 3) * (k + 3), 2);
-                check((m, n, k), operand(&left, m, k, left_transposed), operand(&right, k, n, right_transposed));
+                let (left, right) = (Exact::new(m, k, left_transposed, 1), Exact::new(k, n, right_transposed, 2));
+                check((m, n, k), left.operand(), right.operand());
             }
         }
     }
 
+    /// What stands before and after a destination, and between its rows, as before.
+    const MARGIN: usize = 64;
+
+    fn destination(m: usize, n: usize) -> Vec<f32> {
+        numbers(m * (n + 5) + 2 * MARGIN, 3)
+    }
+
     fn product(simd: Simd, (m, n, k): (usize, usize, usize), left: Operand<'_>, right: Operand<'_>, store: Store) -> Vec<f32> {
-        let pitch = n + 5;
-        let mut all = numbers(m * pitch, 3);
-        // SAFETY: m rows of `pitch` elements.
-        unsafe { gemm_on(simd, GemmShape { m, n, k }, all.as_mut_ptr(), pitch, left, right, store) };
+        let mut all = destination(m, n);
+        // SAFETY: m rows of n + 5 elements from MARGIN on.
+        unsafe { gemm_on(simd, GemmShape { m, n, k }, all.as_mut_ptr().add(MARGIN), n + 5, left, right, store) };
         all
+    }
+
+    fn at(row: usize, column: usize, n: usize) -> usize {
+        MARGIN + row * (n + 5) + column
     }
 
     #[test]
     fn products_are_those_of_float64_and_nothing_else_is_written() {
         for_all_layouts(|(m, n, k), left, right| {
-            let before = numbers(m * (n + 5), 3);
+            // [n, k], so that the sums below run along memory.
+            let right_rows: Vec<f64> = (0..n)
+                .flat_map(|column| (0..k).map(move |k| f64::from(right.data[k * right.row_stride + column * right.column_stride])))
+                .collect();
+            let before = destination(m, n);
             for (simd, store) in Simd::available().into_iter().flat_map(|simd| [(simd, Store::Replace), (simd, Store::Add)]) {
-                let all = product(simd, (m, n, k), left, right, store);
-                for (at, (&got, &was)) in all.iter().zip(&before).enumerate() {
-                    let (row, column) = (at / (n + 5), at % (n + 5));
-                    if column >= n {
-                        assert_eq!(got, was, "{simd:?} {m} x {n} x {k}: row {row}, column {column} is none of the product's");
-                        continue;
+                let mut all = product(simd, (m, n, k), left, right, store);
+                for row in 0..m {
+                    let left_row: Vec<f64> =
+                        (0..k).map(|k| f64::from(left.data[row * left.row_stride + k * left.column_stride])).collect();
+                    for column in 0..n {
+                        let (got, was) = (all[at(row, column, n)], before[at(row, column, n)]);
+                        all[at(row, column, n)] = was;
+                        let (mut exact, mut size) =
+                            if store == Store::Add { (f64::from(was), f64::from(was).abs()) } else { (0.0, 0.0) };
+                        for (left, right) in left_row.iter().zip(&right_rows[column * k..]) {
+                            exact += left * right;
+                            size += (left * right).abs();
+                        }
+                        let bound = f64::from(f32::EPSILON) * (size + 1e-30) * 8.0;
+                        assert!(
+                            (f64::from(got) - exact).abs() <= bound,
+                            "{simd:?} {m} x {n} x {k} {store:?} [{row}, {column}]: {got}, not {exact}"
+                        );
                     }
-                    let start = if store == Store::Add { f64::from(was) } else { 0.0 };
-                    let of = |k: usize| {
-                        let left = left.data[row * left.row_stride + k * left.column_stride];
-                        f64::from(left) * f64::from(right.data[k * right.row_stride + column * right.column_stride])
-                    };
-                    let exact = (0..k).fold(start, |sum, k| sum + of(k));
-                    let size = (0..k).fold(start.abs(), |sum, k| sum + of(k).abs());
-                    let bound = f64::from(f32::EPSILON) * (size + 1e-30) * 8.0;
-                    assert!(
-                        (f64::from(got) - exact).abs() <= bound,
-                        "{simd:?} {m} x {n} x {k} {store:?} [{row}, {column}]: {got}, not {exact}"
-                    );
                 }
+                assert_eq!(all, before, "{simd:?} {m} x {n} x {k} {store:?} wrote beyond the product");
             }
         });
     }
@@ -381,17 +415,16 @@ mod tests {
     #[test]
     fn an_element_has_the_bits_of_its_row_and_column_alone() {
         for_all_layouts(|(m, n, k), left, right| {
-            for simd in Simd::available() {
-                let all = product(simd, (m, n, k), left, right, Store::Replace);
+            for (simd, store) in Simd::available().into_iter().flat_map(|simd| [(simd, Store::Replace), (simd, Store::Add)]) {
+                let all = product(simd, (m, n, k), left, right, store);
                 for (row, column) in [(0, 0), (m - 1, n - 1), (m / 2, n / 3)] {
-                    let left = Operand { data: &left.data[row * left.row_stride..], ..left };
-                    let right = Operand { data: &right.data[column * right.column_stride..], ..right };
-                    let alone = product(simd, (1, 1, k), left, right, Store::Replace)[0];
-                    assert_eq!(
-                        all[row * (n + 5) + column].to_bits(),
-                        alone.to_bits(),
-                        "{simd:?} {m} x {n} x {k} [{row}, {column}]"
-                    );
+                    let left = Operand { data: &left.data[(row * left.row_stride).min(left.data.len())..], ..left };
+                    let right = Operand { data: &right.data[(column * right.column_stride).min(right.data.len())..], ..right };
+                    let mut alone = destination(m, n)[at(row, column, n)];
+                    // SAFETY: one element.
+                    unsafe { gemm_on(simd, GemmShape { m: 1, n: 1, k }, &mut alone, 1, left, right, store) };
+                    let found = all[at(row, column, n)];
+                    assert_eq!(found.to_bits(), alone.to_bits(), "{simd:?} {m} x {n} x {k} {store:?} [{row}, {column}]");
                 }
             }
         });
@@ -401,9 +434,25 @@ mod tests {
     fn instruction_sets_with_a_fused_multiply_add_have_the_same_bits() {
         let fused = |simd: &Simd| simd.level() != Level::Portable || crate::simd::PORTABLE_FMA;
         for_all_layouts(|sizes, left, right| {
-            let mut all = Simd::available().into_iter().filter(fused).map(|simd| product(simd, sizes, left, right, Store::Add));
+            let bits = |simd| product(simd, sizes, left, right, Store::Add).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            let mut all = Simd::available().into_iter().filter(fused).map(bits);
             let Some(first) = all.next() else { return };
             all.for_each(|other| assert_eq!(first, other, "{sizes:?}"));
         });
+    }
+
+    #[test]
+    fn operands_that_do_not_hold_the_shape_are_refused() {
+        let data = [0.0; 100];
+        for (operand, rows, columns) in [
+            (Operand::rows(&data, 10), 11, 1),
+            (Operand::rows(&data, 10), 10, 11),
+            (Operand::transposed(&data, 10), 10, 11),
+            (Operand::rows(&data, usize::MAX), 3, 1),
+            (Operand::rows(&data, usize::MAX / 2 + 1), 3, 5),
+        ] {
+            assert!(!operand.holds(rows, columns), "{rows} x {columns}");
+        }
+        assert!(Operand::rows(&data, 10).holds(10, 10) && Operand::transposed(&data, 10).holds(10, 10));
     }
 }

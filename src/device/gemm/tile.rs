@@ -5,10 +5,10 @@ use std::arch::x86_64::*;
 
 use crate::simd::PORTABLE_FMA;
 
-/// Floats side by side, as an instruction set has them.
+/// Floats side by side, as an instruction set has them. Its functions run only where the processor has that.
 ///
 /// # Safety
-/// Its functions run only where the processor has that instruction set.
+/// In memory it is LANES floats, the first lane first, without padding; `load` and `store` touch these and nothing else.
 pub(super) unsafe trait Vector: Copy {
     const LANES: usize;
 
@@ -16,84 +16,59 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn plus(self, other: Self) -> Self;
-    /// Hints that this line of memory will be read and written.
+    /// Hints that this line of memory will be used.
     unsafe fn prefetch(_line: *const f32) {}
     /// self + a * b.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
 }
 
+/// A register of x86's.
 #[cfg(target_arch = "x86_64")]
-unsafe impl Vector for __m512 {
-    const LANES: usize = 16;
+macro_rules! register {
+    ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $plus:ident, $fused:ident) => {
+        unsafe impl Vector for $type {
+            const LANES: usize = $lanes;
 
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        unsafe { _mm512_set1_ps(value) }
-    }
+            #[inline(always)]
+            unsafe fn splat(value: f32) -> Self {
+                unsafe { $splat(value) }
+            }
 
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        unsafe { _mm512_loadu_ps(from) }
-    }
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                unsafe { $load(from) }
+            }
 
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        unsafe { _mm512_storeu_ps(to, self) }
-    }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                unsafe { $store(to, self) }
+            }
 
-    #[inline(always)]
-    unsafe fn plus(self, other: Self) -> Self {
-        unsafe { _mm512_add_ps(self, other) }
-    }
+            #[inline(always)]
+            unsafe fn plus(self, other: Self) -> Self {
+                unsafe { $plus(self, other) }
+            }
 
-    #[inline(always)]
-    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
-        unsafe { _mm512_fmadd_ps(a, b, self) }
-    }
+            #[inline(always)]
+            unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+                unsafe { $fused(a, b, self) }
+            }
 
-    #[inline(always)]
-    unsafe fn prefetch(line: *const f32) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
-    }
+            #[inline(always)]
+            unsafe fn prefetch(line: *const f32) {
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+            }
+        }
+    };
 }
-
 #[cfg(target_arch = "x86_64")]
-unsafe impl Vector for __m256 {
-    const LANES: usize = 8;
-
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        unsafe { _mm256_set1_ps(value) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        unsafe { _mm256_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        unsafe { _mm256_storeu_ps(to, self) }
-    }
-
-    #[inline(always)]
-    unsafe fn plus(self, other: Self) -> Self {
-        unsafe { _mm256_add_ps(self, other) }
-    }
-
-    #[inline(always)]
-    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
-        unsafe { _mm256_fmadd_ps(a, b, self) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(line: *const f32) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
-    }
-}
+register!(__m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps);
+#[cfg(target_arch = "x86_64")]
+register!(__m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps);
 
 /// What the compiler makes vectors of.
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(super) struct Portable([f32; 8]);
 
 unsafe impl Vector for Portable {
@@ -128,17 +103,17 @@ unsafe impl Vector for Portable {
     }
 }
 
-/// A product of `depth` columns of the left operand with a strip of the right one, whose rows are whole vectors. Strides are of a row
-/// and of a column.
+/// A product of `depth` columns of the left operand with a strip of the right one. A pair of strides is a row's and a column's.
 pub(super) struct Strip {
     pub left: *const f32,
     pub left_strides: (usize, usize),
+    /// Rows of whole vectors, side by side.
     pub right: *const f32,
-    /// Of a row; a column's is 1.
     pub right_stride: usize,
     pub destination: *mut f32,
     pub destination_strides: (usize, usize),
     pub rows: usize,
+    /// Those that are stored; the right rows' vectors may have more.
     pub columns: usize,
     pub depth: usize,
     /// Adds to the destination.
@@ -146,9 +121,11 @@ pub(super) struct Strip {
 }
 
 /// # Safety
-/// All of the strip's memory is there, nobody else uses the destination, and the processor has what `V` needs.
+/// The left operand has rows x depth elements, the right one depth rows of VECTORS vectors, the destination rows x columns elements, which
+/// nobody else uses. Columns are at most those vectors' elements. The processor has what `V` needs.
 #[inline(always)]
 pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s: &Strip) {
+    const { assert!(size_of::<V>() == V::LANES * size_of::<f32>()) }
     let (row_stride, column_stride) = s.destination_strides;
     for top in (0..s.rows).step_by(ROWS) {
         let rows = (s.rows - top).min(ROWS);
@@ -165,14 +142,14 @@ pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s
             }
             let (row_step, step) = s.left_strides;
             let left = s.left.add(top * row_step);
-            let packed = VECTORS * V::LANES;
+            let width = VECTORS * V::LANES;
             // The strides of most tiles are constants, so that addresses take few registers.
-            let sums = match (row_step, step, s.right_stride == packed && rows == ROWS) {
-                (_, 1, true) => tile::<V, ROWS, VECTORS>(s.depth, rows_of(left, row_step, ROWS), 1, s.right, packed),
-                (1, _, true) => tile::<V, ROWS, VECTORS>(s.depth, rows_of(left, 1, ROWS), step, s.right, packed),
+            let sums = match (row_step, step, s.right_stride == width && rows == ROWS) {
+                (_, 1, true) => tile::<V, ROWS, VECTORS>(s.depth, rows_of(left, row_step, ROWS), 1, s.right, width),
+                (1, _, true) => tile::<V, ROWS, VECTORS>(s.depth, rows_of(left, 1, ROWS), step, s.right, width),
                 _ => tile::<V, ROWS, VECTORS>(s.depth, rows_of(left, row_step, rows), step, s.right, s.right_stride),
             };
-            if rows == ROWS && s.columns == VECTORS * V::LANES && column_stride == 1 {
+            if rows == ROWS && s.columns == width && column_stride == 1 {
                 for (row, sums) in sums.into_iter().enumerate() {
                     for (vector, sum) in sums.into_iter().enumerate() {
                         let to = to.add(row * row_stride + vector * V::LANES);
@@ -185,8 +162,7 @@ pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s
             let sums = sums.as_ptr().cast::<f32>();
             for row in 0..rows {
                 for column in 0..s.columns {
-                    let (to, sum) =
-                        (to.add(row * row_stride + column * column_stride), *sums.add(row * VECTORS * V::LANES + column));
+                    let (to, sum) = (to.add(row * row_stride + column * column_stride), *sums.add(row * width + column));
                     *to = if s.add { *to + sum } else { sum };
                 }
             }
@@ -200,7 +176,7 @@ const STEPS: usize = 4;
 /// The first elements of `rows` rows; what is beyond them is the last.
 ///
 /// # Safety
-/// There are as many rows.
+/// There are as many rows, at least one.
 #[inline(always)]
 unsafe fn rows_of<const ROWS: usize>(first: *const f32, stride: usize, rows: usize) -> [*const f32; ROWS] {
     let mut all = [first; ROWS];
@@ -211,8 +187,10 @@ unsafe fn rows_of<const ROWS: usize>(first: *const f32, stride: usize, rows: usi
     all
 }
 
+/// The sums of a tile.
+///
 /// # Safety
-/// `depth` elements of each row of the left operand, `step` apart, and as many rows of the right one are there.
+/// Each left row has `depth` elements, `stride` apart; there are as many right rows of VECTORS vectors. The processor has what `V` needs.
 #[inline(always)]
 unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(
     depth: usize,
@@ -239,7 +217,7 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(
 /// Adds the products of COUNT columns of the left operand, from `first` on, with their rows of the right one.
 ///
 /// # Safety
-/// As [`tile`].
+/// As [`tile`], for a depth of `first` + COUNT.
 #[inline(always)]
 unsafe fn add_steps<V: Vector, const ROWS: usize, const VECTORS: usize, const COUNT: usize>(
     sums: &mut [[V; VECTORS]; ROWS],
