@@ -56,7 +56,7 @@ impl<'a> Operand<'a> {
     }
 
     /// Whether all of rows x columns elements, at least one, are in its data.
-    fn holds(&self, rows: usize, columns: usize) -> bool {
+    fn covers(&self, rows: usize, columns: usize) -> bool {
         let (rows, columns) = ((rows - 1).checked_mul(self.row_stride), (columns - 1).checked_mul(self.column_stride));
         rows.zip(columns).and_then(|(row, column)| row.checked_add(column)).is_some_and(|last| last < self.data.len())
     }
@@ -131,8 +131,8 @@ unsafe fn gemm_on(
         }
         return;
     }
-    assert!(left.holds(m, k), "left of {m} x {k}");
-    assert!(right.holds(k, n), "right of {k} x {n}");
+    assert!(left.covers(m, k), "left of {m} x {k}");
+    assert!(right.covers(k, n), "right of {k} x {n}");
     let product = match right.column_stride > 1 && 4 * m <= n {
         false => Product { shape, destination, row_stride: pitch, column_stride: 1, left, right, store },
         // A few rows times many columns that lie along k: of the transposed product the right operand is the small one.
@@ -193,7 +193,7 @@ impl Product<'_> {
     /// By tiles of ROWS rows and at most MOST vectors.
     ///
     /// # Safety
-    /// As [`gemm_into`], the operands hold the shape, and the processor has what `V` needs.
+    /// As [`gemm_into`], the operands cover the shape, and the processor has what `V` needs.
     #[inline(always)]
     unsafe fn run<V: Vector, const ROWS: usize, const MOST: usize>(&self) {
         const { assert!(MOST >= 1 && MOST <= 3 && MOST * V::LANES <= WIDTH) }
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn operands_that_do_not_hold_the_shape_are_refused() {
+    fn operands_that_do_not_cover_the_shape_are_refused() {
         let data = [0.0; 100];
         for (operand, rows, columns) in [
             (Operand::rows(&data, 10), 11, 1),
@@ -451,8 +451,8 @@ mod tests {
             (Operand::rows(&data, usize::MAX), 3, 1),
             (Operand::rows(&data, usize::MAX / 2 + 1), 3, 5),
         ] {
-            assert!(!operand.holds(rows, columns), "{rows} x {columns}");
+            assert!(!operand.covers(rows, columns), "{rows} x {columns}");
         }
-        assert!(Operand::rows(&data, 10).holds(10, 10) && Operand::transposed(&data, 10).holds(10, 10));
+        assert!(Operand::rows(&data, 10).covers(10, 10) && Operand::transposed(&data, 10).covers(10, 10));
     }
 }
