@@ -1,9 +1,9 @@
 //! Time of a whole step by phase, its share of the machine's GEMM rate R in the same run, and peak memory: one line a shape.
 //!
 //! R is the rate of the crate gemm-f32: one-thread products of 1024 x 1024 x 512 side by side, one on each thread, measured before and
-//! after the steps of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed twice.
-//! Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows of
-//! 512 would not fit most machines, its draw does.
+//! after the steps of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed
+//! twice. Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows
+//! of 512 would not fit most machines, its draw does.
 
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;

@@ -26,6 +26,7 @@ use turn::Holder;
 pub use turn::Turn;
 
 use crate::matrix::{DType, ReduceOp};
+use crate::memory::reserve;
 use crate::stream::StreamDevice;
 use crate::{ensure, error, Error, Result};
 
@@ -89,7 +90,11 @@ impl Communicator {
     /// `size` ranks in this process; hand each to a thread of its own.
     pub fn threads(size: u32) -> Result<Vec<Arc<Communicator>>> {
         let compares_calls = compare_calls::is_on()?;
-        Ok(threads::group(size)?.into_iter().map(|end| Communicator::new(Box::new(end), compares_calls)).collect())
+        let ends = threads::group(size)?;
+        let mut ranks = Vec::new();
+        reserve(&mut ranks, ends.len(), "the ranks of a communicator")?;
+        ranks.extend(ends.into_iter().map(|end| Communicator::new(Box::new(end), compares_calls)));
+        Ok(ranks)
     }
 
     /// A rank of a group that the caller's functions carry.

@@ -105,8 +105,9 @@ inline float cut(double v) {
     return as_float(bits - 1);
 }
 
-// Where the kernels' tests spend most of their time: once for each width of the CPU's registers. A product of two halves is exact in
-// double, so a fused multiply-add gives the same bits.
+// Where the kernels' tests spend most of their time: compiled once for each width of the CPU's
+// registers. A product of two halves is exact in double, so a fused multiply-add gives the same
+// bits.
 #if defined(__x86_64__)
 __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #endif
