@@ -1,11 +1,17 @@
-"""Ctrl-C while a collective waits for other ranks.
+"""Signals while the library is in a call, such as Ctrl-C while a collective waits for other ranks.
 
 Python runs its signal handlers between its own instructions, so one that waits in the library would not be
 interrupted before the library's own timeout. A thread is told of the signal at once, by `signal.set_wakeup_fd`.
 If the main thread is in the same call still after a second, its communicator is aborted: the call returns, and
 the handler raises KeyboardInterrupt.
+
+Where the library calls functions of Python's, handlers would run inside the call, in these functions. One that
+raises where such a function begins raises into ctypes, which prints the exception and returns an undefined
+status to the library. So `later` makes the handlers wait until the call has returned, as in all other calls.
 """
 
+import _signal  # signal.getsignal takes thirty times as long for all signals.
+import contextlib
 import os
 import signal
 import socket
@@ -21,6 +27,61 @@ _lock = threading.Lock()
 _watching = None
 #: Communicators that the main thread may be waiting in.
 _comms: "weakref.WeakSet" = weakref.WeakSet()
+MAIN = threading.main_thread().ident
+_signals = [int(number) for number in signal.valid_signals()]
+#: Whether the main thread is in `later`.
+_waits = False
+#: (handler, number, frame) of what arrived meanwhile.
+_arrived: list = []
+
+
+class _Later:
+    """Stands in for a handler of the program's."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    def __call__(self, number, frame):
+        if _waits:
+            _arrived.append((self.handler, number, frame))
+        else:
+            self.handler(number, frame)
+
+
+def _handler(number: int):
+    """The program's."""
+    handler = _signal.getsignal(number)
+    return handler.handler if isinstance(handler, _Later) else handler
+
+
+def later(function, *arguments) -> int:
+    """Calls a function of the library's; handlers of signals run when it has returned."""
+    global _waits
+    if threading.get_ident() != MAIN or _waits:
+        return function(*arguments)
+    handlers = {number: handler for number in _signals if callable(handler := _handler(number))}
+    try:
+        for number, handler in handlers.items():
+            _signal.signal(number, _Later(handler))
+        _waits = True
+        return function(*arguments)
+    finally:
+        _waits = False
+        try:
+            for number, handler in handlers.items():
+                if isinstance(_signal.getsignal(number), _Later):  # The function may have set another.
+                    _signal.signal(number, handler)
+        finally:
+            if _arrived:
+                _run_arrived()
+
+
+def _run_arrived() -> None:
+    """Runs them in their order, also where one of them raises; the last exception is raised."""
+    with contextlib.ExitStack() as stack:
+        for handler, number, frame in reversed(_arrived):
+            stack.callback(handler, number, frame)
+        _arrived.clear()
 
 
 def watch(comm) -> None:
@@ -45,7 +106,7 @@ def watch(comm) -> None:
 
 def _wait(receiver: socket.socket, _sender: socket.socket) -> None:
     while numbers := receiver.recv(64):
-        if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        if signal.SIGINT not in numbers or _handler(signal.SIGINT) is not signal.default_int_handler:
             continue
         inside = [(comm, comm._waiting) for comm in list(_comms) if comm._waiting]
         if not inside:

@@ -18,7 +18,6 @@ _OPS = {"sum": _abi.PFC_SUM, "max": _abi.PFC_MAX}
 _OP_NAMES = {code: name for name, code in _OPS.items()}
 _REDUCED = (_abi.PFC_F32, _abi.PFC_F64, _abi.PFC_I32, _abi.PFC_I64)
 _calls = itertools.count(1)
-_main = threading.main_thread().ident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Comm(Handle):
         # Functions of Python that the library calls live until the last handle that may call them is freed.
         self._state.keep = keep
         self._raised = [] if raised is None else raised
+        #: Calls the library; where it calls functions of Python's, handlers of signals wait.
+        self._run = _run if raised is None else _interrupt.later
         self.rank = lib.pfc_comm_rank(address)
         self.size = lib.pfc_comm_size(address)
         self._reader = Reader(self.rank, None, 0)
@@ -102,7 +103,7 @@ class Comm(Handle):
 
         The arrays that a function gets are the library's memory, for the time of the call. What is sent must not
         be changed; it may lie in what is received. An exception ends the communicator; the call of the library
-        raises `PartialFCError` from it.
+        raises `PartialFCError` from it. Handlers of signals run when the call of the library has returned.
 
         Args:
             all_gather: `(send, recv)`, bytes: (n,) of this rank to (size, n), in rank order.
@@ -247,7 +248,7 @@ class Comm(Handle):
 
     def _enter(self) -> None:
         """Before a call that Ctrl-C may end."""
-        if threading.get_ident() == _main:
+        if threading.get_ident() == _interrupt.MAIN:
             self._waiting = next(_calls)
 
     def _call(self, function, *arguments) -> None:
@@ -256,7 +257,7 @@ class Comm(Handle):
         state.calls += 1
         try:
             self._enter()
-            status = function(*arguments)
+            status = self._run(function, *arguments)
         finally:
             self._waiting = 0
             state.calls -= 1
@@ -269,7 +270,7 @@ class Comm(Handle):
         if self._raised:
             cause = self._raised[0]
             self._raised.clear()
-            if not isinstance(cause, Exception):  # KeyboardInterrupt
+            if not isinstance(cause, Exception):  # SystemExit
                 return cause
             error.__cause__ = cause
         return error
@@ -299,6 +300,10 @@ def _array(address: int, shape: tuple, typestr: str) -> np.ndarray:
     memory = _Memory()
     memory.__array_interface__ = {"version": 3, "data": (address, False), "shape": shape, "typestr": typestr}
     return np.asarray(memory)
+
+
+def _run(function, *arguments) -> int:
+    return function(*arguments)
 
 
 def _kept(function, raised: list):

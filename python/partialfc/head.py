@@ -2,12 +2,13 @@
 
 import ctypes
 import dataclasses
+import functools
 import operator
 import os
 
 import numpy as np
 
-from . import _abi
+from . import _abi, _interrupt
 from ._arrays import Reader, like
 from ._handles import Handle
 from ._library import PartialFCError, check, failure, lib
@@ -152,7 +153,7 @@ class Head(Handle):
             options = fill(names_given)
         except (TypeError, ValueError):
             # So that no rank waits for this one: options that are wrong reach all of them.
-            lib.pfc_head_create(self.device._address, self.comm._address, None, ctypes.byref(ctypes.c_void_p()))
+            self.comm._run(lib.pfc_head_create, self.device._address, self.comm._address, None, ctypes.byref(ctypes.c_void_p()))
             raise
         out = ctypes.c_void_p()
         self.comm._call(
@@ -516,11 +517,11 @@ class Head(Handle):
             self._refuse(function, None, None)
             raise
         try:
-            self._call(function, path, ctypes.byref(options))
+            self._call(functools.partial(_interrupt.later, function), path, ctypes.byref(options))
         except PartialFCError as error:
             if not raised:
                 raise
-            if not isinstance(raised[0], Exception):  # Ctrl-C.
+            if not isinstance(raised[0], Exception):  # SystemExit.
                 raise raised[0] from error
             raise error from raised[0]
         if raised:
@@ -555,7 +556,7 @@ class Head(Handle):
         try:
             if self._waits:
                 comm._enter()
-            status = function(address, *arguments)
+            status = comm._run(function, address, *arguments)
         finally:
             state.calls -= 1
             comm._waiting = 0
@@ -570,7 +571,7 @@ class Head(Handle):
     def _refuse(self, function, *arguments) -> None:
         """Makes a collective call without the arguments that were wrong: so the other ranks learn of it, and none waits."""
         if self._waits and not self.closed:
-            function(self._address, *arguments)
+            self.comm._run(function, self._address, *arguments)
 
     def _refuse_forward(self) -> None:
         self._refuse(lib.pfc_head_forward, None, None, self._loss_at)

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,24 +15,29 @@ from conftest import LONGEST  # noqa: E402
 
 
 def launch(folder, *modes: str, size: int = 2) -> list[str]:
-    """What each rank prints; all must succeed."""
+    """What each rank prints; all must succeed. The first that fails ends the others, which may wait for it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-X", "faulthandler", str(pathlib.Path(__file__).with_name("ranks.py")), str(folder), *modes]
-    processes = [
-        subprocess.Popen(
-            program, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(size)
-    ]
+    outputs = [folder / f"printed by rank {rank}" for rank in range(size)]
+    processes = []
     try:
-        printed = [process.communicate(timeout=2 * LONGEST)[0] for process in processes]
+        for rank, output in enumerate(outputs):
+            with open(output, "w") as file:
+                ranked = {**environment, "RANK": str(rank)}
+                processes.append(subprocess.Popen(program, env=ranked, stdout=file, stderr=subprocess.STDOUT))
+        end = time.monotonic() + 2 * LONGEST
+        while time.monotonic() < end and None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.02)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(printed)
+            process.wait()
+    printed = [output.read_text() for output in outputs]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * size, "\n".join(f"rank {rank}, exit {codes[rank]}\n{text}" for rank, text in enumerate(printed))
     return printed
 
 

@@ -251,3 +251,98 @@ def test_errors_can_be_pickled(head):
         head.update(-1.0)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.status, again.rank) == (str(caught.value), caught.value.status, 0)
+
+
+BEGINS = (
+    PROGRAM
+    + """
+import tempfile
+def gather(send, recv):
+    recv[:] = send
+def reduce(send, recv, op):
+    recv[:] = send
+def raising(number, frame):
+    raise RuntimeError(f"signal {number}")
+def where(name, number):
+    def entered(frame, event, _):
+        if event == "call" and frame.f_code.co_name == name and "partialfc" in frame.f_code.co_filename:
+            sys.setprofile(None)
+            signal.raise_signal(number)
+    sys.setprofile(entered)
+comm = partialfc.Comm.custom(0, 2, gather, reduce)
+sent, received = np.arange(3), np.zeros((2, 3), np.int64)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "signal", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.skipif(os.name != "posix", reason="no such handlers"))]
+)
+def test_a_signal_where_a_function_of_the_callers_begins(signal):
+    """ctypes ignores an exception there, and the library would take the operation for done."""
+    text = run_python(
+        BEGINS
+        + f"""
+handler = raising if {signal!r} != "SIGINT" else signal.default_int_handler
+signal.signal(signal.{signal}, handler)
+where("call", signal.{signal})
+try:
+    comm.all_gather(sent, received)
+except (KeyboardInterrupt, RuntimeError) as error:
+    print("raised", repr(error), flush=True)
+assert (received == sent).all(), received
+assert signal.getsignal(signal.{signal}) is handler
+received[:] = 0
+comm.all_gather(sent, received)
+assert (received == sent).all(), received
+print("goes on", flush=True)
+"""
+    )
+    assert ("raised KeyboardInterrupt()" if signal == "SIGINT" else "raised RuntimeError('signal 15')") in text
+    assert "goes on" in text and "ignored" not in text
+
+
+def test_ctrl_c_where_a_report_of_progress_begins(tmp_path):
+    text = run_python(
+        BEGINS
+        + """
+head = make()
+where("tell", signal.SIGINT)
+try:
+    head.save(sys.argv[1], progress=lambda done, total: None)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+head.load(sys.argv[1])
+print("goes on", flush=True)
+""",
+        str(tmp_path / "kept"),
+    )
+    assert "interrupted" in text and "goes on" in text and "ignored" not in text
+
+
+def test_ctrl_c_where_functions_of_the_callers_carry_the_messages():
+    """The wait is ended by the function that the caller gives for it."""
+    text = run_python(
+        BEGINS
+        + """
+ended = threading.Event()
+def wait(send, recv):
+    ended.wait()
+    raise RuntimeError("ended")
+mine = partialfc.Comm.custom(0, 2, wait, reduce, abort=ended.set)
+def kill():
+    while not mine._waiting:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=kill, daemon=True).start()
+try:
+    mine.all_gather(sent, received)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+try:
+    mine.all_gather(sent, received)
+except partialfc.PartialFCError as error:
+    print(error, flush=True)
+"""
+    )
+    assert "interrupted" in text and "PFC_ERROR_ABORTED, rank 0" in text
