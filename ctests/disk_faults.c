@@ -1,15 +1,17 @@
-// Saves a checkpoint while the disk misbehaves at one call of the system, chosen by its number.
-// tests/hostile/disk.rs goes through all of them and looks at what is left.
+// Loads or saves a checkpoint while the disk misbehaves at one call of the system, chosen by its
+// number. tests/hostile/disk.rs goes through all of them and looks at what is left.
 //
-//   disk_faults DIRECTORY FAULT NUMBER
+//   disk_faults DIRECTORY load|save FAULT NUMBER
 //
 // loads the checkpoint, makes one step, and saves it to the same directory; with NUMBER 0 nothing
-// fails. FAULT is what becomes of the NUMBER-th call: killed (the process, before the call), half
-// (a write writes half of its bytes, then the process is killed), full (ENOSPC), broken (EIO),
-// interrupted (EINTR), short (a write writes less, as it may).
+// fails. FAULT is what becomes of the NUMBER-th call of the load or of the save: killed (the
+// process, before the call), half (a write writes half of its bytes, then the process is killed),
+// full (ENOSPC), broken (EIO), interrupted (EINTR), indirect (EINVAL, as of a file system that finds
+// late that it cannot transfer directly), short (less is read or written, as may be).
 //
-// Prints how many calls there were, the status of the save and its text. Exits with 0 if the head
-// makes another step afterwards, with 77 where it was killed.
+// Prints how many calls there were, the status of the load or save and its text. Exits with 0 if the
+// head makes another step afterwards, or cannot after a load that failed; with 77 where it was
+// killed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,7 +23,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { CLASSES = 700, DIM = 512, BATCH = 4, KILLED = 77 };
+enum { CLASSES = 1500, DIM = 512, BATCH = 4, KILLED = 77 };
 
 static const char *fault = "";
 static long number, calls;
@@ -38,6 +40,7 @@ static int fails(void) {
   errno = strcmp(fault, "full") == 0          ? ENOSPC
           : strcmp(fault, "broken") == 0      ? EIO
           : strcmp(fault, "interrupted") == 0 ? EINTR
+          : strcmp(fault, "indirect") == 0    ? EINVAL
                                               : 0;
   return errno != 0;
 }
@@ -56,6 +59,35 @@ ssize_t write(int fd, const void *bytes, size_t count) {
   if (strcmp(fault, "half") == 0) _exit(KILLED);
   return written;
 }
+ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
+  REAL(ssize_t, "pwrite64", int, const void *, size_t, off64_t);
+  if (!is_it(1)) return real(fd, bytes, count, at);
+  if (fails()) return -1;
+  // Half of a direct write may be less than a sector, and would be refused.
+  if (strcmp(fault, "short") == 0) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_DIRECT);
+  ssize_t written = real(fd, bytes, count / 2, at);
+  if (strcmp(fault, "half") == 0) _exit(KILLED);
+  return written;
+}
+ssize_t read(int fd, void *bytes, size_t count) {
+  REAL(ssize_t, "read", int, void *, size_t);
+  if (!is_it(0)) return real(fd, bytes, count);
+  if (fails()) return -1;
+  return real(fd, bytes, count > 1 ? count / 2 : count);
+}
+ssize_t pread64(int fd, void *bytes, size_t count, off64_t at) {
+  REAL(ssize_t, "pread64", int, void *, size_t, off64_t);
+  if (!is_it(0)) return real(fd, bytes, count, at);
+  if (fails()) return -1;
+  // Not a whole number of sectors.
+  ssize_t got = real(fd, bytes, count, at);
+  return got > 100 ? got - 100 : got;
+}
+int fallocate64(int fd, int mode, off64_t at, off64_t count) {
+  REAL(int, "fallocate64", int, int, off64_t, off64_t);
+  return is_it(0) && fails() ? -1 : real(fd, mode, at, count);
+}
+int fallocate(int fd, int mode, off_t at, off_t count) { return fallocate64(fd, mode, at, count); }
 int fsync(int fd) {
   REAL(int, "fsync", int);
   return is_it(0) && fails() ? -1 : real(fd);
@@ -97,7 +129,7 @@ static void step(pfc_head *head) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 4) return 2;
+  if (argc != 5) return 2;
   pfc_device *device;
   pfc_comm *comm;
   pfc_head *head;
@@ -107,15 +139,22 @@ int main(int argc, char **argv) {
   need("options", pfc_head_options_init(&options));
   options.num_classes = CLASSES, options.embedding_dim = DIM;
   need("head", pfc_head_create(device, comm, &options, &head));
-  // The first run finds no checkpoint and makes one.
-  pfc_status loaded = pfc_head_load(head, argv[1], NULL);
-  if (loaded != PFC_ERROR_IO) need("load", loaded);
-  step(head);
-  fault = argv[2], number = strtol(argv[3], NULL, 10), armed = 1;
-  pfc_status saved = pfc_head_save(head, argv[1], NULL);
+  int in_load = strcmp(argv[2], "load") == 0;
+  fault = argv[3], number = strtol(argv[4], NULL, 10);
+  armed = in_load;
+  pfc_status status = pfc_head_load(head, argv[1], NULL);
   armed = 0;
-  printf("%ld\t%s\t%s\n", calls, pfc_status_name(saved), saved == PFC_OK ? "" : pfc_last_error());
-  step(head);
+  if (!in_load) {
+    // The first run finds no checkpoint and makes one.
+    if (status != PFC_ERROR_IO) need("load", status);
+    step(head);
+    armed = 1;
+    status = pfc_head_save(head, argv[1], NULL);
+    armed = 0;
+  }
+  printf("%ld\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error());
+  if (status == PFC_OK || !in_load) step(head);
+  if (status == PFC_OK && in_load) need("save", pfc_head_save(head, argv[1], NULL));
   pfc_head_free(head), pfc_comm_free(comm), pfc_device_free(device);
   return 0;
 }

@@ -12,6 +12,7 @@
 mod directory;
 mod manifest;
 mod rows_file;
+mod transfer;
 
 pub(crate) use directory::Directory;
 pub(crate) use manifest::{Manifest, RowsFile, FORMAT, MANIFEST};

@@ -8,15 +8,16 @@
 //! ```
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::transfer::{reserve_room, Direction, Mover, Piece, PIECE};
 use super::{corrupt, refused, RowsFile};
 use crate::memory::{reserve, zeros};
-use crate::Result;
+use crate::{Error, Result};
 
-/// Bytes of a block with a checksum of its own.
+/// Bytes of a block with a checksum of its own. A piece has whole blocks.
 const BLOCK: usize = 1 << 20;
 /// Where the tensors begin.
 const DATA: u64 = 4096;
@@ -75,9 +76,15 @@ impl Layout<'_> {
 
 /// Writes a file from front to back.
 pub(crate) struct RowsWriter {
-    file: File,
     path: PathBuf,
-    written: u64,
+    mover: Mover,
+    /// What is written next, from byte `begun` of the file on.
+    piece: Piece,
+    begun: u64,
+    /// Bytes of `piece` that are there.
+    filled: usize,
+    /// `None` while the piece before is on its way.
+    spare: Option<Piece>,
     checksum: crc32fast::Hasher,
     checksums: Vec<u32>,
 }
@@ -86,63 +93,94 @@ impl RowsWriter {
     pub fn create(path: &Path, layout: &Layout<'_>) -> Result<RowsWriter> {
         let mut checksums = Vec::new();
         reserve(&mut checksums, layout.blocks() as usize, "checksums")?;
+        let (piece, spare) = (Piece::new()?, Some(Piece::new()?));
         let file = File::create(path).map_err(|cause| refused("create", path, &cause))?;
-        let mut writer = RowsWriter { file, path: path.to_owned(), written: 0, checksum: crc32fast::Hasher::new(), checksums };
+        reserve_room(&file, layout.bytes())
+            .map_err(|cause| refused(&format!("reserve {} bytes for", layout.bytes()), path, &cause))?;
+        let mover = Mover::new(file, Direction::Write);
+        let checksum = crc32fast::Hasher::new();
+        let mut writer = RowsWriter { path: path.to_owned(), mover, piece, begun: 0, filled: 0, spare, checksum, checksums };
         writer.write(&layout.header())?;
         Ok(writer)
     }
 
     pub fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
-        self.write_unchecked(bytes)?;
         while !bytes.is_empty() {
-            let room = BLOCK - self.written as usize % BLOCK;
-            let (now, rest) = bytes.split_at(room.min(bytes.len()));
+            let left = BLOCK - self.filled % BLOCK;
+            let (now, rest) = bytes.split_at(left.min(bytes.len()));
+            self.piece[self.filled..self.filled + now.len()].copy_from_slice(now);
             self.checksum.update(now);
-            self.written += now.len() as u64;
-            if now.len() == room {
+            self.filled += now.len();
+            if now.len() == left {
                 self.end_block();
+            }
+            if self.filled == PIECE {
+                self.begin_piece()?;
             }
             bytes = rest;
         }
         Ok(())
     }
 
-    fn write_unchecked(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|cause| refused(&format!("write at byte {} of", self.written), &self.path, &cause))
-    }
-
     fn end_block(&mut self) {
         self.checksums.push(std::mem::take(&mut self.checksum).finalize());
     }
 
+    /// Sends a full piece on its way when the one before has arrived.
+    fn begin_piece(&mut self) -> Result<()> {
+        self.end_piece()?;
+        let Some(spare) = self.spare.take() else { unreachable!("the piece before has arrived") };
+        self.mover.begin(std::mem::replace(&mut self.piece, spare), self.begun, PIECE);
+        (self.begun, self.filled) = (self.begun + PIECE as u64, 0);
+        Ok(())
+    }
+
+    fn end_piece(&mut self) -> Result<()> {
+        if self.spare.is_none() {
+            let (piece, result) = self.mover.end();
+            self.spare = Some(piece);
+            let at = self.begun - PIECE as u64;
+            result.map_err(|cause| refused(&format!("write at byte {at} of"), &self.path, &cause))?;
+        }
+        Ok(())
+    }
+
     /// Writes the checksums, and waits until all is on the disk. Returns the checksum of the checksums.
     pub fn finish(mut self) -> Result<u32> {
-        if !(self.written as usize).is_multiple_of(BLOCK) {
+        self.end_piece()?;
+        if !self.filled.is_multiple_of(BLOCK) {
             self.end_block();
         }
         let mut bytes = Vec::new();
         reserve(&mut bytes, 4 * self.checksums.len(), "checksums")?;
         bytes.extend(self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()));
-        self.write_unchecked(&bytes)?;
-        self.file.sync_all().map_err(|cause| refused("flush", &self.path, &cause))?;
+        let (file, end) = (self.mover.file(), self.begun + self.filled as u64);
+        for (at, last) in [(self.begun, &self.piece[..self.filled]), (end, &bytes)] {
+            file.write_all_at(last, at).map_err(|cause| refused(&format!("write at byte {at} of"), &self.path, &cause))?;
+        }
+        file.sync_all().map_err(|cause| refused("flush", &self.path, &cause))?;
         Ok(crc32fast::hash(&bytes))
     }
 }
 
 /// Reads rows of a file, and checks every block that it takes them from.
 pub(crate) struct RowsReader<'a> {
-    file: File,
     path: PathBuf,
     layout: Layout<'a>,
     checksums: Vec<u8>,
-    block: Vec<u8>,
-    /// The number of the block that is in `block`.
+    mover: Mover,
+    piece: Piece,
+    /// The number of the piece that is in `piece`; all its blocks are as they were written.
     held: Option<u64>,
+    /// The piece that is on its way.
+    ahead: Option<u64>,
+    /// `None` while a piece is on its way.
+    spare: Option<Piece>,
 }
 
 impl<'a> RowsReader<'a> {
-    /// Opens a file that a manifest names; `layout` is what it must hold.
-    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile) -> Result<RowsReader<'a>> {
+    /// Checks what can be seen of a file before its rows are read; `layout` is what it must hold. Returns it, and its checksums.
+    pub fn check(path: &Path, layout: Layout<'a>, named: &RowsFile) -> Result<(File, Vec<u8>)> {
         let file = File::open(path).map_err(|cause| match cause.kind() {
             ErrorKind::NotFound => corrupt(path, format_args!("the manifest names this file, but it is not there")),
             _ => refused("open", path, &cause),
@@ -151,22 +189,24 @@ impl<'a> RowsReader<'a> {
         if length != layout.bytes() {
             return Err(corrupt(path, format_args!("the file has {length} bytes and must have {}", layout.bytes())));
         }
-        let mut reader = RowsReader {
-            file,
-            path: path.to_owned(),
-            layout,
-            checksums: zeros(&[4 * layout.blocks() as usize], "checksums")?,
-            block: zeros(&[BLOCK], "a block of a checkpoint")?,
-            held: None,
-        };
         let at = layout.checked_bytes();
-        let mut checksums = std::mem::take(&mut reader.checksums);
-        reader.read_at(at, &mut checksums)?;
+        let mut checksums = zeros(&[4 * layout.blocks() as usize], "checksums")?;
+        file.read_exact_at(&mut checksums, at).map_err(|cause| match cause.kind() {
+            ErrorKind::UnexpectedEof => ends_early(path, length),
+            _ => refused(&format!("read at byte {at} of"), path, &cause),
+        })?;
         if crc32fast::hash(&checksums) != named.checksums_crc32 {
             return Err(corrupt(path, format_args!("the checksums from byte {at} on are not those that were written")));
         }
-        reader.checksums = checksums;
-        Ok(reader)
+        Ok((file, checksums))
+    }
+
+    /// Opens a file that a manifest names.
+    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile) -> Result<RowsReader<'a>> {
+        let (file, checksums) = RowsReader::check(path, layout, named)?;
+        let (piece, spare) = (Piece::new()?, Some(Piece::new()?));
+        let mover = Mover::new(file, Direction::Read);
+        Ok(RowsReader { path: path.to_owned(), layout, checksums, mover, piece, held: None, ahead: None, spare })
     }
 
     /// Reads rows of the tensor with this number, from row `first` of the file on.
@@ -175,12 +215,11 @@ impl<'a> RowsReader<'a> {
         // SAFETY: floats without padding, of which every bit pattern is a value.
         let (_, mut bytes, _) = unsafe { rows.align_to_mut::<u8>() };
         while !bytes.is_empty() {
-            let number = at / BLOCK as u64;
-            self.hold(number)?;
-            let from = (at % BLOCK as u64) as usize;
-            let count = bytes.len().min(BLOCK - from);
+            self.hold(at / PIECE as u64)?;
+            let from = (at % PIECE as u64) as usize;
+            let count = bytes.len().min(PIECE - from);
             let (now, rest) = bytes.split_at_mut(count);
-            now.copy_from_slice(&self.block[from..from + count]);
+            now.copy_from_slice(&self.piece[from..from + count]);
             at += count as u64;
             bytes = rest;
         }
@@ -190,34 +229,69 @@ impl<'a> RowsReader<'a> {
         Ok(())
     }
 
-    /// Brings a block into `block`.
+    /// Brings a piece into `piece`, and the one after it on its way.
     fn hold(&mut self, number: u64) -> Result<()> {
         if self.held == Some(number) {
             return Ok(());
         }
         self.held = None;
-        let at = number * BLOCK as u64;
-        let length = (self.layout.checked_bytes() - at).min(BLOCK as u64) as usize;
-        let mut block = std::mem::take(&mut self.block);
-        let read = self.read_at(at, &mut block[..length]);
-        self.block = block;
-        read?;
-        let word = number as usize * 4;
-        let checksum = u32::from_le_bytes(self.checksums[word..word + 4].try_into().expect("four bytes"));
-        if crc32fast::hash(&self.block[..length]) != checksum {
-            let end = at + length as u64;
-            return Err(corrupt(&self.path, format_args!("bytes {at} to {end} are not those that were written")));
+        if self.ahead != Some(number) {
+            if self.ahead.is_some() {
+                // Rows elsewhere in the file are wanted now, however that one went.
+                let _ = self.end();
+            }
+            self.begin(number);
         }
+        let moved = self.end();
+        if self.length(number + 1) > 0 {
+            self.begin(number + 1);
+        }
+        let at = number * PIECE as u64;
+        let moved = moved.map_err(|cause| refused(&format!("read at byte {at} of"), &self.path, &cause))?;
+        if moved < self.length(number) {
+            return Err(ends_early(&self.path, at + self.length(number) as u64));
+        }
+        self.check_blocks(number)?;
         self.held = Some(number);
         Ok(())
     }
 
-    fn read_at(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(bytes, at).map_err(|cause| match cause.kind() {
-            ErrorKind::UnexpectedEof => corrupt(&self.path, format_args!("the file ends before byte {}", at + bytes.len() as u64)),
-            _ => refused(&format!("read at byte {at} of"), &self.path, &cause),
-        })
+    /// Bytes of a piece that have checksums.
+    fn length(&self, number: u64) -> usize {
+        self.layout.checked_bytes().saturating_sub(number * PIECE as u64).min(PIECE as u64) as usize
     }
+
+    fn begin(&mut self, number: u64) {
+        let Some(spare) = self.spare.take() else { unreachable!("no piece is on its way") };
+        self.mover.begin(spare, number * PIECE as u64, self.length(number));
+        self.ahead = Some(number);
+    }
+
+    /// Waits for the piece that is on its way. It is in `piece` then.
+    fn end(&mut self) -> std::io::Result<usize> {
+        let (piece, moved) = self.mover.end();
+        self.spare = Some(std::mem::replace(&mut self.piece, piece));
+        self.ahead = None;
+        moved
+    }
+
+    fn check_blocks(&self, number: u64) -> Result<()> {
+        let first = number * (PIECE / BLOCK) as u64;
+        for (block, bytes) in (first..).zip(self.piece[..self.length(number)].chunks(BLOCK)) {
+            let word = block as usize * 4;
+            let checksum = u32::from_le_bytes(self.checksums[word..word + 4].try_into().expect("four bytes"));
+            if crc32fast::hash(bytes) != checksum {
+                let at = block * BLOCK as u64;
+                let end = at + bytes.len() as u64;
+                return Err(corrupt(&self.path, format_args!("bytes {at} to {end} are not those that were written")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn ends_early(path: &Path, at: u64) -> Error {
+    corrupt(path, format_args!("the file ends before byte {at}"))
 }
 
 /// Little-endian bytes of some numbers, in place.

@@ -222,7 +222,7 @@ impl Head {
             self.check_manifest(&manifest, directory)?;
             // What can be seen before the first row is written leaves the head as it is.
             for named in manifest.files.iter().filter(|named| self.common_classes(named).is_some()) {
-                RowsReader::open(&Directory(directory).path(&named.name), self.layout(named.rows), named)?;
+                RowsReader::check(&Directory(directory).path(&named.name), self.layout(named.rows), named)?;
             }
             let checksum = manifest.checksum()?;
             Ok((Directory(directory), manifest, checksum))

@@ -1,26 +1,32 @@
-//! Disks that fail. `ctests/disk_faults.c` saves a checkpoint while one call of the system goes wrong; here each of them does in turn, in
-//! every way, and what is left must be the checkpoint before or the new one, never a mixture.
+//! Disks that fail. `ctests/disk_faults.c` saves or loads a checkpoint while one call of the system goes wrong; here each of them does in
+//! turn, in every way. What a save leaves must be the checkpoint before or the new one, never a mixture; a load gives what was saved or
+//! an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
 use partialfc_testing::capi::{options, Comm, Device, Head};
 use partialfc_testing::programs::{compile, fresh, link_shared, output, root, scratch, C};
 
 /// As the program has them.
-const CLASSES: u64 = 700;
+const CLASSES: u64 = 1500;
 const DIM: u32 = 512;
 const KILLED: i32 = 77;
 
-fn program() -> PathBuf {
-    let program = scratch("disk_faults").join("program");
-    let mut build = compile("cc");
-    build.args(C).arg(root().join("ctests/disk_faults.c")).arg("-o").arg(&program);
-    link_shared(&mut build);
-    // The library is to find the program's functions.
-    output(build.args(["-rdynamic", "-ldl"]));
-    program
+/// The program, which both tests run.
+fn program() -> &'static Path {
+    static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| {
+        let program = scratch("disk_faults").join("program");
+        let mut build = compile("cc");
+        build.args(C).arg(root().join("ctests/disk_faults.c")).arg("-o").arg(&program);
+        link_shared(&mut build);
+        // The library is to find the program's functions.
+        output(build.args(["-rdynamic", "-ldl"]));
+        program
+    });
+    &PROGRAM
 }
 
 /// What a run of the program came to.
@@ -32,7 +38,11 @@ struct Saved {
 }
 
 fn save(program: &Path, folder: &Path, fault: &str, number: u64) -> Saved {
-    let result = Command::new(program).arg(folder).arg(fault).arg(number.to_string()).output().expect("the program runs");
+    run(program, folder, "save", fault, number)
+}
+
+fn run(program: &Path, folder: &Path, when: &str, fault: &str, number: u64) -> Saved {
+    let result = Command::new(program).arg(folder).arg(when).arg(fault).arg(number.to_string()).output().expect("the program runs");
     let (printed, errors) = (String::from_utf8_lossy(&result.stdout), String::from_utf8_lossy(&result.stderr));
     if result.status.code() == Some(KILLED) {
         return Saved { killed: true, calls: 0, status: String::new(), text: String::new() };
@@ -69,18 +79,18 @@ fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
     let (program, folders) = (program(), scratch("disk"));
     let (base, whole, folder) = (folders.join("base"), folders.join("whole"), folders.join("now"));
     fresh(&base);
-    assert_eq!(save(&program, &base, "none", 0).status, "PFC_OK");
+    assert_eq!(save(program, &base, "none", 0).status, "PFC_OK");
     copy(&base, &whole);
-    let sound = save(&program, &whole, "none", 0);
+    let sound = save(program, &whole, "none", 0);
     assert_eq!(sound.status, "PFC_OK");
     assert_eq!(names(&whole), ["manifest.json", "rows-2-0-of-1.safetensors"]);
     let (before, after) = (centers(&base), centers(&whole));
     assert!(before != after && sound.calls > 10, "{} calls", sound.calls);
     let (mut old, mut new) = (0, 0);
-    for fault in ["killed", "half", "full", "broken", "interrupted", "short"] {
+    for fault in ["killed", "half", "full", "broken", "interrupted", "indirect", "short"] {
         for number in 1..=sound.calls {
             copy(&base, &folder);
-            let Saved { killed, status, text, .. } = save(&program, &folder, fault, number);
+            let Saved { killed, status, text, .. } = save(program, &folder, fault, number);
             let what = format!("{fault} {number}: {status} {text}");
             let found = centers(&folder);
             assert!(found == before || found == after, "{what}: a mixture");
@@ -104,9 +114,43 @@ fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
                 assert!(names(&folder).iter().all(|name| !name.ends_with(".tmp")), "{what}: {:?}", names(&folder));
             }
             // The next save finds its way, and tidies up.
-            assert_eq!(save(&program, &folder, "none", 0).status, "PFC_OK", "{what}, and again");
+            assert_eq!(save(program, &folder, "none", 0).status, "PFC_OK", "{what}, and again");
             assert_eq!(names(&folder).len(), 2, "{what}, and again: {:?}", names(&folder));
         }
     }
     assert!(old > 20 && new > 5, "{old} times the checkpoint before, {new} times the new one");
+}
+
+#[test]
+fn whatever_fails_in_a_load_it_is_what_was_saved_or_an_error() {
+    let (program, folders) = (program(), scratch("disk_load"));
+    let (base, whole, folder) = (folders.join("base"), folders.join("whole"), folders.join("now"));
+    fresh(&base);
+    assert_eq!(save(program, &base, "none", 0).status, "PFC_OK");
+    copy(&base, &whole);
+    let sound = run(program, &whole, "load", "none", 0);
+    assert_eq!(sound.status, "PFC_OK");
+    let (before, after) = (centers(&base), centers(&whole));
+    assert!(before != after && sound.calls > 6, "{} calls", sound.calls);
+    let (mut loaded, mut refused) = (0, 0);
+    for fault in ["broken", "interrupted", "indirect", "short"] {
+        for number in 1..=sound.calls {
+            copy(&base, &folder);
+            let Saved { status, text, .. } = run(program, &folder, "load", fault, number);
+            let what = format!("{fault} {number}: {status} {text}");
+            match status.as_str() {
+                // A step, and a save.
+                "PFC_OK" => {
+                    assert!(fault != "broken" && centers(&folder) == after, "{what}");
+                    loaded += 1;
+                }
+                _ => {
+                    assert!(status == "PFC_ERROR_IO" && text.contains(folder.to_str().expect("a path")), "{what}");
+                    assert!(fault != "short" && fault != "interrupted", "{what}");
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(loaded > 12 && refused > 5, "{loaded} loads, {refused} errors");
 }

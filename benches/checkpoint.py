@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""What saving and loading a head costs, beside plain transfers of as many bytes by the same disk.
+
+    benches/checkpoint.py [--classes 1000000] [--dim 512] [--repeats 3] [--folder .]
+
+Needs room for twice the rows and their momentum, 8 bytes a number. Four rates a line, in MB/s, and what saves and
+loads are of the transfers beside them: `buffered` writes pieces of 4 MiB and flushes, or reads them; `direct` does so
+past the page cache, one at a time. Before each read the files leave the cache, if the system lets us.
+"""
+
+import argparse
+import errno
+import math
+import mmap
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+
+import partialfc
+
+PIECE = 4 << 20
+
+
+def transfer(path: pathlib.Path, count: int, flags: int, write: bool) -> float:
+    """MB/s of a file of `count` bytes; nan where the file system knows no direct transfers."""
+    piece = mmap.mmap(-1, PIECE)
+    piece.write(os.urandom(PIECE))
+    try:
+        file = os.open(path, flags | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY))
+    except OSError as error:
+        if flags and error.errno == errno.EINVAL:
+            return math.nan
+        raise
+    start = time.perf_counter()
+    if write and flags & os.O_DIRECT:
+        os.posix_fallocate(file, 0, count)
+    for at in range(0, count, PIECE):
+        moved = os.pwrite(file, piece, at) if write else os.preadv(file, [piece], at)
+        assert moved == PIECE, (moved, at)
+    if write:
+        os.fsync(file)
+    seconds = time.perf_counter() - start
+    os.close(file)
+    return count / seconds / 1e6
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Takes what is in a folder out of the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=pathlib.Path, default=".", help="on the disk to measure")
+    arguments = parser.parse_args()
+    head = partialfc.Head(arguments.classes, arguments.dim, 1)
+    rows = 8 * arguments.classes * arguments.dim
+    plain = -(-rows // PIECE) * PIECE
+    print(f"{arguments.classes} classes x {arguments.dim}, weight and momentum: {rows / 1e9:.2f} GB")
+    print("           buffered   direct     head   of buffered   of direct")
+    for _ in range(arguments.repeats):
+        # On the disk, which a folder for temporary files may not be.
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+            folder = pathlib.Path(name)
+            for verb, call in (("save", head.save), ("load", head.load)):
+                rates = []
+                for flags in (0, os.O_DIRECT):
+                    forget(folder)
+                    rates.append(transfer(folder / "plain", plain, flags, verb == "save"))
+                    if verb == "save" and not flags:
+                        os.unlink(folder / "plain")
+                forget(folder)
+                start = time.perf_counter()
+                call(folder / "head")
+                rate = rows / (time.perf_counter() - start) / 1e6
+                rates.append(rate)
+                print(f"{verb:8}" + "".join(f"{each:9.0f}" for each in rates) + f"{rate / rates[0]:14.2f}{rate / rates[1]:12.2f}", flush=True)
+            shutil.rmtree(folder / "head")
+
+
+if __name__ == "__main__":
+    main()
