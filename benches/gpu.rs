@@ -495,6 +495,7 @@ fn options(shape: Shape, rate: f64, workspace_limit: usize) -> HeadOptions {
         precision: Precision::Half,
         gather_dtype: None,
         row_terms: false,
+        sample_block: 1,
         workspace_limit: workspace_limit as u64,
     }
 }

@@ -290,6 +290,7 @@ fn options(shape: &Shape) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        sample_block: 1,
         workspace_limit: 0,
     };
     if shape.recompute {

@@ -249,8 +249,11 @@ typedef struct pfc_head_options {
   // (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
   // when sharded, whatever the step uses. (default: off)
   int32_t row_terms;
-  // Must be 0.
-  uint32_t reserved_end;
+  // Negatives are drawn in runs of as many consecutive classes, so that their rows are read in
+  // longer pieces and the draw is faster: a power of two, 1 to 1024. A negative is in the sample as
+  // often as with 1; classes of one run are in it together. Class ids should not be sorted by
+  // likeness. (default: 1)
+  uint32_t sample_block;
 } pfc_head_options;
 
 // Scale, margin and filter for functions that need no head. The fields mean what they mean in
@@ -1423,7 +1426,8 @@ pfc_status pfc_fused_workspace(const pfc_device *device, uint64_t batch, uint64_
 // Draws a sample: all positives, then negatives uniformly without replacement up to `sample_size`
 // classes.
 //
-// Gives the ids that a head with that seed draws in that step, on every device.
+// Gives the ids that a head with that seed and sample_block 1 draws in that step, on every
+// device.
 //
 // @param seed as pfc_head_options.seed
 // @param step number of draws before this one

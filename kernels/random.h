@@ -40,21 +40,49 @@ PFC_DEVICE RandomWords sample_keys(uint64_t seed, uint64_t step, uint64_t quad) 
     return philox(RandomWords{(uint32_t)quad, (uint32_t)(quad >> 32), (uint32_t)step, last}, seed);
 }
 
-PFC_DEVICE uint32_t sample_key(uint64_t seed, uint64_t step, uint64_t class_id) {
-    const RandomWords keys = sample_keys(seed, step, class_id / 4);
-    const uint32_t low = (class_id & 1) != 0 ? keys.w1 : keys.w0;
-    const uint32_t high = (class_id & 1) != 0 ? keys.w3 : keys.w2;
-    return (class_id & 2) != 0 ? high : low;
-}
-
 // A warp walks over a run of classes in segments of 128; lane l of a segment has the classes 4 l ..
 // 4 l + 3 of it.
 constexpr uint32_t kSegment = 128;
 constexpr uint32_t kRunSegments = 4;
 constexpr uint32_t kRunClasses = kRunSegments * kSegment;
 
+// Key number `key` of those around it.
+PFC_DEVICE uint32_t key_in_quad(const RandomWords& quad, uint32_t key) {
+    const uint32_t low = (key & 1) != 0 ? quad.w1 : quad.w0;
+    const uint32_t high = (key & 1) != 0 ? quad.w3 : quad.w2;
+    return (key & 2) != 0 ? high : low;
+}
+
+// for_sample_keys with a key for each 1 << block_shift classes, block_shift at least 1: the four
+// classes of a lane have at most three keys, in one or two blocks of the generator.
+template <class Body>
+PFC_DEVICE void for_block_keys(uint64_t seed, uint64_t step, uint64_t first, uint32_t block_shift,
+                               Body body) {
+#pragma unroll 1
+    for (uint32_t segment = 0; segment < kRunSegments; segment++) {
+        const uint64_t begin = first + segment * kSegment + 4 * (uint32_t)ptx::lane();
+        const uint64_t quad = (begin >> block_shift) / 4;
+        const RandomWords own = sample_keys(seed, step, quad);
+        const auto key_of = [&](uint32_t of) {
+            return key_in_quad(own, (uint32_t)((begin + of) >> block_shift) & 3);
+        };
+        RandomWords keys{key_of(0), key_of(1), key_of(2), key_of(3)};
+        if (((begin + 3) >> block_shift) / 4 != quad) {
+            const RandomWords next = sample_keys(seed, step, quad + 1);
+            const auto replace = [&](uint32_t& key, uint32_t of) {
+                const uint64_t number = (begin + of) >> block_shift;
+                if (number / 4 != quad) key = key_in_quad(next, (uint32_t)number & 3);
+            };
+            replace(keys.w1, 1);
+            replace(keys.w2, 2);
+            replace(keys.w3, 3);
+        }
+        body(segment, keys);
+    }
+}
+
 // For the classes first .. first + kRunClasses - 1 (global ids) in segments: body(segment, keys),
-// keys of this lane's four classes.
+// keys of this lane's four classes, each its own.
 //
 // If `first` is no multiple of 4, a lane's classes lie in two blocks of the generator. A lane
 // then takes the rest from the lane above, and the last lane from the first of the next segment,

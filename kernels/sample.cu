@@ -1,12 +1,11 @@
 // Draws the class centers that take part in a step: the positives, and of the shard's other classes
-// those with the smallest (key, class). They are the classes of the CPU's draw
-// (src/device/cpu/sampling.rs), bit for bit: the keys are src/random.rs sample_key of the global
-// class id.
+// those with the smallest keys. They are the classes of the CPU's draw (src/sample.rs, which has the
+// rule), bit for bit: the keys are src/random.rs sample_key of the number of the class's block.
 //
 //   select   the wanted-th smallest key of the unselected classes: radix select over 32 bits, by
 //            histograms of 11, 11 and 10 of them
-//   mark     bits of the classes below that key; then of those with the very key, by id, as many as
-//            are still wanted
+//   mark     bits of the classes below that key; then of those with the very key as many as are
+//            still wanted
 //   list     the set bits in ascending order; then the column of each target
 //
 // Keys are made again in each of the four passes, 4 classes a call of Philox, rather than stored:
@@ -107,6 +106,17 @@ PFC_DEVICE void count_key(uint32_t* bins, uint32_t level, uint32_t found, uint32
     if (is_free && same) ptx::atomic_add(&bins[bin], 1u);
 }
 
+// The keys of a run of classes: body(segment, keys) as for_sample_keys.
+template <class Body>
+PFC_DEVICE void for_keys_of_run(const HeadArrays& head, uint32_t run, Body body) {
+    const uint64_t first = head.first_class + (uint64_t)run * kRunClasses, step = head.block->draws;
+    if (head.block_shift == 0) {
+        for_sample_keys(head.seed, step, first, body);
+    } else {
+        for_block_keys(head.seed, step, first, head.block_shift, body);
+    }
+}
+
 // launch: key_histogram blocks 4 per SM threads 256 shared 8192
 // gate: key_histogram registers <= 72
 PFC_KERNEL(key_histogram, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t level)) {
@@ -116,18 +126,16 @@ PFC_KERNEL(key_histogram, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t lev
     for (uint32_t bin = threadIdx.x; bin < kHistogramBins; bin += blockDim.x) bins[bin] = 0;
     __syncthreads();
     const uint32_t found = level == 0 ? 0u : head.block->threshold;
-    const uint64_t step = head.block->draws;
     const uint32_t runs = runs_of(head);
     for (uint32_t run = warp_of_grid(); run < runs; run += warps_of_grid()) {
         const uint32_t begin = run * kRunClasses + 4 * (uint32_t)ptx::lane();
-        for_sample_keys(head.seed, step, head.first_class + (uint64_t)run * kRunClasses,
-                        [&](uint32_t segment, const RandomWords& keys) {
-                            const uint32_t bits = free_bits(head, begin + segment * kSegment);
-                            count_key(bins, level, found, keys.w0, (bits & 1) != 0);
-                            count_key(bins, level, found, keys.w1, (bits & 2) != 0);
-                            count_key(bins, level, found, keys.w2, (bits & 4) != 0);
-                            count_key(bins, level, found, keys.w3, (bits & 8) != 0);
-                        });
+        for_keys_of_run(head, run, [&](uint32_t segment, const RandomWords& keys) {
+            const uint32_t bits = free_bits(head, begin + segment * kSegment);
+            count_key(bins, level, found, keys.w0, (bits & 1) != 0);
+            count_key(bins, level, found, keys.w1, (bits & 2) != 0);
+            count_key(bins, level, found, keys.w2, (bits & 4) != 0);
+            count_key(bins, level, found, keys.w3, (bits & 8) != 0);
+        });
     }
     __syncthreads();
     for (uint32_t bin = threadIdx.x; bin < kHistogramBins; bin += blockDim.x) {
@@ -187,21 +195,19 @@ PFC_DEVICE void set_bits(const HeadArrays& head, uint32_t first_word, uint32_t b
 PFC_KERNEL(mark_below, (const PFC_GRID_CONSTANT HeadArrays head)) {
     if (head.block->status != 0 || head.block->ties == 0) return;
     const uint32_t threshold = head.block->threshold;
-    const uint64_t step = head.block->draws;
     const uint32_t runs = runs_of(head);
     for (uint32_t run = warp_of_grid(); run < runs; run += warps_of_grid()) {
         const uint32_t begin = run * kRunClasses + 4 * (uint32_t)ptx::lane();
         uint32_t ties = 0;
-        for_sample_keys(head.seed, step, head.first_class + (uint64_t)run * kRunClasses,
-                        [&](uint32_t segment, const RandomWords& keys) {
-                            const uint32_t bits = free_bits(head, begin + segment * kSegment);
-                            const uint32_t below =
-                                passing(keys, bits, [&](uint32_t key) { return key < threshold; });
-                            const uint32_t equal =
-                                passing(keys, bits, [&](uint32_t key) { return key == threshold; });
-                            ties += ptx::population_count(equal);
-                            set_bits(head, run * kRunWords + segment * kSegmentWords, below);
-                        });
+        for_keys_of_run(head, run, [&](uint32_t segment, const RandomWords& keys) {
+            const uint32_t bits = free_bits(head, begin + segment * kSegment);
+            const uint32_t below =
+                passing(keys, bits, [&](uint32_t key) { return key < threshold; });
+            const uint32_t equal =
+                passing(keys, bits, [&](uint32_t key) { return key == threshold; });
+            ties += ptx::population_count(equal);
+            set_bits(head, run * kRunWords + segment * kSegmentWords, below);
+        });
         ties = warp_sum(ties);
         if (ptx::lane() == 0) head.counts[kHistogramBins + run] = ties;
     }
@@ -212,40 +218,43 @@ PFC_KERNEL(mark_below, (const PFC_GRID_CONSTANT HeadArrays head)) {
 PFC_KERNEL_OF(mark_ties_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
     if (head.block->status != 0 || head.block->ties == 0) return;
-    scan_in_place(head.counts + kHistogramBins, runs_of(head), shared);
+    const uint32_t equal = scan_in_place(head.counts + kHistogramBins, runs_of(head), shared);
+    if (threadIdx.x != 0) return;
+    head.block->equal_keys = equal;
+    head.block->first_tie = head.block_shift == 0 ? 0u : head.block->threshold % equal;
 }
 
-// Draws the first of the negatives whose key equals the threshold. There is at least one; few runs
-// have any, and only they go on.
+// Draws as many of the negatives whose key equals the threshold as are wanted. There is at least
+// one; few runs have any, and only they go on.
 // launch: mark_ties blocks 4 per SM threads 256 shared 0
 // gate: mark_ties registers <= 48
 PFC_KERNEL(mark_ties, (const PFC_GRID_CONSTANT HeadArrays head)) {
     if (head.block->status != 0 || head.block->ties == 0) return;
-    const uint32_t threshold = head.block->threshold, wanted = head.block->ties;
-    const uint64_t step = head.block->draws;
+    const uint32_t threshold = head.block->threshold, wanted = head.block->ties,
+                   equal_keys = head.block->equal_keys, first_tie = head.block->first_tie;
     const uint32_t runs = runs_of(head);
     const uint32_t* const counts = head.counts + kHistogramBins;
     for (uint32_t run = warp_of_grid(); run < runs; run += warps_of_grid()) {
         uint32_t before = counts[run];
-        if (before >= wanted || (run + 1 < runs && counts[run + 1] == before)) continue;
+        if ((run + 1 < runs ? counts[run + 1] : equal_keys) == before) continue;
         const uint32_t begin = run * kRunClasses + 4 * (uint32_t)ptx::lane();
-        for_sample_keys(head.seed, step, head.first_class + (uint64_t)run * kRunClasses,
-                        [&](uint32_t segment, const RandomWords& keys) {
-                            const uint32_t bits = free_bits(head, begin + segment * kSegment);
-                            const uint32_t equal =
-                                passing(keys, bits, [&](uint32_t key) { return key == threshold; });
-                            const uint32_t inclusive = warp_scan(ptx::population_count(equal));
-                            uint32_t rank = before + inclusive - ptx::population_count(equal),
-                                     drawn = 0;
+        for_keys_of_run(head, run, [&](uint32_t segment, const RandomWords& keys) {
+            const uint32_t bits = free_bits(head, begin + segment * kSegment);
+            const uint32_t equal =
+                passing(keys, bits, [&](uint32_t key) { return key == threshold; });
+            const uint32_t inclusive = warp_scan(ptx::population_count(equal));
+            uint32_t rank = before + inclusive - ptx::population_count(equal),
+                     drawn = 0;
 #pragma unroll
-                            for (uint32_t bit = 0; bit < 4; bit++) {
-                                const bool tie = (equal >> bit & 1) != 0;
-                                if (tie && rank < wanted) drawn |= 1u << bit;
-                                rank += tie ? 1u : 0u;
-                            }
-                            before += ptx::shuffle(inclusive, 31);
-                            set_bits(head, run * kRunWords + segment * kSegmentWords, drawn);
-                        });
+            for (uint32_t bit = 0; bit < 4; bit++) {
+                const bool tie = (equal >> bit & 1) != 0;
+                if (tie && (first_tie + rank) % equal_keys < wanted)
+                    drawn |= 1u << bit;
+                rank += tie ? 1u : 0u;
+            }
+            before += ptx::shuffle(inclusive, 31);
+            set_bits(head, run * kRunWords + segment * kSegmentWords, drawn);
+        });
     }
 }
 

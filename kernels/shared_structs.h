@@ -124,8 +124,10 @@ struct StepBlock {
                               // the current bin
     uint32_t threshold;       // every negative with a key below it is drawn; during the draw, its
                               // top bits
-    uint32_t ties;            // how many negatives whose key equals the threshold are drawn: those
-                              // with the smallest ids
+    uint32_t ties;            // how many negatives whose key equals the threshold are drawn
+    uint32_t equal_keys;      // how many there are with that key (mark_ties_scan)
+    uint32_t first_tie;       // the first of them in ascending order counts from this number on, and
+                              // round: those that come to less than `ties` are drawn
     uint32_t bad_row;         // first row of B with a NaN or an infinity, or kNone
                               // (normalize_embeddings)
     uint64_t valid_rows;      // of all ranks (judge_sums)
@@ -298,6 +300,7 @@ struct HeadArrays {
     uint32_t master_pitch;       // d rounded up to 4
     uint32_t shard_rows;
     uint32_t sample_size;        // int(rate * rows)
+    uint32_t block_shift;        // class c has the sample key number c >> block_shift
     uint32_t sample_capacity;    // S at most, rounded up to kTileColumns
     uint32_t chunk_capacity;     // columns of a chunk: a multiple of kTileColumns; equal to
                                  // sample_capacity where P is kept
@@ -309,4 +312,5 @@ struct HeadArrays {
     int32_t whole_shard;         // sample_rate 1: the sample is the shard
     int32_t split_operands;      // precision f32: 3 planes
     int32_t gather_dtype;
+    int32_t reserved;
 };

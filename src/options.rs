@@ -52,6 +52,8 @@ pub struct HeadOptions {
     pub precision: Precision,
     /// None: f16 where the device computes in half precision, else f32.
     pub gather_dtype: Option<DType>,
+    /// Negatives are drawn in runs of as many classes: [`crate::sample`].
+    pub sample_block: u32,
     /// Rows may have margins and weights of their own: [`crate::row_terms`].
     pub row_terms: bool,
     /// Bytes, 0: the library decides. May differ between ranks.
@@ -62,6 +64,7 @@ pub struct HeadOptions {
 const LARGEST_BATCH: u64 = 1 << 24;
 /// A head without `max_batch` makes room for a multiple of it.
 const BATCH_STEP: u64 = 8;
+const LARGEST_SAMPLE_BLOCK: u32 = 1024;
 pub(crate) const LARGEST_DIM: u32 = 1 << 16;
 
 impl HeadOptions {
@@ -87,6 +90,12 @@ impl HeadOptions {
             self.embedding_dim
         );
         within("sample_rate", self.sample_rate, 0.0, 1.0)?;
+        ensure!(
+            self.sample_block.is_power_of_two() && self.sample_block <= LARGEST_SAMPLE_BLOCK,
+            InvalidArgument,
+            "sample_block must be a power of two, 1 to {LARGEST_SAMPLE_BLOCK}, got {}",
+            self.sample_block
+        );
         ensure!(self.max_batch <= LARGEST_BATCH, InvalidArgument, "max_batch must be 0 to {LARGEST_BATCH}, got {}", self.max_batch);
         ensure!(
             u64::from(ranks) * self.max_batch <= u32::MAX.into(),
@@ -196,12 +205,13 @@ impl HeadOptions {
             Field::int("precision", self.precision as u64),
             Field::int("gather_dtype", self.gathered_dtype(auto) as u64),
             Field::int("row_terms", 1 + u64::from(self.row_terms)),
+            Field::int("sample_block", self.sample_block.into()),
         ]
     }
 }
 
 /// How many fields `HeadOptions::fields` gives: the handshake's block must not depend on whether a rank has options at all.
-pub(crate) const FIELDS: usize = 26;
+pub(crate) const FIELDS: usize = 27;
 
 fn within(name: &str, value: f64, low: f64, high: f64) -> Result<()> {
     // A NaN is in no range.

@@ -1,8 +1,14 @@
 //! Which class centers take part in a step: the positives, and negatives drawn without replacement.
 //!
-//! Every class has a random key at every step ([`crate::random::sample_key`]); the negatives with the smallest (key, id) win. So
-//! all ranks and devices agree without a message. Keys are made and compared with a threshold in one pass, a little above the key
-//! that the last winner will have: what passes it is a little more than the sample, whatever the number of classes.
+//! Every block of consecutive classes has a random key at every step ([`sample_key`]); the negatives with the smallest keys win. So all
+//! ranks and devices agree without a message. Keys are made and compared with a threshold in one pass, a little above the key that the
+//! last winner will have: what passes it is a little more than the sample, whatever the number of classes.
+//!
+//! Negatives that share the last key cannot all win. With blocks of one class these are those few whose keys happen to be equal, and the
+//! smaller ids win. With larger blocks it is most of a block, and the smaller ids of blocks would win too often. So there the winners begin
+//! at a random one of them and go round: every negative is drawn as often as any other.
+//!
+//! [`sample_key`]: crate::random::sample_key
 
 use std::sync::{Mutex, PoisonError};
 
@@ -39,9 +45,11 @@ pub struct Draw<'a> {
     pub positives: &'a [i64],
     /// How many to draw, positives included; see [`sample_size`].
     pub size: usize,
+    /// Classes of a block, a power of two: class c is in block c / block.
+    pub block: u64,
 }
 
-/// Replaces `ids` with the sample, ascending: the positives and the `size - positives` negatives with the smallest (key, id).
+/// Replaces `ids` with the sample, ascending: the positives and the `size - positives` negatives with the smallest keys.
 ///
 /// More positives than `size`: the sample is the positives. `size` of all classes: all, without keys. The result depends on `draw`
 /// alone. Time O(classes), memory O(size).
@@ -59,17 +67,17 @@ pub fn draw(draw: &Draw, parallel: &Parallel, ids: &mut Vec<i64>) -> Result<()> 
     } else if wanted + positives == rows {
         ids.extend((draw.shard.first..draw.shard.end()).map(|id| id as i64));
     } else {
-        select(draw, wanted, first_threshold(wanted, rows - positives), parallel, ids)?;
+        select(draw, wanted, first_threshold(wanted, rows - positives, draw.block), parallel, ids)?;
     }
     Ok(())
 }
 
-/// A key that, but once in a billion draws, at least `wanted` of `negatives` keys do not exceed: their expected number there is six
-/// standard deviations above `wanted`.
-fn first_threshold(wanted: u64, negatives: u64) -> u32 {
-    let (wanted, negatives) = (wanted as f64, negatives as f64);
+/// A key that, but once in a billion draws, the keys of at least `wanted` of `negatives` do not exceed: their expected number there is
+/// six standard deviations above `wanted`.
+fn first_threshold(wanted: u64, negatives: u64, block: u64) -> u32 {
+    let (wanted, negatives, block) = (wanted as f64, negatives as f64, block as f64);
     // The constant carries small samples, whose number below a threshold is far from normal.
-    let expected = wanted + 6.0 * wanted.sqrt() + 20.0;
+    let expected = wanted + 6.0 * (block * wanted).sqrt() + 20.0 * block;
     // As casts do, this ends at u32::MAX.
     (expected / negatives * 2f64.powi(32)) as u32
 }
@@ -86,7 +94,10 @@ fn select(draw: &Draw, wanted: u64, mut threshold: u32, parallel: &Parallel, ids
         threshold = threshold.max(1 << 8).saturating_mul(2);
     };
 
-    let (largest, mut ties) = last_winner(&candidates, wanted as usize)?;
+    let LastKey { key: largest, winners, equal } = last_winner(&candidates, wanted as usize)?;
+    // The key's remainder is as random as any other number: there are far more keys than classes of a block.
+    let first_tie = if draw.block == 1 { 0 } else { largest as usize % equal };
+    let mut tie = first_tie;
     let mut positives = draw.positives.iter().copied().peekable();
     for task in &candidates {
         for (&key, &offset) in task.keys.iter().zip(&task.offsets) {
@@ -94,11 +105,11 @@ fn select(draw: &Draw, wanted: u64, mut threshold: u32, parallel: &Parallel, ids
                 continue;
             }
             if key == largest {
-                // Among equal keys the smaller ids win, and they come first.
-                if ties == 0 {
+                let wins = tie < winners;
+                tie = if tie + 1 == equal { 0 } else { tie + 1 };
+                if !wins {
                     continue;
                 }
-                ties -= 1;
             }
             let id = task.first as i64 + i64::from(offset);
             while let Some(positive) = positives.next_if(|&positive| positive < id) {
@@ -111,16 +122,26 @@ fn select(draw: &Draw, wanted: u64, mut threshold: u32, parallel: &Parallel, ids
     Ok(())
 }
 
-/// The `wanted`-th smallest key, and how many candidates with that very key are among the `wanted`.
-fn last_winner(candidates: &[Candidates], wanted: usize) -> Result<(u32, usize)> {
+/// The largest key in a sample.
+#[derive(Debug, PartialEq)]
+struct LastKey {
+    key: u32,
+    /// Negatives with this very key, and how many of them are in the sample.
+    equal: usize,
+    winners: usize,
+}
+
+/// The `wanted`-th smallest key.
+fn last_winner(candidates: &[Candidates], wanted: usize) -> Result<LastKey> {
     let mut keys = Vec::new();
     reserve(&mut keys, candidates.iter().map(|task| task.keys.len()).sum(), SAMPLE)?;
     for task in candidates {
         keys.extend_from_slice(&task.keys);
     }
-    let (smaller, &mut largest, _) = keys.select_nth_unstable(wanted - 1);
-    let ties = 1 + smaller.iter().filter(|&&key| key == largest).count();
-    Ok((largest, ties))
+    let (smaller, &mut key, larger) = keys.select_nth_unstable(wanted - 1);
+    let equals = |keys: &[u32]| keys.iter().filter(|&&other| other == key).count();
+    let winners = 1 + equals(smaller);
+    Ok(LastKey { key, equal: winners + equals(larger), winners })
 }
 
 /// Negatives of one task whose keys do not exceed the threshold, in the order of their ids.
@@ -142,7 +163,11 @@ fn collect(draw: &Draw, threshold: u32, parallel: &Parallel) -> Result<Vec<Candi
     reserve(&mut slots, tasks, SAMPLE)?;
     slots.resize_with(tasks, || Mutex::new(Ok(Candidates::default())));
     parallel(tasks, &|task| {
-        let found = collect_task(draw, threshold, (first_task + task as u64) * TASK, simd);
+        let first = (first_task + task as u64) * TASK;
+        let found = match draw.block {
+            1 => collect_task(draw, threshold, first, simd),
+            _ => collect_blocks(draw, threshold, first, simd),
+        };
         *slots[task].lock().unwrap_or_else(PoisonError::into_inner) = found;
     });
     let mut found = Vec::new();
@@ -153,13 +178,50 @@ fn collect(draw: &Draw, threshold: u32, parallel: &Parallel) -> Result<Vec<Candi
     Ok(found)
 }
 
-fn collect_task(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<Candidates> {
+/// The classes of the shard in the task that begins with class `first`, and room for what is likely found there.
+fn begin_task(draw: &Draw, threshold: u32, first: u64) -> Result<(Candidates, u64, u64)> {
     let mut found = Candidates { first, ..Candidates::default() };
     let (begin, end) = (draw.shard.first.max(first), draw.shard.end().min(first + TASK));
     let expected = (end - begin) as f64 * (f64::from(threshold) + 1.0) / 2f64.powi(32);
-    let likely = ((expected + 6.0 * expected.sqrt()) as usize + 8).min((end - begin) as usize);
+    let block = draw.block as f64;
+    let likely = ((expected + 6.0 * (block * expected).sqrt() + 8.0 * block) as usize).min((end - begin) as usize);
     reserve(&mut found.keys, likely, SAMPLE)?;
     reserve(&mut found.offsets, likely, SAMPLE)?;
+    Ok((found, begin, end))
+}
+
+/// With blocks of more than one class. A task has whole blocks, but for those that the shard's ends cut.
+fn collect_blocks(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<Candidates> {
+    let (mut found, begin, end) = begin_task(draw, threshold, first)?;
+    let mut positives = &draw.positives[draw.positives.partition_point(|&id| (id as u64) < begin)..];
+    let (begin_block, end_block) = (begin / draw.block, end.div_ceil(draw.block));
+    let mut keys = [0u32; CHUNK];
+    let mut chunk = begin_block / KEYS as u64 * KEYS as u64;
+    while chunk < end_block {
+        let chunk_end = end_block.min(chunk + CHUNK as u64);
+        let made = ((chunk_end - chunk) as usize).next_multiple_of(KEYS);
+        sample_keys_on(simd, draw.seed, draw.number, chunk, &mut keys[..made]);
+        for (block, &key) in (chunk..chunk_end).zip(&keys).filter(|&(block, &key)| key <= threshold && block >= begin_block) {
+            let (from, to) = (begin.max(block * draw.block), end.min((block + 1) * draw.block));
+            make_room(&mut found.keys, draw.block as usize)?;
+            make_room(&mut found.offsets, draw.block as usize)?;
+            positives = &positives[positives.partition_point(|&id| (id as u64) < from)..];
+            for id in from..to {
+                if positives.first() == Some(&(id as i64)) {
+                    positives = &positives[1..];
+                } else {
+                    found.keys.push(key);
+                    found.offsets.push((id - first) as u32);
+                }
+            }
+        }
+        chunk = chunk_end;
+    }
+    Ok(found)
+}
+
+fn collect_task(draw: &Draw, threshold: u32, first: u64, simd: Simd) -> Result<Candidates> {
+    let (mut found, begin, end) = begin_task(draw, threshold, first)?;
     let mut positives = &draw.positives[draw.positives.partition_point(|&id| (id as u64) < begin)..];
 
     let mut keys = [0u32; CHUNK];
@@ -207,12 +269,16 @@ fn remove(positives: &[i64], first: u64, keys: &mut [u32], offsets: &mut [u32]) 
 }
 
 fn extend<T: Copy>(list: &mut Vec<T>, more: &[T]) -> Result<()> {
-    let full = list.capacity() - list.len() < more.len();
-    if full {
-        // Twice what there is, so that many small pieces do not copy it many times.
-        reserve(list, list.len().max(more.len()), SAMPLE)?;
-    }
+    make_room(list, more.len())?;
     list.extend_from_slice(more);
+    Ok(())
+}
+
+fn make_room<T>(list: &mut Vec<T>, more: usize) -> Result<()> {
+    if list.capacity() - list.len() < more {
+        // Twice what there is, so that many small pieces do not copy it many times.
+        reserve(list, list.len().max(more), SAMPLE)?;
+    }
     Ok(())
 }
 
@@ -253,10 +319,19 @@ mod tests {
     fn naive(draw: &Draw) -> Vec<i64> {
         let mut negatives: Vec<(u32, i64)> = (draw.shard.first..draw.shard.end())
             .filter(|&id| draw.positives.binary_search(&(id as i64)).is_err())
-            .map(|id| (sample_key(draw.seed, draw.number, id), id as i64))
+            .map(|id| (sample_key(draw.seed, draw.number, id / draw.block), id as i64))
             .collect();
         negatives.sort_unstable();
-        negatives.truncate(draw.size.saturating_sub(draw.positives.len()));
+        let wanted = draw.size.saturating_sub(draw.positives.len()).min(negatives.len());
+        if draw.block > 1 && wanted > 0 {
+            // Those with the last key begin with another one.
+            let last = negatives[wanted - 1].0;
+            let ties = negatives.partition_point(|&(key, _)| key < last)..negatives.partition_point(|&(key, _)| key <= last);
+            let round = last as usize % ties.len();
+            negatives[ties].rotate_right(round);
+            negatives.truncate(wanted);
+        }
+        negatives.truncate(wanted);
         let mut ids: Vec<i64> = negatives.into_iter().map(|(_, id)| id).chain(draw.positives.iter().copied()).collect();
         ids.sort_unstable();
         ids
@@ -279,11 +354,13 @@ mod tests {
             for step in [0, 1, 1 << 33] {
                 for count in [0, 1, 5, 300] {
                     let positives = spread(shard, count);
-                    for rate in [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0] {
+                    for (rate, block) in
+                        [(0.0, 1), (0.001, 64), (0.1, 1), (0.1, 4), (0.5, 2), (0.5, 16), (0.9, 1), (0.999, 1024), (1.0, 8)]
+                    {
                         let size = sample_size(rate, rows) as usize;
-                        let draw = Draw { seed: 11 << 30, number: step, shard, positives: &positives, size };
+                        let draw = Draw { seed: 11 << 30, number: step, shard, positives: &positives, size, block };
                         let ids = drawn(&draw);
-                        assert_eq!(ids, naive(&draw), "{shard:?} {step} {count} {rate}");
+                        assert_eq!(ids, naive(&draw), "{shard:?} {step} {count} {rate} {block}");
                         assert_eq!(ids.len(), size.max(positives.len()));
                     }
                 }
@@ -295,11 +372,11 @@ mod tests {
     fn too_low_a_threshold_changes_nothing() {
         let shard = Shard { first: 12_345, rows: 100_000 };
         let positives = spread(shard, 77);
-        for size in [78, 500, 60_000, 99_999] {
-            let draw = Draw { seed: 5, number: 9, shard, positives: &positives, size };
+        for (size, block) in [(78, 1), (500, 16), (60_000, 1), (60_000, 4), (99_999, 2)] {
+            let draw = Draw { seed: 5, number: 9, shard, positives: &positives, size, block };
             let wanted = (size - positives.len()) as u64;
             let truth = naive(&draw);
-            let good = first_threshold(wanted, shard.rows - 77);
+            let good = first_threshold(wanted, shard.rows - 77, block);
             for threshold in [0, 1, good / 1000, good / 2, good - good / 20, good, good.saturating_mul(3), u32::MAX] {
                 let mut ids = Vec::new();
                 select(&draw, wanted, threshold, &serial, &mut ids).unwrap();
@@ -312,11 +389,15 @@ mod tests {
     fn equal_keys_go_to_the_smaller_ids() {
         let task = |first, keys: &[u32]| Candidates { first, keys: keys.to_vec(), offsets: (0..keys.len() as u32).collect() };
         let candidates = [task(0, &[5, 9, 5, 1]), task(100, &[5, 2, 5])];
-        assert_eq!(last_winner(&candidates, 1).unwrap(), (1, 1));
-        assert_eq!(last_winner(&candidates, 2).unwrap(), (2, 1));
-        assert_eq!(last_winner(&candidates, 3).unwrap(), (5, 1));
-        assert_eq!(last_winner(&candidates, 5).unwrap(), (5, 3));
-        assert_eq!(last_winner(&candidates, 7).unwrap(), (9, 1));
+        let last = |wanted| {
+            let LastKey { key, equal, winners } = last_winner(&candidates, wanted).unwrap();
+            (key, equal, winners)
+        };
+        assert_eq!(last(1), (1, 1, 1));
+        assert_eq!(last(2), (2, 1, 1));
+        assert_eq!(last(3), (5, 4, 1));
+        assert_eq!(last(5), (5, 4, 3));
+        assert_eq!(last(7), (9, 1, 1));
         // 2^18 classes and 2^32 keys: about 2^3 pairs share a key; cut right between the two of each pair.
         let shard = Shard::whole(1 << 18);
         let mut keys: Vec<(u32, i64)> = (0..shard.rows).map(|id| (sample_key(3, 4, id), id as i64)).collect();
@@ -324,7 +405,7 @@ mod tests {
         let mut cuts = 0;
         for at in 1..keys.len() {
             if keys[at - 1].0 == keys[at].0 {
-                let draw = Draw { seed: 3, number: 4, shard, positives: &[], size: at };
+                let draw = Draw { seed: 3, number: 4, shard, positives: &[], size: at, block: 1 };
                 let ids = drawn(&draw);
                 assert!(ids.binary_search(&keys[at - 1].1).is_ok() && ids.binary_search(&keys[at].1).is_err());
                 cuts += 1;
@@ -337,10 +418,12 @@ mod tests {
     fn threads_change_nothing() {
         let shard = Shard { first: 1000, rows: 700_000 };
         let positives = spread(shard, 1000);
-        let draw = Draw { seed: 1, number: 2, shard, positives: &positives, size: 70_000 };
-        let mut ids = Vec::new();
-        super::draw(&draw, &threaded, &mut ids).unwrap();
-        assert_eq!(ids, drawn(&draw));
+        for block in [1, 32] {
+            let draw = Draw { seed: 1, number: 2, shard, positives: &positives, size: 70_000, block };
+            let mut ids = Vec::new();
+            super::draw(&draw, &threaded, &mut ids).unwrap();
+            assert_eq!(ids, drawn(&draw));
+        }
     }
 
     #[test]
@@ -348,11 +431,11 @@ mod tests {
         let shard = Shard { first: 10, rows: 1000 };
         let positives = spread(shard, 50);
         for size in [0, 1, 49, 50] {
-            assert_eq!(drawn(&Draw { seed: 1, number: 1, shard, positives: &positives, size }), positives);
+            assert_eq!(drawn(&Draw { seed: 1, number: 1, shard, positives: &positives, size, block: 1 }), positives);
         }
         let empty = Shard { first: 10, rows: 0 };
-        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 0 }), [0i64; 0]);
-        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 9 }), [0i64; 0]);
+        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 0, block: 1 }), [0i64; 0]);
+        assert_eq!(drawn(&Draw { seed: 1, number: 1, shard: empty, positives: &[], size: 9, block: 1 }), [0i64; 0]);
     }
 
     #[test]
@@ -362,7 +445,7 @@ mod tests {
         for positives in [spread(shard, 0), spread(shard, 50), spread(shard, 1000)] {
             for size in [1000, 5000] {
                 let mut ids = Vec::new();
-                let draw = Draw { seed: 1, number: 1, shard, positives: &positives, size };
+                let draw = Draw { seed: 1, number: 1, shard, positives: &positives, size, block: 1 };
                 super::draw(&draw, &|_: usize, _: &(dyn Fn(usize) + Sync)| panic!("a draw of all makes no keys"), &mut ids)
                     .unwrap();
                 assert_eq!(ids, all);
@@ -377,7 +460,7 @@ mod tests {
         let positives: Vec<i64> = (0..10).collect();
         let (draws, mut counts) = (4000, vec![0u32; 1000]);
         for step in 0..draws {
-            let ids = drawn(&Draw { seed: 2024, number: step, shard, positives: &positives, size: 100 });
+            let ids = drawn(&Draw { seed: 2024, number: step, shard, positives: &positives, size: 100, block: 1 });
             assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "no repeats, ascending");
             ids.iter().for_each(|&id| counts[id as usize] += 1);
         }
@@ -390,13 +473,44 @@ mod tests {
     }
 
     #[test]
+    fn blocks_are_drawn_alike_and_their_classes_too() {
+        // 100 of 1024 classes are 6 blocks of 16 and 4 classes of a seventh, or with 7 positives elsewhere 5 and 13 classes.
+        let (shard, block, draws) = (Shard { first: 32, rows: 1024 }, 16, 4000);
+        for count in [0, 7] {
+            let positives: Vec<i64> = (0..count).map(|block| 32 + 16 * block + 3).collect();
+            let (mut of_blocks, mut of_places) = ([0f64; 64], [0f64; 16]);
+            for number in 0..draws {
+                let ids = drawn(&Draw { seed: 2024, number, shard, positives: &positives, size: 100, block });
+                assert_eq!(ids.len(), 100);
+                let negatives = ids.iter().filter(|id| !positives.contains(id));
+                let blocks: Vec<usize> = negatives.clone().map(|id| (id / 16 - 2) as usize).collect();
+                assert!(blocks.chunk_by(|a, b| a == b).count() <= 8, "{ids:?}");
+                blocks.iter().for_each(|&block| of_blocks[block] += 1.0);
+                negatives.for_each(|id| of_places[(id % 16) as usize] += 1.0);
+            }
+            // The blocks without positives: 16 times a chance of about 6.2 in 64 each, a variance of at most 23 a draw.
+            let whole = &of_blocks[count as usize..];
+            let mean = whole.iter().sum::<f64>() / whole.len() as f64;
+            let chi: f64 = whole.iter().map(|&found| (found - mean).powi(2) / (23.0 * draws as f64)).sum();
+            let freedom = whole.len() as f64 - 1.0;
+            assert!((chi - freedom).abs() < 5.0 * (2.0 * freedom).sqrt(), "chi-square of blocks is {chi}");
+            // A place is in all whole blocks and, by chance, in the last one: a variance of at most 1 / 4 a draw; place 3 has positives.
+            let mean = of_places[8..].iter().sum::<f64>() / 8.0;
+            for (place, &found) in of_places.iter().enumerate().filter(|&(place, _)| place != 3) {
+                // With positives the number of whole blocks below a place varies little more.
+                assert!((found - mean).abs() < 6.0 * (draws as f64 / 4.0).sqrt(), "place {place}: {found} of {mean}");
+            }
+        }
+    }
+
+    #[test]
     fn pairs_are_drawn_alike() {
         // Neighbours share a block of the generator; they meet as often as chance has it.
         let (shard, draws) = (Shard::whole(400), 2000);
         for lag in 1..=5usize {
             let mut together = 0u64;
             for step in 0..draws {
-                let ids = drawn(&Draw { seed: 99, number: step, shard, positives: &[], size: 80 });
+                let ids = drawn(&Draw { seed: 99, number: step, shard, positives: &[], size: 80, block: 1 });
                 together += ids.iter().filter(|&&id| ids.binary_search(&(id + lag as i64)).is_ok()).count() as u64;
             }
             let expected = draws as f64 * (400 - lag) as f64 * (80.0 * 79.0) / (400.0 * 399.0);
@@ -407,7 +521,7 @@ mod tests {
     #[test]
     fn seed_and_step_decide() {
         let shard = Shard::whole(10_000);
-        let make = |seed, step| drawn(&Draw { seed, number: step, shard, positives: &[], size: 1000 });
+        let make = |seed, step| drawn(&Draw { seed, number: step, shard, positives: &[], size: 1000, block: 1 });
         assert_eq!(make(1, 1), make(1, 1));
         for other in [make(1, 2), make(2, 1), make(1, 1 + (1 << 32)), make(1 + (1 << 32), 1)] {
             let common = other.iter().filter(|id| make(1, 1).binary_search(id).is_ok()).count();
@@ -420,7 +534,8 @@ mod tests {
     fn a_sample_that_cannot_be_held_is_an_error_that_names_its_bytes() {
         let shard = Shard::whole(i64::MAX as u64);
         let size = sample_size(0.25, shard.rows) as usize;
-        let refused = super::draw(&Draw { seed: 1, number: 1, shard, positives: &[], size }, &serial, &mut Vec::new()).unwrap_err();
+        let refused = super::draw(&Draw { seed: 1, number: 1, shard, positives: &[], size, block: 16 }, &serial, &mut Vec::new())
+            .unwrap_err();
         assert_eq!(refused.status, crate::Status::OutOfMemory);
         assert!(refused.message.contains(&format!("{} bytes", size.saturating_mul(8))), "{}", refused.message);
     }

@@ -32,12 +32,13 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.init_std = ONE_OF(d, double, 0.01, 0, 1, 1e-20);
   o.ignore_label = chance(d, 300) ? ONE_OF(d, int64_t, -1, -100, INT64_MAX) : INT64_MIN;
   o.gather_dtype = (int32_t)below(d, 4);
+  o.sample_block = chance(d, 300) ? 1u << below(d, 11) : 1;
   o.row_terms = chance(d, 400) ? PFC_ROW_TERMS_ON : PFC_ROW_TERMS_OFF;
   return o;
 }
 
 int spoil_options(struct draws *d, pfc_head_options *o) {
-  switch (below(d, 27)) {
+  switch (below(d, 28)) {
     case 0: o->num_classes = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 63); return 1;
     case 1: o->embedding_dim = ONE_OF(d, uint32_t, 0, UINT32_MAX, 65537); return 1;
     case 2: o->placement = ONE_OF(d, int32_t, 0, 3, -1, INT32_MIN); return 1;
@@ -70,6 +71,7 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 23: o->residency = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
     case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
     case 25: o->row_terms = ONE_OF(d, int32_t, 0, 3, -1); return 1;
+    case 26: o->sample_block = ONE_OF(d, uint32_t, 0, 3, 2048, UINT32_MAX); return 1;
     // It may be enough.
     default: o->workspace_limit = 1 + below(d, 1 << 22); return 0;
   }

@@ -220,8 +220,11 @@ class pfc_head_options(Structure):
         # (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
         # when sharded, whatever the step uses. (default: off)
         ("row_terms", c_int32),
-        # Must be 0.
-        ("reserved_end", c_uint32),
+        # Negatives are drawn in runs of as many consecutive classes, so that their rows are read in
+        # longer pieces and the draw is faster: a power of two, 1 to 1024. A negative is in the sample as
+        # often as with 1; classes of one run are in it together. Class ids should not be sorted by
+        # likeness. (default: 1)
+        ("sample_block", c_uint32),
     ]
 
 
@@ -1653,7 +1656,8 @@ def declare(library):
     Draws a sample: all positives, then negatives uniformly without replacement up to `sample_size`
     classes.
 
-    Gives the ids that a head with that seed draws in that step, on every device.
+    Gives the ids that a head with that seed and sample_block 1 draws in that step, on every
+    device.
 
     @param seed as pfc_head_options.seed
     @param step number of draws before this one

@@ -85,6 +85,7 @@ class Head(Handle):
         comm: the ranks; None: this one alone.
         placement: "sharded": each class center lives on one rank. "replicated": all on every rank.
         sample_rate: share of a shard's classes that take part in a step, 0 to 1. Positives always do.
+        sample_block: negatives are drawn in runs of as many consecutive classes, a power of two up to 1024.
         seed: of the start values and of the sampling.
         scale: factor of the cosines, above 0 and at most 128.
         m1: target logit = scale * (cos(m1 * theta + m2) - m3).
@@ -142,6 +143,7 @@ class Head(Handle):
         gather_dtype: str = "auto",
         workspace_limit: int = 0,
         row_terms: str = "off",
+        sample_block: int = 1,
         metrics_every: int = 0,
     ):
         arguments = locals()

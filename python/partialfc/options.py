@@ -22,7 +22,7 @@ CHOICES = {
     "gather_dtype": {"auto": _abi.PFC_GATHER_AUTO, "f32": _abi.PFC_F32, "f16": _abi.PFC_F16, "bf16": _abi.PFC_BF16},
 }
 #: Fields that a caller does not set.
-_OURS = ("struct_size", "reserved", "reserved_end", "weight_dtype", "state_dtype", "residency", "storage_path")
+_OURS = ("struct_size", "reserved", "weight_dtype", "state_dtype", "residency", "storage_path")
 FIELDS = tuple(name for name, _ in _abi.pfc_head_options._fields_ if name not in _OURS)
 #: The signed fields and bits of the others: ctypes would cut a number that does not fit.
 _BITS = {ctypes.c_uint64: 64, ctypes.c_uint32: 32}

@@ -356,7 +356,7 @@ pub unsafe extern "C" fn pfc_fused_workspace(
 
 /// Draws a sample: all positives, then negatives uniformly without replacement up to `sample_size` classes.
 ///
-/// Gives the ids that a head with that seed draws in that step, on every device.
+/// Gives the ids that a head with that seed and sample_block 1 draws in that step, on every device.
 ///
 /// @param seed as pfc_head_options.seed
 /// @param step number of draws before this one

@@ -165,8 +165,10 @@ pub struct pfc_head_options {
     /// PFC_ROW_TERMS_*: whether rows may have margins and weights of their own (pfc_head_forward_with). On, each step sends 12 bytes
     /// more for each row of the global batch when sharded, whatever the step uses. (default: off)
     pub row_terms: i32,
-    /// Must be 0.
-    pub reserved_end: u32,
+    /// Negatives are drawn in runs of as many consecutive classes, so that their rows are read in longer pieces and the draw is faster: a
+    /// power of two, 1 to 1024. A negative is in the sample as often as with 1; classes of one run are in it together. Class ids should
+    /// not be sorted by likeness. (default: 1)
+    pub sample_block: u32,
 }
 
 /// Scale, margin and filter for functions that need no head. The fields mean what they mean in pfc_head_options.
@@ -334,7 +336,7 @@ sized!(
         workspace_limit: 0,
         storage_path: std::ptr::null(),
         row_terms: PFC_ROW_TERMS_OFF,
-        reserved_end: 0,
+        sample_block: 1,
     }
 );
 
@@ -476,7 +478,6 @@ impl pfc_head_options {
         ensure!(resident, Unsupported, "residency must be 1 (device), got {}: other memory is not supported yet", self.residency);
         ensure!(self.storage_path.is_null(), Unsupported, "storage_path must be NULL: residency file is not supported yet");
         ensure!(self.reserved == 0, InvalidArgument, "reserved must be 0, got {}", self.reserved);
-        ensure!(self.reserved_end == 0, InvalidArgument, "reserved_end must be 0, got {}", self.reserved_end);
         Ok(HeadOptions {
             num_classes: self.num_classes,
             embedding_dim: self.embedding_dim,
@@ -513,6 +514,7 @@ impl pfc_head_options {
                 &[(PFC_GATHER_AUTO, None), (PFC_F32, Some(DType::F32)), (PFC_F16, Some(DType::F16)), (PFC_BF16, Some(DType::Bf16))],
             )?,
             row_terms: choose("row_terms", self.row_terms, &[(PFC_ROW_TERMS_OFF, false), (PFC_ROW_TERMS_ON, true)])?,
+            sample_block: self.sample_block,
             workspace_limit: self.workspace_limit,
         })
     }

@@ -107,6 +107,11 @@ impl Case {
         }
     }
 
+    /// A number of its own would have all cases drawn anew.
+    fn sample_block(&self) -> u32 {
+        [1, 4, 1, 16][(self.seed / 3 % 4) as usize]
+    }
+
     pub fn options(&self) -> HeadOptions {
         HeadOptions {
             num_classes: self.classes as u64,
@@ -136,6 +141,7 @@ impl Case {
             ignore_label: self.ignore_label,
             precision: Precision::Auto,
             gather_dtype: self.gather,
+            sample_block: self.sample_block(),
             row_terms: self.row_terms(),
             workspace_limit: self.workspace_limit,
         }

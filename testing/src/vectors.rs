@@ -130,6 +130,7 @@ impl Vectors {
             precision: Precision::Auto,
             gather_dtype: None,
             row_terms: false,
+            sample_block: 1,
             workspace_limit: 0,
         }
     }

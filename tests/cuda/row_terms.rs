@@ -19,6 +19,7 @@ fn heads() -> [HeadOptions; 2] {
         placement,
         sample_rate: 0.5,
         row_terms: true,
+        sample_block: 1,
         ..options(40, DIM as u32, ROWS as u64)
     })
 }

@@ -28,6 +28,7 @@ fn options(margin: Margin, placement: Placement) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        sample_block: 1,
         workspace_limit: 0,
     }
 }

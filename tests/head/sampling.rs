@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use partialfc::options::{HeadOptions, Placement};
+use partialfc::sample::{draw, sample_size, Draw};
 
 use partialfc_testing::capi::{options, outcome, Device, Head, Rows};
 use partialfc_testing::numbers::Random;
@@ -175,6 +176,29 @@ fn a_head_draws_what_pfc_sample_classes_draws() {
             })
             .expect("a draw");
             assert_eq!(&ids[..count as usize], sample.as_slice(), "rank {rank} step {step}");
+        }
+    }
+}
+
+/// Blocks count from class 0, whatever the shards: those that the ranks' boundaries cut are drawn on both sides or on neither.
+#[test]
+fn a_head_draws_in_blocks() {
+    for (placement, block) in [(Placement::Sharded, 4), (Placement::Sharded, 64), (Placement::Replicated, 16)] {
+        let options = HeadOptions { sample_rate: 0.15, seed: 17, sample_block: block, placement, ..options(3001, 2, 6) };
+        let drawn = samples(&options, 2, 3);
+        for (rank, samples) in drawn.iter().enumerate() {
+            let shard = options.shard(2, rank as u32);
+            for (step, sample) in samples.iter().enumerate().step_by(40) {
+                let positives: Vec<i64> = labels(&options, 2, 3, step).into_iter().filter(|&id| shard.contains(id)).collect();
+                let size = sample_size(options.sample_rate, shard.rows) as usize;
+                let block = block.into();
+                let request = Draw { seed: options.seed, number: step as u64, shard, positives: &positives, size, block };
+                let mut expected = Vec::new();
+                draw(&request, &|tasks, body| (0..tasks).for_each(body), &mut expected).expect("a draw");
+                assert_eq!(*sample, expected, "{placement:?} {block} rank {rank} step {step}");
+                let runs = sample.chunk_by(|a, b| a + 1 == *b).count();
+                assert!(runs <= size.div_ceil(block as usize) + 2 * positives.len() + 2, "{placement:?} {block}: {runs} runs");
+            }
         }
     }
 }

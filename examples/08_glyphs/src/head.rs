@@ -75,6 +75,7 @@ pub fn arcface(classes: usize, dim: usize, max_batch: usize) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        sample_block: 1,
         workspace_limit: 0,
     }
 }

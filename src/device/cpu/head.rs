@@ -313,7 +313,14 @@ impl HeadDevice for CpuHead {
             None => {
                 let positives = draft.positives(shard)?;
                 let size = crate::sample::sample_size(options.sample_rate, shard.rows) as usize;
-                let draw = crate::sample::Draw { seed: options.seed, number: draw, shard, positives: &positives, size };
+                let draw = crate::sample::Draw {
+                    seed: options.seed,
+                    number: draw,
+                    shard,
+                    positives: &positives,
+                    size,
+                    block: options.sample_block.into(),
+                };
                 let mut ids = Vec::new();
                 crate::sample::draw(&draw, &|tasks, body| self.pool.run(tasks, &|task, _| body(task)), &mut ids)?;
                 Sample::of(shard, ids)

@@ -471,7 +471,8 @@ impl Device for Cpu {
         draw.check_positives(positives)?;
         let mut drawn = Vec::new();
         let parallel = |tasks: usize, body: &(dyn Fn(usize) + Sync)| self.pool.run(tasks, &|task, _| body(task));
-        let request = Draw { seed: draw.seed, number: draw.step, shard: draw.shard(), positives, size: draw.sample_size as usize };
+        let size = draw.sample_size as usize;
+        let request = Draw { seed: draw.seed, number: draw.step, shard: draw.shard(), positives, size, block: 1 };
         sample::draw(&request, &parallel, &mut drawn)?;
         // SAFETY: the caller's array holds max(positive_count, sample_size) ids.
         unsafe { array_mut(ids, drawn.len()) }.copy_from_slice(&drawn);

@@ -118,6 +118,8 @@ structures! {
         wanted: u32,
         threshold: u32,
         ties: u32,
+        equal_keys: u32,
+        first_tie: u32,
         bad_row: u32,
         valid_rows: u64,
         own_valid_rows: u64,
@@ -257,6 +259,7 @@ structures! {
         master_pitch: u32,
         shard_rows: u32,
         sample_size: u32,
+        block_shift: u32,
         sample_capacity: u32,
         chunk_capacity: u32,
         column_tiles: u32,
@@ -267,6 +270,7 @@ structures! {
         whole_shard: i32,
         split_operands: i32,
         gather_dtype: i32,
+        reserved: i32,
     }
 }
 
@@ -288,12 +292,12 @@ impl RankPointers {
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
-    assert!(std::mem::size_of::<StepBlock>() == 288);
-    assert!(std::mem::size_of::<Ledger>() == 336);
+    assert!(std::mem::size_of::<StepBlock>() == 296);
+    assert!(std::mem::size_of::<Ledger>() == 344);
     assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 704);
+    assert!(std::mem::size_of::<HeadArrays>() == 712);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

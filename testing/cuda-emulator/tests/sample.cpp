@@ -39,14 +39,16 @@ struct Draw {
     uint64_t seed, step, first_class;
     uint32_t rows, size;
     std::vector<uint32_t> positives;  // ascending, counted from first_class
+    uint32_t block_shift = 0;
 };
 
-// The negatives by (key, class).
+// The negatives by (key of their block, class).
 std::vector<std::pair<uint32_t, uint32_t>> by_key(const Draw& draw) {
     std::vector<std::pair<uint32_t, uint32_t>> negatives;
     for (uint32_t i = 0; i < draw.rows; ++i) {
         if (std::binary_search(draw.positives.begin(), draw.positives.end(), i)) continue;
-        negatives.push_back({key_of(draw.seed, draw.step, draw.first_class + i), i});
+        const uint64_t block = (draw.first_class + i) >> draw.block_shift;
+        negatives.push_back({key_of(draw.seed, draw.step, block), i});
     }
     std::sort(negatives.begin(), negatives.end());
     return negatives;
@@ -55,7 +57,16 @@ std::vector<std::pair<uint32_t, uint32_t>> by_key(const Draw& draw) {
 std::vector<uint32_t> expected_sample(const Draw& draw) {
     std::vector<uint32_t> sample = draw.positives;
     const size_t size = std::min(draw.size, draw.rows), positives = draw.positives.size();
-    const auto negatives = by_key(draw);
+    auto negatives = by_key(draw);
+    if (draw.block_shift > 0 && positives < size && size < draw.rows) {
+        // Those with the last key begin at one that the key decides, and go round.
+        const uint32_t last = negatives[size - positives - 1].first;
+        const auto begin = std::find_if(negatives.begin(), negatives.end(),
+                                        [&](const auto& one) { return one.first == last; });
+        const auto end =
+            std::find_if(begin, negatives.end(), [&](const auto& one) { return one.first != last; });
+        std::rotate(begin, end - last % (end - begin), end);
+    }
     for (size_t i = 0; positives + i < size; ++i) sample.push_back(negatives[i].second);
     std::sort(sample.begin(), sample.end());
     return sample;
@@ -77,6 +88,7 @@ class Rig {
         arrays_.label_capacity = arrays_.max_batch = std::max(rows_, 1u);
         arrays_.shard_rows = draw.rows;
         arrays_.sample_size = draw.size;
+        arrays_.block_shift = draw.block_shift;
         arrays_.sample_capacity = round_up(uint32_t(sample), kTileColumns);
         arrays_.count_capacity =
             2048 +
@@ -253,6 +265,29 @@ void test_draws() {
     }
 }
 
+// Runs of classes with one key: within a lane's four, within a segment, over several; and shards
+// that begin within a run.
+void test_blocks() {
+    size_t turn = 0;
+    for (const uint32_t shift : {1u, 2u, 3u, 4u, 6u, 10u}) {
+        for (const uint64_t first : {0ull, 3ull, 16ull, (1ull << 34) - 5}) {
+            for (const uint32_t rows : {7u, 700u, 5003u}) {
+                for (const uint32_t count : {0u, 60u}) {
+                    const uint32_t size = rows * (1 + uint32_t(turn % 9)) / 10;
+                    Draw draw{5, turn, first, rows, size, spread(rows, count), shift};
+                    const auto sample = expected_sample(draw);
+                    Rig rig(draw, 1, 2, sample.size());
+                    rig.draw(kLaunches[turn++ % 4]);
+                    rig.compare(sample, "blocks of 2^" + std::to_string(shift) + ", first " +
+                                            std::to_string(first) + ", rows " +
+                                            std::to_string(rows) + ", size " +
+                                            std::to_string(size));
+                }
+            }
+        }
+    }
+}
+
 // A shard without a class has nothing to draw, mark or list.
 void test_an_empty_shard() {
     const Draw draw{1, 2, 10, 0, 0, {}};
@@ -378,6 +413,7 @@ int main() {
     for (uint64_t seed = 1; seed <= 2; ++seed) {
         simt_seed(seed);
         test_draws();
+        test_blocks();
         test_an_empty_shard();
         test_equal_keys();
         test_a_large_shard();

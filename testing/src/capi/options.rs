@@ -46,6 +46,7 @@ pub fn options(classes: u64, dim: u32, max_batch: u64) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        sample_block: c.sample_block,
         workspace_limit: c.workspace_limit,
     }
 }
@@ -85,6 +86,7 @@ pub fn to_c(options: &HeadOptions) -> pfc_head_options {
     c.precision = options.precision as i32;
     c.gather_dtype = options.gather_dtype.map_or(c_types::PFC_GATHER_AUTO, |dtype| dtype as i32);
     c.row_terms = if options.row_terms { c_types::PFC_ROW_TERMS_ON } else { c_types::PFC_ROW_TERMS_OFF };
+    c.sample_block = options.sample_block;
     c.workspace_limit = options.workspace_limit;
     c
 }

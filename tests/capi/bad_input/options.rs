@@ -21,7 +21,7 @@ fn try_head(set: Set) -> [Result<(), partialfc_testing::capi::Failure>; 2] {
 
 #[test]
 fn values_outside_their_range_are_refused_by_name() {
-    let cases: [(&str, &str, Set); 50] = [
+    let cases: [(&str, &str, Set); 53] = [
         ("struct_size", "0", |o| o.struct_size = 0),
         ("struct_size", "7", |o| o.struct_size = 7),
         ("struct_size", "18446744073709551615", |o| o.struct_size = u64::MAX),
@@ -72,6 +72,9 @@ fn values_outside_their_range_are_refused_by_name() {
         ("gather_dtype", "4", |o| o.gather_dtype = 4),
         ("residency", "4", |o| o.residency = 4),
         ("reserved", "1", |o| o.reserved = 1),
+        ("sample_block", "0", |o| o.sample_block = 0),
+        ("sample_block", "12", |o| o.sample_block = 12),
+        ("sample_block", "2048", |o| o.sample_block = 2048),
     ];
     for (field, value, set) in cases {
         let [head, plan] = try_head(set);
@@ -172,7 +175,7 @@ fn more_classes_than_a_rank_can_number_are_refused() {
 fn options_that_differ_between_ranks_are_named_on_all() {
     // What auto is on the device.
     let gathered = if on_cuda() { "2" } else { "1" };
-    let cases: [(&str, Set, [&str; 2]); 24] = [
+    let cases: [(&str, Set, [&str; 2]); 25] = [
         ("num_classes", |o| o.num_classes = 11, ["10", "11"]),
         ("embedding_dim", |o| o.embedding_dim = 5, ["4", "5"]),
         ("placement", |o| o.placement = 2, ["1", "2"]),
@@ -197,6 +200,7 @@ fn options_that_differ_between_ranks_are_named_on_all() {
         ("gather_dtype", |o| o.gather_dtype = 3, [gathered, "3"]),
         ("beta1", |o| o.beta1 = 0.625, ["0.9", "0.625"]),
         ("epsilon", |o| o.epsilon = 0.5, ["1e-8", "0.5"]),
+        ("sample_block", |o| o.sample_block = 32, ["1", "32"]),
     ];
     for (field, set, [common, odd]) in cases {
         let messages = on_ranks(3, |place| {

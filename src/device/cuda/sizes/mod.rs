@@ -105,6 +105,7 @@ impl Sizes {
             master_pitch: narrow(capacities.master_pitch),
             shard_rows: narrow(shard.rows),
             sample_size: narrow(capacities.sample_size),
+            block_shift: options.sample_block.trailing_zeros(),
             sample_capacity: narrow(capacities.sample),
             chunk_capacity: narrow(chunks.columns),
             column_tiles: narrow(capacities.column_tiles()),

@@ -29,6 +29,7 @@ fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> Head
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        sample_block: 1,
         workspace_limit: 0,
     };
     change(&mut options);
@@ -192,12 +193,13 @@ fn arrays_are_made_and_given_back() {
 
 #[test]
 fn head_arrays_have_the_sizes() {
-    let mut spec = spec(1001, 10, |options| options.sample_rate = 0.5);
+    let mut spec = spec(1001, 10, |options| (options.sample_rate, options.sample_block) = (0.5, 16));
     (spec.ranks, spec.rank, spec.shard) = (3, 1, Shard::of(1001, 3, 1));
     let arrays = Sizes::new(&spec, H200, 0).expect("sizes").head_arrays();
     assert_eq!((arrays.ranks, arrays.rank, arrays.max_batch, arrays.label_capacity, arrays.row_capacity), (3, 1, 10, 30, 128));
     assert_eq!((arrays.first_class, arrays.num_classes, arrays.shard_rows), (334, 1001, 334));
     assert_eq!((arrays.sample_size, arrays.sample_capacity, arrays.column_tiles, arrays.whole_shard), (167, 256, 2, 0));
+    assert_eq!(arrays.block_shift, 4);
     assert_eq!((arrays.plane_rows, arrays.plane_centers, arrays.plane_numerators), (128 * 512, 256 * 512, 128 * 256));
     assert_eq!((arrays.ignore_label, arrays.sharded, arrays.split_operands, arrays.gather_dtype), (i64::MIN, 1, 0, 2));
 }
