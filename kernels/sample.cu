@@ -23,6 +23,8 @@
 //                       find_target_columns
 //   a caller's sample:  mark_positives, mark_chosen, then from list_sample_count on
 //
+// With at most 64 registers a thread the four CTAs of an SM run at once.
+//
 // Launch all of a recipe whatever the verdict: with a fault, they only leave `selected` and the
 // histogram zero and the sample empty. No other kernel may set the block's status while one of
 // these runs. A grid has work for ceil(shard_rows / 4096) CTAs of 8 warps. The host makes
@@ -191,7 +193,7 @@ PFC_DEVICE void set_bits(const HeadArrays& head, uint32_t first_word, uint32_t b
 
 // Draws the negatives below the threshold, and counts by run those whose key equals it.
 // launch: mark_below blocks 4 per SM threads 256 shared 0
-// gate: mark_below registers <= 48
+// gate: mark_below registers <= 64
 PFC_KERNEL(mark_below, (const PFC_GRID_CONSTANT HeadArrays head)) {
     if (head.block->status != 0 || head.block->ties == 0) return;
     const uint32_t threshold = head.block->threshold;
@@ -227,7 +229,7 @@ PFC_KERNEL_OF(mark_ties_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)
 // Draws as many of the negatives whose key equals the threshold as are wanted. There is at least
 // one; few runs have any, and only they go on.
 // launch: mark_ties blocks 4 per SM threads 256 shared 0
-// gate: mark_ties registers <= 48
+// gate: mark_ties registers <= 64
 PFC_KERNEL(mark_ties, (const PFC_GRID_CONSTANT HeadArrays head)) {
     if (head.block->status != 0 || head.block->ties == 0) return;
     const uint32_t threshold = head.block->threshold, wanted = head.block->ties,

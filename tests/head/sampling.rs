@@ -14,9 +14,13 @@ const STEPS: usize = 400;
 
 /// Each rank's samples of `STEPS` steps with `rows` rows a rank; labels as `Batch::draw` has them.
 fn samples(options: &HeadOptions, ranks: usize, rows: usize) -> Vec<Vec<Vec<i64>>> {
+    samples_of(STEPS, options, ranks, rows)
+}
+
+fn samples_of(steps: usize, options: &HeadOptions, ranks: usize, rows: usize) -> Vec<Vec<Vec<i64>>> {
     on_ranks(ranks, |place| {
         let mut head = Head::new(&Device::under_test(1), &place.comm, options);
-        (0..STEPS)
+        (0..steps)
             .map(|step| {
                 let batch = Batch::draw(options, place.rank, step, rows);
                 head.forward(&mut batch.rows(head.dim), Some(&batch.labels)).expect("forward");
@@ -185,10 +189,10 @@ fn a_head_draws_what_pfc_sample_classes_draws() {
 fn a_head_draws_in_blocks() {
     for (placement, block) in [(Placement::Sharded, 4), (Placement::Sharded, 64), (Placement::Replicated, 16)] {
         let options = HeadOptions { sample_rate: 0.15, seed: 17, sample_block: block, placement, ..options(3001, 2, 6) };
-        let drawn = samples(&options, 2, 3);
+        let drawn = samples_of(8, &options, 2, 3);
         for (rank, samples) in drawn.iter().enumerate() {
             let shard = options.shard(2, rank as u32);
-            for (step, sample) in samples.iter().enumerate().step_by(40) {
+            for (step, sample) in samples.iter().enumerate() {
                 let positives: Vec<i64> = labels(&options, 2, 3, step).into_iter().filter(|&id| shard.contains(id)).collect();
                 let size = sample_size(options.sample_rate, shard.rows) as usize;
                 let block = block.into();
