@@ -120,6 +120,18 @@ def test_prepared_labels_and_given_samples():
         assert set(head.sample_ids().tolist()) == {0, 7, 19} | set(labels.tolist())
 
 
+def test_negatives_in_blocks():
+    embeddings, labels = batch(classes=1000)
+    with partialfc.Head(1000, DIM, 16, sample_rate=0.2, sample_block=16, device=partialfc.Device.cpu(1)) as head:
+        head.forward(embeddings, labels)
+        sample = head.sample_ids()
+        runs = 1 + np.count_nonzero(np.diff(sample) > 1)
+        assert len(sample) == 200 and runs <= 200 // 16 + 2 * len(labels) + 2
+        assert head.options["sample_block"] == 16
+    with pytest.raises(partialfc.PartialFCError, match="sample_block must be a power of two, 1 to 1024, got 24"):
+        partialfc.Head(1000, DIM, 16, sample_block=24)
+
+
 def test_top_k(head):
     embeddings, _ = batch(rows=20)
     weight = head.read_centers()

@@ -43,6 +43,9 @@ struct Options {
     /// Share of the classes in each step's sample, 0 to 1; the batch's own classes are always in it
     #[arg(long, default_value_t = 0.1, value_name = "SHARE")]
     sample_rate: f64,
+    /// Consecutive classes that are drawn into a sample together: a power of two, 1 to 1024
+    #[arg(long, default_value_t = 1, value_name = "CLASSES")]
+    sample_block: u32,
     /// Train once for each of these sample rates, from the same start, and compare them; for example 1.0,0.1,0.02
     #[arg(long, value_delimiter = ',', conflicts_with = "sample_rate", value_name = "SHARES")]
     compare: Vec<f64>,
@@ -100,6 +103,7 @@ impl Options {
             ranks: self.ranks,
             replicated: self.placement == Placement::Replicated,
             sample_rate,
+            sample_block: self.sample_block,
             margin: self.margin,
             scale: self.scale,
             steps: self.steps,

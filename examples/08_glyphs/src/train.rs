@@ -23,6 +23,7 @@ pub struct Settings {
     pub ranks: usize,
     pub replicated: bool,
     pub sample_rate: f64,
+    pub sample_block: u32,
     pub margin: f64,
     pub scale: f64,
     pub steps: usize,
@@ -195,7 +196,7 @@ fn steps(
     if settings.replicated {
         options.placement = Placement::Replicated;
     }
-    (options.sample_rate, options.seed) = (settings.sample_rate, settings.seed);
+    (options.sample_rate, options.sample_block, options.seed) = (settings.sample_rate, settings.sample_block, settings.seed);
     (options.margin.scale, options.margin.m2) = (settings.scale, settings.margin);
     options.optimizer = Optimizer::Sgd(optimizer::Sgd { momentum: MOMENTUM, weight_decay: settings.weight_decay });
     // The backbone's gradients are averaged over ranks below.
