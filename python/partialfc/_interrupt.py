@@ -12,6 +12,7 @@ status to the library. So `later` makes the handlers wait until the call has ret
 
 import _signal  # signal.getsignal takes thirty times as long for all signals.
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -29,6 +30,9 @@ _watching = None
 _comms: "weakref.WeakSet" = weakref.WeakSet()
 MAIN = threading.main_thread().ident
 _signals = [int(number) for number in signal.valid_signals()]
+_libc = ctypes.CDLL(None)
+#: Bytes of the C library's struct sigaction, or more.
+_SIGACTION = 256
 #: Whether the main thread is in `later`.
 _waits = False
 #: (handler, number, frame) of what arrived meanwhile.
@@ -54,6 +58,14 @@ def _handler(number: int):
     return handler.handler if isinstance(handler, _Later) else handler
 
 
+def _set_handler(number: int, handler) -> None:
+    """Sets Python's handler alone: signal.signal also resets the system's, which may be faulthandler's, and its flags."""
+    before = ctypes.create_string_buffer(_SIGACTION)
+    _libc.sigaction(number, None, before)
+    _signal.signal(number, handler)
+    _libc.sigaction(number, before, None)
+
+
 def later(function, *arguments) -> int:
     """Calls a function of the library's; handlers of signals run when it has returned."""
     global _waits
@@ -62,26 +74,27 @@ def later(function, *arguments) -> int:
     handlers = {number: handler for number in _signals if callable(handler := _handler(number))}
     try:
         for number, handler in handlers.items():
-            _signal.signal(number, _Later(handler))
+            _set_handler(number, _Later(handler))
         _waits = True
         return function(*arguments)
     finally:
-        _waits = False
         try:
             for number, handler in handlers.items():
                 if isinstance(_signal.getsignal(number), _Later):  # The function may have set another.
-                    _signal.signal(number, handler)
+                    _set_handler(number, handler)
         finally:
+            _waits = False
             if _arrived:
                 _run_arrived()
 
 
 def _run_arrived() -> None:
     """Runs them in their order, also where one of them raises; the last exception is raised."""
+    arrived = _arrived[:]
+    _arrived.clear()
     with contextlib.ExitStack() as stack:
-        for handler, number, frame in reversed(_arrived):
+        for handler, number, frame in reversed(arrived):
             stack.callback(handler, number, frame)
-        _arrived.clear()
 
 
 def watch(comm) -> None:

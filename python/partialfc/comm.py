@@ -59,8 +59,7 @@ class Comm(Handle):
         # Functions of Python that the library calls live until the last handle that may call them is freed.
         self._state.keep = keep
         self._raised = [] if raised is None else raised
-        #: Calls the library; where it calls functions of Python's, handlers of signals wait.
-        self._run = _run if raised is None else _interrupt.later
+        self._has_functions = raised is not None
         self.rank = lib.pfc_comm_rank(address)
         self.size = lib.pfc_comm_size(address)
         self._reader = Reader(self.rank, None, 0)
@@ -103,7 +102,8 @@ class Comm(Handle):
 
         The arrays that a function gets are the library's memory, for the time of the call. What is sent must not
         be changed; it may lie in what is received. An exception ends the communicator; the call of the library
-        raises `PartialFCError` from it. Handlers of signals run when the call of the library has returned.
+        raises `PartialFCError` from it. Handlers of signals run when the call of the library has returned, also those
+        that raise; Ctrl-C ends a wait by `abort`.
 
         Args:
             all_gather: `(send, recv)`, bytes: (n,) of this rank to (size, n), in rank order.
@@ -232,7 +232,7 @@ class Comm(Handle):
 
     def abort(self) -> None:
         """Ends the communicator: running and later operations fail with ABORTED. From any thread."""
-        check(lib.pfc_comm_abort(self._address), self.rank)
+        check(_interrupt.later(lib.pfc_comm_abort, self._address), self.rank)
 
     def __repr__(self) -> str:
         return f"<partialfc.Comm, rank {self.rank} of {self.size}{', closed' if self.closed else ''}>"
@@ -246,20 +246,28 @@ class Comm(Handle):
         except KeyError:
             raise ValueError(f"op is {op!r}{self._reader.at}; it must be 'sum' or 'max'") from None
 
-    def _enter(self) -> None:
-        """Before a call that Ctrl-C may end."""
-        if threading.get_ident() == _interrupt.MAIN:
-            self._waiting = next(_calls)
+    def _run(self, function, *arguments, later: bool = False) -> int:
+        """The status of a collective call, which Ctrl-C may end. Handlers of signals wait if the library calls Python in it."""
+        if later or self._has_functions:
+            self._raised.clear()
+            return _interrupt.later(self._wait, function, *arguments)
+        return self._wait(function, *arguments)
+
+    def _wait(self, function, *arguments) -> int:
+        try:
+            if self.size > 1 and threading.get_ident() == _interrupt.MAIN:
+                self._waiting = next(_calls)
+            return function(*arguments)
+        finally:
+            self._waiting = 0
 
     def _call(self, function, *arguments) -> None:
         """Calls a collective."""
         state = self._state
         state.calls += 1
         try:
-            self._enter()
             status = self._run(function, *arguments)
         finally:
-            self._waiting = 0
             state.calls -= 1
         if status:
             raise self._failure(status)
@@ -300,10 +308,6 @@ def _array(address: int, shape: tuple, typestr: str) -> np.ndarray:
     memory = _Memory()
     memory.__array_interface__ = {"version": 3, "data": (address, False), "shape": shape, "typestr": typestr}
     return np.asarray(memory)
-
-
-def _run(function, *arguments) -> int:
-    return function(*arguments)
 
 
 def _kept(function, raised: list):

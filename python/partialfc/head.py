@@ -2,13 +2,12 @@
 
 import ctypes
 import dataclasses
-import functools
 import operator
 import os
 
 import numpy as np
 
-from . import _abi, _interrupt
+from . import _abi
 from ._arrays import Reader, like
 from ._handles import Handle
 from ._library import PartialFCError, check, failure, lib
@@ -519,7 +518,7 @@ class Head(Handle):
             self._refuse(function, None, None)
             raise
         try:
-            self._call(functools.partial(_interrupt.later, function), path, ctypes.byref(options))
+            self._call(function, path, ctypes.byref(options), later=progress is not None)
         except PartialFCError as error:
             if not raised:
                 raise
@@ -550,18 +549,15 @@ class Head(Handle):
     def _rank(self):
         return self.comm.rank
 
-    def _call(self, function, *arguments) -> None:
-        """Calls a collective; where ranks wait for each other, Ctrl-C may end it."""
+    def _call(self, function, *arguments, later: bool = False) -> None:
+        """Calls a collective; where ranks wait for each other, Ctrl-C may end it. `later` as in `Comm._run`."""
         state, comm = self._state, self.comm
         address = state.address or self._address
         state.calls += 1
         try:
-            if self._waits:
-                comm._enter()
-            status = comm._run(function, address, *arguments)
+            status = comm._run(function, address, *arguments, later=later)
         finally:
             state.calls -= 1
-            comm._waiting = 0
         if status:
             raise comm._failure(status)
 

@@ -124,17 +124,15 @@ def test_a_head_in_use_is_not_closed():
     assert "this head is in a call of another thread" in str(refused[0])
 
 
-WAITS = (
-    PROGRAM
-    + """
-mine, other = partialfc.Comm.threads(2)
+#: Sends SIGINT once `mine` waits.
+KILL = """
 def kill():
     while not mine._waiting:
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=kill, daemon=True).start()
 """
-)
+WAITS = PROGRAM + "mine, other = partialfc.Comm.threads(2)\n" + KILL
 
 
 def test_ctrl_c_inside_a_collective():
@@ -184,11 +182,9 @@ def test_a_handler_of_the_programs_own_is_left_alone():
 signal.signal(signal.SIGINT, lambda *_: print("handled", flush=True))
 mine, other = partialfc.Comm.threads(2)
 mine.set_timeout(3)
-def kill():
-    while not mine._waiting:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=kill, daemon=True).start()
+"""
+        + KILL
+        + """
 try:
     mine.barrier()
 except partialfc.PartialFCError as error:
@@ -273,6 +269,17 @@ comm = partialfc.Comm.custom(0, 2, gather, reduce)
 sent, received = np.arange(3), np.zeros((2, 3), np.int64)
 """
 )
+#: `mine` waits in its functions until it is aborted.
+HANGS = (
+    BEGINS
+    + """
+ended = threading.Event()
+def wait(send, recv):
+    ended.wait()
+    raise RuntimeError("ended")
+mine = partialfc.Comm.custom(0, 2, wait, reduce, abort=ended.set)
+"""
+)
 
 
 @pytest.mark.parametrize(
@@ -323,18 +330,9 @@ print("goes on", flush=True)
 def test_ctrl_c_where_functions_of_the_callers_carry_the_messages():
     """The wait is ended by the function that the caller gives for it."""
     text = run_python(
-        BEGINS
+        HANGS
+        + KILL
         + """
-ended = threading.Event()
-def wait(send, recv):
-    ended.wait()
-    raise RuntimeError("ended")
-mine = partialfc.Comm.custom(0, 2, wait, reduce, abort=ended.set)
-def kill():
-    while not mine._waiting:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=kill, daemon=True).start()
 try:
     mine.all_gather(sent, received)
 except KeyboardInterrupt:
@@ -346,3 +344,114 @@ except partialfc.PartialFCError as error:
 """
     )
     assert "interrupted" in text and "PFC_ERROR_ABORTED, rank 0" in text
+
+
+@pytest.mark.parametrize("call", ["make(comm=mine, sample_rate='all')", "head.step(embeddings[:, :5], labels, 0.1)"])
+def test_ctrl_c_ends_a_wait_also_where_the_arguments_were_wrong(call):
+    """Wrong arguments still make the collective call, which waits for the other rank."""
+    text = run_python(
+        BEGINS
+        + f"""
+own, others = partialfc.Comm.threads(2)
+ended, alone = threading.Event(), threading.Event()
+def wait():
+    if alone.is_set():
+        ended.wait()
+        raise RuntimeError("ended")
+def gather(send, recv):
+    wait()
+    own.all_gather(send.view(np.int64), recv.view(np.int64))
+def reduce(send, recv, op):
+    wait()
+    recv[:] = send
+    own.all_reduce(recv, op)
+mine = partialfc.Comm.custom(0, 2, gather, reduce, abort=ended.set)
+# The other rank makes a head, and nothing else.
+other = threading.Thread(target=lambda: make(comm=others), daemon=True)
+other.start()
+head = make(comm=mine)
+alone.set()
+{KILL}
+try:
+    {call}
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    )
+    assert "interrupted" in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such handlers")
+def test_all_signals_of_one_call_are_handled_once_and_their_settings_stay():
+    text = run_python(
+        BEGINS
+        + """
+import faulthandler
+seen = []
+def note(number, frame):
+    seen.append(number)
+    if number == signal.SIGUSR1:
+        raise RuntimeError("from a handler")
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, note)
+# A system call goes on after SIGTERM: a read waits for what comes later.
+signal.siginterrupt(signal.SIGTERM, False)
+def gather(send, recv):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        signal.raise_signal(number)
+    assert not seen
+    recv[:] = send
+noisy = partialfc.Comm.custom(0, 2, gather, reduce)
+try:
+    noisy.all_gather(sent, received)
+except RuntimeError as error:
+    print("raised", error, flush=True)
+assert sorted(seen) in ([signal.SIGUSR1, signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM]), seen
+assert signal.getsignal(signal.SIGUSR1) is note
+count = len(seen)
+comm.all_gather(sent, received)
+assert len(seen) == count, "handled twice"
+
+import ctypes
+class Action(ctypes.Structure):
+    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_ubyte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
+def flags():
+    action = Action()
+    assert ctypes.CDLL(None).sigaction(signal.SIGTERM, None, ctypes.byref(action)) == 0
+    return action.handler, action.flags & 0x10000000  # SA_RESTART of Linux
+if sys.platform == "linux":
+    assert flags()[1], "the flag was lost"
+    faulthandler.register(signal.SIGTERM, chain=True, file=sys.stderr)
+    before = flags()
+    comm.all_gather(sent, received)
+    assert flags() == before, "faulthandler was lost"
+print("settings stay", flush=True)
+"""
+    )
+    assert "raised from a handler" in text and "settings stay" in text
+
+
+def test_ctrl_c_where_the_callers_function_for_abort_begins():
+    text = run_python(
+        HANGS
+        + """
+def operate():
+    try:
+        mine.all_gather(sent, received)
+    except partialfc.PartialFCError as error:
+        print(error, flush=True)
+other = threading.Thread(target=operate)
+other.start()
+while not mine._state.calls:
+    time.sleep(0.001)
+time.sleep(0.1)
+where("call", signal.SIGINT)
+try:
+    mine.abort()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+other.join(60)
+assert not other.is_alive(), "the operation hangs"
+"""
+    )
+    assert "interrupted" in text and "PFC_ERROR_ABORTED, rank 0" in text and "ignored" not in text
