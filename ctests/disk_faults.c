@@ -9,8 +9,8 @@
 // full (ENOSPC), broken (EIO), interrupted (EINTR), indirect (EINVAL, as of a file system that finds
 // late that it cannot transfer directly), short (less is read or written, as may be).
 //
-// Prints how many calls there were, the status of the load or save and its text. Exits with 0 if the
-// head makes another step afterwards, or cannot after a load that failed; with 77 where it was
+// Prints how many calls there were, the status of the load or save and its text, and the function
+// of that call. Exits with 0 if the head makes another step afterwards, or cannot after a load that failed; with 77 where it was
 // killed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,10 +28,13 @@ enum { CLASSES = 1500, DIM = 512, BATCH = 4, KILLED = 77 };
 static const char *fault = "";
 static long number, calls;
 static int armed;
+// The function of that call.
+static const char *hit = "";
 
 // Whether this is the call. A process that is to be killed ends here.
-static int is_it(int writes) {
+static int is_it(const char *function, int writes) {
   if (!armed || ++calls != number) return 0;
+  hit = function;
   if (strcmp(fault, "killed") == 0 || (strcmp(fault, "half") == 0 && !writes)) _exit(KILLED);
   return 1;
 }
@@ -53,7 +56,7 @@ static int fails(void) {
 ssize_t write(int fd, const void *bytes, size_t count) {
   REAL(ssize_t, "write", int, const void *, size_t);
   // What this program prints goes through.
-  if (fd <= 2 || !is_it(1)) return real(fd, bytes, count);
+  if (fd <= 2 || !is_it("write", 1)) return real(fd, bytes, count);
   if (fails()) return -1;
   ssize_t written = real(fd, bytes, count / 2);
   if (strcmp(fault, "half") == 0) _exit(KILLED);
@@ -61,7 +64,8 @@ ssize_t write(int fd, const void *bytes, size_t count) {
 }
 ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
   REAL(ssize_t, "pwrite64", int, const void *, size_t, off64_t);
-  if (!is_it(1)) return real(fd, bytes, count, at);
+  const int direct = (fcntl(fd, F_GETFL) & O_DIRECT) != 0;
+  if (!is_it(direct ? "pwrite64, direct" : "pwrite64", 1)) return real(fd, bytes, count, at);
   if (fails()) return -1;
   // Half of a direct write may be less than a sector, and would be refused.
   if (strcmp(fault, "short") == 0) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_DIRECT);
@@ -71,13 +75,13 @@ ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
 }
 ssize_t read(int fd, void *bytes, size_t count) {
   REAL(ssize_t, "read", int, void *, size_t);
-  if (!is_it(0)) return real(fd, bytes, count);
+  if (!is_it("read", 0)) return real(fd, bytes, count);
   if (fails()) return -1;
   return real(fd, bytes, count > 1 ? count / 2 : count);
 }
 ssize_t pread64(int fd, void *bytes, size_t count, off64_t at) {
   REAL(ssize_t, "pread64", int, void *, size_t, off64_t);
-  if (!is_it(0)) return real(fd, bytes, count, at);
+  if (!is_it("pread64", 0)) return real(fd, bytes, count, at);
   if (fails()) return -1;
   // Not a whole number of sectors.
   ssize_t got = real(fd, bytes, count, at);
@@ -85,20 +89,20 @@ ssize_t pread64(int fd, void *bytes, size_t count, off64_t at) {
 }
 int fallocate64(int fd, int mode, off64_t at, off64_t count) {
   REAL(int, "fallocate64", int, int, off64_t, off64_t);
-  return is_it(0) && fails() ? -1 : real(fd, mode, at, count);
+  return is_it("fallocate64", 0) && fails() ? -1 : real(fd, mode, at, count);
 }
 int fallocate(int fd, int mode, off_t at, off_t count) { return fallocate64(fd, mode, at, count); }
 int fsync(int fd) {
   REAL(int, "fsync", int);
-  return is_it(0) && fails() ? -1 : real(fd);
+  return is_it("fsync", 0) && fails() ? -1 : real(fd);
 }
 int rename(const char *from, const char *to) {
   REAL(int, "rename", const char *, const char *);
-  return is_it(0) && fails() ? -1 : real(from, to);
+  return is_it("rename", 0) && fails() ? -1 : real(from, to);
 }
 int unlink(const char *path) {
   REAL(int, "unlink", const char *);
-  return is_it(0) && fails() ? -1 : real(path);
+  return is_it("unlink", 0) && fails() ? -1 : real(path);
 }
 int open64(const char *path, int flags, ...) {
   REAL(int, "open64", const char *, int, ...);
@@ -108,7 +112,7 @@ int open64(const char *path, int flags, ...) {
   va_end(more);
   // What the library asks of the system by itself is not a file of the checkpoint.
   if (strncmp(path, "/proc", 5) == 0 || strncmp(path, "/sys", 4) == 0) return real(path, flags, mode);
-  return is_it(0) && fails() ? -1 : real(path, flags, mode);
+  return is_it("open64", 0) && fails() ? -1 : real(path, flags, mode);
 }
 
 static void need(const char *what, pfc_status status) {
@@ -152,7 +156,7 @@ int main(int argc, char **argv) {
     status = pfc_head_save(head, argv[1], NULL);
     armed = 0;
   }
-  printf("%ld\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error());
+  printf("%ld\t%s\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error(), hit);
   if (status == PFC_OK || !in_load) step(head);
   if (status == PFC_OK && in_load) need("save", pfc_head_save(head, argv[1], NULL));
   pfc_head_free(head), pfc_comm_free(comm), pfc_device_free(device);

@@ -201,11 +201,11 @@ impl<'a> RowsReader<'a> {
         Ok((file, checksums))
     }
 
-    /// Opens a file that a manifest names.
-    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile) -> Result<RowsReader<'a>> {
+    /// Opens a file that a manifest names. `once`: no other rank reads the same rows.
+    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile, once: bool) -> Result<RowsReader<'a>> {
         let (file, checksums) = RowsReader::check(path, layout, named)?;
         let (piece, spare) = (Piece::new()?, Some(Piece::new()?));
-        let mover = Mover::new(file, Direction::Read);
+        let mover = Mover::new(file, Direction::Read { once });
         Ok(RowsReader { path: path.to_owned(), layout, checksums, mover, piece, held: None, ahead: None, spare })
     }
 
@@ -301,4 +301,37 @@ pub(crate) fn as_bytes(values: &mut [f32]) -> &[u8] {
     }
     // SAFETY: floats without padding are bytes.
     unsafe { values.align_to::<u8>().1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of four pieces: its rows, read in any order, and dropped with a piece on its way.
+    #[test]
+    fn rows_are_read_in_any_order() {
+        let layout = Layout { dim: 512, rows: 4000, tensors: &["weight", "momentum"] };
+        let path = std::env::temp_dir().join(format!("partialfc-rows-{}", std::process::id()));
+        let value = |tensor: usize, row: u64, column: u64| (tensor as u64 * 4000 * 512 + row * 512 + column) as f32;
+        let mut writer = RowsWriter::create(&path, &layout).expect("a file");
+        for tensor in 0..2 {
+            for row in 0..layout.rows {
+                let mut values: Vec<f32> = (0..layout.dim).map(|column| value(tensor, row, column)).collect();
+                writer.write(as_bytes(&mut values)).expect("a write");
+            }
+        }
+        let checksums_crc32 = writer.finish().expect("a file that is whole");
+        let named = RowsFile { name: String::new(), first: 0, rows: layout.rows, checksums_crc32 };
+        let mut rows = vec![0.0; 3 * 512];
+        for once in [true, false] {
+            let mut reader = RowsReader::open(&path, layout, &named, once).expect("the file");
+            for (tensor, first) in [(0, 0), (1, 3997), (0, 2045), (0, 2046), (1, 100), (0, 0), (0, 3999 - 2), (1, 0)] {
+                reader.read(tensor, first, &mut rows).expect("rows");
+                let expected = (first..first + 3).flat_map(|row| (0..512).map(move |column| value(tensor, row, column)));
+                assert!(rows.iter().copied().eq(expected), "tensor {tensor} from row {first}");
+            }
+            assert!(reader.ahead.is_some());
+        }
+        std::fs::remove_file(&path).expect("the file");
+    }
 }

@@ -1,9 +1,9 @@
 //! Pieces of a file on their way to the disk or from it, beside the caller's work: a thread waits for the disk while the caller fills the
 //! next piece or uses the one before.
 //!
-//! A checkpoint is written once and read once, and has no use for the page cache, which would lose other files' pages to it. Writes go
-//! past the cache where the file system can do that. Reads go through it, since the system reads ahead faster than single transfers are
-//! (1,250 MB/s against 800 where it was measured), and leave it at once.
+//! A checkpoint has little use for the page cache, which would lose other files' pages to it. Writes go past the cache where the file
+//! system can do that. Reads go through it, since the system reads ahead faster than single transfers are (1,250 MB/s against 800 where it
+//! was measured), and leave it at once if no other rank reads the same rows.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
@@ -16,7 +16,7 @@ use crate::memory::zeros;
 
 /// Bytes of a piece. Of this size one transfer at a time keeps a disk busy.
 pub(super) const PIECE: usize = 4 << 20;
-/// Direct writes begin, end and lie in memory at multiples of a sector; there is none larger than this.
+/// Direct writes begin, end and lie in memory at multiples of a sector. A disk with larger ones refuses, and is written through the cache.
 const SECTOR: usize = 4096;
 
 /// Memory for [`PIECE`] bytes.
@@ -50,7 +50,10 @@ impl DerefMut for Piece {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Direction {
-    Read,
+    Read {
+        /// Nobody else reads these pieces, nor does anybody soon.
+        once: bool,
+    },
     Write,
 }
 
@@ -78,7 +81,7 @@ enum State {
 impl Mover {
     pub fn new(file: File, direction: Direction) -> Mover {
         match direction {
-            Direction::Read => advise(&file, Advice::InOrder),
+            Direction::Read { .. } => advise(&file, Advice::InOrder),
             Direction::Write => {
                 set_direct(&file, true);
             }
@@ -172,11 +175,11 @@ impl Shared {
         let mut done = 0;
         while done < length {
             let now = match self.direction {
-                Direction::Read => self.file.read_at(&mut piece[done..length], at + done as u64),
+                Direction::Read { .. } => self.file.read_at(&mut piece[done..length], at + done as u64),
                 Direction::Write => self.file.write_at(&piece[done..length], at + done as u64),
             };
             match (now, self.direction) {
-                (Ok(0), Direction::Read) => break,
+                (Ok(0), Direction::Read { .. }) => break,
                 (Ok(0), Direction::Write) => return Err(ErrorKind::WriteZero.into()),
                 (Ok(bytes), _) => {
                     done += bytes;
@@ -190,7 +193,7 @@ impl Shared {
                 (Err(cause), _) => return Err(cause),
             }
         }
-        if let Direction::Read = self.direction {
+        if let Direction::Read { once: true } = self.direction {
             advise(&self.file, Advice::NotAgain { at, length });
         }
         Ok(done)
@@ -293,7 +296,7 @@ mod tests {
         drop(mover);
         assert!(std::fs::read(&path).expect("the file") == (0..bytes).map(byte).collect::<Vec<u8>>());
 
-        let mover = Mover::new(open(), Direction::Read);
+        let mover = Mover::new(open(), Direction::Read { once: true });
         for (at, wanted, there) in
             [(0, PIECE, PIECE), (2 * PIECE as u64, 1234, 1234), (2 * PIECE as u64, PIECE, 1234), (PIECE as u64, 5, 5)]
         {

@@ -14,6 +14,7 @@ use crate::comm::gather_words;
 use crate::matrix::Matrix;
 use crate::memory::zeros;
 use crate::optimizer::StateTensor;
+use crate::options::Placement;
 use crate::shard::Shard;
 use crate::{ensure, error, Contribution, Result};
 
@@ -287,7 +288,8 @@ impl Head {
         report(done, total);
         for named in &manifest.files {
             let Some((first, end)) = self.common_classes(named) else { continue };
-            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(named.rows), named)?;
+            let once = self.options.placement == Placement::Sharded;
+            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(named.rows), named, once)?;
             for (number, tensor) in STATE.into_iter().take(self.tensors().len()).enumerate() {
                 for class in (first..end).step_by(self.staged_rows()) {
                     let rows = self.staged_rows().min((end - class) as usize);
