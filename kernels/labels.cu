@@ -2,7 +2,7 @@
 // from the labels alone:
 //
 //   verdict    the first fault in the order of src/protocol.rs judge_labels, or the step's sizes
-//   rows       label, origin and class of each global row (src/device/cpu/sampling.rs)
+//   rows       label, origin and class of each global row (src/device/cpu/sample.rs)
 //   sort       (class, global row) by class, then row: a stable radix sort, 8 bits a pass
 //   positives  the distinct classes of this shard, ascending, and where in the sorted rows each
 //              one's begin

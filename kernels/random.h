@@ -2,7 +2,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
 // keys that sample classes.
 //
-// One call of Philox makes four words: the keys of four classes, or start values of four columns.
+// One call of Philox makes four words: the keys of four blocks of classes, or start values of four columns.
 // About 60 integer instructions.
 #pragma once
 
@@ -34,7 +34,7 @@ PFC_DEVICE RandomWords philox(RandomWords counter, uint64_t seed) {
     return counter;
 }
 
-// The keys of the classes 4 * quad .. 4 * quad + 3 (global ids) at a step.
+// The keys of the blocks 4 * quad .. 4 * quad + 3 at a step.
 PFC_DEVICE RandomWords sample_keys(uint64_t seed, uint64_t step, uint64_t quad) {
     const uint32_t last = (uint32_t)(step >> 32) + kPurposeSample;
     return philox(RandomWords{(uint32_t)quad, (uint32_t)(quad >> 32), (uint32_t)step, last}, seed);
@@ -82,7 +82,7 @@ PFC_DEVICE void for_block_keys(uint64_t seed, uint64_t step, uint64_t first, uin
 }
 
 // For the classes first .. first + kRunClasses - 1 (global ids) in segments: body(segment, keys),
-// keys of this lane's four classes, each its own.
+// keys of this lane's four classes, which are blocks of one class.
 //
 // If `first` is no multiple of 4, a lane's classes lie in two blocks of the generator. A lane
 // then takes the rest from the lane above, and the last lane from the first of the next segment,

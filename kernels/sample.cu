@@ -23,7 +23,8 @@
 //                       find_target_columns
 //   a caller's sample:  mark_positives, mark_chosen, then from list_sample_count on
 //
-// With at most 64 registers a thread the four CTAs of an SM run at once.
+// With at most 64 registers a thread the four CTAs of an SM run at once; key_histogram has more on
+// some architectures, and runs three.
 //
 // Launch all of a recipe whatever the verdict: with a fault, they only leave `selected` and the
 // histogram zero and the sample empty. No other kernel may set the block's status while one of

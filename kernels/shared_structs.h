@@ -126,8 +126,8 @@ struct StepBlock {
                               // top bits
     uint32_t ties;            // how many negatives whose key equals the threshold are drawn
     uint32_t equal_keys;      // how many there are with that key (mark_ties_scan)
-    uint32_t first_tie;       // the first of them in ascending order counts from this number on, and
-                              // round: those that come to less than `ties` are drawn
+    uint32_t first_tie;       // tie number r, in ascending order, is drawn if
+                              // (first_tie + r) % equal_keys < ties
     uint32_t bad_row;         // first row of B with a NaN or an infinity, or kNone
                               // (normalize_embeddings)
     uint64_t valid_rows;      // of all ranks (judge_sums)

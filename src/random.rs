@@ -60,21 +60,21 @@ fn sample_words(step: u64) -> [u32; 2] {
     [low, high.wrapping_add(Purpose::Sample.word())]
 }
 
-/// The sample key of a class (its global id) at a step: word c mod 4 of Philox with key = seed and counter = (lo, hi of c / 4, step
-/// lo, step hi + (purpose << 24)).
-pub fn sample_key(seed: u64, step: u64, class: u64) -> u32 {
-    let ([low, high], [step_low, step_high]) = (halves(class / 4), sample_words(step));
-    philox([low, high, step_low, step_high], halves(seed))[(class % 4) as usize]
+/// The sample key of a block of classes at a step; a block of one class has the number of that class. Block b has word b mod 4 of Philox
+/// with key = seed and counter = (lo, hi of b / 4, step lo, step hi + (purpose << 24)).
+pub fn sample_key(seed: u64, step: u64, block: u64) -> u32 {
+    let ([low, high], [step_low, step_high]) = (halves(block / 4), sample_words(step));
+    philox([low, high, step_low, step_high], halves(seed))[(block % 4) as usize]
 }
 
 /// Blocks of four words that one pass of the vectorized generators makes.
 const LANES: usize = 16;
 
-/// Classes whose keys [`sample_keys_on`] makes at a time.
+/// Keys that [`sample_keys_on`] makes at a time.
 pub(crate) const KEYS: usize = 4 * LANES;
 
 clones! {
-    /// [`sample_key`] of the classes `first .. first + keys.len()`, `first` and `keys.len()` multiples of [`KEYS`].
+    /// [`sample_key`] of the blocks `first .. first + keys.len()`, `first` and `keys.len()` multiples of [`KEYS`].
     pub(crate) fn sample_keys_on(seed: u64, step: u64, first: u64, keys: &mut [u32]) = sample_keys_body;
 }
 

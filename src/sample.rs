@@ -6,7 +6,8 @@
 //!
 //! Negatives that share the last key cannot all win. With blocks of one class these are those few whose keys happen to be equal, and the
 //! smaller ids win. With larger blocks it is most of a block, and the smaller ids of blocks would win too often. So there the winners begin
-//! at a random one of them and go round: every negative is drawn as often as any other.
+//! at a random one of them and go round. Every negative is then drawn as often as any other whose block has as many negatives. Those of
+//! blocks with fewer, which hold positives or are cut by the shard's ends, are drawn more often, the less so the more blocks a sample has.
 //!
 //! [`sample_key`]: crate::random::sample_key
 
@@ -23,7 +24,7 @@ pub type Parallel<'a> = dyn Fn(usize, &(dyn Fn(usize) + Sync)) + 'a;
 
 /// Classes of one task: enough to outweigh handing it out.
 const TASK: u64 = 1 << 16;
-/// Classes whose keys are made at a time; their keys stay in the nearest cache.
+/// Keys that are made at a time; they stay in the nearest cache.
 const CHUNK: usize = 32 * KEYS;
 /// What memory is for, in messages.
 const SAMPLE: &str = "the sample";

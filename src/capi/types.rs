@@ -165,9 +165,9 @@ pub struct pfc_head_options {
     /// PFC_ROW_TERMS_*: whether rows may have margins and weights of their own (pfc_head_forward_with). On, each step sends 12 bytes
     /// more for each row of the global batch when sharded, whatever the step uses. (default: off)
     pub row_terms: i32,
-    /// Negatives are drawn in runs of as many consecutive classes, so that their rows are read in longer pieces and the draw is faster: a
-    /// power of two, 1 to 1024. A negative is in the sample as often as with 1; classes of one run are in it together. Class ids should
-    /// not be sorted by likeness. (default: 1)
+    /// Negatives are drawn in runs of as many consecutive classes, so that their rows are read in longer pieces and a CPU draws faster: a
+    /// power of two, 1 to 1024. Where a sample has many runs a negative is in it as often as with 1, but always with its run, except for
+    /// positives and for the last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
     pub sample_block: u32,
 }
 

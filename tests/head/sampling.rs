@@ -184,7 +184,7 @@ fn a_head_draws_what_pfc_sample_classes_draws() {
     }
 }
 
-/// Blocks count from class 0, whatever the shards: those that the ranks' boundaries cut are drawn on both sides or on neither.
+/// Blocks count from class 0, whatever the shards: one that a boundary cuts has the same key on both sides.
 #[test]
 fn a_head_draws_in_blocks() {
     for (placement, block) in [(Placement::Sharded, 4), (Placement::Sharded, 64), (Placement::Replicated, 16)] {
