@@ -34,7 +34,7 @@ _libc = ctypes.CDLL(None)
 #: Bytes of the C library's struct sigaction, or more.
 _SIGACTION = 256
 #: Whether the main thread is in `later`.
-_waits = False
+_inside = False
 #: (handler, number, frame) of what arrived meanwhile.
 _arrived: list = []
 
@@ -46,7 +46,7 @@ class _Later:
         self.handler = handler
 
     def __call__(self, number, frame):
-        if _waits:
+        if _inside:
             _arrived.append((self.handler, number, frame))
         else:
             self.handler(number, frame)
@@ -68,14 +68,14 @@ def _set_handler(number: int, handler) -> None:
 
 def later(function, *arguments) -> int:
     """Calls a function of the library's; handlers of signals run when it has returned."""
-    global _waits
-    if threading.get_ident() != MAIN or _waits:
+    global _inside
+    if threading.get_ident() != MAIN or _inside:
         return function(*arguments)
     handlers = {number: handler for number in _signals if callable(handler := _handler(number))}
     try:
         for number, handler in handlers.items():
             _set_handler(number, _Later(handler))
-        _waits = True
+        _inside = True
         return function(*arguments)
     finally:
         try:
@@ -83,7 +83,7 @@ def later(function, *arguments) -> int:
                 if isinstance(_signal.getsignal(number), _Later):  # The function may have set another.
                     _set_handler(number, handler)
         finally:
-            _waits = False
+            _inside = False
             if _arrived:
                 _run_arrived()
 

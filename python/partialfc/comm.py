@@ -250,10 +250,11 @@ class Comm(Handle):
         """The status of a collective call, which Ctrl-C may end. Handlers of signals wait if the library calls Python in it."""
         if later or self._has_functions:
             self._raised.clear()
-            return _interrupt.later(self._wait, function, *arguments)
-        return self._wait(function, *arguments)
+            return _interrupt.later(self._watched, function, *arguments)
+        return self._watched(function, *arguments)
 
-    def _wait(self, function, *arguments) -> int:
+    def _watched(self, function, *arguments) -> int:
+        """Lets `_interrupt` know that the main thread may be waiting."""
         try:
             if self.size > 1 and threading.get_ident() == _interrupt.MAIN:
                 self._waiting = next(_calls)
