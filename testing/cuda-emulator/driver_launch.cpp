@@ -38,6 +38,7 @@ std::map<std::string, Kernel>& kernels() {
 
 void register_kernel(const Kernel& kernel) {
     kernels()[kernel.name] = kernel;
+    if (!kernel.checked) cells_checked = false;
     note_module(reinterpret_cast<const void*>(kernel.function));
 }
 

@@ -62,6 +62,7 @@ struct Kernel {
     const size_t* offsets;
     const size_t* sizes;
     size_t block_size;
+    bool checked;  // compiled with hooks
 };
 
 void register_kernel(const Kernel& kernel);
@@ -73,8 +74,13 @@ public:
     Registration(const char* name, void (*function)(A...), unsigned max_threads) {
         using Layout = LayoutOf<A...>;
         static const Layout layout;
+#ifdef __SANITIZE_THREAD__
+        constexpr bool kChecked = true;
+#else
+        constexpr bool kChecked = false;
+#endif
         register_kernel({name, reinterpret_cast<void (*)()>(function), &call<A...>, max_threads,
-                         sizeof...(A), layout.offsets, layout.sizes, layout.end});
+                         sizeof...(A), layout.offsets, layout.sizes, layout.end, kChecked});
     }
 
 private:

@@ -45,6 +45,9 @@ Stamp make_stamp(uint32_t operation, uint32_t block, uint32_t thread, uint32_t c
 // Operation `id` (its low 22 bits in stamps) is number `count` of the stream at `slot`.
 void name_operation(uint32_t id, uint32_t slot, uint32_t count);
 
+// Whether cells are right: a kernel without hooks leaves no notes in them.
+extern bool cells_checked;
+
 // What is wrong with an access, or null. The cell takes note of it.
 const char* touch(Cell& cell, uint8_t bytes, Access access);
 // What a conflict was with, for the text of a finding.
