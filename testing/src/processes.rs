@@ -15,6 +15,8 @@ use crate::{emulator, nccl};
 const LONGEST: Duration = Duration::from_secs(240);
 /// In the environment of every process that a run starts.
 const TOKEN: &str = "PFC_TEST_RUN";
+/// The same: where they may append what their parent might lose.
+const LOG: &str = "PFC_TEST_LOG";
 
 /// What the stand-in for NCCL and the emulator say of a program that does what NCCL or CUDA forbid.
 const FINDINGS: [&str; 2] = ["standin: ", "simt: "];
@@ -41,8 +43,14 @@ impl Run {
     pub fn start(command: &mut Command, log: PathBuf) -> Run {
         static RUNS: AtomicUsize = AtomicUsize::new(0);
         let token = format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
-        let file = fs::File::create(&log).expect("the log can be written");
-        command.env(TOKEN, &token).stdin(Stdio::null()).stdout(file.try_clone().expect("the log twice")).stderr(file);
+        fs::File::create(&log).expect("the log can be written");
+        let file = fs::File::options().append(true).open(&log).expect("the log");
+        command
+            .env(TOKEN, &token)
+            .env(LOG, &log)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("the log twice"))
+            .stderr(file);
         let what = format!("{command:?}");
         let child = command.process_group(0).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
         Run { child, token, log, what }

@@ -50,6 +50,10 @@ fn mpis() -> Vec<Mpi> {
     found.collect()
 }
 
+/// Before a program that is to fail: the ranks write to the log themselves. Where one aborts, MPICH's launcher may end before it has
+/// passed on what they printed.
+const TO_THE_LOG: [&str; 4] = ["sh", "-c", "exec \"$@\" >>\"$PFC_TEST_LOG\" 2>&1", "rank"];
+
 impl Mpi {
     /// Compiles a program with warnings as errors.
     fn build(&self, name: &str, source: &str, defines: &[&str]) -> PathBuf {
@@ -68,6 +72,13 @@ impl Mpi {
         command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
         command.env("OMPI_MCA_btl_tcp_if_include", "lo").env("OMPI_MCA_oob_tcp_if_include", "lo").env("UCX_NET_DEVICES", "lo");
         command.args(options).arg("-n").arg(ranks.to_string());
+        command
+    }
+
+    /// The launcher of a program that is to fail.
+    fn launcher_of_a_failure(&self, ranks: usize) -> Command {
+        let mut command = self.launcher(ranks, &[]);
+        command.args(TO_THE_LOG);
         command
     }
 
@@ -157,7 +168,7 @@ fn a_wrong_reduction_is_noticed() {
     for mpi in mpis() {
         let first = format!("-I{}", folder.display());
         let program = mpi.build("wrong", "ctests/mpi/collectives.c", &[&first]);
-        let (success, printed) = Run::start(mpi.launcher(2, &[]).arg(&program), program.with_extension("log")).finish();
+        let (success, printed) = Run::start(mpi.launcher_of_a_failure(2).arg(&program), program.with_extension("log")).finish();
         assert!(!success && printed.contains("wrong result"), "{printed}");
     }
 }
@@ -205,7 +216,7 @@ fn an_error_of_mpi_is_a_status_and_no_end_of_the_process() {
     fs::write(folder.join("partialfc_mpi.h"), narrow).expect("the wrong header");
     for mpi in mpis() {
         let program = mpi.build("narrow", "ctests/mpi/placements.c", &[&format!("-I{}", folder.display())]);
-        let (success, printed) = Run::start(mpi.launcher(2, &[]).arg(&program), program.with_extension("log")).finish();
+        let (success, printed) = Run::start(mpi.launcher_of_a_failure(2).arg(&program), program.with_extension("log")).finish();
         assert!(!success && printed.contains("the message of rank"), "{}: {printed}", mpi.name);
     }
 }
@@ -311,7 +322,7 @@ fn the_trainer_says_what_is_wrong() {
     }
     // Without a driver the library's own text comes through; the launcher is told by the status.
     if let (Some(mpi), false) = (mpis().first(), Path::new("/dev/nvidiactl").exists()) {
-        let mut launcher = mpi.launcher(2, &[]);
+        let mut launcher = mpi.launcher_of_a_failure(2);
         launcher.arg(scratch(mpi.name).join("trainer_errors")).args(["--data", data, "--device", "cuda"]);
         let (success, printed) = Run::start(&mut launcher, scratch(mpi.name).join("trainer_cuda.log")).finish();
         assert!(!success && printed.contains("PFC_ERROR_UNSUPPORTED: "), "{printed}");
@@ -319,7 +330,7 @@ fn the_trainer_says_what_is_wrong() {
     // A program of one MPI under the launcher of the other is alone, as often as there are ranks.
     if let [open, other] = mpis()[..] {
         for (program, launcher) in [(open, other), (other, open)] {
-            let mut launcher = launcher.launcher(2, &[]);
+            let mut launcher = launcher.launcher_of_a_failure(2);
             launcher.arg(scratch(program.name).join("trainer_errors")).args(["--data", data]);
             let (success, printed) = Run::start(&mut launcher, scratch(program.name).join("trainer_alone.log")).finish();
             assert!(!success && printed.contains("was built with another MPI"), "{printed}");
