@@ -496,6 +496,8 @@ fn options(shape: Shape, rate: f64, workspace_limit: usize) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         workspace_limit: workspace_limit as u64,
     }
 }

@@ -13,7 +13,7 @@ use partialfc::comm::Communicator;
 use partialfc::device::{self, SampleDraw};
 use partialfc::head::{Head, Labels, LossTarget, Metrics, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
-use partialfc::matrix::Matrix;
+use partialfc::matrix::{DType, Matrix};
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::row_terms::RowTermArrays;
@@ -26,6 +26,7 @@ Time of a whole step by phase, as a share of the machine's GEMM rate, and peak m
     cargo bench --bench step -- B C RATE D        one shape: rows, classes, sample rate, embedding_dim
       --threads N     threads of each rank        (default: cores / ranks)
       --ranks N       in-process ranks, B rows over all of them   (default: 1)
+      --bf16          store class centers and momentum in bfloat16
       --recompute     compute the softmax's numerators twice instead of keeping them
       --steps N       steps timed                 (default: 7; the median is printed)
 ";
@@ -38,20 +39,23 @@ struct Shape {
     dim: usize,
     threads: usize,
     ranks: usize,
+    bf16: bool,
     recompute: bool,
     steps: usize,
 }
 
 impl Shape {
     fn new(batch: usize, classes: u64, rate: f64) -> Shape {
-        Shape { batch, classes, rate, dim: 512, threads: cores(), ranks: 1, recompute: false, steps: 7 }
+        Shape { batch, classes, rate, dim: 512, threads: cores(), ranks: 1, bf16: false, recompute: false, steps: 7 }
     }
 
     fn arguments(&self) -> Vec<String> {
         let numbers = [self.batch.to_string(), self.classes.to_string(), self.rate.to_string(), self.dim.to_string()];
         let flags = [("--threads", self.threads), ("--ranks", self.ranks), ("--steps", self.steps)];
         let flags = flags.into_iter().flat_map(|(name, value)| [name.to_owned(), value.to_string()]);
-        numbers.into_iter().chain(flags).chain(self.recompute.then(|| "--recompute".to_owned())).collect()
+        let switches = [(self.bf16, "--bf16"), (self.recompute, "--recompute")];
+        let switches = switches.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned());
+        numbers.into_iter().chain(flags).chain(switches).collect()
     }
 }
 
@@ -78,11 +82,12 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     println!(
-        "{:>5} {:>9} {:>5} {:>4} {:>5} {:>7} {:>5} | {:>8} {:>6} {:>6} {:>6} | {:>7} {:>7} {:>8} {:>7} {:>8} {:>8} | {:>8}",
+        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8} {:>6} {:>6} {:>6} | {:>7} {:>7} {:>8} {:>7} {:>8} {:>8} | {:>8}",
         "B",
         "C",
         "rate",
         "d",
+        "W",
         "ranks",
         "threads",
         "P",
@@ -123,11 +128,12 @@ fn report(shape: &Shape, figures: &[f64], rate: f64) {
     let products = if shape.recompute { 8.0 } else { 6.0 };
     let flops = products * shape.batch as f64 * sample * shape.dim as f64 / seconds / 1e9;
     println!(
-        "{:>5} {:>9} {:>5} {:>4} {:>5} {:>7} {:>5} | {:>8.1} {:>6.0} {:>6.0} {:>6.2} | {:>7.2} {:>7.2} {:>8.1} {:>7.2} {:>8.2} {:>8.1} | {:>8.0}",
+        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8.1} {:>6.0} {:>6.0} {:>6.2} | {:>7.2} {:>7.2} {:>8.1} {:>7.2} {:>8.2} {:>8.1} | {:>8.0}",
         shape.batch,
         shape.classes,
         shape.rate,
         shape.dim,
+        if shape.bf16 { "bf16" } else { "f32" },
         shape.ranks,
         shape.threads,
         if shape.recompute { "twice" } else { "kept" },
@@ -183,6 +189,7 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
         let mut count = || rest.next().and_then(|n| n.parse().ok()).filter(|&n| n > 0).ok_or(format!("{argument} takes a number"));
         match argument.as_str() {
             "--quick" => quick = true,
+            "--bf16" => shape.bf16 = true,
             "--recompute" => shape.recompute = true,
             "--threads" => threads = Some(count()?),
             "--ranks" => shape.ranks = count()?,
@@ -291,8 +298,13 @@ fn options(shape: &Shape) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         workspace_limit: 0,
     };
+    if shape.bf16 {
+        (options.weight_dtype, options.state_dtype) = (DType::Bf16, DType::Bf16);
+    }
     if shape.recompute {
         // Enough for everything but the numerators.
         let plan = partialfc::plan::plan(&options, shape.ranks as u32, options.max_batch).expect("a plan");

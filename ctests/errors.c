@@ -244,8 +244,8 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(momentum, 1, PFC_ERROR_INVALID_ARGUMENT, "momentum");
   REFUSED(reserved, 1, PFC_ERROR_INVALID_ARGUMENT, "reserved must be 0, got 1");
   REFUSED(precision, PFC_PRECISION_HALF, PFC_ERROR_UNSUPPORTED, "precision");
-  REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype must be f32, got f16");
-  REFUSED(state_dtype, PFC_BF16, PFC_ERROR_UNSUPPORTED, "state_dtype must be f32, got bf16");
+  REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype must be f32 or bf16 in this version, got f16");
+  REFUSED(state_dtype, PFC_F64, PFC_ERROR_INVALID_ARGUMENT, "state_dtype");
   REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED,
           "residency must be 1 (device), got 3");
   REFUSED(storage_path, "rows.bin", PFC_ERROR_UNSUPPORTED, "storage_path");

@@ -231,9 +231,12 @@ typedef struct pfc_head_options {
   // PFC_BF16. In f16 each row is scaled by a power of two so that it cannot overflow or underflow;
   // gradients are not affected. (default: auto)
   int32_t gather_dtype;
-  // Storage type of W; this version supports PFC_F32 only. (default: f32)
+  // The type W is stored in: PFC_F32 or, on the CPU, PFC_BF16, which takes half the memory. Updates
+  // are rounded at random there, so that small ones count; the bits are those of seed, update and
+  // class, whatever the ranks and threads. (default: f32)
   int32_t weight_dtype;
-  // Storage type of the optimizer state; this version supports PFC_F32 only. (default: f32)
+  // The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
+  // at random. (default: f32)
   int32_t state_dtype;
   // PFC_RESIDENCY_*; this version supports device only. (default: device)
   int32_t residency;
@@ -878,7 +881,8 @@ pfc_status pfc_head_write_state(pfc_head *head, int32_t tensor, uint64_t first, 
 // on as many ranks with the same options, write the rows first and then the progress: the steps
 // that follow then give the same bits as those of the head that was saved. With dense row updates
 // this call brings every row up to date: the head that was saved must have made it before it went
-// on, and on all ranks of a replicated head or on none, else the next step is MISMATCH.
+// on, and on all ranks of a replicated head or on none, else the next step is MISMATCH. Rows in
+// bf16 are rounded then: read them after it.
 //
 // @param draws written: samples drawn, not counting that of a pfc_head_prepare that no forward
 //   has followed yet
@@ -1203,10 +1207,11 @@ static inline pfc_status pfc_load_options_init(pfc_load_options *options) {
 //
 // The directory, which all ranks must see, is made if it is not there. Each rank writes a
 // safetensors file of its own, with tensors weight, momentum and, for AdamW, second_moment, of
-// [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the manifest,
-// manifest.json, into place. Until then the directory holds the checkpoint that was there before,
-// whatever happens; from then on it holds the new one, and the files of the old one are removed.
-// What a save that was cut short has left, the next save removes.
+// [rows, embedding_dim] in the types that the head stores them in, F32 or BF16, and a checksum of
+// each MiB; rank 0 then renames the manifest, manifest.json, into place. Until then the directory
+// holds the checkpoint that was there before, whatever happens; from then on it holds the new
+// one, and the files of the old one are removed. What a save that was cut short has left, the
+// next save removes.
 //
 // The ranks wait for the slowest of them: pfc_comm_set_timeout must allow for it.
 //
@@ -1224,7 +1229,8 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 // other job may save to the directory meanwhile.
 //
 // The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer;
-// its other options are its own.
+// its other options are its own. What it stores in bf16 and the checkpoint has in f32 is rounded
+// to nearest.
 //
 // @param directory as for pfc_head_save
 // @param options NULL for the defaults

@@ -16,6 +16,7 @@ pub mod optimizer;
 pub mod options;
 pub mod plan;
 pub mod random;
+pub mod rounding;
 pub mod row_terms;
 pub mod sample;
 pub mod shard;

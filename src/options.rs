@@ -52,6 +52,10 @@ pub struct HeadOptions {
     pub precision: Precision,
     /// None: f16 where the device computes in half precision, else f32.
     pub gather_dtype: Option<DType>,
+    /// The type W is stored in: f32 or bf16.
+    pub weight_dtype: DType,
+    /// The same of the optimizer's state.
+    pub state_dtype: DType,
     /// Negatives are drawn in runs of as many classes: [`crate::sample`].
     pub sample_block: u32,
     /// Rows may have margins and weights of their own: [`crate::row_terms`].
@@ -112,6 +116,14 @@ impl HeadOptions {
             u32::MAX,
             self.num_classes
         );
+        for (name, dtype) in [("weight_dtype", self.weight_dtype), ("state_dtype", self.state_dtype)] {
+            ensure!(
+                matches!(dtype, DType::F32 | DType::Bf16),
+                Unsupported,
+                "{name} must be f32 or bf16 in this version, got {}",
+                dtype.name()
+            );
+        }
         self.margin.check()?;
         self.optimizer.check()?;
         ensure!(
@@ -130,6 +142,14 @@ impl HeadOptions {
                 "ignore_label must not be one of the {} classes, got {label}",
                 self.num_classes
             );
+        }
+        Ok(())
+    }
+
+    /// For a device that stores rows in no other type.
+    pub(crate) fn require_f32_rows(&self, device: &str) -> Result<()> {
+        for (name, dtype) in [("weight_dtype", self.weight_dtype), ("state_dtype", self.state_dtype)] {
+            ensure!(dtype == DType::F32, Unsupported, "{name} must be f32 on {device} in this version, got {}", dtype.name());
         }
         Ok(())
     }
@@ -204,6 +224,8 @@ impl HeadOptions {
             Field::signed("ignore_label", self.ignore_label.unwrap_or(i64::MIN)),
             Field::int("precision", self.precision as u64),
             Field::int("gather_dtype", self.gathered_dtype(auto) as u64),
+            Field::int("weight_dtype", self.weight_dtype as u64),
+            Field::int("state_dtype", self.state_dtype as u64),
             Field::int("row_terms", 1 + u64::from(self.row_terms)),
             Field::int("sample_block", self.sample_block.into()),
         ]
@@ -211,7 +233,7 @@ impl HeadOptions {
 }
 
 /// How many fields `HeadOptions::fields` gives: the handshake's block must not depend on whether a rank has options at all.
-pub(crate) const FIELDS: usize = 27;
+pub(crate) const FIELDS: usize = 29;
 
 fn within(name: &str, value: f64, low: f64, high: f64) -> Result<()> {
     // A NaN is in no range.

@@ -11,6 +11,10 @@ pub enum Purpose {
     Sample = 0,
     /// Start values of the class centers.
     Init = 1,
+    /// Rounding of class centers.
+    Weight = 2,
+    /// Rounding of AdamW's second moment.
+    SecondMoment = 3,
 }
 
 impl Purpose {
@@ -65,6 +69,13 @@ fn sample_words(step: u64) -> [u32; 2] {
 pub fn sample_key(seed: u64, step: u64, block: u64) -> u32 {
     let ([low, high], [step_low, step_high]) = (halves(block / 4), sample_words(step));
     philox([low, high, step_low, step_high], halves(seed))[(block % 4) as usize]
+}
+
+/// What the random bits that round a class's row at an update are made of: the first word of Philox with key = seed and counter =
+/// (class lo, class hi, update lo, update hi + (purpose << 24)).
+pub fn rounding_key(seed: u64, class: u64, update: u64, purpose: Purpose) -> u32 {
+    let ([low, high], [update_low, update_high]) = (halves(class), halves(update));
+    philox([low, high, update_low, update_high.wrapping_add(purpose.word())], halves(seed))[0]
 }
 
 /// Blocks of four words that one pass of the vectorized generators makes.

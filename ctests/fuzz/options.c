@@ -32,6 +32,8 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.init_std = ONE_OF(d, double, 0.01, 0, 1, 1e-20);
   o.ignore_label = chance(d, 300) ? ONE_OF(d, int64_t, -1, -100, INT64_MAX) : INT64_MIN;
   o.gather_dtype = (int32_t)below(d, 4);
+  o.weight_dtype = chance(d, 300) ? PFC_BF16 : PFC_F32;
+  o.state_dtype = chance(d, 300) ? PFC_BF16 : PFC_F32;
   o.sample_block = chance(d, 300) ? 1u << below(d, 11) : 1;
   o.row_terms = chance(d, 400) ? PFC_ROW_TERMS_ON : PFC_ROW_TERMS_OFF;
   return o;
@@ -67,7 +69,7 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 19: o->ignore_label = 0; return 1;
     case 20: o->precision = ONE_OF(d, int32_t, 0, 3, 4); return 1;
     case 21: o->gather_dtype = ONE_OF(d, int32_t, 4, 5, -1); return 1;
-    case 22: o->weight_dtype = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
+    case 22: o->weight_dtype = ONE_OF(d, int32_t, 0, 2, 4, 9); return 1;
     case 23: o->residency = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
     case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
     case 25: o->row_terms = ONE_OF(d, int32_t, 0, 3, -1); return 1;

@@ -102,6 +102,8 @@ class Head(Handle):
         ignore_label: rows with this label are ignored and may hold NaN. The smallest int64: none.
         precision: "auto", "f32" or "half".
         gather_dtype: "auto", "f32", "f16" or "bf16": the type in which embeddings are sent.
+        weight_dtype, state_dtype: "f32" or, on a CPU, "bf16": the types in which class centers and optimizer state
+            are stored. Updates of class centers in bf16 are rounded at random, so that small ones count.
         workspace_limit: bytes beside class centers and state; 0: the library decides.
         row_terms: "on" for a `forward` with m2, m3 or weight of each row.
         metrics_every: collects `last_metrics` in every n-th update, on all ranks; 0: never.
@@ -140,6 +142,8 @@ class Head(Handle):
         ignore_label: int = -(2**63),
         precision: str = "auto",
         gather_dtype: str = "auto",
+        weight_dtype: str = "f32",
+        state_dtype: str = "f32",
         workspace_limit: int = 0,
         row_terms: str = "off",
         sample_block: int = 1,

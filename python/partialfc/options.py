@@ -19,10 +19,12 @@ CHOICES = {
     "row_update": {"lazy": _abi.PFC_ROW_UPDATE_LAZY, "dense": _abi.PFC_ROW_UPDATE_DENSE},
     "precision": {"auto": _abi.PFC_PRECISION_AUTO, "f32": _abi.PFC_PRECISION_F32, "half": _abi.PFC_PRECISION_HALF},
     "row_terms": {"off": _abi.PFC_ROW_TERMS_OFF, "on": _abi.PFC_ROW_TERMS_ON},
+    "weight_dtype": {"f32": _abi.PFC_F32, "bf16": _abi.PFC_BF16},
+    "state_dtype": {"f32": _abi.PFC_F32, "bf16": _abi.PFC_BF16},
     "gather_dtype": {"auto": _abi.PFC_GATHER_AUTO, "f32": _abi.PFC_F32, "f16": _abi.PFC_F16, "bf16": _abi.PFC_BF16},
 }
 #: Fields that a caller does not set.
-_OURS = ("struct_size", "reserved", "weight_dtype", "state_dtype", "residency", "storage_path")
+_OURS = ("struct_size", "reserved", "residency", "storage_path")
 FIELDS = tuple(name for name, _ in _abi.pfc_head_options._fields_ if name not in _OURS)
 #: The signed fields and bits of the others: ctypes would cut a number that does not fit.
 _BITS = {ctypes.c_uint64: 64, ctypes.c_uint32: 32}

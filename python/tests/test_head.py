@@ -132,6 +132,26 @@ def test_negatives_in_blocks():
         partialfc.Head(1000, DIM, 16, sample_block=24)
 
 
+def test_rows_in_bfloat16(tmp_path):
+    embeddings, labels = batch(classes=1000)
+    options = {"weight_dtype": "bf16", "state_dtype": "bf16", "device": partialfc.Device.cpu(1)}
+    with partialfc.Head(1000, DIM, 16, **options) as head:
+        before = head.read_centers()
+        head.step(embeddings, labels, 0.1, np.empty_like(embeddings))
+        after = head.read_centers()
+        assert (after.view(np.uint32) & 0xFFFF == 0).all() and (after != before).any()
+        assert (head.options["weight_dtype"], head.options["state_dtype"]) == ("bf16", "bf16")
+        head.save(tmp_path)
+    with partialfc.Head(1000, DIM, 16, device=partialfc.Device.cpu(1)) as wide:
+        wide.load(tmp_path)
+        np.testing.assert_array_equal(wide.read_centers(), after)
+    narrow = partialfc.plan(1000, DIM, batch=16, weight_dtype="bf16")
+    wide = partialfc.plan(1000, DIM, batch=16)
+    assert (narrow.weight_bytes, narrow.state_bytes) == (wide.weight_bytes // 2, wide.state_bytes)
+    with pytest.raises(ValueError, match="weight_dtype is 'f16'; it must be 'f32' or 'bf16'"):
+        partialfc.Head(1000, DIM, 16, weight_dtype="f16")
+
+
 def test_top_k(head):
     embeddings, _ = batch(rows=20)
     weight = head.read_centers()

@@ -60,8 +60,8 @@ pub unsafe extern "C" fn pfc_load_options_init_sized(options: *mut pfc_load_opti
 /// saved: the call is refused while there are any.
 ///
 /// The directory, which all ranks must see, is made if it is not there. Each rank writes a safetensors file of its own, with tensors
-/// weight, momentum and, for AdamW, second_moment, of [rows, embedding_dim] in F32, and a checksum of each MiB; rank 0 then renames the
-/// manifest, manifest.json, into place. Until then the directory holds the checkpoint that was there before, whatever happens; from then
+/// weight, momentum and, for AdamW, second_moment, of [rows, embedding_dim] in the types that the head stores them in, F32 or BF16, and a
+/// checksum of each MiB; rank 0 then renames the manifest, manifest.json, into place. Until then the directory holds the checkpoint that was there before, whatever happens; from then
 /// on it holds the new one, and the files of the old one are removed. What a save that was cut short has left, the next save removes.
 ///
 /// The ranks wait for the slowest of them: pfc_comm_set_timeout must allow for it.
@@ -89,7 +89,8 @@ pub unsafe extern "C" fn pfc_head_save(
 /// as many ranks, with the options of the head that was saved, with the same bits. What was prepared, chosen, begun or accumulated is
 /// dropped. No other job may save to the directory meanwhile.
 ///
-/// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer; its other options are its own.
+/// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer; its other options are its own. What it
+/// stores in bf16 and the checkpoint has in f32 is rounded to nearest.
 ///
 /// @param directory as for pfc_head_save
 /// @param options NULL for the defaults

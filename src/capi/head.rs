@@ -435,7 +435,7 @@ pub unsafe extern "C" fn pfc_head_write_state(
 /// To save a head, read its progress, its class centers and its state between two steps. To go on, on as many ranks with the same
 /// options, write the rows first and then the progress: the steps that follow then give the same bits as those of the head that was
 /// saved. With dense row updates this call brings every row up to date: the head that was saved must have made it before it went on,
-/// and on all ranks of a replicated head or on none, else the next step is MISMATCH.
+/// and on all ranks of a replicated head or on none, else the next step is MISMATCH. Rows in bf16 are rounded then: read them after it.
 ///
 /// @param draws written: samples drawn, not counting that of a pfc_head_prepare that no forward has followed yet
 /// @param updates written: updates done; CUDA: not counting steps that failed

@@ -5,11 +5,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{corrupt, refused};
+use crate::matrix::DType;
 use crate::shard::Shard;
 use crate::{ensure, error, Result};
 
-/// The version of the format that this library writes and reads.
-pub(crate) const FORMAT: u64 = 1;
+/// The version of the format where all tensors are f32. [`TYPED`] is that where the manifest tells their types.
+const FORMAT: u64 = 1;
+const TYPED: u64 = 2;
 pub(crate) const MANIFEST: &str = "manifest.json";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,9 @@ pub(crate) struct Manifest {
     pub embedding_dim: u64,
     /// In the order of the files.
     pub tensors: Vec<String>,
+    /// Their types, as `DType::name` has them; empty: all f32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dtypes: Vec<String>,
     /// Samples drawn.
     pub draws: u64,
     /// Updates that have moved rows.
@@ -55,6 +60,22 @@ impl RowsFile {
 }
 
 impl Manifest {
+    /// The format and the list of types of tensors of these types.
+    pub fn typed(dtypes: &[DType]) -> (u64, Vec<String>) {
+        match dtypes.iter().all(|&dtype| dtype == DType::F32) {
+            true => (FORMAT, Vec::new()),
+            false => (TYPED, dtypes.iter().map(|dtype| dtype.name().to_owned()).collect()),
+        }
+    }
+
+    /// The type of the tensor with this number; `None`: one that no file has.
+    pub fn dtype(&self, number: usize) -> Option<DType> {
+        match self.dtypes.get(number) {
+            None => Some(DType::F32),
+            Some(name) => [DType::F32, DType::Bf16].into_iter().find(|dtype| dtype.name() == name),
+        }
+    }
+
     /// The file that holds it.
     pub fn to_text(&self) -> Result<Vec<u8>> {
         let sealed = Sealed { manifest: self.clone(), crc32: self.checksum()? };
@@ -76,9 +97,9 @@ impl Manifest {
         if let Some(format) = value["manifest"]["format"].as_u64() {
             let written_by = value["manifest"]["library"].as_str().unwrap_or("another version");
             ensure!(
-                format == FORMAT,
+                (FORMAT..=TYPED).contains(&format),
                 Unsupported,
-                "{}: the checkpoint has format {format}, written by partialfc {written_by}; this library reads format {FORMAT}",
+                "{}: the checkpoint has format {format}, written by partialfc {written_by}; this library reads formats {FORMAT} to {TYPED}",
                 path.display()
             );
         }
@@ -94,6 +115,10 @@ impl Manifest {
     fn check(&self, path: &Path) -> Result<()> {
         if self.draws >= 1 << 56 || self.updates >= 1 << 32 {
             return Err(corrupt(path, format_args!("no head has drawn {} samples and done {} updates", self.draws, self.updates)));
+        }
+        let typed = if self.format == FORMAT { 0 } else { self.tensors.len() };
+        if self.dtypes.len() != typed || (0..typed).any(|number| self.dtype(number).is_none()) {
+            return Err(corrupt(path, format_args!("{:?} are no types of {} tensors", self.dtypes, self.tensors.len())));
         }
         let mut next = 0u64;
         for RowsFile { name, first, rows, .. } in &self.files {
@@ -127,6 +152,7 @@ mod tests {
             num_classes: 10,
             embedding_dim: 4,
             tensors: vec!["weight".to_owned(), "momentum".to_owned()],
+            dtypes: Vec::new(),
             draws: 12,
             updates: 11,
             files: vec![file("rows-3-0-of-2.safetensors", 0, 5), file("rows-3-1-of-2.safetensors", 5, 5)],
@@ -160,10 +186,29 @@ mod tests {
 
     #[test]
     fn a_later_format_is_unsupported() {
-        let text = Manifest { format: 2, ..manifest() }.to_text().expect("text");
+        let text = Manifest { format: 3, ..manifest() }.to_text().expect("text");
         let error = read(&text).expect_err("a later format");
         assert_eq!(error.status, Status::Unsupported);
-        assert!(error.message.ends_with("has format 2, written by partialfc 0.1.0; this library reads format 1"), "{error}");
+        assert!(error.message.ends_with("has format 3, written by partialfc 0.1.0; this library reads formats 1 to 2"), "{error}");
+    }
+
+    #[test]
+    fn a_later_format_tells_the_types() {
+        let typed = |format: u64, dtypes: &[&str]| {
+            let dtypes = dtypes.iter().map(|&name| name.to_owned()).collect();
+            let written = Manifest { format, dtypes, ..manifest() };
+            let found = read(&written.to_text().expect("text"));
+            assert!(found.is_err() || found == Ok(written));
+            found.map(|manifest| [manifest.dtype(0), manifest.dtype(1)]).map_err(|error| error.status)
+        };
+        assert_eq!(typed(1, &[]), Ok([Some(DType::F32); 2]));
+        assert_eq!(typed(2, &["bf16", "f32"]), Ok([Some(DType::Bf16), Some(DType::F32)]));
+        for (format, dtypes) in [(1, &["bf16", "f32"][..]), (2, &[]), (2, &["bf16"]), (2, &["bf16", "f16"]), (2, &["bf16", "F32"])]
+        {
+            assert_eq!(typed(format, dtypes), Err(Status::Corrupt), "{format} {dtypes:?}");
+        }
+        assert_eq!(Manifest::typed(&[DType::F32; 2]), (1, Vec::new()));
+        assert_eq!(Manifest::typed(&[DType::F32, DType::Bf16]), (2, vec!["f32".to_owned(), "bf16".to_owned()]));
     }
 
     #[test]

@@ -15,8 +15,8 @@ mod rows_file;
 mod transfer;
 
 pub(crate) use directory::Directory;
-pub(crate) use manifest::{Manifest, RowsFile, FORMAT, MANIFEST};
-pub(crate) use rows_file::{as_bytes, Layout, RowsReader, RowsWriter};
+pub(crate) use manifest::{Manifest, RowsFile, MANIFEST};
+pub(crate) use rows_file::{swap_if_big_endian, Layout, RowsReader, RowsWriter, Tensor};
 
 use std::path::Path;
 

@@ -3,7 +3,7 @@
 //! ```text
 //! 8 bytes       length of the header, little-endian
 //! header        JSON, padded with spaces to `DATA` bytes in all
-//! weight        [rows, d] F32, then the optimizer's tensors, alike
+//! weight        [rows, d] F32 or BF16, then the optimizer's tensors, alike; each at a multiple of 4 bytes, padded by a tensor of zeros
 //! checksums     U32: the CRC-32 of each `BLOCK` bytes before it, from the start of the file; the last block may be shorter
 //! ```
 
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::transfer::{reserve_room, Direction, Mover, Piece, PIECE};
 use super::{corrupt, refused, RowsFile};
+use crate::matrix::DType;
 use crate::memory::{reserve, zeros};
 use crate::{Error, Result};
 
@@ -28,17 +29,34 @@ pub(crate) struct Layout<'a> {
     pub dim: u64,
     pub rows: u64,
     /// In the order of the file.
-    pub tensors: &'a [&'static str],
+    pub tensors: &'a [Tensor],
+}
+
+/// A tensor's name, and its type: f32 or bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tensor {
+    pub name: &'static str,
+    pub dtype: DType,
 }
 
 impl Layout<'_> {
-    fn tensor_bytes(&self) -> u64 {
-        4 * self.rows * self.dim
+    fn tensor_bytes(&self, number: usize) -> u64 {
+        self.tensors[number].dtype.size() as u64 * self.rows * self.dim
+    }
+
+    /// Zeros after a tensor, so that whatever comes next is aligned.
+    pub fn padding(&self, number: usize) -> usize {
+        (self.tensor_bytes(number).next_multiple_of(4) - self.tensor_bytes(number)) as usize
+    }
+
+    /// Where a tensor begins, counted from `DATA`; of the number after the last: where the checksums do.
+    fn begin(&self, number: usize) -> u64 {
+        (0..number).map(|before| self.tensor_bytes(before).next_multiple_of(4)).sum()
     }
 
     /// Bytes that have checksums.
     fn checked_bytes(&self) -> u64 {
-        DATA + self.tensors.len() as u64 * self.tensor_bytes()
+        DATA + self.begin(self.tensors.len())
     }
 
     fn blocks(&self) -> u64 {
@@ -52,15 +70,18 @@ impl Layout<'_> {
 
     /// The length of the header, and the header.
     fn header(&self) -> Vec<u8> {
-        let end = |number: usize| number as u64 * self.tensor_bytes();
-        let tensor = |(number, name): (usize, &&str)| {
-            format!(
-                "\"{name}\":{{\"dtype\":\"F32\",\"shape\":[{},{}],\"data_offsets\":[{},{}]}},",
-                self.rows,
-                self.dim,
-                end(number),
-                end(number + 1)
-            )
+        let tensor = |(number, tensor): (usize, &Tensor)| {
+            let (begin, end) = (self.begin(number), self.begin(number) + self.tensor_bytes(number));
+            let (name, dtype) = (tensor.name, tensor.dtype.name().to_uppercase());
+            let shape = format!("[{},{}]", self.rows, self.dim);
+            let values = format!("\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}},");
+            match self.padding(number) as u64 {
+                0 => values,
+                zeros => {
+                    let offsets = format!("[{end},{}]", end + zeros);
+                    format!("{values}\"{name}_padding\":{{\"dtype\":\"U8\",\"shape\":[{zeros}],\"data_offsets\":{offsets}}},")
+                }
+            }
         };
         let tensors: String = self.tensors.iter().enumerate().map(tensor).collect();
         let (blocks, from) = (self.blocks(), self.checked_bytes() - DATA);
@@ -209,23 +230,21 @@ impl<'a> RowsReader<'a> {
         Ok(RowsReader { path: path.to_owned(), layout, checksums, mover, piece, held: None, ahead: None, spare })
     }
 
-    /// Reads rows of the tensor with this number, from row `first` of the file on.
-    pub fn read(&mut self, tensor: usize, first: u64, rows: &mut [f32]) -> Result<()> {
-        let mut at = DATA + tensor as u64 * self.layout.tensor_bytes() + 4 * first * self.layout.dim;
-        // SAFETY: floats without padding, of which every bit pattern is a value.
-        let (_, mut bytes, _) = unsafe { rows.align_to_mut::<u8>() };
-        while !bytes.is_empty() {
+    /// Reads rows of the tensor with this number, from row `first` of the file on. `bytes` has whole elements.
+    pub fn read(&mut self, tensor: usize, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let size = self.layout.tensors[tensor].dtype.size();
+        let mut at = DATA + self.layout.begin(tensor) + size as u64 * first * self.layout.dim;
+        let mut rest = &mut *bytes;
+        while !rest.is_empty() {
             self.hold(at / PIECE as u64)?;
             let from = (at % PIECE as u64) as usize;
-            let count = bytes.len().min(PIECE - from);
-            let (now, rest) = bytes.split_at_mut(count);
+            let count = rest.len().min(PIECE - from);
+            let (now, later) = rest.split_at_mut(count);
             now.copy_from_slice(&self.piece[from..from + count]);
             at += count as u64;
-            bytes = rest;
+            rest = later;
         }
-        if cfg!(target_endian = "big") {
-            rows.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
-        }
+        swap_if_big_endian(bytes, size);
         Ok(())
     }
 
@@ -294,44 +313,47 @@ fn ends_early(path: &Path, at: u64) -> Error {
     corrupt(path, format_args!("the file ends before byte {at}"))
 }
 
-/// Little-endian bytes of some numbers, in place.
-pub(crate) fn as_bytes(values: &mut [f32]) -> &[u8] {
+/// To little-endian numbers of `size` bytes, or back.
+pub(crate) fn swap_if_big_endian(bytes: &mut [u8], size: usize) {
     if cfg!(target_endian = "big") {
-        values.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+        bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
     }
-    // SAFETY: floats without padding are bytes.
-    unsafe { values.align_to::<u8>().1 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A file of four pieces: its rows, read in any order, and dropped with a piece on its way.
+    /// Files of several pieces: their rows, read in any order, and dropped with a piece on its way.
     #[test]
     fn rows_are_read_in_any_order() {
-        let layout = Layout { dim: 512, rows: 4000, tensors: &["weight", "momentum"] };
-        let path = std::env::temp_dir().join(format!("partialfc-rows-{}", std::process::id()));
-        let value = |tensor: usize, row: u64, column: u64| (tensor as u64 * 4000 * 512 + row * 512 + column) as f32;
-        let mut writer = RowsWriter::create(&path, &layout).expect("a file");
-        for tensor in 0..2 {
-            for row in 0..layout.rows {
-                let mut values: Vec<f32> = (0..layout.dim).map(|column| value(tensor, row, column)).collect();
-                writer.write(as_bytes(&mut values)).expect("a write");
+        // An odd number of elements: a tensor of 2-byte ones is padded.
+        for (dim, dtypes) in [(512, [DType::F32; 2]), (1023, [DType::Bf16, DType::F32]), (511, [DType::F32, DType::Bf16])] {
+            let tensors = [Tensor { name: "weight", dtype: dtypes[0] }, Tensor { name: "momentum", dtype: dtypes[1] }];
+            let layout = Layout { dim, rows: 3999, tensors: &tensors };
+            let path = std::env::temp_dir().join(format!("partialfc-rows-{}-{dim}", std::process::id()));
+            let row = |tensor: usize, row: u64| -> Vec<u8> {
+                let bytes = layout.tensors[tensor].dtype.size() as u64 * dim;
+                (0..bytes).map(|byte| (tensor as u64 * 77 + row * 31 + byte * 7 + row / 256) as u8).collect()
+            };
+            let mut writer = RowsWriter::create(&path, &layout).expect("a file");
+            for tensor in 0..2 {
+                (0..layout.rows).for_each(|number| writer.write(&row(tensor, number)).expect("a write"));
+                writer.write(&[0; 4][..layout.padding(tensor)]).expect("a write");
             }
-        }
-        let checksums_crc32 = writer.finish().expect("a file that is whole");
-        let named = RowsFile { name: String::new(), first: 0, rows: layout.rows, checksums_crc32 };
-        let mut rows = vec![0.0; 3 * 512];
-        for once in [true, false] {
-            let mut reader = RowsReader::open(&path, layout, &named, once).expect("the file");
-            for (tensor, first) in [(0, 0), (1, 3997), (0, 2045), (0, 2046), (1, 100), (0, 0), (0, 3999 - 2), (1, 0)] {
-                reader.read(tensor, first, &mut rows).expect("rows");
-                let expected = (first..first + 3).flat_map(|row| (0..512).map(move |column| value(tensor, row, column)));
-                assert!(rows.iter().copied().eq(expected), "tensor {tensor} from row {first}");
+            let checksums_crc32 = writer.finish().expect("a file that is whole");
+            let named = RowsFile { name: String::new(), first: 0, rows: layout.rows, checksums_crc32 };
+            for once in [true, false] {
+                let mut reader = RowsReader::open(&path, layout, &named, once).expect("the file");
+                for (tensor, first) in [(0, 0), (1, 3996), (0, 2045), (0, 2046), (1, 100), (0, 0), (0, 3998 - 2), (1, 0)] {
+                    let expected = [row(tensor, first), row(tensor, first + 1), row(tensor, first + 2)].concat();
+                    let mut found = vec![0; expected.len()];
+                    reader.read(tensor, first, &mut found).expect("rows");
+                    assert!(found == expected, "tensor {tensor} from row {first}, {dtypes:?}");
+                }
+                assert!(reader.ahead.is_some());
             }
-            assert!(reader.ahead.is_some());
+            std::fs::remove_file(&path).expect("the file");
         }
-        std::fs::remove_file(&path).expect("the file");
     }
 }

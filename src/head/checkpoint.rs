@@ -9,10 +9,10 @@
 use std::path::Path;
 
 use super::{CallState, Head, Progress};
-use crate::checkpoint::{as_bytes, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, FORMAT, MANIFEST};
+use crate::checkpoint::{swap_if_big_endian, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, Tensor, MANIFEST};
 use crate::comm::gather_words;
-use crate::matrix::Matrix;
-use crate::memory::zeros;
+use crate::matrix::{DType, Matrix};
+use crate::memory::Buffer;
 use crate::optimizer::StateTensor;
 use crate::options::Placement;
 use crate::shard::Shard;
@@ -109,12 +109,21 @@ impl Head {
         Shard::of(self.options.num_classes, self.comm.size().into(), rank.into())
     }
 
-    fn tensors(&self) -> &'static [&'static str] {
-        &TENSORS[..1 + self.options.optimizer.state_tensors()]
+    /// W and the optimizer's tensors, in the types that the head stores them in.
+    fn tensors(&self) -> Vec<Tensor> {
+        let dtypes = [self.options.weight_dtype, self.options.state_dtype, self.options.state_dtype];
+        let all = TENSORS.into_iter().zip(dtypes).map(|(name, dtype)| Tensor { name, dtype });
+        all.take(1 + self.options.optimizer.state_tensors()).collect()
     }
 
-    fn layout(&self, rows: u64) -> Layout<'static> {
-        Layout { dim: self.options.embedding_dim.into(), rows, tensors: self.tensors() }
+    fn layout<'a>(&self, tensors: &'a [Tensor], rows: u64) -> Layout<'a> {
+        Layout { dim: self.options.embedding_dim.into(), rows, tensors }
+    }
+
+    /// Bytes of `rows` rows of all these tensors.
+    fn bytes(&self, tensors: &[Tensor], rows: u64) -> u64 {
+        let elements = rows * u64::from(self.options.embedding_dim);
+        tensors.iter().map(|tensor| tensor.dtype.size() as u64 * elements).sum()
     }
 
     /// Rows that are staged at a time.
@@ -125,30 +134,31 @@ impl Head {
     /// Writes this rank's rows. Returns the checksum of their checksums.
     fn write_file(&mut self, directory: &Directory<'_>, generation: u64, report: Report<'_>) -> Result<u32> {
         let (own, dim) = (self.written_classes(self.rank()), self.options.embedding_dim as usize);
-        let layout = self.layout(own.rows);
+        let tensors = self.tensors();
+        let layout = self.layout(&tensors, own.rows);
         let name = Directory::rows_name(generation, self.rank(), self.comm.size());
         let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&name)), &layout)?;
-        let mut staged = zeros(&[self.staged_rows().min(own.rows as usize), dim], "rows on their way to a file")?;
-        let total = (self.tensors().len() as u64) * own.rows * 4 * dim as u64;
+        let mut staged = Staged::new(self.staged_rows().min(own.rows as usize), dim, "rows on their way to a file")?;
+        let total = self.bytes(&tensors, own.rows);
         let mut done = 0;
         report(done, total);
-        for tensor in STATE.into_iter().take(self.tensors().len()) {
+        for (number, (&Tensor { name, dtype }, tensor)) in tensors.iter().zip(STATE).enumerate() {
             for first in (0..own.rows).step_by(self.staged_rows()) {
                 let rows = self.staged_rows().min((own.rows - first) as usize);
-                let values = &mut staged[..rows * dim];
-                let matrix = Matrix::of_f32(values, rows, dim);
-                let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &matrix);
+                let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &staged.matrix(dtype, rows));
                 self.prefer_comm_failure(read)?;
                 // Dense rows may have left float32 since the last update looked at them, and no load would take them.
-                if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                if let Some(at) = staged.not_finite(dtype, rows) {
                     let class = own.first + first + (at / dim) as u64;
-                    let name = TENSORS[tensor as usize];
                     return Err(error!(NotFinite, "{name} of class {class} is not finite, and could not be loaded again"));
                 }
-                file.write(as_bytes(values))?;
-                done += 4 * values.len() as u64;
+                let bytes = staged.bytes(dtype, rows);
+                swap_if_big_endian(bytes, dtype.size());
+                file.write(bytes)?;
+                done += bytes.len() as u64;
                 report(done, total);
             }
+            file.write(&[0; 4][..layout.padding(number)])?;
         }
         let checksum = file.finish()?;
         directory.finish(&name)?;
@@ -167,13 +177,16 @@ impl Head {
                 checksums_crc32: checksum as u32,
             }
         });
+        let tensors = self.tensors();
+        let (format, dtypes) = Manifest::typed(&tensors.iter().map(|tensor| tensor.dtype).collect::<Vec<_>>());
         let manifest = Manifest {
-            format: FORMAT,
+            format,
             library: env!("CARGO_PKG_VERSION").to_owned(),
             generation,
             num_classes: self.options.num_classes,
             embedding_dim: self.options.embedding_dim.into(),
-            tensors: self.tensors().iter().map(|&name| name.to_owned()).collect(),
+            tensors: tensors.iter().map(|tensor| tensor.name.to_owned()).collect(),
+            dtypes,
             draws: progress.draws,
             updates: progress.updates,
             files: files.collect(),
@@ -220,23 +233,23 @@ impl Head {
         let _turn = comm.take_turn()?;
         let read = directory.and_then(|directory| {
             let manifest = Directory(directory).manifest()?;
-            self.check_manifest(&manifest, directory)?;
+            let tensors = self.check_manifest(&manifest, directory)?;
             // What can be seen before the first row is written leaves the head as it is.
             for named in manifest.files.iter().filter(|named| self.common_classes(named).is_some()) {
-                RowsReader::check(&Directory(directory).path(&named.name), self.layout(named.rows), named)?;
+                RowsReader::check(&Directory(directory).path(&named.name), self.layout(&tensors, named.rows), named)?;
             }
             let checksum = manifest.checksum()?;
-            Ok((Directory(directory), manifest, checksum))
+            Ok((Directory(directory), manifest, tensors, checksum))
         });
-        let words = read.as_ref().map(|(_, _, checksum)| [u64::from(*checksum)]).map_err(|error| self.name_rank(error));
+        let words = read.as_ref().map(|(.., checksum)| [u64::from(*checksum)]).map_err(|error| self.name_rank(error));
         let agreed = gather_words(&self.comm, words);
         let all = self.poison_without_peers(agreed)?;
-        let (directory, manifest, checksum) = read?;
+        let (directory, manifest, tensors, checksum) = read?;
         if let Some(rank) = (1..all.len()).find(|&rank| all[rank] != all[0]) {
             return Err(error!(Mismatch, "rank 0 and rank {rank} have read different manifests: all ranks must see one directory"));
         }
         let loaded = self
-            .read_files(&directory, &manifest, report)
+            .read_files(&directory, &manifest, &tensors, report)
             .and_then(|()| self.write_progress(Progress { draws: manifest.draws, updates: manifest.updates }));
         let words = loaded.map(|()| []).map_err(|error| self.name_rank(&error));
         let agreed = gather_words(&self.comm, words);
@@ -246,8 +259,8 @@ impl Head {
         Ok(())
     }
 
-    /// Refuses a checkpoint of another kind of head.
-    fn check_manifest(&self, manifest: &Manifest, directory: &Path) -> Result<()> {
+    /// Refuses a checkpoint of another kind of head. Returns the tensors, in the types that they have in the files.
+    fn check_manifest(&self, manifest: &Manifest, directory: &Path) -> Result<Vec<Tensor>> {
         let own = |name: &str, there: u64, here: u64| {
             ensure!(
                 there == here,
@@ -260,16 +273,21 @@ impl Head {
         };
         own("num_classes", manifest.num_classes, self.options.num_classes)?;
         own("embedding_dim", manifest.embedding_dim, self.options.embedding_dim.into())?;
+        let mut tensors = self.tensors();
+        let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name).collect();
         ensure!(
-            manifest.tensors == self.tensors(),
+            manifest.tensors == names,
             Mismatch,
             "the checkpoint {} holds {}, and the head's optimizer needs {} (rank {})",
             directory.display(),
             manifest.tensors.join(", "),
-            self.tensors().join(", "),
+            names.join(", "),
             self.rank()
         );
-        Ok(())
+        for (number, tensor) in tensors.iter_mut().enumerate() {
+            tensor.dtype = manifest.dtype(number).unwrap_or(DType::F32);
+        }
+        Ok(tensors)
     }
 
     /// The classes of a file that are in this rank's shard: the first, and the one after the last.
@@ -279,29 +297,61 @@ impl Head {
     }
 
     /// Reads the rows of this rank's shard from the files that have them.
-    fn read_files(&mut self, directory: &Directory<'_>, manifest: &Manifest, report: Report<'_>) -> Result<()> {
+    fn read_files(&mut self, directory: &Directory<'_>, manifest: &Manifest, tensors: &[Tensor], report: Report<'_>) -> Result<()> {
         (self.state, self.prepared, self.chosen) = (CallState::Idle, None, None);
         let dim = self.options.embedding_dim as usize;
-        let mut staged = zeros(&[self.staged_rows().min(self.shard.rows as usize), dim], "rows on their way from a file")?;
-        let total = (self.tensors().len() as u64) * self.shard.rows * 4 * dim as u64;
+        let mut staged = Staged::new(self.staged_rows().min(self.shard.rows as usize), dim, "rows on their way from a file")?;
+        let total = self.bytes(tensors, self.shard.rows);
         let mut done = 0;
         report(done, total);
         for named in &manifest.files {
             let Some((first, end)) = self.common_classes(named) else { continue };
             let once = self.options.placement == Placement::Sharded;
-            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(named.rows), named, once)?;
-            for (number, tensor) in STATE.into_iter().take(self.tensors().len()).enumerate() {
+            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(tensors, named.rows), named, once)?;
+            for (number, (&Tensor { dtype, .. }, tensor)) in tensors.iter().zip(STATE).enumerate() {
                 for class in (first..end).step_by(self.staged_rows()) {
                     let rows = self.staged_rows().min((end - class) as usize);
-                    let values = &mut staged[..rows * dim];
-                    file.read(number, class - named.first, values)?;
-                    let matrix = Matrix::of_f32(values, rows, dim);
-                    self.backend.write_rows(tensor, class - self.shard.first, &matrix)?;
-                    done += 4 * values.len() as u64;
+                    let bytes = staged.bytes(dtype, rows);
+                    file.read(number, class - named.first, bytes)?;
+                    done += bytes.len() as u64;
+                    self.backend.write_rows(tensor, class - self.shard.first, &staged.matrix(dtype, rows))?;
                     report(done, total);
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// Rows between a head and a file, in the file's type.
+struct Staged {
+    words: Buffer<f32>,
+    dim: usize,
+}
+
+impl Staged {
+    fn new(rows: usize, dim: usize, what: &str) -> Result<Staged> {
+        Ok(Staged { words: Buffer::zeroed(rows * dim, what)?, dim })
+    }
+
+    fn matrix(&mut self, dtype: DType, rows: usize) -> Matrix {
+        Matrix { data: self.words.as_mut_ptr().cast(), dtype, rows, cols: self.dim, row_stride: self.dim }
+    }
+
+    fn bytes(&mut self, dtype: DType, rows: usize) -> &mut [u8] {
+        // SAFETY: floats without padding, of which every bit pattern is a value.
+        let (_, bytes, _) = unsafe { self.words.align_to_mut::<u8>() };
+        &mut bytes[..dtype.size() * rows * self.dim]
+    }
+
+    /// The number of the first element that is a NaN or an infinity.
+    fn not_finite(&self, dtype: DType, rows: usize) -> Option<usize> {
+        let count = rows * self.dim;
+        if dtype == DType::Bf16 {
+            // SAFETY: as above.
+            let (_, halves, _) = unsafe { self.words.align_to::<u16>() };
+            return halves[..count].iter().position(|half| half & 0x7f80 == 0x7f80);
+        }
+        self.words[..count].iter().position(|value| !value.is_finite())
     }
 }

@@ -141,6 +141,8 @@ impl Case {
             ignore_label: self.ignore_label,
             precision: Precision::Auto,
             gather_dtype: self.gather,
+            weight_dtype: DType::F32,
+            state_dtype: DType::F32,
             sample_block: self.sample_block(),
             row_terms: self.row_terms(),
             workspace_limit: self.workspace_limit,

@@ -18,3 +18,4 @@ pub mod transport;
 pub mod vectors;
 
 pub use cuda_emulator as emulator;
+pub use safetensors;

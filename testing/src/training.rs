@@ -1,5 +1,6 @@
 //! Short training runs whose every output is kept, for tests that compare runs with each other.
 
+use partialfc::matrix::DType;
 use partialfc::optimizer::{Adamw, Optimizer};
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
 
@@ -23,6 +24,12 @@ pub fn ways_to_update(base: &HeadOptions) -> Vec<HeadOptions> {
         true => [0, 3, 5].map(|number| heads[number].clone()).to_vec(),
         false => heads,
     }
+}
+
+/// These options with rows in float32 and, on a CPU, in bfloat16.
+pub fn stored_both_ways(options: HeadOptions) -> impl Iterator<Item = HeadOptions> {
+    let narrow = HeadOptions { weight_dtype: DType::Bf16, state_dtype: DType::Bf16, ..options.clone() };
+    std::iter::once(options).chain((!on_cuda()).then_some(narrow))
 }
 
 /// One rank's rows of one step.

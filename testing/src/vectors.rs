@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use partialfc::margin::{Margin, MarginGradient};
+use partialfc::matrix::DType;
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use safetensors::{Dtype, SafeTensors};
@@ -131,6 +132,8 @@ impl Vectors {
             gather_dtype: None,
             row_terms: false,
             sample_block: 1,
+            weight_dtype: DType::F32,
+            state_dtype: DType::F32,
             workspace_limit: 0,
         }
     }

@@ -1,5 +1,6 @@
 //! Margins and weights of the rows' own in the GPU's memory: the bits of those in host memory, no wait, and errors that come late.
 
+use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
 use partialfc_testing::capi::{options, Comm, Head, Rows};
@@ -20,6 +21,8 @@ fn heads() -> [HeadOptions; 2] {
         sample_rate: 0.5,
         row_terms: true,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         ..options(40, DIM as u32, ROWS as u64)
     })
 }

@@ -10,7 +10,7 @@ use partialfc_testing::capi::{options, Device, Failure, Head, Outcome, Rows};
 use partialfc_testing::numbers::assert_close;
 use partialfc_testing::programs::scratch;
 use partialfc_testing::ranks::on_ranks;
-use partialfc_testing::training::{assert_same_bits, train_step, ways_to_update, Trace, ADAMW};
+use partialfc_testing::training::{assert_same_bits, stored_both_ways, train_step, ways_to_update, Trace, ADAMW};
 
 /// Rows of a file cross the checksums' blocks of 1 MiB: 1,300 rows of 1 KiB, twice or three times.
 const CLASSES: u64 = 1300;
@@ -21,7 +21,7 @@ fn base() -> HeadOptions {
 }
 
 /// An empty folder for a test.
-fn folder(name: &str) -> PathBuf {
+pub(super) fn folder(name: &str) -> PathBuf {
     let folder = scratch("checkpoints").join(name);
     if folder.exists() {
         std::fs::remove_dir_all(&folder).expect("an old folder");
@@ -51,7 +51,7 @@ fn saved_and_gone_on(options: &HeadOptions, ranks: usize, folder: &Path) -> Vec<
 
 #[test]
 fn a_loaded_head_goes_on_to_the_bit() {
-    for (number, options) in ways_to_update(&base()).into_iter().enumerate() {
+    for (number, options) in ways_to_update(&base()).into_iter().flat_map(stored_both_ways).enumerate() {
         let folder = folder(&format!("bits-{number}"));
         let expected = saved_and_gone_on(&options, 2, &folder);
         let found = on_ranks(2, |place| {
@@ -148,7 +148,7 @@ fn load(folder: &Path, options: &HeadOptions) -> (Head, Outcome) {
 }
 
 #[track_caller]
-fn assert_failure(what: &str, outcome: Outcome, status: Status, words: &[&str]) {
+pub(super) fn assert_failure(what: &str, outcome: Outcome, status: Status, words: &[&str]) {
     let Failure { status: found, message } = outcome.expect_err(what);
     assert_eq!(found, status as i32, "{what}: {message}");
     assert!(words.iter().all(|word| message.contains(word)), "{what}: {message}");
@@ -211,9 +211,9 @@ fn another_kind_of_head_is_refused_and_stays_as_it_is() {
         assert_eq!(head.read_progress().expect("a usable head"), (0, 0));
     }
     let manifest = std::fs::read_to_string(folder.join("manifest.json")).expect("the manifest");
-    std::fs::write(folder.join("manifest.json"), manifest.replace("\"format\": 1", "\"format\": 2")).expect("a file");
+    std::fs::write(folder.join("manifest.json"), manifest.replace("\"format\": 1", "\"format\": 3")).expect("a file");
     let (mut head, outcome) = load(&folder, &base());
-    assert_failure("a later format", outcome, Status::Unsupported, &["manifest.json", "format 2", "reads format 1"]);
+    assert_failure("a later format", outcome, Status::Unsupported, &["manifest.json", "format 3", "reads formats 1 to 2"]);
     assert_eq!(head.read_progress().expect("a usable head"), (0, 0));
     let (_, outcome) = load(&folder.join("elsewhere"), &base());
     assert_failure("no directory", outcome, Status::Io, &["elsewhere", "manifest.json", "rank 0"]);

@@ -16,4 +16,5 @@ mod row_terms;
 mod rows;
 mod sampling;
 mod start;
+mod storage;
 mod traffic;

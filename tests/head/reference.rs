@@ -1,6 +1,7 @@
 //! The float64 reference head against finite differences of its own loss, and against the PyTorch implementation's vectors.
 
 use partialfc::margin::{Margin, MarginGradient};
+use partialfc::matrix::DType;
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::Status;
@@ -29,6 +30,8 @@ fn options(margin: Margin, placement: Placement) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         workspace_limit: 0,
     }
 }

@@ -76,6 +76,8 @@ pub fn arcface(classes: usize, dim: usize, max_batch: usize) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         workspace_limit: 0,
     }
 }

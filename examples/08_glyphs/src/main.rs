@@ -25,7 +25,7 @@ use clap::{Parser, ValueEnum};
 use crate::dataset::Dataset;
 use crate::plots::Curve;
 use crate::report::Run;
-use crate::train::Settings;
+use crate::train::{RowType, Settings};
 
 /// Trains a network to recognize Han characters in fonts it has never seen, with partialfc as its classification head.
 ///
@@ -46,6 +46,9 @@ struct Options {
     /// Consecutive classes that are drawn into a sample together: a power of two, 1 to 1024
     #[arg(long, default_value_t = 1, value_name = "CLASSES")]
     sample_block: u32,
+    /// The type class centers and their optimizer state are stored in
+    #[arg(long, value_enum, default_value_t = RowType::F32)]
+    row_type: RowType,
     /// Train once for each of these sample rates, from the same start, and compare them; for example 1.0,0.1,0.02
     #[arg(long, value_delimiter = ',', conflicts_with = "sample_rate", value_name = "SHARES")]
     compare: Vec<f64>,
@@ -104,6 +107,7 @@ impl Options {
             replicated: self.placement == Placement::Replicated,
             sample_rate,
             sample_block: self.sample_block,
+            row_type: self.row_type,
             margin: self.margin,
             scale: self.scale,
             steps: self.steps,

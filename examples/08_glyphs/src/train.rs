@@ -5,6 +5,8 @@ use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Error, Result};
+use clap::ValueEnum;
+use partialfc::matrix::DType;
 use partialfc::optimizer::{self, Optimizer};
 use partialfc::options::Placement;
 use partialfc::Status;
@@ -18,12 +20,30 @@ use crate::head::{arcface, Comm, Head};
 use crate::random::{Order, Purpose, Random};
 use crate::render::PIXELS;
 
+/// What class centers and their optimizer state are stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum RowType {
+    F32,
+    Bf16,
+}
+
+impl RowType {
+    fn dtype(self) -> DType {
+        match self {
+            RowType::F32 => DType::F32,
+            RowType::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
     pub ranks: usize,
     pub replicated: bool,
     pub sample_rate: f64,
     pub sample_block: u32,
+    pub row_type: RowType,
     pub margin: f64,
     pub scale: f64,
     pub steps: usize,
@@ -197,6 +217,8 @@ fn steps(
         options.placement = Placement::Replicated;
     }
     (options.sample_rate, options.sample_block, options.seed) = (settings.sample_rate, settings.sample_block, settings.seed);
+    let dtype = settings.row_type.dtype();
+    (options.weight_dtype, options.state_dtype) = (dtype, dtype);
     (options.margin.scale, options.margin.m2) = (settings.scale, settings.margin);
     options.optimizer = Optimizer::Sgd(optimizer::Sgd { momentum: MOMENTUM, weight_decay: settings.weight_decay });
     // The backbone's gradients are averaged over ranks below.

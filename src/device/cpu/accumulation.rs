@@ -111,7 +111,7 @@ impl CpuHead {
         let updating = centers.updating(replay, learning_rate);
         let (gradients, sums) = (Parts::of(&mut accumulation.gradients), Parts::of(&mut accumulation.squares));
         let rows = &accumulation.rows;
-        pool.run(tasks, &|task, _| {
+        pool.run(tasks, &|task, worker| {
             let mut squares = 0.0;
             let places = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(count);
             for (place, &row) in places.clone().zip(&rows[places]) {
@@ -120,7 +120,7 @@ impl CpuHead {
                 vector::scale(gradient, factor as f32);
                 squares += vector::sum_of_squares(gradient);
                 // SAFETY: as above.
-                unsafe { updating.apply(row as usize, gradient) };
+                unsafe { updating.apply(row as usize, worker, gradient) };
             }
             // SAFETY: each task has its own.
             unsafe { sums.range(task..task + 1)[0] = squares };

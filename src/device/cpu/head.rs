@@ -97,7 +97,7 @@ impl CpuHead {
         let sizes = affordable_sizes(&spec, pool.threads(), true)?;
         let memory = sizes.memory(options, spec.ranks, spec.shard);
         let gather_dtype = options.gathered_dtype(Precision::F32);
-        let rows = HostRows::new(options, spec.shard, &|tasks, body| pool.run(tasks, &|task, _| body(task)))?;
+        let rows = HostRows::new(options, spec.shard, &pool)?;
         let BatchRoom { sizes, messages, activations, own_labels, drafts: [draft, next], .. } =
             BatchRoom::new(&spec, sizes, gather_dtype)?;
         let head = CpuHead {
@@ -230,7 +230,7 @@ impl CpuHead {
     /// Counts an update whose rows have been written.
     pub(super) fn count_update(&mut self, learning_rate: f64) -> Result<()> {
         let CpuHead { pool, rows, .. } = self;
-        rows.count_update(learning_rate, &|tasks, body| pool.run(tasks, &|task, _| body(task)))
+        rows.count_update(learning_rate, pool)
     }
 
     /// The sample last drawn.
@@ -565,7 +565,7 @@ impl HeadDevice for CpuHead {
 
     fn catch_up(&mut self) -> Result<()> {
         let CpuHead { pool, rows, .. } = self;
-        rows.catch_up(&|tasks, body| pool.run(tasks, &|task, _| body(task)))
+        rows.catch_up(pool)
     }
 
     fn set_updates(&mut self, updates: u64) -> Result<()> {

@@ -14,6 +14,7 @@ mod rows;
 mod sample;
 mod sizes;
 mod stateless;
+mod table;
 mod vector;
 
 use std::ffi::{CStr, CString};

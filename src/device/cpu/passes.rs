@@ -119,14 +119,16 @@ impl CpuHead {
             let rows = UpdatedRows { rows: &updated, sample: &step.draft.sample };
             let pass = CpuHead::pass(step, *softmax, units_transposed, &rows, numerators, scratch);
             let input = UpdateInput { scaled, tangents, coefficients: &step.coefficients };
-            let sink = |column: usize, gradient: &mut [f32], _: &mut [f32]| {
+            let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
                 let inverse = step.center_inverse_norms[column];
-                // SAFETY: a column is in one chunk, a chunk in one task.
                 let row = step.draft.sample.row(column);
-                let (w, m, v) = unsafe { updated.current(row) };
-                let squares = vector::normalize_backward(gradient, w, inverse, inverse * weight);
-                updated.apply_to_current(row, w, m, v, gradient);
-                squares
+                // SAFETY: a column is in one chunk, a chunk in one task.
+                unsafe {
+                    let values = updated.current(row, scratch_rows);
+                    let squares = vector::normalize_backward(gradient, values.w, inverse, inverse * weight);
+                    updated.apply_to_current(row, values, gradient);
+                    squares
+                }
             };
             let prefetch = |column: usize| updated.prefetch(step.draft.sample.row(column));
             let outcome = products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside);
@@ -169,7 +171,7 @@ impl CpuHead {
         let dim = shape.dim;
         let rows = centers.updating(replay, learning_rate);
         let (totals, gradients) = (Parts::of(totals), messages.center_gradient.parts());
-        pool.run(shape.chunks(), &|chunk, _| {
+        pool.run(shape.chunks(), &|chunk, worker| {
             let mut squares = 0.0;
             for column in shape.chunk(chunk) {
                 // SAFETY: a column is in one chunk, a chunk in one task.
@@ -177,7 +179,7 @@ impl CpuHead {
                 vector::scale(gradient, factor as f32);
                 squares += vector::sum_of_squares(gradient);
                 // SAFETY: as above.
-                unsafe { rows.apply(draft.sample.row(column), gradient) };
+                unsafe { rows.apply(draft.sample.row(column), worker, gradient) };
             }
             unsafe { totals.range(chunk..chunk + 1)[0] = squares };
         });

@@ -259,7 +259,7 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
     });
 }
 
-/// Takes (column, dW^ of it, two rows of scratch); returns what to add to its chunk's total.
+/// Takes (column, dW^ of it, three rows of scratch); returns what to add to its chunk's total.
 pub(super) type GradientSink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 + Sync + 'a;
 
 /// What the update pass reads beside the pass itself.

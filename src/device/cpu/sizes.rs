@@ -86,11 +86,11 @@ impl Sizes {
     }
 
     pub fn memory(&self, options: &HeadOptions, ranks: u32, shard: Shard) -> Memory {
-        let tensor = 4 * shard.rows * u64::from(options.embedding_dim);
+        let tensor = |dtype: DType| dtype.size() as u64 * shard.rows * u64::from(options.embedding_dim);
         let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
         Memory {
-            weight: tensor,
-            state: options.optimizer.state_tensors() as u64 * tensor + last,
+            weight: tensor(options.weight_dtype),
+            state: options.optimizer.state_tensors() as u64 * tensor(options.state_dtype) + last,
             activation: self.activation(options, ranks as usize),
             probability: 4 * self.kept_elements() as u64,
         }

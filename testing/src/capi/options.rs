@@ -2,6 +2,7 @@
 
 use partialfc::capi::types::{self as c_types, pfc_head_options};
 use partialfc::margin::{Margin, MarginGradient};
+use partialfc::matrix::DType;
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 
@@ -46,6 +47,8 @@ pub fn options(classes: u64, dim: u32, max_batch: u64) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         sample_block: c.sample_block,
         workspace_limit: c.workspace_limit,
     }
@@ -85,6 +88,7 @@ pub fn to_c(options: &HeadOptions) -> pfc_head_options {
     c.ignore_label = options.ignore_label.unwrap_or(i64::MIN);
     c.precision = options.precision as i32;
     c.gather_dtype = options.gather_dtype.map_or(c_types::PFC_GATHER_AUTO, |dtype| dtype as i32);
+    (c.weight_dtype, c.state_dtype) = (options.weight_dtype as i32, options.state_dtype as i32);
     c.row_terms = if options.row_terms { c_types::PFC_ROW_TERMS_ON } else { c_types::PFC_ROW_TERMS_OFF };
     c.sample_block = options.sample_block;
     c.workspace_limit = options.workspace_limit;

@@ -21,7 +21,7 @@ fn try_head(set: Set) -> [Result<(), partialfc_testing::capi::Failure>; 2] {
 
 #[test]
 fn values_outside_their_range_are_refused_by_name() {
-    let cases: [(&str, &str, Set); 53] = [
+    let cases: [(&str, &str, Set); 55] = [
         ("struct_size", "0", |o| o.struct_size = 0),
         ("struct_size", "7", |o| o.struct_size = 7),
         ("struct_size", "18446744073709551615", |o| o.struct_size = u64::MAX),
@@ -70,6 +70,8 @@ fn values_outside_their_range_are_refused_by_name() {
         ("ignore_label", "9", |o| o.ignore_label = 9),
         ("precision", "0", |o| o.precision = 0),
         ("gather_dtype", "4", |o| o.gather_dtype = 4),
+        ("weight_dtype", "0", |o| o.weight_dtype = 0),
+        ("state_dtype", "4", |o| o.state_dtype = 4),
         ("residency", "4", |o| o.residency = 4),
         ("reserved", "1", |o| o.reserved = 1),
         ("sample_block", "0", |o| o.sample_block = 0),
@@ -87,9 +89,8 @@ fn values_outside_their_range_are_refused_by_name() {
 
 #[test]
 fn what_is_not_in_this_version_is_unsupported() {
-    let cases: [(&str, Set); 6] = [
+    let cases: [(&str, Set); 5] = [
         ("weight_dtype", |o| o.weight_dtype = 2),
-        ("weight_dtype", |o| o.weight_dtype = 3),
         ("state_dtype", |o| o.state_dtype = 2),
         ("residency", |o| o.residency = 2),
         ("residency", |o| o.residency = 3),
@@ -99,6 +100,16 @@ fn what_is_not_in_this_version_is_unsupported() {
         let [head, plan] = try_head(set);
         assert_refused(field, head, Status::Unsupported, &[field]);
         assert_refused(field, plan, Status::Unsupported, &[field]);
+    }
+    let f32_alone: [(&str, Set); 2] = [("weight_dtype", |o| o.weight_dtype = 3), ("state_dtype", |o| o.state_dtype = 3)];
+    for (field, set) in f32_alone {
+        let [head, plan] = try_head(set);
+        plan.expect("a plan of the CPU device");
+        if on_cuda() {
+            assert_refused(field, head, Status::Unsupported, &[field, "bf16", "CUDA"]);
+        } else {
+            head.expect("a head on the CPU");
+        }
     }
     let mut half = head_options(10, 4, 8);
     half.precision = 3;
@@ -175,6 +186,8 @@ fn more_classes_than_a_rank_can_number_are_refused() {
 fn options_that_differ_between_ranks_are_named_on_all() {
     // What auto is on the device.
     let gathered = if on_cuda() { "2" } else { "1" };
+    let stored: [(&str, Set, [&str; 2]); 2] =
+        [("weight_dtype", |o| o.weight_dtype = 3, ["1", "3"]), ("state_dtype", |o| o.state_dtype = 3, ["1", "3"])];
     let cases: [(&str, Set, [&str; 2]); 25] = [
         ("num_classes", |o| o.num_classes = 11, ["10", "11"]),
         ("embedding_dim", |o| o.embedding_dim = 5, ["4", "5"]),
@@ -202,7 +215,9 @@ fn options_that_differ_between_ranks_are_named_on_all() {
         ("epsilon", |o| o.epsilon = 0.5, ["1e-8", "0.5"]),
         ("sample_block", |o| o.sample_block = 32, ["1", "32"]),
     ];
-    for (field, set, [common, odd]) in cases {
+    // A rank on the CUDA device refuses the other type before it compares.
+    let stored = if on_cuda() { &[][..] } else { &stored };
+    for &(field, set, [common, odd]) in cases.iter().chain(stored) {
         let messages = on_ranks(3, |place| {
             let device = Device::under_test(1);
             let mut options = head_options(10, 4, 8);

@@ -30,6 +30,8 @@ fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> Head
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        weight_dtype: DType::F32,
+        state_dtype: DType::F32,
         workspace_limit: 0,
     };
     change(&mut options);

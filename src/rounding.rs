@@ -1,0 +1,214 @@
+//! Rows stored in bfloat16: widened exactly, and rounded to nearest or at random.
+//!
+//! An update far below half a unit in the last place never changes a number that is rounded to nearest, and the push of an ordinary
+//! negative is such an update. Rounded at random, up with the probability that is the part left over, a number moves as far as it
+//! should in the mean. The bits come from a counter, so that they are the same on any number of threads and ranks.
+
+use crate::simd::{clones, Simd};
+
+/// The bits of a float32 that bfloat16 leaves out.
+const LEFT_OUT: u32 = 0xffff;
+/// Columns that one set of words rounds: each word two, one with its low half and one with its high half.
+const GROUP: usize = 32;
+const WEYL: u32 = 0x9E37_79B9;
+
+/// The float32 that a bfloat16 is.
+pub fn widen(from: &[u16], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "rows of one length");
+    widen_on(Simd::best(), from, to);
+}
+
+/// To nearest, halves to even. Gives whether all are finite, before and after.
+pub fn to_nearest(from: &[f32], to: &mut [u16]) -> bool {
+    assert_eq!(from.len(), to.len(), "rows of one length");
+    to_nearest_on(Simd::best(), from, to)
+}
+
+/// At random: away from 0 with the probability that is the part left over, to 16 bits. What bfloat16 holds stays as it is. Gives
+/// whether all are finite, before and after.
+///
+/// Column c has 16 bits of word(c / 32 * 16 + c mod 16), the low ones where c mod 32 < 16, word(i) = lowbias32(key + i * 0x9E3779B9)
+/// (C. Wellons, hash-prospector). The key is [`crate::random::rounding_key`].
+pub fn at_random(key: u32, from: &[f32], to: &mut [u16]) -> bool {
+    assert_eq!(from.len(), to.len(), "rows of one length");
+    at_random_on(Simd::best(), key, from, to)
+}
+
+clones! {
+    fn widen_on(from: &[u16], to: &mut [f32]) = widen_body;
+}
+
+#[inline(always)]
+fn widen_body(from: &[u16], to: &mut [f32]) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = f32::from_bits(u32::from(from) << 16);
+    }
+}
+
+clones! {
+    fn to_nearest_on(from: &[f32], to: &mut [u16]) -> bool = to_nearest_body;
+}
+
+#[inline(always)]
+fn to_nearest_body(from: &[f32], to: &mut [u16]) -> bool {
+    let mut left = 0;
+    for (to, &from) in to.iter_mut().zip(from) {
+        let bits = from.to_bits();
+        left |= round(bits, 0x7fff + (bits >> 16 & 1), to);
+    }
+    left == 0
+}
+
+clones! {
+    fn at_random_on(key: u32, from: &[f32], to: &mut [u16]) -> bool = at_random_body;
+}
+
+#[inline(always)]
+fn at_random_body(key: u32, from: &[f32], to: &mut [u16]) -> bool {
+    let mut left = 0;
+    for (group, (to, from)) in to.chunks_mut(GROUP).zip(from.chunks(GROUP)).enumerate() {
+        let words: [u32; GROUP / 2] = std::array::from_fn(|i| word(key, (group * GROUP / 2 + i) as u32));
+        let middle = to.len().min(GROUP / 2);
+        let (low, high) = to.split_at_mut(middle);
+        for ((to, from), word) in low.iter_mut().zip(from).zip(words) {
+            left |= round(from.to_bits(), word & LEFT_OUT, to);
+        }
+        for ((to, from), word) in high.iter_mut().zip(&from[middle..]).zip(words) {
+            left |= round(from.to_bits(), word >> 16, to);
+        }
+    }
+    left == 0
+}
+
+#[inline(always)]
+fn word(key: u32, i: u32) -> u32 {
+    let mut x = key.wrapping_add(i.wrapping_mul(WEYL));
+    x = (x ^ x >> 16).wrapping_mul(0x7feb_352d);
+    x = (x ^ x >> 15).wrapping_mul(0x846c_a68b);
+    x ^ x >> 16
+}
+
+/// Adds `carry`, below 0x10000, to a float32's bits and cuts off what bfloat16 leaves out. Gives not 0 where a NaN or an infinity goes in
+/// or comes out.
+#[inline(always)]
+fn round(bits: u32, carry: u32, to: &mut u16) -> u32 {
+    const EXPONENT: u32 = 0x7f80_0000;
+    // Added to a NaN it might make it a number.
+    let carry = if bits & EXPONENT == EXPONENT { 0 } else { carry };
+    let sum = bits.wrapping_add(carry);
+    *to = (sum >> 16) as u16;
+    u32::from(sum & EXPONENT == EXPONENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{rounding_key, Purpose};
+    use half::bf16;
+
+    fn values(count: usize) -> Vec<f32> {
+        (0..count as u32).map(|i| f32::from_bits(i.wrapping_mul(0x9E37_79B9) & 0xbf7f_ffff)).collect()
+    }
+
+    #[test]
+    fn widened_and_rounded_to_nearest_they_are_those_of_half() {
+        let from = values(1000);
+        let mut stored = vec![0; 1000];
+        assert!(to_nearest(&from, &mut stored));
+        let expected: Vec<u16> = from.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+        assert_eq!(stored, expected);
+        let mut wide = vec![0.0; 1000];
+        widen(&stored, &mut wide);
+        assert!(wide.iter().zip(&stored).all(|(wide, &stored)| wide.to_bits() == bf16::from_bits(stored).to_f32().to_bits()));
+    }
+
+    #[test]
+    fn every_copy_has_the_same_bits_for_every_width() {
+        let from = values(131);
+        let mut whole = vec![0; 131];
+        at_random(7, &from, &mut whole);
+        for simd in Simd::available() {
+            for columns in [0, 1, 15, 16, 17, 31, 32, 33, 64, 131] {
+                let mut row = vec![0; columns];
+                at_random_on(simd, 7, &from[..columns], &mut row);
+                assert_eq!(row, whole[..columns], "{simd:?} {columns}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_bfloat16_holds_stays() {
+        let held: Vec<f32> = (0..=u16::MAX).map(|bits| f32::from_bits(u32::from(bits) << 16)).filter(|x| x.is_finite()).collect();
+        let (mut at, mut nearest) = (vec![0; held.len()], vec![0; held.len()]);
+        assert!(at_random(3, &held, &mut at) && to_nearest(&held, &mut nearest));
+        for (value, (at, nearest)) in held.iter().zip(at.iter().zip(&nearest)) {
+            assert_eq!((u32::from(*at) << 16, u32::from(*nearest) << 16), (value.to_bits(), value.to_bits()));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_told_and_stays_so() {
+        // The last is finite in float32 alone.
+        for bad in [f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(u32::MAX), f32::INFINITY, -f32::INFINITY, f32::MAX] {
+            let row = [1.0, bad];
+            let mut stored = [0; 2];
+            assert!(!to_nearest(&row, &mut stored), "{bad}");
+            assert!(!bf16::from_bits(stored[1]).is_finite(), "{bad}");
+        }
+        let mut stored = [0; 2];
+        assert!(!at_random(1, &[f32::from_bits(0xffff_ffff), 1.0], &mut stored));
+        assert!(!bf16::from_bits(stored[0]).is_finite());
+    }
+
+    /// How far many small steps move a number, of what they should, rounded after each.
+    fn moved(step: f32, steps: u64, round: impl Fn(u64, &[f32], &mut [u16])) -> f64 {
+        const COLUMNS: usize = 2048;
+        let (mut row, mut stored) = (vec![1.0f32; COLUMNS], vec![0; COLUMNS]);
+        for update in 1..=steps {
+            row.iter_mut().for_each(|value| *value += step);
+            round(update, &row, &mut stored);
+            widen(&stored, &mut row);
+        }
+        let mean = row.iter().map(|&value| f64::from(value) - 1.0).sum::<f64>() / COLUMNS as f64;
+        mean / (f64::from(step) * steps as f64)
+    }
+
+    /// Why weights are not rounded to nearest.
+    #[test]
+    fn small_steps_move_a_number_that_is_rounded_at_random_alone() {
+        let unit = 2f32.powi(-7);
+        for (step, steps) in [(0.3 * unit, 66), (0.01 * unit, 2000), (-0.1 * unit, 200)] {
+            let random = moved(step, steps, |update, from, to| {
+                at_random(rounding_key(5, 77, update, Purpose::Weight), from, to);
+            });
+            // 2048 columns of `steps` draws each: the standard error is below 0.01.
+            assert!((random - 1.0).abs() < 0.04, "{random} of {step}");
+            let nearest = moved(step, steps, |_, from, to| {
+                to_nearest(from, to);
+            });
+            assert_eq!(nearest, 0.0, "{step}");
+        }
+    }
+
+    #[test]
+    fn classes_updates_and_purposes_have_bits_of_their_own() {
+        let base = rounding_key(1, 2, 3, Purpose::Weight);
+        let others = [
+            rounding_key(2, 2, 3, Purpose::Weight),
+            rounding_key(1, 3, 3, Purpose::Weight),
+            rounding_key(1, 2, 4, Purpose::Weight),
+            rounding_key(1, 2, 3, Purpose::SecondMoment),
+            rounding_key(1, 2 + (1 << 32), 3, Purpose::Weight),
+        ];
+        assert!(others.iter().all(|&other| other != base));
+        // A probability of 1/4 is met for every column.
+        let counts = (0..4000u64).fold([0u32; 64], |mut counts, class| {
+            let mut stored = [0; 64];
+            at_random(rounding_key(9, class, 1, Purpose::Weight), &[1.0 + 2f32.powi(-9); 64], &mut stored);
+            counts.iter_mut().zip(stored).for_each(|(count, bits)| *count += u32::from(bits != 0x3f80));
+            counts
+        });
+        // 1000 +- 27 each; five standard deviations.
+        assert!(counts.iter().all(|&count| count.abs_diff(1000) < 137), "{counts:?}");
+    }
+}
