@@ -65,17 +65,23 @@ clones! {
 
 #[inline(always)]
 fn at_random_body(key: u32, from: &[f32], to: &mut [u16]) -> bool {
+    const HALF: usize = GROUP / 2;
     let mut left = 0;
-    for (group, (to, from)) in to.chunks_mut(GROUP).zip(from.chunks(GROUP)).enumerate() {
-        let words: [u32; GROUP / 2] = std::array::from_fn(|i| word(key, (group * GROUP / 2 + i) as u32));
-        let middle = to.len().min(GROUP / 2);
-        let (low, high) = to.split_at_mut(middle);
-        for ((to, from), word) in low.iter_mut().zip(from).zip(words) {
-            left |= round(from.to_bits(), word & LEFT_OUT, to);
+    let (mut groups, mut stored) = (from.chunks_exact(GROUP), to.chunks_exact_mut(GROUP));
+    let mut first = 0;
+    for (from, to) in (&mut groups).zip(&mut stored) {
+        let from: &[f32; GROUP] = from.try_into().expect("a group's length");
+        let to: &mut [u16; GROUP] = to.try_into().expect("a group's length");
+        for i in 0..HALF {
+            let word = word(key, first + i as u32);
+            left |= round(from[i].to_bits(), word & LEFT_OUT, &mut to[i]);
+            left |= round(from[HALF + i].to_bits(), word >> 16, &mut to[HALF + i]);
         }
-        for ((to, from), word) in high.iter_mut().zip(&from[middle..]).zip(words) {
-            left |= round(from.to_bits(), word >> 16, to);
-        }
+        first += HALF as u32;
+    }
+    for (i, (from, to)) in groups.remainder().iter().zip(stored.into_remainder()).enumerate() {
+        let word = word(key, first + (i % HALF) as u32);
+        left |= round(from.to_bits(), if i < HALF { word & LEFT_OUT } else { word >> 16 }, to);
     }
     left == 0
 }
@@ -133,6 +139,22 @@ mod tests {
                 at_random_on(simd, 7, &from[..columns], &mut row);
                 assert_eq!(row, whole[..columns], "{simd:?} {columns}");
             }
+        }
+    }
+
+    /// The formula, column by column.
+    #[test]
+    fn a_column_has_its_16_bits() {
+        let (key, from) = (0x89ab_cdef, values(131));
+        let mut stored = vec![0; 131];
+        at_random(key, &from, &mut stored);
+        for (column, (&value, &stored)) in (0..).zip(from.iter().zip(&stored)) {
+            let mut word = u32::wrapping_add(key, u32::wrapping_mul(column / 32 * 16 + column % 16, 0x9E37_79B9));
+            word = (word ^ (word >> 16)).wrapping_mul(0x7feb_352d);
+            word = (word ^ (word >> 15)).wrapping_mul(0x846c_a68b);
+            word ^= word >> 16;
+            let random = if column % 32 < 16 { word & 0xffff } else { word >> 16 };
+            assert_eq!(u32::from(stored), (value.to_bits() + random) >> 16, "column {column}");
         }
     }
 
