@@ -25,7 +25,7 @@ use partialfc::head::{Head, LossTarget, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix};
 use partialfc::optimizer::{Optimizer, Sgd, StateTensor};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use partialfc::row_terms::RowTermArrays;
 use partialfc::trace;
 
@@ -496,6 +496,7 @@ fn options(shape: Shape, rate: f64, workspace_limit: usize) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        residency: Residency::Device,
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         workspace_limit: workspace_limit as u64,

@@ -3,9 +3,14 @@
 //! R is the rate of the crate gemm-f32: one-thread products of 1024 x 1024 x 512 side by side, one on each thread, measured before and
 //! after the steps of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed
 //! twice. Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows
-//! of 512 would not fit most machines, its draw does.
+//! of 512 would not fit most machines, its draw does. With the rows in a file, a line more has the disk's part: the time of reading and
+//! writing the rows of the last sample alone.
 
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,8 +19,8 @@ use partialfc::device::{self, SampleDraw};
 use partialfc::head::{Head, Labels, LossTarget, Metrics, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix};
-use partialfc::optimizer::{Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::optimizer::{Optimizer, Sgd, StateTensor};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use partialfc::row_terms::RowTermArrays;
 
 const HELP: &str = "\
@@ -27,6 +32,8 @@ Time of a whole step by phase, as a share of the machine's GEMM rate, and peak m
       --threads N     threads of each rank        (default: cores / ranks)
       --ranks N       in-process ranks, B rows over all of them   (default: 1)
       --bf16          store class centers and momentum in bfloat16
+      --block N       draw negatives in runs of N classes         (default: 1)
+      --file DIR      keep the rows in a file; also times the disk alone
       --recompute     compute the softmax's numerators twice instead of keeping them
       --steps N       steps timed                 (default: 7; the median is printed)
 ";
@@ -40,22 +47,37 @@ struct Shape {
     threads: usize,
     ranks: usize,
     bf16: bool,
+    block: usize,
+    file: Option<PathBuf>,
     recompute: bool,
     steps: usize,
 }
 
 impl Shape {
     fn new(batch: usize, classes: u64, rate: f64) -> Shape {
-        Shape { batch, classes, rate, dim: 512, threads: cores(), ranks: 1, bf16: false, recompute: false, steps: 7 }
+        Shape {
+            batch,
+            classes,
+            rate,
+            dim: 512,
+            threads: cores(),
+            ranks: 1,
+            bf16: false,
+            block: 1,
+            file: None,
+            recompute: false,
+            steps: 7,
+        }
     }
 
     fn arguments(&self) -> Vec<String> {
         let numbers = [self.batch.to_string(), self.classes.to_string(), self.rate.to_string(), self.dim.to_string()];
-        let flags = [("--threads", self.threads), ("--ranks", self.ranks), ("--steps", self.steps)];
+        let flags = [("--threads", self.threads), ("--ranks", self.ranks), ("--steps", self.steps), ("--block", self.block)];
         let flags = flags.into_iter().flat_map(|(name, value)| [name.to_owned(), value.to_string()]);
         let switches = [(self.bf16, "--bf16"), (self.recompute, "--recompute")];
         let switches = switches.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned());
-        numbers.into_iter().chain(flags).chain(switches).collect()
+        let file = self.file.iter().flat_map(|folder| ["--file".to_owned(), folder.display().to_string()]);
+        numbers.into_iter().chain(flags).chain(switches).chain(file).collect()
     }
 }
 
@@ -120,10 +142,10 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The line of a shape from its process's figures: {seconds, sample, seconds of six phases, peak MB}.
+/// The line of a shape from its process's figures: {seconds, sample, seconds of six phases, peak MB, seconds of the disk alone}.
 fn report(shape: &Shape, figures: &[f64], rate: f64) {
-    let [seconds, sample, gather, draw, forward, reduce, backward, update, peak] = figures[..] else {
-        panic!("a shape's process prints nine figures, not {figures:?}");
+    let [seconds, sample, gather, draw, forward, reduce, backward, update, peak, disk] = figures[..] else {
+        panic!("a shape's process prints ten figures, not {figures:?}");
     };
     let products = if shape.recompute { 8.0 } else { 6.0 };
     let flops = products * shape.batch as f64 * sample * shape.dim as f64 / seconds / 1e9;
@@ -149,6 +171,14 @@ fn report(shape: &Shape, figures: &[f64], rate: f64) {
         1e3 * update,
         peak
     );
+    if shape.file.is_some() {
+        println!(
+            "      rows in a file, drawn in runs of {}: reading and writing them alone takes {:.1} ms, the step {:.2} times that",
+            shape.block,
+            1e3 * disk,
+            seconds / disk
+        );
+    }
 }
 
 /// Times the draw of a tenth of the classes, beside 256 positives.
@@ -194,6 +224,8 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
             "--threads" => threads = Some(count()?),
             "--ranks" => shape.ranks = count()?,
             "--steps" => shape.steps = count()?,
+            "--block" => shape.block = count()?,
+            "--file" => shape.file = Some(rest.next().ok_or("--file takes a folder")?.into()),
             number => numbers.push(number.parse::<f64>().map_err(|_| format!("{number} is no option and no number"))?),
         }
     }
@@ -297,7 +329,8 @@ fn options(shape: &Shape) -> HeadOptions {
         precision: Precision::Auto,
         gather_dtype: None,
         row_terms: false,
-        sample_block: 1,
+        sample_block: shape.block as u32,
+        residency: shape.file.clone().map_or(Residency::Device, Residency::File),
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         workspace_limit: 0,
@@ -316,17 +349,17 @@ fn options(shape: &Shape) -> HeadOptions {
 /// A shape's process: prints its figures for `report`.
 fn run(shape: &Shape) {
     let comms = Communicator::threads(shape.ranks as u32).expect("ranks");
-    let mut ranks: Vec<Vec<(f64, Metrics)>> = std::thread::scope(|scope| {
+    let mut ranks: Vec<(Vec<(f64, Metrics)>, f64)> = std::thread::scope(|scope| {
         let ranks: Vec<_> = comms.into_iter().map(|comm| scope.spawn(|| steps(shape, comm))).collect();
         ranks.into_iter().map(|rank| rank.join().expect("a rank ends")).collect()
     });
-    let mut timed = ranks.swap_remove(0);
+    let (mut timed, disk) = ranks.swap_remove(0);
     timed.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (seconds, median) = &timed[timed.len() / 2];
     let sample = median.sample_size as usize * shape.ranks;
     let phase = &median.seconds;
     println!(
-        "{seconds} {sample} {} {} {} {} {} {} {}",
+        "{seconds} {sample} {} {} {} {} {} {} {} {disk}",
         phase.gather,
         phase.sample,
         phase.forward,
@@ -337,13 +370,16 @@ fn run(shape: &Shape) {
     );
 }
 
-/// One rank's steps, each with its seconds.
-fn steps(shape: &Shape, comm: Arc<Communicator>) -> Vec<(f64, Metrics)> {
+/// One rank's steps, each with its seconds, and those of the disk alone: 0 where the rows are in memory.
+fn steps(shape: &Shape, comm: Arc<Communicator>) -> (Vec<(f64, Metrics)>, f64) {
     let rank = comm.rank() as usize;
     let device = device::cpu(shape.threads as u32).expect("a device");
     let mut head = Head::create(comm.clone(), Ok((device, options(shape)))).expect("a head");
     let rows = (rank + 1) * shape.batch / shape.ranks - rank * shape.batch / shape.ranks;
     let mut timed = Vec::new();
+    if shape.file.is_some() {
+        write_all(&mut head, shape.dim);
+    }
     for step in 0..shape.steps + 1 {
         let seed = (step * shape.ranks + rank) as u32;
         let mut embeddings: Vec<f32> = (0..rows * shape.dim).map(|i| noise(i as u32 ^ seed << 20)).collect();
@@ -364,7 +400,57 @@ fn steps(shape: &Shape, comm: Arc<Communicator>) -> Vec<(f64, Metrics)> {
             timed.push((seconds, head.metrics().expect("metrics")));
         }
     }
-    timed
+    let disk = shape.file.as_ref().map_or(0.0, |folder| {
+        let ids = head.sample_ids().expect("the last sample");
+        let path = folder.join(format!("rows-{rank}-of-{}.partialfc", shape.ranks));
+        // The system may have been slow in any one try.
+        (0..3).map(|_| disk_alone(&path, head.shard().rows, head.shard().first, &ids)).fold(f64::INFINITY, f64::min)
+    });
+    (timed, disk)
+}
+
+/// Writes every row as it is: a row's first write takes longer than those after it, and a row that has none is not read.
+fn write_all(head: &mut Head, dim: usize) {
+    let shard = head.shard();
+    let mut rows = vec![0.0; dim << 12];
+    for first in (shard.first..shard.end()).step_by(1 << 12) {
+        let count = (shard.end() - first).min(1 << 12) as usize;
+        let some = Matrix::of_f32(&mut rows[..count * dim], count, dim);
+        head.read_rows(StateTensor::Centers, first, &some).expect("rows");
+        head.write_rows(StateTensor::Centers, first, &some).expect("rows");
+    }
+}
+
+/// Seconds of reading the records of these rows and writing them back, as they are, from 16 threads past the page cache: each run of
+/// consecutive rows in one transfer, of 256 KiB at most.
+fn disk_alone(path: &Path, rows: u64, first: u64, ids: &[i64]) -> f64 {
+    const LONGEST: usize = 256 << 10;
+    let file = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).expect("the head's file");
+    let stride = (file.metadata().expect("the file").len() / rows) as usize;
+    let mut runs: Vec<(u64, usize)> = Vec::new();
+    for &id in ids {
+        let at = (id as u64 - first) * stride as u64;
+        match runs.last_mut() {
+            Some((begin, length)) if *begin + *length as u64 == at && *length + stride <= LONGEST => *length += stride,
+            _ => runs.push((at, stride)),
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let memory = vec![0u8; LONGEST + 4096];
+                let (offset, mut memory) = (memory.as_ptr().align_offset(4096), memory);
+                while let Some(&(at, length)) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let piece = &mut memory[offset..offset + length];
+                    file.read_exact_at(piece, at).expect("rows");
+                    file.write_all_at(piece, at).expect("rows");
+                }
+            });
+        }
+    });
+    start.elapsed().as_secs_f64()
 }
 
 /// The largest resident size of this process so far; NaN where the system does not tell.

@@ -1,17 +1,19 @@
-// Loads or saves a checkpoint while the disk misbehaves at one call of the system, chosen by its
-// number. tests/hostile/disk.rs goes through all of them and looks at what is left.
+// Loads or saves a checkpoint, or makes a step with the rows in a file, while the disk misbehaves at
+// one call of the system, chosen by its number. tests/hostile/disk.rs goes through all of them and
+// looks at what is left.
 //
-//   disk_faults DIRECTORY load|save FAULT NUMBER
+//   disk_faults DIRECTORY load|save|step FAULT NUMBER
 //
 // loads the checkpoint, makes one step, and saves it to the same directory; with NUMBER 0 nothing
-// fails. FAULT is what becomes of the NUMBER-th call of the load or of the save: killed (the
+// fails. step: a head with its rows in DIRECTORY/rows makes two steps and saves. FAULT is what
+// becomes of the NUMBER-th call of the load, of the save or of the second step: killed (the
 // process, before the call), half (a write writes half of its bytes, then the process is killed),
 // full (ENOSPC), broken (EIO), interrupted (EINTR), indirect (EINVAL, as of a file system that finds
 // late that it cannot transfer directly), short (less is read or written, as may be).
 //
-// Prints how many calls there were, the status of the load or save and its text, and the function
-// of that call. Exits with 0 if the head makes another step afterwards, or cannot after a load that failed; with 77 where it was
-// killed.
+// Prints how many calls there were, the status of the load, save or step and its text, and the
+// function of that call. Exits with 0 if the head makes another step afterwards, or cannot after a
+// load or a write that failed; with 77 where it was killed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -33,7 +35,8 @@ static const char *hit = "";
 
 // Whether this is the call. A process that is to be killed ends here.
 static int is_it(const char *function, int writes) {
-  if (!armed || ++calls != number) return 0;
+  // Rows move on several threads.
+  if (!armed || __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED) != number) return 0;
   hit = function;
   if (strcmp(fault, "killed") == 0 || (strcmp(fault, "half") == 0 && !writes)) _exit(KILLED);
   return 1;
@@ -121,7 +124,7 @@ static void need(const char *what, pfc_status status) {
   exit(1);
 }
 
-static void step(pfc_head *head) {
+static pfc_status try_step(pfc_head *head) {
   static float embeddings[BATCH * DIM], gradient[BATCH * DIM];
   int64_t labels[BATCH];
   double loss;
@@ -129,7 +132,24 @@ static void step(pfc_head *head) {
   for (int i = 0; i < BATCH; i++) labels[i] = i * 100;
   pfc_matrix e = {embeddings, PFC_F32, 0, BATCH, DIM, DIM};
   pfc_matrix g = {gradient, PFC_F32, 0, BATCH, DIM, DIM};
-  need("a step", pfc_head_step(head, &e, labels, 0.1, &g, &loss));
+  return pfc_head_step(head, &e, labels, 0.1, &g, &loss);
+}
+
+static void step(pfc_head *head) { need("a step", try_step(head)); }
+
+// A step that fails before its update can be made again, one that fails in it is the head's last.
+static void step_on_a_file(pfc_head *head, const char *directory) {
+  step(head);
+  armed = 1;
+  const pfc_status status = try_step(head);
+  armed = 0;
+  printf("%ld\t%s\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error(), hit);
+  if (status != PFC_OK && strncmp(hit, "pwrite64", 8) == 0) {
+    if (try_step(head) != PFC_ERROR_POISONED) exit(1);
+    return;
+  }
+  if (status != PFC_OK) step(head);
+  need("save", pfc_head_save(head, directory, NULL));
 }
 
 int main(int argc, char **argv) {
@@ -142,9 +162,20 @@ int main(int argc, char **argv) {
   need("comm", pfc_comm_self(&comm));
   need("options", pfc_head_options_init(&options));
   options.num_classes = CLASSES, options.embedding_dim = DIM;
+  const int on_a_file = strcmp(argv[2], "step") == 0;
+  char rows[4096];
+  if (on_a_file) {
+    snprintf(rows, sizeof rows, "%s/rows", argv[1]);
+    options.residency = PFC_RESIDENCY_FILE, options.storage_path = rows;
+  }
   need("head", pfc_head_create(device, comm, &options, &head));
   int in_load = strcmp(argv[2], "load") == 0;
   fault = argv[3], number = strtol(argv[4], NULL, 10);
+  if (on_a_file) {
+    step_on_a_file(head, argv[1]);
+    pfc_head_free(head), pfc_comm_free(comm), pfc_device_free(device);
+    return rmdir(rows);
+  }
   armed = in_load;
   pfc_status status = pfc_head_load(head, argv[1], NULL);
   armed = 0;

@@ -246,9 +246,10 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(precision, PFC_PRECISION_HALF, PFC_ERROR_UNSUPPORTED, "precision");
   REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype must be f32 or bf16 in this version, got f16");
   REFUSED(state_dtype, PFC_F64, PFC_ERROR_INVALID_ARGUMENT, "state_dtype");
-  REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_UNSUPPORTED,
-          "residency must be 1 (device), got 3");
-  REFUSED(storage_path, "rows.bin", PFC_ERROR_UNSUPPORTED, "storage_path");
+  REFUSED(residency, 4, PFC_ERROR_INVALID_ARGUMENT, "residency");
+  REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_INVALID_ARGUMENT, "storage_path must not be NULL");
+  REFUSED(storage_path, "rows", PFC_ERROR_INVALID_ARGUMENT,
+          "storage_path must be NULL unless residency is PFC_RESIDENCY_FILE (3)");
 #undef REFUSED
   EXPECT(head == NULL);
 }

@@ -156,9 +156,14 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 // For gather_dtype: f16 where the device computes in half precision, else f32.
 #define PFC_GATHER_AUTO 0
 
-#define PFC_RESIDENCY_DEVICE 1  // W and optimizer state in the device's memory.
-#define PFC_RESIDENCY_HOST 2    // W and optimizer state in host memory, sampled rows on the device.
-#define PFC_RESIDENCY_FILE 3    // W and optimizer state in a file at storage_path.
+// W and optimizer state in the device's memory.
+#define PFC_RESIDENCY_DEVICE 1
+// W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this
+// version.
+#define PFC_RESIDENCY_HOST 2
+// W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this
+// version.
+#define PFC_RESIDENCY_FILE 3
 
 #define PFC_ROW_TERMS_OFF 1  // All rows have the options' m2 and m3, and weight 1.
 #define PFC_ROW_TERMS_ON 2   // A row may have its own m2, m3 and weight.
@@ -238,7 +243,8 @@ typedef struct pfc_head_options {
   // The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
   // at random. (default: f32)
   int32_t state_dtype;
-  // PFC_RESIDENCY_*; this version supports device only. (default: device)
+  // PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default:
+  // device)
   int32_t residency;
   // Must be 0.
   uint32_t reserved;
@@ -246,7 +252,9 @@ typedef struct pfc_head_options {
   // numerators do not fit, they are computed twice instead of kept. 0: the library decides.
   // (default: 0)
   uint64_t workspace_limit;
-  // Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
+  // For residency file: the directory of the ranks' files, which is made if it is not there; else
+  // NULL. A file has its whole size from the start, serves one head, and is removed with it.
+  // Borrowed for the call. (default: NULL)
   const char *storage_path;
   // PFC_ROW_TERMS_*: whether rows may have margins and weights of their own
   // (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
@@ -1503,6 +1511,8 @@ typedef struct pfc_plan_report {
   uint64_t grad_centers_bytes;
   // The sum of the five messages: what pfc_comm_traffic counts in a step.
   uint64_t traffic_bytes;
+  // The file of the rank that owns most, for residency file; else 0.
+  uint64_t storage_bytes;
 } pfc_plan_report;
 
 // Fills the struct with zeros and its size; see pfc_head_options_init_sized.

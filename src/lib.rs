@@ -27,6 +27,7 @@ mod agreement;
 mod cancellation;
 mod checkpoint;
 mod environment;
+mod file;
 mod float_environment;
 
 mod memory;

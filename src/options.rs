@@ -1,5 +1,7 @@
 //! What a head is asked to be: options, their defaults and their limits.
 
+use std::path::PathBuf;
+
 use crate::agreement::Field;
 use crate::margin::Margin;
 use crate::matrix::DType;
@@ -33,6 +35,23 @@ pub enum Precision {
     Half = 3,
 }
 
+/// Where the rows are: W and the optimizer's state.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Residency {
+    /// In the device's memory.
+    Device,
+    /// In host memory.
+    Host,
+    /// In a file of each rank in this directory; memory has those of a step.
+    File(PathBuf),
+}
+
+impl Residency {
+    pub(crate) fn is_file(&self) -> bool {
+        matches!(self, Residency::File(_))
+    }
+}
+
 /// The options of a head, in the field's units; `pfc_head_options` documents each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeadOptions {
@@ -56,6 +75,8 @@ pub struct HeadOptions {
     pub weight_dtype: DType,
     /// The same of the optimizer's state.
     pub state_dtype: DType,
+    /// May differ between ranks.
+    pub residency: Residency,
     /// Negatives are drawn in runs of as many classes: [`crate::sample`].
     pub sample_block: u32,
     /// Rows may have margins and weights of their own: [`crate::row_terms`].
@@ -146,8 +167,9 @@ impl HeadOptions {
         Ok(())
     }
 
-    /// For a device that stores rows in no other type.
-    pub(crate) fn require_f32_rows(&self, device: &str) -> Result<()> {
+    /// For a device that stores rows in no other type and nowhere else.
+    pub(crate) fn require_own_f32_rows(&self, device: &str) -> Result<()> {
+        ensure!(self.residency == Residency::Device, Unsupported, "residency must be device on {device} in this version");
         for (name, dtype) in [("weight_dtype", self.weight_dtype), ("state_dtype", self.state_dtype)] {
             ensure!(dtype == DType::F32, Unsupported, "{name} must be f32 on {device} in this version, got {}", dtype.name());
         }

@@ -1,6 +1,6 @@
 //! What a head will need, before there is one: bytes of memory, and bytes a step hands to the communicator.
 
-use crate::device::{memory_needed, sample_capacity, Memory};
+use crate::device::{memory_needed, sample_capacity, storage_needed, Memory};
 use crate::options::{HeadOptions, Placement, Precision};
 use crate::protocol::{label_block, sum_elements, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{ensure, Result};
@@ -28,6 +28,8 @@ pub struct Plan {
     pub sample_capacity: u64,
     /// Of the rank that owns most.
     pub memory: Memory,
+    /// Bytes of its file.
+    pub storage: u64,
     pub traffic: StepTraffic,
 }
 
@@ -66,6 +68,7 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
         shard_rows: shard.rows,
         sample_capacity: sample_capacity(options, ranks, shard),
         memory: memory_needed(options, ranks, threads)?,
+        storage: storage_needed(options, shard),
         traffic,
     })
 }

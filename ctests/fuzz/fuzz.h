@@ -93,6 +93,8 @@ void refused_comms(struct draws *d);
 
 // Options of a head for n ranks that all of them accept.
 pfc_head_options options_of(struct draws *d, int n);
+// A folder of this process for the rows of heads that have them in files.
+const char *folder_of_rows(void);
 // Makes a mistake in them; whether pfc_head_create must fail.
 int spoil_options(struct draws *d, pfc_head_options *o);
 

@@ -3,6 +3,7 @@
 #include "heads.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <unistd.h>
 
 int mistake(struct rank *r, int part) { return chance(&r->own, r->mistakes / part); }
@@ -314,6 +315,13 @@ static void name_folder(char folder[64]) {
   snprintf(folder, 64, "/tmp/partialfc-fuzz-%ld", (long)getpid());
 }
 
+// Where they keep the rows of a head that has them in files.
+const char *folder_of_rows(void) {
+  static char folder[80];
+  snprintf(folder, sizeof folder, "/tmp/partialfc-fuzz-rows-%ld", (long)getpid());
+  return folder;
+}
+
 static void checkpoint(struct rank *r) {
   struct draws *own = &r->own;
   char folder[64];
@@ -339,6 +347,8 @@ static void checkpoint(struct rank *r) {
 
 static void remove_checkpoint(void) {
   char folder[64], path[512];
+  // Its files went with their heads.
+  if (remove(folder_of_rows()) != 0 && errno == ENOTEMPTY) finding("rows of a head that is gone");
   name_folder(folder);
   DIR *list = opendir(folder);
   if (list == NULL) return;

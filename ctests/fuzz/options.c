@@ -35,6 +35,10 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.weight_dtype = chance(d, 300) ? PFC_BF16 : PFC_F32;
   o.state_dtype = chance(d, 300) ? PFC_BF16 : PFC_F32;
   o.sample_block = chance(d, 300) ? 1u << below(d, 11) : 1;
+  if (chance(d, 200)) {
+    o.residency = ONE_OF(d, int32_t, PFC_RESIDENCY_HOST, PFC_RESIDENCY_FILE, PFC_RESIDENCY_FILE);
+    if (o.residency == PFC_RESIDENCY_FILE) o.storage_path = folder_of_rows();
+  }
   o.row_terms = chance(d, 400) ? PFC_ROW_TERMS_ON : PFC_ROW_TERMS_OFF;
   return o;
 }
@@ -70,7 +74,11 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 20: o->precision = ONE_OF(d, int32_t, 0, 3, 4); return 1;
     case 21: o->gather_dtype = ONE_OF(d, int32_t, 4, 5, -1); return 1;
     case 22: o->weight_dtype = ONE_OF(d, int32_t, 0, 2, 4, 9); return 1;
-    case 23: o->residency = ONE_OF(d, int32_t, 0, 2, 3, 9); return 1;
+    case 23:
+      // None of them goes with an empty path.
+      o->residency = ONE_OF(d, int32_t, 0, 1, 2, 3, 9);
+      o->storage_path = "";
+      return 1;
     case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
     case 25: o->row_terms = ONE_OF(d, int32_t, 0, 3, -1); return 1;
     case 26: o->sample_block = ONE_OF(d, uint32_t, 0, 3, 2048, UINT32_MAX); return 1;

@@ -95,9 +95,11 @@ PFC_PRECISION_HALF = 3
 PFC_GATHER_AUTO = 0
 #: W and optimizer state in the device's memory.
 PFC_RESIDENCY_DEVICE = 1
-#: W and optimizer state in host memory, sampled rows on the device.
+#: W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this
+#: version.
 PFC_RESIDENCY_HOST = 2
-#: W and optimizer state in a file at storage_path.
+#: W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this
+#: version.
 PFC_RESIDENCY_FILE = 3
 #: All rows have the options' m2 and m3, and weight 1.
 PFC_ROW_TERMS_OFF = 1
@@ -209,7 +211,8 @@ class pfc_head_options(Structure):
         # The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
         # at random. (default: f32)
         ("state_dtype", c_int32),
-        # PFC_RESIDENCY_*; this version supports device only. (default: device)
+        # PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default:
+        # device)
         ("residency", c_int32),
         # Must be 0.
         ("reserved", c_uint32),
@@ -217,7 +220,9 @@ class pfc_head_options(Structure):
         # numerators do not fit, they are computed twice instead of kept. 0: the library decides.
         # (default: 0)
         ("workspace_limit", c_uint64),
-        # Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
+        # For residency file: the directory of the ranks' files, which is made if it is not there; else
+        # NULL. A file has its whole size from the start, serves one head, and is removed with it.
+        # Borrowed for the call. (default: NULL)
         ("storage_path", c_char_p),
         # PFC_ROW_TERMS_*: whether rows may have margins and weights of their own
         # (pfc_head_forward_with). On, each step sends 12 bytes more for each row of the global batch
@@ -580,6 +585,8 @@ class pfc_plan_report(Structure):
         ("grad_centers_bytes", c_uint64),
         # The sum of the five messages: what pfc_comm_traffic counts in a step.
         ("traffic_bytes", c_uint64),
+        # The file of the rank that owns most, for residency file; else 0.
+        ("storage_bytes", c_uint64),
     ]
 
 

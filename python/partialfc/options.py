@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import operator
+import os
 
 from . import _abi
 from ._library import check, lib
@@ -21,10 +22,15 @@ CHOICES = {
     "row_terms": {"off": _abi.PFC_ROW_TERMS_OFF, "on": _abi.PFC_ROW_TERMS_ON},
     "weight_dtype": {"f32": _abi.PFC_F32, "bf16": _abi.PFC_BF16},
     "state_dtype": {"f32": _abi.PFC_F32, "bf16": _abi.PFC_BF16},
+    "residency": {
+        "device": _abi.PFC_RESIDENCY_DEVICE,
+        "host": _abi.PFC_RESIDENCY_HOST,
+        "file": _abi.PFC_RESIDENCY_FILE,
+    },
     "gather_dtype": {"auto": _abi.PFC_GATHER_AUTO, "f32": _abi.PFC_F32, "f16": _abi.PFC_F16, "bf16": _abi.PFC_BF16},
 }
 #: Fields that a caller does not set.
-_OURS = ("struct_size", "reserved", "residency", "storage_path")
+_OURS = ("struct_size", "reserved")
 FIELDS = tuple(name for name, _ in _abi.pfc_head_options._fields_ if name not in _OURS)
 #: The signed fields and bits of the others: ctypes would cut a number that does not fit.
 _BITS = {ctypes.c_uint64: 64, ctypes.c_uint32: 32}
@@ -56,7 +62,8 @@ def fill(values: dict) -> _abi.pfc_head_options:
         if types[name] is ctypes.c_int64 and isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {value}; it must fit 64 bits")
         try:
-            setattr(options, name, value)
+            is_path = types[name] is ctypes.c_char_p and value is not None
+            setattr(options, name, os.fsencode(value) if is_path else value)
         except TypeError as error:
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; {error}") from error
     return options
@@ -67,6 +74,8 @@ def names(options: _abi.pfc_head_options) -> dict:
     out = {}
     for name in FIELDS:
         value = getattr(options, name)
+        if isinstance(value, bytes):
+            value = os.fsdecode(value)
         for choice, code in CHOICES.get(name, {}).items():
             if code == value:
                 value = choice
@@ -105,6 +114,8 @@ class Plan:
     grad_centers_bytes: int
     #: The sum of the five messages.
     traffic_bytes: int
+    #: The file of that rank, for residency "file"; else 0.
+    storage_bytes: int
 
 
 def plan(num_classes: int, embedding_dim: int, *, ranks: int = 1, batch: int, **options) -> Plan:

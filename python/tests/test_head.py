@@ -152,6 +152,29 @@ def test_rows_in_bfloat16(tmp_path):
         partialfc.Head(1000, DIM, 16, weight_dtype="f16")
 
 
+def test_rows_in_a_file(tmp_path):
+    embeddings, labels = batch(classes=1000)
+    where = {"residency": "file", "storage_path": tmp_path / "rows"}
+    losses = []
+    for options in ({}, where):
+        with partialfc.Head(1000, DIM, 16, sample_rate=0.3, device=partialfc.Device.cpu(1), **options) as head:
+            grad = np.empty_like(embeddings)
+            losses.append([head.step(embeddings, labels, 0.1, grad)[0] for _ in range(4)] + [head.read_centers().sum()])
+            if options:
+                assert [file.name for file in where["storage_path"].iterdir()] == ["rows-0-of-1.partialfc"]
+                assert (head.options["residency"], head.options["storage_path"]) == ("file", str(where["storage_path"]))
+                with pytest.raises(partialfc.PartialFCError, match="another head has its rows in it"):
+                    partialfc.Head(1000, DIM, 16, **where)
+    assert losses[0] == losses[1]
+    assert list(where["storage_path"].iterdir()) == []
+    report = partialfc.plan(1000, DIM, batch=16, sample_rate=0.3, **where)
+    assert (report.weight_bytes, report.storage_bytes) == (300 * DIM * 4, 16 * 4096)
+    with pytest.raises(partialfc.PartialFCError, match="storage_path must not be NULL"):
+        partialfc.Head(1000, DIM, 16, residency="file")
+    with pytest.raises(TypeError, match="storage_path is 7"):
+        partialfc.Head(1000, DIM, 16, residency="file", storage_path=7)
+
+
 def test_top_k(head):
     embeddings, _ = batch(rows=20)
     weight = head.read_centers()

@@ -112,7 +112,7 @@ pub unsafe extern "C" fn pfc_head_load(
 }
 
 /// A path argument, or the error that names it.
-unsafe fn path<'a>(name: &str, text: *const c_char) -> Result<&'a Path> {
+pub(super) unsafe fn path<'a>(name: &str, text: *const c_char) -> Result<&'a Path> {
     let first = required(name, text)?;
     ensure!(*first != 0, InvalidArgument, "{name} must not be empty");
     Ok(Path::new(OsStr::from_bytes(CStr::from_ptr(text).to_bytes())))

@@ -39,6 +39,8 @@ pub struct pfc_plan_report {
     pub grad_centers_bytes: u64,
     /// The sum of the five messages: what pfc_comm_traffic counts in a step.
     pub traffic_bytes: u64,
+    /// The file of the rank that owns most, for residency file; else 0.
+    pub storage_bytes: u64,
 }
 
 sized!(
@@ -58,6 +60,7 @@ sized!(
         grad_embeddings_bytes: 0,
         grad_centers_bytes: 0,
         traffic_bytes: 0,
+        storage_bytes: 0,
     }
 );
 
@@ -102,6 +105,7 @@ pub unsafe extern "C" fn pfc_plan(
             grad_embeddings_bytes: plan.traffic.grad_embeddings,
             grad_centers_bytes: plan.traffic.grad_centers,
             traffic_bytes: plan.traffic.total(),
+            storage_bytes: plan.storage,
         };
         write_sized(report, value)
     })

@@ -2,12 +2,13 @@
 
 use std::ffi::c_char;
 
+use super::checkpoint::path;
 use super::status::pfc_status;
 use super::{boundary, required};
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::{Adamw, Optimizer, Sgd};
-use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
+use crate::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use crate::{ensure, error, Result};
 
 /// 32-bit float.
@@ -61,9 +62,9 @@ pub const PFC_GATHER_AUTO: i32 = 0;
 
 /// W and optimizer state in the device's memory.
 pub const PFC_RESIDENCY_DEVICE: i32 = 1;
-/// W and optimizer state in host memory, sampled rows on the device.
+/// W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this version.
 pub const PFC_RESIDENCY_HOST: i32 = 2;
-/// W and optimizer state in a file at storage_path.
+/// W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this version.
 pub const PFC_RESIDENCY_FILE: i32 = 3;
 
 /// All rows have the options' m2 and m3, and weight 1.
@@ -154,14 +155,15 @@ pub struct pfc_head_options {
     pub weight_dtype: i32,
     /// The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment at random. (default: f32)
     pub state_dtype: i32,
-    /// PFC_RESIDENCY_*; this version supports device only. (default: device)
+    /// PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default: device)
     pub residency: i32,
     /// Must be 0.
     pub reserved: u32,
     /// Bytes of working memory that the head may use beside W and the optimizer state. If the softmax numerators do not fit, they
     /// are computed twice instead of kept. 0: the library decides. (default: 0)
     pub workspace_limit: u64,
-    /// Path of the file for residency file. Borrowed for pfc_head_create. (default: NULL)
+    /// For residency file: the directory of the ranks' files, which is made if it is not there; else NULL. A file has its whole size from
+    /// the start, serves one head, and is removed with it. Borrowed for the call. (default: NULL)
     pub storage_path: *const c_char,
     /// PFC_ROW_TERMS_*: whether rows may have margins and weights of their own (pfc_head_forward_with). On, each step sends 12 bytes
     /// more for each row of the global batch when sharded, whatever the step uses. (default: off)
@@ -442,7 +444,10 @@ impl pfc_optimizer {
 
 impl pfc_head_options {
     /// The options as the library holds them. What no option can mean is refused here, what no head can be by `HeadOptions::check`.
-    pub(super) fn to_options(self) -> Result<HeadOptions> {
+    ///
+    /// # Safety
+    /// storage_path is NULL or a string.
+    pub(super) unsafe fn to_options(self) -> Result<HeadOptions> {
         let margin = pfc_margin {
             struct_size: 0,
             scale: self.scale,
@@ -465,13 +470,6 @@ impl pfc_head_options {
         };
         let storage =
             |field: &str, code: i32| choose(field, code, &[(PFC_F32, DType::F32), (PFC_F16, DType::F16), (PFC_BF16, DType::Bf16)]);
-        let resident = choose(
-            "residency",
-            self.residency,
-            &[(PFC_RESIDENCY_DEVICE, true), (PFC_RESIDENCY_HOST, false), (PFC_RESIDENCY_FILE, false)],
-        )?;
-        ensure!(resident, Unsupported, "residency must be 1 (device), got {}: other memory is not supported yet", self.residency);
-        ensure!(self.storage_path.is_null(), Unsupported, "storage_path must be NULL: residency file is not supported yet");
         ensure!(self.reserved == 0, InvalidArgument, "reserved must be 0, got {}", self.reserved);
         Ok(HeadOptions {
             num_classes: self.num_classes,
@@ -511,9 +509,24 @@ impl pfc_head_options {
             weight_dtype: storage("weight_dtype", self.weight_dtype)?,
             state_dtype: storage("state_dtype", self.state_dtype)?,
             row_terms: choose("row_terms", self.row_terms, &[(PFC_ROW_TERMS_OFF, false), (PFC_ROW_TERMS_ON, true)])?,
+            residency: self.residency()?,
             sample_block: self.sample_block,
             workspace_limit: self.workspace_limit,
         })
+    }
+
+    /// # Safety
+    /// As `to_options`.
+    unsafe fn residency(&self) -> Result<Residency> {
+        let codes = [PFC_RESIDENCY_DEVICE, PFC_RESIDENCY_HOST, PFC_RESIDENCY_FILE].map(|code| (code, code));
+        let residency = match choose("residency", self.residency, &codes)? {
+            PFC_RESIDENCY_FILE => return Ok(Residency::File(path("storage_path", self.storage_path)?.to_owned())),
+            PFC_RESIDENCY_HOST => Residency::Host,
+            _ => Residency::Device,
+        };
+        let unused = self.storage_path.is_null();
+        ensure!(unused, InvalidArgument, "storage_path must be NULL unless residency is PFC_RESIDENCY_FILE (3)");
+        Ok(residency)
     }
 }
 

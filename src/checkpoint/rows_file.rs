@@ -12,8 +12,9 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::transfer::{reserve_room, Direction, Mover, Piece, PIECE};
+use super::transfer::{Direction, Mover, Piece, PIECE};
 use super::{corrupt, refused, RowsFile};
+use crate::file::reserve_room;
 use crate::matrix::DType;
 use crate::memory::{reserve, zeros};
 use crate::{Error, Result};

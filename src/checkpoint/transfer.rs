@@ -6,12 +6,13 @@
 //! was measured), and leave it at once if no other rank reads the same rows.
 
 use std::fs::File;
-use std::io::{Error, ErrorKind, Result};
+use std::io::{ErrorKind, Result};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::file::{is_refusal, set_direct};
 use crate::memory::zeros;
 
 /// Bytes of a piece. Of this size one transfer at a time keeps a disk busy.
@@ -217,60 +218,13 @@ fn advise(file: &File, advice: Advice) {
     unsafe { libc::posix_fadvise(file.as_raw_fd(), at, length, advice) };
 }
 
-#[cfg(target_os = "linux")]
-fn is_refusal(cause: &Error) -> bool {
-    cause.raw_os_error() == Some(libc::EINVAL)
-}
-
-/// Whether what is written to a file goes past the page cache from here on. Returns whether that has changed anything.
-#[cfg(target_os = "linux")]
-fn set_direct(file: &File, direct: bool) -> bool {
-    use std::os::fd::AsRawFd;
-    // SAFETY: reads and changes flags of a file that is open.
-    unsafe {
-        let before = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        let after = if direct { before | libc::O_DIRECT } else { before & !libc::O_DIRECT };
-        before >= 0 && before != after && libc::fcntl(file.as_raw_fd(), libc::F_SETFL, after) == 0
-    }
-}
-
-/// Reserves the disk's room for a file, so that a disk that is too small is known before the first byte is written.
-#[cfg(target_os = "linux")]
-pub(super) fn reserve_room(file: &File, bytes: u64) -> Result<()> {
-    use std::os::fd::AsRawFd;
-    let Ok(bytes) = bytes.try_into() else { return Ok(()) };
-    // SAFETY: the file is open.
-    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes) } {
-        0 => Ok(()),
-        // Many file systems cannot reserve any. What else is wrong, the writes will tell.
-        _ => match Error::last_os_error() {
-            cause if matches!(cause.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) => Err(cause),
-            _ => Ok(()),
-        },
-    }
-}
-
 #[cfg(not(target_os = "linux"))]
 fn advise(_: &File, _: Advice) {}
-
-#[cfg(not(target_os = "linux"))]
-fn is_refusal(_: &Error) -> bool {
-    false
-}
-
-#[cfg(not(target_os = "linux"))]
-fn set_direct(_: &File, _: bool) -> bool {
-    false
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(super) fn reserve_room(_: &File, _: u64) -> Result<()> {
-    Ok(())
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::file::reserve_room;
 
     /// Numbers that no other place of the file has.
     fn byte(at: u64) -> u8 {

@@ -106,6 +106,7 @@ impl Head {
                     | Status::NotFinite
                     | Status::InvalidArgument
                     | Status::OutOfMemory
+                    | Status::Io
                     | Status::Remote
                     | Status::Mismatch
             );

@@ -3,7 +3,7 @@
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use proptest::prelude::*;
 
 use crate::capi::{Rows, LEAST};
@@ -144,6 +144,7 @@ impl Case {
             weight_dtype: DType::F32,
             state_dtype: DType::F32,
             sample_block: self.sample_block(),
+            residency: Residency::Device,
             row_terms: self.row_terms(),
             workspace_limit: self.workspace_limit,
         }

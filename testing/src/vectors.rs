@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use safetensors::{Dtype, SafeTensors};
 
 pub const NAMES: [&str; 8] = [
@@ -132,6 +132,7 @@ impl Vectors {
             gather_dtype: None,
             row_terms: false,
             sample_block: 1,
+            residency: Residency::Device,
             weight_dtype: DType::F32,
             state_dtype: DType::F32,
             workspace_limit: 0,

@@ -332,7 +332,7 @@ fn structs_lie_in_c_and_python_as_in_rust() {
         pfc_load_options { struct_size, progress, user }
         pfc_plan_report {
             struct_size, shard_rows, sample_capacity, weight_bytes, state_bytes, activation_bytes, probability_bytes, total_bytes,
-            labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes,
+            labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes,
         }
     };
     let listed: BTreeSet<&str> =

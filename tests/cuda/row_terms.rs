@@ -1,7 +1,7 @@
 //! Margins and weights of the rows' own in the GPU's memory: the bits of those in host memory, no wait, and errors that come late.
 
 use partialfc::matrix::DType;
-use partialfc::options::{HeadOptions, Placement};
+use partialfc::options::{HeadOptions, Placement, Residency};
 use partialfc::Status;
 use partialfc_testing::capi::{options, Comm, Head, Rows};
 use partialfc_testing::emulator;
@@ -21,6 +21,7 @@ fn heads() -> [HeadOptions; 2] {
         sample_rate: 0.5,
         row_terms: true,
         sample_block: 1,
+        residency: Residency::Device,
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         ..options(40, DIM as u32, ROWS as u64)

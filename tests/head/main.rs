@@ -11,6 +11,7 @@ mod factor;
 mod faults;
 mod growing;
 mod reference;
+mod residency;
 mod resume;
 mod row_terms;
 mod rows;

@@ -3,7 +3,7 @@
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
 use partialfc::optimizer::{Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use partialfc::Status;
 use partialfc_testing::numbers::{assert_close, relative_l2, widen, Random};
 use partialfc_testing::reference::{target, Head, RankInput, RowTerms, Step};
@@ -30,6 +30,7 @@ fn options(margin: Margin, placement: Placement) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        residency: Residency::Device,
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         workspace_limit: 0,

@@ -1,5 +1,5 @@
-//! Disks that fail. `ctests/disk_faults.c` saves or loads a checkpoint while one call of the system goes wrong; here each of them does in
-//! turn, in every way. What a save leaves must be the checkpoint before or the new one, never a mixture; a load gives what was saved or
+//! Disks that fail. `ctests/disk_faults.c` saves or loads a checkpoint, or makes a step with its rows in a file, while one call of the
+//! system goes wrong; here each of them does in turn, in every way. What a save leaves must be the checkpoint before or the new one, never a mixture; a load gives what was saved or
 //! an error.
 
 use std::fs;
@@ -163,4 +163,36 @@ fn whatever_fails_in_a_load_it_is_what_was_saved_or_an_error() {
         }
     }
     assert!(loaded > 12 && refused > 5, "{loaded} loads, {refused} errors");
+}
+
+/// A call that fails is the error of its step, one that does less than it was asked for changes nothing.
+#[test]
+fn whatever_fails_in_a_step_on_a_file_it_is_told_and_no_row_is_lost() {
+    let (program, folder) = (program(), scratch("disk_step").join("now"));
+    fresh(&folder);
+    let sound = run(program, &folder, "step", "none", 0);
+    assert!(sound.status == "PFC_OK" && sound.calls > 20, "{} {}, {} calls", sound.status, sound.text, sound.calls);
+    let after = centers(&folder);
+    let (mut read, mut written) = (0, 0);
+    for fault in ["broken", "full", "interrupted", "indirect", "short"] {
+        for number in 1..=sound.calls {
+            fresh(&folder);
+            let Saved { status, text, function, .. } = run(program, &folder, "step", fault, number);
+            let what = format!("{fault} {number} {function}: {status} {text}");
+            let writes = function.starts_with("pwrite64");
+            assert!(!function.is_empty(), "{what}: no such call");
+            match fault {
+                "interrupted" | "indirect" | "short" => assert_eq!(status, "PFC_OK", "{what}"),
+                _ => {
+                    let told = if writes { "cannot write" } else { "cannot read" };
+                    assert!(status == "PFC_ERROR_IO" && text.contains(told) && text.contains("now/rows/rows-0-of-1"), "{what}");
+                    *(if writes { &mut written } else { &mut read }) += 1;
+                }
+            }
+            if !(writes && status != "PFC_OK") {
+                assert!(centers(&folder) == after, "{what}: other rows");
+            }
+        }
+    }
+    assert!(read > 10 && written > 10, "{read} reads, {written} writes");
 }

@@ -8,7 +8,7 @@ use partialfc::head::{self, Labels, LossTarget, Metrics, StepInput};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::{DType, Matrix, ReduceOp};
 use partialfc::optimizer::{Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use partialfc::row_terms::RowTermArrays;
 use partialfc::{Error, Result, Status};
 
@@ -76,6 +76,7 @@ pub fn arcface(classes: usize, dim: usize, max_batch: usize) -> HeadOptions {
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        residency: Residency::Device,
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         workspace_limit: 0,

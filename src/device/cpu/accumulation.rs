@@ -20,6 +20,8 @@ pub(super) struct Accumulation {
     rows: Vec<u32>,
     /// [rows, d]
     gradients: Vec<f32>,
+    /// The rows' places, in the order of an update's. Reserved beforehand like `squares`.
+    order: Vec<u32>,
     /// Of an update's tasks: reserved beforehand, since an update that fails ends the head.
     squares: Vec<f64>,
 }
@@ -27,13 +29,14 @@ pub(super) struct Accumulation {
 impl Accumulation {
     fn new(shard_rows: usize) -> Result<Accumulation> {
         let places = zeros(&[shard_rows], "places of accumulated gradients")?;
-        Ok(Accumulation { places, rows: Vec::new(), gradients: Vec::new(), squares: Vec::new() })
+        Ok(Accumulation { places, rows: Vec::new(), gradients: Vec::new(), order: Vec::new(), squares: Vec::new() })
     }
 
     /// Makes room for the gradients of a sample.
     fn reserve(&mut self, sample: &Sample, dim: usize) -> Result<()> {
         let new = (0..sample.len()).filter(|&column| self.places[sample.row(column)] == 0).count();
         reserve(&mut self.rows, new, "classes of accumulated gradients")?;
+        reserve(&mut self.order, self.rows.len() + new, "classes of accumulated gradients")?;
         reserve(&mut self.squares, (self.rows.len() + new).div_ceil(ROWS_A_TASK), "sums of squares")?;
         reserve(&mut self.gradients, new * dim, "accumulated gradients")
     }
@@ -47,6 +50,14 @@ impl Accumulation {
             }
         }
         self.gradients.resize(self.rows.len() * dim, 0.0);
+    }
+
+    /// Puts the rows in ascending order: that of a file.
+    fn sort(&mut self) {
+        let Accumulation { rows, order, .. } = self;
+        order.clear();
+        order.extend(0..rows.len() as u32);
+        order.sort_unstable_by_key(|&place| rows[place as usize]);
     }
 
     fn clear(&mut self) {
@@ -105,29 +116,36 @@ impl CpuHead {
             accumulation.clear();
             return Ok(());
         }
-        let (dim, count) = (step.shape.dim, accumulation.rows.len());
-        let tasks = count.div_ceil(ROWS_A_TASK);
-        accumulation.squares.resize(tasks, 0.0);
-        let updating = centers.updating(replay, learning_rate);
-        let (gradients, sums) = (Parts::of(&mut accumulation.gradients), Parts::of(&mut accumulation.squares));
-        let rows = &accumulation.rows;
-        pool.run(tasks, &|task, worker| {
-            let mut squares = 0.0;
-            let places = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(count);
-            for (place, &row) in places.clone().zip(&rows[places]) {
-                // SAFETY: a place is in one task, and has a row of its own.
-                let gradient = unsafe { gradients.range(place * dim..(place + 1) * dim) };
-                vector::scale(gradient, factor as f32);
-                squares += vector::sum_of_squares(gradient);
-                // SAFETY: as above.
-                unsafe { updating.apply(row as usize, worker, gradient) };
-            }
-            // SAFETY: each task has its own.
-            unsafe { sums.range(task..task + 1)[0] = squares };
-        });
-        let verdict = updating.verdict();
-        step.grad_centers = accumulation.squares.iter().sum();
+        accumulation.sort();
+        let Accumulation { rows, order, gradients, squares, .. } = &mut *accumulation;
+        let (dim, gradients) = (step.shape.dim, Parts::of(gradients));
+        for places in order.chunks(centers.slot_count().max(1)) {
+            let row = |position: usize| rows[places[position] as usize] as usize;
+            centers.bring(places.len(), &row)?;
+            let tasks = places.len().div_ceil(ROWS_A_TASK);
+            squares.clear();
+            squares.resize(tasks, 0.0);
+            let (updating, sums) = (centers.updating(replay, learning_rate), Parts::of(squares));
+            pool.run(tasks, &|task, worker| {
+                let mut squares = 0.0;
+                let positions = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(places.len());
+                for (position, &place) in positions.clone().zip(&places[positions]) {
+                    let gradient = place as usize * dim..(place as usize + 1) * dim;
+                    // SAFETY: a position is in one task, and has a place and a row of its own.
+                    let gradient = unsafe { gradients.range(gradient) };
+                    vector::scale(gradient, factor as f32);
+                    squares += vector::sum_of_squares(gradient);
+                    // SAFETY: as above.
+                    unsafe { updating.apply(updating.slots.place(row(position), position), worker, gradient) };
+                }
+                // SAFETY: each task has its own.
+                unsafe { sums.range(task..task + 1)[0] = squares };
+            });
+            updating.verdict()?;
+            centers.put_back(places.len(), &row)?;
+            step.grad_centers += squares.iter().sum::<f64>();
+        }
         accumulation.clear();
-        verdict.and(self.count_update(learning_rate))
+        centers.count_update(learning_rate, pool)
     }
 }

@@ -12,12 +12,10 @@ use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::Sizes;
 use super::vector::{self, Softmax};
-use crate::device::host_math::{center_inverse_norm, inverse_norm};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
 use crate::exchange::Exchange;
-use crate::margin;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{reserve, Parts};
+use crate::memory::reserve;
 use crate::optimizer::{Replay, StateTensor};
 use crate::options::Precision;
 use crate::protocol::{self, Announcement, LossPlace};
@@ -97,7 +95,7 @@ impl CpuHead {
         let sizes = affordable_sizes(&spec, pool.threads(), true)?;
         let memory = sizes.memory(options, spec.ranks, spec.shard);
         let gather_dtype = options.gathered_dtype(Precision::F32);
-        let rows = HostRows::new(options, spec.shard, &pool)?;
+        let rows = HostRows::new(&spec, sizes.capacity.classes, &pool)?;
         let BatchRoom { sizes, messages, activations, own_labels, drafts: [draft, next], .. } =
             BatchRoom::new(&spec, sizes, gather_dtype)?;
         let head = CpuHead {
@@ -145,86 +143,8 @@ impl CpuHead {
     }
 
     /// Rows of a rank's block of embeddings and of gradient: the largest batch.
-    fn padded_rows(&self) -> usize {
+    pub(super) fn padded_rows(&self) -> usize {
         self.step.draft.batches.iter().copied().max().unwrap_or(0)
-    }
-
-    /// Phase 3 for E: judges the rows, normalizes them into E^ and finds the angle of each target in this rank's sample.
-    fn embed(&mut self, own: &Matrix) {
-        let gathered = Matrix {
-            data: self.messages.embeddings_recv.as_ptr().cast_mut(),
-            dtype: self.gather_dtype,
-            rows: self.spec.ranks as usize * self.padded_rows(),
-            cols: self.sizes.capacity.dim,
-            row_stride: self.sizes.capacity.dim,
-        };
-        let (padded, sharded) = (self.padded_rows(), self.sharded());
-        let CpuHead { spec, pool, rows: centers, step, replay, activations, .. } = self;
-        let Activations { units, tangents, scratch, .. } = activations;
-        let StepState { draft, shape, bad_rows, inverse_norms, target_logits, target_cosines, derivatives, terms, .. } = step;
-        let (rows, dim, pitch, scratch_length) = (shape.rows, shape.dim, shape.row_pitch(), shape.scratch_elements());
-        let margin = &spec.options.margin;
-        let tasks = rows.div_ceil(ROWS_A_TASK);
-        bad_rows.fill(usize::MAX);
-        let first_bad_rows = Parts::of(bad_rows);
-        let (scratch, normalized, inverse_norms) = (scratch.parts(), units.parts(), Parts::of(inverse_norms));
-        let tangents = tangents.parts();
-        let (logits, cosines, derivatives) = (Parts::of(target_logits), Parts::of(target_cosines), Parts::of(derivatives));
-        let (has_terms, angles) = (spec.options.row_terms, Parts::of(&mut terms.angles));
-        pool.run(tasks, &|task, worker| {
-            // SAFETY: a worker number belongs to one thread, a row to one task.
-            let (raw, rest) = unsafe { scratch.range(worker * scratch_length..(worker + 1) * scratch_length) }.split_at_mut(dim);
-            let (center, scratch_rows) = rest.split_at_mut(dim);
-            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
-                let cell = |values: &Parts<'_, f32>, value: f32| unsafe { values.range(row..row + 1)[0] = value };
-                let out = unsafe { normalized.range(row * pitch..row * pitch + dim) };
-                for values in [&inverse_norms, &logits, &derivatives] {
-                    cell(values, 0.0);
-                }
-                out.fill(0.0);
-                if Some(draft.labels[row]) == spec.options.ignore_label {
-                    cell(&cosines, IGNORED);
-                    continue;
-                }
-                cell(&cosines, ELSEWHERE);
-                // SAFETY: the gathered blocks are our own memory; the caller's matrix holds this rank's batch.
-                unsafe {
-                    if sharded {
-                        let (origin, number) = draft.origin(row);
-                        gathered.read_row(origin * padded + number, raw);
-                    } else {
-                        own.read_row(row, raw);
-                    }
-                }
-                let squares = vector::sum_of_squares(raw);
-                if !squares.is_finite() {
-                    let first = unsafe { &mut first_bad_rows.range(task..task + 1)[0] };
-                    *first = (*first).min(row);
-                    continue;
-                }
-                let inverse = inverse_norm(squares);
-                cell(&inverse_norms, inverse as f32);
-                vector::scale_into(raw, inverse as f32, out);
-                if let Some(column) = draft.column(row) {
-                    centers.read(replay, draft.sample.row(column), center, scratch_rows);
-                    let center_inverse = center_inverse_norm(vector::sum_of_squares(center));
-                    let angle = margin::angle(raw, inverse, center, center_inverse);
-                    let tangent = unsafe { tangents.range(row * pitch..row * pitch + dim) };
-                    margin::tangent(raw, inverse, center, center_inverse, angle, tangent);
-                    cell(&cosines, margin::cosine(angle) as f32);
-                    if has_terms {
-                        // The row's rank alone knows its margin.
-                        unsafe { angles.range(row..row + 1)[0] = angle };
-                        continue;
-                    }
-                    let target = margin.target(angle);
-                    cell(&logits, target.logit as f32);
-                    cell(&derivatives, target.derivative as f32);
-                }
-            }
-        });
-        step.bad_row = bad_rows.iter().copied().find(|&row| row != usize::MAX);
-        super::passes::transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
     }
 
     /// Counts an update whose rows have been written.
@@ -393,13 +313,7 @@ impl HeadDevice for CpuHead {
     fn forward(&mut self, embeddings: &Matrix, terms: &RowTermArrays) -> Result<()> {
         self.replay = self.rows.replay()?;
         self.take_terms(terms);
-        self.embed(embeddings);
-        if let Some(row) = self.step.bad_row {
-            let (rank, number) = if self.sharded() { self.step.draft.origin(row) } else { (self.spec.rank as usize, row) };
-            return Err(protocol::bad_embedding(number, rank));
-        }
-        self.multiply();
-        Ok(())
+        self.compute_numerators(embeddings)
     }
 
     fn pack_sums(&mut self, outcome: &Result<()>, _: LossPlace) -> Exchange {
@@ -500,7 +414,7 @@ impl HeadDevice for CpuHead {
         let weight = self.weight(loss_weight) * update.factor;
         let outcome = self.update_pass(update.learning_rate, weight, beside);
         self.step.grad_centers = self.step.totals.iter().sum();
-        outcome.and(self.count_update(update.learning_rate))
+        outcome.and_then(|()| self.count_update(update.learning_rate))
     }
 
     fn center_gradient(&mut self, loss_weight: f64) -> Exchange {
@@ -564,8 +478,10 @@ impl HeadDevice for CpuHead {
     }
 
     fn catch_up(&mut self) -> Result<()> {
-        let CpuHead { pool, rows, .. } = self;
-        rows.catch_up(pool)
+        let CpuHead { pool, rows, step, .. } = self;
+        rows.catch_up(pool)?;
+        // A step may be under way.
+        rows.bring_again(&step.draft.sample)
     }
 
     fn set_updates(&mut self, updates: u64) -> Result<()> {

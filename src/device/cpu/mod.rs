@@ -1,19 +1,24 @@
 //! The CPU backend.
 
 mod accumulation;
+mod arrivals;
 mod batch_room;
 mod buffers;
+mod forward;
 mod head;
 mod loss;
 mod nearest;
 mod passes;
 mod pool;
 mod products;
+mod row_file;
+mod row_tensors;
 mod row_terms;
 mod rows;
 mod sample;
 mod sizes;
 mod stateless;
+mod step_rows;
 mod table;
 mod vector;
 
@@ -24,7 +29,7 @@ use self::pool::Pool;
 use crate::simd::Simd;
 use crate::{ensure, error, Result};
 
-pub(crate) use sizes::memory_needed;
+pub(crate) use sizes::{memory_needed, storage_needed};
 
 /// More threads than any machine has are a mistake of the caller's.
 const MOST_THREADS: u32 = 4096;

@@ -1,6 +1,7 @@
 //! The class centers nearest to each query: chunks of cosines, and the best k of each.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::pool::Pool;
 use super::products::{pitch, CHUNK};
@@ -11,7 +12,7 @@ use crate::device::host_math::{center_inverse_norm, inverse_norm};
 use crate::device::nearest::{keep_best, not_finite, offer, Nearest};
 use crate::memory::{reserve, zeros, Buffer, Parts};
 use crate::shard::Shard;
-use crate::{error, Result};
+use crate::{Error, Result};
 
 /// Queries of a task: few enough that their cosines with a chunk stay in the cache and that threads share a small batch.
 const QUERIES: usize = 128;
@@ -31,7 +32,15 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
     let mut found = Nearest { ids: zeros(&[count, k], "ids of top_k")?, cosines: zeros(&[count, k], "cosines of top_k")? };
     let replay = rows_of_shard.replay()?;
     let (scratch, all_cosines, all_ids) = (scratch.parts(), Parts::of(&mut found.cosines), Parts::of(&mut found.ids));
-    let (out_of_memory, bad_row) = (AtomicBool::new(false), AtomicUsize::new(usize::MAX));
+    let (failure, bad_row) = (Mutex::new(None), AtomicUsize::new(usize::MAX));
+    let failed = |error: Error| {
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    let mut readers = Vec::new();
+    reserve(&mut readers, pool.threads(), "readers of top_k")?;
+    for _ in 0..pool.threads() {
+        readers.push(Mutex::new(rows_of_shard.reader()?));
+    }
     pool.run(tasks, &|task, worker| {
         let range = task * queries_a_task..((task + 1) * queries_a_task).min(count);
         // SAFETY: a worker number belongs to one thread, a query to one task.
@@ -45,15 +54,21 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
             vector::scale_into(raw, inverse, &mut units[slot * row_pitch..slot * row_pitch + dim]);
         }
         let rows = shard.rows as usize;
-        let Ok(mut best) = lists(range.len(), (2 * k).min(rows)) else {
-            out_of_memory.store(true, Ordering::Relaxed);
-            return;
+        let mut best = match lists(range.len(), (2 * k).min(rows)) {
+            Ok(lists) => lists,
+            Err(error) => return failed(error),
         };
+        // A worker number belongs to one thread: nobody waits.
+        let mut reader = readers[worker].lock().unwrap_or_else(PoisonError::into_inner);
         for first in (0..rows).step_by(CHUNK) {
             let columns = first..(first + CHUNK).min(rows);
+            let run = match reader.run(columns.clone()) {
+                Ok(run) => run,
+                Err(error) => return failed(error),
+            };
             for (slot, row) in columns.clone().enumerate() {
                 let center = &mut centers[slot * row_pitch..slot * row_pitch + dim];
-                rows_of_shard.read(&replay, row, center, spare);
+                rows_of_shard.read_run(run, &replay, row, center, spare);
                 let inverse = center_inverse_norm(vector::sum_of_squares(center)) as f32;
                 if inverse.is_nan() {
                     bad_row.fetch_min(row, Ordering::Relaxed);
@@ -82,10 +97,8 @@ pub(super) fn nearest(pool: &Pool, rows_of_shard: &HostRows, shard: Shard, queri
     if let row @ 0..usize::MAX = bad_row.into_inner() {
         return Err(not_finite(shard.first + row as u64));
     }
-    match out_of_memory.into_inner() {
-        true => Err(error!(OutOfMemory, "cannot allocate {} bytes for candidates of top_k", queries_a_task * 2 * k * 16)),
-        false => Ok(found),
-    }
+    drop(readers);
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(found), Err)
 }
 
 /// `count` lists with room for `room` candidates each.

@@ -77,6 +77,11 @@ impl Pool {
         self.threads
     }
 
+    /// Whether a thread beside the calling one could be started.
+    pub fn has_workers(&self) -> bool {
+        !self.job.lock().unwrap_or_else(|e| e.into_inner()).is_empty()
+    }
+
     pub fn process(&self) -> u32 {
         self.process
     }

@@ -115,6 +115,12 @@ pub(super) trait RowSource: Sync {
     fn read(&self, column: usize, out: &mut [f32], scratch_rows: &mut [f32]);
     /// Hints that a column will be read soon.
     fn prefetch(&self, _column: usize) {}
+    /// Waits until these columns can be read. Gives false where they never can: the pass comes to nothing.
+    fn wait(&self, _columns: &Range<usize>) -> bool {
+        true
+    }
+    /// These columns, a chunk, will not be read or changed any more.
+    fn let_go(&self, _columns: &Range<usize>) {}
 }
 
 /// How far ahead rows are asked for: a row of 2 KiB arrives in the time two are normalized.
@@ -231,6 +237,9 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
         split_best.fill(-2.0);
         for (turn, chunk) in shape.split(split).enumerate() {
             let columns = shape.chunk(chunk);
+            if !pass.rows.wait(&columns) {
+                return;
+            }
             let norms = unsafe { output.inverse_norms.range(columns.clone()) };
             pass.gather(&columns, scratch.centers, scratch.scratch_rows, |column, inverse| norms[column - columns.start] = inverse);
             let numerators = if chunk < pass.kept_chunks {
@@ -324,6 +333,7 @@ pub(super) fn update<R>(
             total += sink(column, gradient, scratch.scratch_rows);
         }
         unsafe { totals.range(chunk..chunk + 1)[0] = total };
+        pass.rows.let_go(&columns);
     };
     pool.run_beside(shape.chunks(), &body, beside)
 }

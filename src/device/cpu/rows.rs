@@ -1,17 +1,26 @@
-//! The rows of a shard in host memory: class centers, optimizer state, and when each row was last brought up to date.
+//! The rows of a shard: class centers, optimizer state, and when each row was last brought up to date.
+//!
+//! All of them are in host memory, each in the slot of its own number, or they are in a file and memory holds those of a step, each in the
+//! slot of its column: [`HostRows::bring`] and [`HostRows::put_back`]. What computes with rows is told their [`Place`] and does not know.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::AtomicUsize;
 
+use super::arrivals::Arrivals;
 use super::pool::Pool;
-use super::table::{Rounding, Table, TableParts};
+use super::products::CHUNK;
+use super::row_file::{Pieces, RowFile, RowList};
+use super::row_tensors::{Place, RoundingKey, RowTensorParts, RowTensors, Slots, StartValues};
+use super::sample::{Draft, Sample};
+use super::step_rows::{worker_copies, ReadableRows, UpdatingRows};
+use super::table::{Rounding, Table};
+use crate::device::HeadSpec;
 use crate::matrix::Matrix;
 use crate::memory::{zeros, Buffer, Parts};
 use crate::optimizer::{History, Optimizer, Replay, StateTensor, UpdateRule};
-use crate::options::{HeadOptions, RowUpdate};
-use crate::protocol::bad_update;
-use crate::random::{self, Purpose};
+use crate::options::{Residency, RowUpdate};
 use crate::shard::Shard;
-use crate::{ensure, error, rounding, Result};
+use crate::{ensure, error, rounding, Error, Result};
 
 /// Learning rates are looked over for ones no row needs any more when their number has doubled, and not below this.
 const SHORTEST_HISTORY: usize = 1024;
@@ -19,159 +28,102 @@ const SHORTEST_HISTORY: usize = 1024;
 const LONGEST_HISTORY: usize = 16384;
 /// Rows that one task brings to now.
 const ROWS_A_TASK: usize = 256;
+/// Targets that one thread reads: a step waits for them, so they are shared among all threads.
+const TARGETS_A_TASK: usize = 8;
+/// Rows of a file that one thread reads at a time where all of them are wanted.
+const ROWS_OF_A_RUN: usize = 256;
+/// Rows of a file that are changed at a time where all of them are: enough for all threads that wait for the disk, and their memory.
+const CHANGED_ROWS: usize = 4096;
+const CHANGED_BYTES: usize = 16 << 20;
 
 pub(super) struct HostRows {
     shard: Shard,
     dim: usize,
     seed: u64,
     optimizer: Optimizer,
-    centers: Table,
-    momentum: Table,
-    /// Empty for an optimizer with one tensor of state.
-    second_moment: Table,
+    /// All rows, or where there is a file those of the step.
+    tensors: RowTensors,
+    file: Option<RowFile>,
+    /// With a file: memory has the rows of a step.
+    brought: bool,
     /// Dense rows: the update each row was last brought to. Empty for lazy rows.
     last_update: Buffer<u64>,
     history: History,
     trim_at: usize,
     updates: u64,
-    /// For each worker three rows: what [`RowTensors::load`] copies.
+    /// For each worker three rows: what [`RowTensorParts::load`] copies.
     copies: Buffer<f32>,
 }
 
-/// The tensors of the rows, for several threads, each of which touches other rows.
+/// Rows that follow each other, in slots that do so.
 #[derive(Clone, Copy)]
-struct RowTensors<'a> {
-    dim: usize,
-    centers: TableParts<'a>,
-    momentum: TableParts<'a>,
-    second_moment: Option<TableParts<'a>>,
-    seed: u64,
-    first_class: u64,
+pub(super) struct Run<'a> {
+    tensors: &'a RowTensors,
+    /// The row that slot 0 has.
+    first: usize,
 }
 
-/// A row to compute with.
-pub(super) struct Row<'a> {
-    pub w: &'a mut [f32],
-    pub m: &'a mut [f32],
-    /// Empty for an optimizer with one tensor of state.
-    pub v: &'a mut [f32],
-}
-
-/// The rows while an update runs.
-pub(super) struct UpdatingRows<'a> {
-    tensors: RowTensors<'a>,
+/// The same to be changed, and what that takes.
+struct ChangingRun<'a> {
+    tensors: RowTensorParts<'a>,
+    first: usize,
     copies: Parts<'a, f32>,
     last_update: Option<Parts<'a, u64>>,
-    replay: &'a Replay,
-    rule: UpdateRule,
-    /// The number of the update that is being done.
-    update: u64,
-    /// The first row that this update has taken out of float32; `usize::MAX`: none.
-    bad_row: AtomicUsize,
 }
 
-impl<'a> RowTensors<'a> {
-    fn at(&self, row: usize) -> std::ops::Range<usize> {
-        row * self.dim..(row + 1) * self.dim
-    }
-
-    /// The row's tensors; `copies` has three rows for those that are stored in another type.
-    ///
-    /// # Safety
-    /// No other thread touches this row.
-    unsafe fn load<'b>(&self, row: usize, copies: &'b mut [f32]) -> Row<'b>
-    where
-        'a: 'b,
-    {
-        let (w, rest) = copies.split_at_mut(self.dim);
-        let (m, rest) = rest.split_at_mut(self.dim);
-        Row {
-            w: self.centers.load(self.at(row), w),
-            m: self.momentum.load(self.at(row), m),
-            v: match &self.second_moment {
-                Some(second_moment) => second_moment.load(self.at(row), &mut rest[..self.dim]),
-                None => &mut [],
-            },
-        }
-    }
-
-    /// Stores what `load` gave, as it is after update `update`. Gives false where that makes a number infinite.
-    ///
-    /// Momentum decays to nearest as well; weights and second moments would stand still.
-    ///
-    /// # Safety
-    /// No other thread touches this row.
-    unsafe fn store(&self, row: usize, update: u64, values: &Row<'_>) -> bool {
-        let at_random = |table: &TableParts<'_>, values: &[f32], purpose: Purpose| match table {
-            TableParts::F32(_) => true,
-            TableParts::Bf16(_) => {
-                let key = random::rounding_key(self.seed, self.first_class + row as u64, update, purpose);
-                table.store(self.at(row), values, Rounding::AtRandom(key))
-            }
-        };
-        let w = at_random(&self.centers, values.w, Purpose::Weight);
-        let m = self.momentum.store(self.at(row), values.m, Rounding::Nearest);
-        let v = self.second_moment.as_ref().is_none_or(|table| at_random(table, values.v, Purpose::SecondMoment));
-        w && m && v
-    }
-
-    /// Copies a row's momentum and second moment into a scratch of two rows.
-    ///
-    /// # Safety
-    /// No other thread writes this row.
-    unsafe fn copy_state<'b>(&self, row: usize, scratch_rows: &'b mut [f32]) -> (&'b mut [f32], &'b mut [f32]) {
-        let (m, rest) = scratch_rows.split_at_mut(self.dim);
-        self.momentum.read(self.at(row), m);
-        let v = match &self.second_moment {
-            Some(second_moment) => {
-                second_moment.read(self.at(row), &mut rest[..self.dim]);
-                &mut rest[..self.dim]
-            }
-            None => &mut [],
-        };
-        (m, v)
-    }
+/// Reads rows of the shard in their order.
+pub(super) struct RunReader<'a> {
+    rows: &'a HostRows,
+    /// Where there is a file: rows of it, and what reading takes.
+    read: Option<(RowTensors, Pieces, Vec<f32>)>,
 }
 
 impl HostRows {
-    /// Start values for all rows of the shard.
-    pub fn new(options: &HeadOptions, shard: Shard, pool: &Pool) -> Result<HostRows> {
-        let dim = options.embedding_dim as usize;
-        let rows = shard.rows as usize;
-        let elements = rows
-            .checked_mul(dim)
-            .ok_or_else(|| error!(OutOfMemory, "cannot allocate {rows} x {dim} elements for class centers"))?;
+    /// Start values for all rows of the shard. With a file, memory has `slots` of them.
+    pub fn new(spec: &HeadSpec, slots: usize, pool: &Pool) -> Result<HostRows> {
+        let (options, shard) = (&spec.options, spec.shard);
+        let (dim, rows) = (options.embedding_dim as usize, shard.rows as usize);
         let dense = options.row_update == RowUpdate::Dense;
-        let second = options.optimizer.state_tensors() > 1;
+        let start = StartValues { seed: options.seed, init_std: options.init_std };
+        let storage = match &options.residency {
+            Residency::File(directory) => Some(directory),
+            // The CPU's own memory is the host's.
+            Residency::Device | Residency::Host => None,
+        };
+        let tensors = RowTensors::zeroed(options, if storage.is_some() { slots } else { rows })?;
+        let file = storage.map(|directory| RowFile::create(spec, directory, start)).transpose()?;
+        let workers = file.as_ref().map_or(0, RowFile::threads).max(pool.threads());
         let mut made = HostRows {
             shard,
             dim,
             seed: options.seed,
             optimizer: options.optimizer,
-            centers: Table::zeroed(options.weight_dtype, elements, "class centers")?,
-            momentum: Table::zeroed(options.state_dtype, elements, "momentum")?,
-            second_moment: Table::zeroed(options.state_dtype, if second { elements } else { 0 }, "second moment")?,
+            tensors,
+            file,
+            brought: false,
             last_update: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
             history: History::with_room(if dense { LONGEST_HISTORY } else { 0 })?,
             trim_at: SHORTEST_HISTORY,
             updates: 0,
-            copies: Buffer::zeroed(pool.threads() * 3 * dim, "copies of rows")?,
+            copies: Buffer::zeroed(workers * 3 * dim, "copies of rows")?,
         };
-        let (centers, copies) = (made.centers.parts(), made.copies.parts());
+        if made.file.is_none() {
+            made.start_all(&start, pool);
+        }
+        Ok(made)
+    }
+
+    fn start_all(&mut self, start: &StartValues, pool: &Pool) {
+        let (dim, rows, first) = (self.dim, self.tensors.slots, self.shard.first);
+        let (tensors, copies) = (self.tensors.parts(), self.copies.parts());
         // A task of some hundred kilobytes: long enough to be worth handing out, short enough to share evenly.
         let rows_a_task = (1 << 17) / dim + 1;
         pool.run(rows.div_ceil(rows_a_task), &|task, worker| {
             for row in task * rows_a_task..((task + 1) * rows_a_task).min(rows) {
-                let at = row * dim..(row + 1) * dim;
                 // SAFETY: each row belongs to one task, a worker number to one thread.
-                unsafe {
-                    let values = centers.load(at.clone(), &mut worker_copies(&copies, worker, dim)[..dim]);
-                    random::start_values(options.seed, shard.first + row as u64, options.init_std, values);
-                    centers.store(at, values, Rounding::Nearest);
-                }
+                unsafe { tensors.start(row, start, first + row as u64, worker_copies(&copies, worker, dim)) };
             }
         });
-        Ok(made)
     }
 
     pub fn dim(&self) -> usize {
@@ -186,59 +138,173 @@ impl HostRows {
         !self.last_update.is_empty()
     }
 
+    /// Where rows are once they have been brought.
+    pub fn slots(&self) -> Slots {
+        match self.file {
+            Some(_) => Slots::OfPositions,
+            None => Slots::OfRows,
+        }
+    }
+
+    /// How many rows can be brought at once: all that there are where they need not be.
+    pub fn slot_count(&self) -> usize {
+        self.tensors.slots
+    }
+
+    /// Brings ascending rows, [`HostRows::slot_count`] at most, into the slots of their positions. Rows that were brought before are there
+    /// no more.
+    pub fn bring(&mut self, count: usize, row: &(dyn Fn(usize) -> usize + Sync)) -> Result<()> {
+        self.brought = false;
+        match &mut self.file {
+            Some(file) => file.read(list_of(count, &|slot| Place { row: row(slot), slot }), self.tensors.parts(), &mut self.copies),
+            None => Ok(()),
+        }
+    }
+
+    /// Stores rows that were brought and changed.
+    pub fn put_back(&mut self, count: usize, row: &(dyn Fn(usize) -> usize + Sync)) -> Result<()> {
+        match &mut self.file {
+            Some(file) => file.write(list_of(count, &|slot| Place { row: row(slot), slot }), self.tensors.parts()),
+            None => Ok(()),
+        }
+    }
+
+    /// The rows that memory has.
+    pub fn readable(&mut self) -> ReadableRows<'_> {
+        let slots = self.slots();
+        ReadableRows { slots, tensors: self.tensors.parts(), last_update: &self.last_update, updates: self.updates }
+    }
+
+    /// Brings a step's sample, the targets first, and gives the rows to `beside` as soon as these are there. Of the others `arrivals` tells.
+    pub fn bring_beside<R>(
+        &mut self,
+        draft: &Draft,
+        arrivals: &Arrivals,
+        beside: impl FnOnce(&ReadableRows<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let sample = &draft.sample;
+        let slots = self.slots();
+        if self.file.is_some() && sample.len() > self.tensors.slots {
+            // A caller's sample beyond every draw.
+            self.tensors = self.tensors.like(sample.len())?;
+        }
+        self.brought = false;
+        let readable = ReadableRows { slots, tensors: self.tensors.parts(), last_update: &self.last_update, updates: self.updates };
+        let Some(file) = &mut self.file else { return beside(&readable) };
+        let targets = draft.target_columns()?;
+        let of_targets = |number: usize| sample.place(slots, targets[number] as usize);
+        file.read(
+            RowList { count: targets.len(), a_task: TARGETS_A_TASK, place: &of_targets },
+            readable.tensors,
+            &mut self.copies,
+        )?;
+        let place = |column: usize| sample.place(slots, column);
+        let list = list_of(sample.len(), &place);
+        let is_target = |column: usize| targets.binary_search(&(column as u32)).is_ok();
+        let came = |columns: &Range<usize>, well: bool| if well { arrivals.has_come(columns) } else { arrivals.end() };
+        let (result, brought) = match file.has_workers() {
+            true => file.read_beside(list, readable.tensors, &mut self.copies, &is_target, came, || beside(&readable)),
+            false => {
+                let read = file.read_beside(list, readable.tensors, &mut self.copies, &is_target, came, || ()).1;
+                (beside(&readable), read)
+            }
+        };
+        brought?;
+        self.brought = true;
+        result
+    }
+
+    /// Brings the sample of a step under way once more, of which rows have changed in the file.
+    pub fn bring_again(&mut self, sample: &Sample) -> Result<()> {
+        let brought = self.brought;
+        if brought {
+            self.bring(sample.len(), &|column| sample.row(column))?;
+        }
+        self.brought = brought;
+        Ok(())
+    }
+
+    /// Gives the rows of the sample, which have been brought, to `beside` for update number `updates() + 1`, and stores what it makes of
+    /// them. `arrivals` is to be told of each chunk that is updated.
+    pub fn update_beside<R>(
+        &mut self,
+        sample: &Sample,
+        replay: &Replay,
+        learning_rate: f64,
+        arrivals: &Arrivals,
+        beside: impl FnOnce(&UpdatingRows<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let slots = self.slots();
+        let (updating, file) = self.updating_and_file(replay, learning_rate);
+        let Some(file) = file else { return beside(&updating) };
+        let place = |column: usize| sample.place(slots, column);
+        let list = list_of(sample.len(), &place);
+        // Nobody waits for chunks that a panic keeps from coming.
+        let to_its_end = || {
+            let _end = arrivals.ending();
+            beside(&updating)
+        };
+        let (result, stored) = match file.has_workers() {
+            true => file.write_beside(list, updating.tensors, |columns| arrivals.wait(columns), to_its_end),
+            false => {
+                let result = to_its_end();
+                (result, file.write(list, updating.tensors))
+            }
+        };
+        stored.and(result)
+    }
+
+    /// Reads rows of the shard in their order.
+    pub fn reader(&self) -> Result<RunReader<'_>> {
+        let read = match &self.file {
+            Some(file) => {
+                let tensors = self.tensors.like(ROWS_OF_A_RUN.min(self.shard.rows as usize))?;
+                Some((tensors, file.piece()?, zeros(&[self.dim], "a row of start values")?))
+            }
+            None => None,
+        };
+        Ok(RunReader { rows: self, read })
+    }
+
     /// What brings rows of any age to now; made once, before rows are read.
     pub fn replay(&self) -> Result<Replay> {
         // Lazy rows keep no history: theirs is the replay of nothing.
         Replay::new(&self.optimizer, &self.history, self.history.updates())
     }
 
-    /// Copies row `row` (from the shard's first) into `out` as it is now; `scratch_rows` holds two rows.
-    pub fn read(&self, replay: &Replay, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
-        let at = row * self.dim..(row + 1) * self.dim;
-        self.centers.read(at, out);
+    /// Copies a row of a run into `out` as it is now; `scratch_rows` holds two rows.
+    pub fn read_run(&self, run: Run<'_>, replay: &Replay, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
+        run.tensors.centers.read(run.at(row), out);
         if self.dense() && self.last_update[row] != self.updates {
-            let (m, v) = self.copy_state(row, scratch_rows);
+            let (m, v) = run.tensors.copy_state(row - run.first, scratch_rows);
             replay.catch_up(self.last_update[row], out, m, v);
         }
     }
 
-    /// Copies a row's momentum and second moment into a scratch of two rows.
-    fn copy_state<'b>(&self, row: usize, scratch_rows: &'b mut [f32]) -> (&'b mut [f32], &'b mut [f32]) {
-        let at = row * self.dim..(row + 1) * self.dim;
-        let (m, rest) = scratch_rows.split_at_mut(self.dim);
-        let v = &mut rest[..if self.second_moment.is_empty() { 0 } else { self.dim }];
-        self.momentum.read(at.clone(), m);
-        if !v.is_empty() {
-            self.second_moment.read(at, v);
-        }
-        (m, v)
+    fn key(&self, row: usize) -> RoundingKey {
+        RoundingKey { seed: self.seed, class: self.shard.first + row as u64, update: self.updates }
     }
 
-    /// Hints that a row will be read soon.
-    pub fn prefetch(&self, row: usize) {
-        self.centers.prefetch(row * self.dim..(row + 1) * self.dim);
+    /// The rows that memory has, for update number `updates() + 1`.
+    pub fn updating<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> UpdatingRows<'a> {
+        self.updating_and_file(replay, learning_rate).0
     }
 
-    /// What is changed by row, and the workers' copies.
-    fn parts(&mut self) -> (RowTensors<'_>, Parts<'_, u64>, Parts<'_, f32>) {
-        let tensors = RowTensors {
-            dim: self.dim,
-            second_moment: (!self.second_moment.is_empty()).then(|| self.second_moment.parts()),
-            centers: self.centers.parts(),
-            momentum: self.momentum.parts(),
+    fn updating_and_file<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> (UpdatingRows<'a>, Option<&'a mut RowFile>) {
+        let (update, dense, slots) = (self.updates + 1, self.dense(), self.slots());
+        let updating = UpdatingRows {
+            rule: UpdateRule::new(&self.optimizer, learning_rate, update),
+            tensors: self.tensors.parts(),
+            copies: self.copies.parts(),
+            last_update: dense.then(|| self.last_update.parts()),
+            replay,
+            slots,
             seed: self.seed,
             first_class: self.shard.first,
+            update,
+            bad_row: AtomicUsize::new(usize::MAX),
         };
-        (tensors, self.last_update.parts(), self.copies.parts())
-    }
-
-    /// The rows for update number `updates() + 1`.
-    pub fn updating<'a>(&'a mut self, replay: &'a Replay, learning_rate: f64) -> UpdatingRows<'a> {
-        let (update, dense) = (self.updates + 1, self.dense());
-        let rule = UpdateRule::new(&self.optimizer, learning_rate, update);
-        let (tensors, last_update, copies) = self.parts();
-        let last_update = dense.then_some(last_update);
-        UpdatingRows { tensors, copies, last_update, replay, rule, update, bad_row: AtomicUsize::new(usize::MAX) }
+        (updating, self.file.as_mut())
     }
 
     /// Counts an update whose rows have been written.
@@ -279,44 +345,79 @@ impl HostRows {
 
     /// Brings the rows last touched before `update` to now.
     fn catch_up_before(&mut self, update: u64, pool: &Pool) -> Result<()> {
-        let (replay, dim, now, rows) = (self.replay()?, self.dim, self.updates, self.last_update.len());
-        let (tensors, last_update, copies) = self.parts();
-        pool.run(rows.div_ceil(ROWS_A_TASK), &|task, worker| {
-            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
-                // SAFETY: each row belongs to one task, a worker number to one thread.
-                unsafe {
-                    let last = &mut last_update.range(row..row + 1)[0];
-                    if *last < update {
-                        let Row { w, m, v } = tensors.load(row, worker_copies(&copies, worker, dim));
-                        replay.catch_up(*last, w, m, v);
-                        tensors.store(row, now, &Row { w, m, v });
-                        *last = now;
-                    }
+        let (replay, now, key) = (self.replay()?, self.updates, self.key(0));
+        let is_behind = |last: &[u64]| last.iter().any(|&last| last < update);
+        self.change(0..self.last_update.len(), &is_behind, |rows, run| {
+            pool.run(rows.len().div_ceil(ROWS_A_TASK), &|task, worker| {
+                let first = rows.start + task * ROWS_A_TASK;
+                for row in first..(first + ROWS_A_TASK).min(rows.end) {
+                    // SAFETY: each row belongs to one task, a worker number to one thread.
+                    unsafe { run.catch_up(row, update, now, &replay, key, worker) };
                 }
+            });
+        })
+    }
+
+    /// Gives rows of the shard to `body`, some at a time, and stores what it makes of them; not those of which `wanted` does not want any,
+    /// by the updates they were last brought to.
+    ///
+    /// # Errors
+    /// DEVICE where rows may have been changed.
+    fn change(
+        &mut self,
+        rows: Range<usize>,
+        wanted: &dyn Fn(&[u64]) -> bool,
+        mut body: impl FnMut(Range<usize>, ChangingRun<'_>),
+    ) -> Result<()> {
+        let dense = self.dense();
+        let Some(file) = &mut self.file else {
+            let last_update = dense.then(|| self.last_update.parts());
+            body(rows, ChangingRun { tensors: self.tensors.parts(), first: 0, copies: self.copies.parts(), last_update });
+            return Ok(());
+        };
+        let at_once = (CHANGED_BYTES / file.record_bytes()).clamp(1, CHANGED_ROWS).min(rows.len());
+        let mut tensors = self.tensors.like(at_once)?;
+        let mut changed = false;
+        for first in rows.clone().step_by(at_once.max(1)) {
+            let run = first..(first + at_once).min(rows.end);
+            if dense && !wanted(&self.last_update[run.clone()]) {
+                continue;
             }
-        });
+            let place = |slot: usize| Place { row: first + slot, slot };
+            let list = list_of(run.len(), &place);
+            let read = file.read(list, tensors.parts(), &mut self.copies);
+            read.map_err(|error| if changed { torn(&error) } else { error })?;
+            changed = true;
+            let last_update = dense.then(|| self.last_update.parts());
+            body(run, ChangingRun { tensors: tensors.parts(), first, copies: self.copies.parts(), last_update });
+            file.write(list, tensors.parts()).map_err(|error| torn(&error))?;
+        }
         Ok(())
     }
 
     /// Reads rows, replayed to now, into a host matrix.
     pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        let replay = self.replay()?;
+        let (replay, mut reader) = (self.replay()?, self.reader()?);
         let (dim, mut row) = (self.dim, zeros(&[3, self.dim], "rows to read")?);
         let (w, rest) = row.split_at_mut(dim);
-        for i in 0..rows.rows {
-            let r = first as usize + i;
-            self.centers.read(r * dim..(r + 1) * dim, w);
-            let (m, v) = self.copy_state(r, rest);
-            if self.dense() {
-                replay.catch_up(self.last_update[r], w, m, v);
-            }
-            // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
-            unsafe {
-                match tensor {
-                    StateTensor::Centers => rows.write_row(i, w),
-                    StateTensor::Momentum => rows.write_row(i, m),
-                    StateTensor::SecondMoment => rows.write_row(i, v),
+        for start in (0..rows.rows).step_by(ROWS_OF_A_RUN) {
+            let end = (start + ROWS_OF_A_RUN).min(rows.rows);
+            let run = reader.run(first as usize + start..first as usize + end)?;
+            for i in start..end {
+                let r = first as usize + i;
+                run.tensors.centers.read(run.at(r), w);
+                let (m, v) = run.tensors.copy_state(r - run.first, rest);
+                if self.dense() {
+                    replay.catch_up(self.last_update[r], w, m, v);
+                }
+                // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
+                unsafe {
+                    match tensor {
+                        StateTensor::Centers => rows.write_row(i, w),
+                        StateTensor::Momentum => rows.write_row(i, m),
+                        StateTensor::SecondMoment => rows.write_row(i, v),
+                    }
                 }
             }
         }
@@ -338,46 +439,39 @@ impl HostRows {
             let fits = rounded.is_empty() || rounding::to_nearest(&values, &mut rounded);
             ensure!(fits, InvalidArgument, "row {i} (class {class}) contains a number beyond bfloat16");
         }
-        let (replay, dense, now) = (self.replay()?, self.dense(), self.updates);
-        let (tensors, last_update, copies) = self.parts();
-        let mut lazy = now;
-        for i in 0..rows.rows {
-            let r = first as usize + i;
-            // SAFETY: as in read_rows; and this thread alone has the rows.
-            unsafe {
-                rows.read_row(i, &mut values);
-                let last = if dense { &mut last_update.range(r..r + 1)[0] } else { &mut lazy };
-                if *last != now {
-                    let Row { w, m, v } = tensors.load(r, worker_copies(&copies, 0, dim));
-                    replay.catch_up(*last, w, m, v);
-                    tensors.store(r, now, &Row { w, m, v });
-                    *last = now;
+        let (replay, now, key, first) = (self.replay()?, self.updates, self.key(0), first as usize);
+        self.change(first..first + rows.rows, &|_| true, |some, run| {
+            for row in some {
+                // SAFETY: as in read_rows; and this thread alone has the rows.
+                unsafe {
+                    run.catch_up(row, now, now, &replay, key, 0);
+                    rows.read_row(row - first, &mut values);
+                    let table = match tensor {
+                        StateTensor::Centers => run.tensors.centers,
+                        StateTensor::Momentum => run.tensors.momentum,
+                        StateTensor::SecondMoment => run.tensors.second_moment.expect("checked above"),
+                    };
+                    let at = run.tensors.at(row - run.first);
+                    let out = table.load(at.clone(), &mut worker_copies(&run.copies, 0, dim)[..dim]);
+                    out.copy_from_slice(&values);
+                    table.store(at, out, Rounding::Nearest);
                 }
-                let table = match tensor {
-                    StateTensor::Centers => tensors.centers,
-                    StateTensor::Momentum => tensors.momentum,
-                    StateTensor::SecondMoment => tensors.second_moment.expect("checked above"),
-                };
-                let out = table.load(r * dim..(r + 1) * dim, &mut worker_copies(&copies, 0, dim)[..dim]);
-                out.copy_from_slice(&values);
-                table.store(r * dim..(r + 1) * dim, out, Rounding::Nearest);
             }
-        }
-        Ok(())
+        })
     }
 
     fn is_bf16(&self, tensor: StateTensor) -> bool {
         let table = match tensor {
-            StateTensor::Centers => &self.centers,
-            StateTensor::Momentum => &self.momentum,
-            StateTensor::SecondMoment => &self.second_moment,
+            StateTensor::Centers => &self.tensors.centers,
+            StateTensor::Momentum => &self.tensors.momentum,
+            StateTensor::SecondMoment => &self.tensors.second_moment,
         };
         matches!(table, Table::Bf16(_))
     }
 
     fn check_state(&self, tensor: StateTensor) -> Result<()> {
         ensure!(
-            tensor != StateTensor::SecondMoment || !self.second_moment.is_empty(),
+            tensor != StateTensor::SecondMoment || self.tensors.has_second_moment(),
             InvalidArgument,
             "tensor must not be the second moment: this head's optimizer has none"
         );
@@ -385,81 +479,51 @@ impl HostRows {
     }
 }
 
-impl UpdatingRows<'_> {
-    /// Copies a row into `out` as it is before this update; `scratch_rows` holds two rows.
-    ///
-    /// # Safety
-    /// No other thread writes this row.
-    pub unsafe fn read(&self, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
-        self.tensors.centers.read(self.tensors.at(row), out);
-        if let Some(last) = &self.last_update {
-            let last = last.range(row..row + 1)[0];
-            if last + 1 != self.update {
-                let (m, v) = self.tensors.copy_state(row, scratch_rows);
-                self.replay.catch_up(last, out, m, v);
+impl Run<'_> {
+    fn at(&self, row: usize) -> Range<usize> {
+        self.tensors.at(row - self.first)
+    }
+}
+
+impl RunReader<'_> {
+    /// Rows of the shard, 256 at most.
+    pub fn run(&mut self, rows: Range<usize>) -> Result<Run<'_>> {
+        match (&mut self.read, &self.rows.file) {
+            (Some((tensors, piece, start)), Some(file)) => {
+                let place = |slot: usize| Place { row: rows.start + slot, slot };
+                let list = list_of(rows.len(), &place);
+                file.read_with(piece, list, tensors.parts(), start)?;
+                Ok(Run { tensors, first: rows.start })
             }
-        }
-    }
-
-    /// Gives row `row` its gradient.
-    ///
-    /// # Safety
-    /// No other thread touches this row, or has this worker's number.
-    pub unsafe fn apply(&self, row: usize, worker: usize, gradient: &[f32]) {
-        let values = self.current(row, worker_copies(&self.copies, worker, self.tensors.dim));
-        self.apply_to_current(row, values, gradient);
-    }
-
-    /// Gives a row its gradient, of which `current` has given the tensors.
-    ///
-    /// # Safety
-    /// No other thread touches this row.
-    pub unsafe fn apply_to_current(&self, row: usize, values: Row<'_>, gradient: &[f32]) {
-        let Row { w, m, v } = values;
-        let finite = self.rule.apply(w, m, v, gradient);
-        if !(self.tensors.store(row, self.update, &Row { w, m, v }) && finite) {
-            self.bad_row.fetch_min(row, Ordering::Relaxed);
-        }
-    }
-
-    /// NOT_FINITE if the update has taken a row out of the type that it is stored in.
-    pub fn verdict(&self) -> Result<()> {
-        match self.bad_row.load(Ordering::Relaxed) {
-            usize::MAX => Ok(()),
-            row => Err(bad_update(self.tensors.first_class + row as u64, self.update)),
-        }
-    }
-
-    /// The row's tensors, brought to the update before this one; `copies` holds three rows.
-    ///
-    /// # Safety
-    /// No other thread touches this row.
-    pub unsafe fn current<'b>(&'b self, row: usize, copies: &'b mut [f32]) -> Row<'b> {
-        let values = self.tensors.load(row, copies);
-        if let Some(last) = &self.last_update {
-            let last = &mut last.range(row..row + 1)[0];
-            if *last + 1 != self.update {
-                self.replay.catch_up(*last, values.w, values.m, values.v);
-            }
-            *last = self.update;
-        }
-        values
-    }
-
-    /// Hints that a row will be updated soon.
-    pub fn prefetch(&self, row: usize) {
-        let RowTensors { centers, momentum, second_moment, .. } = &self.tensors;
-        for table in [Some(centers), Some(momentum), second_moment.as_ref()].into_iter().flatten() {
-            table.prefetch(self.tensors.at(row));
+            _ => Ok(Run { tensors: &self.rows.tensors, first: 0 }),
         }
     }
 }
 
-/// A worker's part of the copies.
-///
-/// # Safety
-/// No other thread has this worker's number.
-#[allow(clippy::mut_from_ref)]
-unsafe fn worker_copies<'a>(copies: &Parts<'a, f32>, worker: usize, dim: usize) -> &'a mut [f32] {
-    copies.range(worker * 3 * dim..(worker + 1) * 3 * dim)
+impl ChangingRun<'_> {
+    /// Brings a row that was last touched before `update` to now.
+    ///
+    /// # Safety
+    /// No other thread touches this row, or has this worker's number.
+    unsafe fn catch_up(&self, row: usize, update: u64, now: u64, replay: &Replay, of_first_row: RoundingKey, worker: usize) {
+        let Some(last_update) = &self.last_update else { return };
+        let (last, slot) = (&mut last_update.range(row..row + 1)[0], row - self.first);
+        if *last < update {
+            let values = self.tensors.load(slot, worker_copies(&self.copies, worker, self.tensors.dim));
+            replay.catch_up(*last, values.w, values.m, values.v);
+            let key = RoundingKey { class: of_first_row.class + row as u64, ..of_first_row };
+            self.tensors.store(slot, key, &values);
+            *last = now;
+        }
+    }
+}
+
+/// Rows that move by chunks.
+fn list_of<'a>(count: usize, place: &'a (dyn Fn(usize) -> Place + Sync)) -> RowList<'a> {
+    RowList { count, a_task: CHUNK, place }
+}
+
+/// The error of rows of which some may have changed and some not.
+fn torn(error: &Error) -> Error {
+    error!(Device, "{}", error.message)
 }

@@ -1,6 +1,7 @@
 //! What is known of a step before its embeddings: the batches, the labels, the sample and which columns are targets.
 
 use super::products::Targets;
+use super::row_tensors::{Place, Slots};
 use crate::device::SampleIds;
 use crate::memory::reserve;
 use crate::options::{HeadOptions, Placement};
@@ -44,6 +45,11 @@ impl Sample {
             Some(&id) => (id as u64 - self.first) as usize,
             None => column,
         }
+    }
+
+    /// The place of a column's row.
+    pub fn place(&self, slots: Slots, column: usize) -> Place {
+        slots.place(self.row(column), column)
     }
 
     /// Where in the sample a class of the shard is.
@@ -132,6 +138,16 @@ impl Draft {
         self.targets = Targets::new(pairs)?;
         self.sample = sample;
         Ok(())
+    }
+
+    /// The columns that are targets: ascending, each once.
+    pub fn target_columns(&self) -> Result<Vec<u32>> {
+        let mut columns = Vec::new();
+        reserve(&mut columns, self.labels.len(), "columns of targets")?;
+        columns.extend(self.columns.iter().flatten());
+        columns.sort_unstable();
+        columns.dedup();
+        Ok(columns)
     }
 
     /// Column of a row's target, where it is in this rank's sample.

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use super::products::{pitch, Shape};
+use super::row_file;
 use crate::device::sizes::{sample_capacity, Memory};
 use crate::matrix::DType;
-use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
+use crate::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use crate::shard::Shard;
 use crate::{ensure, Result};
 
@@ -73,11 +74,12 @@ impl Sizes {
         let embedded = if sharded { block * options.gathered_dtype(Precision::F32).size() } else { 0 };
         let figures = ROW_FIGURES + if options.row_terms { ROW_TERM_FIGURES } else { 0 };
         let elements = embeddings + exchanges + self.weighted_centers + self.scratch + self.split_rows + classes + figures * rows;
+        let moved = if options.residency.is_file() { row_file::memory(record_bytes(options), dim) } else { 0 };
         // Ids of this sample and the next, and the draw's candidates; labels as sent, as gathered and as kept.
         let ids = if options.sample_rate < 1.0 { 4 * classes } else { 0 };
         let labels = 4 * ranks * max_batch + max_batch;
         let scales = if sharded && options.gathered_dtype(Precision::F32) == DType::F16 { max_batch } else { 0 };
-        (4 * (elements + scales) + embedded) as u64 + 8 * (self.split_rows + ids + labels) as u64
+        (4 * (elements + scales) + embedded + moved) as u64 + 8 * (self.split_rows + ids + labels) as u64
     }
 
     /// Elements of the numerators that are kept.
@@ -86,7 +88,9 @@ impl Sizes {
     }
 
     pub fn memory(&self, options: &HeadOptions, ranks: u32, shard: Shard) -> Memory {
-        let tensor = |dtype: DType| dtype.size() as u64 * shard.rows * u64::from(options.embedding_dim);
+        // Of a file's rows memory has those of a step.
+        let rows = if options.residency.is_file() { self.capacity.classes as u64 } else { shard.rows };
+        let tensor = |dtype: DType| dtype.size() as u64 * rows * u64::from(options.embedding_dim);
         let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
         Memory {
             weight: tensor(options.weight_dtype),
@@ -101,6 +105,20 @@ impl Sizes {
 pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, threads: usize) -> Result<Memory> {
     let shard = options.shard(ranks, 0);
     Ok(Sizes::new(options, ranks, shard, threads)?.memory(options, ranks, shard))
+}
+
+/// Bytes of the file in which a rank keeps these rows; 0 for other residencies.
+pub(crate) fn storage_needed(options: &HeadOptions, shard: Shard) -> u64 {
+    match options.residency {
+        Residency::File(_) => row_file::bytes(record_bytes(options), shard.rows as usize),
+        Residency::Device | Residency::Host => 0,
+    }
+}
+
+/// Bytes of a row's tensors as they are stored.
+pub(super) fn record_bytes(options: &HeadOptions) -> usize {
+    let state = options.optimizer.state_tensors() * options.state_dtype.size();
+    options.embedding_dim as usize * (options.weight_dtype.size() + state)
 }
 
 /// Bytes that can be had without swapping, on the machine and in the process's control groups; unbounded where the system does not

@@ -35,6 +35,13 @@ impl Table {
         })
     }
 
+    pub fn dtype(&self) -> DType {
+        match self {
+            Table::F32(_) => DType::F32,
+            Table::Bf16(_) => DType::Bf16,
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         match self {
             Table::F32(values) => values.is_empty(),
@@ -54,14 +61,6 @@ impl Table {
         match self {
             Table::F32(values) => out.copy_from_slice(&values[at]),
             Table::Bf16(values) => rounding::widen(&values[at], out),
-        }
-    }
-
-    /// Hints that a row will be read soon.
-    pub fn prefetch(&self, at: Range<usize>) {
-        match self {
-            Table::F32(values) => prefetch(&values[at]),
-            Table::Bf16(values) => prefetch(&values[at]),
         }
     }
 }
@@ -107,6 +106,19 @@ impl<'a> TableParts<'a> {
             (TableParts::F32(_), _) => true,
             (TableParts::Bf16(values), Rounding::Nearest) => rounding::to_nearest(row, values.range(at)),
             (TableParts::Bf16(values), Rounding::AtRandom(key)) => rounding::at_random(key, row, values.range(at)),
+        }
+    }
+
+    /// The elements of a row as they are stored.
+    ///
+    /// # Safety
+    /// No other thread touches them.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn stored(&self, at: Range<usize>) -> &'a mut [u8] {
+        // SAFETY: numbers without padding, of which every bit pattern is a value.
+        match self {
+            TableParts::F32(values) => values.range(at).align_to_mut().1,
+            TableParts::Bf16(values) => values.range(at).align_to_mut().1,
         }
     }
 

@@ -51,3 +51,12 @@ impl Drop for Device {
         unsafe { pfc_device_free(self.0) };
     }
 }
+
+/// Whether heads of the CPU that are not asked for anything else keep their rows in a file: PFC_TEST_RESIDENCY.
+pub fn on_file() -> bool {
+    match std::env::var("PFC_TEST_RESIDENCY").as_deref() {
+        Ok("file") => !on_cuda(),
+        Ok("device") | Err(std::env::VarError::NotPresent) => false,
+        other => panic!("PFC_TEST_RESIDENCY must be device or file, got {other:?}"),
+    }
+}

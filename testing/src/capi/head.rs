@@ -2,7 +2,8 @@
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use partialfc::capi::checkpoint as c_checkpoint;
 use partialfc::capi::forward as c_forward;
@@ -16,9 +17,10 @@ use partialfc::capi::plan::pfc_plan_report;
 use partialfc::capi::types::pfc_head_options;
 use partialfc::capi::update as c_update;
 use partialfc::capi::update::pfc_update_options;
-use partialfc::options::{HeadOptions, Precision};
+use partialfc::options::{HeadOptions, Precision, Residency};
 
-use super::{on_cuda, outcome, to_c, Comm, Device, Outcome, Rows};
+use super::{on_cuda, on_file, outcome, to_c, Comm, Device, Outcome, Rows};
+use crate::programs::scratch;
 
 /// As workspace_limit of `Head::with`: no room for the softmax's numerators, which are then computed twice.
 pub const LEAST: u64 = 1;
@@ -58,7 +60,12 @@ impl Head {
     /// A head from the library's own options. A workspace limit counts from the least that the head takes: `LEAST` is it, `LEAST` + n is
     /// n bytes more. Collective.
     pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
-        let mut c = to_c(options);
+        let mut c = match options.residency {
+            Residency::Device if on_file() && options.precision != Precision::Half => {
+                to_c(&HeadOptions { residency: Residency::File(fresh_folder()), ..options.clone() })
+            }
+            _ => to_c(options),
+        };
         if on_cuda() && options.precision == Precision::Auto {
             // The suites hold every device to float32.
             c.precision = Precision::F32 as i32;
@@ -327,6 +334,12 @@ impl Head {
 fn written(result: Outcome, value: f64, untouched: f64) -> Outcome<f64> {
     assert!(result.is_ok() || value == untouched, "the loss is {value} after {result:?}: outputs are written on success only");
     result.map(|()| value)
+}
+
+/// A folder for the rows of one head.
+fn fresh_folder() -> PathBuf {
+    static HEADS: AtomicU64 = AtomicU64::new(0);
+    scratch("rows").join(format!("{}-{}", std::process::id(), HEADS.fetch_add(1, Ordering::Relaxed)))
 }
 
 impl Drop for Head {

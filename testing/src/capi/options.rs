@@ -1,10 +1,13 @@
 //! A head's options, as the library holds them and as C does.
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+
 use partialfc::capi::types::{self as c_types, pfc_head_options};
 use partialfc::margin::{Margin, MarginGradient};
 use partialfc::matrix::DType;
 use partialfc::optimizer::{Optimizer, Sgd};
-use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 
 use super::outcome;
 
@@ -50,6 +53,7 @@ pub fn options(classes: u64, dim: u32, max_batch: u64) -> HeadOptions {
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         sample_block: c.sample_block,
+        residency: Residency::Device,
         workspace_limit: c.workspace_limit,
     }
 }
@@ -90,6 +94,16 @@ pub fn to_c(options: &HeadOptions) -> pfc_head_options {
     c.gather_dtype = options.gather_dtype.map_or(c_types::PFC_GATHER_AUTO, |dtype| dtype as i32);
     (c.weight_dtype, c.state_dtype) = (options.weight_dtype as i32, options.state_dtype as i32);
     c.row_terms = if options.row_terms { c_types::PFC_ROW_TERMS_ON } else { c_types::PFC_ROW_TERMS_OFF };
+    c.residency = match &options.residency {
+        Residency::Device => c_types::PFC_RESIDENCY_DEVICE,
+        Residency::Host => c_types::PFC_RESIDENCY_HOST,
+        Residency::File(directory) => {
+            // The struct is a copy that anyone may keep: the path lives as long as the tests.
+            let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
+            c.storage_path = directory.into_raw();
+            c_types::PFC_RESIDENCY_FILE
+        }
+    };
     c.sample_block = options.sample_block;
     c.workspace_limit = options.workspace_limit;
     c

@@ -21,7 +21,7 @@ fn try_head(set: Set) -> [Result<(), partialfc_testing::capi::Failure>; 2] {
 
 #[test]
 fn values_outside_their_range_are_refused_by_name() {
-    let cases: [(&str, &str, Set); 55] = [
+    let cases: [(&str, &str, Set); 59] = [
         ("struct_size", "0", |o| o.struct_size = 0),
         ("struct_size", "7", |o| o.struct_size = 7),
         ("struct_size", "18446744073709551615", |o| o.struct_size = u64::MAX),
@@ -73,6 +73,10 @@ fn values_outside_their_range_are_refused_by_name() {
         ("weight_dtype", "0", |o| o.weight_dtype = 0),
         ("state_dtype", "4", |o| o.state_dtype = 4),
         ("residency", "4", |o| o.residency = 4),
+        ("storage_path", "NULL", |o| o.residency = 3),
+        ("storage_path", "empty", |o| (o.residency, o.storage_path) = (3, c"".as_ptr())),
+        ("storage_path", "NULL unless", |o| o.storage_path = c"/nowhere".as_ptr()),
+        ("storage_path", "NULL unless", |o| (o.residency, o.storage_path) = (2, c"/nowhere".as_ptr())),
         ("reserved", "1", |o| o.reserved = 1),
         ("sample_block", "0", |o| o.sample_block = 0),
         ("sample_block", "12", |o| o.sample_block = 12),
@@ -89,24 +93,22 @@ fn values_outside_their_range_are_refused_by_name() {
 
 #[test]
 fn what_is_not_in_this_version_is_unsupported() {
-    let cases: [(&str, Set); 5] = [
-        ("weight_dtype", |o| o.weight_dtype = 2),
-        ("state_dtype", |o| o.state_dtype = 2),
-        ("residency", |o| o.residency = 2),
-        ("residency", |o| o.residency = 3),
-        ("storage_path", |o| o.storage_path = c"/nowhere".as_ptr()),
-    ];
+    let cases: [(&str, Set); 2] = [("weight_dtype", |o| o.weight_dtype = 2), ("state_dtype", |o| o.state_dtype = 2)];
     for (field, set) in cases {
         let [head, plan] = try_head(set);
         assert_refused(field, head, Status::Unsupported, &[field]);
         assert_refused(field, plan, Status::Unsupported, &[field]);
     }
-    let f32_alone: [(&str, Set); 2] = [("weight_dtype", |o| o.weight_dtype = 3), ("state_dtype", |o| o.state_dtype = 3)];
-    for (field, set) in f32_alone {
+    let of_a_cpu: [(&str, &str, Set); 3] = [
+        ("weight_dtype", "bf16", |o| o.weight_dtype = 3),
+        ("state_dtype", "bf16", |o| o.state_dtype = 3),
+        ("residency", "device", |o| o.residency = 2),
+    ];
+    for (field, word, set) in of_a_cpu {
         let [head, plan] = try_head(set);
         plan.expect("a plan of the CPU device");
         if on_cuda() {
-            assert_refused(field, head, Status::Unsupported, &[field, "bf16", "CUDA"]);
+            assert_refused(field, head, Status::Unsupported, &[field, word, "CUDA"]);
         } else {
             head.expect("a head on the CPU");
         }

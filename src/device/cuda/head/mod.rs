@@ -104,7 +104,7 @@ impl CudaHead {
             "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
             spec.options.embedding_dim
         );
-        spec.options.require_f32_rows("the CUDA device")?;
+        spec.options.require_own_f32_rows("the CUDA device")?;
         let sizes = Sizes::new(&spec, gpu.capacity()?, 0)?;
         let memory = HeadMemory::allocate(&sizes, &gpu.stream)?;
         let max_batch = spec.options.max_batch as usize;

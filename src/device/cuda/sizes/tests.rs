@@ -4,7 +4,7 @@ use crate::device::cuda::shared_structs::TILE_COLUMNS;
 use crate::margin::{Margin, MarginGradient};
 use crate::matrix::DType;
 use crate::optimizer::{Adamw, Optimizer, Sgd};
-use crate::options::{HeadOptions, Placement, Precision, RowUpdate};
+use crate::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
 use crate::shard::Shard;
 use crate::Status;
 
@@ -30,6 +30,7 @@ fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> Head
         gather_dtype: None,
         row_terms: false,
         sample_block: 1,
+        residency: Residency::Device,
         weight_dtype: DType::F32,
         state_dtype: DType::F32,
         workspace_limit: 0,
