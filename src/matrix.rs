@@ -1,5 +1,7 @@
 //! Element types, how ranks combine them, and the matrices that callers hand over.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::{ensure, Result};
@@ -110,6 +112,13 @@ impl Matrix {
     pub fn of_f32(data: &mut [f32], rows: usize, cols: usize) -> Matrix {
         assert_eq!(data.len(), rows * cols, "a matrix of {rows} x {cols}");
         Matrix { data: data.as_mut_ptr().cast(), dtype: DType::F32, rows, cols, row_stride: cols }
+    }
+
+    /// Some of its rows.
+    pub(crate) fn part(&self, rows: Range<usize>) -> Matrix {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {} rows", self.rows);
+        let data = self.data.wrapping_add(rows.start * self.row_stride * self.dtype.size());
+        Matrix { data, rows: rows.len(), ..*self }
     }
 
     /// Checks what can be checked without touching the memory. `name` is the argument's, for the message.

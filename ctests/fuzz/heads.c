@@ -333,6 +333,13 @@ static void checkpoint(struct rank *r) {
   int wrong = mistake(r, 3), none = mistake(r, 6), elsewhere = mistake(r, 6);
   if (wrong) save.struct_size = load.struct_size = ONE_OF(own, uint64_t, 0, 7, UINT64_MAX);
   int defaults = !wrong && chance(own, 500);
+  // All ranks draw the same table; one of other classes is a mistake.
+  int64_t map[1001];
+  const int mapped = chance(&r->common, 200), of_others = mapped && mistake(r, 6);
+  for (uint64_t i = 0; mapped && i < r->options.num_classes; i++)
+    map[i] = (int64_t)below(&r->common, r->options.num_classes + 1) - 1;
+  if (mapped) load.class_map = map, load.class_map_count = r->options.num_classes;
+  if (of_others) map[0] = (int64_t)r->options.num_classes;
   const char *where = none ? NULL : elsewhere ? "/dev/null" : folder;
   note("checkpoint: wrong %d %d %d", wrong, none, elsewhere);
   pfc_status status = DO(pfc_head_save, r->head, where, defaults ? NULL : &save);
@@ -340,9 +347,9 @@ static void checkpoint(struct rank *r) {
   // Accumulated gradients are refused without a mistake, too.
   if (status != PFC_ERROR_INVALID_ARGUMENT) must_succeed(r, "pfc_head_save", status);
   int saved = status == PFC_OK;
-  status = DO(pfc_head_load, r->head, where, defaults ? NULL : &load);
-  if (wrong || none || elsewhere) must_fail("pfc_head_load", status);
-  if (saved) must_succeed(r, "pfc_head_load", status);
+  status = DO(pfc_head_load, r->head, where, defaults && !mapped ? NULL : &load);
+  if (wrong || none || elsewhere || of_others) must_fail("pfc_head_load", status);
+  if (saved && !of_others) must_succeed(r, "pfc_head_load", status);
 }
 
 static void remove_checkpoint(void) {

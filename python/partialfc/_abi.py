@@ -546,6 +546,13 @@ class pfc_load_options(Structure):
         ("progress", pfc_progress_fn),
         # Handed to progress. (default: NULL)
         ("user", c_void_p),
+        # For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of
+        # the head that none becomes begin anew; those that several become have the mean of their
+        # directions, with the mean of their lengths, and no state. All ranks must give the same. NULL:
+        # the classes are the same. In host memory, borrowed for the call. (default: NULL)
+        ("class_map", c_void_p),
+        # Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
+        ("class_map_count", c_uint64),
     ]
 
 
@@ -1449,17 +1456,19 @@ def declare(library):
     was saved, with the same bits. What was prepared, chosen, begun or accumulated is dropped. No
     other job may save to the directory meanwhile.
 
-    The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer;
-    its other options are its own. What it stores in bf16 and the checkpoint has in f32 is rounded
-    to nearest.
+    The head must have been made with the checkpoint's embedding_dim and optimizer, and with its
+    num_classes unless options has a class_map, by which classes come, go, change their numbers and
+    become one; its other options are its own. What it stores in bf16 and the checkpoint has in f32
+    is rounded to nearest.
 
     @param directory as for pfc_head_save
     @param options NULL for the defaults
     @return MISMATCH for a checkpoint of another kind of head, which names what differs and both
-      values; UNSUPPORTED for one of a later format; CORRUPT where a file is not what was written,
-      which names the file and the bytes; IO where the system refuses. If that is found in the
-      manifest, nothing has changed. If it is found in the rows, some of them are new: the heads of
-      all ranks are poisoned
+      values, and for ranks with different class maps; INVALID_ARGUMENT for an entry of class_map
+      that is no class of the head; UNSUPPORTED for a checkpoint of a later format; CORRUPT where a
+      file is not what was written, which names the file and the bytes; IO where the system
+      refuses. If that is found in the manifest, nothing has changed. If it is found in the rows,
+      some of them are new: the heads of all ranks are poisoned
     """
 
     function = library.pfc_normalize_rows

@@ -485,23 +485,27 @@ class Head(Handle):
         """
         self._checkpoint(lib.pfc_head_save, _abi.pfc_save_options, lib.pfc_save_options_init_sized, directory, progress)
 
-    def load(self, directory, progress=None) -> None:
+    def load(self, directory, progress=None, class_map=None) -> None:
         """Loads a checkpoint of any number of ranks, and goes on from there. Collective.
 
-        The head must have its num_classes, embedding_dim and optimizer; on as many ranks, with all options of the head that
-        was saved, it goes on with the same bits.
+        The head must have its embedding_dim and optimizer, and without a class_map its num_classes; on as many ranks, with
+        all options of the head that was saved, it goes on with the same bits.
 
         Args:
             directory: a path.
             progress: as for `save`.
+            class_map: for each class of the checkpoint the class of this head that it becomes, or -1: none. Classes that
+                none becomes begin anew; those that several become have the mean of their directions. int64, the same on
+                all ranks. None: the classes are the same.
 
         Raises:
             PartialFCError: MISMATCH for another kind of head, CORRUPT where a file is not what was written. If that is found
                 in the rows, the heads of all ranks are at their end.
         """
-        self._checkpoint(lib.pfc_head_load, _abi.pfc_load_options, lib.pfc_load_options_init_sized, directory, progress)
+        init = lib.pfc_load_options_init_sized
+        self._checkpoint(lib.pfc_head_load, _abi.pfc_load_options, init, directory, progress, class_map)
 
-    def _checkpoint(self, function, kind, init, directory, progress) -> None:
+    def _checkpoint(self, function, kind, init, directory, progress, class_map=None) -> None:
         raised = []
 
         def tell(_user, done, total):
@@ -522,6 +526,14 @@ class Head(Handle):
                     found = type(progress).__name__
                     raise TypeError(f"progress is a {found}{self._reader.at}; it must be a function of two numbers")
                 options.progress = type(options.progress)(tell)
+            if class_map is not None:
+                table = np.ascontiguousarray(class_map)
+                if table.ndim != 1 or table.dtype.kind not in "iu":
+                    found = f"{table.dtype} of shape {table.shape}"
+                    raise TypeError(f"class_map is {found}{self._reader.at}; it must be a vector of integers")
+                table = table.astype(np.int64, copy=False)
+                options.class_map = table.ctypes.data
+                options.class_map_count = len(table)
         except BaseException:  # Also of the path's own __fspath__: no rank may wait.
             self._refuse(function, None, None)
             raise

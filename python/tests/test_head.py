@@ -175,6 +175,36 @@ def test_rows_in_a_file(tmp_path):
         partialfc.Head(1000, DIM, 16, residency="file", storage_path=7)
 
 
+def test_classes_come_and_go(tmp_path):
+    embeddings, labels = batch(classes=20)
+    cpu = {"device": partialfc.Device.cpu(1)}
+    with partialfc.Head(20, DIM, 16, **cpu) as head:
+        head.step(embeddings, labels, 0.1)
+        head.save(tmp_path)
+        before = head.read_centers()
+    table = np.arange(20)
+    table[3], table[9] = -1, 4
+    with partialfc.Head(25, DIM, 16, **cpu) as wide:
+        start = wide.read_centers()
+        wide.load(tmp_path, class_map=table)
+        after = wide.read_centers()
+        kept = [c for c in range(20) if c not in (3, 4, 9)]
+        np.testing.assert_array_equal(after[kept], before[kept])
+        np.testing.assert_array_equal(after[[3, 9, *range(20, 25)]], start[[3, 9, *range(20, 25)]])
+        units = before / np.linalg.norm(before, axis=1, keepdims=True)
+        both = units[4] + units[9]
+        np.testing.assert_allclose(after[4] / np.linalg.norm(after[4]), both / np.linalg.norm(both), atol=1e-6)
+        np.testing.assert_array_equal(wide.read_state()[[3, 4, 9]], np.zeros((3, DIM)))
+        wide.step(embeddings, table[labels.clip(10)], 0.1)
+        for wrong, message in ((table * 0.5, "class_map is float64 of shape"), (table.reshape(4, 5), "it must be a vector")):
+            with pytest.raises(TypeError, match=message):
+                wide.load(tmp_path, class_map=wrong)
+        with pytest.raises(partialfc.PartialFCError, match="class_map has 19 entries"):
+            wide.load(tmp_path, class_map=table[1:])
+        with pytest.raises(partialfc.PartialFCError, match="num_classes is 20 in the checkpoint"):
+            wide.load(tmp_path)
+
+
 def test_top_k(head):
     embeddings, _ = batch(rows=20)
     weight = head.read_centers()

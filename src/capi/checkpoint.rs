@@ -8,7 +8,8 @@ use super::head::locked::with_head;
 use super::head::pfc_head;
 use super::status::pfc_status;
 use super::types::{init_sized, read_sized, sized, Sized64};
-use super::{boundary, required};
+use super::{array, boundary, required};
+use crate::head::{Labels, LoadRequest};
 use crate::{ensure, Result};
 
 /// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread, first with 0 and last with all of
@@ -45,9 +46,24 @@ pub struct pfc_load_options {
     pub progress: pfc_progress_fn,
     /// Handed to progress. (default: NULL)
     pub user: *mut c_void,
+    /// For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of the head that none becomes begin
+    /// anew; those that several become have the mean of their directions, with the mean of their lengths, and no state. All ranks must
+    /// give the same. NULL: the classes are the same. In host memory, borrowed for the call. (default: NULL)
+    pub class_map: *const i64,
+    /// Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
+    pub class_map_count: u64,
 }
 
-sized!(pfc_load_options, pfc_load_options { struct_size: 0, progress: None, user: std::ptr::null_mut() });
+sized!(
+    pfc_load_options,
+    pfc_load_options {
+        struct_size: 0,
+        progress: None,
+        user: std::ptr::null_mut(),
+        class_map: std::ptr::null(),
+        class_map_count: 0,
+    }
+);
 
 /// Fills options with defaults; see pfc_head_options_init_sized.
 #[no_mangle]
@@ -89,12 +105,14 @@ pub unsafe extern "C" fn pfc_head_save(
 /// as many ranks, with the options of the head that was saved, with the same bits. What was prepared, chosen, begun or accumulated is
 /// dropped. No other job may save to the directory meanwhile.
 ///
-/// The head must have been made with the checkpoint's num_classes, embedding_dim and optimizer; its other options are its own. What it
-/// stores in bf16 and the checkpoint has in f32 is rounded to nearest.
+/// The head must have been made with the checkpoint's embedding_dim and optimizer, and with its num_classes unless options has a
+/// class_map, by which classes come, go, change their numbers and become one; its other options are its own. What it stores in bf16 and
+/// the checkpoint has in f32 is rounded to nearest.
 ///
 /// @param directory as for pfc_head_save
 /// @param options NULL for the defaults
-/// @return MISMATCH for a checkpoint of another kind of head, which names what differs and both values; UNSUPPORTED for one of a later
+/// @return MISMATCH for a checkpoint of another kind of head, which names what differs and both values, and for ranks with different
+///   class maps; INVALID_ARGUMENT for an entry of class_map that is no class of the head; UNSUPPORTED for a checkpoint of a later
 ///   format; CORRUPT where a file is not what was written, which names the file and the bytes; IO where the system refuses. If that is
 ///   found in the manifest, nothing has changed. If it is found in the rows, some of them are new: the heads of all ranks are poisoned
 #[no_mangle]
@@ -106,8 +124,13 @@ pub unsafe extern "C" fn pfc_head_load(
     with_head(head, |head| {
         let options = if options.is_null() { Ok(pfc_load_options::defaults()) } else { read_sized(options) };
         let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
-        let directory = options.and_then(|_| path("directory", directory));
-        head.load(directory, &mut |done, total| tell(report, done, total))
+        let request = options.and_then(|options| {
+            let pfc_load_options { class_map: data, class_map_count, .. } = options;
+            let count = array("class_map", data, class_map_count)?;
+            let class_map = (!data.is_null()).then(|| Labels { data, count }.as_slice());
+            Ok(LoadRequest { directory: path("directory", directory)?, class_map })
+        });
+        head.load(request, &mut |done, total| tell(report, done, total))
     })
 }
 

@@ -8,15 +8,16 @@
 
 use std::path::Path;
 
+use super::class_map::{ClassMap, MergedRows};
 use super::{CallState, Head, Progress};
 use crate::checkpoint::{swap_if_big_endian, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, Tensor, MANIFEST};
 use crate::comm::gather_words;
 use crate::matrix::{DType, Matrix};
-use crate::memory::Buffer;
+use crate::memory::{zeros, Buffer};
 use crate::optimizer::StateTensor;
-use crate::options::Placement;
+use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
-use crate::{ensure, error, Contribution, Result};
+use crate::{ensure, error, random, Contribution, Result};
 
 /// Bytes of rows that are read from the head, or written into it, at a time.
 const STAGED: usize = 4 << 20;
@@ -27,6 +28,13 @@ const STATE: [StateTensor; 3] = [StateTensor::Centers, StateTensor::Momentum, St
 
 /// Is told how many bytes of this rank are done, and how many there are.
 pub type Report<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// What a rank asks to be loaded.
+pub struct LoadRequest<'a> {
+    pub directory: &'a Path,
+    /// For each class of the checkpoint that of the head, -1: none; `None`: the same.
+    pub class_map: Option<&'a [i64]>,
+}
 
 impl Head {
     /// Writes the head to a directory; see `pfc_head_save`.
@@ -227,40 +235,45 @@ impl Head {
     }
 
     /// Reads the head from a directory; see `pfc_head_load`.
-    pub fn load(&mut self, directory: Contribution<&Path>, report: Report<'_>) -> Result<()> {
+    pub fn load(&mut self, request: Contribution<LoadRequest<'_>>, report: Report<'_>) -> Result<()> {
         self.check_usable()?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
-        let read = directory.and_then(|directory| {
+        let read = request.and_then(|LoadRequest { directory, class_map }| {
             let manifest = Directory(directory).manifest()?;
-            let tensors = self.check_manifest(&manifest, directory)?;
+            let tensors = self.check_manifest(&manifest, directory, class_map.is_some())?;
+            let classes = ClassMap::new(class_map, directory, manifest.num_classes, self.options.num_classes, self.shard)?;
             // What can be seen before the first row is written leaves the head as it is.
-            for named in manifest.files.iter().filter(|named| self.common_classes(named).is_some()) {
+            for named in manifest.files.iter().filter(|named| classes.of_shard(named.shard()).is_some()) {
                 RowsReader::check(&Directory(directory).path(&named.name), self.layout(&tensors, named.rows), named)?;
             }
-            let checksum = manifest.checksum()?;
-            Ok((Directory(directory), manifest, tensors, checksum))
+            let checksums = [manifest.checksum()?, classes.checksum()].map(u64::from);
+            Ok((Directory(directory), manifest, tensors, classes, checksums))
         });
-        let words = read.as_ref().map(|(.., checksum)| [u64::from(*checksum)]).map_err(|error| self.name_rank(error));
+        let words = read.as_ref().map(|(.., checksums)| *checksums).map_err(|error| self.name_rank(error));
         let agreed = gather_words(&self.comm, words);
         let all = self.poison_without_peers(agreed)?;
-        let (directory, manifest, tensors, checksum) = read?;
+        let (directory, manifest, tensors, classes, checksums) = read?;
         if let Some(rank) = (1..all.len()).find(|&rank| all[rank] != all[0]) {
-            return Err(error!(Mismatch, "rank 0 and rank {rank} have read different manifests: all ranks must see one directory"));
+            let what = match all[rank][0] != all[0][0] {
+                true => "have read different manifests: all ranks must see one directory",
+                false => "have been given different class maps",
+            };
+            return Err(error!(Mismatch, "rank 0 and rank {rank} {what}"));
         }
         let loaded = self
-            .read_files(&directory, &manifest, &tensors, report)
+            .read_files(&directory, &manifest, &tensors, &classes, report)
             .and_then(|()| self.write_progress(Progress { draws: manifest.draws, updates: manifest.updates }));
         let words = loaded.map(|()| []).map_err(|error| self.name_rank(&error));
         let agreed = gather_words(&self.comm, words);
         self.poison_on_failure(agreed)?;
         // All replicas hold these rows.
-        self.written_rows = checksum.into();
+        self.written_rows = checksums[0] | checksums[1] << 32;
         Ok(())
     }
 
     /// Refuses a checkpoint of another kind of head. Returns the tensors, in the types that they have in the files.
-    fn check_manifest(&self, manifest: &Manifest, directory: &Path) -> Result<Vec<Tensor>> {
+    fn check_manifest(&self, manifest: &Manifest, directory: &Path, other_classes: bool) -> Result<Vec<Tensor>> {
         let own = |name: &str, there: u64, here: u64| {
             ensure!(
                 there == here,
@@ -271,7 +284,9 @@ impl Head {
             );
             Ok(())
         };
-        own("num_classes", manifest.num_classes, self.options.num_classes)?;
+        if !other_classes {
+            own("num_classes", manifest.num_classes, self.options.num_classes)?;
+        }
         own("embedding_dim", manifest.embedding_dim, self.options.embedding_dim.into())?;
         let mut tensors = self.tensors();
         let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name).collect();
@@ -290,33 +305,72 @@ impl Head {
         Ok(tensors)
     }
 
-    /// The classes of a file that are in this rank's shard: the first, and the one after the last.
-    fn common_classes(&self, named: &RowsFile) -> Option<(u64, u64)> {
-        let (first, end) = (named.first.max(self.shard.first), named.shard().end().min(self.shard.end()));
-        (first < end).then_some((first, end))
-    }
-
     /// Reads the rows of this rank's shard from the files that have them.
-    fn read_files(&mut self, directory: &Directory<'_>, manifest: &Manifest, tensors: &[Tensor], report: Report<'_>) -> Result<()> {
+    fn read_files(
+        &mut self,
+        directory: &Directory<'_>,
+        manifest: &Manifest,
+        tensors: &[Tensor],
+        classes: &ClassMap<'_>,
+        report: Report<'_>,
+    ) -> Result<()> {
         (self.state, self.prepared, self.chosen) = (CallState::Idle, None, None);
         let dim = self.options.embedding_dim as usize;
-        let mut staged = Staged::new(self.staged_rows().min(self.shard.rows as usize), dim, "rows on their way from a file")?;
+        let mut staged = Staged::new(self.staged_rows().min(manifest.num_classes as usize), dim, "rows on their way from a file")?;
+        let (mut merged, mut center) = (MergedRows::default(), zeros(&[dim], "a class center")?);
         let total = self.bytes(tensors, self.shard.rows);
         let mut done = 0;
         report(done, total);
         for named in &manifest.files {
-            let Some((first, end)) = self.common_classes(named) else { continue };
-            let once = self.options.placement == Placement::Sharded;
+            let Some(range) = classes.of_shard(named.shard()) else { continue };
+            // No other rank reads the same rows.
+            let once = self.options.placement == Placement::Sharded && !classes.is_given();
             let mut file = RowsReader::open(&directory.path(&named.name), self.layout(tensors, named.rows), named, once)?;
             for (number, (&Tensor { dtype, .. }, tensor)) in tensors.iter().zip(STATE).enumerate() {
-                for class in (first..end).step_by(self.staged_rows()) {
-                    let rows = self.staged_rows().min((end - class) as usize);
-                    let bytes = staged.bytes(dtype, rows);
-                    file.read(number, class - named.first, bytes)?;
-                    done += bytes.len() as u64;
-                    self.backend.write_rows(tensor, class - self.shard.first, &staged.matrix(dtype, rows))?;
+                for first in range.clone().step_by(self.staged_rows()) {
+                    let some = first..range.end.min(first + self.staged_rows() as u64);
+                    if !classes.has_any(some.clone()) {
+                        continue;
+                    }
+                    let rows = (some.end - first) as usize;
+                    file.read(number, first - named.first, staged.bytes(dtype, rows))?;
+                    let all = staged.matrix(dtype, rows);
+                    classes.runs(some.clone(), |run, row| {
+                        let rows = all.part((run.start - first) as usize..(run.end - first) as usize);
+                        done += (rows.rows * dim * dtype.size()) as u64;
+                        self.backend.write_rows(tensor, row, &rows)
+                    })?;
+                    if tensor == StateTensor::Centers {
+                        for (class, row) in classes.merging(some) {
+                            // SAFETY: the staged rows are our own memory.
+                            unsafe { all.read_row((class - first) as usize, &mut center) };
+                            merged.add(row, &center)?;
+                        }
+                    }
                     report(done, total);
                 }
+            }
+        }
+        if classes.is_given() {
+            self.write_other_rows(classes, &merged, &mut center)?;
+            report(total, total);
+        }
+        Ok(())
+    }
+
+    /// Rows that no class of the checkpoint becomes have their start values, those that several become what these make together; the
+    /// state of both is zero.
+    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows, center: &mut [f32]) -> Result<()> {
+        let dim = center.len();
+        let mut none = zeros(&[dim], "a row of zeros")?;
+        let HeadOptions { seed, init_std, .. } = self.options;
+        for row in classes.rows_without_one_source() {
+            if !merged.write(row, center) {
+                random::start_values(seed, self.shard.first + row, init_std, center);
+            }
+            for tensor in STATE.into_iter().take(1 + self.options.optimizer.state_tensors()) {
+                let values = if tensor == StateTensor::Centers { &mut *center } else { &mut none };
+                self.backend.write_rows(tensor, row, &Matrix::of_f32(values, 1, dim))?;
             }
         }
         Ok(())

@@ -15,6 +15,7 @@
 mod accumulation;
 mod arguments;
 mod checkpoint;
+mod class_map;
 mod evaluation;
 mod failure;
 mod rows;
@@ -23,6 +24,7 @@ mod step;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::arguments::require_host;
+pub use self::checkpoint::LoadRequest;
 pub use self::evaluation::Metrics;
 use crate::comm::{agree, Communicator};
 use crate::device::{Device, HeadDevice, HeadSpec, SampleIds};

@@ -329,7 +329,7 @@ fn structs_lie_in_c_and_python_as_in_rust() {
         pfc_forward_options { struct_size, m2, m3, weight, reserved }
         pfc_backward_options { struct_size, loss_weight, loss_scale, grad_m2, grad_m3, reserved }
         pfc_save_options { struct_size, progress, user }
-        pfc_load_options { struct_size, progress, user }
+        pfc_load_options { struct_size, progress, user, class_map, class_map_count }
         pfc_plan_report {
             struct_size, shard_rows, sample_capacity, weight_bytes, state_bytes, activation_bytes, probability_bytes, total_bytes,
             labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes,

@@ -4,6 +4,7 @@ mod accumulation;
 mod bits;
 mod calls;
 mod checkpoint;
+mod class_map;
 mod conformance;
 mod digits;
 mod evaluation;

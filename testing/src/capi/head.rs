@@ -94,6 +94,19 @@ impl Head {
         outcome(unsafe { c_checkpoint::pfc_head_load(self.raw, directory.as_ptr(), std::ptr::null()) })
     }
 
+    /// With the class of the head that each class of the checkpoint becomes.
+    pub fn load_mapped(&mut self, directory: &Path, class_map: &[i64]) -> Outcome {
+        let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
+        // SAFETY: a live handle, a path and a table that outlive the call; all zeros is a value of the options, the size is their own.
+        unsafe {
+            let mut options: c_checkpoint::pfc_load_options = std::mem::zeroed();
+            let size = std::mem::size_of_val(&options) as u64;
+            outcome(c_checkpoint::pfc_load_options_init_sized(&mut options, size))?;
+            (options.class_map, options.class_map_count) = (class_map.as_ptr(), class_map.len() as u64);
+            outcome(c_checkpoint::pfc_head_load(self.raw, directory.as_ptr(), &options))
+        }
+    }
+
     pub fn prepare(&mut self, labels: &[i64]) -> Outcome {
         // SAFETY: a live handle; labels are copied.
         outcome(unsafe { c_head::pfc_head_prepare(self.raw, labels.as_ptr(), labels.len() as u64) })
