@@ -20,6 +20,7 @@ _MEMORY = (
     ("probability_bytes", "softmax numerators"),
     ("total_bytes", "memory of a rank"),
 )
+_STORAGE = (("storage_bytes", "file of a rank"),)
 _TRAFFIC = (
     ("labels_bytes", "labels, all-gather"),
     ("embeddings_bytes", "embeddings, all-gather"),
@@ -46,6 +47,8 @@ def table(arguments) -> str:
     if arguments.rate < 1:
         columns.insert(1, (f"sharded, rate {arguments.rate:g}", "sharded", arguments.rate))
         columns.append((f"replicated, rate {arguments.rate:g}", "replicated", arguments.rate))
+    # Nothing is written there: a plan makes no file.
+    storage = {"residency": "file", "storage_path": "."} if arguments.residency == "file" else {}
     plans = [
         plan(
             arguments.classes,
@@ -58,13 +61,16 @@ def table(arguments) -> str:
             row_update=arguments.row_update,
             precision=arguments.precision,
             workspace_limit=arguments.workspace_limit,
+            weight_dtype=arguments.dtype,
+            state_dtype=arguments.dtype,
+            **storage,
         )
         for _, placement, rate in columns
     ]
     rows = [[""] + [title for title, _, _ in columns]]
     rows.append(["classes on a rank"] + [f"{p.shard_rows:,}" for p in plans])
     rows.append(["classes in a step"] + [f"{p.sample_capacity:,}" for p in plans])
-    for field, what in _MEMORY + _TRAFFIC:
+    for field, what in _MEMORY + (_STORAGE if storage else ()) + _TRAFFIC:
         rows.append([what] + [size(getattr(p, field)) for p in plans])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows)
@@ -94,6 +100,8 @@ def main() -> int:
     planned.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     planned.add_argument("--row-update", choices=("lazy", "dense"), default="lazy")
     planned.add_argument("--precision", choices=("auto", "f32", "half"), default="auto", help="half: the traffic of a GPU")
+    planned.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of class centers and optimizer state")
+    planned.add_argument("--residency", choices=("device", "file"), default="device", help="file: rows on disk")
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
     arguments = parser.parse_args()
 

@@ -54,6 +54,18 @@ def test_plan():
     assert lines["traffic of a rank and step"[:27]][:2] == [f"{whole.traffic_bytes / 1e6:.2f}", "MB"]
 
 
+def test_plan_of_rows_in_a_file():
+    where = ("plan", "--classes", "10_000_000", "--rate", "0.01", "--dtype", "bf16")
+    assert "file of a rank" not in command(*where)
+    text = command(*where, "--residency", "file")
+    lines = {line[:27].strip(): line[27:].split() for line in text.splitlines()}
+    assert lines["file of a rank"] == ["20.48", "GB"] * 4
+    options = {"weight_dtype": "bf16", "state_dtype": "bf16", "residency": "file", "storage_path": "."}
+    one = partialfc.plan(10_000_000, 512, batch=128, sample_rate=0.01, **options)
+    assert one.total_bytes < 600_000_000
+    assert lines["memory of a rank"][2:4] == [f"{one.total_bytes / 1e6:.2f}", "MB"]
+
+
 def test_plan_refuses():
     text = command("plan", "--classes", "4", "--ranks", "8", code=1)
     assert "num_classes must be at least 8" in text and "Traceback" not in text
