@@ -425,14 +425,19 @@ fn write_all(head: &mut Head, dim: usize) {
 /// consecutive rows in one transfer, of 256 KiB at most.
 fn disk_alone(path: &Path, rows: u64, first: u64, ids: &[i64]) -> f64 {
     const LONGEST: usize = 256 << 10;
-    let file = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).expect("the head's file");
+    const SECTOR: u64 = 4096;
+    let open = |flags: i32| File::options().read(true).write(true).custom_flags(flags).open(path);
+    let file = open(libc::O_DIRECT).or_else(|_| open(0)).expect("the head's file");
     let stride = (file.metadata().expect("the file").len() / rows) as usize;
     let mut runs: Vec<(u64, usize)> = Vec::new();
     for &id in ids {
         let at = (id as u64 - first) * stride as u64;
+        let (at, end) = (at / SECTOR * SECTOR, (at + stride as u64).next_multiple_of(SECTOR));
         match runs.last_mut() {
-            Some((begin, length)) if *begin + *length as u64 == at && *length + stride <= LONGEST => *length += stride,
-            _ => runs.push((at, stride)),
+            Some((begin, length)) if at <= *begin + *length as u64 && (end - *begin) as usize <= LONGEST => {
+                *length = (end - *begin) as usize;
+            }
+            _ => runs.push((at, (end - at) as usize)),
         }
     }
     let next = AtomicUsize::new(0);

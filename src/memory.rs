@@ -160,6 +160,13 @@ impl<'a, T: Plain> Parts<'a, T> {
     }
 
     /// # Safety
+    /// No other thread writes what is in `range`.
+    pub unsafe fn shared(&self, range: Range<usize>) -> &'a [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        std::slice::from_raw_parts(self.data.add(range.start), range.end - range.start)
+    }
+
+    /// # Safety
     /// No other thread holds a part that overlaps `range`.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {

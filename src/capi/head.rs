@@ -8,8 +8,8 @@
 //! The ranks exchange messages, which these names stand for. Sharded: `labels` (all-gather), `embeddings` (all-gather), `sums`
 //! (all-reduce), `gradient` (reduce-scatter). Replicated: `labels`, `replicated sums` (all-reduce), `center gradient` (all-reduce).
 //!
-//! ERRORS BEFORE THE UPDATE. LABEL, NOT_FINITE, INVALID_ARGUMENT and OUT_OF_MEMORY in pfc_head_prepare, pfc_head_forward and
-//! pfc_head_step update nothing and leave the head usable. Every rank gets an error: the same status, or REMOTE where only another
+//! ERRORS BEFORE THE UPDATE. LABEL, NOT_FINITE, INVALID_ARGUMENT, OUT_OF_MEMORY and, with residency file, IO while rows are read in
+//! pfc_head_prepare, pfc_head_forward and pfc_head_step update nothing and leave the head usable. Every rank gets an error: the same status, or REMOTE where only another
 //! rank's own arguments were wrong. pfc_head_backward and pfc_head_update exchange no status: a wrong argument there is an error on
 //! its own rank only. If the ranks have then done different numbers of updates, the next step is MISMATCH on all of them.
 //!

@@ -352,7 +352,7 @@ impl Head {
             }
         }
         if classes.is_given() {
-            self.write_other_rows(classes, &merged, &mut center)?;
+            self.write_other_rows(classes, &merged, &mut staged)?;
             report(total, total);
         }
         Ok(())
@@ -360,17 +360,25 @@ impl Head {
 
     /// Rows that no class of the checkpoint becomes have their start values, those that several become what these make together; the
     /// state of both is zero.
-    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows, center: &mut [f32]) -> Result<()> {
-        let dim = center.len();
-        let mut none = zeros(&[dim], "a row of zeros")?;
+    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows, staged: &mut Staged) -> Result<()> {
+        let dim = staged.dim;
         let HeadOptions { seed, init_std, .. } = self.options;
-        for row in classes.rows_without_one_source() {
-            if !merged.write(row, center) {
-                random::start_values(seed, self.shard.first + row, init_std, center);
+        let at_once = (staged.words.len() / dim).max(1);
+        let mut rows = classes.rows_without_one_source().peekable();
+        while let Some(first) = rows.next() {
+            let mut count = 1;
+            while count < at_once && rows.next_if_eq(&(first + count as u64)).is_some() {
+                count += 1;
             }
-            for tensor in STATE.into_iter().take(1 + self.options.optimizer.state_tensors()) {
-                let values = if tensor == StateTensor::Centers { &mut *center } else { &mut none };
-                self.backend.write_rows(tensor, row, &Matrix::of_f32(values, 1, dim))?;
+            for (row, center) in (first..).zip(staged.words[..count * dim].chunks_exact_mut(dim)) {
+                if !merged.write(row, center) {
+                    random::start_values(seed, self.shard.first + row, init_std, center);
+                }
+            }
+            self.backend.write_rows(StateTensor::Centers, first, &staged.matrix(DType::F32, count))?;
+            staged.words[..count * dim].fill(0.0);
+            for tensor in STATE.into_iter().skip(1).take(self.options.optimizer.state_tensors()) {
+                self.backend.write_rows(tensor, first, &staged.matrix(DType::F32, count))?;
             }
         }
         Ok(())

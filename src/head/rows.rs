@@ -52,7 +52,13 @@ impl Head {
         self.check_readable()?;
         // Dense rows then hold their values by themselves: who writes them into another head needs no learning rates of the past.
         let updates = self.backend.catch_up().and_then(|()| self.backend.updates());
-        let updates = if self.poisoned.is_some() { updates } else { self.poison_unless_recoverable(updates) }?;
+        let updates = match &mut self.poisoned {
+            Some(poison) => {
+                poison.whole_rows &= updates.is_ok();
+                updates
+            }
+            None => self.poison_unless_recoverable(updates),
+        }?;
         self.announce_caught_up(updates);
         // The sample of a prepared step is drawn again by who goes on from here.
         Ok(Progress { draws: self.draws - u64::from(self.prepared.is_some()), updates })
@@ -86,7 +92,8 @@ impl Head {
         self.state = CallState::Idle;
         self.drop_accumulated();
         let after = self.digest_rows(tensor, first, rows.rows);
-        let after = self.poison_unless_recoverable(after)?;
+        // The rows are new, and what tells the other ranks so is not known.
+        let after = after.inspect_err(|error| self.poison_before_update(error))?;
         self.written_rows = self.written_rows.wrapping_add(after.wrapping_sub(before));
         Ok(())
     }

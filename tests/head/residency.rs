@@ -71,6 +71,8 @@ fn eventful(place: &Rank, options: &HeadOptions, device: &Device) -> (Trace, Vec
         head.accumulate().expect("a micro-batch");
     }
     head.update(learning_rate(9)).expect("an update");
+    let norm = head.metrics().expect("metrics").grad_centers_norm.to_bits();
+    seen.extend([norm as u32, (norm >> 32) as u32]);
     let (ids, cosines) = head.top_k(&mut batch(10).rows(dim), 5).expect("neighbors");
     seen.extend(ids.iter().map(|&id| id as u32));
     seen.extend(bits(&cosines));
@@ -225,6 +227,30 @@ fn a_file_that_is_cut_short_is_an_error_on_all_ranks() {
             _ => read.expect("rows"),
         }
     });
+}
+
+/// The sample of a step that came to nothing, larger than what memory has room for, is no sample that memory has.
+#[test]
+fn rows_that_no_forward_has_read_are_not_brought_to_now() {
+    for row_update in [RowUpdate::Lazy, RowUpdate::Dense] {
+        let run = |options: &HeadOptions| {
+            let place = Rank { rank: 0, size: 1, comm: Comm::solo() };
+            let (mut head, mut trace) = (Head::new(&Device::cpu(1), &place.comm, options), Trace::default());
+            train_step(&mut head, &place, options, 0, &mut trace);
+            let (all, batch) = ((0..3000).filter(|id| id % 9 != 4).collect::<Vec<i64>>(), Batch::draw(options, 0, 1, 8));
+            head.set_sample(&all).expect("a sample");
+            head.prepare(&batch.labels).expect("a prepared step");
+            let few = Batch::draw(options, 0, 1, 5);
+            let refused = head.forward(&mut few.rows(9), None).map(drop);
+            assert_failure("fewer rows than labels", refused, Status::InvalidArgument, &["rows"]);
+            head.read_progress().expect("progress");
+            train_step(&mut head, &place, options, 2, &mut trace);
+            trace.saw_rows(&mut head, options);
+            trace
+        };
+        let base = HeadOptions { row_update, ..base() };
+        assert_same_bits("in a file", &[run(&in_a_file(&base, "unread"))], &[run(&base)]);
+    }
 }
 
 #[test]

@@ -119,12 +119,15 @@ impl CpuHead {
         accumulation.sort();
         let Accumulation { rows, order, gradients, squares, .. } = &mut *accumulation;
         let (dim, gradients) = (step.shape.dim, Parts::of(gradients));
-        for places in order.chunks(centers.slot_count().max(1)) {
+        squares.clear();
+        squares.resize(rows.len().div_ceil(ROWS_A_TASK), 0.0);
+        // Whole tasks, so that the sum of squares does not depend on how many rows can be brought at once.
+        let at_once = centers.slot_count() / ROWS_A_TASK * ROWS_A_TASK;
+        let at_once = if at_once == 0 { rows.len() } else { at_once };
+        for (places, squares) in order.chunks(at_once.max(1)).zip(squares.chunks_mut(at_once.div_ceil(ROWS_A_TASK).max(1))) {
             let row = |position: usize| rows[places[position] as usize] as usize;
             centers.bring(places.len(), &row)?;
             let tasks = places.len().div_ceil(ROWS_A_TASK);
-            squares.clear();
-            squares.resize(tasks, 0.0);
             let (updating, sums) = (centers.updating(replay, learning_rate), Parts::of(squares));
             pool.run(tasks, &|task, worker| {
                 let mut squares = 0.0;
@@ -143,8 +146,8 @@ impl CpuHead {
             });
             updating.verdict()?;
             centers.put_back(places.len(), &row)?;
-            step.grad_centers += squares.iter().sum::<f64>();
         }
+        step.grad_centers = squares.iter().sum();
         accumulation.clear();
         centers.count_update(learning_rate, pool)
     }

@@ -265,6 +265,7 @@ impl HeadDevice for CpuHead {
     }
 
     fn begin(&mut self) -> Result<()> {
+        self.rows.end_step();
         if std::mem::take(&mut self.has_next) {
             std::mem::swap(&mut self.step.draft, &mut self.next);
             self.use_grown();
@@ -479,9 +480,7 @@ impl HeadDevice for CpuHead {
 
     fn catch_up(&mut self) -> Result<()> {
         let CpuHead { pool, rows, step, .. } = self;
-        rows.catch_up(pool)?;
-        // A step may be under way.
-        rows.bring_again(&step.draft.sample)
+        rows.catch_up(&step.draft.sample, pool)
     }
 
     fn set_updates(&mut self, updates: u64) -> Result<()> {

@@ -9,9 +9,9 @@
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::pool::Pool;
 use super::row_tensors::{Place, RowTensorParts, StartValues};
@@ -49,6 +49,9 @@ struct Records {
     start: StartValues,
     /// A bit for each row: it has been written.
     written: Buffer<u64>,
+    /// Held while something moves, and alone while that changes to go through the page cache: a page that is written through it must not
+    /// take rows with it that go past it at the same time.
+    direct: RwLock<()>,
 }
 
 /// Where records lie.
@@ -126,6 +129,11 @@ pub(super) fn bytes(record: usize, rows: usize) -> u64 {
     Layout::new(record, LARGEST_SECTOR).bytes(rows)
 }
 
+/// Bytes of memory that tell which of as many rows have been written.
+pub(super) fn map_bytes(rows: u64) -> u64 {
+    8 * rows.div_ceil(64)
+}
+
 /// Bytes of memory that moving rows takes.
 pub(super) fn memory(record: usize, dim: usize) -> usize {
     THREADS * (Layout::new(record, LARGEST_SECTOR).piece() + 3 * 4 * dim)
@@ -134,27 +142,29 @@ pub(super) fn memory(record: usize, dim: usize) -> usize {
 impl RowFile {
     /// A file in which no row is written, in a directory that is made if it is not there.
     pub fn create(spec: &HeadSpec, directory: &Path, start: StartValues) -> Result<RowFile> {
+        let (record, rows) = (record_bytes(&spec.options), spec.shard.rows as usize);
+        let written = Buffer::zeroed(rows.div_ceil(64), "the map of written rows")?;
         let (path, file) = open_alone(directory, &format!("rows-{}-of-{}.partialfc", spec.rank, spec.ranks))?;
-        let refused = |what: &str, cause: &std::io::Error| error!(Io, "cannot {what} {}: {cause}", path.display());
-        // What a process that was killed has left.
-        let emptied = file.set_len(0).and_then(|()| file.set_len(2 * LARGEST_SECTOR as u64));
-        emptied.map_err(|cause| refused("empty", &cause))?;
-        let layout = Layout::new(record_bytes(&spec.options), sector(&file));
-        let (rows, bytes) = (spec.shard.rows as usize, layout.bytes(spec.shard.rows as usize));
-        // From here on it goes with the head, also if that comes to nothing.
-        let records = Records {
-            layout,
+        // From here on the file goes with the head, also if that comes to nothing.
+        let mut records = Records {
+            layout: Layout::new(record, LARGEST_SECTOR),
             first_class: spec.shard.first,
             start,
-            written: Buffer::zeroed(rows.div_ceil(64), "the map of written rows")?,
+            written,
             process: std::process::id(),
             path,
             file,
+            direct: RwLock::new(()),
         };
+        // What a process that was killed has left.
+        let emptied = records.file.set_len(0).and_then(|()| records.file.set_len(2 * LARGEST_SECTOR as u64));
+        emptied.map_err(|cause| error!(Io, "cannot empty {}: {cause}", records.path.display()))?;
+        records.layout = Layout::new(record, sector(&records.file));
+        let bytes = records.layout.bytes(rows);
         let room = file::reserve_room(&records.file, bytes).and_then(|()| records.file.set_len(bytes));
         let path = records.path.display();
         room.map_err(|cause| error!(Io, "cannot reserve {bytes} bytes for {rows} rows in {path}: {cause}"))?;
-        Ok(RowFile { pool: Pool::new(THREADS), pieces: Pieces::new(THREADS, layout.piece())?, records })
+        Ok(RowFile { pool: Pool::new(THREADS), pieces: Pieces::new(THREADS, records.layout.piece())?, records })
     }
 
     /// Bytes of a row.
@@ -401,7 +411,11 @@ impl Records {
     fn all_of(&self, length: usize, mut some: impl FnMut(usize) -> std::io::Result<usize>) -> std::io::Result<()> {
         let (mut done, mut through_cache) = (0, false);
         while done < length {
-            match some(done) {
+            let moved = {
+                let _direct = self.direct.read().unwrap_or_else(PoisonError::into_inner);
+                some(done)
+            };
+            match moved {
                 Ok(moved) => done += moved,
                 Err(cause) if cause.kind() == ErrorKind::Interrupted => {}
                 // Some file systems learn only here that they cannot go past the page cache.
@@ -410,6 +424,7 @@ impl Records {
             }
             // Nor can any from the middle of a sector.
             if through_cache || !done.is_multiple_of(SECTOR) {
+                let _alone = self.direct.write().unwrap_or_else(PoisonError::into_inner);
                 file::set_direct(&self.file, false);
                 through_cache = true;
             }
@@ -428,7 +443,9 @@ fn open_alone(directory: &Path, name: &str) -> Result<(PathBuf, File)> {
     let refused = |what: &str, path: &Path, cause: std::io::Error| error!(Io, "cannot {what} {}: {cause}", path.display());
     std::fs::create_dir_all(directory).map_err(|cause| refused("create", directory, cause))?;
     loop {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        // A link may lead to a file of somebody's, which would be emptied.
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(&path);
         let file = file.map_err(|cause| refused("open", &path, cause))?;
         match file.try_lock() {
             Ok(()) => {}
@@ -469,7 +486,8 @@ fn sector(file: &File) -> usize {
 impl Drop for Records {
     fn drop(&mut self) {
         if self.process == std::process::id() {
-            // It may be gone already.
+            // A forked child may have it open for long: its room is given back now. It may be gone already.
+            let _ = self.file.set_len(0);
             let _ = std::fs::remove_file(&self.path);
         }
     }

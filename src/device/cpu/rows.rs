@@ -28,6 +28,8 @@ const SHORTEST_HISTORY: usize = 1024;
 const LONGEST_HISTORY: usize = 16384;
 /// Rows that one task brings to now.
 const ROWS_A_TASK: usize = 256;
+/// Rows that memory has room for at least, if there are as many.
+const FEWEST_SLOTS: usize = 256;
 /// Targets that one thread reads: a step waits for them, so they are shared among all threads.
 const TARGETS_A_TASK: usize = 8;
 /// Rows of a file that one thread reads at a time where all of them are wanted.
@@ -79,7 +81,7 @@ pub(super) struct RunReader<'a> {
 }
 
 impl HostRows {
-    /// Start values for all rows of the shard. With a file, memory has `slots` of them.
+    /// Start values for all rows of the shard. With a file, memory has `slots` of them at least.
     pub fn new(spec: &HeadSpec, slots: usize, pool: &Pool) -> Result<HostRows> {
         let (options, shard) = (&spec.options, spec.shard);
         let (dim, rows) = (options.embedding_dim as usize, shard.rows as usize);
@@ -90,7 +92,7 @@ impl HostRows {
             // The CPU's own memory is the host's.
             Residency::Device | Residency::Host => None,
         };
-        let tensors = RowTensors::zeroed(options, if storage.is_some() { slots } else { rows })?;
+        let tensors = RowTensors::zeroed(options, if storage.is_some() { slots.max(FEWEST_SLOTS).min(rows) } else { rows })?;
         let file = storage.map(|directory| RowFile::create(spec, directory, start)).transpose()?;
         let workers = file.as_ref().map_or(0, RowFile::threads).max(pool.threads());
         let mut made = HostRows {
@@ -182,13 +184,12 @@ impl HostRows {
         arrivals: &Arrivals,
         beside: impl FnOnce(&ReadableRows<'_>) -> Result<R>,
     ) -> Result<R> {
-        let sample = &draft.sample;
-        let slots = self.slots();
+        let (sample, slots) = (&draft.sample, self.slots());
+        self.brought = false;
         if self.file.is_some() && sample.len() > self.tensors.slots {
             // A caller's sample beyond every draw.
             self.tensors = self.tensors.like(sample.len())?;
         }
-        self.brought = false;
         let readable = ReadableRows { slots, tensors: self.tensors.parts(), last_update: &self.last_update, updates: self.updates };
         let Some(file) = &mut self.file else { return beside(&readable) };
         let targets = draft.target_columns()?;
@@ -214,14 +215,9 @@ impl HostRows {
         result
     }
 
-    /// Brings the sample of a step under way once more, of which rows have changed in the file.
-    pub fn bring_again(&mut self, sample: &Sample) -> Result<()> {
-        let brought = self.brought;
-        if brought {
-            self.bring(sample.len(), &|column| sample.row(column))?;
-        }
-        self.brought = brought;
-        Ok(())
+    /// No step is under way whose rows have been brought.
+    pub fn end_step(&mut self) {
+        self.brought = false;
     }
 
     /// Gives the rows of the sample, which have been brought, to `beside` for update number `updates() + 1`, and stores what it makes of
@@ -235,6 +231,7 @@ impl HostRows {
         beside: impl FnOnce(&UpdatingRows<'_>) -> Result<R>,
     ) -> Result<R> {
         let slots = self.slots();
+        self.brought = false;
         let (updating, file) = self.updating_and_file(replay, learning_rate);
         let Some(file) = file else { return beside(&updating) };
         let place = |column: usize| sample.place(slots, column);
@@ -324,13 +321,30 @@ impl HostRows {
         Ok(())
     }
 
-    /// Brings every row to now, and forgets the learning rates that this needed.
-    pub fn catch_up(&mut self, pool: &Pool) -> Result<()> {
-        if self.dense() {
-            self.catch_up_before(self.updates, pool)?;
-            self.history.trim(self.updates);
+    /// Brings every row to now, also those of the sample that a step under way has brought, and forgets the learning rates that this
+    /// needed.
+    ///
+    /// # Errors
+    /// DEVICE where a file's rows are not all at the same update any more.
+    pub fn catch_up(&mut self, sample: &Sample, pool: &Pool) -> Result<()> {
+        if !self.dense() {
+            return Ok(());
+        }
+        self.catch_up_before(self.updates, pool).map_err(|error| self.torn_if_on_file(error))?;
+        self.history.trim(self.updates);
+        if std::mem::take(&mut self.brought) {
+            self.bring(sample.len(), &|column| sample.row(column)).map_err(|error| torn(&error))?;
+            self.brought = true;
         }
         Ok(())
+    }
+
+    fn torn_if_on_file(&self, error: Error) -> Error {
+        if self.file.is_some() {
+            torn(&error)
+        } else {
+            error
+        }
     }
 
     /// Takes the rows, all of them brought to now, as those after update `updates`.

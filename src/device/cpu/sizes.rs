@@ -91,11 +91,12 @@ impl Sizes {
         // Of a file's rows memory has those of a step.
         let rows = if options.residency.is_file() { self.capacity.classes as u64 } else { shard.rows };
         let tensor = |dtype: DType| dtype.size() as u64 * rows * u64::from(options.embedding_dim);
+        let map = if options.residency.is_file() { row_file::map_bytes(shard.rows) } else { 0 };
         let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
         Memory {
             weight: tensor(options.weight_dtype),
             state: options.optimizer.state_tensors() as u64 * tensor(options.state_dtype) + last,
-            activation: self.activation(options, ranks as usize),
+            activation: self.activation(options, ranks as usize) + map,
             probability: 4 * self.kept_elements() as u64,
         }
     }

@@ -72,8 +72,8 @@ impl<'a> TableParts<'a> {
     /// No other thread writes them.
     pub unsafe fn read(&self, at: Range<usize>, out: &mut [f32]) {
         match self {
-            TableParts::F32(values) => out.copy_from_slice(values.range(at)),
-            TableParts::Bf16(values) => rounding::widen(values.range(at), out),
+            TableParts::F32(values) => out.copy_from_slice(values.shared(at)),
+            TableParts::Bf16(values) => rounding::widen(values.shared(at), out),
         }
     }
 
@@ -127,8 +127,8 @@ impl<'a> TableParts<'a> {
         // SAFETY: a hint does not access the memory.
         unsafe {
             match self {
-                TableParts::F32(values) => prefetch(values.range(at)),
-                TableParts::Bf16(values) => prefetch(values.range(at)),
+                TableParts::F32(values) => prefetch(values.shared(at)),
+                TableParts::Bf16(values) => prefetch(values.shared(at)),
             }
         }
     }
