@@ -3,15 +3,17 @@
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::buffers::resize;
 use super::products::CHUNK;
-use crate::memory::zeros;
 use crate::Result;
 
+#[derive(Default)]
 pub(super) struct Arrivals {
     state: Mutex<State>,
     changed: Condvar,
 }
 
+#[derive(Default)]
 struct State {
     there: Vec<bool>,
     /// No other chunk will come.
@@ -19,10 +21,16 @@ struct State {
 }
 
 impl Arrivals {
-    /// Of none of these chunks yet.
-    pub fn new(chunks: usize) -> Result<Arrivals> {
-        let state = State { there: zeros(&[chunks], "chunks of a sample")?, over: false };
-        Ok(Arrivals { state: Mutex::new(state), changed: Condvar::new() })
+    /// Of as many chunks from the next `restart` on. Made when a step begins: in an update, a lack of memory would end the head.
+    pub fn resize(&mut self, chunks: usize) -> Result<()> {
+        resize(&mut self.state.get_mut().unwrap_or_else(PoisonError::into_inner).there, chunks)
+    }
+
+    /// No chunk is there any more.
+    pub fn restart(&mut self) {
+        let State { there, over } = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        there.fill(false);
+        *over = false;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -76,7 +84,9 @@ mod tests {
 
     #[test]
     fn who_waits_is_told_of_the_chunk_or_of_the_end() {
-        let arrivals = Arrivals::new(3).expect("memory");
+        let mut arrivals = Arrivals::default();
+        arrivals.resize(3).expect("memory");
+        arrivals.restart();
         let (first, last) = (0..CHUNK, 2 * CHUNK..2 * CHUNK + 1);
         std::thread::scope(|scope| {
             let early = scope.spawn(|| arrivals.wait(&first));
@@ -91,5 +101,9 @@ mod tests {
         });
         // What has come is there after the end as well.
         assert!(arrivals.wait(&first) && arrivals.wait(&(0..0)));
+        // And not in the next pass.
+        arrivals.restart();
+        arrivals.end();
+        assert!(!arrivals.wait(&first));
     }
 }

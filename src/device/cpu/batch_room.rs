@@ -104,6 +104,7 @@ impl CpuHead {
         }
         resize(&mut step.center_inverse_norms, shape.classes)?;
         resize(&mut step.totals, shape.chunks())?;
+        self.arrivals.resize(shape.chunks())?;
         resize(&mut step.bad_rows, shape.rows.div_ceil(ROWS_A_TASK))?;
         step.target_cosines.fill(ELSEWHERE);
         step.best_negatives.fill(ELSEWHERE);

@@ -36,7 +36,7 @@ impl CpuHead {
     /// Phases 3 and 4, while the rows of the sample come in.
     pub(super) fn compute_numerators(&mut self, own: &Matrix) -> Result<()> {
         let padded = self.padded_rows();
-        let CpuHead { spec, pool, softmax, rows, replay, step, activations, messages, gather_dtype, .. } = self;
+        let CpuHead { spec, pool, softmax, rows, arrivals, replay, step, activations, messages, gather_dtype, .. } = self;
         let (dim, draft) = (step.shape.dim, std::mem::take(&mut step.draft));
         let gathered = Matrix {
             data: messages.embeddings_recv.as_ptr().cast_mut(),
@@ -45,10 +45,11 @@ impl CpuHead {
             cols: dim,
             row_stride: dim,
         };
-        let arrivals = Arrivals::new(step.shape.chunks());
+        arrivals.restart();
+        let arrivals = &*arrivals;
         let mut forward =
             Forward { spec, pool, softmax: *softmax, replay, draft: &draft, step: &mut *step, activations, gathered, padded };
-        let outcome = arrivals.and_then(|arrivals| rows.bring_beside(&draft, &arrivals, |rows| forward.run(rows, &arrivals, own)));
+        let outcome = rows.bring_beside(&draft, arrivals, |rows| forward.run(rows, arrivals, own));
         step.draft = draft;
         outcome
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::accumulation::Accumulation;
+use super::arrivals::Arrivals;
 use super::batch_room::{affordable_sizes, BatchRoom};
 use super::buffers::{copied, Activations, Messages};
 use super::pool::Pool;
@@ -42,6 +43,8 @@ pub(super) struct CpuHead {
     pub(super) next: Draft,
     pub(super) has_next: bool,
     pub(super) step: StepState,
+    /// Which rows of the step's sample a pass has, where they are in a file.
+    pub(super) arrivals: Arrivals,
     /// Brings dense rows to the current step.
     pub(super) replay: Replay,
     pub(super) skipped_updates: u64,
@@ -106,6 +109,7 @@ impl CpuHead {
             next,
             has_next: false,
             step: StepState { draft, ..StepState::default() },
+            arrivals: Arrivals::default(),
             replay: rows.replay()?,
             skipped_updates: 0,
             accumulation: None,

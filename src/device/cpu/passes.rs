@@ -54,7 +54,9 @@ impl RowSource for UpdatedRows<'_> {
     }
 
     fn let_go(&self, columns: &Range<usize>) {
-        self.arrivals.has_come(columns);
+        if self.rows.slots == Slots::OfPositions {
+            self.arrivals.has_come(columns);
+        }
     }
 }
 
@@ -86,31 +88,30 @@ pub(super) fn pass<'a>(
 impl CpuHead {
     /// Phase 5 for W, sharded: the optimizer runs on each row as its gradient comes out of the product.
     pub(super) fn update_pass(&mut self, learning_rate: f64, weight: f64, beside: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let CpuHead { pool, softmax, rows: shard, step, replay, activations, .. } = self;
+        let CpuHead { pool, softmax, rows: shard, arrivals, step, replay, activations, .. } = self;
         let Activations { tangents, units_transposed, scaled, numerators, scratch, .. } = activations;
         let mut totals = std::mem::take(&mut step.totals);
         let weight = weight as f32;
-        let (arrivals, sample) = (Arrivals::new(step.shape.chunks()), &step.draft.sample);
-        let outcome = arrivals.and_then(|arrivals| {
-            shard.update_beside(sample, replay, learning_rate, &arrivals, |updated| {
-                let rows = UpdatedRows { rows: updated, sample, arrivals: &arrivals };
-                let pass = pass(step, &step.draft, *softmax, units_transposed, &rows, numerators, scratch);
-                let input = UpdateInput { scaled, tangents, coefficients: &step.coefficients };
-                let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
-                    let inverse = step.center_inverse_norms[column];
-                    let place = sample.place(updated.slots, column);
-                    // SAFETY: a column is in one chunk, a chunk in one task.
-                    unsafe {
-                        let values = updated.current(place, scratch_rows);
-                        let squares = vector::normalize_backward(gradient, values.w, inverse, inverse * weight);
-                        updated.apply_to_current(place, values, gradient);
-                        squares
-                    }
-                };
-                let prefetch = |column: usize| updated.prefetch(sample.place(updated.slots, column));
-                let outcome = products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside);
-                outcome.and(updated.verdict())
-            })
+        arrivals.restart();
+        let (arrivals, sample) = (&*arrivals, &step.draft.sample);
+        let outcome = shard.update_beside(sample, replay, learning_rate, arrivals, |updated| {
+            let rows = UpdatedRows { rows: updated, sample, arrivals };
+            let pass = pass(step, &step.draft, *softmax, units_transposed, &rows, numerators, scratch);
+            let input = UpdateInput { scaled, tangents, coefficients: &step.coefficients };
+            let sink = |column: usize, gradient: &mut [f32], scratch_rows: &mut [f32]| {
+                let inverse = step.center_inverse_norms[column];
+                let place = sample.place(updated.slots, column);
+                // SAFETY: a column is in one chunk, a chunk in one task.
+                unsafe {
+                    let values = updated.current(place, scratch_rows);
+                    let squares = vector::normalize_backward(gradient, values.w, inverse, inverse * weight);
+                    updated.apply_to_current(place, values, gradient);
+                    squares
+                }
+            };
+            let prefetch = |column: usize| updated.prefetch(sample.place(updated.slots, column));
+            let outcome = products::update(pool, &pass, &input, &Parts::of(&mut totals), &sink, &prefetch, beside);
+            outcome.and(updated.verdict())
         });
         step.totals = totals;
         outcome
@@ -144,12 +145,13 @@ impl CpuHead {
     /// Phase 5 for W, replicated: the optimizer on the gradient that the ranks have summed.
     pub(super) fn apply_pass(&mut self, update: UpdateCall) -> Result<()> {
         let UpdateCall { learning_rate, factor, .. } = update;
-        let CpuHead { pool, rows: centers, step, replay, messages, .. } = self;
+        let CpuHead { pool, rows: centers, arrivals, step, replay, messages, .. } = self;
         let StepState { draft, shape, totals, .. } = step;
         let dim = shape.dim;
         let (totals, gradients) = (Parts::of(totals), messages.center_gradient.parts());
-        let (arrivals, sample) = (Arrivals::new(shape.chunks())?, &draft.sample);
-        let outcome = centers.update_beside(sample, replay, learning_rate, &arrivals, |rows| {
+        arrivals.restart();
+        let (arrivals, sample) = (&*arrivals, &draft.sample);
+        let outcome = centers.update_beside(sample, replay, learning_rate, arrivals, |rows| {
             pool.run(shape.chunks(), &|chunk, worker| {
                 let (columns, mut squares) = (shape.chunk(chunk), 0.0);
                 for column in columns.clone() {
@@ -161,7 +163,7 @@ impl CpuHead {
                     unsafe { rows.apply(sample.place(rows.slots, column), worker, gradient) };
                 }
                 unsafe { totals.range(chunk..chunk + 1)[0] = squares };
-                arrivals.has_come(&columns);
+                UpdatedRows { rows, sample, arrivals }.let_go(&columns);
             });
             rows.verdict()
         });
