@@ -8,6 +8,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use partialfc_testing::processes::{assert_no_findings, kill, on_emulated_gpus, Run};
@@ -71,8 +72,19 @@ impl Mpi {
         command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
         command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
         command.env("OMPI_MCA_btl_tcp_if_include", "lo").env("OMPI_MCA_oob_tcp_if_include", "lo").env("UCX_NET_DEVICES", "lo");
+        let session = self.session();
+        command.env("OMPI_MCA_orte_tmpdir_base", &session).env("PRTE_MCA_prte_tmpdir_base", &session);
         command.args(options).arg("-n").arg(ranks.to_string());
         command
+    }
+
+    /// A folder for Open MPI's own files of one run. Those of all runs of a user are in one folder else, which a run that ends removes
+    /// while another begins: "A call to mkdir was unable to create the desired directory: File exists".
+    fn session(&self) -> PathBuf {
+        static RUNS: AtomicUsize = AtomicUsize::new(0);
+        let folder = scratch(self.name).join(format!("session-{}", RUNS.fetch_add(1, Ordering::Relaxed)));
+        fresh(&folder);
+        folder
     }
 
     /// The launcher of a program that is to fail.
