@@ -215,6 +215,15 @@ impl Head {
             let other = place / (ranks * padded * k);
             return Err(error!(Comm, "all_gather brought back {} as a class of rank {other} (rank {rank})", all_ids[place]));
         }
+        // A place without a class is behind all others, so that the caller never gets its id.
+        let is_cosine = |(&cosine, &id): (&f32, &i64)| match id {
+            i64::MAX => cosine == f32::NEG_INFINITY,
+            _ => (-1.5..=1.5).contains(&cosine),
+        };
+        if let Some(place) = all_cosines.iter().zip(&all_ids).position(|answer| !is_cosine(answer)) {
+            let other = place / (ranks * padded * k);
+            return Err(error!(Comm, "all_gather brought back {} as a cosine of rank {other} (rank {rank})", all_cosines[place]));
+        }
         // As many as this rank asked for: the caller's arrays have room for no more.
         for query in 0..own.len() / dim {
             let index = |other: usize, slot: usize| ((other * ranks + rank) * padded + query) * k + slot;

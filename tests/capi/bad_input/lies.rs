@@ -81,3 +81,12 @@ fn classes_of_another_rank_that_are_none() {
         assert_comm("ids", told, &[&format!("{value} as a class of rank 1")]);
     }
 }
+
+#[test]
+fn cosines_of_another_rank_that_are_none() {
+    for cosine in [1e20, -3.0, f32::NAN, f32::NEG_INFINITY] {
+        let value = i64::from(cosine.to_bits()) | i64::from(cosine.to_bits()) << 32;
+        let told = lied_to(Placement::Sharded, 4, Fault::Word { block: 1, word: 0, value }, top_k);
+        assert_comm("cosines", told, &[&format!("{cosine} as a cosine of rank 1")]);
+    }
+}
