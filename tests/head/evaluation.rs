@@ -318,6 +318,29 @@ fn top_k_of_many_classes_is_theirs_and_the_same_every_time() {
     }
 }
 
+/// More than the rows are gone through for at once, on an odd number of threads.
+#[test]
+fn top_k_of_thousands_of_queries_is_that_of_each() {
+    const CLASSES: usize = 1700;
+    const DIM: usize = 3;
+    let count = if on_cuda() { 40 } else { 2500 };
+    let mut random = Random(11);
+    let mut centers = random.normals(CLASSES * DIM, 1.0);
+    let (equal, rest) = centers.split_at_mut(700 * DIM);
+    rest[..300 * DIM].copy_from_slice(&equal[..300 * DIM]);
+    let queries = random.normals(count * DIM, 2.0);
+    for k in [1, 5] {
+        let mut head = Head::new(&Device::under_test(3), &Comm::solo(), &options(CLASSES as u64, DIM as u32, 2));
+        head.write_centers(0, &centers).expect("rows");
+        let all = head.top_k(&mut Rows::f32(&queries, DIM), k as u64).expect("top k");
+        for query in (0..count).step_by(7) {
+            let one = head.top_k(&mut Rows::f32(&queries[query * DIM..(query + 1) * DIM], DIM), k as u64).expect("top k");
+            let of_all = (all.0[query * k..(query + 1) * k].to_vec(), all.1[query * k..(query + 1) * k].to_vec());
+            assert_eq!(of_all, one, "query {query} k {k}");
+        }
+    }
+}
+
 #[test]
 fn top_k_sees_dense_rows_as_they_are_now_and_changes_nothing() {
     for placement in [Placement::Sharded, Placement::Replicated] {
