@@ -13,6 +13,8 @@ mod host_math;
 mod nearest;
 mod sizes;
 mod stateless;
+#[cfg(test)]
+mod test_spec;
 mod workspace;
 
 use std::ffi::{c_void, CStr};

@@ -117,6 +117,13 @@ fn the_callers_rounding_changes_no_bit() {
     }
 }
 
+#[test]
+fn a_head_of_many_classes_is_made_at_once() {
+    for program in build("many_classes", &["ctests/many_classes.c"]) {
+        run(&program, &[]);
+    }
+}
+
 /// The user of a set-user-ID program chooses its environment, but not what it loads and writes.
 #[test]
 fn a_program_with_more_rights_than_its_user_ignores_the_environment() {

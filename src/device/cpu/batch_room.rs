@@ -4,7 +4,7 @@ use super::buffers::{resize, Activations, Messages};
 use super::head::{CpuHead, ELSEWHERE, ROWS_A_TASK};
 use super::products::Shape;
 use super::sample::Draft;
-use super::sizes::{AvailableMemory, Sizes};
+use super::sizes::{record_bytes, AvailableMemory, Sizes};
 use crate::device::{HeadSpec, Memory};
 use crate::matrix::DType;
 use crate::memory::{reserve, Buffer};
@@ -36,19 +36,19 @@ impl BatchRoom {
     }
 }
 
-/// Sizes for which this machine has memory. `rows`: class centers and their state are still to be made.
-pub(super) fn affordable_sizes(spec: &HeadSpec, threads: usize, rows: bool) -> Result<Sizes> {
+/// Sizes for which this machine has memory, beside the bytes of class centers and their state that are not in it yet.
+pub(super) fn affordable_sizes(spec: &HeadSpec, threads: usize, what: &str, rows: impl Fn(&Memory) -> u64) -> Result<Sizes> {
     let (options, available) = (&spec.options, AvailableMemory::now());
     let mut sizes = Sizes::new(options, spec.ranks, spec.shard, threads)?;
-    let (what, needed): (&str, fn(Memory) -> u64) = match rows {
-        true => ("class centers, their state and the workspace", |memory| memory.total()),
-        false => ("the workspace of a larger batch", |memory| memory.activation + memory.probability),
+    let needed = |sizes: &Sizes| {
+        let memory = sizes.memory(options, spec.ranks, spec.shard);
+        rows(&memory) + memory.activation + memory.probability
     };
-    if options.workspace_limit == 0 && needed(sizes.memory(options, spec.ranks, spec.shard)) > available.least() / 4 * 3 {
+    if options.workspace_limit == 0 && needed(&sizes) > available.least() / 4 * 3 {
         // Twice the arithmetic beats swapping.
         sizes.kept_chunks = 0;
     }
-    available.require(needed(sizes.memory(options, spec.ranks, spec.shard)), what)?;
+    available.require(needed(&sizes), what)?;
     Ok(sizes)
 }
 
@@ -57,7 +57,9 @@ impl CpuHead {
     pub(super) fn reserve_room(&mut self, rows: u64) -> Result<()> {
         let mut spec = self.spec.clone();
         spec.options.max_batch = rows;
-        let sizes = affordable_sizes(&spec, self.pool.threads(), false)?;
+        // Rows that no step has had yet will need what looks free now.
+        let rows = (self.rows.unstored() * record_bytes(&spec.options)) as u64;
+        let sizes = affordable_sizes(&spec, self.pool.threads(), "class centers and the workspace of a larger batch", |_| rows)?;
         self.reserved = Some(BatchRoom::new(&spec, sizes, self.gather_dtype)?);
         Ok(())
     }
@@ -115,5 +117,35 @@ impl CpuHead {
             self.messages.center_gradient = Buffer::zeroed(shape.classes * shape.dim, "class centers' gradient")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::device::cpu::pool::Pool;
+    use crate::device::test_spec::spec;
+    use crate::matrix::Matrix;
+    use crate::optimizer::StateTensor;
+    use crate::options::RowUpdate;
+    use crate::Status;
+
+    #[test]
+    fn rows_that_memory_does_not_have_yet_are_not_free_for_batches() {
+        let head = |rows| CpuHead::new(spec(1000, 1, |options| options.row_update = rows), Arc::new(Pool::new(1))).expect("a head");
+        let mut lazy = head(RowUpdate::Lazy);
+        assert_eq!(lazy.rows.unstored(), 1000);
+        assert_eq!(head(RowUpdate::Dense).rows.unstored(), 0);
+        let mut values = [1.0f32; 2 * 512];
+        lazy.rows.write_rows(StateTensor::Centers, 3, &Matrix::of_f32(&mut values, 2, 512)).expect("rows");
+        lazy.rows.write_rows(StateTensor::Momentum, 4, &Matrix::of_f32(&mut values, 2, 512)).expect("rows");
+        assert_eq!(lazy.rows.unstored(), 997);
+
+        let spec = spec(1000, 1, |_| ());
+        let sizes = |rows| affordable_sizes(&spec, 1, "what", move |_| rows);
+        assert!(sizes(0).expect("sizes").kept_chunks > 0);
+        assert_eq!(sizes(1 << 60).expect_err("too much").status, Status::OutOfMemory);
     }
 }

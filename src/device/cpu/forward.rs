@@ -49,7 +49,7 @@ impl CpuHead {
         let arrivals = &*arrivals;
         let mut forward =
             Forward { spec, pool, softmax: *softmax, replay, draft: &draft, step: &mut *step, activations, gathered, padded };
-        let outcome = rows.bring_beside(&draft, arrivals, |rows| forward.run(rows, arrivals, own));
+        let outcome = rows.bring_beside(&draft, arrivals, pool, |rows| forward.run(rows, arrivals, own));
         step.draft = draft;
         outcome
     }

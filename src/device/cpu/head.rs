@@ -95,7 +95,8 @@ pub(super) struct StepState {
 impl CpuHead {
     pub fn new(spec: HeadSpec, pool: Arc<Pool>) -> Result<CpuHead> {
         let options = &spec.options;
-        let sizes = affordable_sizes(&spec, pool.threads(), true)?;
+        let what = "class centers, their state and the workspace";
+        let sizes = affordable_sizes(&spec, pool.threads(), what, |memory| memory.weight + memory.state)?;
         let memory = sizes.memory(options, spec.ranks, spec.shard);
         let gather_dtype = options.gathered_dtype(Precision::F32);
         let rows = HostRows::new(&spec, sizes.capacity.classes, &pool)?;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::pool::Pool;
+use super::row_set::RowSet;
 use super::row_tensors::{Place, RowTensorParts, StartValues};
 use super::sizes::record_bytes;
 use crate::device::HeadSpec;
@@ -47,8 +48,7 @@ struct Records {
     layout: Layout,
     first_class: u64,
     start: StartValues,
-    /// A bit for each row: it has been written.
-    written: Buffer<u64>,
+    written: RowSet,
     /// Held while something moves, and alone while that changes to go through the page cache: a page that is written through it must not
     /// take rows with it that go past it at the same time.
     direct: RwLock<()>,
@@ -129,11 +129,6 @@ pub(super) fn bytes(record: usize, rows: usize) -> u64 {
     Layout::new(record, LARGEST_SECTOR).bytes(rows)
 }
 
-/// Bytes of memory that tell which of as many rows have been written.
-pub(super) fn map_bytes(rows: u64) -> u64 {
-    8 * rows.div_ceil(64)
-}
-
 /// Bytes of memory that moving rows takes.
 pub(super) fn memory(record: usize, dim: usize) -> usize {
     THREADS * (Layout::new(record, LARGEST_SECTOR).piece() + 3 * 4 * dim)
@@ -143,7 +138,7 @@ impl RowFile {
     /// A file in which no row is written, in a directory that is made if it is not there.
     pub fn create(spec: &HeadSpec, directory: &Path, start: StartValues) -> Result<RowFile> {
         let (record, rows) = (record_bytes(&spec.options), spec.shard.rows as usize);
-        let written = Buffer::zeroed(rows.div_ceil(64), "the map of written rows")?;
+        let written = RowSet::none_of(rows)?;
         let (path, file) = open_alone(directory, &format!("rows-{}-of-{}.partialfc", spec.rank, spec.ranks))?;
         // From here on the file goes with the head, also if that comes to nothing.
         let mut records = Records {
@@ -263,7 +258,7 @@ impl RowFile {
         });
         if outcome.is_ok() {
             for row in (0..list.count).map(|position| (list.place)(position).row) {
-                records.written[row / 64] |= 1 << (row % 64);
+                records.written.add(row);
             }
         }
         (result, outcome)
@@ -303,10 +298,6 @@ impl<F: Fn()> Drop for OnPanic<F> {
 }
 
 impl Records {
-    fn is_written(&self, row: usize) -> bool {
-        self.written[row / 64] >> (row % 64) & 1 != 0
-    }
-
     /// # Safety
     /// No other thread touches the slots of these positions.
     unsafe fn read(
@@ -321,7 +312,7 @@ impl Records {
         let mut position = positions.start;
         while position < positions.end {
             let Place { row, slot } = (list.place)(position);
-            if !self.is_written(row) {
+            if !self.written.has(row) {
                 if !taken(slot) {
                     tensors.start(slot, &self.start, self.first_class + row as u64, copy);
                     tensors.clear_state(slot);
@@ -332,7 +323,7 @@ impl Records {
             let (first, mut end) = self.layout.unit_of(row);
             let run = position;
             position += 1;
-            while position < positions.end && self.is_written((list.place)(position).row) {
+            while position < positions.end && self.written.has((list.place)(position).row) {
                 let (next, after) = self.layout.unit_of((list.place)(position).row);
                 if next > end + GAP as u64 || after - first > piece.len() as u64 {
                     break;

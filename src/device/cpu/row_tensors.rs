@@ -186,7 +186,7 @@ impl RowTensorParts<'_> {
     /// No other thread touches this slot.
     pub unsafe fn start(&self, slot: usize, start: &StartValues, class: u64, copy: &mut [f32]) {
         let values = self.centers.load(self.at(slot), &mut copy[..self.dim]);
-        random::start_values(start.seed, class, start.init_std, values);
+        start.values(class, values);
         self.centers.store(self.at(slot), values, Rounding::Nearest);
     }
 
@@ -237,6 +237,12 @@ impl RowTensorParts<'_> {
 pub(super) struct StartValues {
     pub seed: u64,
     pub init_std: f64,
+}
+
+impl StartValues {
+    pub fn values(&self, class: u64, out: &mut [f32]) {
+        random::start_values(self.seed, class, self.init_std, out);
+    }
 }
 
 fn split_state(scratch_rows: &mut [f32], dim: usize, second: bool) -> (&mut [f32], &mut [f32]) {

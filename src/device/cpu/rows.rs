@@ -2,6 +2,9 @@
 //!
 //! All of them are in host memory, each in the slot of its own number, or they are in a file and memory holds those of a step, each in the
 //! slot of its column: [`HostRows::bring`] and [`HostRows::put_back`]. What computes with rows is told their [`Place`] and does not know.
+//!
+//! Either way a lazy row is its start values until it is first stored: in memory when a step has it, in a file when it is written. So a
+//! head of many classes is made at once, and takes its memory in its first steps.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
@@ -10,6 +13,7 @@ use super::arrivals::Arrivals;
 use super::pool::Pool;
 use super::products::CHUNK;
 use super::row_file::{Pieces, RowFile, RowList};
+use super::row_set::RowSet;
 use super::row_tensors::{Place, RoundingKey, RowTensorParts, RowTensors, Slots, StartValues};
 use super::sample::{Draft, Sample};
 use super::step_rows::{worker_copies, ReadableRows, UpdatingRows};
@@ -41,11 +45,13 @@ const CHANGED_BYTES: usize = 16 << 20;
 pub(super) struct HostRows {
     shard: Shard,
     dim: usize,
-    seed: u64,
     optimizer: Optimizer,
     /// All rows, or where there is a file those of the step.
     tensors: RowTensors,
     file: Option<RowFile>,
+    start: StartValues,
+    /// Without a file: the rows that memory has.
+    stored: RowSet,
     /// With a file: memory has the rows of a step.
     brought: bool,
     /// Dense rows: the update each row was last brought to. Empty for lazy rows.
@@ -81,7 +87,7 @@ pub(super) struct RunReader<'a> {
 }
 
 impl HostRows {
-    /// Start values for all rows of the shard. With a file, memory has `slots` of them at least.
+    /// All rows of the shard at their start. With a file, memory has `slots` of them at least.
     pub fn new(spec: &HeadSpec, slots: usize, pool: &Pool) -> Result<HostRows> {
         let (options, shard) = (&spec.options, spec.shard);
         let (dim, rows) = (options.embedding_dim as usize, shard.rows as usize);
@@ -98,9 +104,10 @@ impl HostRows {
         let mut made = HostRows {
             shard,
             dim,
-            seed: options.seed,
             optimizer: options.optimizer,
             tensors,
+            start,
+            stored: RowSet::none_of(if file.is_none() { rows } else { 0 })?,
             file,
             brought: false,
             last_update: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
@@ -109,23 +116,30 @@ impl HostRows {
             updates: 0,
             copies: Buffer::zeroed(workers * 3 * dim, "copies of rows")?,
         };
-        if made.file.is_none() {
-            made.start_all(&start, pool);
+        if dense {
+            // Every update changes them all.
+            made.store_start(rows, &|row| row, pool);
         }
         Ok(made)
     }
 
-    fn start_all(&mut self, start: &StartValues, pool: &Pool) {
-        let (dim, rows, first) = (self.dim, self.tensors.slots, self.shard.first);
+    /// Stores those of these rows that memory does not have; the rows of a file are there when they have been brought.
+    fn store_start(&mut self, count: usize, row: &(dyn Fn(usize) -> usize + Sync), pool: &Pool) {
+        if self.file.is_some() || self.stored.count() == self.tensors.slots {
+            return;
+        }
+        let (dim, start, first, stored) = (self.dim, &self.start, self.shard.first, &self.stored);
         let (tensors, copies) = (self.tensors.parts(), self.copies.parts());
         // A task of some hundred kilobytes: long enough to be worth handing out, short enough to share evenly.
         let rows_a_task = (1 << 17) / dim + 1;
-        pool.run(rows.div_ceil(rows_a_task), &|task, worker| {
-            for row in task * rows_a_task..((task + 1) * rows_a_task).min(rows) {
+        pool.run(count.div_ceil(rows_a_task), &|task, worker| {
+            let positions = task * rows_a_task..((task + 1) * rows_a_task).min(count);
+            for row in positions.map(row).filter(|&row| !stored.has(row)) {
                 // SAFETY: each row belongs to one task, a worker number to one thread.
                 unsafe { tensors.start(row, start, first + row as u64, worker_copies(&copies, worker, dim)) };
             }
         });
+        (0..count).for_each(|position| self.stored.add(row(position)));
     }
 
     pub fn dim(&self) -> usize {
@@ -134,6 +148,14 @@ impl HostRows {
 
     pub fn updates(&self) -> u64 {
         self.updates
+    }
+
+    /// Rows that memory will have and does not have yet.
+    pub fn unstored(&self) -> usize {
+        match self.file {
+            Some(_) => 0,
+            None => self.tensors.slots - self.stored.count(),
+        }
     }
 
     fn dense(&self) -> bool {
@@ -182,10 +204,12 @@ impl HostRows {
         &mut self,
         draft: &Draft,
         arrivals: &Arrivals,
+        pool: &Pool,
         beside: impl FnOnce(&ReadableRows<'_>) -> Result<R>,
     ) -> Result<R> {
         let (sample, slots) = (&draft.sample, self.slots());
         self.brought = false;
+        self.store_start(sample.len(), &|column| sample.row(column), pool);
         if self.file.is_some() && sample.len() > self.tensors.slots {
             // A caller's sample beyond every draw.
             self.tensors = self.tensors.like(sample.len())?;
@@ -271,15 +295,24 @@ impl HostRows {
 
     /// Copies a row of a run into `out` as it is now; `scratch_rows` holds two rows.
     pub fn read_run(&self, run: Run<'_>, replay: &Replay, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
-        run.tensors.centers.read(run.at(row), out);
+        self.read_stored(run, row, out);
         if self.dense() && self.last_update[row] != self.updates {
             let (m, v) = run.tensors.copy_state(row - run.first, scratch_rows);
             replay.catch_up(self.last_update[row], out, m, v);
         }
     }
 
+    /// Copies a row of a run as it is stored, or would be.
+    fn read_stored(&self, run: Run<'_>, row: usize, out: &mut [f32]) {
+        if self.file.is_some() || self.stored.has(row) {
+            run.tensors.centers.read(run.at(row), out);
+        } else {
+            run.tensors.centers.read_start(&self.start, self.shard.first + row as u64, out);
+        }
+    }
+
     fn key(&self, row: usize) -> RoundingKey {
-        RoundingKey { seed: self.seed, class: self.shard.first + row as u64, update: self.updates }
+        RoundingKey { seed: self.start.seed, class: self.shard.first + row as u64, update: self.updates }
     }
 
     /// The rows that memory has, for update number `updates() + 1`.
@@ -296,7 +329,7 @@ impl HostRows {
             last_update: dense.then(|| self.last_update.parts()),
             replay,
             slots,
-            seed: self.seed,
+            seed: self.start.seed,
             first_class: self.shard.first,
             update,
             bad_row: AtomicUsize::new(usize::MAX),
@@ -415,13 +448,20 @@ impl HostRows {
         let (replay, mut reader) = (self.replay()?, self.reader()?);
         let (dim, mut row) = (self.dim, zeros(&[3, self.dim], "rows to read")?);
         let (w, rest) = row.split_at_mut(dim);
+        // A dense row is brought to now from all of its tensors.
+        let (of_centers, of_state) = (tensor == StateTensor::Centers, tensor != StateTensor::Centers);
         for start in (0..rows.rows).step_by(ROWS_OF_A_RUN) {
             let end = (start + ROWS_OF_A_RUN).min(rows.rows);
             let run = reader.run(first as usize + start..first as usize + end)?;
             for i in start..end {
                 let r = first as usize + i;
-                run.tensors.centers.read(run.at(r), w);
-                let (m, v) = run.tensors.copy_state(r - run.first, rest);
+                if of_centers || self.dense() {
+                    self.read_stored(run, r, w);
+                }
+                let (m, v) = match of_state || self.dense() {
+                    true => run.tensors.copy_state(r - run.first, rest),
+                    false => rest.split_at_mut(dim),
+                };
                 if self.dense() {
                     replay.catch_up(self.last_update[r], w, m, v);
                 }
@@ -454,6 +494,15 @@ impl HostRows {
             ensure!(fits, InvalidArgument, "row {i} (class {class}) contains a number beyond bfloat16");
         }
         let (replay, now, key, first) = (self.replay()?, self.updates, self.key(0), first as usize);
+        if self.file.is_none() {
+            for row in first..first + rows.rows {
+                if !self.stored.has(row) && tensor != StateTensor::Centers {
+                    // SAFETY: this thread alone has the rows.
+                    unsafe { self.tensors.parts().start(row, &self.start, self.shard.first + row as u64, &mut values) };
+                }
+                self.stored.add(row);
+            }
+        }
         self.change(first..first + rows.rows, &|_| true, |some, run| {
             for row in some {
                 // SAFETY: as in read_rows; and this thread alone has the rows.

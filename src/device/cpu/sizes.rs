@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::products::{pitch, Shape};
 use super::row_file;
+use super::row_set::RowSet;
 use crate::device::sizes::{sample_capacity, Memory};
 use crate::matrix::DType;
 use crate::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
@@ -91,7 +92,7 @@ impl Sizes {
         // Of a file's rows memory has those of a step.
         let rows = if options.residency.is_file() { self.capacity.classes as u64 } else { shard.rows };
         let tensor = |dtype: DType| dtype.size() as u64 * rows * u64::from(options.embedding_dim);
-        let map = if options.residency.is_file() { row_file::map_bytes(shard.rows) } else { 0 };
+        let map = RowSet::bytes(shard.rows);
         let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
         Memory {
             weight: tensor(options.weight_dtype),

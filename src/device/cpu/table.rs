@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
+use super::row_tensors::StartValues;
 use crate::matrix::DType;
 use crate::memory::{Buffer, Parts};
 use crate::{rounding, Result};
@@ -61,6 +64,14 @@ impl Table {
         match self {
             Table::F32(values) => out.copy_from_slice(&values[at]),
             Table::Bf16(values) => rounding::widen(&values[at], out),
+        }
+    }
+
+    /// The class center that [`Table::read`] would give if it were stored at its start.
+    pub fn read_start(&self, start: &StartValues, class: u64, out: &mut [f32]) {
+        start.values(class, out);
+        if let Table::Bf16(_) = self {
+            out.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
         }
     }
 }

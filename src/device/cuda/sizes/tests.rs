@@ -1,44 +1,14 @@
 use super::*;
 use crate::device::cuda::driver::Stream;
 use crate::device::cuda::shared_structs::TILE_COLUMNS;
-use crate::margin::{Margin, MarginGradient};
+use crate::device::test_spec::spec;
 use crate::matrix::DType;
-use crate::optimizer::{Adamw, Optimizer, Sgd};
-use crate::options::{HeadOptions, Placement, Precision, Residency, RowUpdate};
+use crate::optimizer::{Adamw, Optimizer};
+use crate::options::{Placement, Precision, RowUpdate};
 use crate::shard::Shard;
 use crate::Status;
 
 const H200: GpuCapacity = GpuCapacity { multiprocessors: 132, free_memory: 140 << 30 };
-
-fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut HeadOptions)) -> HeadSpec {
-    let margin =
-        Margin { scale: 64.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: false };
-    let mut options = HeadOptions {
-        num_classes: classes,
-        embedding_dim: 512,
-        placement: Placement::Sharded,
-        sample_rate: 1.0,
-        seed: 1,
-        max_batch: batch,
-        margin,
-        row_update: RowUpdate::Lazy,
-        optimizer: Optimizer::Sgd(Sgd { momentum: 0.9, weight_decay: 5e-4 }),
-        gradient_scale: 1.0,
-        init_std: 0.01,
-        ignore_label: None,
-        precision: Precision::Auto,
-        gather_dtype: None,
-        row_terms: false,
-        sample_block: 1,
-        residency: Residency::Device,
-        weight_dtype: DType::F32,
-        state_dtype: DType::F32,
-        workspace_limit: 0,
-    };
-    change(&mut options);
-    let shard = options.shard(1, 0);
-    HeadSpec { options, ranks: 1, rank: 0, shard }
-}
 
 fn bytes(sizes: &Sizes, name: &str) -> u64 {
     sizes.list().iter().find(|array| array.name == name).map_or(0, |array| array.bytes)
