@@ -1,16 +1,21 @@
-"""What a head takes, what this build is, and the flags that compile C and C++ programs against it.
+"""What a head takes, class centers of other trainers, what this build is, and the flags that compile programs against it.
 
     python -m partialfc plan --classes 10_000_000 --ranks 8 --batch 128 --rate 0.1
+    python -m partialfc convert rank0.safetensors rank1.safetensors checkpoint
+    python -m partialfc convert checkpoint centers.npy
     python -m partialfc info
     cc program.c $(python -m partialfc --cflags --libs) -o program
     cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python -m partialfc --cmake)"
 """
 
 import argparse
+import functools
+import re
 import sys
 
-from . import PartialFCError, __version__, build_info, plan
+from . import PartialFCError, Plan, __version__, build_info, plan
 from ._library import PREFIX, SONAME, lib
+from .convert import convert
 
 #: Rows of the table of `plan`: a field of Plan, and what it is.
 _MEMORY = (
@@ -41,6 +46,38 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
 
 
+def room(text: str) -> int:
+    """Bytes of a text such as 24GiB, 500GB or 1.5TB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT])(i?)B", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 24GiB or 500GB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
+
+
+def most_classes(planned, ranks: int, memory: int | None, disk: int | None) -> int:
+    """The most classes that the library takes and of which a rank needs no more than that; `planned` plans for as many.
+
+    0: there is no room for a class on each rank.
+    """
+
+    def fits(classes: int) -> bool:
+        try:
+            needed = planned(classes)
+        except PartialFCError:  # Beyond what a head may have, or what workspace_limit leaves room for.
+            return False
+        in_memory, on_disk = memory is None or needed.total_bytes <= memory, disk is None or needed.storage_bytes <= disk
+        return in_memory and on_disk
+
+    few, many = 0, ranks
+    while fits(many):
+        few, many = many, 2 * many
+    while few > 0 and many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if fits(middle) else (few, middle)
+    return few
+
+
 def table(arguments) -> str:
     """Memory and traffic of the placements, side by side."""
     columns = [("sharded, all classes", "sharded", 1.0), ("replicated, all classes", "replicated", 1.0)]
@@ -49,9 +86,12 @@ def table(arguments) -> str:
         columns.append((f"replicated, rate {arguments.rate:g}", "replicated", arguments.rate))
     # Nothing is written there: a plan makes no file.
     storage = {"residency": "file", "storage_path": "."} if arguments.residency == "file" else {}
-    plans = [
-        plan(
-            arguments.classes,
+    if arguments.disk is not None and not storage:
+        raise ValueError("--disk is for rows on disk: give --residency file as well")
+
+    def planned(placement: str, rate: float, classes: int) -> Plan:
+        return plan(
+            classes,
             arguments.dim,
             ranks=arguments.ranks,
             batch=arguments.batch,
@@ -65,16 +105,38 @@ def table(arguments) -> str:
             state_dtype=arguments.dtype,
             **storage,
         )
-        for _, placement, rate in columns
-    ]
+
+    plans = [planned(placement, rate, arguments.classes) for _, placement, rate in columns]
     rows = [[""] + [title for title, _, _ in columns]]
     rows.append(["classes on a rank"] + [f"{p.shard_rows:,}" for p in plans])
     rows.append(["classes in a step"] + [f"{p.sample_capacity:,}" for p in plans])
     for field, what in _MEMORY + (_STORAGE if storage else ()) + _TRAFFIC:
         rows.append([what] + [size(getattr(p, field)) for p in plans])
+    if storage:
+        # Class centers and state of a row, which lie side by side.
+        row = arguments.dim * (2 if arguments.dtype == "bf16" else 4) * (3 if arguments.optimizer == "adamw" else 2)
+        rows.append(["read in a step, and written"] + [size(row * p.sample_capacity) for p in plans])
+    if arguments.memory is not None or arguments.disk is not None:
+        fitting = (functools.partial(planned, placement, rate) for _, placement, rate in columns)
+        rows.append(["most classes that fit"] + [f"{most_classes(fit, arguments.ranks, arguments.memory, arguments.disk):,}" for fit in fitting])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
+
+
+def converted_to(arguments) -> str:
+    """Converts, with a line of progress on a terminal; returns what there is now."""
+    names = ("tensor", "dtype", "optimizer", "storage", "raw")
+    count = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal count
+        count = total
+        if sys.stderr.isatty():
+            print(f"\r{done:,} of {total:,} classes", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    convert(arguments.sources, arguments.target, progress=progress, **{name: getattr(arguments, name) for name in names})
+    return f"{arguments.target}: {count:,} class centers"
 
 
 def main() -> int:
@@ -103,6 +165,21 @@ def main() -> int:
     planned.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of class centers and optimizer state")
     planned.add_argument("--residency", choices=("device", "file"), default="device", help="file: rows on disk")
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
+    planned.add_argument("--memory", type=room, metavar="SIZE", help="of a rank, such as 24GiB: also says how many classes fit")
+    planned.add_argument("--disk", type=room, metavar="SIZE", help="of a rank, such as 500GB, for rows on disk: the same")
+    converted = commands.add_parser(
+        "convert",
+        help="class centers of other trainers into a checkpoint, and those of a checkpoint out of it",
+        description="Files of ranks, in their order, become a checkpoint in the directory TARGET, with optimizer state of zeros. If TARGET "
+        "is a .npy or .fvecs file, a checkpoint's class centers are written to it, normalized, for a search index.",
+    )
+    converted.add_argument("sources", nargs="+", metavar="SOURCE", help=".npy, .safetensors, of torch.save; or a checkpoint's directory")
+    converted.add_argument("target", metavar="TARGET", help="a directory; or a .npy or .fvecs file")
+    converted.add_argument("--tensor", help="name of the class centers, where a file has several tables")
+    converted.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of the checkpoint")
+    converted.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the checkpoint")
+    converted.add_argument("--storage", metavar="DIR", help="a directory for rows that are larger than memory")
+    converted.add_argument("--raw", action="store_true", help="write class centers as they are, not normalized")
     arguments = parser.parse_args()
 
     printed = []
@@ -117,11 +194,11 @@ def main() -> int:
     elif arguments.command == "info":
         print(build_info())
         print(f"{lib._name}, SONAME {SONAME}")
-    elif arguments.command == "plan":
+    elif arguments.command is not None:
         try:
-            print(table(arguments))
-        except (PartialFCError, ValueError) as error:
-            print(f"python -m partialfc plan: {getattr(error, 'message', error)}", file=sys.stderr)
+            print(table(arguments) if arguments.command == "plan" else converted_to(arguments))
+        except (PartialFCError, ValueError, OSError) as error:
+            print(f"python -m partialfc {arguments.command}: {getattr(error, 'message', error)}", file=sys.stderr)
             return 1
     else:
         parser.print_help()

@@ -54,10 +54,41 @@ def test_plan():
     assert lines["traffic of a rank and step"[:27]][:2] == [f"{whole.traffic_bytes / 1e6:.2f}", "MB"]
 
 
+def test_plan_of_what_fits():
+    where = ("plan", "--classes", "10_000_000", "--rate", "0.1", "--dtype", "bf16")
+    assert "that fit" not in command(*where)
+
+    def most(*room: str) -> list[int]:
+        (line,) = (line for line in command(*where, *room).splitlines() if line.startswith("most classes that fit"))
+        return [int(count.replace(",", "")) for count in line.split()[4:]]
+
+    def planned(classes: int, **options) -> partialfc.Plan:
+        return partialfc.plan(classes, 512, batch=128, sample_rate=0.1, weight_dtype="bf16", state_dtype="bf16", **options)
+
+    whole, sampled, *replicated = most("--memory", "24GiB")
+    assert planned(sampled).total_bytes <= 24 << 30 < planned(sampled + 1).total_bytes
+    assert len(replicated) == 2 and whole < sampled
+    file = {"residency": "file", "storage_path": "."}
+    _, sampled, *_ = most("--residency", "file", "--disk", "1.5TB")
+    assert planned(sampled, **file).storage_bytes <= 1.5e12 < planned(sampled + 1, **file).storage_bytes
+    _, fewer, *_ = most("--residency", "file", "--disk", "1.5TB", "--memory", "4GB")
+    assert planned(fewer, **file).total_bytes <= 4e9 and fewer < sampled, "the rows of a step are in memory"
+    assert most("--memory", "1kB") == most("--memory", "0GB") == [0, 0, 0, 0]
+    # Where there is more room than classes can be numbered, that is the limit.
+    assert most("--memory", "900TB")[0] == 2**32 - 1
+    # So it is where the workspace of more has no room within its limit.
+    *_, limited, _ = most("--memory", "1TB", "--workspace-limit", "25000000000")
+    assert 10_000_000 < limited < 13_000_000
+    assert "give --residency file" in command(*where, "--disk", "1TB", code=1)
+    assert "'24' is no size" in command(*where, "--memory", "24", code=2)
+
+
 def test_plan_of_rows_in_a_file():
     where = ("plan", "--classes", "10_000_000", "--rate", "0.01", "--dtype", "bf16")
     assert "file of a rank" not in command(*where)
     text = command(*where, "--residency", "file")
+    read = next(line for line in text.splitlines() if line.startswith("read in a step, and written"))
+    assert read.split()[6:10] == ["20.48", "GB", "204.80", "MB"]
     lines = {line[:27].strip(): line[27:].split() for line in text.splitlines()}
     assert lines["file of a rank"] == ["20.48", "GB"] * 4
     options = {"weight_dtype": "bf16", "state_dtype": "bf16", "residency": "file", "storage_path": "."}
