@@ -12,7 +12,8 @@
 from ._library import PartialFCError, build_info, version
 from .comm import Comm, Traffic, nccl_unique_id
 from .device import Device
-from .head import Head, Metrics
+from .head import Head
+from .metrics import Metrics
 from .options import Plan, plan
 
 #: The library's, which the package's follows.

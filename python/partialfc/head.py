@@ -7,55 +7,16 @@ import os
 
 import numpy as np
 
-from . import _abi
+from . import _abi, _checkpoint
 from ._arrays import Reader, like
 from ._handles import Handle
-from ._library import PartialFCError, check, failure, lib
+from ._library import check, failure, lib
 from .comm import Comm
 from .device import Device
+from .metrics import Metrics
 from .options import fill, names
 
 _STATES = {"momentum": _abi.PFC_STATE_MOMENTUM, "second_moment": _abi.PFC_STATE_SECOND_MOMENT}
-
-
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    """Measurements of the last step. After a step that failed all but updates, draws and the seconds is 0."""
-
-    #: Updates done since the head was made.
-    updates: int
-    #: Samples drawn since the head was made: draws of classes, not training examples.
-    draws: int
-    #: Rows of the global batch.
-    rows: int
-    #: Rows of the global batch whose label is not ignore_label.
-    valid_rows: int
-    #: Classes in this rank's sample.
-    sample_size: int
-    #: Mean loss of the valid rows.
-    loss: float
-    #: Share of the valid rows whose target cosine, without margin, is the largest of the sample.
-    top1: float
-    #: Mean target cosine, without margin, of the valid rows.
-    mean_target_cosine: float
-    #: L2 norm of the embeddings' gradient over all ranks, as it was written; 0 before backward.
-    grad_embeddings_norm: float
-    #: L2 norm of the gradient of all ranks' sampled class centers; 0 before update.
-    grad_centers_norm: float
-    #: Seconds of this rank in gathering labels and embeddings.
-    seconds_gather: float
-    #: Seconds in drawing the sample.
-    seconds_sample: float
-    #: Seconds in the forward products.
-    seconds_forward: float
-    #: Seconds in the all-reduce of the sums, and the loss.
-    seconds_reduce: float
-    #: Seconds in the embeddings' gradient and its reduce-scatter.
-    seconds_backward: float
-    #: Seconds in the class centers' gradient and the optimizer.
-    seconds_update: float
-    #: Updates skipped since the head was made, because their factor was not finite.
-    skipped_updates: int
 
 
 def state_names(optimizer: str) -> tuple[str, ...]:
@@ -483,7 +444,7 @@ class Head(Handle):
             progress: called with the bytes of this rank that are done and how many there are; it must not call this
                 library. What it raises is raised when the checkpoint is saved.
         """
-        self._checkpoint(lib.pfc_head_save, _abi.pfc_save_options, lib.pfc_save_options_init_sized, directory, progress)
+        _checkpoint.save(self, directory, progress)
 
     def load(self, directory, progress=None, class_map=None) -> None:
         """Loads a checkpoint of any number of ranks, and goes on from there. Collective.
@@ -502,51 +463,7 @@ class Head(Handle):
             PartialFCError: MISMATCH for another kind of head, CORRUPT where a file is not what was written. If that is found
                 in the rows, the heads of all ranks are at their end.
         """
-        init = lib.pfc_load_options_init_sized
-        self._checkpoint(lib.pfc_head_load, _abi.pfc_load_options, init, directory, progress, class_map)
-
-    def _checkpoint(self, function, kind, init, directory, progress, class_map=None) -> None:
-        raised = []
-
-        def tell(_user, done, total):
-            try:
-                if not raised:
-                    progress(done, total)
-            except BaseException as error:  # ctypes would only print it.
-                raised.append(error)
-
-        options = kind()
-        check(init(ctypes.byref(options), ctypes.sizeof(options)))
-        try:
-            path = os.fsencode(directory)
-            if b"\0" in path:
-                raise ValueError(f"directory is {directory!r}{self._reader.at}; a path has no zero byte")
-            if progress is not None:
-                if not callable(progress):
-                    found = type(progress).__name__
-                    raise TypeError(f"progress is a {found}{self._reader.at}; it must be a function of two numbers")
-                options.progress = type(options.progress)(tell)
-            if class_map is not None:
-                table = np.ascontiguousarray(class_map)
-                if table.ndim != 1 or table.dtype.kind not in "iu":
-                    found = f"{table.dtype} of shape {table.shape}"
-                    raise TypeError(f"class_map is {found}{self._reader.at}; it must be a vector of integers")
-                table = table.astype(np.int64, copy=False)
-                options.class_map = table.ctypes.data
-                options.class_map_count = len(table)
-        except BaseException:  # Also of the path's own __fspath__: no rank may wait.
-            self._refuse(function, None, None)
-            raise
-        try:
-            self._call(function, path, ctypes.byref(options), later=progress is not None)
-        except PartialFCError as error:
-            if not raised:
-                raise
-            if not isinstance(raised[0], Exception):  # SystemExit.
-                raise raised[0] from error
-            raise error from raised[0]
-        if raised:
-            raise raised[0]
+        _checkpoint.load(self, directory, progress, class_map)
 
     @property
     def states(self) -> tuple[str, ...]:

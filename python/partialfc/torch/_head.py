@@ -14,7 +14,7 @@ from .. import _abi
 from ..comm import Comm
 from ..device import Device
 from ..head import Head as LibraryHead
-from ..head import Metrics
+from ..metrics import Metrics
 from .._library import PartialFCError
 from ..options import fill, names
 from . import _groups, _hooks
