@@ -20,7 +20,7 @@ use crate::shard::Shard;
 use crate::{ensure, error, random, Contribution, Result};
 
 /// Bytes of rows that are read from the head, or written into it, at a time.
-const STAGED: usize = 4 << 20;
+const STAGED: usize = 16 << 20;
 
 /// The names of W and of the optimizer's tensors in a file.
 const TENSORS: [&str; 3] = ["weight", "momentum", "second_moment"];

@@ -472,7 +472,7 @@ impl HeadDevice for CpuHead {
     }
 
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.rows.read_rows(tensor, first, rows)
+        self.rows.read_rows(tensor, first, rows, &self.pool)
     }
 
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {

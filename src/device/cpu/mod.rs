@@ -12,6 +12,7 @@ mod passes;
 mod pool;
 mod products;
 mod row_file;
+mod row_reader;
 mod row_set;
 mod row_tensors;
 mod row_terms;

@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::pool::Pool;
 use super::products::{pitch, CHUNK};
-use super::rows::{HostRows, RunReader};
+use super::row_reader::RunReader;
+use super::rows::HostRows;
 use super::vector;
 use crate::device::gemm::{gemm, GemmShape, Operand, Store};
 use crate::device::host_math::{center_inverse_norm, inverse_norm};

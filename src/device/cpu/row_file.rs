@@ -171,6 +171,11 @@ impl RowFile {
         self.pool.threads()
     }
 
+    /// The threads that wait for the disk.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// Whether something can be done beside a transfer at all.
     pub fn has_workers(&self) -> bool {
         self.pool.has_workers()

@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicUsize;
 use super::arrivals::Arrivals;
 use super::pool::Pool;
 use super::products::CHUNK;
-use super::row_file::{Pieces, RowFile, RowList};
+use super::row_file::{RowFile, RowList};
 use super::row_set::RowSet;
 use super::row_tensors::{Place, RoundingKey, RowTensorParts, RowTensors, Slots, StartValues};
 use super::sample::{Draft, Sample};
@@ -36,54 +36,37 @@ const ROWS_A_TASK: usize = 256;
 const FEWEST_SLOTS: usize = 256;
 /// Targets that one thread reads: a step waits for them, so they are shared among all threads.
 const TARGETS_A_TASK: usize = 8;
-/// Rows of a file that one thread reads at a time where all of them are wanted.
-const ROWS_OF_A_RUN: usize = 256;
 /// Rows of a file that are changed at a time where all of them are: enough for all threads that wait for the disk, and their memory.
 const CHANGED_ROWS: usize = 4096;
 const CHANGED_BYTES: usize = 16 << 20;
 
 pub(super) struct HostRows {
-    shard: Shard,
-    dim: usize,
+    pub(super) shard: Shard,
+    pub(super) dim: usize,
     optimizer: Optimizer,
     /// All rows, or where there is a file those of the step.
-    tensors: RowTensors,
-    file: Option<RowFile>,
-    start: StartValues,
+    pub(super) tensors: RowTensors,
+    pub(super) file: Option<RowFile>,
+    pub(super) start: StartValues,
     /// Without a file: the rows that memory has.
-    stored: RowSet,
+    pub(super) stored: RowSet,
     /// With a file: memory has the rows of a step.
     brought: bool,
     /// Dense rows: the update each row was last brought to. Empty for lazy rows.
-    last_update: Buffer<u64>,
+    pub(super) last_update: Buffer<u64>,
     history: History,
     trim_at: usize,
-    updates: u64,
+    pub(super) updates: u64,
     /// For each worker three rows: what [`RowTensorParts::load`] copies.
     copies: Buffer<f32>,
 }
 
-/// Rows that follow each other, in slots that do so.
-#[derive(Clone, Copy)]
-pub(super) struct Run<'a> {
-    tensors: &'a RowTensors,
-    /// The row that slot 0 has.
-    first: usize,
-}
-
-/// The same to be changed, and what that takes.
+/// Rows that follow each other, to be changed, and what that takes.
 struct ChangingRun<'a> {
     tensors: RowTensorParts<'a>,
     first: usize,
     copies: Parts<'a, f32>,
     last_update: Option<Parts<'a, u64>>,
-}
-
-/// Reads rows of the shard in their order.
-pub(super) struct RunReader<'a> {
-    rows: &'a HostRows,
-    /// Where there is a file: rows of it, and what reading takes.
-    read: Option<(RowTensors, Pieces, Vec<f32>)>,
 }
 
 impl HostRows {
@@ -158,7 +141,7 @@ impl HostRows {
         }
     }
 
-    fn dense(&self) -> bool {
+    pub fn dense(&self) -> bool {
         !self.last_update.is_empty()
     }
 
@@ -275,40 +258,10 @@ impl HostRows {
         stored.and(result)
     }
 
-    /// Reads rows of the shard in their order.
-    pub fn reader(&self) -> Result<RunReader<'_>> {
-        let read = match &self.file {
-            Some(file) => {
-                let tensors = self.tensors.like(ROWS_OF_A_RUN.min(self.shard.rows as usize))?;
-                Some((tensors, file.piece()?, zeros(&[self.dim], "a row of start values")?))
-            }
-            None => None,
-        };
-        Ok(RunReader { rows: self, read })
-    }
-
     /// What brings rows of any age to now; made once, before rows are read.
     pub fn replay(&self) -> Result<Replay> {
         // Lazy rows keep no history: theirs is the replay of nothing.
         Replay::new(&self.optimizer, &self.history, self.history.updates())
-    }
-
-    /// Copies a row of a run into `out` as it is now; `scratch_rows` holds two rows.
-    pub fn read_run(&self, run: Run<'_>, replay: &Replay, row: usize, out: &mut [f32], scratch_rows: &mut [f32]) {
-        self.read_stored(run, row, out);
-        if self.dense() && self.last_update[row] != self.updates {
-            let (m, v) = run.tensors.copy_state(row - run.first, scratch_rows);
-            replay.catch_up(self.last_update[row], out, m, v);
-        }
-    }
-
-    /// Copies a row of a run as it is stored, or would be.
-    fn read_stored(&self, run: Run<'_>, row: usize, out: &mut [f32]) {
-        if self.file.is_some() || self.stored.has(row) {
-            run.tensors.centers.read(run.at(row), out);
-        } else {
-            run.tensors.centers.read_start(&self.start, self.shard.first + row as u64, out);
-        }
     }
 
     fn key(&self, row: usize) -> RoundingKey {
@@ -442,42 +395,6 @@ impl HostRows {
         Ok(())
     }
 
-    /// Reads rows, replayed to now, into a host matrix.
-    pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.check_state(tensor)?;
-        let (replay, mut reader) = (self.replay()?, self.reader()?);
-        let (dim, mut row) = (self.dim, zeros(&[3, self.dim], "rows to read")?);
-        let (w, rest) = row.split_at_mut(dim);
-        // A dense row is brought to now from all of its tensors.
-        let (of_centers, of_state) = (tensor == StateTensor::Centers, tensor != StateTensor::Centers);
-        for start in (0..rows.rows).step_by(ROWS_OF_A_RUN) {
-            let end = (start + ROWS_OF_A_RUN).min(rows.rows);
-            let run = reader.run(first as usize + start..first as usize + end)?;
-            for i in start..end {
-                let r = first as usize + i;
-                if of_centers || self.dense() {
-                    self.read_stored(run, r, w);
-                }
-                let (m, v) = match of_state || self.dense() {
-                    true => run.tensors.copy_state(r - run.first, rest),
-                    false => rest.split_at_mut(dim),
-                };
-                if self.dense() {
-                    replay.catch_up(self.last_update[r], w, m, v);
-                }
-                // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows.
-                unsafe {
-                    match tensor {
-                        StateTensor::Centers => rows.write_row(i, w),
-                        StateTensor::Momentum => rows.write_row(i, m),
-                        StateTensor::SecondMoment => rows.write_row(i, v),
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Overwrites rows; the other tensors of a dense row are brought to now first. bfloat16 takes the nearest of what is given.
     pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
@@ -532,34 +449,13 @@ impl HostRows {
         matches!(table, Table::Bf16(_))
     }
 
-    fn check_state(&self, tensor: StateTensor) -> Result<()> {
+    pub fn check_state(&self, tensor: StateTensor) -> Result<()> {
         ensure!(
             tensor != StateTensor::SecondMoment || self.tensors.has_second_moment(),
             InvalidArgument,
             "tensor must not be the second moment: this head's optimizer has none"
         );
         Ok(())
-    }
-}
-
-impl Run<'_> {
-    fn at(&self, row: usize) -> Range<usize> {
-        self.tensors.at(row - self.first)
-    }
-}
-
-impl RunReader<'_> {
-    /// Rows of the shard, 256 at most.
-    pub fn run(&mut self, rows: Range<usize>) -> Result<Run<'_>> {
-        match (&mut self.read, &self.rows.file) {
-            (Some((tensors, piece, start)), Some(file)) => {
-                let place = |slot: usize| Place { row: rows.start + slot, slot };
-                let list = list_of(rows.len(), &place);
-                file.read_with(piece, list, tensors.parts(), start)?;
-                Ok(Run { tensors, first: rows.start })
-            }
-            _ => Ok(Run { tensors: &self.rows.tensors, first: 0 }),
-        }
     }
 }
 
@@ -582,7 +478,7 @@ impl ChangingRun<'_> {
 }
 
 /// Rows that move by chunks.
-fn list_of<'a>(count: usize, place: &'a (dyn Fn(usize) -> Place + Sync)) -> RowList<'a> {
+pub(super) fn list_of<'a>(count: usize, place: &'a (dyn Fn(usize) -> Place + Sync)) -> RowList<'a> {
     RowList { count, a_task: CHUNK, place }
 }
 
