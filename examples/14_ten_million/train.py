@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import pathlib
@@ -231,32 +230,34 @@ def report(run, told):
 
 
 def draw(path, results):
-    """Loss, recall and bytes over steps, each run a color."""
+    """Loss, recall and bytes over steps: a color for each rate, and a broad line in memory, which a file's covers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (losses, recalls, moved) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (run, told) in zip(itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")), results):
-        name = f"rate {run.rate:g}, in {run.residency}"
+    rates = list(dict.fromkeys(run.rate for run, _ in results))
+    for run, told in results:
+        color = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")[rates.index(run.rate) % 4]
+        look = {"color": color, "label": f"rate {run.rate:g}, in {'a file' if run.residency == 'file' else 'memory'}"}
+        look |= {"linewidth": 6, "alpha": 0.3} if run.residency == "memory" else {"linewidth": 1.5}
         # The steps between the save and the kill were done twice, with the same losses.
         by_step = {said["step"]: said["loss"] for said in named(told, "step")}
-        losses.plot(by_step.keys(), by_step.values(), color=color, label=name)
+        losses.plot(by_step.keys(), by_step.values(), **look)
         recalled = named(told, "recall")
-        recalls.plot([r["step"] for r in recalled], [100 * r["recall"] for r in recalled], "o-", color=color, label=name)
+        recalls.plot([r["step"] for r in recalled], [100 * r["recall"] for r in recalled], "o-", **look)
         steps = named(told[: told.index(named(told, "killed")[0])], "step")
         steps = [said for said in steps if said["step"] <= run.steps // 2]
         start = steps[0]
         traffic = [(said["read"] + said["written"] - start["read"] - start["written"]) / 1e9 for said in steps]
-        moved.plot([said["step"] for said in steps], traffic, color=color, label=name)
+        moved.plot([said["step"] for said in steps], traffic, **look)
     losses.set(title="Loss", xlabel="step", ylabel="mean loss of the batch")
     recalls.set(title="Probes recognized among all classes", xlabel="step", ylabel="%", ylim=(-3, 103))
     moved.set(title="Disk traffic before the save", xlabel="step", ylabel="GB read and written")
     for axes in (losses, recalls, moved):
         axes.grid(color="#e0e0e0")
         axes.spines[["top", "right"]].set_visible(False)
-    losses.axvline(results[0][0].steps // 2, color="#888888", linestyle=":")
     losses.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
