@@ -170,7 +170,7 @@ class _TorchRows:
         except ImportError:
             raise ValueError(f"{path} is no .npy or .safetensors file, and torch, which may read it, is not installed") from None
         try:
-            loaded = _load(torch, path)
+            loaded = _load(torch, str(path))
         except OSError:
             raise
         except Exception as error:  # Of pickle, of zip files, of torch.
