@@ -222,7 +222,7 @@ pub struct pfc_optimizer {
 ///
 /// # Safety
 /// `repr(C)`, made of plain numbers and pointers (all-zero bytes are a value), the first field a u64 of its size.
-pub(crate) unsafe trait Sized64: Copy {
+pub(super) unsafe trait Sized64: Copy {
     const NAME: &'static str;
     fn defaults() -> Self;
 }
@@ -447,7 +447,7 @@ impl pfc_head_options {
     ///
     /// # Safety
     /// storage_path is NULL or a string.
-    pub(crate) unsafe fn to_options(self) -> Result<HeadOptions> {
+    pub(super) unsafe fn to_options(self) -> Result<HeadOptions> {
         let margin = pfc_margin {
             struct_size: 0,
             scale: self.scale,
