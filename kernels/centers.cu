@@ -12,8 +12,10 @@
 
 namespace {
 
-PFC_DEVICE float* tensor_of(const HeadArrays& head, int32_t tensor) {
-    return tensor == 0 ? head.centers : tensor == 1 ? head.momentum : head.second_moment;
+PFC_DEVICE stored::Tensor tensor_of(const HeadArrays& head, int32_t tensor) {
+    return tensor == 0   ? stored::centers(head)
+           : tensor == 1 ? stored::momentum(head)
+                         : stored::second_moment(head);
 }
 
 }  // namespace
@@ -77,30 +79,23 @@ PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadArrays head, int32_t tensor, 
     const uint32_t lane = threadIdx.x % 32;
     for (uint64_t i = rows::first_row(); i < out.rows; i += rows::row_stride()) {
         const uint32_t row = first + uint32_t(i);
-        const uint64_t start = uint64_t(row) * head.master_pitch;
         const replay::Missed missed = replay::missed(head, row);
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
             ptx::Float4 values;
             if (missed.count == 0) {
-                values =
-                    rows::read_group(tensor_of(head, tensor) + start, column, head.master_pitch);
+                values = stored::read(head, tensor_of(head, tensor), row, column);
             } else {
-                ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
-                ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
-                ptx::Float4 v = rows::zeros();
-                if (head.optimizer.adamw) {
-                    v = rows::read_group(head.second_moment + start, column, head.master_pitch);
-                }
-                replay::catch_up(head, missed, w, m, v);
-                values = tensor == 0 ? w : tensor == 1 ? m : v;
+                const stored::Group now = replay::current(head, missed, row, column);
+                values = tensor == 0 ? now.w : tensor == 1 ? now.m : now.v;
             }
             rows::write_typed(out.data, i * out.stride, out.dtype, column, head.dim, values);
         }
     }
 }
 
-// Overwrites rows of one tensor; the other tensors of a dense row are brought up to date first.
+// Overwrites rows of one tensor, in bf16 with the nearest; the other tensors of a dense row are
+// brought up to date first.
 // launch: write_rows blocks 4 per SM threads 256 shared 0
 // gate: write_rows registers <= 88
 PFC_KERNEL(write_rows,
@@ -109,7 +104,6 @@ PFC_KERNEL(write_rows,
     const uint32_t lane = threadIdx.x % 32;
     for (uint64_t i = rows::first_row(); i < in.rows; i += rows::row_stride()) {
         const uint32_t row = first + uint32_t(i);
-        const uint64_t start = uint64_t(row) * head.master_pitch;
         const replay::Missed missed = replay::missed(head, row);
         if (missed.count != 0) {
             replay::catch_up_row(head, missed, row);
@@ -122,7 +116,7 @@ PFC_KERNEL(write_rows,
              column += rows::kSpan) {
             const ptx::Float4 values =
                 rows::read_typed(in.data, i * in.stride, in.dtype, column, head.dim);
-            rows::write_group(tensor_of(head, tensor) + start, column, head.master_pitch, values);
+            stored::write_nearest(head, tensor_of(head, tensor), row, column, values);
         }
     }
 }
@@ -130,7 +124,7 @@ PFC_KERNEL(write_rows,
 // Brings the dense rows last touched before update `before` up to date, so that the ring of missed
 // updates can reuse their slots.
 // launch: catch_up_rows blocks 8 per SM threads 256 shared 0
-// gate: catch_up_rows registers <= 80
+// gate: catch_up_rows registers <= 96
 PFC_KERNEL(catch_up_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint64_t before)) {
     if (!head.optimizer.dense) {
         return;

@@ -1,6 +1,6 @@
 // Random numbers as pure functions of their purpose, bit for bit those of src/random.rs:
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
-// keys that sample classes.
+// keys that sample classes and that round rows.
 //
 // One call of Philox makes four words: the keys of four blocks of classes, or start values of four columns.
 // About 60 integer instructions.
@@ -13,6 +13,8 @@
 // Streams of one seed that never meet: the top byte of the counter's last word.
 constexpr uint32_t kPurposeSample = 0u << 24;
 constexpr uint32_t kPurposeInit = 1u << 24;
+constexpr uint32_t kPurposeWeight = 2u << 24;
+constexpr uint32_t kPurposeSecondMoment = 3u << 24;
 
 // Four scalars instead of an array, so that they stay in registers.
 struct RandomWords {
@@ -38,6 +40,15 @@ PFC_DEVICE RandomWords philox(RandomWords counter, uint64_t seed) {
 PFC_DEVICE RandomWords sample_keys(uint64_t seed, uint64_t step, uint64_t quad) {
     const uint32_t last = (uint32_t)(step >> 32) + kPurposeSample;
     return philox(RandomWords{(uint32_t)quad, (uint32_t)(quad >> 32), (uint32_t)step, last}, seed);
+}
+
+// What the random bits that round a class's row at an update are made of.
+PFC_DEVICE uint32_t rounding_key(uint64_t seed, uint64_t number, uint64_t update,
+                                 uint32_t purpose) {
+    const uint32_t last = (uint32_t)(update >> 32) + purpose;
+    return philox(RandomWords{(uint32_t)number, (uint32_t)(number >> 32), (uint32_t)update, last},
+                  seed)
+        .w0;
 }
 
 // A warp walks over a run of classes in segments of 128; lane l of a segment has the classes 4 l ..

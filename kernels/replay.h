@@ -14,8 +14,8 @@
 // are computed 32 at a time, one a lane.
 #pragma once
 
-#include "rows.h"
 #include "rule.h"
+#include "stored.h"
 
 namespace replay {
 
@@ -108,12 +108,12 @@ PFC_DEVICE ptx::Float4 moves(const HeadArrays& head, const Missed& missed, const
     return total;
 }
 
-// Brings a lane's group of a row, with its state, up to date. SGD ignores `v`.
-PFC_DEVICE void catch_up(const HeadArrays& head, const Missed& missed, ptx::Float4& w,
-                         ptx::Float4& m, ptx::Float4& v) {
+// Brings a lane's columns of a row up to date.
+PFC_DEVICE void catch_up(const HeadArrays& head, const Missed& missed, stored::Group& group) {
     if (missed.count == 0) {
         return;
     }
+    ptx::Float4 &w = group.w, &m = group.m, &v = group.v;
     if (head.optimizer.adamw) {
         const ptx::Float4 sum = moves(head, missed, v);
         replay_adamw(missed, sum.x, w.x, m.x, v.x);
@@ -128,49 +128,29 @@ PFC_DEVICE void catch_up(const HeadArrays& head, const Missed& missed, ptx::Floa
     }
 }
 
-// Columns `column` .. of class center `row`, brought up to date; 0 beyond its pitch. Memory stays
-// as it is.
+// Columns `column` .. of a row's tensors, brought up to date; 0 beyond its pitch. Memory stays as
+// it is.
+PFC_DEVICE stored::Group current(const HeadArrays& head, const Missed& missed, uint32_t row,
+                                 uint32_t column) {
+    stored::Group group = stored::read_all(head, row, column);
+    catch_up(head, missed, group);
+    return group;
+}
+
+// The same of the class center alone.
 PFC_DEVICE ptx::Float4 center(const HeadArrays& head, const Missed& missed, uint32_t row,
                               uint32_t column) {
-    const uint64_t start = uint64_t(row) * head.master_pitch;
-    ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
-    if (missed.count != 0) {
-        ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
-        ptx::Float4 v = rows::zeros();
-        if (head.optimizer.adamw) {
-            v = rows::read_group(head.second_moment + start, column, head.master_pitch);
-        }
-        catch_up(head, missed, w, m, v);
-    }
-    return w;
+    return missed.count == 0 ? stored::read(head, stored::centers(head), row, column)
+                             : current(head, missed, row, column).w;
 }
 
-// Brings columns `column` .. of a row up to date in memory, and returns those of the class center.
-// The caller writes the row's last_update.
-PFC_DEVICE ptx::Float4 catch_up_group(const HeadArrays& head, const Missed& missed, uint32_t row,
-                                      uint32_t column) {
-    const uint64_t start = uint64_t(row) * head.master_pitch;
-    ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
-    if (missed.count != 0) {
-        ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
-        ptx::Float4 v = rows::zeros();
-        if (head.optimizer.adamw) {
-            v = rows::read_group(head.second_moment + start, column, head.master_pitch);
-        }
-        catch_up(head, missed, w, m, v);
-        rows::write_group(head.centers + start, column, head.master_pitch, w);
-        rows::write_group(head.momentum + start, column, head.master_pitch, m);
-        if (head.optimizer.adamw) {
-            rows::write_group(head.second_moment + start, column, head.master_pitch, v);
-        }
-    }
-    return w;
-}
-
-// The same for a whole row.
+// Brings a whole row up to date in memory. The caller writes its last_update.
 PFC_DEVICE void catch_up_row(const HeadArrays& head, const Missed& missed, uint32_t row) {
+    const stored::Keys keys = stored::keys(head, row, head.ledger->updates);
     for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
-        catch_up_group(head, missed, row, base + rows::kGroup * (threadIdx.x % 32));
+        const uint32_t column = base + rows::kGroup * (threadIdx.x % 32);
+        stored::Group group = current(head, missed, row, column);
+        stored::write_all(head, keys, row, column, group);
     }
 }
 

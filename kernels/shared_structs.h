@@ -147,7 +147,8 @@ struct Ledger {
     uint64_t skipped;         // updates skipped for a factor that was not finite
     int64_t factors[2];       // words of the last two updates' factors, in turn (begin_update)
     float device_factor;      // of the update that comes next: a copy of the caller's
-    uint32_t torn_row;        // first row of the shard that an update took out of float32, or kNone
+    uint32_t torn_row;        // first row of the shard that an update took out of its type, or
+                              // kNone
     StepBlock first_failure;  // the first of them
 };
 
@@ -270,13 +271,18 @@ struct HeadArrays {
     float* gradient_send;        // [ranks][max_batch][d]
     float* gradient_recv;        // [max_batch][d]
     float* center_gradient;      // dW^: [sample_capacity][d] of a replicated head;
-                                 // [chunk_capacity][d], a chunk at a time, of a dense one
+                                 // [chunk_capacity][d], a chunk at a time, of one whose rows are
+                                 // dense or in bf16
     float* squares;              // [row_capacity] sums of squares of own rows' gradients
     float* center_squares;       // [sample_capacity] of the sampled class centers' gradients
-    // The rows of the shard: [shard_rows][master_pitch].
+    // The rows of the shard, [shard_rows][master_pitch]: each tensor is in float32 or in bf16, and
+    // the other pointer is null.
     float* centers;
     float* momentum;
     float* second_moment;        // AdamW
+    uint16_t* centers_bf16;
+    uint16_t* momentum_bf16;
+    uint16_t* second_moment_bf16;
     uint32_t* last_update;       // dense: the update that a row was last brought up to
     Rule* rule;
     MissedUpdates* missed_updates;  // dense: [history_capacity]

@@ -5,8 +5,7 @@
 // 24): its words, in pairs, through Box and Muller. Bit for bit src/random.rs start_values: every
 // operation is rounded by itself, so that no compiler may contract. Floor: shard_rows * d * 4 bytes
 // written, 256 MB for 125000 rows of 512; once in a head's life.
-#include "random.h"
-#include "rows.h"
+#include "stored.h"
 
 namespace {
 
@@ -97,8 +96,7 @@ PFC_KERNEL(start_values, (const PFC_GRID_CONSTANT HeadArrays head, double std)) 
                 values[i] = column + i < head.dim ? values[i] : 0.0f;  // a row's padding is zero
             }
             const ptx::Float4 group = {values[0], values[1], values[2], values[3]};
-            rows::write_group(head.centers + uint64_t(row) * head.master_pitch, column,
-                              head.master_pitch, group);
+            stored::write_nearest(head, stored::centers(head), row, column, group);
         }
     }
 }

@@ -9,8 +9,8 @@
 // Order within a step: begin_update, update_rows for each chunk of columns (or the epilogue of the
 // center gradient), then advance_history, then end_update. Semantics: src/optimizer,
 // src/device/cpu/rows.rs and vector.rs normalize_backward. Floor of
-// update_rows: 4 d bytes of gradient and 16 d (SGD) or 24 d (AdamW) of rows and state a column; the
-// second pass over a row finds it in the cache.
+// update_rows: 4 d bytes of gradient and 16 d (SGD) or 24 d (AdamW) of rows and state a column, in
+// bf16 half of the latter; the second pass over a row finds it in the cache.
 #include "ptx/atomic.h"
 #include "replay.h"
 
@@ -73,27 +73,59 @@ PFC_KERNEL(begin_update, (const PFC_GRID_CONSTANT HeadArrays head, double learni
     *head.rule = made;
 }
 
+namespace {
+
+// Gives columns of a row their gradient, and stores them. `now` becomes what is stored.
+PFC_DEVICE void apply(const HeadArrays& head, const Rule& rule, const stored::Keys& keys,
+                      uint32_t row, uint32_t column, stored::Group& now, const ptx::Float4& g) {
+    if (head.optimizer.adamw) {
+        rule::adamw(rule, now.w, now.m, now.v, g);
+    } else {
+        rule::sgd(rule, now.w, now.m, g);
+    }
+    stored::write_all(head, keys, row, column, now);
+}
+
+PFC_DEVICE float probe(float so_far, const stored::Group& group) {
+    return rule::probe(rule::probe(rule::probe(so_far, group.w), group.m), group.v);
+}
+
+}  // namespace
+
 // Updates columns first .. first + count of the sample; their dW^ begins center_gradient. A row
 // without direction has gradient 0.
 // launch: update_rows blocks 4 per SM threads 256 shared 0
-// gate: update_rows registers <= 104
+// gate: update_rows registers <= 112
 PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first, uint32_t count)) {
     if (head.block->status != kOk || first >= head.block->classes) {
         return;
     }
     const uint32_t lane = threadIdx.x % 32;
     const Rule rule = *head.rule;
+    // Rows in float32 are brought up to date in memory by the first pass. Others would be rounded
+    // twice: both passes bring a copy up to date.
+    const bool in_place = stored::in_float32(head);
     count = smaller(count, head.block->classes - first);
     for (uint32_t slot = rows::first_row(); slot < count; slot += rows::row_stride()) {
         const uint32_t row = head.sample[first + slot];
-        const uint64_t start = uint64_t(row) * head.master_pitch;
         const float* unit_gradient = head.center_gradient + uint64_t(slot) * head.dim;
-        const replay::Missed missed = replay::missed(head, row);
+        replay::Missed missed = replay::missed(head, row);
+        const stored::Keys keys = stored::keys(head, row, head.ledger->updates + 1);
         double dot = 0.0;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
-            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, head.dim),
-                                     replay::catch_up_group(head, missed, row, column));
+            ptx::Float4 w;
+            if (in_place && missed.count != 0) {
+                stored::Group now = replay::current(head, missed, row, column);
+                stored::write_all(head, keys, row, column, now);
+                w = now.w;
+            } else {
+                w = replay::center(head, missed, row, column);
+            }
+            dot = rows::add_products(dot, rows::read_floats(unit_gradient, column, head.dim), w);
+        }
+        if (in_place) {
+            missed.count = 0;
         }
         const float inverse = head.center_inverse_norms[first + slot];
         const float along = float(warp_sum(dot) * double(inverse)) * inverse;
@@ -102,23 +134,11 @@ PFC_KERNEL(update_rows, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t first
         float torn = 0.0f;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
             const uint32_t column = base + rows::kGroup * lane;
-            ptx::Float4 w = rows::read_group(head.centers + start, column, head.master_pitch);
-            ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
-            ptx::Float4 v = rows::zeros();
-            if (head.optimizer.adamw) {
-                v = rows::read_group(head.second_moment + start, column, head.master_pitch);
-            }
+            stored::Group now = replay::current(head, missed, row, column);
             const ptx::Float4 g = rows::subtract_along(
-                rows::read_floats(unit_gradient, column, head.dim), along, w, length);
-            if (head.optimizer.adamw) {
-                rule::adamw(rule, w, m, v, g);
-                rows::write_group(head.second_moment + start, column, head.master_pitch, v);
-            } else {
-                rule::sgd(rule, w, m, g);
-            }
-            rows::write_group(head.centers + start, column, head.master_pitch, w);
-            rows::write_group(head.momentum + start, column, head.master_pitch, m);
-            torn = rule::probe(rule::probe(rule::probe(torn, w), m), v);
+                rows::read_floats(unit_gradient, column, head.dim), along, now.w, length);
+            apply(head, rule, keys, row, column, now, g);
+            torn = probe(torn, now);
             squares = rows::add_squares(squares, g);
         }
         squares = warp_sum(squares);
@@ -216,9 +236,9 @@ PFC_KERNEL(apply_accumulated, (const PFC_GRID_CONSTANT HeadArrays head,
     const Rule rule = *head.rule;
     for (uint32_t slot = rows::first_row(); slot < count; slot += rows::row_stride()) {
         const uint32_t row = accumulated.classes[slot];
-        const uint64_t start = uint64_t(row) * head.master_pitch;
         float* const from = accumulated.gradients + uint64_t(slot) * head.dim;
         const replay::Missed missed = replay::missed(head, row);
+        const stored::Keys keys = stored::keys(head, row, head.ledger->updates + 1);
         double squares = 0.0;
         float torn = 0.0f;
         for (uint32_t base = 0; base < head.dim; base += rows::kSpan) {
@@ -229,20 +249,9 @@ PFC_KERNEL(apply_accumulated, (const PFC_GRID_CONSTANT HeadArrays head,
             if (rule.active == 0) {
                 continue;
             }
-            ptx::Float4 w = replay::catch_up_group(head, missed, row, column);
-            ptx::Float4 m = rows::read_group(head.momentum + start, column, head.master_pitch);
-            if (head.optimizer.adamw) {
-                ptx::Float4 v =
-                    rows::read_group(head.second_moment + start, column, head.master_pitch);
-                rule::adamw(rule, w, m, v, g);
-                torn = rule::probe(torn, v);
-                rows::write_group(head.second_moment + start, column, head.master_pitch, v);
-            } else {
-                rule::sgd(rule, w, m, g);
-            }
-            rows::write_group(head.centers + start, column, head.master_pitch, w);
-            rows::write_group(head.momentum + start, column, head.master_pitch, m);
-            torn = rule::probe(rule::probe(torn, w), m);
+            stored::Group now = replay::current(head, missed, row, column);
+            apply(head, rule, keys, row, column, now, g);
+            torn = probe(torn, now);
             squares = rows::add_squares(squares, g);
         }
         if (torn != 0.0f) {

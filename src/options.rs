@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::agreement::Field;
 use crate::margin::Margin;
 use crate::matrix::DType;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optimizer, StateTensor};
 use crate::shard::Shard;
 use crate::{ensure, Result};
 
@@ -167,13 +167,18 @@ impl HeadOptions {
         Ok(())
     }
 
-    /// For a device that stores rows in no other type and nowhere else.
-    pub(crate) fn require_own_f32_rows(&self, device: &str) -> Result<()> {
+    /// For a device that stores rows nowhere else.
+    pub(crate) fn require_rows_on_device(&self, device: &str) -> Result<()> {
         ensure!(self.residency == Residency::Device, Unsupported, "residency must be device on {device} in this version");
-        for (name, dtype) in [("weight_dtype", self.weight_dtype), ("state_dtype", self.state_dtype)] {
-            ensure!(dtype == DType::F32, Unsupported, "{name} must be f32 on {device} in this version, got {}", dtype.name());
-        }
         Ok(())
+    }
+
+    /// The type that a tensor of rows is stored in.
+    pub(crate) fn stored_dtype(&self, tensor: StateTensor) -> DType {
+        match tensor {
+            StateTensor::Centers => self.weight_dtype,
+            StateTensor::Momentum | StateTensor::SecondMoment => self.state_dtype,
+        }
     }
 
     /// Whether the head makes room for larger batches as they come.

@@ -276,11 +276,11 @@ pub(crate) fn ranks_differ(first: &[i64], other: &[i64], rank: usize) -> Error {
     )
 }
 
-/// The error of an update that has taken a class center or its state out of float32.
+/// The error of an update that has taken a class center or its state out of the type that it is stored in.
 pub(crate) fn bad_update(class: u64, update: u64) -> Error {
     error!(
         NotFinite,
-        "update {update} has taken class center {class}, or its state, out of float32: \
+        "update {update} has taken class center {class}, or its state, out of the range of its type: \
          the learning rate, the weight decay or the loss weight is too large"
     )
 }

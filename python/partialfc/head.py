@@ -63,8 +63,8 @@ class Head(Handle):
         ignore_label: rows with this label are ignored and may hold NaN. The smallest int64: none.
         precision: "auto", "f32" or "half".
         gather_dtype: "auto", "f32", "f16" or "bf16": the type in which embeddings are sent.
-        weight_dtype, state_dtype: "f32" or, on a CPU, "bf16": the types in which class centers and optimizer state
-            are stored. Updates of class centers in bf16 are rounded at random, so that small ones count.
+        weight_dtype, state_dtype: "f32" or "bf16": the types in which class centers and optimizer state are
+            stored. Updates of class centers in bf16 are rounded at random, so that small ones count.
         residency: "device" or, on a CPU, "host", which is the same there, or "file": each rank keeps class centers and
             state in a file of its own in the directory `storage_path`, and memory holds the rows of a step.
         workspace_limit: bytes beside class centers and state; 0: the library decides.

@@ -150,8 +150,8 @@ pub struct pfc_head_options {
     /// The type in which embeddings are sent between ranks: PFC_GATHER_AUTO, PFC_F32, PFC_F16 or PFC_BF16. In f16 each row is
     /// scaled by a power of two so that it cannot overflow or underflow; gradients are not affected. (default: auto)
     pub gather_dtype: i32,
-    /// The type W is stored in: PFC_F32 or, on the CPU, PFC_BF16, which takes half the memory. Updates are rounded at random there, so
-    /// that small ones count; the bits are those of seed, update and class, whatever the ranks and threads. (default: f32)
+    /// The type W is stored in: PFC_F32 or PFC_BF16, which takes half the memory. Updates are rounded at random there, so that small
+    /// ones count; the bits are those of seed, update and class, whatever the ranks and threads. (default: f32)
     pub weight_dtype: i32,
     /// The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment at random. (default: f32)
     pub state_dtype: i32,

@@ -26,10 +26,10 @@ pub fn ways_to_update(base: &HeadOptions) -> Vec<HeadOptions> {
     }
 }
 
-/// These options with rows in float32 and, on a CPU, in bfloat16.
-pub fn stored_both_ways(options: HeadOptions) -> impl Iterator<Item = HeadOptions> {
+/// These options with rows in float32 and in bfloat16.
+pub fn stored_both_ways(options: HeadOptions) -> [HeadOptions; 2] {
     let narrow = HeadOptions { weight_dtype: DType::Bf16, state_dtype: DType::Bf16, ..options.clone() };
-    std::iter::once(options).chain((!on_cuda()).then_some(narrow))
+    [options, narrow]
 }
 
 /// One rank's rows of one step.

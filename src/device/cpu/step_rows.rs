@@ -29,7 +29,7 @@ pub(super) struct UpdatingRows<'a> {
     pub first_class: u64,
     /// The number of the update that is being done.
     pub update: u64,
-    /// The first row that this update has taken out of float32; `usize::MAX`: none.
+    /// The first row that this update has taken out of its type; `usize::MAX`: none.
     pub bad_row: AtomicUsize,
 }
 

@@ -237,6 +237,9 @@ structures! {
         centers: *mut f32,
         momentum: *mut f32,
         second_moment: *mut f32,
+        centers_bf16: *mut u16,
+        momentum_bf16: *mut u16,
+        second_moment_bf16: *mut u16,
         last_update: *mut u32,
         rule: *mut Rule,
         missed_updates: *mut MissedUpdates,
@@ -297,7 +300,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 712);
+    assert!(std::mem::size_of::<HeadArrays>() == 736);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

@@ -72,6 +72,7 @@ constexpr unsigned kSharedBytes = 512;  // of the kernels of one CTA
 struct Shape {
     uint32_t dim = 65;
     bool sharded = true, split = false, adamw = false, dense = false;
+    bool bf16_weight = false, bf16_state = false;
     int32_t gather = kF32;
     uint32_t ranks = 3, rank = 1, max_batch = 40, shard_rows = 300, classes = 200, chunk = 128;
     uint32_t splits = 2, history = 16;
@@ -79,7 +80,8 @@ struct Shape {
     std::string text() const {
         return "d " + std::to_string(dim) + (sharded ? " sharded" : " replicated") +
                (split ? " split" : " half") + (adamw ? " adamw" : " sgd") +
-               (dense ? " dense" : " lazy") + " gather " + std::to_string(gather);
+               (dense ? " dense" : " lazy") + " gather " + std::to_string(gather) +
+               (bf16_weight ? " W in bf16" : "") + (bf16_state ? " state in bf16" : "");
     }
 };
 
@@ -220,6 +222,42 @@ class RowHead {
     StepBlock get_block() { return memory.get(arrays.block, 1)[0]; }
     Ledger get_ledger() { return memory.get(arrays.ledger, 1)[0]; }
 
+    // W, momentum and for AdamW the second moment, by number.
+    int32_t tensors() const { return shape.adamw ? 3 : 2; }
+    bool is_bf16(int32_t tensor) const { return tensor == 0 ? shape.bf16_weight : shape.bf16_state; }
+    float** float_rows(int32_t tensor) {
+        return tensor == 0 ? &arrays.centers : tensor == 1 ? &arrays.momentum : &arrays.second_moment;
+    }
+    uint16_t** bf16_rows(int32_t tensor) {
+        return tensor == 0   ? &arrays.centers_bf16
+               : tensor == 1 ? &arrays.momentum_bf16
+                             : &arrays.second_moment_bf16;
+    }
+
+    // A tensor as it is stored, [shard_rows][master_pitch]; given to the nearest.
+    std::vector<float> get_rows(int32_t tensor) {
+        const size_t count = size_t(shape.shard_rows) * arrays.master_pitch;
+        if (!is_bf16(tensor)) {
+            return memory.get(*float_rows(tensor), count);
+        }
+        std::vector<float> values;
+        for (const uint16_t bits : memory.get(*bf16_rows(tensor), count)) {
+            values.push_back(of_bfloat(bits));
+        }
+        return values;
+    }
+    void put_rows(int32_t tensor, const std::vector<float>& values) {
+        if (!is_bf16(tensor)) {
+            memory.put(*float_rows(tensor), values);
+            return;
+        }
+        std::vector<uint16_t> bits;
+        for (const float value : values) {
+            bits.push_back(bfloat_of(value));
+        }
+        memory.put(*bf16_rows(tensor), bits);
+    }
+
     // Global row of row i.
     uint32_t global(uint32_t row) const { return block.first_computed + row; }
     bool ignored(uint32_t row) const { return labels[global(row)] == arrays.ignore_label; }
@@ -279,9 +317,13 @@ class RowHead {
         arrays.center_gradient = memory.make<float>(columns * d);
         arrays.squares = memory.make<float>(rows);
         arrays.center_squares = memory.make<float>(columns);
-        arrays.centers = memory.make<float>(centers);
-        arrays.momentum = memory.make<float>(centers);
-        arrays.second_moment = shape.adamw ? memory.make<float>(centers) : nullptr;
+        for (int32_t tensor = 0; tensor < tensors(); ++tensor) {
+            if (is_bf16(tensor)) {
+                *bf16_rows(tensor) = memory.make<uint16_t>(centers);
+            } else {
+                *float_rows(tensor) = memory.make<float>(centers);
+            }
+        }
         arrays.last_update = shape.dense ? memory.make<uint32_t>(shape.shard_rows) : nullptr;
         arrays.rule = memory.make<Rule>(1);
         arrays.missed_updates = memory.make<MissedUpdates>(arrays.history_capacity);
@@ -343,10 +385,9 @@ class RowHead {
         }
         m.assign(count, 0.0f);
         v.assign(count, 0.0f);
-        memory.put(arrays.centers, w);
-        memory.put(arrays.momentum, m);
-        if (shape.adamw) {
-            memory.put(arrays.second_moment, v);
+        const std::vector<float>* const all[] = {&w, &m, &v};
+        for (int32_t tensor = 0; tensor < tensors(); ++tensor) {
+            put_rows(tensor, *all[tensor]);
         }
     }
 };

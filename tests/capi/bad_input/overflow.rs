@@ -1,4 +1,4 @@
-//! Updates that take class centers out of float32, and values that no center or state can have.
+//! Updates that take class centers out of their type, and values that no center or state can have.
 
 use partialfc::optimizer::{Adamw, Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Placement, RowUpdate};
@@ -28,7 +28,7 @@ fn an_update_that_leaves_float32_names_the_class() {
             let options = HeadOptions { optimizer, ..options(10, 4, 4) };
             let mut head = Head::new(&Device::under_test(1), &place.comm, &options);
             let told = assert_refused::<()>("told", Err(first_failure(&mut head, rate)), Status::NotFinite, &["class center"]);
-            assert!(told.message.contains("out of float32"), "{told:?}");
+            assert!(told.message.contains("out of the range of its type"), "{told:?}");
             assert_refused("poisoned", step(&mut head, 0.1), Status::Poisoned, &["load a checkpoint"]);
             assert_refused("poisoned", head.read_centers(0, 1), Status::Poisoned, &[]);
         });
@@ -48,7 +48,7 @@ fn an_accumulated_update_that_leaves_float32_names_the_class() {
             head.update(1e38)
         };
         let told = (0..200).find_map(|_| micro_batch().err()).expect("a class center that leaves float32");
-        assert_refused::<()>("told", Err(told), Status::NotFinite, &["class center", "out of float32"]);
+        assert_refused::<()>("told", Err(told), Status::NotFinite, &["class center", "out of the range of its type"]);
         assert_refused("poisoned", step(&mut head, 0.1), Status::Poisoned, &["load a checkpoint"]);
     });
 }

@@ -26,7 +26,7 @@ use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
 use super::nearest::CenterSource;
 use super::products::LARGEST_DIM;
 use super::shared_structs::{fault, HeadArrays, MatrixView, StepBlock};
-use super::sizes::{HeadMemory, Sizes};
+use super::sizes::{fuses_update, HeadMemory, Sizes};
 use super::staging::{self, Staging};
 use super::streams::{HeadStreams, StreamRole};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures, UpdateCall};
@@ -104,7 +104,7 @@ impl CudaHead {
             "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
             spec.options.embedding_dim
         );
-        spec.options.require_own_f32_rows("the CUDA device")?;
+        spec.options.require_rows_on_device("the CUDA device")?;
         let sizes = Sizes::new(&spec, gpu.capacity()?, 0)?;
         let memory = HeadMemory::allocate(&sizes, &gpu.stream)?;
         let max_batch = spec.options.max_batch as usize;
@@ -168,9 +168,8 @@ impl CudaHead {
         self.spec.options.row_update == RowUpdate::Dense
     }
 
-    /// Whether the center gradient's kernel updates the rows; otherwise it writes their gradient, and another kernel updates them.
     fn fused(&self) -> bool {
-        self.sharded() && !self.dense()
+        fuses_update(&self.spec)
     }
 
     /// The pointers of the current step.

@@ -1,11 +1,13 @@
 //! Reads a head's sample, figures and rows, and overwrites rows.
 
+use half::bf16;
+
 use super::super::shared_structs::StepBlock;
 use super::super::staging;
 use super::super::streams::StreamRole;
 use super::{run, CudaHead};
 use crate::device::StepFigures;
-use crate::matrix::Matrix;
+use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
 use crate::{ensure, error, Result};
 
@@ -66,6 +68,13 @@ impl CudaHead {
         if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| !value.is_finite())? {
             let class = self.spec.shard.first + first + row as u64;
             return Err(error!(InvalidArgument, "row {row} (class {class}) contains a NaN or an infinity"));
+        }
+        if self.spec.options.stored_dtype(tensor) == DType::Bf16 {
+            let beyond = |value: f32| bf16::from_f32(value).is_infinite();
+            if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, beyond)? {
+                let class = self.spec.shard.first + first + row as u64;
+                return Err(error!(InvalidArgument, "row {row} (class {class}) contains a number beyond bfloat16"));
+            }
         }
         if tensor == StateTensor::SecondMoment {
             if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| value < 0.0)? {

@@ -56,7 +56,7 @@ impl CudaHead {
         Ok(staging::fetch(&self.gpu.stream, self.arrays().ledger, 1)?[0])
     }
 
-    /// NOT_FINITE if an update has taken a row out of float32. The host learns it where it waits, which is after the update's own step.
+    /// NOT_FINITE if an update has taken a row out of its type. The host learns it where it waits, which is after the update's own step.
     pub(super) fn check_rows(&mut self, ledger: &Ledger) -> Result<()> {
         if ledger.torn_row == NONE {
             return Ok(());

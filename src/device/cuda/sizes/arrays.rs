@@ -1,6 +1,6 @@
 //! The arrays of a head: one list for the allocation, the pointers of [`HeadArrays`] and the totals.
 
-use super::{Capacities, Chunks};
+use super::{fuses_update, Capacities, Chunks};
 use crate::device::cuda::shared_structs::{HeadArrays, Ledger, MissedUpdates, Rule, StepBlock, TILE_ROWS};
 use crate::device::{HeadSpec, Memory};
 use crate::matrix::DType;
@@ -50,9 +50,8 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     let dense = options.row_update == RowUpdate::Dense;
     let center_gradient = match () {
         () if !sharded => times(&[sample, dim]),
-        () if dense => times(&[chunk, dim]),
-        // The product's epilogue updates the rows in place.
-        () => 0,
+        () if fuses_update(spec) => 0,
+        () => times(&[chunk, dim]),
     };
     let master = times(&[shard_rows, capacities.master_pitch]);
 
@@ -131,9 +130,13 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(Activation, 1, center_gradient: f32, center_gradient);
     array!(Activation, 1, squares: f32, rows);
     array!(Activation, 1, center_squares: f32, sample);
-    array!(Weight, 1, centers: f32, master);
-    array!(State, 1, momentum: f32, master);
-    array!(State, 1, second_moment: f32, only(adamw, master));
+    let (narrow, narrow_state) = (options.weight_dtype == DType::Bf16, options.state_dtype == DType::Bf16);
+    array!(Weight, 1, centers: f32, only(!narrow, master));
+    array!(State, 1, momentum: f32, only(!narrow_state, master));
+    array!(State, 1, second_moment: f32, only(adamw && !narrow_state, master));
+    array!(Weight, 1, centers_bf16: u16, only(narrow, master));
+    array!(State, 1, momentum_bf16: u16, only(narrow_state, master));
+    array!(State, 1, second_moment_bf16: u16, only(adamw && narrow_state, master));
     array!(State, 1, last_update: u32, only(dense, shard_rows));
     array!(Activation, 1, rule: Rule, 1);
     array!(State, 1, missed_updates: MissedUpdates, capacities.history);

@@ -11,6 +11,8 @@ use self::arrays::Array;
 use super::context::GpuCapacity;
 use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
+use crate::matrix::DType;
+use crate::options::RowUpdate;
 use crate::{ensure, Result};
 
 pub(super) use allocation::{HeadMemory, LargerArrays, Replaced};
@@ -23,6 +25,13 @@ pub(super) struct Sizes {
     spec: HeadSpec,
     pub capacities: Capacities,
     pub chunks: Chunks,
+}
+
+/// Whether the center gradient's kernel updates the rows; otherwise it writes their gradient, and another kernel updates them.
+pub(super) fn fuses_update(spec: &HeadSpec) -> bool {
+    let options = &spec.options;
+    let in_float32 = options.weight_dtype == DType::F32 && options.state_dtype == DType::F32;
+    spec.is_sharded() && options.row_update == RowUpdate::Lazy && in_float32
 }
 
 impl Sizes {

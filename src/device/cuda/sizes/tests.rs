@@ -98,6 +98,18 @@ fn arrays_follow_the_options() {
         assert_eq!(bytes(&replicated, name), 0, "{name}");
     }
     assert_eq!(bytes(&replicated, "replicated_sums"), 8 * 8);
+    let narrow = spec(1000, 10, |options| (options.weight_dtype, options.optimizer) = (DType::Bf16, adamw));
+    let narrow = Sizes::new(&narrow, H200, 0).expect("sizes");
+    assert_eq!((bytes(&narrow, "centers"), bytes(&narrow, "centers_bf16")), (0, 1000 * 512 * 2));
+    assert_eq!((bytes(&narrow, "second_moment"), bytes(&narrow, "second_moment_bf16")), (1000 * 512 * 4, 0));
+    // Its rows are updated by a kernel of their own.
+    assert_eq!(bytes(&narrow, "center_gradient"), 1024 * 512 * 4);
+    let narrow = spec(1000, 10, |options| (options.state_dtype, options.optimizer) = (DType::Bf16, adamw));
+    let narrow = Sizes::new(&narrow, H200, 0).expect("sizes");
+    for name in ["momentum_bf16", "second_moment_bf16"] {
+        assert_eq!(bytes(&narrow, name), 1000 * 512 * 2, "{name}");
+    }
+    assert_eq!((bytes(&narrow, "momentum"), bytes(&narrow, "centers_bf16")), (0, 0));
     // What travels: as asked for, else as the products take it. Rows are scaled for f16 alone.
     for (precision, gather, dtype) in [
         (Precision::Auto, None, DType::F16),
