@@ -368,6 +368,7 @@ static void one_rank(const pfc_head_options *options, int custom) {
   }
   if (comm != NULL) {
     CALL(pfc_plan, options, 4, 3, &report);
+    CALL(pfc_plan_cuda, options, 4, 3, 1 << 30, &report);
     all_calls(device, comm, options);
     CALL(pfc_comm_abort, comm);
     CALL(pfc_comm_barrier, comm);

@@ -1,6 +1,6 @@
 //! What a head will need, before there is one: bytes of memory, and bytes a step hands to the communicator.
 
-use crate::device::{memory_needed, sample_capacity, storage_needed, Memory};
+use crate::device::{gpu_memory_needed, memory_needed, sample_capacity, storage_needed, Memory};
 use crate::options::{HeadOptions, Placement, Precision};
 use crate::protocol::{label_block, sum_elements, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{ensure, Result};
@@ -34,21 +34,43 @@ pub struct Plan {
 }
 
 /// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each. There `auto` is precision f32, and
-/// embeddings travel in it. Precision half has the traffic of a CUDA device, where they travel in f16, for full batches: such a
-/// device hands over `max_batch` rows, whatever a batch has.
-///
-/// The class centers' gradient of a replicated head is as large as its sample; where positives outnumber `int(rate * C)`, more than
-/// that travels.
+/// embeddings travel in it. Precision half has the traffic of a CUDA device, where they travel in f16, for full batches.
 pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
+    let options = &checked(options, ranks, batch)?;
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    let (memory, storage) = (memory_needed(options, ranks, threads)?, storage_needed(options, options.shard(ranks, 0)));
+    Ok(Plan { storage, ..plan_of(options, ranks, memory, step_traffic(options, ranks, batch, Precision::F32)) })
+}
+
+/// For a head on a GPU with so many bytes of memory for it. `auto` is precision half, and `max_batch` rows are handed over, whatever a
+/// batch has.
+pub fn plan_cuda(options: &HeadOptions, ranks: u32, batch: u64, gpu_memory: u64) -> Result<Plan> {
+    let options = &checked(options, ranks, batch)?;
+    let memory = gpu_memory_needed(options, ranks, gpu_memory)?;
+    Ok(plan_of(options, ranks, memory, step_traffic(options, ranks, options.max_batch, Precision::Half)))
+}
+
+/// The options, with the `max_batch` that such a batch makes of 0.
+fn checked(options: &HeadOptions, ranks: u32, batch: u64) -> Result<HeadOptions> {
     ensure!(ranks > 0, InvalidArgument, "ranks must be at least 1, got 0");
     options.check(ranks)?;
-    let options = &HeadOptions { max_batch: options.batch_room(batch, ranks), ..options.clone() };
+    let options = HeadOptions { max_batch: options.batch_room(batch, ranks), ..options.clone() };
     ensure!(batch <= options.max_batch, InvalidArgument, "batch must be at most max_batch, {}, got {batch}", options.max_batch);
+    Ok(options)
+}
+
+fn plan_of(options: &HeadOptions, ranks: u32, memory: Memory, traffic: StepTraffic) -> Plan {
     let shard = options.shard(ranks, 0);
+    Plan { shard_rows: shard.rows, sample_capacity: sample_capacity(options, ranks, shard), memory, storage: 0, traffic }
+}
+
+/// `auto` is what that precision is on the device. The class centers' gradient of a replicated head is as large as its sample; where
+/// positives outnumber `int(rate * C)`, more than that travels.
+fn step_traffic(options: &HeadOptions, ranks: u32, batch: u64, auto: Precision) -> StepTraffic {
     let (n, d) = (u64::from(ranks), u64::from(options.embedding_dim));
-    let gathered = options.gathered_dtype(Precision::F32).size() as u64;
+    let gathered = options.gathered_dtype(auto).size() as u64;
     let labels = 8 * label_block(options.max_batch) as u64;
-    let traffic = match options.placement {
+    match options.placement {
         Placement::Sharded => StepTraffic {
             labels,
             embeddings: batch * d * gathered,
@@ -59,16 +81,8 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
         Placement::Replicated => StepTraffic {
             labels,
             sums: 8 * (REPLICATED_TOTALS as u64 + REPLICATED_SLOT as u64 * n),
-            grad_centers: 4 * d * crate::sample::sample_size(options.sample_rate, shard.rows),
+            grad_centers: 4 * d * crate::sample::sample_size(options.sample_rate, options.num_classes),
             ..StepTraffic::default()
         },
-    };
-    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    Ok(Plan {
-        shard_rows: shard.rows,
-        sample_capacity: sample_capacity(options, ranks, shard),
-        memory: memory_needed(options, ranks, threads)?,
-        storage: storage_needed(options, shard),
-        traffic,
-    })
+    }
 }

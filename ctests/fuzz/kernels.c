@@ -300,6 +300,16 @@ static void plan(struct draws *d) {
        report.traffic_bytes < report.embeddings_bytes))
     finding("a sum of pfc_plan overflows");
   must_fail("pfc_plan", DO(pfc_plan, &o, ranks, batch, NULL));
+  uint64_t gpu = chance(d, 200) ? ONE_OF(d, uint64_t, 0, 1, UINT64_MAX) : 1ull << below(d, 40);
+  was = report;
+  status = DO(pfc_plan_cuda, &o, ranks, batch, gpu, &report);
+  if (status != PFC_OK && memcmp(&report, &was, sizeof report) != 0)
+    finding("pfc_plan_cuda wrote and failed");
+  if (status == PFC_OK && report.struct_size >= sizeof report &&
+      (report.total_bytes < report.weight_bytes || report.total_bytes < report.state_bytes ||
+       report.traffic_bytes < report.embeddings_bytes))
+    finding("a sum of pfc_plan_cuda overflows");
+  must_fail("pfc_plan_cuda", DO(pfc_plan_cuda, &o, ranks, batch, gpu, NULL));
 }
 
 static void on_line(void *user, int32_t level, const char *text) {

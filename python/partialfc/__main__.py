@@ -88,6 +88,8 @@ def table(arguments) -> str:
     storage = {"residency": "file", "storage_path": "."} if arguments.residency == "file" else {}
     if arguments.disk is not None and not storage:
         raise ValueError("--disk is for rows on disk: give --residency file as well")
+    if arguments.gpu is not None and arguments.memory is not None:
+        raise ValueError("--memory is for a head on a CPU: give it or --gpu")
 
     def planned(placement: str, rate: float, classes: int) -> Plan:
         return plan(
@@ -95,6 +97,7 @@ def table(arguments) -> str:
             arguments.dim,
             ranks=arguments.ranks,
             batch=arguments.batch,
+            gpu_memory=arguments.gpu,
             placement=placement,
             sample_rate=rate,
             optimizer=arguments.optimizer,
@@ -116,9 +119,10 @@ def table(arguments) -> str:
         # Class centers and state of a row, which lie side by side.
         row = arguments.dim * (2 if arguments.dtype == "bf16" else 4) * (3 if arguments.optimizer == "adamw" else 2)
         rows.append(["read in a step, and written"] + [size(row * p.sample_capacity) for p in plans])
-    if arguments.memory is not None or arguments.disk is not None:
+    memory = arguments.memory if arguments.gpu is None else arguments.gpu
+    if memory is not None or arguments.disk is not None:
         fitting = (functools.partial(planned, placement, rate) for _, placement, rate in columns)
-        rows.append(["most classes that fit"] + [f"{most_classes(fit, arguments.ranks, arguments.memory, arguments.disk):,}" for fit in fitting])
+        rows.append(["most classes that fit"] + [f"{most_classes(fit, arguments.ranks, memory, arguments.disk):,}" for fit in fitting])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -152,7 +156,7 @@ def main() -> int:
     planned = commands.add_parser(
         "plan",
         help="memory and traffic of a head, for each placement",
-        description="Memory is that of the CPU device, whose precision is f32. Traffic is what one rank passes to collectives.",
+        description="Of a head on a CPU, or with --gpu on a GPU, which need not be there. Traffic is what one rank passes to collectives.",
     )
     planned.add_argument("--classes", type=int, required=True, help="num_classes, over all ranks")
     planned.add_argument("--dim", type=int, default=512, help="embedding_dim (%(default)s)")
@@ -161,11 +165,12 @@ def main() -> int:
     planned.add_argument("--rate", type=float, default=1.0, help="sample_rate (%(default)s)")
     planned.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     planned.add_argument("--row-update", choices=("lazy", "dense"), default="lazy")
-    planned.add_argument("--precision", choices=("auto", "f32", "half"), default="auto", help="half: the traffic of a GPU")
+    planned.add_argument("--precision", choices=("auto", "f32", "half"), default="auto", help="auto: f32 on a CPU, half on a GPU")
     planned.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of class centers and optimizer state")
     planned.add_argument("--residency", choices=("device", "file"), default="device", help="file: rows on disk")
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
     planned.add_argument("--memory", type=room, metavar="SIZE", help="of a rank, such as 24GiB: also says how many classes fit")
+    planned.add_argument("--gpu", type=room, metavar="SIZE", help="of a rank, such as 80GB: of a head on a GPU, and how many classes fit")
     planned.add_argument("--disk", type=room, metavar="SIZE", help="of a rank, such as 500GB, for rows on disk: the same")
     converted = commands.add_parser(
         "convert",

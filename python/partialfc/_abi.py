@@ -204,9 +204,9 @@ class pfc_head_options(Structure):
         # PFC_BF16. In f16 each row is scaled by a power of two so that it cannot overflow or underflow;
         # gradients are not affected. (default: auto)
         ("gather_dtype", c_int32),
-        # The type W is stored in: PFC_F32 or, on the CPU, PFC_BF16, which takes half the memory. Updates
-        # are rounded at random there, so that small ones count; the bits are those of seed, update and
-        # class, whatever the ranks and threads. (default: f32)
+        # The type W is stored in: PFC_F32 or PFC_BF16, which takes half the memory. Updates are rounded
+        # at random there, so that small ones count; the bits are those of seed, update and class,
+        # whatever the ranks and threads. (default: f32)
         ("weight_dtype", c_int32),
         # The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
         # at random. (default: f32)
@@ -1725,18 +1725,38 @@ def declare(library):
     function.argtypes = [POINTER(pfc_head_options), c_uint32, c_uint64, POINTER(pfc_plan_report)]
     function.__doc__ = """pfc_plan(options, ranks, batch, report)
 
-    Predicts the memory and the traffic of a head, before it is made. Not collective.
+    Predicts the memory and the traffic of a head on the CPU device, before it is made. Not
+    collective.
 
-    Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if
-    precision is auto. For the traffic of a CUDA device set precision to what it computes in (half,
-    unless you choose f32), and batch to max_batch: a CUDA device always passes max_batch rows to
-    the collectives, whatever the batch is. With max_batch 0 both are those of a head that has had
-    such a batch. What pfc_head_accumulate takes is not in it.
+    Memory is that of precision f32. Traffic is that of the precision; auto is f32. With max_batch
+    0 both are those of a head that has had such a batch. What pfc_head_accumulate takes is not in
+    it.
 
     @param options the options of the head
     @param ranks number of ranks
     @param batch rows on each rank
     @param report prepared with pfc_plan_report_init; written
+    """
+
+    function = library.pfc_plan_cuda
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_head_options), c_uint32, c_uint64, c_uint64, POINTER(pfc_plan_report)]
+    function.__doc__ = """pfc_plan_cuda(options, ranks, batch, gpu_memory, report)
+
+    The same for a head on a CUDA device, which need not be there. Precision auto is half, and
+    traffic is that of max_batch rows: a CUDA device always passes as many to the collectives.
+
+    The head fits if total_bytes is at most gpu_memory. Sizes are those on a GPU of 132
+    multiprocessors, such as an H100; the kernels and the driver take some hundred MB beside them.
+
+    @param options the options of the head
+    @param ranks number of ranks, each with a GPU of its own
+    @param batch rows on each rank
+    @param gpu_memory bytes of the GPU that are free for the head. With workspace_limit 0 the
+      softmax numerators are kept where three quarters of what class centers and state leave hold
+      them; 0 is the least that a head can do with.
+    @param report prepared with pfc_plan_report_init; written
+    @return as pfc_plan; UNSUPPORTED for options that no CUDA device takes
     """
 
     function = library.pfc_set_log

@@ -118,19 +118,23 @@ class Plan:
     storage_bytes: int
 
 
-def plan(num_classes: int, embedding_dim: int, *, ranks: int = 1, batch: int, **options) -> Plan:
+def plan(num_classes: int, embedding_dim: int, *, ranks: int = 1, batch: int, gpu_memory: int | None = None, **options) -> Plan:
     """Predicts the memory and the traffic of a head, before it is made. Not collective.
 
-    Memory is that of the CPU device. Traffic is that of the CPU device if precision is "auto"; for a GPU's set
-    precision to "half", or to "f32" if the head is to have that.
+    It is that of a head on a CPU; with `gpu_memory` of one on a GPU, which need not be there.
 
     Args:
         ranks: number of ranks.
         batch: rows on each rank.
+        gpu_memory: bytes of a rank's GPU that are free for the head.
         options: as of `Head`.
     """
     values = {"num_classes": num_classes, "embedding_dim": embedding_dim, "max_batch": batch, **options}
     report = _abi.pfc_plan_report()
     check(lib.pfc_plan_report_init_sized(ctypes.byref(report), ctypes.sizeof(report)))
-    check(lib.pfc_plan(ctypes.byref(fill(values)), ranks, batch, ctypes.byref(report)))
+    filled = ctypes.byref(fill(values))
+    if gpu_memory is None:
+        check(lib.pfc_plan(filled, ranks, batch, ctypes.byref(report)))
+    else:
+        check(lib.pfc_plan_cuda(filled, ranks, batch, gpu_memory, ctypes.byref(report)))
     return Plan(*(getattr(report, field.name) for field in dataclasses.fields(Plan)))

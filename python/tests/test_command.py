@@ -83,6 +83,23 @@ def test_plan_of_what_fits():
     assert "'24' is no size" in command(*where, "--memory", "24", code=2)
 
 
+def test_plan_of_a_gpu():
+    where = ("plan", "--classes", "10_000_000", "--ranks", "8", "--rate", "0.1")
+    text = command(*where, "--gpu", "80GB")
+    lines = {line[:27].strip(): line[27:].split() for line in text.splitlines()}
+    on_gpu = partialfc.plan(10_000_000, 512, ranks=8, batch=128, sample_rate=0.1, gpu_memory=80 * 10**9)
+    assert lines["memory of a rank"][2:4] == [f"{on_gpu.total_bytes / 1e9:.2f}", "GB"]
+    assert on_gpu.total_bytes != partialfc.plan(10_000_000, 512, ranks=8, batch=128, sample_rate=0.1).total_bytes
+    most = int(lines["most classes that fit"][1].replace(",", ""))
+
+    def planned(classes: int) -> partialfc.Plan:
+        return partialfc.plan(classes, 512, ranks=8, batch=128, sample_rate=0.1, gpu_memory=80 * 10**9)
+
+    assert planned(most).total_bytes <= 80e9 < planned(most + 8).total_bytes
+    assert "give it or --gpu" in command(*where, "--gpu", "80GB", "--memory", "24GiB", code=1)
+    assert "residency must be device" in command(*where, "--gpu", "80GB", "--residency", "file", code=1)
+
+
 def test_plan_of_rows_in_a_file():
     where = ("plan", "--classes", "10_000_000", "--rate", "0.01", "--dtype", "bf16")
     assert "file of a rank" not in command(*where)

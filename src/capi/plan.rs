@@ -70,11 +70,9 @@ pub unsafe extern "C" fn pfc_plan_report_init_sized(report: *mut pfc_plan_report
     boundary(|| init_sized(report, struct_size))
 }
 
-/// Predicts the memory and the traffic of a head, before it is made. Not collective.
+/// Predicts the memory and the traffic of a head on the CPU device, before it is made. Not collective.
 ///
-/// Memory is that of the CPU device, whose precision is f32. Traffic is that of the CPU device if precision is auto. For the
-/// traffic of a CUDA device set precision to what it computes in (half, unless you choose f32), and batch to max_batch: a CUDA
-/// device always passes max_batch rows to the collectives, whatever the batch is. With max_batch 0 both are those of a head that has
+/// Memory is that of precision f32. Traffic is that of the precision; auto is f32. With max_batch 0 both are those of a head that has
 /// had such a batch. What pfc_head_accumulate takes is not in it.
 ///
 /// @param options the options of the head
@@ -88,9 +86,36 @@ pub unsafe extern "C" fn pfc_plan(
     batch: u64,
     report: *mut pfc_plan_report,
 ) -> pfc_status {
-    boundary(|| {
-        let plan = plan::plan(&read_sized(options)?.to_options()?, ranks, batch)?;
-        let value = pfc_plan_report {
+    boundary(|| write_sized(report, plan::plan(&read_sized(options)?.to_options()?, ranks, batch)?.into()))
+}
+
+/// The same for a head on a CUDA device, which need not be there. Precision auto is half, and traffic is that of max_batch rows: a CUDA
+/// device always passes as many to the collectives.
+///
+/// The head fits if total_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and
+/// the driver take some hundred MB beside them.
+///
+/// @param options the options of the head
+/// @param ranks number of ranks, each with a GPU of its own
+/// @param batch rows on each rank
+/// @param gpu_memory bytes of the GPU that are free for the head. With workspace_limit 0 the softmax numerators are kept where
+///   three quarters of what class centers and state leave hold them; 0 is the least that a head can do with.
+/// @param report prepared with pfc_plan_report_init; written
+/// @return as pfc_plan; UNSUPPORTED for options that no CUDA device takes
+#[no_mangle]
+pub unsafe extern "C" fn pfc_plan_cuda(
+    options: *const pfc_head_options,
+    ranks: u32,
+    batch: u64,
+    gpu_memory: u64,
+    report: *mut pfc_plan_report,
+) -> pfc_status {
+    boundary(|| write_sized(report, plan::plan_cuda(&read_sized(options)?.to_options()?, ranks, batch, gpu_memory)?.into()))
+}
+
+impl From<plan::Plan> for pfc_plan_report {
+    fn from(plan: plan::Plan) -> pfc_plan_report {
+        pfc_plan_report {
             struct_size: 0,
             shard_rows: plan.shard_rows,
             sample_capacity: plan.sample_capacity,
@@ -106,7 +131,6 @@ pub unsafe extern "C" fn pfc_plan(
             grad_centers_bytes: plan.traffic.grad_centers,
             traffic_bytes: plan.traffic.total(),
             storage_bytes: plan.storage,
-        };
-        write_sized(report, value)
-    })
+        }
+    }
 }

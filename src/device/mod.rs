@@ -32,6 +32,7 @@ use crate::stream::StreamDevice;
 use crate::{Contribution, Result};
 
 pub(crate) use cpu::{memory_needed, storage_needed};
+pub(crate) use cuda::memory_needed as gpu_memory_needed;
 pub(crate) use nearest::keep_best;
 pub use nearest::Nearest;
 pub(crate) use sizes::sample_capacity;

@@ -9,7 +9,7 @@ use partialfc::margin::MarginGradient;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision};
 use partialfc::Status;
-use partialfc_testing::capi::{self, plan, to_c, traffic_between, Failure, Head, Rows};
+use partialfc_testing::capi::{self, plan, plan_cuda, to_c, traffic_between, Failure, Head, Rows};
 use partialfc_testing::cases::{cases, cases_of, Calls, Case, Input, Sizes};
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::gpu;
@@ -236,7 +236,7 @@ fn half_precision_of_wide_rows_is_worth_what_it_says() {
     agree(cases_of(20..=200usize, wide, 1..=20usize), 12);
 }
 
-/// What a communicator counts of a step is what the plan says: of the precision, as the plan does not know the device.
+/// What a communicator counts of a step is what the plan of a GPU says, and that of a CPU in the same precision.
 #[test]
 fn full_batches_hand_over_the_bytes_that_the_plan_names() {
     let _turn = emulator::turn(3);
@@ -247,7 +247,9 @@ fn full_batches_hand_over_the_bytes_that_the_plan_names() {
             if precision == Precision::Auto {
                 planned.precision = Precision::Half as i32;
             }
-            let report = plan(&planned, 2, 6).expect("a plan");
+            let report = plan_cuda(&to_c(&options), 2, 3, 1 << 30).expect("a plan of a GPU");
+            let of_a_cpu = plan(&planned, 2, 6).expect("a plan");
+            assert_eq!(of_a_cpu.traffic_bytes, report.traffic_bytes, "{precision:?} {gather_dtype:?}");
             let bytes = gather_dtype.map_or(if precision == Precision::F32 { 4 } else { 2 }, DType::size) as u64;
             assert_eq!(report.embeddings_bytes, 6 * 7 * bytes, "{precision:?} {gather_dtype:?}");
             on_ranks(2, |place| {

@@ -2,8 +2,9 @@
 
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
+use partialfc::Status;
 
-use partialfc_testing::capi::{options, plan, to_c, traffic_between, Device, Head, Rows};
+use partialfc_testing::capi::{options, plan, plan_cuda, to_c, traffic_between, Device, Head, Rows};
 use partialfc_testing::ranks::on_ranks;
 use partialfc_testing::training::{Batch, ADAMW};
 
@@ -119,6 +120,26 @@ fn what_moves_between_ranks_is_what_the_design_says() {
     assert_eq!((replicated.embeddings_bytes, replicated.grad_embeddings_bytes), (0, 0));
     let sampled = plan(&to_c(&HeadOptions { sample_rate: 0.3, ..base }), 8, 128).expect("a plan");
     assert_eq!(sampled.grad_centers_bytes, 3000 * 512 * 4);
+}
+
+#[test]
+fn a_plan_of_a_gpu_needs_none() {
+    let of = |options: &HeadOptions, memory: u64| plan_cuda(&to_c(options), 8, 128, memory);
+    let base = HeadOptions { sample_rate: 0.1, ..options(10_000_000, 512, 128) };
+    let wide = of(&base, 80_000_000_000).expect("a plan");
+    assert_eq!((wide.shard_rows, wide.sample_capacity, wide.storage_bytes), (1_250_000, 125_000, 0));
+    assert_eq!((wide.weight_bytes, wide.state_bytes), (1_250_000 * 512 * 4, 1_250_000 * 512 * 4));
+    // Numerators of 1,024 rows and 125,056 columns in 16 bits, or by chunks where the GPU has no room for them.
+    assert_eq!(wide.probability_bytes, 1024 * 125_056 * 2);
+    let chunked = of(&base, wide.weight_bytes + wide.state_bytes + 400_000_000).expect("a plan");
+    assert!(chunked.probability_bytes < wide.probability_bytes / 10, "{}", chunked.probability_bytes);
+    let narrow = of(&HeadOptions { weight_dtype: DType::Bf16, ..base.clone() }, 80_000_000_000).expect("a plan");
+    assert_eq!((narrow.weight_bytes, narrow.state_bytes), (wide.weight_bytes / 2, wide.state_bytes));
+    // Rows travel in f16, in full batches.
+    assert_eq!(wide.embeddings_bytes, 128 * 512 * 2);
+    let refused = of(&HeadOptions { embedding_dim: 1025, ..base }, 0).map(drop).expect_err("too wide");
+    assert_eq!(refused.status, Status::Unsupported as i32);
+    assert!(refused.message.contains("embedding_dim") && refused.message.contains("1025"), "{refused:?}");
 }
 
 #[test]

@@ -23,4 +23,5 @@ mod stateless;
 mod stream_memory;
 mod streams;
 
+pub(crate) use sizes::memory_needed;
 pub(super) use stateless::CudaDevice;

@@ -26,13 +26,22 @@ use crate::programs::scratch;
 pub const LEAST: u64 = 1;
 
 pub fn plan(options: &pfc_head_options, ranks: u32, batch: u64) -> Outcome<pfc_plan_report> {
+    // SAFETY: live options, a report that outlives the call.
+    planned(|report| unsafe { c_plan::pfc_plan(options, ranks, batch, report) })
+}
+
+pub fn plan_cuda(options: &pfc_head_options, ranks: u32, batch: u64, gpu_memory: u64) -> Outcome<pfc_plan_report> {
+    // SAFETY: as above.
+    planned(|report| unsafe { c_plan::pfc_plan_cuda(options, ranks, batch, gpu_memory, report) })
+}
+
+fn planned(plan: impl FnOnce(*mut pfc_plan_report) -> i32) -> Outcome<pfc_plan_report> {
     // SAFETY: all zeros is a value of it; the size is its own.
-    unsafe {
-        let mut report: pfc_plan_report = std::mem::zeroed();
-        outcome(c_plan::pfc_plan_report_init_sized(&mut report, std::mem::size_of::<pfc_plan_report>() as u64))?;
-        outcome(c_plan::pfc_plan(options, ranks, batch, &mut report))?;
-        Ok(report)
-    }
+    let mut report: pfc_plan_report = unsafe { std::mem::zeroed() };
+    // SAFETY: a report that outlives the call.
+    outcome(unsafe { c_plan::pfc_plan_report_init_sized(&mut report, std::mem::size_of::<pfc_plan_report>() as u64) })?;
+    outcome(plan(&mut report))?;
+    Ok(report)
 }
 
 pub struct Head {

@@ -53,6 +53,8 @@ fn null_is_refused_by_name_where_a_call_is_local() {
         refused("margin", c_types::pfc_margin_init_sized(null_mut(), 8), &["pfc_margin"]);
         refused("plan", c_plan::pfc_plan(null(), 1, 0, null_mut()), &["pfc_head_options"]);
         refused("plan", c_plan::pfc_plan(&defaults, 1, 0, null_mut()), &["pfc_plan_report"]);
+        refused("plan_cuda", c_plan::pfc_plan_cuda(null(), 1, 0, 0, null_mut()), &["pfc_head_options"]);
+        refused("plan_cuda", c_plan::pfc_plan_cuda(&defaults, 1, 0, 0, null_mut()), &["pfc_plan_report"]);
         refused("create", c_head::pfc_head_create(device.0, null_mut(), &defaults, &mut null_mut()), &["comm"]);
 
         let none: *mut c_head::pfc_head = null_mut();

@@ -24,9 +24,8 @@ use self::verdict::ReportedFailure;
 use super::context::Gpu;
 use super::driver::{DeviceBuffer, MemorySpace, PinnedBuffer};
 use super::nearest::CenterSource;
-use super::products::LARGEST_DIM;
 use super::shared_structs::{fault, HeadArrays, MatrixView, StepBlock};
-use super::sizes::{fuses_update, HeadMemory, Sizes};
+use super::sizes::{check_options, fuses_update, HeadMemory, Sizes};
 use super::staging::{self, Staging};
 use super::streams::{HeadStreams, StreamRole};
 use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures, UpdateCall};
@@ -36,7 +35,7 @@ use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
 use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
-use crate::{ensure, Contribution, Error, Result};
+use crate::{Contribution, Error, Result};
 
 /// Multiprocessors that the center gradient leaves to the collectives beside it.
 const RESERVED_BESIDE_GRADIENT: u32 = 8;
@@ -98,13 +97,7 @@ pub(super) struct CudaHead {
 
 impl CudaHead {
     pub fn new(gpu: Arc<Gpu>, spec: HeadSpec) -> Result<CudaHead> {
-        ensure!(
-            spec.options.embedding_dim <= LARGEST_DIM,
-            Unsupported,
-            "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
-            spec.options.embedding_dim
-        );
-        spec.options.require_rows_on_device("the CUDA device")?;
+        check_options(&spec.options)?;
         let sizes = Sizes::new(&spec, gpu.capacity()?, 0)?;
         let memory = HeadMemory::allocate(&sizes, &gpu.stream)?;
         let max_batch = spec.options.max_batch as usize;

@@ -9,10 +9,11 @@ mod tests;
 
 use self::arrays::Array;
 use super::context::GpuCapacity;
+use super::products::LARGEST_DIM;
 use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
 use crate::matrix::DType;
-use crate::options::RowUpdate;
+use crate::options::{HeadOptions, RowUpdate};
 use crate::{ensure, Result};
 
 pub(super) use allocation::{HeadMemory, LargerArrays, Replaced};
@@ -25,6 +26,27 @@ pub(super) struct Sizes {
     spec: HeadSpec,
     pub capacities: Capacities,
     pub chunks: Chunks,
+}
+
+/// Multiprocessors of the GPU that is planned for: an H100 or H200.
+const PLANNED_MULTIPROCESSORS: u32 = 132;
+
+/// Refuses the options that no CUDA device takes.
+pub(super) fn check_options(options: &HeadOptions) -> Result<()> {
+    ensure!(
+        options.embedding_dim <= LARGEST_DIM,
+        Unsupported,
+        "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
+        options.embedding_dim
+    );
+    options.require_rows_on_device("the CUDA device")
+}
+
+/// What a head takes, on the rank that owns most, of a GPU that has so many bytes for it.
+pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, free_memory: u64) -> Result<Memory> {
+    check_options(options)?;
+    let spec = HeadSpec { options: options.clone(), ranks, rank: 0, shard: options.shard(ranks, 0) };
+    Ok(Sizes::new(&spec, GpuCapacity { multiprocessors: PLANNED_MULTIPROCESSORS, free_memory }, 0)?.memory())
 }
 
 /// Whether the center gradient's kernel updates the rows; otherwise it writes their gradient, and another kernel updates them.

@@ -124,6 +124,11 @@ fn arrays_follow_the_options() {
         assert_eq!(sizes.capacities.gather_dtype, dtype, "{precision:?} {gather:?}");
         assert_eq!(bytes(&sizes, "send_scales"), if dtype == DType::F16 { 40 } else { 0 }, "{precision:?} {gather:?}");
     }
+    for sizes in [&sharded, &replicated, &narrow] {
+        let HeadSpec { options, ranks, .. } = &sizes.spec;
+        let planned = memory_needed(options, *ranks, H200.free_memory).expect("a plan");
+        assert_eq!((planned.weight, planned.total()), (sizes.memory().weight, sizes.memory().total()), "{options:?}");
+    }
     let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
     assert_eq!(more.capacities.sample, 384);
 }
