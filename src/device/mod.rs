@@ -189,7 +189,7 @@ pub trait HeadDevice: Send {
         false
     }
     /// Whether the failure that `judge_sums` or `wait` gave ends the head: announcements that differ, or rows that an update
-    /// took out of float32.
+    /// took out of its type.
     fn is_fatal(&self) -> bool {
         false
     }
@@ -244,10 +244,10 @@ pub trait HeadDevice: Send {
     fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
     /// Overwrites rows of this rank's shard: DEVICE where some are written and some are not, else all or none.
     fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
-    /// Updates that have moved rows. Waits for the device.
-    fn updates(&mut self) -> Result<u64>;
-    /// Brings every dense row to now. What comes of a row is the same as if it were done later.
+    /// Brings every dense row to now. Rows in float32 come to the same if it is done later; those in bf16 are rounded now.
     fn catch_up(&mut self) -> Result<()>;
+    /// Updates that have moved rows, all of which have been brought to now. Waits for the device.
+    fn updates(&mut self) -> Result<u64>;
     /// Takes the rows, all of them brought to now, as those after update `updates`.
     fn set_updates(&mut self, updates: u64) -> Result<()>;
     /// For each query its `k` nearest class centers of the shard, k at most its rows.

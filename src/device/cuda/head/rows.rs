@@ -104,20 +104,24 @@ impl CudaHead {
         self.gpu.stream.synchronize()
     }
 
-    /// Updates done by steps that did not fail: the host counts those that it has enqueued.
+    /// Updates done by steps that did not fail: the host counts those that it has enqueued. Afterwards it has the same count, so that its
+    /// sweeps of dense rows, none of which is behind, come when those of a head do that is loaded from here.
     pub(super) fn applied_updates(&mut self) -> Result<u64> {
         self.pending_error()?;
         self.join(StreamRole::Main, StreamRole::Centers);
         let ledger = self.ledger()?;
         self.check_rows(&ledger)?;
+        self.updates = ledger.updates;
         Ok(ledger.updates)
     }
 
     /// Brings every dense row to now.
     pub(super) fn catch_up_all(&mut self) -> Result<()> {
         if self.dense() {
-            let (arrays, all) = (self.arrays(), u64::MAX);
+            let (arrays, all, next) = (self.arrays(), u64::MAX, self.next());
             run!(self, Centers, catch_up_rows, (arrays, all));
+            // Rows in bf16 are rounded by that: what was gathered of them is stale.
+            self.drafts[next].gathered = false;
         }
         self.pending_error()
     }
