@@ -5,9 +5,10 @@
 //     after the latest update
 //
 // Fused: the row's replay, its norm, both operands. The gather brings a copy up to date, never the
-// row itself: gathering twice changes nothing. Floor of a gather: 4 d bytes read and 4 d (half) or
-// 6 d (f32) written a row, 512 MB for 125000 rows of 512 in half; dense rows that are behind also
-// read their state. Agrees with src/device/cpu/rows.rs and `gather` of src/device/cpu/products.rs.
+// row itself: gathering twice changes nothing. Floor of a gather: 4 d bytes read, in bf16 2 d, and
+// 4 d (half) or 6 d (f32) written a row, 512 MB for 125000 rows of 512 in half; dense rows that are
+// behind also read their state. Agrees with src/device/cpu/rows.rs and `gather` of
+// src/device/cpu/products.rs.
 #include "replay.h"
 
 namespace {
@@ -97,7 +98,7 @@ PFC_KERNEL(read_rows, (const PFC_GRID_CONSTANT HeadArrays head, int32_t tensor, 
 // Overwrites rows of one tensor, in bf16 with the nearest; the other tensors of a dense row are
 // brought up to date first.
 // launch: write_rows blocks 4 per SM threads 256 shared 0
-// gate: write_rows registers <= 88
+// gate: write_rows registers <= 96
 PFC_KERNEL(write_rows,
            (const PFC_GRID_CONSTANT HeadArrays head, int32_t tensor, uint32_t first,
             MatrixView in)) {

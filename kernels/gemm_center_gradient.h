@@ -5,10 +5,11 @@
 //   then epilogue/center_gradient.h: targets, backward of the normalization, SGD or AdamW (or dW^
 //   is stored)
 //
-// `fuse` 1: lazy rows are updated in place by *rule, and center_squares[column] holds the sum of
-// squares of the gradient. `fuse` 0: dW^, times the loss weight, goes to center_gradient[column -
-// first] (sharded: a chunk's buffer) or [column] (replicated: the ranks add whole gradients), and
-// the kernel that reads it there does the backward of the normalization. Dense rows take fuse 0.
+// `fuse` 1: lazy rows in float32 are updated in place by *rule, and center_squares[column] holds
+// the sum of squares of the gradient. `fuse` 0: dW^, times the loss weight, goes to
+// center_gradient[column - first] (sharded: a chunk's buffer) or [column] (replicated: the ranks add
+// whole gradients), and the kernel that reads it there does the backward of the normalization. Dense
+// rows and rows in bf16 take fuse 0.
 // Fused: the target's gradient, loss weight; fuse 1: row dot, normalize backward, optimizer.
 // Floor: 2 B S d flop (f32: 6 times that); bytes: P and E' once; fuse 1: W and its state read and
 // written; fuse 0: 4 S d of dW^.

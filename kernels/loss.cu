@@ -379,7 +379,8 @@ PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
 // Writes this rank's terms of the sums message, also for a failed step: the other ranks wait for
 // them. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
 // no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
-// other ranks' hosts read both. A rank whose update has left float32 fails here, at the latest.
+// other ranks' hosts read both. A rank whose update took a row out of its type fails here,
+// at the latest.
 // launch: pack_sums blocks 1 threads 256 shared 272
 // gate: pack_sums registers <= 128
 PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status,

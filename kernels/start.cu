@@ -3,8 +3,9 @@
 //
 // Columns 4k to 4k + 3 come from Philox with key = seed and counter = (class lo, class hi, k, 1 <<
 // 24): its words, in pairs, through Box and Muller. Bit for bit src/random.rs start_values: every
-// operation is rounded by itself, so that no compiler may contract. Floor: shard_rows * d * 4 bytes
-// written, 256 MB for 125000 rows of 512; once in a head's life.
+// operation is rounded by itself, so that no compiler may contract. In bf16 the nearest is stored.
+// Floor: shard_rows * d * 4 bytes written, in bf16 2; 256 MB for 125000 rows of 512 in float32;
+// once in a head's life.
 #include "stored.h"
 
 namespace {

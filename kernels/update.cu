@@ -229,7 +229,7 @@ PFC_KERNEL(accumulate_rows,
 // Updates the rows that have an accumulated gradient, and leaves no gradient behind. An update that
 // is skipped only does the latter.
 // launch: apply_accumulated blocks 4 per SM threads 256 shared 0
-// gate: apply_accumulated registers <= 104
+// gate: apply_accumulated registers <= 112
 PFC_KERNEL(apply_accumulated, (const PFC_GRID_CONSTANT HeadArrays head,
                                const PFC_GRID_CONSTANT Accumulated accumulated)) {
     const uint32_t lane = threadIdx.x % 32, count = accumulated.counts[0];

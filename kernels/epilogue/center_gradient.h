@@ -9,9 +9,9 @@
 //
 // Rows' dot products are added by quad shuffle, then over the eight warps in order, through shared
 // memory. W is read twice, for the dot and for the update; the second time it is in the cache.
-// It stores dW^ * loss weight / valid rows without the backward of the normalization, in two cases.
-// Dense rows lag behind, so that the current row is not in memory here. Replicated ranks add up
-// their dW^ first.
+// It stores dW^ * loss weight / valid rows without the backward of the normalization, in three
+// cases. Dense rows lag behind, so that the current row is not in memory here. Rows in bf16 are
+// rounded by the kernel that updates them. Replicated ranks add up their dW^ first.
 //
 // One CTA fills the SM, so that nothing hides this epilogue's latency. It must not wait for one
 // value after the other: rows come through the pipeline's memory, see epilogue/row_pipeline.h.

@@ -170,7 +170,7 @@ def main() -> int:
     planned.add_argument("--residency", choices=("device", "file"), default="device", help="file: rows on disk")
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
     planned.add_argument("--memory", type=room, metavar="SIZE", help="of a rank, such as 24GiB: also says how many classes fit")
-    planned.add_argument("--gpu", type=room, metavar="SIZE", help="of a rank, such as 80GB: of a head on a GPU, and how many classes fit")
+    planned.add_argument("--gpu", type=room, metavar="SIZE", help="memory of each rank's GPU, such as 80GB: plans for GPUs")
     planned.add_argument("--disk", type=room, metavar="SIZE", help="of a rank, such as 500GB, for rows on disk: the same")
     converted = commands.add_parser(
         "convert",

@@ -89,19 +89,21 @@ pub unsafe extern "C" fn pfc_plan(
     boundary(|| write_sized(report, plan::plan(&read_sized(options)?.to_options()?, ranks, batch)?.into()))
 }
 
-/// The same for a head on a CUDA device, which need not be there. Precision auto is half, and traffic is that of max_batch rows: a CUDA
-/// device always passes as many to the collectives.
+/// Predicts the memory and the traffic of a head on a CUDA device, which need not be there. Not collective.
 ///
-/// The head fits if total_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and
-/// the driver take some hundred MB beside them.
+/// Precision auto is half. Traffic is that of max_batch rows: a CUDA device always passes as many to the collectives. The head fits if
+/// total_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take
+/// some hundred MB beside them.
 ///
 /// @param options the options of the head
 /// @param ranks number of ranks, each with a GPU of its own
 /// @param batch rows on each rank
-/// @param gpu_memory bytes of the GPU that are free for the head. With workspace_limit 0 the softmax numerators are kept where
-///   three quarters of what class centers and state leave hold them; 0 is the least that a head can do with.
+/// @param gpu_memory bytes of the GPU that are free for the head. With workspace_limit 0 the workspace may have three quarters of
+///   what class centers and state leave of it: softmax numerators that do not fit are computed twice, by chunks. Then
+///   probability_bytes is one chunk. With 0 the report is of the least that a head can do with. A workspace_limit takes its place.
 /// @param report prepared with pfc_plan_report_init; written
-/// @return as pfc_plan; UNSUPPORTED for options that no CUDA device takes
+/// @return INVALID_ARGUMENT for options that no head can have, no ranks, a batch beyond max_batch, a workspace_limit that is too
+///   small or more rows or classes than a GPU numbers in 32 bits; UNSUPPORTED for options that no CUDA device takes
 #[no_mangle]
 pub unsafe extern "C" fn pfc_plan_cuda(
     options: *const pfc_head_options,

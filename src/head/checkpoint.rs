@@ -155,7 +155,7 @@ impl Head {
                 let rows = self.staged_rows().min((own.rows - first) as usize);
                 let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &staged.matrix(dtype, rows));
                 self.prefer_comm_failure(read)?;
-                // Dense rows may have left float32 since the last update looked at them, and no load would take them.
+                // Dense rows may have left their type since the last update looked at them, and no load would take them.
                 if let Some(at) = staged.not_finite(dtype, rows) {
                     let class = own.first + first + (at / dim) as u64;
                     return Err(error!(NotFinite, "{name} of class {class} is not finite, and could not be loaded again"));

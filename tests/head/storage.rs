@@ -8,9 +8,9 @@ use partialfc::random::{rounding_key, Purpose};
 use partialfc::rounding;
 use partialfc::Status;
 use partialfc_testing::capi::{
-    on_cuda, options, plan, to_c, Comm, Device, Head, Rows, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT,
+    on_cuda, options, plan, to_c, Comm, Device, Head, Rows, LEAST, PFC_STATE_MOMENTUM, PFC_STATE_SECOND_MOMENT,
 };
-use partialfc_testing::numbers::relative_l2;
+use partialfc_testing::numbers::{assert_close, relative_l2};
 use partialfc_testing::ranks::{on_ranks, Rank};
 use partialfc_testing::safetensors;
 use partialfc_testing::training::{assert_same_bits, train_step, ways_to_update, Trace};
@@ -145,6 +145,16 @@ fn a_run_stays_near_that_of_float32() {
         // A unit in the last place is 0.8 % of a number, and some elements hardly move.
         assert!(apart > 0.0 && apart < 0.05, "{apart} of the way: {options:?}");
     }
+}
+
+/// The numerators are computed twice, by chunks: each has its own gradient of the class centers.
+#[test]
+fn a_sample_of_several_chunks_is_updated_by_each() {
+    let whole = stored(&HeadOptions { sample_rate: 0.7, ..options(400, DIM, 8) }, DType::Bf16, DType::Bf16);
+    let chunked = HeadOptions { workspace_limit: LEAST, ..whole.clone() };
+    let [whole, chunked] = [whole, chunked].map(|options| trained(&options, 1, 2, 2).swap_remove(0));
+    assert_eq!(whole.samples, chunked.samples);
+    assert_close("class centers", &chunked.centers(), &whole.centers(), 1e-3);
 }
 
 #[test]

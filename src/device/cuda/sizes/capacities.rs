@@ -9,7 +9,7 @@ use crate::{ensure, Result};
 
 /// Operands are zero from d up to a multiple of it: the depth of the products' widest stage.
 pub(in crate::device::cuda) const DEPTH_MULTIPLE: u64 = 64;
-/// Rows of W and of the state begin on 16 bytes.
+/// Four columns of a row of W or of the state are read at once, aligned.
 const MASTER_MULTIPLE: u64 = 4;
 /// Updates that a dense row may be behind before all rows are brought up to date: 40 bytes each.
 const HISTORY: u64 = 4096;
