@@ -9,6 +9,19 @@ use crate::capi::Comm;
 /// A wait that no test reaches unless something hangs, on a machine with ten times as many programs as cores either.
 pub const LONG: Duration = Duration::from_secs(240);
 
+/// Runs ranks of which some wait in vain. Their deadline is for what is sound before that, too, which takes as long as the machine is busy:
+/// where it was `too_short` they run again, with a longer one. Gives the deadline, and what came of it.
+pub fn with_ample_time<T>(run: impl Fn(Duration) -> T, too_short: impl Fn(&T) -> bool) -> (Duration, T) {
+    let mut deadline = Duration::from_secs(5);
+    loop {
+        let outcome = run(deadline);
+        if deadline >= LONG || !too_short(&outcome) {
+            return (deadline, outcome);
+        }
+        deadline *= 4;
+    }
+}
+
 /// One rank's place in the group.
 pub struct Rank {
     pub rank: usize,

@@ -15,7 +15,7 @@ use partialfc_testing::capi::{options, outcome, plan, to_c, traffic_between, Com
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::{gpu_apart, gpu_number, Remote};
 use partialfc_testing::nccl::{self, Fault};
-use partialfc_testing::ranks::{on_comms, Rank};
+use partialfc_testing::ranks::{on_comms, with_ample_time, Rank};
 use partialfc_testing::training::{assert_same_bits, learning_rate, Batch, Trace, ADAMW};
 
 const RANKS: usize = 2;
@@ -198,19 +198,25 @@ fn a_loss_on_the_gpu_that_never_comes_is_a_timeout() {
     let options = placements()[3].clone();
     // The creation's agreement is operation 0, of the next step labels are 1, embeddings 2, sums 3, gradient 4.
     for operation in 1..=4 {
-        standin.plan(1, operation, Fault::Hang);
-        let failures = on_comms(nccl::group(RANKS), |place| {
-            let mut head = Head::new(&gpu_apart(), &place.comm, &options);
-            // Long enough for the sound operations before it on a busy machine.
-            place.comm.set_timeout(Duration::from_secs(5));
-            let step = arrays(&options, place.rank, 0);
-            let failure = enqueue(&head, &step).and_then(|()| head.wait()).and_then(|()| place.comm.barrier()).err();
-            (failure, head.wait().err(), head.read_centers(0, 0).err())
+        let run = |deadline: Duration| {
+            standin.plan(1, operation, Fault::Hang);
+            on_comms(nccl::group(RANKS), |place| {
+                let mut head = Head::new(&gpu_apart(), &place.comm, &options);
+                place.comm.set_timeout(deadline);
+                let step = arrays(&options, place.rank, 0);
+                let failure = enqueue(&head, &step).and_then(|()| head.wait()).and_then(|()| place.comm.barrier()).err();
+                (failure, head.wait().err(), head.read_centers(0, 0).err())
+            })
+        };
+        let named = format!("#{} did not finish", operation + 1);
+        let (_, failures) = with_ample_time(run, |failures| {
+            let told = failures[1].0.as_ref();
+            told.is_some_and(|told| told.status == Status::Timeout as i32 && !told.message.contains(&named))
         });
         let (told, again, read) = &failures[1];
         let told = told.as_ref().expect("the planted rank's");
         assert_eq!(told.status, Status::Timeout as i32, "operation {operation}: {told:?}");
-        assert!(told.message.contains(&format!("#{} did not finish", operation + 1)), "operation {operation}: {told:?}");
+        assert!(told.message.contains(&named), "operation {operation}: {told:?}");
         for later in [again, read] {
             assert_eq!(later.as_ref().expect("poisoned").status, Status::Poisoned as i32, "operation {operation}");
         }
