@@ -32,8 +32,8 @@ pub(super) struct Array {
     pub assign: fn(&mut HeadArrays, *mut u8),
 }
 
-/// Every array there is; those that the options leave out have no bytes.
-pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> Vec<Array> {
+/// Gives every array there is to `take`; those that the options leave out have no bytes.
+pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, take: &mut dyn FnMut(Array)) {
     use Purpose::{Activation, Probability, State, Weight};
 
     let options = &spec.options;
@@ -55,10 +55,9 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     };
     let master = times(&[shard_rows, capacities.master_pitch]);
 
-    let mut list = Vec::new();
     macro_rules! array {
         ($purpose:ident, $copies:literal, $($field:ident $([$index:literal])?),+: $type:ty, $count:expr) => {
-            list.push(Array {
+            take(Array {
                 name: first_of!($($field),+),
                 bytes: times(&[$count, std::mem::size_of::<$type>() as u64]),
                 copies: $copies,
@@ -140,22 +139,19 @@ pub(super) fn list(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks) -> 
     array!(State, 1, last_update: u32, only(dense, shard_rows));
     array!(Activation, 1, rule: Rule, 1);
     array!(State, 1, missed_updates: MissedUpdates, capacities.history);
-    list
 }
 
-/// The bytes of the arrays, by purpose.
-pub(super) fn memory(arrays: &[Array]) -> Memory {
-    let mut memory = Memory::default();
-    for array in arrays {
-        let total = match array.purpose {
+impl Array {
+    /// Adds its bytes to those of its purpose.
+    pub fn count_into(&self, memory: &mut Memory) {
+        let total = match self.purpose {
             Purpose::Weight => &mut memory.weight,
             Purpose::State => &mut memory.state,
             Purpose::Activation => &mut memory.activation,
             Purpose::Probability => &mut memory.probability,
         };
-        *total = total.saturating_add(times(&[array.bytes, array.copies as u64]));
+        *total = total.saturating_add(times(&[self.bytes, self.copies as u64]));
     }
-    memory
 }
 
 macro_rules! first_of {

@@ -98,11 +98,16 @@ impl Sizes {
     }
 
     fn list(&self) -> Vec<Array> {
-        arrays::list(&self.spec, &self.capacities, self.chunks)
+        let mut list = Vec::new();
+        arrays::each(&self.spec, &self.capacities, self.chunks, &mut |array| list.push(array));
+        list
     }
 
+    /// Without a list: a plan is to be had where memory is short.
     pub fn memory(&self) -> Memory {
-        arrays::memory(&self.list())
+        let mut memory = Memory::default();
+        arrays::each(&self.spec, &self.capacities, self.chunks, &mut |array| array.count_into(&mut memory));
+        memory
     }
 
     /// Bytes beside W and the state, which the workspace limit is about.
