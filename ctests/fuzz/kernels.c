@@ -277,6 +277,17 @@ static void update(struct draws *d, pfc_device *device, const struct shape *s) {
   drop(&ids);
 }
 
+/* What a plan wrote over `was`. */
+static void judge_plan(pfc_status status, const pfc_plan_report *report,
+                       const pfc_plan_report *was) {
+  if (status != PFC_OK && memcmp(report, was, sizeof *report) != 0)
+    finding("a plan wrote and failed");
+  if (status == PFC_OK && report->struct_size >= sizeof *report &&
+      (report->total_bytes < report->weight_bytes || report->total_bytes < report->state_bytes ||
+       report->traffic_bytes < report->embeddings_bytes))
+    finding("a sum of a plan overflows");
+}
+
 static void plan(struct draws *d) {
   pfc_head_options o = options_of(d, 1 + (int)below(d, MOST_RANKS));
   pfc_plan_report report, was;
@@ -292,23 +303,11 @@ static void plan(struct draws *d) {
   uint64_t batch = chance(d, 100) ? UINT64_MAX : below(d, (o.max_batch == 0 ? 4096 : o.max_batch) + 1);
   if (chance(d, 50)) report.struct_size = ONE_OF(d, uint64_t, 0, 8, 40, UINT64_MAX);
   was = report;
-  pfc_status status = DO(pfc_plan, &o, ranks, batch, &report);
-  if (status != PFC_OK && memcmp(&report, &was, sizeof report) != 0)
-    finding("pfc_plan wrote and failed");
-  if (status == PFC_OK && report.struct_size >= sizeof report &&
-      (report.total_bytes < report.weight_bytes || report.total_bytes < report.state_bytes ||
-       report.traffic_bytes < report.embeddings_bytes))
-    finding("a sum of pfc_plan overflows");
+  judge_plan(DO(pfc_plan, &o, ranks, batch, &report), &report, &was);
   must_fail("pfc_plan", DO(pfc_plan, &o, ranks, batch, NULL));
   uint64_t gpu = chance(d, 200) ? ONE_OF(d, uint64_t, 0, 1, UINT64_MAX) : 1ull << below(d, 40);
   was = report;
-  status = DO(pfc_plan_cuda, &o, ranks, batch, gpu, &report);
-  if (status != PFC_OK && memcmp(&report, &was, sizeof report) != 0)
-    finding("pfc_plan_cuda wrote and failed");
-  if (status == PFC_OK && report.struct_size >= sizeof report &&
-      (report.total_bytes < report.weight_bytes || report.total_bytes < report.state_bytes ||
-       report.traffic_bytes < report.embeddings_bytes))
-    finding("a sum of pfc_plan_cuda overflows");
+  judge_plan(DO(pfc_plan_cuda, &o, ranks, batch, gpu, &report), &report, &was);
   must_fail("pfc_plan_cuda", DO(pfc_plan_cuda, &o, ranks, batch, gpu, NULL));
 }
 
