@@ -201,9 +201,10 @@ fn a_loss_on_the_gpu_that_never_comes_is_a_timeout() {
         let run = |deadline: Duration| {
             standin.plan(1, operation, Fault::Hang);
             on_comms(nccl::group(RANKS), |place| {
-                let mut head = Head::new(&gpu_apart(), &place.comm, &options);
+                // The head goes before the arrays: it waits for the work under way, which uses them.
+                let (device, step) = (gpu_apart(), arrays(&options, place.rank, 0));
+                let mut head = Head::new(&device, &place.comm, &options);
                 place.comm.set_timeout(deadline);
-                let step = arrays(&options, place.rank, 0);
                 let failure = enqueue(&head, &step).and_then(|()| head.wait()).and_then(|()| place.comm.barrier()).err();
                 (failure, head.wait().err(), head.read_centers(0, 0).err())
             })
