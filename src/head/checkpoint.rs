@@ -119,8 +119,7 @@ impl Head {
 
     /// W and the optimizer's tensors, in the types that the head stores them in.
     fn tensors(&self) -> Vec<Tensor> {
-        let dtypes = [self.options.weight_dtype, self.options.state_dtype, self.options.state_dtype];
-        let all = TENSORS.into_iter().zip(dtypes).map(|(name, dtype)| Tensor { name, dtype });
+        let all = TENSORS.into_iter().zip(STATE).map(|(name, tensor)| Tensor { name, dtype: self.options.stored_dtype(tensor) });
         all.take(1 + self.options.optimizer.state_tensors()).collect()
     }
 
