@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What saving and loading a head costs, beside plain transfers of as many bytes by the same disk.
 
-    benches/checkpoint.py [--classes 1000000] [--dim 512] [--repeats 3] [--folder .]
+    benches/checkpoint.py [--classes 1000000] [--dim 512] [--dtype f32] [--residency device] [--repeats 3] [--folder .]
 
-Needs room for twice the rows and their momentum, 8 bytes a number. Three rates a line, in MB/s, and what saves and
-loads are of the first two: `buffered` writes pieces of 4 MiB and flushes, or reads them; `direct` does so
-past the page cache, one at a time. Before each read the files leave the cache, if the system lets us.
+Needs room for twice the rows and their momentum, 8 bytes a number in f32; with `--residency file` three times. Three
+rates a line, in MB/s, and what saves and loads are of the first two: `buffered` writes pieces of 4 MiB and flushes, or
+reads them; `direct` does so past the page cache, one at a time. Last what the head's call read from the disk and wrote
+to it, as Linux counts it. Before each read the files leave the cache, if the system lets us. A save and a load that are
+not measured come first, so that no row is a start value any more.
 """
 
 import argparse
@@ -62,22 +64,39 @@ def forget(folder: pathlib.Path) -> None:
             os.close(file)
 
 
+def disk() -> tuple[int, int]:
+    """Bytes that this process has read from disks, and written."""
+    counts = dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"]), int(counts["write_bytes"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of class centers and momentum")
+    parser.add_argument("--residency", choices=("device", "file"), default="device", help="where the head has its rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=pathlib.Path, default=".", help="on the disk to measure")
     arguments = parser.parse_args()
-    head = partialfc.Head(arguments.classes, arguments.dim, 1)
-    rows = 8 * arguments.classes * arguments.dim
-    plain = -(-rows // PIECE) * PIECE
-    print(f"{arguments.classes} classes x {arguments.dim}, weight and momentum: {rows / 1e9:.2f} GB")
-    print("           buffered   direct     head   of buffered   of direct")
-    for _ in range(arguments.repeats):
-        # On the disk, which a folder for temporary files may not be.
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-            folder = pathlib.Path(name)
+    # On the disk, which a folder for temporary files may not be.
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        measure(arguments, pathlib.Path(name))
+
+
+def measure(arguments: argparse.Namespace, folder: pathlib.Path):
+    dtype, storage = arguments.dtype, folder / "storage" if arguments.residency == "file" else None
+    where = {"residency": arguments.residency, "storage_path": storage}
+    with partialfc.Head(arguments.classes, arguments.dim, 1, weight_dtype=dtype, state_dtype=dtype, **where) as head:
+        rows = 2 * (2 if dtype == "bf16" else 4) * arguments.classes * arguments.dim
+        plain = -(-rows // PIECE) * PIECE
+        size = f"{arguments.classes} classes x {arguments.dim}, weight and momentum in {dtype}: {rows / 1e9:.2f} GB"
+        print(f"{size}, residency {arguments.residency}")
+        print("           buffered   direct     head   of buffered   of direct   read GB   wrote GB")
+        head.save(folder / "head")
+        head.load(folder / "head")
+        shutil.rmtree(folder / "head")
+        for _ in range(arguments.repeats):
             for verb, call in (("save", head.save), ("load", head.load)):
                 plain_file, write = folder / "plain", verb == "save"
                 forget(folder)
@@ -87,11 +106,14 @@ def main():
                 forget(folder)
                 buffered = transfer(plain_file, plain, 0, write)
                 forget(folder)
-                start = time.perf_counter()
+                before, start = disk(), time.perf_counter()
                 call(folder / "head")
                 rate = rows / (time.perf_counter() - start) / 1e6
-                print(f"{verb:8}{buffered:9.0f}{direct:9.0f}{rate:9.0f}{rate / buffered:14.2f}{rate / direct:12.2f}", flush=True)
+                read, wrote = ((now - then) / 1e9 for now, then in zip(disk(), before))
+                figures = f"{buffered:9.0f}{direct:9.0f}{rate:9.0f}{rate / buffered:14.2f}{rate / direct:12.2f}"
+                print(f"{verb:8}{figures}{read:10.2f}{wrote:11.2f}", flush=True)
             shutil.rmtree(folder / "head")
+            plain_file.unlink()
 
 
 if __name__ == "__main__":
