@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import math
-import warnings
 import weakref
 
 import numpy as np
@@ -81,14 +80,12 @@ class _Run:
     __slots__ = (
         "error",
         "factor",
-        "first_rate",
         "forwarded",
         "kept",
         "number",
         "places",
-        "rates",
+        "rate_watch",
         "ready",
-        "scheduled",
         "strangers",
         "weights",
     )
@@ -112,12 +109,7 @@ class _Run:
         self.places = weakref.WeakKeyDictionary()
         #: Kinds of the optimizers without the anchor that have stepped since the last backward.
         self.strangers: set = set()
-        #: The anchor's learning rate in its first step; NaN once there has been a warning.
-        self.first_rate: float | None = None
-        #: The first learning rate of other groups than the anchor's, by optimizer.
-        self.rates = weakref.WeakKeyDictionary()
-        #: The optimizer of these whose learning rate has changed since.
-        self.scheduled: str | None = None
+        self.rate_watch = _hooks.RateWatch()
 
 
 class Head(torch.nn.Module):
@@ -387,7 +379,7 @@ class Head(torch.nn.Module):
     def _before_step(self, optimizer) -> None:
         group = self._group_in(optimizer)
         if self._head is not None:
-            self._watch_rates(optimizer, group)
+            self._run.rate_watch.look(optimizer, group, self._head.comm.rank)
         if group is None:
             if self._run.ready:
                 self._run.strangers.add(type(optimizer).__name__)
@@ -401,26 +393,6 @@ class Head(torch.nn.Module):
             )
         _hooks.compare(optimizer, group, self.options, self._head.comm.rank)
         self._take_factor(optimizer)
-
-    def _watch_rates(self, optimizer, group) -> None:
-        """Warns once where a scheduler has other groups and not the anchor's, so that the head's learning rate stays."""
-        run, other = self._run, optimizer.param_groups[0]
-        if other is not group and isinstance(rate := other.get("lr"), (int, float)):
-            if run.rates.setdefault(optimizer, rate) != rate:
-                run.scheduled = type(optimizer).__name__
-        # Every scheduler but ReduceLROnPlateau leaves its mark on its groups.
-        if group is None or "initial_lr" in group or not isinstance(rate := group["lr"], (int, float)):
-            return
-        if run.first_rate is None:
-            run.first_rate, run.scheduled = rate, None
-        elif run.scheduled is not None and rate == run.first_rate:
-            run.first_rate = math.nan
-            warnings.warn(
-                f"a learning rate of {run.scheduled} has changed, but lr of the group with the head's anchor is {rate} on rank "
-                f"{self._head.comm.rank} as it was at first, and no scheduler has that group: the class centers are not scheduled",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def _after_step(self, optimizer) -> None:
         group = self._group_in(optimizer)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 import weakref
 
 import torch
@@ -77,3 +78,37 @@ def compare(optimizer, group: dict, options: dict, rank: int) -> None:
     for name in never:
         if group.get(name):
             raise ValueError(f"{name} is {group[name]!r} in the optimizer on rank {rank}; a head's class centers have none")
+
+
+class RateWatch:
+    """Warns once where a scheduler has other groups and not the one with a head's anchor, so that the head's learning rate stays."""
+
+    __slots__ = ("changed", "first_rate", "other_rates")
+
+    def __init__(self):
+        #: The anchor's learning rate in its first step; NaN once there has been a warning.
+        self.first_rate: float | None = None
+        #: The first learning rate of other groups than the anchor's, by optimizer.
+        self.other_rates = weakref.WeakKeyDictionary()
+        #: The kind of an optimizer of these whose learning rate has changed since.
+        self.changed: str | None = None
+
+    def look(self, optimizer, group: dict | None, rank: int) -> None:
+        """Looks at an optimizer that is about to step; `group` is its group with the anchor."""
+        other = optimizer.param_groups[0]
+        if other is not group and isinstance(rate := other.get("lr"), (int, float)):
+            if self.other_rates.setdefault(optimizer, rate) != rate:
+                self.changed = type(optimizer).__name__
+        # Every scheduler but ReduceLROnPlateau leaves its mark on its groups.
+        if group is None or "initial_lr" in group or not isinstance(rate := group["lr"], (int, float)):
+            return
+        if self.first_rate is None:
+            self.first_rate, self.changed = rate, None
+        elif self.changed is not None and rate == self.first_rate:
+            self.first_rate = math.nan
+            warnings.warn(
+                f"a learning rate of {self.changed} has changed, but lr of the group with the head's anchor is {rate} on rank {rank} "
+                "as it was at first, and no scheduler has that group: the class centers are not scheduled",
+                RuntimeWarning,
+                stacklevel=2,
+            )
