@@ -12,7 +12,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::transfer::{Direction, Mover, Piece, PIECE};
+use super::transfer::{Direction, Mover, Piece, PIECE, SECTOR};
 use super::{corrupt, refused, RowsFile};
 use crate::file::reserve_room;
 use crate::matrix::DType;
@@ -96,64 +96,107 @@ impl Layout<'_> {
     }
 }
 
-/// Writes a file from front to back.
-pub(crate) struct RowsWriter {
+/// Writes a file, each tensor from front to back.
+pub(crate) struct RowsWriter<'a> {
     path: PathBuf,
+    layout: Layout<'a>,
     mover: Mover,
-    /// What is written next, from byte `begun` of the file on.
-    piece: Piece,
-    begun: u64,
-    /// Bytes of `piece` that are there.
-    filled: usize,
-    /// `None` while the piece before is on its way.
+    /// `None` while a piece is on its way.
     spare: Option<Piece>,
-    checksum: crc32fast::Hasher,
-    checksums: Vec<u32>,
+    /// Where in the file the last piece on its way was to go.
+    moved_to: u64,
+    /// One for each tensor; the header is in the first.
+    sections: Vec<Section>,
+    /// For each block, or part of one that is in one section: where it begins, and its checksum.
+    checksums: Vec<(u64, crc32fast::Hasher)>,
 }
 
-impl RowsWriter {
-    pub fn create(path: &Path, layout: &Layout<'_>) -> Result<RowsWriter> {
-        let mut checksums = Vec::new();
-        reserve(&mut checksums, layout.blocks() as usize, "checksums")?;
-        let (piece, spare) = (Piece::new()?, Some(Piece::new()?));
+/// A part of the file that is written from front to back.
+struct Section {
+    /// Where in the file it begins, and where its next byte goes.
+    begin: u64,
+    at: u64,
+    /// The piece of the file that `at` is in; the section's bytes of it begin at `first`.
+    piece: Piece,
+    first: usize,
+    /// Bytes from `begin` to the first whole sector, once their piece is on its way.
+    edge: Vec<u8>,
+    /// Of its bytes from `checksum_at` on.
+    checksum: crc32fast::Hasher,
+    checksum_at: u64,
+}
+
+impl Section {
+    fn new(begin: u64) -> Result<Section> {
+        let mut edge = Vec::new();
+        reserve(&mut edge, SECTOR, "the edge of a tensor")?;
+        let (first, checksum) = ((begin % PIECE as u64) as usize, crc32fast::Hasher::new());
+        Ok(Section { begin, at: begin, piece: Piece::new()?, first, edge, checksum, checksum_at: begin })
+    }
+
+    /// What is in the piece, and where it goes.
+    fn rest(&self) -> (u64, &[u8]) {
+        let end = (self.at % PIECE as u64) as usize;
+        (self.at - (end - self.first) as u64, &self.piece[self.first..end])
+    }
+}
+
+impl<'a> RowsWriter<'a> {
+    pub fn create(path: &Path, layout: Layout<'a>) -> Result<RowsWriter<'a>> {
+        let (mut sections, mut checksums) = (Vec::new(), Vec::new());
+        reserve(&mut sections, layout.tensors.len(), "tensors")?;
+        for number in 0..layout.tensors.len() {
+            sections.push(Section::new(if number == 0 { 0 } else { DATA + layout.begin(number) })?);
+        }
+        reserve(&mut checksums, layout.blocks() as usize + sections.len(), "checksums")?;
+        let spare = Some(Piece::new()?);
         let file = File::create(path).map_err(|cause| refused("create", path, &cause))?;
         reserve_room(&file, layout.bytes())
             .map_err(|cause| refused(&format!("reserve {} bytes for", layout.bytes()), path, &cause))?;
         let mover = Mover::new(file, Direction::Write);
-        let checksum = crc32fast::Hasher::new();
-        let mut writer = RowsWriter { path: path.to_owned(), mover, piece, begun: 0, filled: 0, spare, checksum, checksums };
-        writer.write(&layout.header())?;
+        let mut writer = RowsWriter { path: path.to_owned(), layout, mover, spare, moved_to: 0, sections, checksums };
+        writer.write(0, &layout.header())?;
         Ok(writer)
     }
 
-    pub fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
+    /// Writes what comes next of the tensor with this number.
+    pub fn write(&mut self, tensor: usize, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            let left = BLOCK - self.filled % BLOCK;
+            let section = &mut self.sections[tensor];
+            let filled = (section.at % PIECE as u64) as usize;
+            let left = BLOCK - filled % BLOCK;
             let (now, rest) = bytes.split_at(left.min(bytes.len()));
-            self.piece[self.filled..self.filled + now.len()].copy_from_slice(now);
-            self.checksum.update(now);
-            self.filled += now.len();
+            section.piece[filled..filled + now.len()].copy_from_slice(now);
+            section.checksum.update(now);
+            section.at += now.len() as u64;
             if now.len() == left {
-                self.end_block();
+                self.end_block(tensor);
             }
-            if self.filled == PIECE {
-                self.begin_piece()?;
+            if filled + now.len() == PIECE {
+                self.begin_piece(tensor)?;
             }
             bytes = rest;
         }
         Ok(())
     }
 
-    fn end_block(&mut self) {
-        self.checksums.push(std::mem::take(&mut self.checksum).finalize());
+    fn end_block(&mut self, tensor: usize) {
+        let section = &mut self.sections[tensor];
+        self.checksums.push((section.checksum_at, std::mem::take(&mut section.checksum)));
+        section.checksum_at = section.at;
     }
 
     /// Sends a full piece on its way when the one before has arrived.
-    fn begin_piece(&mut self) -> Result<()> {
+    fn begin_piece(&mut self, tensor: usize) -> Result<()> {
         self.end_piece()?;
         let Some(spare) = self.spare.take() else { unreachable!("the piece before has arrived") };
-        self.mover.begin(std::mem::replace(&mut self.piece, spare), self.begun, PIECE);
-        (self.begun, self.filled) = (self.begun + PIECE as u64, 0);
+        let section = &mut self.sections[tensor];
+        // The rest of a sector is another tensor's.
+        let first = section.first.next_multiple_of(SECTOR);
+        section.edge.extend_from_slice(&section.piece[section.first..first]);
+        let at = section.at - PIECE as u64;
+        self.mover.begin(std::mem::replace(&mut section.piece, spare), at, first..PIECE);
+        (self.moved_to, section.first) = (at + first as u64, 0);
         Ok(())
     }
 
@@ -161,23 +204,34 @@ impl RowsWriter {
         if self.spare.is_none() {
             let (piece, result) = self.mover.end();
             self.spare = Some(piece);
-            let at = self.begun - PIECE as u64;
-            result.map_err(|cause| refused(&format!("write at byte {at} of"), &self.path, &cause))?;
+            result.map_err(|cause| refused(&format!("write at byte {} of", self.moved_to), &self.path, &cause))?;
         }
         Ok(())
     }
 
     /// Writes the checksums, and waits until all is on the disk. Returns the checksum of the checksums.
     pub fn finish(mut self) -> Result<u32> {
-        self.end_piece()?;
-        if !self.filled.is_multiple_of(BLOCK) {
-            self.end_block();
+        for tensor in 0..self.sections.len() {
+            self.write(tensor, &[0; 4][..self.layout.padding(tensor)])?;
+            let Section { at, checksum_at, .. } = self.sections[tensor];
+            debug_assert_eq!(at, DATA + self.layout.begin(tensor + 1), "all rows of a tensor");
+            if checksum_at < at {
+                self.end_block(tensor);
+            }
         }
+        self.end_piece()?;
         let mut bytes = Vec::new();
-        reserve(&mut bytes, 4 * self.checksums.len(), "checksums")?;
-        bytes.extend(self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()));
-        let (file, end) = (self.mover.file(), self.begun + self.filled as u64);
-        for (at, last) in [(self.begun, &self.piece[..self.filled]), (end, &bytes)] {
+        reserve(&mut bytes, 4 * self.layout.blocks() as usize, "checksums")?;
+        self.checksums.sort_unstable_by_key(|&(at, _)| at);
+        for block in self.checksums.chunk_by(|(one, _), (other, _)| one / BLOCK as u64 == other / BLOCK as u64) {
+            let mut whole = block[0].1.clone();
+            block[1..].iter().for_each(|(_, part)| whole.combine(part));
+            bytes.extend(whole.finalize().to_le_bytes());
+        }
+        let file = self.mover.file();
+        let edges = self.sections.iter().map(|section| (section.begin, &section.edge[..]));
+        let rests = self.sections.iter().map(Section::rest);
+        for (at, last) in edges.chain(rests).chain([(self.layout.checked_bytes(), &bytes[..])]) {
             file.write_all_at(last, at).map_err(|cause| refused(&format!("write at byte {at} of"), &self.path, &cause))?;
         }
         file.sync_all().map_err(|cause| refused("flush", &self.path, &cause))?;
@@ -185,10 +239,12 @@ impl RowsWriter {
     }
 }
 
-/// Reads rows of a file, and checks every block that it takes them from.
+/// Reads rows of one tensor of a file, and checks every block that it takes them from.
 pub(crate) struct RowsReader<'a> {
     path: PathBuf,
     layout: Layout<'a>,
+    /// Its number.
+    tensor: usize,
     checksums: Vec<u8>,
     mover: Mover,
     piece: Piece,
@@ -223,18 +279,18 @@ impl<'a> RowsReader<'a> {
         Ok((file, checksums))
     }
 
-    /// Opens a file that a manifest names. `once`: no other rank reads the same rows.
-    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile, once: bool) -> Result<RowsReader<'a>> {
+    /// Opens a file that a manifest names, for the tensor with this number. `once`: no other rank reads the same rows.
+    pub fn open(path: &Path, layout: Layout<'a>, named: &RowsFile, tensor: usize, once: bool) -> Result<RowsReader<'a>> {
         let (file, checksums) = RowsReader::check(path, layout, named)?;
         let (piece, spare) = (Piece::new()?, Some(Piece::new()?));
         let mover = Mover::new(file, Direction::Read { once });
-        Ok(RowsReader { path: path.to_owned(), layout, checksums, mover, piece, held: None, ahead: None, spare })
+        Ok(RowsReader { path: path.to_owned(), layout, tensor, checksums, mover, piece, held: None, ahead: None, spare })
     }
 
-    /// Reads rows of the tensor with this number, from row `first` of the file on. `bytes` has whole elements.
-    pub fn read(&mut self, tensor: usize, first: u64, bytes: &mut [u8]) -> Result<()> {
-        let size = self.layout.tensors[tensor].dtype.size();
-        let mut at = DATA + self.layout.begin(tensor) + size as u64 * first * self.layout.dim;
+    /// Reads rows from row `first` of the file on. `bytes` has whole elements.
+    pub fn read(&mut self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let size = self.layout.tensors[self.tensor].dtype.size();
+        let mut at = DATA + self.layout.begin(self.tensor) + size as u64 * first * self.layout.dim;
         let mut rest = &mut *bytes;
         while !rest.is_empty() {
             self.hold(at / PIECE as u64)?;
@@ -263,10 +319,10 @@ impl<'a> RowsReader<'a> {
             self.begin(number);
         }
         let moved = self.end();
-        if self.length(number + 1) > 0 {
+        let (at, next) = (number * PIECE as u64, (number + 1) * PIECE as u64);
+        if next < DATA + self.layout.begin(self.tensor) + self.layout.tensor_bytes(self.tensor) {
             self.begin(number + 1);
         }
-        let at = number * PIECE as u64;
         let moved = moved.map_err(|cause| refused(&format!("read at byte {at} of"), &self.path, &cause))?;
         if moved < self.length(number) {
             return Err(ends_early(&self.path, at + self.length(number) as u64));
@@ -283,7 +339,7 @@ impl<'a> RowsReader<'a> {
 
     fn begin(&mut self, number: u64) {
         let Some(spare) = self.spare.take() else { unreachable!("no piece is on its way") };
-        self.mover.begin(spare, number * PIECE as u64, self.length(number));
+        self.mover.begin(spare, number * PIECE as u64, 0..self.length(number));
         self.ahead = Some(number);
     }
 
@@ -325,36 +381,76 @@ pub(crate) fn swap_if_big_endian(bytes: &mut [u8], size: usize) {
 mod tests {
     use super::*;
 
-    /// Files of several pieces: their rows, read in any order, and dropped with a piece on its way.
+    /// Rows are read in any order, and readers dropped with a piece on its way.
     #[test]
-    fn rows_are_read_in_any_order() {
-        // An odd number of elements: a tensor of 2-byte ones is padded.
-        for (dim, dtypes) in [(512, [DType::F32; 2]), (1023, [DType::Bf16, DType::F32]), (511, [DType::F32, DType::Bf16])] {
-            let tensors = [Tensor { name: "weight", dtype: dtypes[0] }, Tensor { name: "momentum", dtype: dtypes[1] }];
-            let layout = Layout { dim, rows: 3999, tensors: &tensors };
-            let path = std::env::temp_dir().join(format!("partialfc-rows-{}-{dim}", std::process::id()));
+    fn rows_are_read_as_they_were_written() {
+        use DType::{Bf16, F32};
+        // Files of several pieces, and those in which tensors share a block or a sector. An odd number of 2-byte elements is padded.
+        let large = [(512, 3999, vec![F32, F32]), (1023, 3999, vec![Bf16, F32]), (511, 3999, vec![F32, Bf16, Bf16])];
+        let small =
+            [(512, 700, vec![F32, F32, F32]), (1, 5, vec![Bf16, Bf16, F32]), (8, 1024, vec![F32]), (1 << 20, 3, vec![Bf16; 3])];
+        for (number, (dim, rows, dtypes)) in large.into_iter().chain(small).enumerate() {
+            let names = ["weight", "momentum", "second_moment"];
+            let tensors: Vec<_> = names.into_iter().zip(&dtypes).map(|(name, &dtype)| Tensor { name, dtype }).collect();
+            let layout = Layout { dim, rows, tensors: &tensors };
+            let path = std::env::temp_dir().join(format!("partialfc-rows-{}-{number}", std::process::id()));
             let row = |tensor: usize, row: u64| -> Vec<u8> {
-                let bytes = layout.tensors[tensor].dtype.size() as u64 * dim;
+                let bytes = tensors[tensor].dtype.size() as u64 * dim;
                 (0..bytes).map(|byte| (tensor as u64 * 77 + row * 31 + byte * 7 + row / 256) as u8).collect()
             };
-            let mut writer = RowsWriter::create(&path, &layout).expect("a file");
-            for tensor in 0..2 {
-                (0..layout.rows).for_each(|number| writer.write(&row(tensor, number)).expect("a write"));
-                writer.write(&[0; 4][..layout.padding(tensor)]).expect("a write");
+            let mut writer = RowsWriter::create(&path, layout).expect("a file");
+            for number in 0..rows {
+                (0..tensors.len()).for_each(|tensor| writer.write(tensor, &row(tensor, number)).expect("a write"));
             }
             let checksums_crc32 = writer.finish().expect("a file that is whole");
-            let named = RowsFile { name: String::new(), first: 0, rows: layout.rows, checksums_crc32 };
-            for once in [true, false] {
-                let mut reader = RowsReader::open(&path, layout, &named, once).expect("the file");
-                for (tensor, first) in [(0, 0), (1, 3996), (0, 2045), (0, 2046), (1, 100), (0, 0), (0, 3998 - 2), (1, 0)] {
+            let named = RowsFile { name: String::new(), first: 0, rows, checksums_crc32 };
+            for (once, tensor) in [(true, 0), (false, tensors.len() - 1)] {
+                let mut reader = RowsReader::open(&path, layout, &named, tensor, once).expect("the file");
+                for first in [0, rows - 3, rows / 2, rows / 2 + 1, 100, 0, rows - 3, 0] {
+                    let first = first.min(rows - 3);
                     let expected = [row(tensor, first), row(tensor, first + 1), row(tensor, first + 2)].concat();
                     let mut found = vec![0; expected.len()];
-                    reader.read(tensor, first, &mut found).expect("rows");
-                    assert!(found == expected, "tensor {tensor} from row {first}, {dtypes:?}");
+                    reader.read(first, &mut found).expect("rows");
+                    assert!(found == expected, "tensor {tensor} from row {first}, {rows} x {dim}, {dtypes:?}");
                 }
-                assert!(reader.ahead.is_some());
+                // None that has no row of the tensor.
+                let (begin, length) = (DATA + layout.begin(tensor), layout.tensor_bytes(tensor));
+                let next = (begin + 3 * length / rows - 1) / PIECE as u64 + 1;
+                assert_eq!(reader.ahead, (next * (PIECE as u64) < begin + length).then_some(next), "{rows} x {dim}, {dtypes:?}");
             }
             std::fs::remove_file(&path).expect("the file");
+        }
+    }
+
+    /// A file is the same in whichever order its tensors are written, wherever the first of them ends.
+    #[test]
+    fn tensors_may_be_written_in_turns() {
+        let tensors = [Tensor { name: "weight", dtype: DType::F32 }, Tensor { name: "momentum", dtype: DType::F32 }];
+        let (data, sector) = (DATA as usize, SECTOR);
+        // In the middle of a sector, in the last one of a piece, with a piece, a block, a sector; and nothing.
+        let ends = [5000, PIECE - 100, PIECE, 2 * PIECE, BLOCK, PIECE + sector, PIECE - sector + 4, data];
+        for end in ends {
+            let rows = (end - data) / 4;
+            let layout = Layout { dim: 1, rows: rows as u64, tensors: &tensors };
+            let bytes = |tensor: usize| (0..4 * rows).map(|at| (at * 7 + at / 4096 + tensor) as u8).collect::<Vec<u8>>();
+            let written = |order: [usize; 2], at_once: usize| {
+                let path = std::env::temp_dir().join(format!("partialfc-turns-{}", std::process::id()));
+                let mut writer = RowsWriter::create(&path, layout).expect("a file");
+                for tensor in order {
+                    bytes(tensor).chunks(at_once).for_each(|some| writer.write(tensor, some).expect("a write"));
+                }
+                let checksum = writer.finish().expect("a file that is whole");
+                let file = std::fs::read(&path).expect("the file");
+                std::fs::remove_file(&path).expect("the file");
+                (checksum, file)
+            };
+            let (checksum, file) = written([0, 1], usize::MAX);
+            assert!(written([1, 0], 1000) == (checksum, file.clone()), "{end}");
+            let (checked, checksums) = file.split_at(layout.checked_bytes() as usize);
+            assert!(checked == [layout.header(), bytes(0), bytes(1)].concat(), "{end}");
+            let expected: Vec<u8> = checked.chunks(BLOCK).flat_map(|block| crc32fast::hash(block).to_le_bytes()).collect();
+            assert_eq!(checksums, expected, "{end}");
+            assert_eq!(checksum, crc32fast::hash(checksums), "{end}");
         }
     }
 }

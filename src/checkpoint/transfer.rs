@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Result};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -18,7 +18,7 @@ use crate::memory::zeros;
 /// Bytes of a piece. Of this size one transfer at a time keeps a disk busy.
 pub(super) const PIECE: usize = 4 << 20;
 /// Direct writes begin, end and lie in memory at multiples of a sector. A disk with larger ones refuses, and is written through the cache.
-const SECTOR: usize = 4096;
+pub(super) const SECTOR: usize = 4096;
 
 /// Memory for [`PIECE`] bytes.
 pub(super) struct Piece {
@@ -74,7 +74,7 @@ struct Shared {
 
 enum State {
     Idle,
-    Begun(Piece, u64, usize),
+    Begun(Piece, u64, Range<usize>),
     Moved(Piece, Result<usize>),
     Over,
 }
@@ -93,13 +93,13 @@ impl Mover {
         Mover { shared, thread }
     }
 
-    /// Begins to move the first `length` bytes of a piece, which lie at byte `at` of the file: a multiple of [`PIECE`]. The piece before
-    /// has been ended.
-    pub fn begin(&self, piece: Piece, at: u64, length: usize) {
-        debug_assert!(at.is_multiple_of(PIECE as u64) && length <= PIECE);
+    /// Begins to move some bytes of a piece, from a whole sector on; the piece lies at byte `at` of the file, a multiple of [`PIECE`]. The
+    /// piece before has been ended.
+    pub fn begin(&self, piece: Piece, at: u64, bytes: Range<usize>) {
+        debug_assert!(at.is_multiple_of(PIECE as u64) && bytes.start.is_multiple_of(SECTOR) && bytes.end <= PIECE);
         let next = match self.thread {
-            Some(_) => State::Begun(piece, at, length),
-            None => self.shared.moved(piece, at, length),
+            Some(_) => State::Begun(piece, at, bytes),
+            None => self.shared.moved(piece, at, bytes),
         };
         *self.shared.lock() = next;
         self.shared.changed.notify_all();
@@ -112,7 +112,7 @@ impl Mover {
         loop {
             match std::mem::replace(&mut *state, State::Idle) {
                 State::Moved(piece, result) => return (piece, result),
-                State::Begun(piece, at, length) => *state = State::Begun(piece, at, length),
+                State::Begun(piece, at, bytes) => *state = State::Begun(piece, at, bytes),
                 // The thread has it.
                 State::Idle | State::Over => {}
             }
@@ -148,9 +148,9 @@ impl Shared {
         let mut state = self.lock();
         loop {
             match std::mem::replace(&mut *state, State::Idle) {
-                State::Begun(piece, at, length) => {
+                State::Begun(piece, at, bytes) => {
                     drop(state);
-                    let moved = self.moved(piece, at, length);
+                    let moved = self.moved(piece, at, bytes);
                     state = self.lock();
                     if matches!(*state, State::Over) {
                         return;
@@ -167,23 +167,23 @@ impl Shared {
         }
     }
 
-    fn moved(&self, mut piece: Piece, at: u64, length: usize) -> State {
-        let result = self.transfer(&mut piece, at, length);
+    fn moved(&self, mut piece: Piece, at: u64, bytes: Range<usize>) -> State {
+        let result = self.transfer(&mut piece[bytes.clone()], at + bytes.start as u64);
         State::Moved(piece, result)
     }
 
-    fn transfer(&self, piece: &mut Piece, at: u64, length: usize) -> Result<usize> {
+    fn transfer(&self, bytes: &mut [u8], at: u64) -> Result<usize> {
         let mut done = 0;
-        while done < length {
+        while done < bytes.len() {
             let now = match self.direction {
-                Direction::Read { .. } => self.file.read_at(&mut piece[done..length], at + done as u64),
-                Direction::Write => self.file.write_at(&piece[done..length], at + done as u64),
+                Direction::Read { .. } => self.file.read_at(&mut bytes[done..], at + done as u64),
+                Direction::Write => self.file.write_at(&bytes[done..], at + done as u64),
             };
             match (now, self.direction) {
                 (Ok(0), Direction::Read { .. }) => break,
                 (Ok(0), Direction::Write) => return Err(ErrorKind::WriteZero.into()),
-                (Ok(bytes), _) => {
-                    done += bytes;
+                (Ok(moved), _) => {
+                    done += moved;
                     if !done.is_multiple_of(SECTOR) {
                         set_direct(&self.file, false);
                     }
@@ -195,7 +195,7 @@ impl Shared {
             }
         }
         if let Direction::Read { once: true } = self.direction {
-            advise(&self.file, Advice::NotAgain { at, length });
+            advise(&self.file, Advice::NotAgain { at, length: bytes.len() });
         }
         Ok(done)
     }
@@ -242,7 +242,7 @@ mod tests {
         for at in [PIECE as u64, 0] {
             let mut piece = Piece::new().expect("memory");
             (at..).zip(piece.iter_mut()).for_each(|(at, value)| *value = byte(at));
-            mover.begin(piece, at, PIECE);
+            mover.begin(piece, at, 0..PIECE);
             assert_eq!(mover.end().1.expect("a write"), PIECE);
         }
         let last: Vec<u8> = (2 * PIECE as u64..bytes).map(byte).collect();
@@ -254,13 +254,13 @@ mod tests {
         for (at, wanted, there) in
             [(0, PIECE, PIECE), (2 * PIECE as u64, 1234, 1234), (2 * PIECE as u64, PIECE, 1234), (PIECE as u64, 5, 5)]
         {
-            mover.begin(Piece::new().expect("memory"), at, wanted);
+            mover.begin(Piece::new().expect("memory"), at, 0..wanted);
             let (piece, moved) = mover.end();
             assert_eq!(moved.expect("a read"), there);
             assert!((at..).zip(&piece[..there]).all(|(at, &value)| value == byte(at)), "{at}");
         }
         // A piece that nobody waits for.
-        mover.begin(Piece::new().expect("memory"), 0, PIECE);
+        mover.begin(Piece::new().expect("memory"), 0, 0..PIECE);
         drop(mover);
         std::fs::remove_file(&path).expect("the file");
     }

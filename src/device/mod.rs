@@ -13,6 +13,7 @@ mod host_math;
 mod nearest;
 mod sizes;
 mod stateless;
+mod tensor_rows;
 #[cfg(test)]
 mod test_spec;
 mod workspace;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use crate::exchange::Exchange;
 use crate::margin::Margin;
 use crate::matrix::Matrix;
-use crate::optimizer::{Optimizer, StateTensor};
+use crate::optimizer::Optimizer;
 use crate::options::{HeadOptions, Placement, Precision};
 pub use crate::protocol::{Announcement, LossPlace, StepCall};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
@@ -38,6 +39,7 @@ pub use nearest::Nearest;
 pub(crate) use sizes::sample_capacity;
 pub use sizes::Memory;
 pub use stateless::{FusedBackward, FusedForward, RowOffsets, RowState, SampleDraw, Workspace};
+pub use tensor_rows::TensorRows;
 
 /// The CPU, with a pool of `threads` threads (0: as many as this process may use).
 pub fn cpu(threads: u32) -> Result<Arc<dyn Device>> {
@@ -240,10 +242,12 @@ pub trait HeadDevice: Send {
     fn apply_accumulated(&mut self, update: UpdateCall) -> Result<()>;
     /// What the current step was like.
     fn figures(&mut self) -> Result<StepFigures>;
-    /// Reads rows of this rank's shard into a host matrix; `first` counts from the shard's first class.
-    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
-    /// Overwrites rows of this rank's shard: DEVICE where some are written and some are not, else all or none.
-    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()>;
+    /// Reads the same rows of this rank's shard from each of these tensors into its host matrix; `first` counts from the shard's first
+    /// class.
+    fn read_rows(&self, first: u64, tensors: &[TensorRows]) -> Result<()>;
+    /// Overwrites the same rows of this rank's shard in each of these tensors: DEVICE where some are written and some are not, else all
+    /// or none.
+    fn write_rows(&mut self, first: u64, tensors: &[TensorRows]) -> Result<()>;
     /// Brings every dense row to now. Rows in float32 come to the same if it is done later; those in bf16 are rounded now.
     fn catch_up(&mut self) -> Result<()>;
     /// Updates that have moved rows, all of which have been brought to now. Waits for the device.

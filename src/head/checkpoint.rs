@@ -6,20 +6,22 @@
 //! A load: each rank reads the manifest and the rows that it owns, from whichever files have them. What is wrong with the manifest or
 //! does not fit the head changes nothing. What is wrong with a block of rows poisons the head on all ranks, since some rows are new then.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::class_map::{ClassMap, MergedRows};
 use super::{CallState, Head, Progress};
 use crate::checkpoint::{swap_if_big_endian, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, Tensor, MANIFEST};
 use crate::comm::gather_words;
+use crate::device::TensorRows;
 use crate::matrix::{DType, Matrix};
-use crate::memory::{zeros, Buffer};
+use crate::memory::{reserve, zeros, Buffer};
 use crate::optimizer::StateTensor;
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
 use crate::{ensure, error, random, Contribution, Result};
 
-/// Bytes of rows that are read from the head, or written into it, at a time.
+/// Bytes of rows, of all tensors, that are read from the head, or written into it, at a time.
 const STAGED: usize = 16 << 20;
 
 /// The names of W and of the optimizer's tensors in a file.
@@ -134,8 +136,8 @@ impl Head {
     }
 
     /// Rows that are staged at a time.
-    fn staged_rows(&self) -> usize {
-        (STAGED / (4 * self.options.embedding_dim as usize)).max(1)
+    fn staged_rows(&self, tensors: &[Tensor]) -> usize {
+        (STAGED / self.bytes(tensors, 1) as usize).max(1)
     }
 
     /// Writes this rank's rows. Returns the checksum of their checksums.
@@ -144,28 +146,28 @@ impl Head {
         let tensors = self.tensors();
         let layout = self.layout(&tensors, own.rows);
         let name = Directory::rows_name(generation, self.rank(), self.comm.size());
-        let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&name)), &layout)?;
-        let mut staged = Staged::new(self.staged_rows().min(own.rows as usize), dim, "rows on their way to a file")?;
+        let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&name)), layout)?;
+        let at_once = self.staged_rows(&tensors).min(own.rows as usize);
+        let mut staged = Staged::new(&tensors, at_once, dim, "rows on their way to a file")?;
         let total = self.bytes(&tensors, own.rows);
         let mut done = 0;
         report(done, total);
-        for (number, (&Tensor { name, dtype }, tensor)) in tensors.iter().zip(STATE).enumerate() {
-            for first in (0..own.rows).step_by(self.staged_rows()) {
-                let rows = self.staged_rows().min((own.rows - first) as usize);
-                let read = self.backend.read_rows(tensor, own.first + first - self.shard.first, &staged.matrix(dtype, rows));
-                self.prefer_comm_failure(read)?;
+        for first in (0..own.rows).step_by(at_once.max(1)) {
+            let rows = at_once.min((own.rows - first) as usize);
+            let read = self.backend.read_rows(own.first + first - self.shard.first, staged.part(0..rows));
+            self.prefer_comm_failure(read)?;
+            for (number, &Tensor { name, dtype }) in tensors.iter().enumerate() {
                 // Dense rows may have left their type since the last update looked at them, and no load would take them.
-                if let Some(at) = staged.not_finite(dtype, rows) {
+                if let Some(at) = staged.not_finite(number, rows) {
                     let class = own.first + first + (at / dim) as u64;
                     return Err(error!(NotFinite, "{name} of class {class} is not finite, and could not be loaded again"));
                 }
-                let bytes = staged.bytes(dtype, rows);
+                let bytes = staged.bytes(number, rows);
                 swap_if_big_endian(bytes, dtype.size());
-                file.write(bytes)?;
+                file.write(number, bytes)?;
                 done += bytes.len() as u64;
                 report(done, total);
             }
-            file.write(&[0; 4][..layout.padding(number)])?;
         }
         let checksum = file.finish()?;
         directory.finish(&name)?;
@@ -315,7 +317,8 @@ impl Head {
     ) -> Result<()> {
         (self.state, self.prepared, self.chosen) = (CallState::Idle, None, None);
         let dim = self.options.embedding_dim as usize;
-        let mut staged = Staged::new(self.staged_rows().min(manifest.num_classes as usize), dim, "rows on their way from a file")?;
+        let at_once = self.staged_rows(tensors).min(manifest.num_classes as usize);
+        let mut staged = Staged::new(tensors, at_once, dim, "rows on their way from a file")?;
         let (mut merged, mut center) = (MergedRows::default(), zeros(&[dim], "a class center")?);
         let total = self.bytes(tensors, self.shard.rows);
         let mut done = 0;
@@ -324,34 +327,38 @@ impl Head {
             let Some(range) = classes.of_shard(named.shard()) else { continue };
             // No other rank reads the same rows.
             let once = self.options.placement == Placement::Sharded && !classes.is_given();
-            let mut file = RowsReader::open(&directory.path(&named.name), self.layout(tensors, named.rows), named, once)?;
-            for (number, (&Tensor { dtype, .. }, tensor)) in tensors.iter().zip(STATE).enumerate() {
-                for first in range.clone().step_by(self.staged_rows()) {
-                    let some = first..range.end.min(first + self.staged_rows() as u64);
-                    if !classes.has_any(some.clone()) {
-                        continue;
-                    }
-                    let rows = (some.end - first) as usize;
-                    file.read(number, first - named.first, staged.bytes(dtype, rows))?;
-                    let all = staged.matrix(dtype, rows);
-                    classes.runs(some.clone(), |run, row| {
-                        let rows = all.part((run.start - first) as usize..(run.end - first) as usize);
-                        done += (rows.rows * dim * dtype.size()) as u64;
-                        self.backend.write_rows(tensor, row, &rows)
-                    })?;
-                    if tensor == StateTensor::Centers {
-                        for (class, row) in classes.merging(some) {
-                            // SAFETY: the staged rows are our own memory.
-                            unsafe { all.read_row((class - first) as usize, &mut center) };
-                            merged.add(row, &center)?;
-                        }
-                    }
-                    report(done, total);
+            let path = directory.path(&named.name);
+            // Each reads ahead.
+            let mut readers = Vec::new();
+            reserve(&mut readers, tensors.len(), "files")?;
+            for tensor in 0..tensors.len() {
+                readers.push(RowsReader::open(&path, self.layout(tensors, named.rows), named, tensor, once)?);
+            }
+            for first in range.clone().step_by(at_once) {
+                let some = first..range.end.min(first + at_once as u64);
+                if !classes.has_any(some.clone()) {
+                    continue;
                 }
+                let rows = (some.end - first) as usize;
+                for (tensor, reader) in readers.iter_mut().enumerate() {
+                    reader.read(first - named.first, staged.bytes(tensor, rows))?;
+                }
+                classes.runs(some.clone(), |run, row| {
+                    done += self.bytes(tensors, run.end - run.start);
+                    let staged = staged.part((run.start - first) as usize..(run.end - first) as usize);
+                    self.backend.write_rows(row, staged)
+                })?;
+                for (class, row) in classes.merging(some) {
+                    // SAFETY: the staged rows are our own memory.
+                    unsafe { staged.part(0..rows)[0].rows.read_row((class - first) as usize, &mut center) };
+                    merged.add(row, &center)?;
+                }
+                report(done, total);
             }
         }
         if classes.is_given() {
-            self.write_other_rows(classes, &merged, &mut staged)?;
+            drop(staged);
+            self.write_other_rows(classes, &merged)?;
             report(total, total);
         }
         Ok(())
@@ -359,60 +366,85 @@ impl Head {
 
     /// Rows that no class of the checkpoint becomes have their start values, those that several become what these make together; the
     /// state of both is zero.
-    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows, staged: &mut Staged) -> Result<()> {
-        let dim = staged.dim;
-        let HeadOptions { seed, init_std, .. } = self.options;
-        let at_once = (staged.words.len() / dim).max(1);
+    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows) -> Result<()> {
+        let HeadOptions { seed, init_std, embedding_dim, .. } = self.options;
+        let dim = embedding_dim as usize;
+        let mut tensors = self.tensors();
+        tensors.iter_mut().for_each(|tensor| tensor.dtype = DType::F32);
+        let at_once = self.staged_rows(&tensors).min(self.shard.rows as usize);
+        let mut staged = Staged::new(&tensors, at_once, dim, "rows that no class becomes")?;
         let mut rows = classes.rows_without_one_source().peekable();
         while let Some(first) = rows.next() {
             let mut count = 1;
             while count < at_once && rows.next_if_eq(&(first + count as u64)).is_some() {
                 count += 1;
             }
-            for (row, center) in (first..).zip(staged.words[..count * dim].chunks_exact_mut(dim)) {
+            // The state of all of them is zero from the start.
+            for (row, center) in (first..).zip(staged.tensors[0].words[..count * dim].chunks_exact_mut(dim)) {
                 if !merged.write(row, center) {
                     random::start_values(seed, self.shard.first + row, init_std, center);
                 }
             }
-            self.backend.write_rows(StateTensor::Centers, first, &staged.matrix(DType::F32, count))?;
-            staged.words[..count * dim].fill(0.0);
-            for tensor in STATE.into_iter().skip(1).take(self.options.optimizer.state_tensors()) {
-                self.backend.write_rows(tensor, first, &staged.matrix(DType::F32, count))?;
-            }
+            self.backend.write_rows(first, staged.part(0..count))?;
         }
         Ok(())
     }
 }
 
-/// Rows between a head and a file, in the file's type.
+/// Rows between a head and a file: the same rows of every tensor, in the file's types.
 struct Staged {
-    words: Buffer<f32>,
+    tensors: Vec<StagedTensor>,
     dim: usize,
+    /// Some rows of each.
+    parts: Vec<TensorRows>,
+}
+
+struct StagedTensor {
+    tensor: StateTensor,
+    dtype: DType,
+    /// Words of f32 also for bf16.
+    words: Buffer<f32>,
 }
 
 impl Staged {
-    fn new(rows: usize, dim: usize, what: &str) -> Result<Staged> {
-        Ok(Staged { words: Buffer::zeroed(rows * dim, what)?, dim })
+    /// Zeros.
+    fn new(tensors: &[Tensor], rows: usize, dim: usize, what: &str) -> Result<Staged> {
+        let mut staged = Staged { tensors: Vec::new(), dim, parts: Vec::new() };
+        reserve(&mut staged.tensors, tensors.len(), what)?;
+        reserve(&mut staged.parts, tensors.len(), what)?;
+        for (&Tensor { dtype, .. }, tensor) in tensors.iter().zip(STATE) {
+            let words = Buffer::zeroed((rows * dim * dtype.size()).div_ceil(4), what)?;
+            staged.tensors.push(StagedTensor { tensor, dtype, words });
+        }
+        Ok(staged)
     }
 
-    fn matrix(&mut self, dtype: DType, rows: usize) -> Matrix {
-        Matrix { data: self.words.as_mut_ptr().cast(), dtype, rows, cols: self.dim, row_stride: self.dim }
+    /// Some rows of all tensors.
+    fn part(&mut self, rows: Range<usize>) -> &[TensorRows] {
+        self.parts.clear();
+        for &mut StagedTensor { tensor, dtype, ref mut words } in &mut self.tensors {
+            let all = Matrix { data: words.as_mut_ptr().cast(), dtype, rows: rows.end, cols: self.dim, row_stride: self.dim };
+            self.parts.push(TensorRows { tensor, rows: all.part(rows.clone()) });
+        }
+        &self.parts
     }
 
-    fn bytes(&mut self, dtype: DType, rows: usize) -> &mut [u8] {
+    /// The first rows of a tensor, as they are in a file.
+    fn bytes(&mut self, tensor: usize, rows: usize) -> &mut [u8] {
+        let StagedTensor { dtype, words, .. } = &mut self.tensors[tensor];
         // SAFETY: floats without padding, of which every bit pattern is a value.
-        let (_, bytes, _) = unsafe { self.words.align_to_mut::<u8>() };
+        let (_, bytes, _) = unsafe { words.align_to_mut::<u8>() };
         &mut bytes[..dtype.size() * rows * self.dim]
     }
 
-    /// The number of the first element that is a NaN or an infinity.
-    fn not_finite(&self, dtype: DType, rows: usize) -> Option<usize> {
-        let count = rows * self.dim;
-        if dtype == DType::Bf16 {
+    /// The number of the first element of a tensor's first rows that is a NaN or an infinity.
+    fn not_finite(&self, tensor: usize, rows: usize) -> Option<usize> {
+        let (count, StagedTensor { dtype, words, .. }) = (rows * self.dim, &self.tensors[tensor]);
+        if *dtype == DType::Bf16 {
             // SAFETY: as above.
-            let (_, halves, _) = unsafe { self.words.align_to::<u16>() };
+            let (_, halves, _) = unsafe { words.align_to::<u16>() };
             return halves[..count].iter().position(|half| half & 0x7f80 == 0x7f80);
         }
-        self.words[..count].iter().position(|value| !value.is_finite())
+        words[..count].iter().position(|value| !value.is_finite())
     }
 }

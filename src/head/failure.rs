@@ -13,6 +13,7 @@
 //! failed inside an update.
 
 use super::{CallState, Head, Poison};
+use crate::device::TensorRows;
 use crate::matrix::Matrix;
 use crate::memory::zeros;
 use crate::optimizer::StateTensor;
@@ -162,8 +163,8 @@ impl Head {
         let find = || -> Result<Option<i64>> {
             let mut center = zeros(&[dim], "a class center")?;
             for id in self.backend.sample_ids()? {
-                let row = Matrix::of_f32(&mut center, 1, dim);
-                self.backend.read_rows(StateTensor::Centers, id as u64 - self.shard.first, &row)?;
+                let row = TensorRows { tensor: StateTensor::Centers, rows: Matrix::of_f32(&mut center, 1, dim) };
+                self.backend.read_rows(id as u64 - self.shard.first, &[row])?;
                 if !center.iter().all(|value| value.is_finite()) {
                     return Ok(Some(id));
                 }

@@ -1,7 +1,7 @@
 //! The shard's class centers and their optimizer state, how far they are, and the ids of samples, as callers read and write them.
 
 use super::{CallState, Head, Progress};
-use crate::device::Labels;
+use crate::device::{Labels, TensorRows};
 use crate::matrix::Matrix;
 use crate::memory::zeros;
 use crate::optimizer::StateTensor;
@@ -39,7 +39,7 @@ impl Head {
     pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_readable()?;
         let first = self.row_range(first, rows)?;
-        let read = self.backend.read_rows(tensor, first, rows);
+        let read = self.backend.read_rows(first, &[TensorRows { tensor, rows: *rows }]);
         // What ended the communicator of a poisoned head is known, and the rows are not the worse for it.
         if self.poisoned.is_some() {
             return read;
@@ -87,7 +87,7 @@ impl Head {
         let first = self.row_range(first, rows)?;
         let before = self.digest_rows(tensor, first, rows.rows)?;
         // What fails before the first row is written leaves a step under way alone, what fails later poisons the head.
-        let written = self.backend.write_rows(tensor, first, rows);
+        let written = self.backend.write_rows(first, &[TensorRows { tensor, rows: *rows }]);
         self.poison_unless_recoverable(written)?;
         self.state = CallState::Idle;
         self.drop_accumulated();
@@ -118,8 +118,8 @@ impl Head {
         let mut sum = 0u64;
         for start in (0..count).step_by(at_once) {
             let rows = at_once.min(count - start);
-            let some = Matrix::of_f32(&mut values[..rows * dim], rows, dim);
-            self.backend.read_rows(tensor, first + start as u64, &some)?;
+            let some = TensorRows { tensor, rows: Matrix::of_f32(&mut values[..rows * dim], rows, dim) };
+            self.backend.read_rows(first + start as u64, &[some])?;
             for (row, values) in values[..rows * dim].chunks_exact(dim).enumerate() {
                 let seed = (first + (start + row) as u64).wrapping_mul(4).wrapping_add(tensor as u64);
                 let digest = values.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, value| mix(hash, value.to_bits().into()));

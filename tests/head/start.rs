@@ -1,8 +1,9 @@
 //! Start values of W: a pure function of seed, class and column.
 
 use partialfc::options::{HeadOptions, Placement};
+use partialfc::Status;
 
-use partialfc_testing::capi::{options, Comm, Device, Head};
+use partialfc_testing::capi::{assert_failed, options, Comm, Device, Head};
 use partialfc_testing::ranks::on_ranks;
 
 fn start(options: &HeadOptions, ranks: usize) -> Vec<f32> {
@@ -65,4 +66,19 @@ fn written_rows_are_read_back_and_the_others_stay() {
     head.write_state(partialfc_testing::capi::PFC_STATE_MOMENTUM, 8, &[7.0, 8.0, 9.0]).expect("state");
     assert_eq!(head.momentum()[24..], [7.0, 8.0, 9.0]);
     assert_eq!(head.centers(), after);
+}
+
+/// Also where the threads that look at them come upon another one first.
+#[test]
+fn the_first_of_many_wrong_written_rows_is_named_and_none_is_written() {
+    let mut head = Head::new(&Device::under_test(4), &Comm::solo(), &options(3000, 2, 4));
+    let before = head.centers();
+    let mut rows = vec![1.0; 2 * 2900];
+    for wrong in [2899, 2000, 1600, 700] {
+        rows[2 * wrong + 1] = f32::NAN;
+        let outcome = head.write_centers(50, &rows);
+        let words = format!("row {wrong} (class {})", wrong + 50);
+        assert_failed(&outcome, Status::InvalidArgument as i32, &[&words]);
+    }
+    assert_eq!(head.centers(), before);
 }

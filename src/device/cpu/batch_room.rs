@@ -127,6 +127,7 @@ mod tests {
     use super::*;
     use crate::device::cpu::pool::Pool;
     use crate::device::test_spec::spec;
+    use crate::device::{HeadDevice, TensorRows};
     use crate::matrix::Matrix;
     use crate::optimizer::StateTensor;
     use crate::options::RowUpdate;
@@ -139,8 +140,10 @@ mod tests {
         assert_eq!(lazy.rows.unstored(), 1000);
         assert_eq!(head(RowUpdate::Dense).rows.unstored(), 0);
         let mut values = [1.0f32; 2 * 512];
-        lazy.rows.write_rows(StateTensor::Centers, 3, &Matrix::of_f32(&mut values, 2, 512)).expect("rows");
-        lazy.rows.write_rows(StateTensor::Momentum, 4, &Matrix::of_f32(&mut values, 2, 512)).expect("rows");
+        let rows = Matrix::of_f32(&mut values, 2, 512);
+        for (first, tensor) in [(3, StateTensor::Centers), (4, StateTensor::Momentum)] {
+            lazy.write_rows(first, &[TensorRows { tensor, rows }]).expect("rows");
+        }
         assert_eq!(lazy.rows.unstored(), 997);
 
         let spec = spec(1000, 1, |_| ());

@@ -13,11 +13,11 @@ use super::rows::HostRows;
 use super::sample::{merge, Draft, Sample};
 use super::sizes::Sizes;
 use super::vector::{self, Softmax};
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, UpdateCall};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, SampleIds, StepFigures, TensorRows, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::memory::reserve;
-use crate::optimizer::{Replay, StateTensor};
+use crate::optimizer::Replay;
 use crate::options::Precision;
 use crate::protocol::{self, Announcement, LossPlace};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
@@ -471,12 +471,12 @@ impl HeadDevice for CpuHead {
         })
     }
 
-    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.rows.read_rows(tensor, first, rows, &self.pool)
+    fn read_rows(&self, first: u64, tensors: &[TensorRows]) -> Result<()> {
+        self.rows.read_rows(first, tensors, &self.pool)
     }
 
-    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.rows.write_rows(tensor, first, rows)
+    fn write_rows(&mut self, first: u64, tensors: &[TensorRows]) -> Result<()> {
+        self.rows.write_rows(first, tensors, &self.pool)
     }
 
     fn updates(&mut self) -> Result<u64> {

@@ -7,7 +7,7 @@ use super::pool::Pool;
 use super::row_file::{Pieces, RowFile};
 use super::row_tensors::{Place, RowTensors};
 use super::rows::{list_of, HostRows};
-use crate::matrix::Matrix;
+use crate::device::TensorRows;
 use crate::memory::{reserve, zeros};
 use crate::optimizer::{Replay, StateTensor};
 use crate::Result;
@@ -60,34 +60,33 @@ impl HostRows {
         }
     }
 
-    /// Reads rows, replayed to now, into a host matrix; those of a file on the threads that wait for it, others on those of `pool`.
-    pub fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix, pool: &Pool) -> Result<()> {
-        self.check_state(tensor)?;
+    /// Reads rows, replayed to now; those of a file on the threads that wait for it, others on those of `pool`.
+    pub fn read_rows(&self, first: u64, tensors: &[TensorRows], pool: &Pool) -> Result<()> {
+        let count = self.check_tensors(tensors)?;
         let replay = self.replay()?;
         let pool = self.file.as_ref().map_or(pool, RowFile::pool);
         let (mut readers, failure) = (Vec::new(), Mutex::new(None));
         reserve(&mut readers, pool.threads(), "threads that read rows")?;
         readers.resize_with(pool.threads(), || Mutex::new(None));
-        pool.run(rows.rows.div_ceil(ROWS_OF_A_RUN), &|task, worker| {
-            let some = task * ROWS_OF_A_RUN..((task + 1) * ROWS_OF_A_RUN).min(rows.rows);
+        pool.run(count.div_ceil(ROWS_OF_A_RUN), &|task, worker| {
+            let some = task * ROWS_OF_A_RUN..((task + 1) * ROWS_OF_A_RUN).min(count);
             // A worker number belongs to one thread: nobody waits.
             let mut reader = readers[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = self.read_some(&mut reader, tensor, first as usize, some, &replay, rows) {
+            if let Err(error) = self.read_some(&mut reader, first as usize, some, &replay, tensors) {
                 failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    /// Reads rows `some` of the matrix, of which row 0 is row `first` of the shard. The reader is made when it is first needed.
+    /// Reads rows `some` of the matrices, of which row 0 is row `first` of the shard. The reader is made when it is first needed.
     fn read_some<'a>(
         &'a self,
         reader: &mut Option<(RunReader<'a>, Vec<f32>)>,
-        tensor: StateTensor,
         first: usize,
         some: Range<usize>,
         replay: &Replay,
-        rows: &Matrix,
+        tensors: &[TensorRows],
     ) -> Result<()> {
         let (reader, row) = match reader {
             Some(made) => made,
@@ -96,26 +95,29 @@ impl HostRows {
         let (w, rest) = row.split_at_mut(self.dim);
         let run = reader.run(first + some.start..first + some.end)?;
         // A dense row is brought to now from all of its tensors.
-        let (of_centers, dense) = (tensor == StateTensor::Centers, self.dense());
+        let dense = self.dense();
+        let centers = dense || tensors.iter().any(|wanted| wanted.tensor == StateTensor::Centers);
+        let state = dense || tensors.iter().any(|wanted| wanted.tensor != StateTensor::Centers);
         for i in some {
             let r = first + i;
-            if of_centers || dense {
+            if centers {
                 self.read_stored(run, r, w);
             }
-            let (m, v) = match !of_centers || dense {
+            let (m, v) = match state {
                 true => run.tensors.copy_state(r - run.first, rest),
                 false => rest.split_at_mut(self.dim),
             };
             if dense {
                 replay.catch_up(self.last_update[r], w, m, v);
             }
-            // SAFETY: the caller of the head's entry gave a matrix of its host memory of this many rows; each is in one task.
-            unsafe {
-                match tensor {
-                    StateTensor::Centers => rows.write_row(i, w),
-                    StateTensor::Momentum => rows.write_row(i, m),
-                    StateTensor::SecondMoment => rows.write_row(i, v),
-                }
+            for wanted in tensors {
+                let values: &[f32] = match wanted.tensor {
+                    StateTensor::Centers => w,
+                    StateTensor::Momentum => m,
+                    StateTensor::SecondMoment => v,
+                };
+                // SAFETY: the caller of the head's entry gave matrices of its host memory of this many rows; each is in one task.
+                unsafe { wanted.rows.write_row(i, values) };
             }
         }
         Ok(())

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::table::{Rounding, Table, TableParts};
+use crate::optimizer::StateTensor;
 use crate::options::HeadOptions;
 use crate::random::{self, Purpose};
 use crate::{error, Result};
@@ -97,6 +98,14 @@ impl RowTensors {
         slot * self.dim..(slot + 1) * self.dim
     }
 
+    pub fn table(&self, tensor: StateTensor) -> &Table {
+        match tensor {
+            StateTensor::Centers => &self.centers,
+            StateTensor::Momentum => &self.momentum,
+            StateTensor::SecondMoment => &self.second_moment,
+        }
+    }
+
     pub fn has_second_moment(&self) -> bool {
         !self.second_moment.is_empty()
     }
@@ -124,6 +133,15 @@ impl RowTensors {
 impl RowTensorParts<'_> {
     pub fn at(&self, slot: usize) -> Range<usize> {
         slot * self.dim..(slot + 1) * self.dim
+    }
+
+    /// `None` for a second moment that the optimizer does not have.
+    pub fn table(&self, tensor: StateTensor) -> Option<&TableParts<'_>> {
+        match tensor {
+            StateTensor::Centers => Some(&self.centers),
+            StateTensor::Momentum => Some(&self.momentum),
+            StateTensor::SecondMoment => self.second_moment.as_ref(),
+        }
     }
 
     fn tables(&self) -> impl Iterator<Item = &TableParts<'_>> {

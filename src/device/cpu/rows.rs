@@ -7,7 +7,7 @@
 //! head of many classes is made at once, and takes its memory in its first steps.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::arrivals::Arrivals;
 use super::pool::Pool;
@@ -17,14 +17,14 @@ use super::row_set::RowSet;
 use super::row_tensors::{Place, RoundingKey, RowTensorParts, RowTensors, Slots, StartValues};
 use super::sample::{Draft, Sample};
 use super::step_rows::{worker_copies, ReadableRows, UpdatingRows};
-use super::table::{Rounding, Table};
-use crate::device::HeadSpec;
-use crate::matrix::Matrix;
-use crate::memory::{zeros, Buffer, Parts};
+use super::table::Rounding;
+use crate::device::tensor_rows::check_row;
+use crate::device::{HeadSpec, TensorRows};
+use crate::memory::{Buffer, Parts};
 use crate::optimizer::{History, Optimizer, Replay, StateTensor, UpdateRule};
 use crate::options::{Residency, RowUpdate};
 use crate::shard::Shard;
-use crate::{ensure, error, rounding, Error, Result};
+use crate::{ensure, error, Error, Result};
 
 /// Learning rates are looked over for ones no row needs any more when their number has doubled, and not below this.
 const SHORTEST_HISTORY: usize = 1024;
@@ -347,7 +347,7 @@ impl HostRows {
     fn catch_up_before(&mut self, update: u64, pool: &Pool) -> Result<()> {
         let (replay, now, key) = (self.replay()?, self.updates, self.key(0));
         let is_behind = |last: &[u64]| last.iter().any(|&last| last < update);
-        self.change(0..self.last_update.len(), &is_behind, |rows, run| {
+        self.change(0..self.last_update.len(), OldRows::Read { wanted: &is_behind }, |rows, run| {
             pool.run(rows.len().div_ceil(ROWS_A_TASK), &|task, worker| {
                 let first = rows.start + task * ROWS_A_TASK;
                 for row in first..(first + ROWS_A_TASK).min(rows.end) {
@@ -358,17 +358,11 @@ impl HostRows {
         })
     }
 
-    /// Gives rows of the shard to `body`, some at a time, and stores what it makes of them; not those of which `wanted` does not want any,
-    /// by the updates they were last brought to.
+    /// Gives rows of the shard to `body`, some at a time, and stores what it makes of them.
     ///
     /// # Errors
     /// DEVICE where rows may have been changed.
-    fn change(
-        &mut self,
-        rows: Range<usize>,
-        wanted: &dyn Fn(&[u64]) -> bool,
-        mut body: impl FnMut(Range<usize>, ChangingRun<'_>),
-    ) -> Result<()> {
+    fn change(&mut self, rows: Range<usize>, old: OldRows<'_>, mut body: impl FnMut(Range<usize>, ChangingRun<'_>)) -> Result<()> {
         let dense = self.dense();
         let Some(file) = &mut self.file else {
             let last_update = dense.then(|| self.last_update.parts());
@@ -380,13 +374,16 @@ impl HostRows {
         let mut changed = false;
         for first in rows.clone().step_by(at_once.max(1)) {
             let run = first..(first + at_once).min(rows.end);
-            if dense && !wanted(&self.last_update[run.clone()]) {
-                continue;
-            }
             let place = |slot: usize| Place { row: first + slot, slot };
             let list = list_of(run.len(), &place);
-            let read = file.read(list, tensors.parts(), &mut self.copies);
-            read.map_err(|error| if changed { torn(&error) } else { error })?;
+            match old {
+                OldRows::Read { wanted } if dense && !wanted(&self.last_update[run.clone()]) => continue,
+                OldRows::Read { .. } => {
+                    let read = file.read(list, tensors.parts(), &mut self.copies);
+                    read.map_err(|error| if changed { torn(&error) } else { error })?;
+                }
+                OldRows::Overwritten => {}
+            }
             changed = true;
             let last_update = dense.then(|| self.last_update.parts());
             body(run, ChangingRun { tensors: tensors.parts(), first, copies: self.copies.parts(), last_update });
@@ -395,71 +392,106 @@ impl HostRows {
         Ok(())
     }
 
-    /// Overwrites rows; the other tensors of a dense row are brought to now first. bfloat16 takes the nearest of what is given.
-    pub fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.check_state(tensor)?;
-        let (dim, mut values) = (self.dim, zeros(&[self.dim], "a row to write")?);
-        let mut rounded = zeros(&[if self.is_bf16(tensor) { dim } else { 0 }], "a row to write")?;
-        for i in 0..rows.rows {
-            // SAFETY: as in read_rows.
-            unsafe { rows.read_row(i, &mut values) };
-            let class = self.shard.first + first + i as u64;
-            ensure!(values.iter().all(|x| x.is_finite()), InvalidArgument, "row {i} (class {class}) contains a NaN or an infinity");
-            let negative = tensor == StateTensor::SecondMoment && values.iter().any(|&x| x < 0.0);
-            ensure!(!negative, InvalidArgument, "row {i} (class {class}) of the second moment must not be negative");
-            let fits = rounded.is_empty() || rounding::to_nearest(&values, &mut rounded);
-            ensure!(fits, InvalidArgument, "row {i} (class {class}) contains a number beyond bfloat16");
+    /// Overwrites rows in some tensors; the others of a dense row are brought to now first. bfloat16 takes the nearest of what is given.
+    pub fn write_rows(&mut self, first: u64, tensors: &[TensorRows], pool: &Pool) -> Result<()> {
+        let count = self.check_tensors(tensors)?;
+        self.check_values(first, tensors, pool)?;
+        let (replay, now, key, first, dim) = (self.replay()?, self.updates, self.key(0), first as usize, self.dim);
+        let given = |tensor| tensors.iter().any(|given| given.tensor == tensor);
+        if !given(StateTensor::Centers) {
+            self.store_start(count, &|number| first + number, pool);
+        } else if self.file.is_none() {
+            (first..first + count).for_each(|row| self.stored.add(row));
         }
-        let (replay, now, key, first) = (self.replay()?, self.updates, self.key(0), first as usize);
-        if self.file.is_none() {
-            for row in first..first + rows.rows {
-                if !self.stored.has(row) && tensor != StateTensor::Centers {
-                    // SAFETY: this thread alone has the rows.
-                    unsafe { self.tensors.parts().start(row, &self.start, self.shard.first + row as u64, &mut values) };
+        let all = [StateTensor::Centers, StateTensor::Momentum, StateTensor::SecondMoment];
+        let whole = all.into_iter().all(|tensor| given(tensor) || self.tensors.table(tensor).is_empty());
+        let old = if whole { OldRows::Overwritten } else { OldRows::Read { wanted: &|_| true } };
+        self.change(first..first + count, old, |some, run| {
+            pool.run(some.len().div_ceil(ROWS_A_TASK), &|task, worker| {
+                let from = some.start + task * ROWS_A_TASK;
+                for row in from..(from + ROWS_A_TASK).min(some.end) {
+                    // SAFETY: each row belongs to one task, a worker number to one thread; the rest as in read_rows.
+                    unsafe {
+                        match whole {
+                            true => run.set_last_update(row, now),
+                            false => run.catch_up(row, now, now, &replay, key, worker),
+                        }
+                        let at = run.tensors.at(row - run.first);
+                        for TensorRows { tensor, rows } in tensors {
+                            let Some(table) = run.tensors.table(*tensor) else { unreachable!("a tensor that was checked") };
+                            let values = table.load(at.clone(), &mut worker_copies(&run.copies, worker, dim)[..dim]);
+                            rows.read_row(row - first, values);
+                            table.store(at.clone(), values, Rounding::Nearest);
+                        }
+                    }
                 }
-                self.stored.add(row);
-            }
-        }
-        self.change(first..first + rows.rows, &|_| true, |some, run| {
-            for row in some {
-                // SAFETY: as in read_rows; and this thread alone has the rows.
-                unsafe {
-                    run.catch_up(row, now, now, &replay, key, 0);
-                    rows.read_row(row - first, &mut values);
-                    let table = match tensor {
-                        StateTensor::Centers => run.tensors.centers,
-                        StateTensor::Momentum => run.tensors.momentum,
-                        StateTensor::SecondMoment => run.tensors.second_moment.expect("checked above"),
-                    };
-                    let at = run.tensors.at(row - run.first);
-                    let out = table.load(at.clone(), &mut worker_copies(&run.copies, 0, dim)[..dim]);
-                    out.copy_from_slice(&values);
-                    table.store(at, out, Rounding::Nearest);
-                }
-            }
+            });
         })
     }
 
-    fn is_bf16(&self, tensor: StateTensor) -> bool {
-        let table = match tensor {
-            StateTensor::Centers => &self.tensors.centers,
-            StateTensor::Momentum => &self.tensors.momentum,
-            StateTensor::SecondMoment => &self.tensors.second_moment,
-        };
-        matches!(table, Table::Bf16(_))
+    /// Refuses values that cannot be stored, by the first row that has one.
+    fn check_values(&mut self, first: u64, tensors: &[TensorRows], pool: &Pool) -> Result<()> {
+        let (dim, first, copies) = (self.dim, self.shard.first + first, self.copies.parts());
+        for &TensorRows { tensor, rows } in tensors {
+            let dtype = self.tensors.table(tensor).dtype();
+            let check = |row: usize, worker: usize| {
+                // SAFETY: as in write_rows.
+                let values = unsafe {
+                    let values = &mut worker_copies(&copies, worker, dim)[..dim];
+                    rows.read_row(row, values);
+                    values
+                };
+                check_row(tensor, dtype, row, first + row as u64, values)
+            };
+            let wrong = AtomicUsize::new(usize::MAX);
+            pool.run(rows.rows.div_ceil(ROWS_A_TASK), &|task, worker| {
+                let mut some = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows.rows);
+                if let Some(row) = some.find(|&row| check(row, worker).is_err()) {
+                    wrong.fetch_min(row, Ordering::Relaxed);
+                }
+            });
+            match wrong.into_inner() {
+                usize::MAX => {}
+                row => return check(row, 0),
+            }
+        }
+        Ok(())
     }
 
-    pub fn check_state(&self, tensor: StateTensor) -> Result<()> {
-        ensure!(
-            tensor != StateTensor::SecondMoment || self.tensors.has_second_moment(),
-            InvalidArgument,
-            "tensor must not be the second moment: this head's optimizer has none"
-        );
-        Ok(())
+    /// Refuses tensors that this head does not have. Gives the number of their rows.
+    pub fn check_tensors(&self, tensors: &[TensorRows]) -> Result<usize> {
+        for wanted in tensors {
+            ensure!(
+                wanted.tensor != StateTensor::SecondMoment || self.tensors.has_second_moment(),
+                InvalidArgument,
+                "tensor must not be the second moment: this head's optimizer has none"
+            );
+        }
+        let count = tensors.first().map_or(0, |wanted| wanted.rows.rows);
+        assert!(tensors.iter().all(|wanted| wanted.rows.rows == count), "the same rows of all tensors");
+        Ok(count)
     }
 }
 
+/// What is done with the rows that a file has before they are changed.
+enum OldRows<'a> {
+    /// They are read; dense rows that follow each other only if `wanted` says so of the updates they were last brought to.
+    Read { wanted: &'a dyn Fn(&[u64]) -> bool },
+    /// Nothing of them stays.
+    Overwritten,
+}
+
 impl ChangingRun<'_> {
+    /// Takes a row, of which nothing stays, as one that has been brought to now.
+    ///
+    /// # Safety
+    /// No other thread touches this row.
+    unsafe fn set_last_update(&self, row: usize, now: u64) {
+        if let Some(last_update) = &self.last_update {
+            last_update.range(row..row + 1)[0] = now;
+        }
+    }
+
     /// Brings a row that was last touched before `update` to now.
     ///
     /// # Safety

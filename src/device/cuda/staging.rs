@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceBuffer, MemorySpace, Stream};
 use super::shared_structs::MatrixView;
 use crate::matrix::Matrix;
-use crate::memory::{zeros, Buffer, Plain};
+use crate::memory::{reserve, zeros, Buffer, Plain};
 use crate::{error, Result};
 
 /// The most bytes of a large matrix that are copied at a time.
@@ -116,7 +116,8 @@ fn row_of(matrix: &Matrix, row: usize) -> *mut u8 {
 
 /// Copies `count` values from the device in the order of `stream`, and waits for them.
 pub(super) fn fetch<T: Plain>(stream: &Stream, source: *const T, count: usize) -> Result<Vec<T>> {
-    let mut values: Vec<MaybeUninit<T>> = Vec::with_capacity(count);
+    let mut values: Vec<MaybeUninit<T>> = Vec::new();
+    reserve(&mut values, count, "values of the GPU")?;
     values.resize_with(count, MaybeUninit::uninit);
     // SAFETY: the caller names an array of its own of at least so many; the values outlive the wait.
     unsafe { stream.download(values.as_mut_ptr().cast(), source.cast(), count * size_of::<T>()) }?;
@@ -155,12 +156,20 @@ pub(super) unsafe fn write_values(stream: &Stream, name: &str, destination: *mut
     Ok(())
 }
 
-/// The first row of a matrix with a value that is wrong. A matrix on the device is fetched some rows at a time.
-pub(super) fn first_wrong_row(stream: &Stream, name: &str, matrix: &Matrix, wrong: fn(f32) -> bool) -> Result<Option<usize>> {
+/// Gives the rows of a matrix to `body`, each with its number, until one is an error. A matrix on the device is fetched some rows at a time.
+pub(super) fn for_each_row(stream: &Stream, name: &str, matrix: &Matrix, body: impl Fn(usize, &[f32]) -> Result<()>) -> Result<()> {
+    let mut values = zeros(&[matrix.cols], "a row")?;
+    let mut some_of_host = |first: usize, some: &Matrix| {
+        (0..some.rows).try_for_each(|row| {
+            // SAFETY: a row of a matrix that the host can read.
+            unsafe { some.read_row(row, &mut values) };
+            body(first + row, &values)
+        })
+    };
     let row = matrix.row_stride * matrix.dtype.size();
     let rows_at_once = match on_device(stream.context(), name, matrix)? {
         true => (COPIED_BYTES / row.max(1)).clamp(1, matrix.rows),
-        false => return first_wrong(matrix, wrong),
+        false => return some_of_host(0, matrix),
     };
     // The gap after the last row need not be the matrix's memory.
     let bytes_of = |rows: usize| (rows - 1) * row + matrix.cols * matrix.dtype.size();
@@ -170,21 +179,9 @@ pub(super) fn first_wrong_row(stream: &Stream, name: &str, matrix: &Matrix, wron
         // SAFETY: the caller's matrix; the bytes outlive the wait.
         unsafe { stream.download(bytes.as_mut_ptr().cast(), some.data.cast_const().cast(), bytes_of(some.rows)) }?;
         stream.synchronize()?;
-        if let Some(number) = first_wrong(&Matrix { data: bytes.as_mut_ptr(), ..some }, wrong)? {
-            return Ok(Some(start + number));
-        }
+        some_of_host(start, &Matrix { data: bytes.as_mut_ptr(), ..some })?;
     }
-    Ok(None)
-}
-
-/// As `first_wrong_row`, of a matrix that the host can read.
-fn first_wrong(matrix: &Matrix, wrong: fn(f32) -> bool) -> Result<Option<usize>> {
-    let mut values = zeros(&[matrix.cols], "a row")?;
-    Ok((0..matrix.rows).find(|&number| {
-        // SAFETY: a row of it.
-        unsafe { matrix.read_row(number, &mut values) };
-        values.iter().any(|&value| wrong(value))
-    }))
+    Ok(())
 }
 
 /// The rows of a matrix from `start`, at most `count`.

@@ -28,14 +28,14 @@ use super::shared_structs::{fault, HeadArrays, MatrixView, StepBlock};
 use super::sizes::{check_options, fuses_update, HeadMemory, Sizes};
 use super::staging::{self, Staging};
 use super::streams::{HeadStreams, StreamRole};
-use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures, UpdateCall};
+use crate::device::{HeadDevice, HeadSpec, Labels, Nearest, StepFigures, TensorRows, UpdateCall};
 use crate::exchange::Exchange;
 use crate::matrix::{DType, Matrix};
 use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
 use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
-use crate::{Contribution, Error, Result};
+use crate::{error, Contribution, Error, Result};
 
 /// Multiprocessors that the center gradient leaves to the collectives beside it.
 const RESERVED_BESIDE_GRADIENT: u32 = 8;
@@ -553,12 +553,21 @@ impl HeadDevice for CudaHead {
         self.step_figures()
     }
 
-    fn read_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.fetch_rows(tensor, first, rows)
+    fn read_rows(&self, first: u64, tensors: &[TensorRows]) -> Result<()> {
+        tensors.iter().try_for_each(|wanted| self.fetch_rows(wanted.tensor, first, &wanted.rows))
     }
 
-    fn write_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
-        self.put_rows(tensor, first, rows)
+    fn write_rows(&mut self, first: u64, tensors: &[TensorRows]) -> Result<()> {
+        tensors.iter().try_for_each(|given| self.check_values(given.tensor, first, &given.rows))?;
+        for (number, given) in tensors.iter().enumerate() {
+            let written = self.put_rows(given.tensor, first, &given.rows);
+            // Rows with some tensors written and others not are not those of any step.
+            written.map_err(|error| match number {
+                0 => error,
+                _ => error!(Device, "some tensors of these rows were written, the others were not: {error}"),
+            })?;
+        }
+        Ok(())
     }
 
     fn updates(&mut self) -> Result<u64> {
@@ -574,7 +583,7 @@ impl HeadDevice for CudaHead {
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let read = |first: usize, rows: &Matrix| self.read_rows(StateTensor::Centers, first as u64, rows);
+        let read = |first: usize, rows: &Matrix| self.fetch_rows(StateTensor::Centers, first as u64, rows);
         CenterSource { gpu: &self.gpu, arrays: self.arrays(), read: &read }.nearest(queries, k)
     }
 }

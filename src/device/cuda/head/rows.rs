@@ -1,13 +1,12 @@
 //! Reads a head's sample, figures and rows, and overwrites rows.
 
-use half::bf16;
-
 use super::super::shared_structs::StepBlock;
 use super::super::staging;
 use super::super::streams::StreamRole;
 use super::{run, CudaHead};
+use crate::device::tensor_rows::check_row;
 use crate::device::StepFigures;
-use crate::matrix::{DType, Matrix};
+use crate::matrix::Matrix;
 use crate::optimizer::StateTensor;
 use crate::{ensure, error, Result};
 
@@ -63,25 +62,17 @@ impl CudaHead {
         Ok(())
     }
 
-    pub(super) fn put_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+    /// Refuses rows that cannot be stored.
+    pub(super) fn check_values(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.check_state(tensor)?;
-        if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| !value.is_finite())? {
-            let class = self.spec.shard.first + first + row as u64;
-            return Err(error!(InvalidArgument, "row {row} (class {class}) contains a NaN or an infinity"));
-        }
-        if self.spec.options.stored_dtype(tensor) == DType::Bf16 {
-            let beyond = |value: f32| bf16::from_f32(value).is_infinite();
-            if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, beyond)? {
-                let class = self.spec.shard.first + first + row as u64;
-                return Err(error!(InvalidArgument, "row {row} (class {class}) contains a number beyond bfloat16"));
-            }
-        }
-        if tensor == StateTensor::SecondMoment {
-            if let Some(row) = staging::first_wrong_row(&self.gpu.stream, "rows", rows, |value| value < 0.0)? {
-                let class = self.spec.shard.first + first + row as u64;
-                return Err(error!(InvalidArgument, "row {row} (class {class}) of the second moment must not be negative"));
-            }
-        }
+        let (dtype, class) = (self.spec.options.stored_dtype(tensor), self.spec.shard.first + first);
+        staging::for_each_row(&self.gpu.stream, "rows", rows, |row, values| {
+            check_row(tensor, dtype, row, class + row as u64, values)
+        })
+    }
+
+    /// Overwrites rows that have been checked.
+    pub(super) fn put_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
         self.join(StreamRole::Main, StreamRole::Centers);
         let next = self.next();
         self.drafts[next].gathered = false;
