@@ -140,6 +140,8 @@ impl Manifest {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
     use crate::Status;
 
@@ -160,7 +162,10 @@ mod tests {
     }
 
     fn read(text: &[u8]) -> Result<Manifest> {
-        let path = std::env::temp_dir().join(format!("partialfc-manifest-{}-{}", std::process::id(), crc32fast::hash(text)));
+        // Tests run side by side, some with the same text.
+        static FILES: AtomicUsize = AtomicUsize::new(0);
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("partialfc-manifest-{}-{number}", std::process::id()));
         std::fs::write(&path, text).expect("a file");
         let manifest = Manifest::read(&path);
         std::fs::remove_file(&path).expect("the file");
