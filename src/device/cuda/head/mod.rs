@@ -35,7 +35,7 @@ use crate::optimizer::StateTensor;
 use crate::options::RowUpdate;
 use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, REPLICATED_TOTALS, TOTALS};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
-use crate::{error, Contribution, Error, Result};
+use crate::{Contribution, Error, Result};
 
 /// Multiprocessors that the center gradient leaves to the collectives beside it.
 const RESERVED_BESIDE_GRADIENT: u32 = 8;
@@ -554,20 +554,11 @@ impl HeadDevice for CudaHead {
     }
 
     fn read_rows(&self, first: u64, tensors: &[TensorRows]) -> Result<()> {
-        tensors.iter().try_for_each(|wanted| self.fetch_rows(wanted.tensor, first, &wanted.rows))
+        tensors.iter().try_for_each(|wanted| self.fetch_rows(first, wanted))
     }
 
     fn write_rows(&mut self, first: u64, tensors: &[TensorRows]) -> Result<()> {
-        tensors.iter().try_for_each(|given| self.check_values(given.tensor, first, &given.rows))?;
-        for (number, given) in tensors.iter().enumerate() {
-            let written = self.put_rows(given.tensor, first, &given.rows);
-            // Rows with some tensors written and others not are not those of any step.
-            written.map_err(|error| match number {
-                0 => error,
-                _ => error!(Device, "some tensors of these rows were written, the others were not: {error}"),
-            })?;
-        }
-        Ok(())
+        self.put_rows(first, tensors)
     }
 
     fn updates(&mut self) -> Result<u64> {
@@ -583,7 +574,8 @@ impl HeadDevice for CudaHead {
     }
 
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
-        let read = |first: usize, rows: &Matrix| self.fetch_rows(StateTensor::Centers, first as u64, rows);
+        let read =
+            |first: usize, rows: &Matrix| self.fetch_rows(first as u64, &TensorRows { tensor: StateTensor::Centers, rows: *rows });
         CenterSource { gpu: &self.gpu, arrays: self.arrays(), read: &read }.nearest(queries, k)
     }
 }

@@ -5,8 +5,7 @@ use super::super::staging;
 use super::super::streams::StreamRole;
 use super::{run, CudaHead};
 use crate::device::tensor_rows::check_row;
-use crate::device::StepFigures;
-use crate::matrix::Matrix;
+use crate::device::{StepFigures, TensorRows};
 use crate::optimizer::StateTensor;
 use crate::{ensure, error, Result};
 
@@ -47,7 +46,7 @@ impl CudaHead {
         })
     }
 
-    pub(super) fn fetch_rows(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+    pub(super) fn fetch_rows(&self, first: u64, &TensorRows { tensor, ref rows }: &TensorRows) -> Result<()> {
         self.check_state(tensor)?;
         self.streams.join(StreamRole::Main, StreamRole::Centers)?;
         // Some rows at a time: a GPU may have no memory for a second copy of a shard.
@@ -62,8 +61,20 @@ impl CudaHead {
         Ok(())
     }
 
+    pub(super) fn put_rows(&mut self, first: u64, tensors: &[TensorRows]) -> Result<()> {
+        tensors.iter().try_for_each(|given| self.check_values(first, given))?;
+        for (number, given) in tensors.iter().enumerate() {
+            // Rows with some tensors written and others not are not those of any step.
+            self.put_checked_rows(first, given).map_err(|error| match number {
+                0 => error,
+                _ => error!(Device, "some tensors of these rows were written, the others were not: {error}"),
+            })?;
+        }
+        Ok(())
+    }
+
     /// Refuses rows that cannot be stored.
-    pub(super) fn check_values(&self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+    fn check_values(&self, first: u64, &TensorRows { tensor, ref rows }: &TensorRows) -> Result<()> {
         self.check_state(tensor)?;
         let (dtype, class) = (self.spec.options.stored_dtype(tensor), self.spec.shard.first + first);
         staging::for_each_row(&self.gpu.stream, "rows", rows, |row, values| {
@@ -71,8 +82,7 @@ impl CudaHead {
         })
     }
 
-    /// Overwrites rows that have been checked.
-    pub(super) fn put_rows(&mut self, tensor: StateTensor, first: u64, rows: &Matrix) -> Result<()> {
+    fn put_checked_rows(&mut self, first: u64, &TensorRows { tensor, ref rows }: &TensorRows) -> Result<()> {
         self.join(StreamRole::Main, StreamRole::Centers);
         let next = self.next();
         self.drafts[next].gathered = false;
