@@ -1,6 +1,15 @@
 //! The margin on the target logit: target logit = scale * (cos(m1 * theta + m2) - m3).
 //!
 //! CosFace (arXiv:1801.09414) is m3 alone, ArcFace (arXiv:1801.07698) m2 alone, SphereFace (arXiv:1704.08063) m1 alone.
+//!
+//! ```
+//! use partialfc::margin::{Margin, MarginGradient};
+//!
+//! let arcface =
+//!     Margin { scale: 64.0, m1: 1.0, m2: 0.5, m3: 0.0, interclass_filter: 0.0, gradient: MarginGradient::Exact, guard: true };
+//! // A target at 0.3 radians from its class center counts as one at 0.8.
+//! assert!((arcface.target(0.3).logit - 64.0 * 0.8_f64.cos()).abs() < 1e-9);
+//! ```
 
 use std::f64::consts::{FRAC_PI_2, PI};
 
