@@ -176,6 +176,12 @@ impl Communicator {
         self.transport.check_device(device.as_deref())
     }
 
+    /// Makes room for an all_gather of `bytes` of the host's memory from each rank. Not collective; a failure leaves the communicator usable.
+    pub fn reserve_all_gather(&self, bytes: usize) -> Result<()> {
+        self.own_process()?;
+        self.transport.reserve_for_host(bytes + self.product("bytes", bytes, 1)?)
+    }
+
     /// Asked after a wait for a stream: the failure that ended the communicator, if operations had been left on streams. The results that
     /// were waited for are then undefined.
     pub fn poll_failure(&self) -> Result<()> {

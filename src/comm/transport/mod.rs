@@ -185,6 +185,10 @@ pub trait Transport: Send + Sync {
     fn check_device(&self, _device: Option<&dyn StreamDevice>) -> Result<()> {
         Ok(())
     }
+    /// Makes room for an operation on the host's memory, of as many bytes in and out: one that lacked it would end the communicator.
+    fn reserve_for_host(&self, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
     /// What has become known of operations that were left on a stream: they failed, did not end in time, or were aborted.
     fn poll_failure(&self) -> Result<()> {
         Ok(())

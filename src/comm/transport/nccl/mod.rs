@@ -34,6 +34,8 @@ const MOST_BLOCKS: i32 = 8;
 /// Time allowed for ncclCommFinalize before we abort.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Where in scratch memory the second of two buffers may begin.
+const ALIGNMENT: usize = 256;
 /// Bytes that the largest of floats gathers from each rank at a time.
 const PIECE: usize = 1 << 20;
 
@@ -145,7 +147,7 @@ impl Nccl {
     ) -> Result<()> {
         let memory = &*self.group.device;
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let (stream, from) = (scratch.stream(), send.1.next_multiple_of(256));
+        let (stream, from) = (scratch.stream(), send.1.next_multiple_of(ALIGNMENT));
         let source = scratch.reserve((from + recv.1).max(1))?;
         let target = source.wrapping_add(from);
         if send.1 > 0 {
@@ -432,6 +434,11 @@ impl Transport for Nccl {
             other.unwrap_or(own)
         );
         Ok(())
+    }
+
+    fn reserve_for_host(&self, bytes: usize) -> Result<()> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        scratch.reserve(bytes + ALIGNMENT).map(|_| ())
     }
 
     fn poll_failure(&self) -> Result<()> {
