@@ -1,12 +1,13 @@
-// Loads or saves a checkpoint, or makes a step with the rows in a file, while the disk misbehaves at
-// one call of the system, chosen by its number. tests/hostile/disk.rs goes through all of them and
+// Loads or saves a checkpoint, or makes a step or other classes with the rows in a file, while the disk
+// misbehaves at one call of the system, chosen by its number. tests/hostile/disk.rs goes through all of them and
 // looks at what is left.
 //
-//   disk_faults DIRECTORY load|save|step FAULT NUMBER
+//   disk_faults DIRECTORY load|save|step|classes FAULT NUMBER
 //
 // loads the checkpoint, makes one step, and saves it to the same directory; with NUMBER 0 nothing
-// fails. step: a head with its rows in DIRECTORY/rows makes two steps and saves. FAULT is what
-// becomes of the NUMBER-th call of the load, of the save or of the second step: killed (the
+// fails. step: a head with its rows in DIRECTORY/rows makes two steps and saves. classes: the same, and
+// between the two it is given fewer classes. FAULT is what becomes of the NUMBER-th call of the load,
+// of the save, of the second step or of the change of classes: killed (the
 // process, before the call), half (a write writes half of its bytes, then the process is killed),
 // full (ENOSPC), broken (EIO), interrupted (EINTR), indirect (EINVAL, as of a file system that finds
 // late that it cannot transfer directly), short (less is read or written, as may be).
@@ -25,7 +26,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { CLASSES = 1500, DIM = 512, BATCH = 4, KILLED = 77 };
+enum { CLASSES = 1500, FEWER = 400, DIM = 512, BATCH = 4, KILLED = 77 };
 
 static const char *fault = "";
 static long number, calls;
@@ -152,6 +153,20 @@ static void step_on_a_file(pfc_head *head, const char *directory) {
   need("save", pfc_head_save(head, directory, NULL));
 }
 
+// What fails in a change of classes leaves the head with those that it had.
+static void classes_on_a_file(pfc_head *head, const char *directory) {
+  uint64_t first, count;
+  step(head);
+  armed = 1;
+  const pfc_status status = pfc_head_resize(head, FEWER, NULL);
+  armed = 0;
+  printf("%ld\t%s\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error(), hit);
+  need("shard", pfc_head_shard(head, &first, &count));
+  if (count != (status == PFC_OK ? FEWER : CLASSES)) exit(1);
+  step(head);
+  need("save", pfc_head_save(head, directory, NULL));
+}
+
 int main(int argc, char **argv) {
   if (argc != 5) return 2;
   pfc_device *device;
@@ -162,17 +177,17 @@ int main(int argc, char **argv) {
   need("comm", pfc_comm_self(&comm));
   need("options", pfc_head_options_init(&options));
   options.num_classes = CLASSES, options.embedding_dim = DIM;
-  const int on_a_file = strcmp(argv[2], "step") == 0;
+  const int steps = strcmp(argv[2], "step") == 0, changes = strcmp(argv[2], "classes") == 0;
   char rows[4096];
-  if (on_a_file) {
+  if (steps || changes) {
     snprintf(rows, sizeof rows, "%s/rows", argv[1]);
     options.residency = PFC_RESIDENCY_FILE, options.storage_path = rows;
   }
   need("head", pfc_head_create(device, comm, &options, &head));
   int in_load = strcmp(argv[2], "load") == 0;
   fault = argv[3], number = strtol(argv[4], NULL, 10);
-  if (on_a_file) {
-    step_on_a_file(head, argv[1]);
+  if (steps || changes) {
+    (steps ? step_on_a_file : classes_on_a_file)(head, argv[1]);
     pfc_head_free(head), pfc_comm_free(comm), pfc_device_free(device);
     return rmdir(rows);
   }

@@ -293,6 +293,31 @@ static void checkpoints(pfc_head *head) {
   FAILS(pfc_head_load(head, "/dev/null", &load), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
 }
 
+static void other_classes(pfc_head *head) {
+  const int64_t map[1] = {0}, twice[2] = {1, 1}, into[2] = {0, 0};
+  int64_t moved[1] = {-7};
+  pfc_remap_options options;
+  FAILS(pfc_remap_options_init(NULL), PFC_ERROR_INVALID_ARGUMENT, "options must not be NULL");
+  EXPECT(pfc_remap_options_init(&options) == PFC_OK);
+  FAILS(pfc_head_resize(NULL, 1, &options), PFC_ERROR_INVALID_ARGUMENT, "head must not be NULL");
+  FAILS(pfc_head_resize(head, 0, &options), PFC_ERROR_INVALID_ARGUMENT, "num_classes must be at");
+  FAILS(pfc_head_remap(head, 5, NULL, 0, NULL), PFC_ERROR_INVALID_ARGUMENT, "class_map must not be");
+  FAILS(pfc_head_remap(head, 5, NULL, 1, NULL), PFC_ERROR_INVALID_ARGUMENT, "class_map must not be");
+  FAILS(pfc_head_remap(head, 5, map, 1, NULL), PFC_ERROR_MISMATCH, "class_map has 1 entries");
+  FAILS(pfc_head_merge(head, twice, into, 2, NULL, 0, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "from[1] is class 1, which is in from already");
+  FAILS(pfc_head_merge(head, NULL, into, 2, NULL, 0, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "from must not be NULL");
+  FAILS(pfc_head_merge(head, twice, into, 1, moved, 1, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "class_map_capacity must be at least");
+  EXPECT(moved[0] == -7);
+  options.class_weights_count = 3;
+  FAILS(pfc_head_merge(head, twice, into, 1, NULL, 0, &options), PFC_ERROR_INVALID_ARGUMENT,
+        "class_weights must not be NULL");
+  options.struct_size = 3;
+  FAILS(pfc_head_resize(head, 5, &options), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
+}
+
 static void steps(pfc_head *head) {
   pfc_matrix e = matrix(values, BATCH), g = matrix(gradient, BATCH), wrong = e;
   float before[BATCH][DIM], after[BATCH][DIM], more[BATCH + 1][DIM] = {{0}};
@@ -439,6 +464,7 @@ int main(void) {
   without_nccl(device);
   not_in_this_build();
   checkpoints(head);
+  other_classes(head);
   steps(head);
   forked(head);
   logging(device, comm);

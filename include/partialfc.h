@@ -1192,11 +1192,18 @@ typedef struct pfc_load_options {
   void *user;
   // For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of
   // the head that none becomes begin anew; those that several become have the mean of their
-  // directions, with the mean of their lengths, and no state. All ranks must give the same. NULL:
-  // the classes are the same. In host memory, borrowed for the call. (default: NULL)
+  // directions, with the mean of their lengths, both weighted by class_weights, and no state. All
+  // ranks must give the same. NULL: the classes are the same. In host memory, borrowed for the
+  // call. (default: NULL)
   const int64_t *class_map;
   // Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
   uint64_t class_map_count;
+  // With class_map: how much each class of the checkpoint counts where several become one, such as
+  // its number of images: above 0, finite. All ranks must give the same. NULL: all count alike. In
+  // host memory, borrowed for the call. (default: NULL)
+  const float *class_weights;
+  // Entries of class_weights: the checkpoint's num_classes; 0 with NULL. (default: 0)
+  uint64_t class_weights_count;
 } pfc_load_options;
 
 // Fills options with defaults; see pfc_head_options_init_sized.
@@ -1257,6 +1264,87 @@ pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_o
 //   refuses. If that is found in the manifest, nothing has changed. If it is found in the rows,
 //   some of them are new: the heads of all ranks are poisoned
 pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_options *options);
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+// Other classes for a head that trains: identities come, go, and turn out to be one.
+//
+// The head remains, with its device, its communicator and its progress. Rows that keep their
+// class, under whatever number, keep their optimizer state; the ranks' shards are those of the
+// new number of classes. What was prepared, chosen or begun is dropped. While such a call runs, a
+// head has its rows twice, in memory or, with residency file, on the disk.
+
+// Options of pfc_head_resize, pfc_head_remap and pfc_head_merge. Prepare with
+// pfc_remap_options_init.
+typedef struct pfc_remap_options {
+  // sizeof(pfc_remap_options), set by pfc_remap_options_init.
+  uint64_t struct_size;
+  // (default: NULL)
+  pfc_progress_fn progress;
+  // Handed to progress. (default: NULL)
+  void *user;
+  // How much each of the head's classes counts where several become one, such as its number of
+  // images: above 0, finite. All ranks must give the same. NULL: all count alike; pfc_head_resize
+  // takes no other. In host memory, borrowed for the call. (default: NULL)
+  const float *class_weights;
+  // Entries of class_weights: the head's number of classes; 0 with NULL. (default: 0)
+  uint64_t class_weights_count;
+} pfc_remap_options;
+
+// Fills options with defaults; see pfc_head_options_init_sized.
+pfc_status pfc_remap_options_init_sized(pfc_remap_options *options, uint64_t struct_size);
+
+// pfc_remap_options_init_sized for this header's pfc_remap_options: what C and C++ programs call.
+static inline pfc_status pfc_remap_options_init(pfc_remap_options *options) {
+  return pfc_remap_options_init_sized(options, sizeof(pfc_remap_options));
+}
+
+// Changes the number of classes: new ones come behind those that there are, with their start
+// values, or the last ones go. Collective; call it between two steps.
+//
+// @param num_classes from now on; the same on all ranks
+// @param options NULL for the defaults
+// @return as pfc_head_remap
+pfc_status pfc_head_resize(pfc_head *head, uint64_t num_classes, const pfc_remap_options *options);
+
+// Gives classes other numbers, removes some, makes several one, and adds new ones, by a table.
+// Collective; call it between two steps.
+//
+// Classes that none becomes are new and have their start values. Those that several become have
+// the mean of their directions, with the mean of their lengths, both weighted by class_weights,
+// and no state. Until the next step there is no last sample, and of a last step pfc_head_metrics
+// has the counts alone.
+//
+// @param num_classes from now on; the same on all ranks
+// @param class_map for each of the head's classes its new number, or -1: it goes; the same on all
+//   ranks. In host memory
+// @param class_map_count entries of class_map: the head's number of classes
+// @param options NULL for the defaults
+// @return an error leaves the heads of all ranks usable, with the classes that they had:
+//   INVALID_ARGUMENT for an entry that is no class, and while micro-batches are accumulated;
+//   MISMATCH where class_map_count is not the head's number of classes, or ranks ask for
+//   different classes; OUT_OF_MEMORY or IO where there is no room for the new rows beside the
+//   old; NOT_FINITE for a row that no head would take; on a CUDA device, what pfc_head_wait would
+//   tell of the steps before. A failure of the communicator, or ranks at different steps, poison
+//   them. From then on a label that is no class any more is LABEL
+pfc_status pfc_head_remap(pfc_head *head, uint64_t num_classes, const int64_t *class_map,
+                          uint64_t class_map_count, const pfc_remap_options *options);
+
+// Makes classes one that turned out to be the same identity: each class from[i] becomes class
+// into[i]. Collective; call it between two steps. The classes behind one that has gone move up,
+// so that there are count classes less: class_map tells their new numbers.
+//
+// @param from classes that go, each named once; the same on all ranks. In host memory
+// @param into for each of them the class that both are from now on, none of them in from. In host
+//   memory
+// @param count entries of from and into
+// @param class_map written: for each class that the head had its new number, by which labels have
+//   to change; or NULL. In host memory
+// @param class_map_capacity entries that fit: the head's number of classes at least; 0 with NULL
+// @param options NULL for the defaults
+// @return as pfc_head_remap
+pfc_status pfc_head_merge(pfc_head *head, const int64_t *from, const int64_t *into, uint64_t count,
+                          int64_t *class_map, uint64_t class_map_capacity,
+                          const pfc_remap_options *options);
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 // Kernels without a head: stateless functions on a device, over the caller's memory.

@@ -272,7 +272,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 28)) {
+  switch (below(&r->own, 29)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -300,6 +300,7 @@ static void hopeless(struct rank *r) {
     case 24: status = DO(pfc_head_accumulate, NULL); break;
     case 25: status = DO(pfc_head_forward_with, NULL, &m, NULL, NULL, &loss); break;
     case 26: status = DO(pfc_head_backward_with, NULL, NULL, NULL); break;
+    case 27: status = DO(pfc_head_resize, NULL, 1, NULL); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");
@@ -352,6 +353,49 @@ static void checkpoint(struct rank *r) {
   if (saved && !of_others) must_succeed(r, "pfc_head_load", status);
 }
 
+// All ranks draw the same classes, but for a mistake.
+static void other_classes(struct rank *r) {
+  struct draws *own = &r->own, *all = &r->common;
+  uint64_t old = r->options.num_classes, to = (uint64_t)r->ranks + below(all, 400), count = 0;
+  int which = (int)below(all, 3), weighted = chance(all, 300);
+  int64_t map[1001], from[4], into[4], moved[1001];
+  float weights[1001];
+  for (uint64_t i = 0; i < old; i++) {
+    map[i] = (int64_t)below(all, to + 1) - 1;
+    weights[i] = 1 + (float)below(all, 9);
+  }
+  // Each of the first classes into one behind them.
+  uint64_t most = below(all, 5), room = old - (uint64_t)r->ranks;
+  for (; count < most && count < room; count++) from[count] = (int64_t)count;
+  for (uint64_t i = 0; i < count; i++) into[i] = (int64_t)(count + below(all, old - count));
+  pfc_remap_options options;
+  DO(pfc_remap_options_init, &options);
+  if (weighted && which != 0) options.class_weights = weights, options.class_weights_count = old;
+  int wrong = mistake(r, 6), beyond = mistake(r, 6), few = mistake(r, 6);
+  if (wrong) options.struct_size = ONE_OF(own, uint64_t, 0, 7, UINT64_MAX);
+  if (beyond) map[0] = (int64_t)to, into[0] = -1;
+  note("classes: %zu to %zu, %d, wrong %d %d %d", (size_t)old, (size_t)to, which, wrong, beyond, few);
+  int must = wrong;
+  pfc_status status;
+  if (which == 0) {
+    must |= few;
+    status = DO(pfc_head_resize, r->head, few ? 0 : to, &options);
+  } else if (which == 1) {
+    must |= beyond || few;
+    status = DO(pfc_head_remap, r->head, to, map, few ? old - 1 : old, &options);
+  } else {
+    must |= (beyond && count > 0) || few;
+    to = old - count;
+    status = DO(pfc_head_merge, r->head, from, into, count, moved, few ? old - 1 : old, &options);
+    for (uint64_t i = 0; status == PFC_OK && i < old; i++)
+      if (moved[i] < 0 || moved[i] >= (int64_t)to) finding("pfc_head_merge wrote a class that is none");
+  }
+  if (must) must_fail("other classes", status);
+  // Accumulated gradients are refused without a mistake, too.
+  if (status != PFC_ERROR_INVALID_ARGUMENT) must_succeed(r, "other classes", status);
+  if (status == PFC_OK) r->options.num_classes = to;
+}
+
 static void remove_checkpoint(void) {
   char folder[64], path[512];
   // Its files went with their heads.
@@ -402,8 +446,10 @@ static void operation(struct rank *r) {
     metrics(r);
   } else if (pick < 65) {
     sample_ids(r);
-  } else if (pick < 69) {
+  } else if (pick < 68) {
     set_sample(r, &sample);
+  } else if (pick < 69) {
+    other_classes(r);
   } else if (pick < 70) {
     checkpoint(r);
   } else if (pick < 76) {

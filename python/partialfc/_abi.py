@@ -548,11 +548,39 @@ class pfc_load_options(Structure):
         ("user", c_void_p),
         # For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of
         # the head that none becomes begin anew; those that several become have the mean of their
-        # directions, with the mean of their lengths, and no state. All ranks must give the same. NULL:
-        # the classes are the same. In host memory, borrowed for the call. (default: NULL)
+        # directions, with the mean of their lengths, both weighted by class_weights, and no state. All
+        # ranks must give the same. NULL: the classes are the same. In host memory, borrowed for the
+        # call. (default: NULL)
         ("class_map", c_void_p),
         # Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
         ("class_map_count", c_uint64),
+        # With class_map: how much each class of the checkpoint counts where several become one, such as
+        # its number of images: above 0, finite. All ranks must give the same. NULL: all count alike. In
+        # host memory, borrowed for the call. (default: NULL)
+        ("class_weights", c_void_p),
+        # Entries of class_weights: the checkpoint's num_classes; 0 with NULL. (default: 0)
+        ("class_weights_count", c_uint64),
+    ]
+
+
+class pfc_remap_options(Structure):
+    """Options of pfc_head_resize, pfc_head_remap and pfc_head_merge. Prepare with
+    pfc_remap_options_init.
+    """
+
+    _fields_ = [
+        # sizeof(pfc_remap_options), set by pfc_remap_options_init.
+        ("struct_size", c_uint64),
+        # (default: NULL)
+        ("progress", pfc_progress_fn),
+        # Handed to progress. (default: NULL)
+        ("user", c_void_p),
+        # How much each of the head's classes counts where several become one, such as its number of
+        # images: above 0, finite. All ranks must give the same. NULL: all count alike; pfc_head_resize
+        # takes no other. In host memory, borrowed for the call. (default: NULL)
+        ("class_weights", c_void_p),
+        # Entries of class_weights: the head's number of classes; 0 with NULL. (default: 0)
+        ("class_weights_count", c_uint64),
     ]
 
 
@@ -1469,6 +1497,74 @@ def declare(library):
       file is not what was written, which names the file and the bytes; IO where the system
       refuses. If that is found in the manifest, nothing has changed. If it is found in the rows,
       some of them are new: the heads of all ranks are poisoned
+    """
+
+    function = library.pfc_remap_options_init_sized
+    function.restype = c_int32
+    function.argtypes = [POINTER(pfc_remap_options), c_uint64]
+    function.__doc__ = """pfc_remap_options_init_sized(options, struct_size)
+
+    Fills options with defaults; see pfc_head_options_init_sized.
+    """
+
+    function = library.pfc_head_resize
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_uint64, POINTER(pfc_remap_options)]
+    function.__doc__ = """pfc_head_resize(head, num_classes, options)
+
+    Changes the number of classes: new ones come behind those that there are, with their start
+    values, or the last ones go. Collective; call it between two steps.
+
+    @param num_classes from now on; the same on all ranks
+    @param options NULL for the defaults
+    @return as pfc_head_remap
+    """
+
+    function = library.pfc_head_remap
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_uint64, c_void_p, c_uint64, POINTER(pfc_remap_options)]
+    function.__doc__ = """pfc_head_remap(head, num_classes, class_map, class_map_count, options)
+
+    Gives classes other numbers, removes some, makes several one, and adds new ones, by a table.
+    Collective; call it between two steps.
+
+    Classes that none becomes are new and have their start values. Those that several become have
+    the mean of their directions, with the mean of their lengths, both weighted by class_weights,
+    and no state. Until the next step there is no last sample, and of a last step pfc_head_metrics
+    has the counts alone.
+
+    @param num_classes from now on; the same on all ranks
+    @param class_map for each of the head's classes its new number, or -1: it goes; the same on all
+      ranks. In host memory
+    @param class_map_count entries of class_map: the head's number of classes
+    @param options NULL for the defaults
+    @return an error leaves the heads of all ranks usable, with the classes that they had:
+      INVALID_ARGUMENT for an entry that is no class, and while micro-batches are accumulated;
+      MISMATCH where class_map_count is not the head's number of classes, or ranks ask for
+      different classes; OUT_OF_MEMORY or IO where there is no room for the new rows beside the
+      old; NOT_FINITE for a row that no head would take; on a CUDA device, what pfc_head_wait would
+      tell of the steps before. A failure of the communicator, or ranks at different steps, poison
+      them. From then on a label that is no class any more is LABEL
+    """
+
+    function = library.pfc_head_merge
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, POINTER(pfc_remap_options)]
+    function.__doc__ = """pfc_head_merge(head, from, into, count, class_map, class_map_capacity, options)
+
+    Makes classes one that turned out to be the same identity: each class from[i] becomes class
+    into[i]. Collective; call it between two steps. The classes behind one that has gone move up,
+    so that there are count classes less: class_map tells their new numbers.
+
+    @param from classes that go, each named once; the same on all ranks. In host memory
+    @param into for each of them the class that both are from now on, none of them in from. In host
+      memory
+    @param count entries of from and into
+    @param class_map written: for each class that the head had its new number, by which labels have
+      to change; or NULL. In host memory
+    @param class_map_capacity entries that fit: the head's number of classes at least; 0 with NULL
+    @param options NULL for the defaults
+    @return as pfc_head_remap
     """
 
     function = library.pfc_normalize_rows

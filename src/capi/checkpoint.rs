@@ -9,7 +9,7 @@ use super::head::pfc_head;
 use super::status::pfc_status;
 use super::types::{init_sized, read_sized, sized, Sized64};
 use super::{array, boundary, required};
-use crate::head::{Labels, LoadRequest};
+use crate::head::{ClassTable, Head, LoadRequest};
 use crate::{ensure, Result};
 
 /// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread, first with 0 and last with all of
@@ -47,11 +47,16 @@ pub struct pfc_load_options {
     /// Handed to progress. (default: NULL)
     pub user: *mut c_void,
     /// For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of the head that none becomes begin
-    /// anew; those that several become have the mean of their directions, with the mean of their lengths, and no state. All ranks must
+    /// anew; those that several become have the mean of their directions, with the mean of their lengths, both weighted by class_weights, and no state. All ranks must
     /// give the same. NULL: the classes are the same. In host memory, borrowed for the call. (default: NULL)
     pub class_map: *const i64,
     /// Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
     pub class_map_count: u64,
+    /// With class_map: how much each class of the checkpoint counts where several become one, such as its number of images: above 0,
+    /// finite. All ranks must give the same. NULL: all count alike. In host memory, borrowed for the call. (default: NULL)
+    pub class_weights: *const f32,
+    /// Entries of class_weights: the checkpoint's num_classes; 0 with NULL. (default: 0)
+    pub class_weights_count: u64,
 }
 
 sized!(
@@ -62,6 +67,8 @@ sized!(
         user: std::ptr::null_mut(),
         class_map: std::ptr::null(),
         class_map_count: 0,
+        class_weights: std::ptr::null(),
+        class_weights_count: 0,
     }
 );
 
@@ -125,10 +132,9 @@ pub unsafe extern "C" fn pfc_head_load(
         let options = if options.is_null() { Ok(pfc_load_options::defaults()) } else { read_sized(options) };
         let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
         let request = options.and_then(|options| {
-            let pfc_load_options { class_map: data, class_map_count, .. } = options;
-            let count = array("class_map", data, class_map_count)?;
-            let class_map = (!data.is_null()).then(|| Labels { data, count }.as_slice());
-            Ok(LoadRequest { directory: path("directory", directory)?, class_map })
+            let map = table(head, "class_map", options.class_map, options.class_map_count)?;
+            let weights = table(head, "class_weights", options.class_weights, options.class_weights_count)?;
+            Ok(LoadRequest { directory: path("directory", directory)?, table: ClassTable { map, weights } })
         });
         head.load(request, &mut |done, total| tell(report, done, total))
     })
@@ -141,8 +147,18 @@ pub(super) unsafe fn path<'a>(name: &str, text: *const c_char) -> Result<&'a Pat
     Ok(Path::new(OsStr::from_bytes(CStr::from_ptr(text).to_bytes())))
 }
 
+/// An array that has an entry for each class, in host memory; `None`: NULL.
+pub(super) unsafe fn table<'a, T>(head: &Head, name: &str, entries: *const T, count: u64) -> Result<Option<&'a [T]>> {
+    let count = array(name, entries, count)?;
+    head.require_host(name, entries)?;
+    Ok((!entries.is_null()).then(|| match count {
+        0 => &[][..],
+        count => std::slice::from_raw_parts(entries, count),
+    }))
+}
+
 /// Calls the caller's function, if there is one.
-fn tell((progress, user): (pfc_progress_fn, *mut c_void), done: u64, total: u64) {
+pub(super) fn tell((progress, user): (pfc_progress_fn, *mut c_void), done: u64, total: u64) {
     if let Some(progress) = progress {
         // SAFETY: the caller gave a function that may be called with its pointer.
         unsafe { progress(user, done, total) }

@@ -248,8 +248,8 @@ impl pfc_comm_ops {
 ///
 /// SHARING A GPU. Two ranks cannot share a GPU unless NCCL is 2.30 or later and NCCL_MULTI_RANK_GPU_ENABLE is 1. Make such ranks
 /// processes if possible. If they are threads of one process, give each a device on its own stream: on a common stream one rank's
-/// work would be enqueued behind another rank's wait for it. Calls that free GPU memory (pfc_head_free, pfc_head_top_k, growing
-/// buffers) wait for everything in the GPU's context, so such threads can block each other until the timeout.
+/// work would be enqueued behind another rank's wait for it. Calls that free GPU memory (pfc_head_free, pfc_head_top_k, other classes
+/// for a head, growing buffers) wait for everything in the GPU's context, so such threads can block each other until the timeout.
 ///
 /// @param id 128 bytes from pfc_nccl_unique_id of one rank, sent to all ranks by the trainer
 /// @param rank this rank, 0 to size - 1

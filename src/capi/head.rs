@@ -15,7 +15,7 @@
 //!
 //! ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an update or among the rows of a
 //! pfc_head_load, or a MISMATCH of steps or operations, the head is POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH of the
-//! ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update,
+//! ids of pfc_head_set_sample, of classes, or in pfc_head_top_k or pfc_head_metrics leaves the head usable.) If nothing failed inside an update,
 //! a poisoned head on a CPU device still gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
 //!
 //! WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it is, how many samples they have drawn
@@ -361,10 +361,11 @@ pub unsafe extern "C" fn pfc_head_sample_ids(head: *const pfc_head, ids: *mut i6
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_shard(head: *const pfc_head, first: *mut u64, count: *mut u64) -> pfc_status {
     with_outside(head, |handle| {
-        let HeadOutside { device, rank, shard, .. } = &handle.outside;
+        let HeadOutside { device, rank, .. } = &handle.outside;
         require_host(&**device, *rank, "first", first)?;
         require_host(&**device, *rank, "count", count)?;
         let (first, count) = (output("first", first)?, output("count", count)?);
+        let shard = handle.outside.shard();
         (*first, *count) = (shard.first, shard.rows);
         Ok(())
     })

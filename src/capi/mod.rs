@@ -6,6 +6,7 @@
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
 pub mod checkpoint;
+pub mod classes;
 pub mod comm;
 pub mod device;
 pub mod forward;

@@ -61,6 +61,8 @@ pub struct HeadSpec {
     pub ranks: u32,
     pub rank: u32,
     pub shard: Shard,
+    /// It takes the rows over from one with other classes, which is there until this one is told to [`HeadDevice::succeed`] it.
+    pub successor: bool,
 }
 
 impl HeadSpec {
@@ -254,6 +256,12 @@ pub trait HeadDevice: Send {
     fn updates(&mut self) -> Result<u64>;
     /// Takes the rows, all of them brought to now, as those after update `updates`.
     fn set_updates(&mut self, updates: u64) -> Result<()>;
+    /// Whether a row of the shard has its start values and takes no memory: another head has it without being given it.
+    fn is_start(&self, _row: u64) -> bool {
+        false
+    }
+    /// Takes the place of the one that it is the successor of, which is dropped next.
+    fn succeed(&mut self) {}
     /// For each query its `k` nearest class centers of the shard, k at most its rows.
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest>;
 }

@@ -6,27 +6,19 @@
 //! A load: each rank reads the manifest and the rows that it owns, from whichever files have them. What is wrong with the manifest or
 //! does not fit the head changes nothing. What is wrong with a block of rows poisons the head on all ranks, since some rows are new then.
 
-use std::ops::Range;
 use std::path::Path;
 
-use super::class_map::{ClassMap, MergedRows};
+use super::class_map::{ClassMap, ClassTable};
+use super::moving_rows::MovingRows;
+use super::staged::Staged;
 use super::{CallState, Head, Progress};
 use crate::checkpoint::{swap_if_big_endian, Directory, Layout, Manifest, RowsFile, RowsReader, RowsWriter, Tensor, MANIFEST};
 use crate::comm::gather_words;
-use crate::device::TensorRows;
-use crate::matrix::{DType, Matrix};
-use crate::memory::{reserve, zeros, Buffer};
-use crate::optimizer::StateTensor;
+use crate::matrix::DType;
+use crate::memory::{reserve, zeros};
 use crate::options::{HeadOptions, Placement};
 use crate::shard::Shard;
 use crate::{ensure, error, random, Contribution, Result};
-
-/// Bytes of rows, of all tensors, that are read from the head, or written into it, at a time.
-const STAGED: usize = 16 << 20;
-
-/// The names of W and of the optimizer's tensors in a file.
-const TENSORS: [&str; 3] = ["weight", "momentum", "second_moment"];
-const STATE: [StateTensor; 3] = [StateTensor::Centers, StateTensor::Momentum, StateTensor::SecondMoment];
 
 /// Is told how many bytes of this rank are done, and how many there are.
 pub type Report<'a> = &'a mut dyn FnMut(u64, u64);
@@ -34,8 +26,7 @@ pub type Report<'a> = &'a mut dyn FnMut(u64, u64);
 /// What a rank asks to be loaded.
 pub struct LoadRequest<'a> {
     pub directory: &'a Path,
-    /// For each class of the checkpoint that of the head, -1: none; `None`: the same.
-    pub class_map: Option<&'a [i64]>,
+    pub table: ClassTable<'a>,
 }
 
 impl Head {
@@ -51,7 +42,7 @@ impl Head {
         let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(error)));
         let all = self.poison_without_peers(agreed)?;
         let (directory, progress, _) = begun?;
-        self.require_same_progress(&all)?;
+        self.require_same_progress(&all, |&[_, draws, updates]| [draws, updates])?;
         let generation = all.iter().map(|words| words[0]).max().unwrap_or(0).saturating_add(1);
         let written = self.write_file(&directory, generation, report);
         let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
@@ -75,10 +66,15 @@ impl Head {
         Ok(())
     }
 
-    /// Ranks at different steps never meet again.
-    fn require_same_progress(&mut self, all: &[[u64; 3]]) -> Result<()> {
-        let Some(rank) = (1..all.len()).find(|&rank| all[rank][1..] != all[0][1..]) else { return Ok(()) };
-        let ([_, draws, updates], [_, others_draws, others_updates]) = (all[0], all[rank]);
+    /// Ranks at different steps never meet again. `progress` is where a rank's words have its draws and updates.
+    pub(super) fn require_same_progress<const N: usize>(
+        &mut self,
+        all: &[[u64; N]],
+        progress: impl Fn(&[u64; N]) -> [u64; 2],
+    ) -> Result<()> {
+        let [draws, updates] = progress(&all[0]);
+        let differs = all.iter().map(progress).enumerate().find(|&(_, other)| other != [draws, updates]);
+        let Some((rank, [others_draws, others_updates])) = differs else { return Ok(()) };
         let error = error!(
             Mismatch,
             "the ranks are at different steps: {draws} samples drawn and {updates} updates done on rank 0, \
@@ -89,7 +85,7 @@ impl Head {
     }
 
     /// What ranks have told each other. A rank's own failure leaves the heads usable, a failure to tell it does not.
-    fn poison_without_peers<T>(&mut self, agreed: Result<T>) -> Result<T> {
+    pub(super) fn poison_without_peers<T>(&mut self, agreed: Result<T>) -> Result<T> {
         let agreed = self.prefer_comm_failure(agreed);
         if let (Err(error), Some(_)) = (&agreed, self.comm.failure()) {
             self.poison_before_update(error);
@@ -119,25 +115,8 @@ impl Head {
         Shard::of(self.options.num_classes, self.comm.size().into(), rank.into())
     }
 
-    /// W and the optimizer's tensors, in the types that the head stores them in.
-    fn tensors(&self) -> Vec<Tensor> {
-        let all = TENSORS.into_iter().zip(STATE).map(|(name, tensor)| Tensor { name, dtype: self.options.stored_dtype(tensor) });
-        all.take(1 + self.options.optimizer.state_tensors()).collect()
-    }
-
     fn layout<'a>(&self, tensors: &'a [Tensor], rows: u64) -> Layout<'a> {
         Layout { dim: self.options.embedding_dim.into(), rows, tensors }
-    }
-
-    /// Bytes of `rows` rows of all these tensors.
-    fn bytes(&self, tensors: &[Tensor], rows: u64) -> u64 {
-        let elements = rows * u64::from(self.options.embedding_dim);
-        tensors.iter().map(|tensor| tensor.dtype.size() as u64 * elements).sum()
-    }
-
-    /// Rows that are staged at a time.
-    fn staged_rows(&self, tensors: &[Tensor]) -> usize {
-        (STAGED / self.bytes(tensors, 1) as usize).max(1)
     }
 
     /// Writes this rank's rows. Returns the checksum of their checksums.
@@ -154,14 +133,9 @@ impl Head {
         report(done, total);
         for first in (0..own.rows).step_by(at_once.max(1)) {
             let rows = at_once.min((own.rows - first) as usize);
-            let read = self.backend.read_rows(own.first + first - self.shard.first, staged.part(0..rows));
-            self.prefer_comm_failure(read)?;
-            for (number, &Tensor { name, dtype }) in tensors.iter().enumerate() {
-                // Dense rows may have left their type since the last update looked at them, and no load would take them.
-                if let Some(at) = staged.not_finite(number, rows) {
-                    let class = own.first + first + (at / dim) as u64;
-                    return Err(error!(NotFinite, "{name} of class {class} is not finite, and could not be loaded again"));
-                }
+            self.read_staged(&mut staged, own.first + first, rows)?;
+            staged.require_finite(0..rows, own.first + first)?;
+            for (number, &Tensor { dtype, .. }) in tensors.iter().enumerate() {
                 let bytes = staged.bytes(number, rows);
                 swap_if_big_endian(bytes, dtype.size());
                 file.write(number, bytes)?;
@@ -240,10 +214,11 @@ impl Head {
         self.check_usable()?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
-        let read = request.and_then(|LoadRequest { directory, class_map }| {
+        let read = request.and_then(|LoadRequest { directory, table }| {
             let manifest = Directory(directory).manifest()?;
-            let tensors = self.check_manifest(&manifest, directory, class_map.is_some())?;
-            let classes = ClassMap::new(class_map, directory, manifest.num_classes, self.options.num_classes, self.shard)?;
+            let tensors = self.check_manifest(&manifest, directory, table.map.is_some())?;
+            let whose = format_args!("the checkpoint {}", directory.display());
+            let classes = ClassMap::new(table, whose, manifest.num_classes, self.options.num_classes, self.shard)?;
             // What can be seen before the first row is written leaves the head as it is.
             for named in manifest.files.iter().filter(|named| classes.of_shard(named.shard()).is_some()) {
                 RowsReader::check(&Directory(directory).path(&named.name), self.layout(&tensors, named.rows), named)?;
@@ -319,7 +294,7 @@ impl Head {
         let dim = self.options.embedding_dim as usize;
         let at_once = self.staged_rows(tensors).min(manifest.num_classes as usize);
         let mut staged = Staged::new(tensors, at_once, dim, "rows on their way from a file")?;
-        let (mut merged, mut center) = (MergedRows::default(), zeros(&[dim], "a class center")?);
+        let mut moving = MovingRows::new(classes, zeros(&[dim], "a class center")?);
         let total = self.bytes(tensors, self.shard.rows);
         let mut done = 0;
         report(done, total);
@@ -343,108 +318,21 @@ impl Head {
                 for (tensor, reader) in readers.iter_mut().enumerate() {
                     reader.read(first - named.first, staged.bytes(tensor, rows))?;
                 }
-                classes.runs(some.clone(), |run, row| {
-                    done += self.bytes(tensors, run.end - run.start);
-                    let staged = staged.part((run.start - first) as usize..(run.end - first) as usize);
-                    self.backend.write_rows(row, staged)
-                })?;
-                for (class, row) in classes.merging(some) {
-                    // SAFETY: the staged rows are our own memory.
-                    unsafe { staged.part(0..rows)[0].rows.read_row((class - first) as usize, &mut center) };
-                    merged.add(row, &center)?;
-                }
+                let alone = moving.take(&mut *self.backend, &mut staged, 0, some, |_| false)?;
+                done += self.bytes(tensors, alone);
                 report(done, total);
             }
         }
         if classes.is_given() {
             drop(staged);
-            self.write_other_rows(classes, &merged)?;
+            let mut others = self.staged_f32(self.shard.rows, "rows that no class becomes")?;
+            let HeadOptions { seed, init_std, .. } = self.options;
+            moving.finish(&mut *self.backend, &mut others, |row, center| {
+                random::start_values(seed, self.shard.first + row, init_std, center);
+                true
+            })?;
             report(total, total);
         }
         Ok(())
-    }
-
-    /// Rows that no class of the checkpoint becomes have their start values, those that several become what these make together; the
-    /// state of both is zero.
-    fn write_other_rows(&mut self, classes: &ClassMap<'_>, merged: &MergedRows) -> Result<()> {
-        let HeadOptions { seed, init_std, embedding_dim, .. } = self.options;
-        let dim = embedding_dim as usize;
-        let mut tensors = self.tensors();
-        tensors.iter_mut().for_each(|tensor| tensor.dtype = DType::F32);
-        let at_once = self.staged_rows(&tensors).min(self.shard.rows as usize);
-        let mut staged = Staged::new(&tensors, at_once, dim, "rows that no class becomes")?;
-        let mut rows = classes.rows_without_one_source().peekable();
-        while let Some(first) = rows.next() {
-            let mut count = 1;
-            while count < at_once && rows.next_if_eq(&(first + count as u64)).is_some() {
-                count += 1;
-            }
-            // The state of all of them is zero from the start.
-            for (row, center) in (first..).zip(staged.tensors[0].words[..count * dim].chunks_exact_mut(dim)) {
-                if !merged.write(row, center) {
-                    random::start_values(seed, self.shard.first + row, init_std, center);
-                }
-            }
-            self.backend.write_rows(first, staged.part(0..count))?;
-        }
-        Ok(())
-    }
-}
-
-/// Rows between a head and a file: the same rows of every tensor, in the file's types.
-struct Staged {
-    tensors: Vec<StagedTensor>,
-    dim: usize,
-    /// Some rows of each.
-    parts: Vec<TensorRows>,
-}
-
-struct StagedTensor {
-    tensor: StateTensor,
-    dtype: DType,
-    /// Words of f32 also for bf16.
-    words: Buffer<f32>,
-}
-
-impl Staged {
-    /// Zeros.
-    fn new(tensors: &[Tensor], rows: usize, dim: usize, what: &str) -> Result<Staged> {
-        let mut staged = Staged { tensors: Vec::new(), dim, parts: Vec::new() };
-        reserve(&mut staged.tensors, tensors.len(), what)?;
-        reserve(&mut staged.parts, tensors.len(), what)?;
-        for (&Tensor { dtype, .. }, tensor) in tensors.iter().zip(STATE) {
-            let words = Buffer::zeroed((rows * dim * dtype.size()).div_ceil(4), what)?;
-            staged.tensors.push(StagedTensor { tensor, dtype, words });
-        }
-        Ok(staged)
-    }
-
-    /// Some rows of all tensors.
-    fn part(&mut self, rows: Range<usize>) -> &[TensorRows] {
-        self.parts.clear();
-        for &mut StagedTensor { tensor, dtype, ref mut words } in &mut self.tensors {
-            let all = Matrix { data: words.as_mut_ptr().cast(), dtype, rows: rows.end, cols: self.dim, row_stride: self.dim };
-            self.parts.push(TensorRows { tensor, rows: all.part(rows.clone()) });
-        }
-        &self.parts
-    }
-
-    /// The first rows of a tensor, as they are in a file.
-    fn bytes(&mut self, tensor: usize, rows: usize) -> &mut [u8] {
-        let StagedTensor { dtype, words, .. } = &mut self.tensors[tensor];
-        // SAFETY: floats without padding, of which every bit pattern is a value.
-        let (_, bytes, _) = unsafe { words.align_to_mut::<u8>() };
-        &mut bytes[..dtype.size() * rows * self.dim]
-    }
-
-    /// The number of the first element of a tensor's first rows that is a NaN or an infinity.
-    fn not_finite(&self, tensor: usize, rows: usize) -> Option<usize> {
-        let (count, StagedTensor { dtype, words, .. }) = (rows * self.dim, &self.tensors[tensor]);
-        if *dtype == DType::Bf16 {
-            // SAFETY: as above.
-            let (_, halves, _) = unsafe { words.align_to::<u16>() };
-            return halves[..count].iter().position(|half| half & 0x7f80 == 0x7f80);
-        }
-        words[..count].iter().position(|value| !value.is_finite())
     }
 }

@@ -1,38 +1,53 @@
-//! Which classes of a checkpoint become which of the head that loads it: identities come, go, and turn out to be one.
+//! Which classes of one numbering become which of another, as a head loads a checkpoint or is given other classes: identities come, go,
+//! and turn out to be one.
 
-use std::collections::btree_map::{BTreeMap, Entry};
+use std::fmt::Display;
 use std::ops::Range;
-use std::path::Path;
 
 use crate::memory::zeros;
 use crate::shard::Shard;
-use crate::{ensure, Result};
+use crate::{ensure, error, Result};
 
-/// A class of the checkpoint that becomes none of the head's.
+/// A class that becomes none.
 const DROPPED: i64 = -1;
 
-/// What becomes of a checkpoint's classes on this rank.
+/// The classes that a caller has for old ones.
+#[derive(Clone, Copy, Default)]
+pub struct ClassTable<'a> {
+    /// For each old class the new one, or -1: none; `None`: the same, if there is one.
+    pub map: Option<&'a [i64]>,
+    /// How much each old class counts where several become one; `None`: all alike.
+    pub weights: Option<&'a [f32]>,
+}
+
+/// What becomes of old classes on this rank.
 pub(super) struct ClassMap<'a> {
-    /// For each class of the checkpoint that of the head; `None`: the same.
-    table: Option<&'a [i64]>,
+    table: ClassTable<'a>,
+    /// Old ones, and new ones.
+    classes: u64,
+    num_classes: u64,
+    /// The new ones of this rank.
     shard: Shard,
     /// With a table, for each row of the shard: how many classes become it.
     sources: Vec<u32>,
 }
 
 impl<'a> ClassMap<'a> {
-    /// Refuses a table that is not of these `classes` of a checkpoint, or not of the head's classes.
-    pub fn new(table: Option<&'a [i64]>, directory: &Path, classes: u64, num_classes: u64, shard: Shard) -> Result<ClassMap<'a>> {
-        let Some(table) = table else { return Ok(ClassMap { table: None, shard, sources: Vec::new() }) };
-        ensure!(
-            table.len() as u64 == classes,
-            Mismatch,
-            "class_map has {} entries, and the checkpoint {} has {classes} classes",
-            table.len(),
-            directory.display()
-        );
+    /// From `classes` of `whose`, as an error has it, to `num_classes`. Refuses a table that is not of the former, or not of the latter.
+    pub fn new(table: ClassTable<'a>, whose: impl Display, classes: u64, num_classes: u64, shard: Shard) -> Result<ClassMap<'a>> {
+        let ClassTable { map, weights } = table;
+        let counts = [("class_map", map.map(<[i64]>::len)), ("class_weights", weights.map(<[f32]>::len))];
+        for (name, count) in counts.into_iter().filter_map(|(name, count)| Some((name, count?))) {
+            ensure!(count as u64 == classes, Mismatch, "{name} has {count} entries, and {whose} has {classes} classes");
+        }
+        ensure!(map.is_some() || weights.is_none(), InvalidArgument, "class_weights must be NULL without class_map");
+        if let Some(class) = weights.and_then(|weights| weights.iter().position(|&weight| !(weight > 0.0 && weight.is_finite()))) {
+            let weight = weights.unwrap_or(&[])[class];
+            return Err(error!(InvalidArgument, "class_weights[{class}] must be above 0 and finite, got {weight:?}"));
+        }
+        let Some(map) = map else { return Ok(ClassMap { table, classes, num_classes, shard, sources: Vec::new() }) };
         let mut sources = zeros(&[shard.rows as usize], "sources of classes")?;
-        for (class, &to) in table.iter().enumerate() {
+        for (class, &to) in map.iter().enumerate() {
             ensure!(
                 to == DROPPED || (to >= 0 && (to as u64) < num_classes),
                 InvalidArgument,
@@ -43,34 +58,49 @@ impl<'a> ClassMap<'a> {
                 sources[(to as u64 - shard.first) as usize] += 1;
             }
         }
-        Ok(ClassMap { table: Some(table), shard, sources })
+        Ok(ClassMap { table, classes, num_classes, shard, sources })
     }
 
     /// A number that tables share only if they are equal, but for a chance of 2^-32; 0 without one.
     pub fn checksum(&self) -> u32 {
-        let Some(table) = self.table else { return 0 };
+        let ClassTable { map: Some(map), weights } = self.table else { return 0 };
         let mut hasher = crc32fast::Hasher::new();
-        table.iter().for_each(|to| hasher.update(&to.to_le_bytes()));
+        map.iter().for_each(|to| hasher.update(&to.to_le_bytes()));
+        weights.unwrap_or(&[]).iter().for_each(|weight| hasher.update(&weight.to_bits().to_le_bytes()));
         hasher.finalize()
     }
 
     pub fn is_given(&self) -> bool {
-        self.table.is_some()
+        self.table.map.is_some()
+    }
+
+    /// Whether a class becomes any, on whichever rank.
+    pub fn is_kept(&self, class: u64) -> bool {
+        self.table.map.map_or(class < self.num_classes, |map| map[class as usize] != DROPPED)
+    }
+
+    pub fn keeps_number(&self, class: u64) -> bool {
+        self.table.map.is_none_or(|map| map[class as usize] == class as i64)
     }
 
     /// The row of the shard that a class becomes.
     fn row(&self, class: u64) -> Option<u64> {
-        let class = self.table.map_or(class as i64, |table| table[class as usize]);
+        let class = self.table.map.map_or(class as i64, |map| map[class as usize]);
         self.shard.contains(class).then(|| class as u64 - self.shard.first)
     }
 
     fn is_alone(&self, row: u64) -> bool {
-        self.table.is_none() || self.sources[row as usize] == 1
+        !self.is_given() || self.sources[row as usize] == 1
+    }
+
+    /// How much a class counts where several become one.
+    pub fn weight(&self, class: u64) -> f64 {
+        self.table.weights.map_or(1.0, |weights| weights[class as usize].into())
     }
 
     /// The classes, of these, that the shard may have: others need not be looked at.
     pub fn of_shard(&self, classes: Shard) -> Option<Range<u64>> {
-        let range = match self.table {
+        let range = match self.table.map {
             None => classes.first.max(self.shard.first)..classes.end().min(self.shard.end()),
             Some(_) => {
                 let ours = |class: &u64| self.row(*class).is_some();
@@ -114,49 +144,9 @@ impl<'a> ClassMap<'a> {
 
     /// Rows that no class becomes, or several.
     pub fn rows_without_one_source(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..).zip(&self.sources).filter(|&(_, &sources)| sources != 1).map(|(row, _)| row)
-    }
-}
-
-/// Rows that several classes become: the mean of their directions, as long as they are in the mean.
-#[derive(Default)]
-pub(super) struct MergedRows {
-    rows: BTreeMap<u64, MergedRow>,
-}
-
-struct MergedRow {
-    /// The sum of w / |w|.
-    directions: Vec<f64>,
-    /// The sum of |w|.
-    lengths: f64,
-    count: u32,
-}
-
-impl MergedRows {
-    pub fn add(&mut self, row: u64, center: &[f32]) -> Result<()> {
-        let merged = match self.rows.entry(row) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let directions = zeros(&[center.len()], "classes that become one")?;
-                entry.insert(MergedRow { directions, lengths: 0.0, count: 0 })
-            }
-        };
-        let length = center.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>().sqrt();
-        // A row without a length has no direction.
-        let inverse = if length > 0.0 { 1.0 / length } else { 0.0 };
-        merged.directions.iter_mut().zip(center).for_each(|(sum, &w)| *sum += f64::from(w) * inverse);
-        merged.lengths += length;
-        merged.count += 1;
-        Ok(())
-    }
-
-    /// Writes a row's class center. Gives false for one that no classes become.
-    pub fn write(&self, row: u64, center: &mut [f32]) -> bool {
-        let Some(MergedRow { directions, lengths, count }) = self.rows.get(&row) else { return false };
-        let length = directions.iter().map(|sum| sum * sum).sum::<f64>().sqrt();
-        let scale = if length > 0.0 { lengths / f64::from(*count) / length } else { 0.0 };
-        center.iter_mut().zip(directions).for_each(|(w, sum)| *w = (sum * scale) as f32);
-        true
+        let beyond = self.classes.clamp(self.shard.first, self.shard.end()) - self.shard.first..self.shard.rows;
+        let beyond = if self.is_given() { 0..0 } else { beyond };
+        beyond.chain((0..).zip(&self.sources).filter(|&(_, &sources)| sources != 1).map(|(row, _)| row))
     }
 }
 
@@ -170,7 +160,7 @@ mod tests {
         let shard = Shard { first: 2, rows: 5 };
         // The head's classes 2 to 6 are the rows 0 to 4.
         let table = [3, 4, -1, 5, 2, 2, 9];
-        let map = ClassMap::new(Some(&table), Path::new("here"), 7, 10, shard).expect("a table");
+        let map = ClassMap::new(ClassTable { map: Some(&table), weights: None }, "here", 7, 10, shard).expect("a table");
         let mut runs = Vec::new();
         map.runs(0..7, |classes, row| {
             runs.push((classes, row));
@@ -183,35 +173,35 @@ mod tests {
         assert_eq!(map.of_shard(Shard { first: 0, rows: 7 }), Some(0..6));
         assert_eq!(map.of_shard(Shard { first: 6, rows: 1 }), None);
         assert!(map.has_any(1..3) && !map.has_any(2..3));
-        let same = ClassMap::new(None, Path::new("here"), 10, 10, shard).expect("no table");
+        let same = ClassMap::new(ClassTable::default(), "here", 6, 10, shard).expect("no table");
         assert_eq!(same.of_shard(Shard { first: 0, rows: 4 }), Some(2..4));
+        assert_eq!(same.rows_without_one_source().collect::<Vec<_>>(), [4], "class 6 is new");
         assert!(same.checksum() == 0 && map.checksum() != 0);
+        assert!(!map.keeps_number(1) && map.keeps_number(5) == (table[5] == 5) && same.keeps_number(3));
+        assert!(map.is_kept(1) && !map.is_kept(2) && same.is_kept(9) && !same.is_kept(10));
+        let weighted = ClassTable { map: Some(&table), weights: Some(&[1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]) };
+        let weighted = ClassMap::new(weighted, "here", 7, 10, shard).expect("a table");
+        assert!(weighted.checksum() != map.checksum() && weighted.weight(1) == 2.0 && map.weight(1) == 1.0);
     }
 
     #[test]
     fn a_table_of_others_is_refused() {
         let shard = Shard { first: 0, rows: 5 };
-        let refused = |table: &[i64]| ClassMap::new(Some(table), Path::new("here"), 3, 5, shard).err().expect("a refusal");
+        let refused = |table: &[i64]| {
+            let table = ClassTable { map: Some(table), weights: None };
+            ClassMap::new(table, "the checkpoint here", 3, 5, shard).err().expect("a refusal")
+        };
         let text = "class_map[1] must be -1 or a class of the head, 0 to 4, got 5";
         assert_eq!((refused(&[0, 5, 1]).status, refused(&[0, 5, 1]).message), (Status::InvalidArgument, text.to_owned()));
         assert!(refused(&[0, 1, -2]).message.contains("class_map[2]"));
         let text = "class_map has 2 entries, and the checkpoint here has 3 classes";
         assert_eq!((refused(&[0, 1]).status, refused(&[0, 1]).message), (Status::Mismatch, text.to_owned()));
-    }
-
-    #[test]
-    fn classes_that_become_one_have_their_mean_direction() {
-        let mut merged = MergedRows::default();
-        merged.add(7, &[3.0, 0.0]).expect("a row");
-        merged.add(7, &[0.0, 1.0]).expect("a row");
-        let mut center = [9.0; 2];
-        assert!(merged.write(7, &mut center));
-        assert_eq!(center, [2f32.sqrt(); 2], "length 2, halfway between");
-        assert!(!merged.write(8, &mut center));
-        // Opposite ones have none.
-        merged.add(8, &[1.0, 0.0]).expect("a row");
-        merged.add(8, &[-4.0, 0.0]).expect("a row");
-        assert!(merged.write(8, &mut center));
-        assert_eq!(center, [0.0; 2]);
+        for (weight, shown) in [(0.0, "0.0"), (-1.0, "-1.0"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+            let weights = [1.0, weight, 1.0];
+            let table = |map| ClassTable { map, weights: Some(&weights) };
+            let refused = |map| ClassMap::new(table(map), "the head", 3, 5, shard).err().expect("a refusal").message;
+            assert_eq!(refused(Some(&[0, 1, 1])), format!("class_weights[1] must be above 0 and finite, got {shown}"));
+            assert_eq!(refused(None), "class_weights must be NULL without class_map");
+        }
     }
 }

@@ -68,6 +68,7 @@ impl Head {
     /// `grad_embeddings`, `grad_centers`: sums of squares.
     fn metrics_of(&self, figures: &StepFigures, top1: f64, grad_embeddings: f64, grad_centers: f64) -> Metrics {
         let StepFigures { updates, skipped_updates, .. } = *figures;
+        let skipped_updates = skipped_updates + self.skipped_before;
         let counts = Metrics { updates, skipped_updates, draws: self.draws, seconds: self.seconds, ..Metrics::default() };
         // A step that nobody waited for is known by its loss alone.
         if self.failed || figures.loss.is_nan() {
@@ -96,7 +97,12 @@ impl Head {
     }
 
     /// Refuses a call that ranks have made on different heads of one communicator.
-    fn require_same_head<const N: usize>(&self, all: &[[u64; N]], call: &str, head: impl Fn(&[u64; N]) -> u64) -> Result<()> {
+    pub(super) fn require_same_head<const N: usize>(
+        &self,
+        all: &[[u64; N]],
+        call: &str,
+        head: impl Fn(&[u64; N]) -> u64,
+    ) -> Result<()> {
         match all.iter().map(head).enumerate().find(|&(_, number)| number != self.number) {
             None => Ok(()),
             Some((other, number)) => Err(error!(

@@ -7,6 +7,7 @@
 //! | of one rank alone, after the labels are gathered | goes on, then ends on all ranks | usable | REMOTE, from the sums |
 //! | ranks at different steps | ends | poisoned | MISMATCH, poisoned |
 //! | of a load, among the rows | ends | poisoned | REMOTE, poisoned |
+//! | of a change of classes | goes on as it was | usable, with the classes it had | REMOTE |
 //! | of a collective, a device, or an update; a panic | is lost | poisoned, communicator aborted | COMM, ABORTED or TIMEOUT |
 //!
 //! A poisoned head answers every call with POISONED, but for those that read its rows where they are whole: on a CPU, where nothing
@@ -38,7 +39,17 @@ impl Head {
 
     /// An error of this head, with its rank where the message has none.
     pub fn name_rank(&self, error: &Error) -> Error {
-        on_rank(error, self.rank())
+        let error = on_rank(error, self.rank());
+        match (error.status, self.options.num_classes < self.most_classes) {
+            (Status::Label, true) => {
+                let (now, once) = (self.options.num_classes, self.most_classes);
+                Error::formatted(
+                    Status::Label,
+                    format_args!("{}; the head once had {once} classes, and has {now} now", error.message),
+                )
+            }
+            _ => error,
+        }
     }
 
     /// Refuses a poisoned head, and one that a fork has copied.

@@ -7,6 +7,8 @@
 //! | `arguments.rs` | checks of what callers pass in, and copies from and to wherever it lies |
 //! | `failure.rs` | what a failure does to the head, its step and the other ranks |
 //! | `checkpoint.rs` | saving a head to a directory, and loading one |
+//! | `remap.rs` | other classes for a head that trains |
+//! | `class_map.rs`, `moving_rows.rs`, `staged.rs` | which classes become which, and their rows on their way |
 //! | `rows.rs` | reading and writing the shard's class centers and their state |
 //! | `evaluation.rs` | metrics of the last step, and the nearest class centers |
 //!
@@ -18,14 +20,19 @@ mod checkpoint;
 mod class_map;
 mod evaluation;
 mod failure;
+mod moving_rows;
+mod remap;
 mod rows;
+mod staged;
 mod step;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::arguments::require_host;
-pub use self::checkpoint::LoadRequest;
+pub use self::checkpoint::{LoadRequest, Report};
+pub use self::class_map::ClassTable;
 pub use self::evaluation::Metrics;
+pub use self::remap::{merge_table, RemapRequest};
 use crate::comm::{agree, Communicator};
 use crate::device::{Device, HeadDevice, HeadSpec, SampleIds};
 pub use crate::device::{Labels, Nearest};
@@ -118,9 +125,7 @@ pub struct Progress {
 pub struct HeadOutside {
     pub device: Arc<dyn Device>,
     pub rank: u32,
-    /// The classes this rank owns.
-    pub shard: Shard,
-    last_sample: Arc<Mutex<LastSample>>,
+    shared: Arc<Mutex<Shared>>,
 }
 
 impl HeadOutside {
@@ -129,16 +134,22 @@ impl HeadOutside {
         failure::on_rank(error, self.rank)
     }
 
+    /// The classes this rank owns.
+    pub fn shard(&self) -> Shard {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).shard
+    }
+
     /// Gives `body` the ids of the last sample, where the host has them and the head is usable.
     pub fn with_last_sample<T>(&self, body: impl FnOnce(Option<SampleIds<'_>>) -> T) -> T {
-        let last = self.last_sample.lock().unwrap_or_else(PoisonError::into_inner);
-        body(last.known.then_some(SampleIds { first: last.first, count: last.count, listed: &last.listed }))
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        body(shared.known.then_some(SampleIds { first: shared.first, count: shared.count, listed: &shared.listed }))
     }
 }
 
-/// A copy of the last sample's ids, beside the head's lock.
-#[derive(Default)]
-struct LastSample {
+/// A copy of the shard and of the last sample's ids, beside the head's lock.
+struct Shared {
+    shard: Shard,
+    /// There is such a sample.
     known: bool,
     first: i64,
     count: usize,
@@ -161,6 +172,8 @@ pub struct Head {
     chosen: Option<Vec<i64>>,
     /// Samples drawn so far.
     draws: u64,
+    /// The device has the ids of one.
+    has_sample: bool,
     /// The current step's number: how many samples had been drawn before its own.
     step: u64,
     /// Updates asked for: the same on all ranks that made the same calls.
@@ -184,13 +197,17 @@ pub struct Head {
     /// Why the current step has failed on this rank, whose peers do not know it yet and go on with the step.
     own_failure: Option<Error>,
     seconds: Seconds,
+    /// Updates that were skipped before the head was given other classes.
+    skipped_before: u64,
+    /// The most classes that the head has had.
+    most_classes: u64,
     /// The last step has no loss, as far as this rank knows.
     failed: bool,
     poisoned: Option<Poison>,
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
-    /// Beside the head's lock: the last sample can be asked for while a step waits. `None`: ask the head.
-    last_sample: Arc<Mutex<LastSample>>,
+    /// Beside the head's lock: what can be asked for while a step waits.
+    shared: Arc<Mutex<Shared>>,
 }
 
 impl Head {
@@ -205,21 +222,22 @@ impl Head {
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
             comm.check_device(device.streams())?;
-            let shard = options.shard(comm.size(), comm.rank());
-            let room = HeadOptions { max_batch: options.batch_room(0, comm.size()), ..options.clone() };
-            let backend = device.open(HeadSpec { options: room, ranks: comm.size(), rank: comm.rank(), shard })?;
-            Ok((device, options, shard, backend))
+            let backend = open(&*device, &comm, &options, options.batch_room(0, comm.size()), false)?;
+            Ok((device, options, backend))
         });
         let fields = match &opened {
-            Ok((device, options, _, _)) => Ok(options.fields(device.auto_precision())),
+            Ok((device, options, _)) => Ok(options.fields(device.auto_precision())),
             Err(error) => Err(failure::on_rank(error, comm.rank())),
         };
         agree(&comm, fields)?;
         drop(turn);
         trace.open();
-        let (device, options, shard, backend) = opened?;
+        let (device, options, backend) = opened?;
+        let shard = options.shard(comm.size(), comm.rank());
+        let shared = Shared { shard, known: false, first: 0, count: 0, listed: Vec::new() };
         Ok(Head {
             batch_room: options.batch_room(0, comm.size()),
+            most_classes: options.num_classes,
             options,
             shard,
             device,
@@ -229,6 +247,7 @@ impl Head {
             prepared: None,
             chosen: None,
             draws: 0,
+            has_sample: false,
             step: 0,
             updates: 0,
             learning_rate: 0.0,
@@ -241,15 +260,20 @@ impl Head {
             loss_place: LossPlace::Host,
             own_failure: None,
             seconds: Seconds::default(),
+            skipped_before: 0,
             failed: false,
             poisoned: None,
             _trace: trace,
-            last_sample: Arc::default(),
+            shared: Arc::new(Mutex::new(shared)),
         })
     }
 
     pub fn rank(&self) -> u32 {
         self.comm.rank()
+    }
+
+    pub fn num_classes(&self) -> u64 {
+        self.options.num_classes
     }
 
     pub fn embedding_dim(&self) -> u64 {
@@ -263,29 +287,47 @@ impl Head {
 
     /// What is known of the head while another thread works with it.
     pub fn outside(&self) -> HeadOutside {
-        HeadOutside { device: self.device.clone(), rank: self.rank(), shard: self.shard, last_sample: self.last_sample.clone() }
+        HeadOutside { device: self.device.clone(), rank: self.rank(), shared: self.shared.clone() }
     }
 
     /// Copies the ids of the last sample to where they can be asked for while a step waits.
     fn share_sample(&self) {
-        let mut last = self.last_sample.lock().unwrap_or_else(PoisonError::into_inner);
-        last.known = false;
-        last.listed.clear();
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.known = false;
+        shared.listed.clear();
         let Some(SampleIds { first, count, listed }) = self.backend.known_sample_ids() else { return };
         // Without memory for a copy, callers wait for the step.
-        if last.listed.try_reserve(listed.len()).is_ok() {
-            last.listed.extend_from_slice(listed);
-            (last.known, last.first, last.count) = (true, first, count);
+        if shared.listed.try_reserve(listed.len()).is_ok() {
+            shared.listed.extend_from_slice(listed);
+            (shared.known, shared.first, shared.count) = (true, first, count);
         }
+    }
+
+    /// Tells the shard where it can be asked for while a step waits.
+    fn share_shard(&self) {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).shard = self.shard;
     }
 
     /// Nobody is to ask for the last sample beside the head's lock.
     fn hide_sample(&self) {
-        self.last_sample.lock().unwrap_or_else(PoisonError::into_inner).known = false;
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).known = false;
     }
 
     /// The process that the head was made in.
     pub fn process(&self) -> u32 {
         self.device.process()
     }
+}
+
+/// A rank's part of a head on its device. `successor`: another that it takes the rows over from is still there.
+fn open(
+    device: &dyn Device,
+    comm: &Communicator,
+    options: &HeadOptions,
+    batch_room: u64,
+    successor: bool,
+) -> Result<Box<dyn HeadDevice>> {
+    let (ranks, rank) = (comm.size(), comm.rank());
+    let room = HeadOptions { max_batch: batch_room, ..options.clone() };
+    device.open(HeadSpec { options: room, ranks, rank, shard: options.shard(ranks, rank), successor })
 }

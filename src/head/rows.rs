@@ -27,7 +27,7 @@ impl Head {
     pub fn sample_ids(&self) -> Result<Vec<i64>> {
         self.check_usable()?;
         ensure!(
-            self.draws > 0,
+            self.has_sample,
             InvalidArgument,
             "pfc_head_sample_ids must come after pfc_head_prepare or pfc_head_forward (rank {})",
             self.rank()

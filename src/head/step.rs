@@ -241,6 +241,7 @@ impl Head {
         let sampled = scope.host("sample", || self.backend.sample(self.draws, chosen.as_deref()));
         self.draws += 1;
         if sampled.is_ok() {
+            self.has_sample = true;
             self.share_sample();
         }
         self.seconds.sample = start.elapsed().as_secs_f64();

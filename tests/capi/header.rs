@@ -11,8 +11,21 @@ use std::path::Path;
 use partialfc_testing::programs::root;
 
 /// The sections, so that each names only what stands above it.
-const SECTIONS: [&str; 12] =
-    ["status", "types", "device", "comm", "head", "forward", "update", "metrics", "checkpoint", "kernels", "plan", "log"];
+const SECTIONS: [&str; 13] = [
+    "status",
+    "types",
+    "device",
+    "comm",
+    "head",
+    "forward",
+    "update",
+    "metrics",
+    "checkpoint",
+    "classes",
+    "kernels",
+    "plan",
+    "log",
+];
 
 /// Columns of the header.
 const WIDTH: usize = 100;

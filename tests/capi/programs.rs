@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use partialfc::capi::checkpoint::{pfc_load_options, pfc_save_options};
+use partialfc::capi::classes::pfc_remap_options;
 use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
 use partialfc::capi::forward::{pfc_backward_options, pfc_forward_options};
 use partialfc::capi::metrics::pfc_metrics;
@@ -336,7 +337,8 @@ fn structs_lie_in_c_and_python_as_in_rust() {
         pfc_forward_options { struct_size, m2, m3, weight, reserved }
         pfc_backward_options { struct_size, loss_weight, loss_scale, grad_m2, grad_m3, reserved }
         pfc_save_options { struct_size, progress, user }
-        pfc_load_options { struct_size, progress, user, class_map, class_map_count }
+        pfc_load_options { struct_size, progress, user, class_map, class_map_count, class_weights, class_weights_count }
+        pfc_remap_options { struct_size, progress, user, class_weights, class_weights_count }
         pfc_plan_report {
             struct_size, shard_rows, sample_capacity, weight_bytes, state_bytes, activation_bytes, probability_bytes, total_bytes,
             labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes,

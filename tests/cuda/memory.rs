@@ -82,6 +82,34 @@ fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
     assert!(wanted > free && free < limit, "{failure:?}");
 }
 
+/// A head that is given other classes has its rows twice for a while. Without memory for that it has those it had.
+#[test]
+fn classes_for_which_there_is_no_memory_leave_the_head_as_it_was() {
+    let turn = emulator::turn(8);
+    if !turn.is_emulator() {
+        return;
+    }
+    let device = gpu();
+    for (function, least) in [("cuMemAlloc_v2", 50), ("cuMemHostAlloc", 5)] {
+        let mut head = Head::new(&device, &Comm::solo(), &small());
+        let (rows, shard, before) = (head.centers(), head.shard(), held(&turn));
+        starve(
+            &turn,
+            function,
+            least,
+            || head.resize(shard.1 + 1),
+            |what, failure| {
+                assert_told::<()>(what, Err(failure), Status::OutOfMemory, &["bytes", "rank 0"]);
+                assert_eq!(held(&turn), before, "{what}: something is left");
+            },
+        );
+        assert_eq!(head.shard(), (0, shard.1 + 1));
+        assert_eq!(head.centers()[..rows.len()], rows);
+        head.resize(shard.1).expect("the classes it had");
+        assert_eq!((head.centers(), held(&turn)), (rows, before), "{function}");
+    }
+}
+
 /// Of several ranks on one GPU one is refused its memory: it says so, and the others that it did.
 #[test]
 fn a_rank_without_memory_is_heard_of_on_all() {

@@ -33,7 +33,7 @@ fn row(rows: &[f32], class: usize) -> &[f32] {
 }
 
 /// Of 40 classes: 3 and 39 go, 7 and 20 turn out to be 8, the others move up behind them, and 16 new ones come.
-fn table() -> Vec<i64> {
+pub(super) fn table() -> Vec<i64> {
     let mut next = 0;
     let mut moved: Vec<i64> = (0..40)
         .map(|class| match class {

@@ -36,7 +36,7 @@ fn placements() -> [HeadOptions; 2] {
     [HeadOptions { placement: Placement::Replicated, ..sharded.clone() }, sharded]
 }
 
-/// Creation, steps one way and the other, figures and a search: all that ranks do together. The bits of what came out.
+/// Creation, steps one way and the other, figures, other classes and a search: all that ranks do together. The bits of what came out.
 fn live(options: &HeadOptions, rank: usize, comm: &partialfc_testing::capi::Comm) -> Result<Vec<u32>, Failure> {
     let mut head = Head::with(&Device::under_test(1), comm, options)?;
     let mut grad = Rows::output(ROWS, head.dim);
@@ -50,6 +50,9 @@ fn live(options: &HeadOptions, rank: usize, comm: &partialfc_testing::capi::Comm
         losses.push(head.step(&mut batch.rows(head.dim), &batch.labels, 0.1, &mut grad)? as f32);
     }
     losses.push(head.metrics()?.grad_centers_norm as f32);
+    if !on_cuda() {
+        head.resize(options.num_classes + 3)?;
+    }
     let (_, cosines) = head.top_k(&mut Batch::draw(options, rank, 0, ROWS).rows(head.dim), 3)?;
     Ok([bits(&losses), bits(&cosines), bits(&head.centers())].concat())
 }

@@ -12,6 +12,7 @@ mod factor;
 mod faults;
 mod growing;
 mod reference;
+mod remap;
 mod residency;
 mod resume;
 mod row_terms;

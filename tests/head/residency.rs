@@ -162,6 +162,13 @@ fn a_file_serves_one_head_and_goes_with_it() {
     let mut trace = Trace::default();
     let place = Rank { rank: 0, size: 1, comm: Comm::solo() };
     train_step(&mut head, &place, &options, 0, &mut trace);
+    // With other classes it has another file, which has the name.
+    head.resize(2000).expect("other classes");
+    assert_eq!(names(&storage), [name]);
+    let shorter = fs::metadata(storage.join(name)).expect("the file").len();
+    assert!(shorter < length && shorter >= 2000 * 9 * 8, "{shorter} bytes after {length}");
+    let second = Head::with(&device, &comm, &options).map(drop);
+    assert_failure("a second head", second, Status::Io, &["cannot use", name, "another head has its rows in it"]);
     drop(head);
     assert_eq!(names(&storage), [""; 0]);
     // And one that is made where there is no folder makes it.

@@ -1,6 +1,6 @@
-//! Disks that fail. `ctests/disk_faults.c` saves or loads a checkpoint, or makes a step with its rows in a file, while one call of the
-//! system goes wrong; here each of them does in turn, in every way. What a save leaves must be the checkpoint before or the new one, never a mixture; a load gives what was saved or
-//! an error.
+//! Disks that fail. `ctests/disk_faults.c` saves or loads a checkpoint, or makes a step or other classes with its rows in a file, while
+//! one call of the system goes wrong; here each of them does in turn, in every way. What a save leaves must be the checkpoint before or
+//! the new one, never a mixture; a load gives what was saved or an error; a head has the classes it had or the new ones.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use partialfc_testing::programs::{compile, fresh, link_shared, output, root, scr
 
 /// As the program has them.
 const CLASSES: u64 = 1500;
+const FEWER: u64 = 400;
 const DIM: u32 = 512;
 const KILLED: i32 = 77;
 
@@ -63,7 +64,11 @@ fn run(program: &Path, folder: &Path, when: &str, fault: &str, number: u64) -> S
 
 /// W of the checkpoint in a folder.
 fn centers(folder: &Path) -> Vec<f32> {
-    let mut head = Head::new(&Device::cpu(1), &Comm::solo(), &options(CLASSES, DIM, 0));
+    centers_of(folder, CLASSES)
+}
+
+fn centers_of(folder: &Path, classes: u64) -> Vec<f32> {
+    let mut head = Head::new(&Device::cpu(1), &Comm::solo(), &options(classes, DIM, 0));
     head.load(folder).expect("a checkpoint that is whole");
     head.centers()
 }
@@ -195,4 +200,46 @@ fn whatever_fails_in_a_step_on_a_file_it_is_told_and_no_row_is_lost() {
         }
     }
     assert!(read > 10 && written > 10, "{read} reads, {written} writes");
+}
+
+/// Either the head has all of its new classes, or all of those it had, and goes on.
+#[test]
+fn whatever_fails_while_classes_change_they_are_the_new_ones_or_those_before() {
+    let (program, folder) = (program(), scratch("disk_classes").join("now"));
+    let [new, old] = ["classes", "step"].map(|when| {
+        fresh(&folder);
+        let sound = run(program, &folder, when, "none", 0);
+        assert_eq!(sound.status, "PFC_OK", "{}", sound.text);
+        (centers_of(&folder, if when == "step" { CLASSES } else { FEWER }), sound.calls)
+    });
+    let (new, calls) = new;
+    assert!(calls > 15, "{calls} calls");
+    let (mut changed, mut refused) = (0, 0);
+    for fault in ["broken", "short"] {
+        for number in 1..=calls {
+            fresh(&folder);
+            let Saved { status, text, function, .. } = run(program, &folder, "classes", fault, number);
+            let what = format!("{fault} {number} {function}: {status} {text}");
+            assert!(!function.is_empty(), "{what}: no such call");
+            if status == "PFC_OK" {
+                // A head can do without knowing how much memory is left or how large sectors are, and without another name for its file.
+                assert!(centers_of(&folder, FEWER) == new, "{what}: other rows");
+                changed += 1;
+            } else {
+                assert!(status == "PFC_ERROR_IO" && text.contains("now/rows/rows-0-of-1.partialfc"), "{what}");
+                assert!(centers(&folder) == old.0, "{what}: other rows");
+                refused += 1;
+            }
+        }
+    }
+    assert!(changed > 60 && refused > 20, "{changed} times the new ones, {refused} times those before");
+    // What a process that is killed has left is in nobody's way, and does not stay.
+    for when in ["classes", "step"] {
+        fresh(&folder);
+        // Its last call gives the new file the name of the old one.
+        assert!(run(program, &folder, "classes", "killed", calls).killed);
+        assert_eq!(names(&folder.join("rows")), ["rows-0-of-1.partialfc", "rows-0-of-1.partialfc.next"]);
+        assert_eq!(run(program, &folder, when, "none", 0).status, "PFC_OK");
+        assert!(!folder.join("rows").exists());
+    }
 }

@@ -493,6 +493,14 @@ impl HeadDevice for CpuHead {
         Ok(())
     }
 
+    fn is_start(&self, row: u64) -> bool {
+        self.rows.is_start(row as usize)
+    }
+
+    fn succeed(&mut self) {
+        self.rows.succeed();
+    }
+
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         super::nearest::nearest(&self.pool, &self.rows, self.spec.shard, queries, k)
     }

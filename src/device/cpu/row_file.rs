@@ -139,7 +139,13 @@ impl RowFile {
     pub fn create(spec: &HeadSpec, directory: &Path, start: StartValues) -> Result<RowFile> {
         let (record, rows) = (record_bytes(&spec.options), spec.shard.rows as usize);
         let written = RowSet::none_of(rows)?;
-        let (path, file) = open_alone(directory, &format!("rows-{}-of-{}.partialfc", spec.rank, spec.ranks))?;
+        let name = format!("rows-{}-of-{}.partialfc", spec.rank, spec.ranks);
+        let next = format!("{name}{SUCCESSOR}");
+        let (path, file) = match spec.successor {
+            false => open_alone(directory, &name)?,
+            // The one before has the other name, if its own could not be changed.
+            true => open_alone(directory, &next).or_else(|error| open_alone(directory, &name).map_err(|_| error))?,
+        };
         // From here on the file goes with the head, also if that comes to nothing.
         let mut records = Records {
             layout: Layout::new(record, LARGEST_SECTOR),
@@ -152,6 +158,11 @@ impl RowFile {
             direct: RwLock::new(()),
         };
         // What a process that was killed has left.
+        if !spec.successor && directory.join(&next).exists() {
+            if let Ok((left, _alone)) = open_alone(directory, &next) {
+                let _ = std::fs::remove_file(left);
+            }
+        }
         let emptied = records.file.set_len(0).and_then(|()| records.file.set_len(2 * LARGEST_SECTOR as u64));
         emptied.map_err(|cause| error!(Io, "cannot empty {}: {cause}", records.path.display()))?;
         records.layout = Layout::new(record, sector(&records.file));
@@ -160,6 +171,22 @@ impl RowFile {
         let path = records.path.display();
         room.map_err(|cause| error!(Io, "cannot reserve {bytes} bytes for {rows} rows in {path}: {cause}"))?;
         Ok(RowFile { pool: Pool::new(THREADS), pieces: Pieces::new(THREADS, records.layout.piece())?, records })
+    }
+
+    /// Takes the name of the file that this one is the successor of. Where it cannot, it keeps the name it has.
+    pub fn succeed(&mut self) {
+        let Records { path, .. } = &mut self.records;
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(SUCCESSOR));
+        let Some(named) = name.map(|name| path.with_file_name(name)) else { return };
+        match std::fs::rename(&*path, &named) {
+            Ok(()) => *path = named,
+            Err(cause) => log::warn!("cannot rename {} to {}: {cause}", path.display(), named.display()),
+        }
+    }
+
+    /// Whether a row has been written.
+    pub fn has(&self, row: usize) -> bool {
+        self.records.written.has(row)
     }
 
     /// Bytes of a row.
@@ -433,6 +460,9 @@ impl Records {
     }
 }
 
+/// What the name of a file ends in while the one that it takes the rows from has the name without.
+const SUCCESSOR: &str = ".next";
+
 /// Opens a file that no other head has open, and makes it and its directory if they are not there.
 fn open_alone(directory: &Path, name: &str) -> Result<(PathBuf, File)> {
     let path = directory.join(name);
@@ -451,11 +481,17 @@ fn open_alone(directory: &Path, name: &str) -> Result<(PathBuf, File)> {
             Err(TryLockError::Error(cause)) => return Err(refused("lock", &path, cause)),
         }
         // A head that ends removes its file: the lock may be one of a file that has no name any more.
-        let opened = file.metadata().map_err(|cause| refused("look at", &path, cause))?;
-        match std::fs::metadata(&path) {
-            Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => return Ok((path, file)),
-            _ => {}
+        if is_named(&file, &path) {
+            return Ok((path, file));
         }
+    }
+}
+
+/// Whether a path leads to an open file.
+fn is_named(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(file), Ok(named)) => (named.dev(), named.ino()) == (file.dev(), file.ino()),
+        _ => false,
     }
 }
 
@@ -484,7 +520,10 @@ impl Drop for Records {
         if self.process == std::process::id() {
             // A forked child may have it open for long: its room is given back now. It may be gone already.
             let _ = self.file.set_len(0);
-            let _ = std::fs::remove_file(&self.path);
+            // By now the name may be its successor's.
+            if is_named(&self.file, &self.path) {
+                let _ = std::fs::remove_file(&self.path);
+            }
         }
     }
 }

@@ -57,6 +57,8 @@ pub(super) struct HostRows {
     history: History,
     trim_at: usize,
     pub(super) updates: u64,
+    /// The head still has its rows elsewhere.
+    successor: bool,
     /// For each worker three rows: what [`RowTensorParts::load`] copies.
     copies: Buffer<f32>,
 }
@@ -93,6 +95,7 @@ impl HostRows {
             stored: RowSet::none_of(if file.is_none() { rows } else { 0 })?,
             file,
             brought: false,
+            successor: spec.successor,
             last_update: Buffer::zeroed(if dense { rows } else { 0 }, "last steps of rows")?,
             history: History::with_room(if dense { LONGEST_HISTORY } else { 0 })?,
             trim_at: SHORTEST_HISTORY,
@@ -138,6 +141,14 @@ impl HostRows {
         match self.file {
             Some(_) => 0,
             None => self.tensors.slots - self.stored.count(),
+        }
+    }
+
+    /// Whether a row has its start values, and is stored nowhere.
+    pub fn is_start(&self, row: usize) -> bool {
+        match &self.file {
+            Some(file) => !file.has(row),
+            None => !self.stored.has(row),
         }
     }
 
@@ -333,6 +344,12 @@ impl HostRows {
         }
     }
 
+    /// See [`HeadDevice::succeed`].
+    pub fn succeed(&mut self) {
+        self.successor = false;
+        self.file.iter_mut().for_each(RowFile::succeed);
+    }
+
     /// Takes the rows, all of them brought to now, as those after update `updates`.
     pub fn set_updates(&mut self, updates: u64) {
         self.updates = updates;
@@ -361,7 +378,7 @@ impl HostRows {
     /// Gives rows of the shard to `body`, some at a time, and stores what it makes of them.
     ///
     /// # Errors
-    /// DEVICE where rows may have been changed.
+    /// DEVICE where rows may have been changed, unless the head has them elsewhere.
     fn change(&mut self, rows: Range<usize>, old: OldRows<'_>, mut body: impl FnMut(Range<usize>, ChangingRun<'_>)) -> Result<()> {
         let dense = self.dense();
         let Some(file) = &mut self.file else {
@@ -371,6 +388,7 @@ impl HostRows {
         };
         let at_once = (CHANGED_BYTES / file.record_bytes()).clamp(1, CHANGED_ROWS).min(rows.len());
         let mut tensors = self.tensors.like(at_once)?;
+        let torn = |error: Error| if self.successor { error } else { torn(&error) };
         let mut changed = false;
         for first in rows.clone().step_by(at_once.max(1)) {
             let run = first..(first + at_once).min(rows.end);
@@ -380,14 +398,14 @@ impl HostRows {
                 OldRows::Read { wanted } if dense && !wanted(&self.last_update[run.clone()]) => continue,
                 OldRows::Read { .. } => {
                     let read = file.read(list, tensors.parts(), &mut self.copies);
-                    read.map_err(|error| if changed { torn(&error) } else { error })?;
+                    read.map_err(|error| if changed { torn(error) } else { error })?;
                 }
                 OldRows::Overwritten => {}
             }
             changed = true;
             let last_update = dense.then(|| self.last_update.parts());
             body(run, ChangingRun { tensors: tensors.parts(), first, copies: self.copies.parts(), last_update });
-            file.write(list, tensors.parts()).map_err(|error| torn(&error))?;
+            file.write(list, tensors.parts()).map_err(torn)?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The C interface as tests call it: handles that free themselves, statuses with their texts.
 
+mod classes;
 mod comm;
 mod device;
 mod head;

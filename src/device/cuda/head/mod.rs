@@ -573,6 +573,10 @@ impl HeadDevice for CudaHead {
         self.restore_updates(updates)
     }
 
+    fn succeed(&mut self) {
+        self.spec.successor = false;
+    }
+
     fn nearest(&self, queries: &[f32], k: usize) -> Result<Nearest> {
         let read =
             |first: usize, rows: &Matrix| self.fetch_rows(first as u64, &TensorRows { tensor: StateTensor::Centers, rows: *rows });

@@ -65,9 +65,10 @@ impl CudaHead {
         tensors.iter().try_for_each(|given| self.check_values(first, given))?;
         for (number, given) in tensors.iter().enumerate() {
             // Rows with some tensors written and others not are not those of any step.
-            self.put_checked_rows(first, given).map_err(|error| match number {
-                0 => error,
-                _ => error!(Device, "some tensors of these rows were written, the others were not: {error}"),
+            let alone = number == 0 || self.spec.successor;
+            self.put_checked_rows(first, given).map_err(|error| match alone {
+                true => error,
+                false => error!(Device, "some tensors of these rows were written, the others were not: {error}"),
             })?;
         }
         Ok(())
@@ -91,7 +92,7 @@ impl CudaHead {
             let some = staging::some_rows(rows, start, count);
             let uploaded = self.staging.borrow_mut().upload(&self.gpu.stream, "rows", &some);
             let source = match uploaded {
-                Err(error) if start > 0 => {
+                Err(error) if start > 0 && !self.spec.successor => {
                     // A head with some rows written and others not must not go on.
                     let (from, last) = (self.spec.shard.first + first, self.spec.shard.first + first + start as u64 - 1);
                     return Err(error!(Device, "classes {from} to {last} were written, the later ones were not: {error}"));

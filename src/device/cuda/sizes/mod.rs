@@ -45,7 +45,7 @@ pub(super) fn check_options(options: &HeadOptions) -> Result<()> {
 /// What a head takes, on the rank that owns most, of a GPU that has so many bytes for it.
 pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, free_memory: u64) -> Result<Memory> {
     check_options(options)?;
-    let spec = HeadSpec { options: options.clone(), ranks, rank: 0, shard: options.shard(ranks, 0) };
+    let spec = HeadSpec { options: options.clone(), ranks, rank: 0, shard: options.shard(ranks, 0), successor: false };
     Ok(Sizes::new(&spec, GpuCapacity { multiprocessors: PLANNED_MULTIPROCESSORS, free_memory }, 0)?.memory())
 }
 
@@ -118,7 +118,7 @@ impl Sizes {
 
     /// All sizes, without pointers.
     fn head_arrays(&self) -> HeadArrays {
-        let Sizes { spec: HeadSpec { options, ranks, rank, shard }, capacities, chunks } = self;
+        let Sizes { spec: HeadSpec { options, ranks, rank, shard, .. }, capacities, chunks } = self;
         // All of them were checked: rows and classes here, the rest by the options.
         let narrow = |count: u64| u32::try_from(count).expect("a size that was checked");
         HeadArrays {
