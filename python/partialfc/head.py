@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from . import _abi, _checkpoint
+from . import _abi, _transfer
 from ._arrays import Reader, like
 from ._handles import Handle
 from ._library import check, failure, lib
@@ -444,9 +444,9 @@ class Head(Handle):
             progress: called with the bytes of this rank that are done and how many there are; it must not call this
                 library. What it raises is raised when the checkpoint is saved.
         """
-        _checkpoint.save(self, directory, progress)
+        _transfer.save(self, directory, progress)
 
-    def load(self, directory, progress=None, class_map=None) -> None:
+    def load(self, directory, progress=None, class_map=None, class_weights=None) -> None:
         """Loads a checkpoint of any number of ranks, and goes on from there. Collective.
 
         The head must have its embedding_dim and optimizer, and without a class_map its num_classes; on as many ranks, with
@@ -458,12 +458,47 @@ class Head(Handle):
             class_map: for each class of the checkpoint the class of this head that it becomes, or -1: none. Classes that
                 none becomes begin anew; those that several become have the mean of their directions. int64, the same on
                 all ranks. None: the classes are the same.
+            class_weights: with class_map, how much each class of the checkpoint counts in such a mean. None: all alike.
 
         Raises:
             PartialFCError: MISMATCH for another kind of head, CORRUPT where a file is not what was written. If that is found
                 in the rows, the heads of all ranks are at their end.
         """
-        _checkpoint.load(self, directory, progress, class_map)
+        _transfer.load(self, directory, progress, class_map, class_weights)
+
+    def resize(self, num_classes: int, progress=None) -> None:
+        """Adds new classes behind those that there are, or removes the last ones. Collective; between two steps.
+
+        For the arguments and the errors of this and the two calls that follow see `remap`.
+        """
+        _transfer.resize(self, num_classes, progress)
+
+    def remap(self, class_map, num_classes: int | None = None, progress=None, class_weights=None) -> None:
+        """Gives classes other numbers, removes some, makes several one, and adds new ones. Collective; between two steps.
+
+        Rows keep their state, but for those that several become. While it runs the head has its rows twice.
+
+        Args:
+            class_map: as for `load`, for each class of this head.
+            num_classes: of the head from now on; None: those that class_map names, and no others.
+            progress: as for `save`.
+            class_weights: as for `load`, such as each class's number of images.
+
+        Raises:
+            PartialFCError: the heads of all ranks are usable, with the classes that they had, unless it is of the communicator.
+        """
+        _transfer.remap(self, class_map, num_classes, progress, class_weights)
+
+    def merge(self, pairs, progress=None, class_weights=None) -> np.ndarray:
+        """Makes classes one that turned out to be one identity; those behind a class that goes move up. Collective; between two steps.
+
+        Args:
+            pairs: {class that goes: class that both are from now on}, or pairs of them.
+
+        Returns:
+            For each class that the head had its new number, by which labels have to change.
+        """
+        return _transfer.merge(self, pairs, progress, class_weights)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -507,6 +542,9 @@ class Head(Handle):
         """Makes a collective call without the arguments that were wrong: so the other ranks learn of it, and none waits."""
         if self._waits and not self.closed:
             self.comm._run(function, self._address, *arguments)
+
+    def _has_classes(self, num_classes: int) -> None:
+        self.num_classes = self.options["num_classes"] = int(num_classes)
 
     def _refuse_forward(self) -> None:
         self._refuse(lib.pfc_head_forward, None, None, self._loss_at)

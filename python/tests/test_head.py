@@ -205,6 +205,55 @@ def test_classes_come_and_go(tmp_path):
             wide.load(tmp_path)
 
 
+def test_classes_change_while_a_head_trains():
+    with make(sample_rate=0.5) as head:
+        head.step(*batch(), 0.1)
+        classes, before = head.num_classes, head.read_centers()
+        told = []
+        head.resize(classes + 5, progress=lambda done, total: told.append((done, total)))
+        assert head.num_classes == head.options["num_classes"] == classes + 5 and head.shard == (0, classes + 5)
+        assert told[0][0] == 0 and told[-1][0] == told[-1][1] > 0
+        np.testing.assert_array_equal(head.read_centers(count=classes), before)
+        table = np.arange(classes + 5)
+        table[[0, -1]] = table[[-1, 0]]
+        table[3] = -1
+        head.remap(table)
+        np.testing.assert_array_equal(head.read_centers(classes + 4, 1)[0], before[0])
+        head.resize(classes)
+        moved = head.merge({2: 5, 4: 5}, class_weights=np.ones(classes))
+        assert head.num_classes == classes - 2 == moved.max() + 1 and moved[2] == moved[4] == moved[5] == 3
+        assert (head.merge([]) == np.arange(classes - 2)).all()
+        head.step(batch()[0], moved[batch()[1].clip(0, classes - 1)], 0.1)
+
+
+def test_other_classes_that_cannot_be(head):
+    classes = head.num_classes
+    for wrong, error, message in (
+        (lambda: head.resize(0), partialfc.PartialFCError, "num_classes must be at least 1"),
+        (lambda: head.resize(2.5), TypeError, "float"),
+        (lambda: head.resize(-1), ValueError, "num_classes is -1"),
+        (lambda: head.resize(3, progress=5), TypeError, "progress is a int"),
+        (lambda: head.remap(np.zeros(classes)), TypeError, "class_map is float64 of shape"),
+        (lambda: head.remap(np.zeros(classes - 1, int)), partialfc.PartialFCError, "class_map has"),
+        (lambda: head.remap(np.arange(classes), classes - 1), partialfc.PartialFCError, "must be -1 or a class of the head"),
+        (lambda: head.merge([(1, 2, 3)]), TypeError, "it must be pairs of classes"),
+        (lambda: head.merge({1: 1}), partialfc.PartialFCError, "which is in from itself"),
+        (lambda: head.merge({1: 2}, class_weights=["a"]), TypeError, "it must be a vector of numbers"),
+        (lambda: head.merge({1: 2}, class_weights=[1.0]), partialfc.PartialFCError, "class_weights has 1 entries"),
+    ):
+        with pytest.raises(error, match=message):
+            wrong()
+        assert head.num_classes == classes == head.shard[1]
+
+    def fails(done, total):
+        raise KeyError("mine")
+
+    # What it raises comes when the classes have changed.
+    with pytest.raises(KeyError, match="mine"):
+        head.resize(classes + 1, progress=fails)
+    assert head.num_classes == classes + 1 == head.shard[1]
+
+
 def test_top_k(head):
     embeddings, _ = batch(rows=20)
     weight = head.read_centers()

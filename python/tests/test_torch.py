@@ -406,6 +406,40 @@ def test_refused(change, kind, text):
     assert head.rank_head.read_progress()[1] == 2
 
 
+def test_other_classes():
+    head, net = make(), backbone(FEATURES, DIM)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, **SGD)
+
+    def train(classes):
+        for x, y in data(3, BATCH, FEATURES, classes):
+            optimizer.zero_grad()
+            head(net(x), y).backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="made with its first batch"):
+        head.resize(CLASSES + 1)
+    train(CLASSES)
+    before = head.weight
+    head.resize(CLASSES + 4)
+    assert head.num_classes == CLASSES + 4 and torch.equal(head.weight[:CLASSES], before)
+    assert head.state_dict()["progress"][3] == CLASSES + 4
+    train(CLASSES + 4)
+    moved = head.merge({0: 1})
+    assert moved.tolist() == [0, *range(CLASSES + 3)] and head.num_classes == CLASSES + 3
+    head.remap(torch.arange(CLASSES + 3).flip(0))
+    train(CLASSES + 3)
+    # Between a backward and the optimizer's step there is a gradient of the classes as they are.
+    optimizer.zero_grad()
+    x, y = next(iter(data(1, BATCH, FEATURES, CLASSES)))
+    head(net(x), y).backward()
+    with pytest.raises(RuntimeError, match="resize comes between a backward and the optimizer's step on rank 0"):
+        head.resize(CLASSES)
+    optimizer.step()
+    head(net(x), y)  # A forward that nothing comes of.
+    head.resize(CLASSES)
+    train(CLASSES)
+
+
 def test_a_head_that_has_been_closed():
     head, net = make(), backbone(FEATURES, DIM)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.05, **SGD)

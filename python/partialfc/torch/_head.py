@@ -14,7 +14,7 @@ from ..comm import Comm
 from ..device import Device
 from ..head import Head as LibraryHead
 from ..metrics import Metrics
-from .._library import PartialFCError
+from .._library import PartialFCError, lib
 from ..options import fill, names
 from . import _groups, _hooks
 
@@ -169,7 +169,7 @@ class Head(torch.nn.Module):
         #: Every option of the head by its name, as the library has it.
         self.options = names(fill(given))
         self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.num_classes = num_classes
+        self._num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.metrics_every = metrics_every
         self.nonfinite = nonfinite
@@ -560,10 +560,45 @@ class Head(torch.nn.Module):
                     f"of {self.num_classes}"
                 )
             head.write_progress(draws, updates)
-        self._run.ready = self._run.kept = self._run.forwarded = False  # Writing has dropped it.
-        self._run.weights.clear()
+        self._forget_step()  # Writing has dropped it.
 
     # What it has and tells.
+
+    @property
+    def num_classes(self) -> int:
+        """C, classes over all ranks."""
+        return self._num_classes if self._head is None else self._head.num_classes
+
+    # Other classes, once there has been a batch. Collective; not between micro-batches.
+
+    def resize(self, num_classes: int, progress=None) -> None:
+        """See `partialfc.Head.resize`."""
+        self._between_steps("resize")
+        self.rank_head.resize(num_classes, progress)
+
+    def remap(self, class_map, num_classes: int | None = None, progress=None, class_weights=None) -> None:
+        """See `partialfc.Head.remap`."""
+        self._between_steps("remap")
+        self.rank_head.remap(class_map, num_classes, progress, class_weights)
+
+    def merge(self, pairs, progress=None, class_weights=None) -> torch.Tensor:
+        """See `partialfc.Head.merge`."""
+        self._between_steps("merge")
+        return torch.from_numpy(self.rank_head.merge(pairs, progress, class_weights))
+
+    def _between_steps(self, call: str) -> None:
+        """Refuses a call while there is a gradient that no optimizer has used, and forgets a step that nothing came of."""
+        if self._run.weights:
+            # So that no rank waits for this one.
+            self.rank_head._refuse(lib.pfc_head_resize, 0, None)
+            raise RuntimeError(
+                f"{call} comes between a backward and the optimizer's step on rank {self.rank_head.comm.rank}: the gradient is of other classes"
+            )
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._run.ready = self._run.kept = self._run.forwarded = False
+        self._run.weights.clear()
 
     @property
     def rank_head(self) -> LibraryHead:
