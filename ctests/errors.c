@@ -250,6 +250,8 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(residency, PFC_RESIDENCY_FILE, PFC_ERROR_INVALID_ARGUMENT, "storage_path must not be NULL");
   REFUSED(storage_path, "rows", PFC_ERROR_INVALID_ARGUMENT,
           "storage_path must be NULL unless residency is PFC_RESIDENCY_FILE (3)");
+  REFUSED(storage_cache, 4096, PFC_ERROR_INVALID_ARGUMENT,
+          "storage_cache must be 0 unless residency is PFC_RESIDENCY_FILE (3), got 4096");
 #undef REFUSED
   EXPECT(head == NULL);
 }

@@ -171,7 +171,8 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 // Options of a head. Fill with pfc_head_options_init, then set at least num_classes and
 // embedding_dim.
 //
-// All ranks must give the same values, except for storage_path, workspace_limit and residency.
+// All ranks must give the same values, except for storage_path, storage_cache, workspace_limit
+// and residency.
 typedef struct pfc_head_options {
   // sizeof(pfc_head_options), set by pfc_head_options_init.
   uint64_t struct_size;
@@ -265,6 +266,9 @@ typedef struct pfc_head_options {
   // negative is in it as often as with 1, but always with its run, except for positives and for the
   // last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
   uint32_t sample_block;
+  // For residency file: bytes of memory for rows that stay there, the first of each shard; 0 for
+  // other residencies. A step moves as much less as these rows are of all. (default: 0)
+  uint64_t storage_cache;
 } pfc_head_options;
 
 // Scale, margin and filter for functions that need no head. The fields mean what they mean in
@@ -549,8 +553,8 @@ pfc_status pfc_comm_custom(const pfc_comm_ops *ops, pfc_comm **out);
 // NCCL_MULTI_RANK_GPU_ENABLE is 1. Make such ranks processes if possible. If they are threads of
 // one process, give each a device on its own stream: on a common stream one rank's work would be
 // enqueued behind another rank's wait for it. Calls that free GPU memory (pfc_head_free,
-// pfc_head_top_k, growing buffers) wait for everything in the GPU's context, so such threads can
-// block each other until the timeout.
+// pfc_head_top_k, other classes for a head, growing buffers) wait for everything in the GPU's
+// context, so such threads can block each other until the timeout.
 //
 // @param id 128 bytes from pfc_nccl_unique_id of one rank, sent to all ranks by the trainer
 // @param rank this rank, 0 to size - 1
@@ -680,9 +684,9 @@ void pfc_comm_free(pfc_comm *comm);
 // ERRORS THAT END A HEAD. After COMM, TIMEOUT, ABORTED, DEVICE, PANIC, any failure inside an
 // update or among the rows of a pfc_head_load, or a MISMATCH of steps or operations, the head is
 // POISONED and its communicator is aborted, so that no rank waits for it. Free both. (A MISMATCH
-// of the ids of pfc_head_set_sample or in pfc_head_top_k or pfc_head_metrics leaves the head
-// usable.) If nothing failed inside an update, a poisoned head on a CPU device still gives its
-// rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
+// of the ids of pfc_head_set_sample, of classes, or in pfc_head_top_k or pfc_head_metrics leaves
+// the head usable.) If nothing failed inside an update, a poisoned head on a CPU device still
+// gives its rows: pfc_head_read_centers, pfc_head_read_state, pfc_head_read_progress.
 //
 // WHAT RANKS MUST HAVE IN COMMON. Before a step the ranks compare which head and which call it
 // is, how many samples they have drawn and updates they have done, the learning rate and the loss
@@ -1270,8 +1274,13 @@ pfc_status pfc_head_load(pfc_head *head, const char *directory, const pfc_load_o
 //
 // The head remains, with its device, its communicator and its progress. Rows that keep their
 // class, under whatever number, keep their optimizer state; the ranks' shards are those of the
-// new number of classes. What was prepared, chosen or begun is dropped. While such a call runs, a
-// head has its rows twice, in memory or, with residency file, on the disk.
+// new number of classes. What was prepared, chosen or begun is dropped.
+//
+// While such a call runs there are two of the head: its rows are there twice, in memory or, with
+// residency file, on the disk, and so is its working memory. If workspace_limit is 0 and memory
+// is short then, the head keeps less of the softmax from then on. Classes that become one take 8
+// bytes of host memory for each of their elements. The ranks wait for the slowest of them:
+// pfc_comm_set_timeout must allow for it.
 
 // Options of pfc_head_resize, pfc_head_remap and pfc_head_merge. Prepare with
 // pfc_remap_options_init.
@@ -1319,13 +1328,14 @@ pfc_status pfc_head_resize(pfc_head *head, uint64_t num_classes, const pfc_remap
 //   ranks. In host memory
 // @param class_map_count entries of class_map: the head's number of classes
 // @param options NULL for the defaults
-// @return an error leaves the heads of all ranks usable, with the classes that they had:
-//   INVALID_ARGUMENT for an entry that is no class, and while micro-batches are accumulated;
-//   MISMATCH where class_map_count is not the head's number of classes, or ranks ask for
-//   different classes; OUT_OF_MEMORY or IO where there is no room for the new rows beside the
-//   old; NOT_FINITE for a row that no head would take; on a CUDA device, what pfc_head_wait would
-//   tell of the steps before. A failure of the communicator, or ranks at different steps, poison
-//   them. From then on a label that is no class any more is LABEL
+// @return these leave the heads of all ranks usable, with the classes that they had:
+//   INVALID_ARGUMENT for an entry that is no class, for a number of classes that no head can
+//   have, and while micro-batches are accumulated; MISMATCH where class_map_count is not the
+//   head's number of classes, or ranks ask for different classes; OUT_OF_MEMORY or IO where there
+//   is no room for the new rows beside the old; NOT_FINITE for a row that no head would take; on
+//   a CUDA device, what pfc_head_wait would tell of the steps before. A failure of the
+//   communicator or the device, or ranks at different steps, poison the heads. After PFC_OK, a
+//   label that is no class any more is LABEL
 pfc_status pfc_head_remap(pfc_head *head, uint64_t num_classes, const int64_t *class_map,
                           uint64_t class_map_count, const pfc_remap_options *options);
 

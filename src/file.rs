@@ -26,7 +26,7 @@ pub(crate) fn is_refusal(cause: &Error) -> bool {
 pub(crate) fn reserve_room(file: &File, bytes: u64) -> Result<()> {
     use std::os::fd::AsRawFd;
     let Ok(bytes) = bytes.try_into() else { return Ok(()) };
-    // SAFETY: the file is open.
+    // SAFETY: the file is open. A length of 0 is refused with EINVAL, and needs no room.
     match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes) } {
         0 => Ok(()),
         // Many file systems cannot reserve any. What else is wrong, the writes will tell.

@@ -42,13 +42,13 @@ pub enum Residency {
     Device,
     /// In host memory.
     Host,
-    /// In a file of each rank in this directory; memory has those of a step.
-    File(PathBuf),
+    /// In a file of each rank in this directory. Memory has those of a step, and the first ones of the shard that fit `cache` bytes.
+    File { directory: PathBuf, cache: u64 },
 }
 
 impl Residency {
     pub(crate) fn is_file(&self) -> bool {
-        matches!(self, Residency::File(_))
+        matches!(self, Residency::File { .. })
     }
 }
 

@@ -37,14 +37,17 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.sample_block = chance(d, 300) ? 1u << below(d, 11) : 1;
   if (chance(d, 200)) {
     o.residency = ONE_OF(d, int32_t, PFC_RESIDENCY_HOST, PFC_RESIDENCY_FILE, PFC_RESIDENCY_FILE);
-    if (o.residency == PFC_RESIDENCY_FILE) o.storage_path = folder_of_rows();
+    if (o.residency == PFC_RESIDENCY_FILE) {
+      o.storage_path = folder_of_rows();
+      o.storage_cache = ONE_OF(d, uint64_t, 0, 100, 4000, UINT64_MAX);
+    }
   }
   o.row_terms = chance(d, 400) ? PFC_ROW_TERMS_ON : PFC_ROW_TERMS_OFF;
   return o;
 }
 
 int spoil_options(struct draws *d, pfc_head_options *o) {
-  switch (below(d, 28)) {
+  switch (below(d, 29)) {
     case 0: o->num_classes = ONE_OF(d, uint64_t, 0, UINT64_MAX, 1ull << 63); return 1;
     case 1: o->embedding_dim = ONE_OF(d, uint32_t, 0, UINT32_MAX, 65537); return 1;
     case 2: o->placement = ONE_OF(d, int32_t, 0, 3, -1, INT32_MIN); return 1;
@@ -82,6 +85,10 @@ int spoil_options(struct draws *d, pfc_head_options *o) {
     case 24: o->struct_size = ONE_OF(d, uint64_t, 0, 7, 1 << 17, UINT64_MAX); return 1;
     case 25: o->row_terms = ONE_OF(d, int32_t, 0, 3, -1); return 1;
     case 26: o->sample_block = ONE_OF(d, uint32_t, 0, 3, 2048, UINT32_MAX); return 1;
+    case 27:
+      // A residency that is drawn with it may have one.
+      o->storage_cache = ONE_OF(d, uint64_t, 1, 4096, UINT64_MAX);
+      return o->residency != PFC_RESIDENCY_FILE;
     // It may be enough.
     default: o->workspace_limit = 1 + below(d, 1 << 22); return 0;
   }

@@ -137,7 +137,8 @@ class pfc_head_options(Structure):
     """Options of a head. Fill with pfc_head_options_init, then set at least num_classes and
     embedding_dim.
 
-    All ranks must give the same values, except for storage_path, workspace_limit and residency.
+    All ranks must give the same values, except for storage_path, storage_cache, workspace_limit
+    and residency.
     """
 
     _fields_ = [
@@ -233,6 +234,9 @@ class pfc_head_options(Structure):
         # negative is in it as often as with 1, but always with its run, except for positives and for the
         # last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
         ("sample_block", c_uint32),
+        # For residency file: bytes of memory for rows that stay there, the first of each shard; 0 for
+        # other residencies. A step moves as much less as these rows are of all. (default: 0)
+        ("storage_cache", c_uint64),
     ]
 
 
@@ -828,8 +832,8 @@ def declare(library):
     NCCL_MULTI_RANK_GPU_ENABLE is 1. Make such ranks processes if possible. If they are threads of
     one process, give each a device on its own stream: on a common stream one rank's work would be
     enqueued behind another rank's wait for it. Calls that free GPU memory (pfc_head_free,
-    pfc_head_top_k, growing buffers) wait for everything in the GPU's context, so such threads can
-    block each other until the timeout.
+    pfc_head_top_k, other classes for a head, growing buffers) wait for everything in the GPU's
+    context, so such threads can block each other until the timeout.
 
     @param id 128 bytes from pfc_nccl_unique_id of one rank, sent to all ranks by the trainer
     @param rank this rank, 0 to size - 1
@@ -1538,13 +1542,14 @@ def declare(library):
       ranks. In host memory
     @param class_map_count entries of class_map: the head's number of classes
     @param options NULL for the defaults
-    @return an error leaves the heads of all ranks usable, with the classes that they had:
-      INVALID_ARGUMENT for an entry that is no class, and while micro-batches are accumulated;
-      MISMATCH where class_map_count is not the head's number of classes, or ranks ask for
-      different classes; OUT_OF_MEMORY or IO where there is no room for the new rows beside the
-      old; NOT_FINITE for a row that no head would take; on a CUDA device, what pfc_head_wait would
-      tell of the steps before. A failure of the communicator, or ranks at different steps, poison
-      them. From then on a label that is no class any more is LABEL
+    @return these leave the heads of all ranks usable, with the classes that they had:
+      INVALID_ARGUMENT for an entry that is no class, for a number of classes that no head can
+      have, and while micro-batches are accumulated; MISMATCH where class_map_count is not the
+      head's number of classes, or ranks ask for different classes; OUT_OF_MEMORY or IO where there
+      is no room for the new rows beside the old; NOT_FINITE for a row that no head would take; on
+      a CUDA device, what pfc_head_wait would tell of the steps before. A failure of the
+      communicator or the device, or ranks at different steps, poison the heads. After PFC_OK, a
+      label that is no class any more is LABEL
     """
 
     function = library.pfc_head_merge

@@ -90,7 +90,7 @@ pub struct pfc_matrix {
 
 /// Options of a head. Fill with pfc_head_options_init, then set at least num_classes and embedding_dim.
 ///
-/// All ranks must give the same values, except for storage_path, workspace_limit and residency.
+/// All ranks must give the same values, except for storage_path, storage_cache, workspace_limit and residency.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_head_options {
@@ -172,6 +172,9 @@ pub struct pfc_head_options {
     /// power of two, 1 to 1024. Where a sample has many runs a negative is in it as often as with 1, but always with its run, except for
     /// positives and for the last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
     pub sample_block: u32,
+    /// For residency file: bytes of memory for rows that stay there, the first of each shard; 0 for other residencies. A step moves as much
+    /// less as these rows are of all. (default: 0)
+    pub storage_cache: u64,
 }
 
 /// Scale, margin and filter for functions that need no head. The fields mean what they mean in pfc_head_options.
@@ -340,6 +343,7 @@ sized!(
         storage_path: std::ptr::null(),
         row_terms: PFC_ROW_TERMS_OFF,
         sample_block: 1,
+        storage_cache: 0,
     }
 );
 
@@ -520,12 +524,17 @@ impl pfc_head_options {
     unsafe fn residency(&self) -> Result<Residency> {
         let codes = [PFC_RESIDENCY_DEVICE, PFC_RESIDENCY_HOST, PFC_RESIDENCY_FILE].map(|code| (code, code));
         let residency = match choose("residency", self.residency, &codes)? {
-            PFC_RESIDENCY_FILE => return Ok(Residency::File(path("storage_path", self.storage_path)?.to_owned())),
+            PFC_RESIDENCY_FILE => {
+                let directory = path("storage_path", self.storage_path)?.to_owned();
+                return Ok(Residency::File { directory, cache: self.storage_cache });
+            }
             PFC_RESIDENCY_HOST => Residency::Host,
             _ => Residency::Device,
         };
         let unused = self.storage_path.is_null();
         ensure!(unused, InvalidArgument, "storage_path must be NULL unless residency is PFC_RESIDENCY_FILE (3)");
+        let cache = self.storage_cache;
+        ensure!(cache == 0, InvalidArgument, "storage_cache must be 0 unless residency is PFC_RESIDENCY_FILE (3), got {cache}");
         Ok(residency)
     }
 }

@@ -316,7 +316,7 @@ fn structs_lie_in_c_and_python_as_in_rust() {
             struct_size, num_classes, embedding_dim, placement, sample_rate, seed, max_batch, scale, m1, m2, m3, interclass_filter,
             margin_gradient, margin_guard, optimizer, row_update, momentum, weight_decay, beta1, beta2, epsilon, gradient_scale,
             init_std, ignore_label, precision, gather_dtype, weight_dtype, state_dtype, residency, reserved, workspace_limit,
-            storage_path, row_terms, sample_block,
+            storage_path, row_terms, sample_block, storage_cache,
         }
         pfc_margin { struct_size, scale, m1, m2, m3, interclass_filter, margin_gradient, margin_guard }
         pfc_optimizer { struct_size, kind, reserved, momentum, weight_decay, beta1, beta2, epsilon }

@@ -30,7 +30,14 @@ fn storage(name: &str) -> PathBuf {
 
 /// The same options with the rows in a folder of this name.
 fn in_a_file(options: &HeadOptions, name: &str) -> HeadOptions {
-    HeadOptions { residency: Residency::File(storage(name)), ..options.clone() }
+    with_cache(options, name, 0)
+}
+
+/// The same, but for the first rows of each shard, which stay in memory.
+fn with_cache(options: &HeadOptions, name: &str, rows: u64) -> HeadOptions {
+    let state = options.optimizer.state_tensors() * options.state_dtype.size();
+    let record = options.embedding_dim as usize * (options.weight_dtype.size() + state);
+    HeadOptions { residency: Residency::File { directory: storage(name), cache: rows * record as u64 }, ..options.clone() }
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -91,8 +98,10 @@ fn no_result_depends_on_where_the_rows_are() {
         let base = HeadOptions { embedding_dim: dim, sample_block, ..base };
         let run = |options: &HeadOptions| on_ranks(2, |place| eventful(place, options, &Device::cpu(2)));
         let (expected, seen): (Vec<_>, Vec<_>) = run(&base).into_iter().unzip();
-        let (found, also) = run(&in_a_file(&base, "same")).into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
-        assert_same_bits(&format!("{base:?} in a file"), &found, &expected);
+        // None of the 1,500 rows of a rank in memory, some, all.
+        let cached = [0, 501, 9999][number % 3];
+        let (found, also) = run(&with_cache(&base, "same", cached)).into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        assert_same_bits(&format!("{base:?} in a file but for {cached} rows"), &found, &expected);
         assert_eq!(seen, also, "{base:?}: top k");
         if number == 0 {
             let host = HeadOptions { residency: Residency::Host, ..base.clone() };
@@ -144,7 +153,7 @@ fn a_checkpoint_moves_rows_between_memory_and_files() {
 #[test]
 fn a_file_serves_one_head_and_goes_with_it() {
     let options = in_a_file(&base(), "owned");
-    let Residency::File(storage) = options.residency.clone() else { unreachable!() };
+    let Residency::File { directory: storage, .. } = options.residency.clone() else { unreachable!() };
     let name = "rows-0-of-1.partialfc";
     // A process that was killed has left this.
     fs::write(storage.join(name), vec![0x55; 1 << 20]).expect("a file");
@@ -171,7 +180,11 @@ fn a_file_serves_one_head_and_goes_with_it() {
     assert_failure("a second head", second, Status::Io, &["cannot use", name, "another head has its rows in it"]);
     drop(head);
     assert_eq!(names(&storage), [""; 0]);
-    // And one that is made where there is no folder makes it.
+    // Where memory has all rows the file is empty.
+    let head = Head::new(&device, &comm, &with_cache(&base(), "owned", 3000));
+    assert_eq!(fs::metadata(storage.join(name)).expect("the file").len(), 0);
+    drop(head);
+    // And a head that is made where there is no folder makes it.
     fs::remove_dir(&storage).expect("an empty folder");
     drop(Head::new(&device, &comm, &options));
     assert!(storage.is_dir());
@@ -181,7 +194,7 @@ fn a_file_serves_one_head_and_goes_with_it() {
 fn a_place_that_cannot_be_is_named() {
     let storage = storage("refused");
     fs::write(storage.join("file"), "").expect("a file");
-    let options = HeadOptions { residency: Residency::File(storage.join("file")), ..base() };
+    let options = HeadOptions { residency: Residency::File { directory: storage.join("file"), cache: 0 }, ..base() };
     let refused = |options: &HeadOptions| Head::with(&Device::cpu(1), &Comm::solo(), options).map(drop);
     assert_failure("no folder", refused(&options), Status::Io, &["cannot create", "refused/file", "(rank 0)"]);
     // More than any disk has: nothing is left of the attempt.
@@ -189,7 +202,7 @@ fn a_place_that_cannot_be_is_named() {
         num_classes: u64::from(u32::MAX),
         embedding_dim: 65536,
         sample_rate: 0.0,
-        residency: Residency::File(storage.clone()),
+        residency: Residency::File { directory: storage.clone(), cache: 0 },
         ..base()
     };
     let words = ["cannot reserve", "bytes for 4294967295 rows in", "rows-0-of-1.partialfc"];
@@ -203,7 +216,7 @@ fn a_file_that_is_cut_short_is_an_error_on_all_ranks() {
     let base = HeadOptions { placement: Placement::Sharded, ..base() };
     on_ranks(2, |place| {
         let options = in_a_file(&base, &format!("short-{}", place.rank));
-        let Residency::File(storage) = &options.residency else { unreachable!() };
+        let Residency::File { directory: storage, .. } = &options.residency else { unreachable!() };
         let (mut head, mut grad) = (Head::new(&Device::cpu(2), &place.comm, &options), Rows::output(8, 9));
         let step = |head: &mut Head, number: usize, grad: &mut Rows| {
             let batch = Batch::draw(&options, place.rank, number, 8);
@@ -266,7 +279,7 @@ fn memory_has_the_rows_of_a_step() {
         sample_rate: 0.01,
         weight_dtype: DType::Bf16,
         state_dtype: DType::Bf16,
-        residency: Residency::File(PathBuf::from("/never/made")),
+        residency: Residency::File { directory: PathBuf::from("/never/made"), cache: 0 },
         ..options(10_000_000, 512, 128)
     };
     let of = |options: &HeadOptions| plan(&to_c(options), 1, 128).expect("a plan");
@@ -274,6 +287,12 @@ fn memory_has_the_rows_of_a_step() {
     assert_eq!((report.weight_bytes, report.state_bytes), (100_000 * 1024, 100_000 * 1024));
     assert_eq!(report.storage_bytes, 10_000_000 * 2048);
     assert!(report.total_bytes < 600_000_000, "{} bytes", report.total_bytes);
+    // A fourth of them stay in memory, and the file has the others.
+    let cache = 10_000_000 * 2048 / 4;
+    let cached =
+        of(&HeadOptions { residency: Residency::File { directory: PathBuf::from("/never/made"), cache }, ..million.clone() });
+    assert_eq!((cached.weight_bytes, cached.state_bytes), (2_600_000 * 1024, 2_600_000 * 1024));
+    assert_eq!((cached.storage_bytes, cached.activation_bytes), (7_500_000 * 2048, report.activation_bytes));
     let resident = of(&HeadOptions { residency: Residency::Device, ..million.clone() });
     assert_eq!((resident.weight_bytes, resident.storage_bytes), (10_000_000 * 1024, 0));
     let adamw = of(&HeadOptions { optimizer: ADAMW, state_dtype: DType::F32, ..million });

@@ -3,6 +3,8 @@
 //! A row that was never written is not stored: its start value is a function of its class, and a bitmap tells which rows are there. The
 //! file belongs to the head and goes with it; what outlives the head is a checkpoint.
 //!
+//! The first rows may stay in memory: negatives are drawn alike from all classes, so these save as much as any others.
+//!
 //! Rows go past the page cache, where the file system can do that, from several threads at once: sorted rows that lie side by side in one
 //! transfer. They are never mapped, since a disk that fails would then be a signal and not an error.
 
@@ -16,7 +18,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use super::pool::Pool;
 use super::row_set::RowSet;
 use super::row_tensors::{Place, RowTensorParts, StartValues};
-use super::sizes::record_bytes;
+use super::sizes::{cached_rows, record_bytes};
 use crate::device::HeadSpec;
 use crate::file;
 use crate::memory::{Buffer, Parts};
@@ -34,6 +36,8 @@ const LARGEST_SECTOR: usize = 4096;
 
 pub(super) struct RowFile {
     records: Records,
+    /// The records that the file does not have: those of the first rows.
+    cache: Buffer<u8>,
     pool: Pool,
     /// A piece for each of the pool's threads.
     pieces: Pieces,
@@ -46,6 +50,8 @@ struct Records {
     /// The process that made it: its forked children do not remove it.
     process: u32,
     layout: Layout,
+    /// The first row that the file has.
+    first: usize,
     first_class: u64,
     start: StartValues,
     written: RowSet,
@@ -138,6 +144,8 @@ impl RowFile {
     /// A file in which no row is written, in a directory that is made if it is not there.
     pub fn create(spec: &HeadSpec, directory: &Path, start: StartValues) -> Result<RowFile> {
         let (record, rows) = (record_bytes(&spec.options), spec.shard.rows as usize);
+        let first = cached_rows(&spec.options, spec.shard.rows);
+        let cache = Buffer::zeroed(first * record, "rows that no file has")?;
         let written = RowSet::none_of(rows)?;
         let name = format!("rows-{}-of-{}.partialfc", spec.rank, spec.ranks);
         let next = format!("{name}{SUCCESSOR}");
@@ -149,6 +157,7 @@ impl RowFile {
         // From here on the file goes with the head, also if that comes to nothing.
         let mut records = Records {
             layout: Layout::new(record, LARGEST_SECTOR),
+            first,
             first_class: spec.shard.first,
             start,
             written,
@@ -166,11 +175,12 @@ impl RowFile {
         let emptied = records.file.set_len(0).and_then(|()| records.file.set_len(2 * LARGEST_SECTOR as u64));
         emptied.map_err(|cause| error!(Io, "cannot empty {}: {cause}", records.path.display()))?;
         records.layout = Layout::new(record, sector(&records.file));
-        let bytes = records.layout.bytes(rows);
+        let stored = rows - first;
+        let bytes = records.layout.bytes(stored);
         let room = file::reserve_room(&records.file, bytes).and_then(|()| records.file.set_len(bytes));
         let path = records.path.display();
-        room.map_err(|cause| error!(Io, "cannot reserve {bytes} bytes for {rows} rows in {path}: {cause}"))?;
-        Ok(RowFile { pool: Pool::new(THREADS), pieces: Pieces::new(THREADS, records.layout.piece())?, records })
+        room.map_err(|cause| error!(Io, "cannot reserve {bytes} bytes for {stored} rows in {path}: {cause}"))?;
+        Ok(RowFile { pool: Pool::new(THREADS), pieces: Pieces::new(THREADS, records.layout.piece())?, cache, records })
     }
 
     /// Takes the name of the file that this one is the successor of. Where it cannot, it keeps the name it has.
@@ -229,8 +239,8 @@ impl RowFile {
         came: impl Fn(&Range<usize>, bool) + Sync,
         beside: impl FnOnce() -> R,
     ) -> (R, Result<()>) {
-        let RowFile { records, pool, pieces } = self;
-        let (length, dim) = (pieces.length, tensors.dim);
+        let RowFile { records, cache, pool, pieces } = self;
+        let (length, dim, cache) = (pieces.length, tensors.dim, &**cache);
         let (parts, copies) = (pieces.parts(), copies.parts());
         run_beside(pool, list.count.div_ceil(list.a_task), beside, |task, worker| {
             let positions = task * list.a_task..((task + 1) * list.a_task).min(list.count);
@@ -238,7 +248,8 @@ impl RowFile {
             // SAFETY: a worker number belongs to one thread, a position to one task.
             let read = unsafe {
                 let piece = parts.range(worker * length..(worker + 1) * length);
-                records.read(list, positions.clone(), tensors, taken, piece, copies.range(worker * dim..(worker + 1) * dim))
+                let copy = copies.range(worker * dim..(worker + 1) * dim);
+                records.read(cache, list, positions.clone(), tensors, taken, piece, copy)
             };
             came(&positions, read.is_ok());
             read
@@ -249,7 +260,7 @@ impl RowFile {
     pub fn read_with(&self, piece: &mut Pieces, list: RowList<'_>, tensors: RowTensorParts<'_>, copy: &mut [f32]) -> Result<()> {
         let length = piece.length;
         // SAFETY: the one piece has one user, and the tensors are this thread's.
-        unsafe { self.records.read(list, 0..list.count, tensors, &|_| false, piece.parts().range(0..length), copy) }
+        unsafe { self.records.read(&self.cache, list, 0..list.count, tensors, &|_| false, piece.parts().range(0..length), copy) }
     }
 
     /// Writes the rows that are in their slots. After a failure some may be written and some not.
@@ -265,14 +276,15 @@ impl RowFile {
         wait: impl Fn(&Range<usize>) -> bool + Sync,
         beside: impl FnOnce() -> R,
     ) -> (R, Result<()>) {
-        let RowFile { records, pool, pieces } = self;
+        let RowFile { records, cache, pool, pieces } = self;
         let length = pieces.length;
-        let parts = pieces.parts();
+        let (parts, cache) = (pieces.parts(), cache.parts());
         // A unit is written by one task.
         let begin = |task: usize| {
             let mut position = (task * list.a_task).min(list.count);
-            let unit = |position: usize| records.layout.unit_of((list.place)(position).row).0;
-            while position > 0 && position < list.count && unit(position) == unit(position - 1) {
+            // `None`: in memory.
+            let unit = |position: usize| records.unit_of((list.place)(position).row).map(|(first, _)| first);
+            while position > 0 && position < list.count && unit(position).is_some_and(|own| unit(position - 1) == Some(own)) {
                 position += 1;
             }
             position
@@ -285,7 +297,7 @@ impl RowFile {
             // SAFETY: a worker number belongs to one thread, a position to one task.
             unsafe {
                 let piece = parts.range(worker * length..(worker + 1) * length);
-                records.write(list, positions, tensors, piece)
+                records.write(&cache, list, positions, tensors, piece)
             }
         });
         if outcome.is_ok() {
@@ -330,10 +342,17 @@ impl<F: Fn()> Drop for OnPanic<F> {
 }
 
 impl Records {
+    /// The bytes of the unit that a row is in; `None` for one that the file does not have.
+    fn unit_of(&self, row: usize) -> Option<(u64, u64)> {
+        row.checked_sub(self.first).map(|row| self.layout.unit_of(row))
+    }
+
     /// # Safety
-    /// No other thread touches the slots of these positions.
+    /// No other thread touches the slots of these positions, or writes their records.
+    #[allow(clippy::too_many_arguments)]
     unsafe fn read(
         &self,
+        cache: &[u8],
         list: RowList<'_>,
         positions: Range<usize>,
         tensors: RowTensorParts<'_>,
@@ -352,11 +371,17 @@ impl Records {
                 position += 1;
                 continue;
             }
-            let (first, mut end) = self.layout.unit_of(row);
+            let Some((first, mut end)) = self.unit_of(row) else {
+                if !taken(slot) {
+                    tensors.take_record(slot, &cache[self.cached(row)]);
+                }
+                position += 1;
+                continue;
+            };
             let run = position;
             position += 1;
             while position < positions.end && self.written.has((list.place)(position).row) {
-                let (next, after) = self.layout.unit_of((list.place)(position).row);
+                let Some((next, after)) = self.unit_of((list.place)(position).row) else { break };
                 if next > end + GAP as u64 || after - first > piece.len() as u64 {
                     break;
                 }
@@ -377,6 +402,7 @@ impl Records {
     /// No other thread writes the slots of these positions, or touches their units of the file.
     unsafe fn write(
         &self,
+        cache: &Parts<'_, u8>,
         list: RowList<'_>,
         positions: Range<usize>,
         tensors: RowTensorParts<'_>,
@@ -384,11 +410,16 @@ impl Records {
     ) -> Result<()> {
         let mut position = positions.start;
         while position < positions.end {
-            let (first, mut end) = self.layout.unit_of((list.place)(position).row);
+            let Place { row, slot } = (list.place)(position);
+            let Some((first, mut end)) = self.unit_of(row) else {
+                tensors.copy_record(slot, cache.range(self.cached(row)));
+                position += 1;
+                continue;
+            };
             let run = position;
             position += 1;
             while position < positions.end {
-                let (next, after) = self.layout.unit_of((list.place)(position).row);
+                let Some((next, after)) = self.unit_of((list.place)(position).row) else { break };
                 if next > end || after - first > piece.len() as u64 {
                     break;
                 }
@@ -407,9 +438,14 @@ impl Records {
         Ok(())
     }
 
+    /// Where in memory the record of a row is that the file does not have.
+    fn cached(&self, row: usize) -> Range<usize> {
+        row * self.layout.record..(row + 1) * self.layout.record
+    }
+
     /// Where in a piece that begins at byte `first` a row's record is.
     fn record_in(&self, first: u64, row: usize) -> Range<usize> {
-        let at = (row as u64 * self.layout.stride as u64 - first) as usize;
+        let at = ((row - self.first) as u64 * self.layout.stride as u64 - first) as usize;
         at..at + self.layout.record
     }
 

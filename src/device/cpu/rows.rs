@@ -79,7 +79,7 @@ impl HostRows {
         let dense = options.row_update == RowUpdate::Dense;
         let start = StartValues { seed: options.seed, init_std: options.init_std };
         let storage = match &options.residency {
-            Residency::File(directory) => Some(directory),
+            Residency::File { directory, .. } => Some(directory),
             // The CPU's own memory is the host's.
             Residency::Device | Residency::Host => None,
         };

@@ -89,8 +89,9 @@ impl Sizes {
     }
 
     pub fn memory(&self, options: &HeadOptions, ranks: u32, shard: Shard) -> Memory {
-        // Of a file's rows memory has those of a step.
-        let rows = if options.residency.is_file() { self.capacity.classes as u64 } else { shard.rows };
+        // Of a file's rows memory has those of a step, beside those that the file does not have.
+        let slots = if options.residency.is_file() { self.capacity.classes as u64 } else { shard.rows };
+        let rows = slots + cached_rows(options, shard.rows) as u64;
         let tensor = |dtype: DType| dtype.size() as u64 * rows * u64::from(options.embedding_dim);
         let map = RowSet::bytes(shard.rows);
         let last = if options.row_update == RowUpdate::Dense { 8 * shard.rows } else { 0 };
@@ -112,7 +113,15 @@ pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, threads: usize) -
 /// Bytes of the file in which a rank keeps these rows; 0 for other residencies.
 pub(crate) fn storage_needed(options: &HeadOptions, shard: Shard) -> u64 {
     match options.residency {
-        Residency::File(_) => row_file::bytes(record_bytes(options), shard.rows as usize),
+        Residency::File { .. } => row_file::bytes(record_bytes(options), shard.rows as usize - cached_rows(options, shard.rows)),
+        Residency::Device | Residency::Host => 0,
+    }
+}
+
+/// Rows of a shard that a file does not have, since memory always does: the first ones.
+pub(super) fn cached_rows(options: &HeadOptions, rows: u64) -> usize {
+    match options.residency {
+        Residency::File { cache, .. } => (cache / record_bytes(options) as u64).min(rows) as usize,
         Residency::Device | Residency::Host => 0,
     }
 }

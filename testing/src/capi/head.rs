@@ -71,7 +71,9 @@ impl Head {
     pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
         let mut c = match options.residency {
             Residency::Device if on_file() && options.precision != Precision::Half => {
-                to_c(&HeadOptions { residency: Residency::File(fresh_folder()), ..options.clone() })
+                // A quarter of the rows, where they are in float32 with SGD's state.
+                let cache = 2 * options.num_classes * u64::from(options.embedding_dim) / comm.size() as u64;
+                to_c(&HeadOptions { residency: Residency::File { directory: fresh_folder(), cache }, ..options.clone() })
             }
             _ => to_c(options),
         };

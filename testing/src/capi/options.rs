@@ -97,10 +97,11 @@ pub fn to_c(options: &HeadOptions) -> pfc_head_options {
     c.residency = match &options.residency {
         Residency::Device => c_types::PFC_RESIDENCY_DEVICE,
         Residency::Host => c_types::PFC_RESIDENCY_HOST,
-        Residency::File(directory) => {
+        Residency::File { directory, cache } => {
             // The struct is a copy that anyone may keep: the path lives as long as the tests.
             let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
             c.storage_path = directory.into_raw();
+            c.storage_cache = *cache;
             c_types::PFC_RESIDENCY_FILE
         }
     };

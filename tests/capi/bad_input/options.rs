@@ -21,7 +21,7 @@ fn try_head(set: Set) -> [Result<(), partialfc_testing::capi::Failure>; 2] {
 
 #[test]
 fn values_outside_their_range_are_refused_by_name() {
-    let cases: [(&str, &str, Set); 59] = [
+    let cases: [(&str, &str, Set); 60] = [
         ("struct_size", "0", |o| o.struct_size = 0),
         ("struct_size", "7", |o| o.struct_size = 7),
         ("struct_size", "18446744073709551615", |o| o.struct_size = u64::MAX),
@@ -77,6 +77,7 @@ fn values_outside_their_range_are_refused_by_name() {
         ("storage_path", "empty", |o| (o.residency, o.storage_path) = (3, c"".as_ptr())),
         ("storage_path", "NULL unless", |o| o.storage_path = c"/nowhere".as_ptr()),
         ("storage_path", "NULL unless", |o| (o.residency, o.storage_path) = (2, c"/nowhere".as_ptr())),
+        ("storage_cache", "4096", |o| o.storage_cache = 4096),
         ("reserved", "1", |o| o.reserved = 1),
         ("sample_block", "0", |o| o.sample_block = 0),
         ("sample_block", "12", |o| o.sample_block = 12),
