@@ -75,7 +75,9 @@ def train(run):
     """The process that trains. It saves half way, and goes on until it is killed; the one after it loads what was saved."""
     identities = Identities(run.classes, run.seen, run.dim)
     probes, truth = identities.probes()
-    storage = {"residency": "file", "storage_path": run.folder} if run.residency == "file" else {}
+    storage = {}
+    if run.residency == "file":
+        storage = {"residency": "file", "storage_path": run.folder, "storage_cache": run.cache}
     with timed("created"):
         head = partialfc.Head(
             run.classes,
@@ -274,6 +276,7 @@ def arguments():
     parser.add_argument("--after", type=int, default=5, help="steps between the save and SIGKILL")
     parser.add_argument("--rate", type=float, nargs="+", default=[0.01], help="sample_rate; a run for each")
     parser.add_argument("--residency", choices=("memory", "file"), nargs="+", default=["file"], help="where rows are; a run for each")
+    parser.add_argument("--cache", type=int, default=0, help="storage_cache of runs from a file, in bytes")
     parser.add_argument("--block", type=int, default=16, help="sample_block")
     parser.add_argument("--seen", type=int, default=2_000, help="classes that have photos")
     parser.add_argument("--storage", type=pathlib.Path, default=pathlib.Path("out"), help="where a run has its folder for rows and checkpoint")
@@ -294,7 +297,7 @@ def main():
     for residency in wanted.residency:
         for rate in wanted.rate:
             with tempfile.TemporaryDirectory(prefix="ten_million-", dir=wanted.storage) as folder:
-                names = ("classes", "dim", "batch", "steps", "after", "block", "seen")
+                names = ("classes", "dim", "batch", "steps", "after", "block", "cache", "seen")
                 run = argparse.Namespace(**{name: getattr(wanted, name) for name in names}, rate=rate, residency=residency, folder=folder)
                 told = demonstrate(run)
             print("\n".join(report(run, told)), flush=True)

@@ -85,9 +85,12 @@ def table(arguments) -> str:
         columns.insert(1, (f"sharded, rate {arguments.rate:g}", "sharded", arguments.rate))
         columns.append((f"replicated, rate {arguments.rate:g}", "replicated", arguments.rate))
     # Nothing is written there: a plan makes no file.
-    storage = {"residency": "file", "storage_path": "."} if arguments.residency == "file" else {}
-    if arguments.disk is not None and not storage:
-        raise ValueError("--disk is for rows on disk: give --residency file as well")
+    storage = {}
+    if arguments.residency == "file":
+        storage = {"residency": "file", "storage_path": ".", "storage_cache": arguments.cache or 0}
+    for option in ("disk", "cache"):
+        if getattr(arguments, option) is not None and not storage:
+            raise ValueError(f"--{option} is for rows on disk: give --residency file as well")
     if arguments.gpu is not None and arguments.memory is not None:
         raise ValueError("--memory is for a head on a CPU: give it or --gpu")
 
@@ -118,7 +121,9 @@ def table(arguments) -> str:
     if storage:
         # Class centers and state of a row, which lie side by side.
         row = arguments.dim * (2 if arguments.dtype == "bf16" else 4) * (3 if arguments.optimizer == "adamw" else 2)
-        rows.append(["read in a step, and written"] + [size(row * p.sample_capacity) for p in plans])
+        # Rows of the cache do not move.
+        moving = [1 - min(storage["storage_cache"] // row / p.shard_rows, 1) for p in plans]
+        rows.append(["read in a step, and written"] + [size(round(row * p.sample_capacity * part)) for p, part in zip(plans, moving)])
     memory = arguments.memory if arguments.gpu is None else arguments.gpu
     if memory is not None or arguments.disk is not None:
         fitting = (functools.partial(planned, placement, rate) for _, placement, rate in columns)
@@ -171,6 +176,7 @@ def main() -> int:
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
     planned.add_argument("--memory", type=room, metavar="SIZE", help="of a rank, such as 24GiB: also says how many classes fit")
     planned.add_argument("--gpu", type=room, metavar="SIZE", help="memory of each rank's GPU, such as 80GB: plans for GPUs")
+    planned.add_argument("--cache", type=room, metavar="SIZE", help="of a rank, such as 8GiB, for the rows on disk that memory keeps")
     planned.add_argument("--disk", type=room, metavar="SIZE", help="of a rank, such as 500GB, for rows on disk: the same")
     converted = commands.add_parser(
         "convert",

@@ -66,7 +66,8 @@ class Head(Handle):
         weight_dtype, state_dtype: "f32" or "bf16": the types in which class centers and optimizer state are
             stored. Updates of class centers in bf16 are rounded at random, so that small ones count.
         residency: "device" or, on a CPU, "host", which is the same there, or "file": each rank keeps class centers and
-            state in a file of its own in the directory `storage_path`, and memory holds the rows of a step.
+            state in a file of its own in the directory `storage_path`, and memory holds the rows of a step and the first
+            ones of the rank that fit `storage_cache` bytes.
         workspace_limit: bytes beside class centers and state; 0: the library decides.
         row_terms: "on" for a `forward` with m2, m3 or weight of each row.
         metrics_every: collects `last_metrics` in every n-th update, on all ranks; 0: never.
@@ -110,6 +111,7 @@ class Head(Handle):
         residency: str = "device",
         workspace_limit: int = 0,
         storage_path: str | os.PathLike | None = None,
+        storage_cache: int = 0,
         row_terms: str = "off",
         sample_block: int = 1,
         metrics_every: int = 0,

@@ -112,6 +112,13 @@ def test_plan_of_rows_in_a_file():
     one = partialfc.plan(10_000_000, 512, batch=128, sample_rate=0.01, **options)
     assert one.total_bytes < 600_000_000
     assert lines["memory of a rank"][2:4] == [f"{one.total_bytes / 1e6:.2f}", "MB"]
+    # A quarter of the rows stay in memory.
+    text = command(*where, "--residency", "file", "--cache", "5.12GB")
+    lines = {line[:27].strip(): line[27:].split() for line in text.splitlines()}
+    assert lines["file of a rank"] == ["15.36", "GB"] * 4
+    assert lines["read in a step, and written"[:27]][:4] == ["15.36", "GB", "153.60", "MB"]
+    assert lines["memory of a rank"][2:4] == [f"{(one.total_bytes + 5.12e9) / 1e9:.2f}", "GB"]
+    assert "--cache is for rows on disk" in command(*where, "--cache", "1GB", code=1)
 
 
 def test_plan_refuses():

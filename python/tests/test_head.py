@@ -156,7 +156,7 @@ def test_rows_in_a_file(tmp_path):
     embeddings, labels = batch(classes=1000)
     where = {"residency": "file", "storage_path": tmp_path / "rows"}
     losses = []
-    for options in ({}, where):
+    for options in ({}, where, {**where, "storage_cache": 400 * DIM * 8}):
         with partialfc.Head(1000, DIM, 16, sample_rate=0.3, device=partialfc.Device.cpu(1), **options) as head:
             grad = np.empty_like(embeddings)
             losses.append([head.step(embeddings, labels, 0.1, grad)[0] for _ in range(4)] + [head.read_centers().sum()])
@@ -165,10 +165,12 @@ def test_rows_in_a_file(tmp_path):
                 assert (head.options["residency"], head.options["storage_path"]) == ("file", str(where["storage_path"]))
                 with pytest.raises(partialfc.PartialFCError, match="another head has its rows in it"):
                     partialfc.Head(1000, DIM, 16, **where)
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
     assert list(where["storage_path"].iterdir()) == []
     report = partialfc.plan(1000, DIM, batch=16, sample_rate=0.3, **where)
     assert (report.weight_bytes, report.storage_bytes) == (300 * DIM * 4, 16 * 4096)
+    report = partialfc.plan(1000, DIM, batch=16, sample_rate=0.3, storage_cache=500 * DIM * 8, **where)
+    assert (report.weight_bytes, report.storage_bytes) == (800 * DIM * 4, 8 * 4096)
     with pytest.raises(partialfc.PartialFCError, match="storage_path must not be NULL"):
         partialfc.Head(1000, DIM, 16, residency="file")
     with pytest.raises(TypeError, match="storage_path is 7"):
