@@ -24,6 +24,7 @@ pub mod stream;
 pub mod trace;
 
 mod agreement;
+mod available_memory;
 mod cancellation;
 mod checkpoint;
 mod environment;
