@@ -1620,6 +1620,9 @@ typedef struct pfc_plan_report {
   uint64_t traffic_bytes;
   // The file of the rank that owns most, for residency file; else 0.
   uint64_t storage_bytes;
+  // Of total_bytes those in the host's memory: all of them on a CPU; on a GPU class centers and
+  // state for residency host, else 0.
+  uint64_t host_bytes;
 } pfc_plan_report;
 
 // Fills the struct with zeros and its size; see pfc_head_options_init_sized.
@@ -1648,9 +1651,9 @@ pfc_status pfc_plan(const pfc_head_options *options, uint32_t ranks, uint64_t ba
 // collective.
 //
 // Precision auto is half. Traffic is that of max_batch rows: a CUDA device always passes as many
-// to the collectives. The head fits if total_bytes is at most gpu_memory. Sizes are those on a
-// GPU of 132 multiprocessors, such as an H100; the kernels and the driver take some hundred MB
-// beside them.
+// to the collectives. The head fits if total_bytes - host_bytes is at most gpu_memory. Sizes are
+// those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take some
+// hundred MB beside them.
 //
 // @param options the options of the head
 // @param ranks number of ranks, each with a GPU of its own

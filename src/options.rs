@@ -167,12 +167,6 @@ impl HeadOptions {
         Ok(())
     }
 
-    /// For a device that stores rows nowhere else.
-    pub(crate) fn require_rows_on_device(&self, device: &str) -> Result<()> {
-        ensure!(self.residency == Residency::Device, Unsupported, "residency must be device on {device} in this version");
-        Ok(())
-    }
-
     /// The type that a tensor of rows is stored in.
     pub(crate) fn stored_dtype(&self, tensor: StateTensor) -> DType {
         match tensor {

@@ -28,6 +28,8 @@ pub struct Plan {
     pub sample_capacity: u64,
     /// Of the rank that owns most.
     pub memory: Memory,
+    /// Of these bytes those in the host's memory.
+    pub host: u64,
     /// Bytes of its file.
     pub storage: u64,
     pub traffic: StepTraffic,
@@ -39,7 +41,8 @@ pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     let options = &checked(options, ranks, batch)?;
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
     let (memory, storage) = (memory_needed(options, ranks, threads)?, storage_needed(options, options.shard(ranks, 0)));
-    Ok(Plan { storage, ..plan_of(options, ranks, memory, step_traffic(options, ranks, batch, Precision::F32)) })
+    let traffic = step_traffic(options, ranks, batch, Precision::F32);
+    Ok(Plan { storage, ..plan_of(options, ranks, (memory, memory.total()), traffic) })
 }
 
 /// For a head on a GPU with so many bytes of memory for it. `auto` is precision half, and `max_batch` rows are handed over, whatever a
@@ -59,9 +62,9 @@ fn checked(options: &HeadOptions, ranks: u32, batch: u64) -> Result<HeadOptions>
     Ok(options)
 }
 
-fn plan_of(options: &HeadOptions, ranks: u32, memory: Memory, traffic: StepTraffic) -> Plan {
+fn plan_of(options: &HeadOptions, ranks: u32, (memory, host): (Memory, u64), traffic: StepTraffic) -> Plan {
     let shard = options.shard(ranks, 0);
-    Plan { shard_rows: shard.rows, sample_capacity: sample_capacity(options, ranks, shard), memory, storage: 0, traffic }
+    Plan { shard_rows: shard.rows, sample_capacity: sample_capacity(options, ranks, shard), memory, host, storage: 0, traffic }
 }
 
 /// `auto` is what that precision is on the device. The class centers' gradient of a replicated head is as large as its sample; where

@@ -626,6 +626,9 @@ class pfc_plan_report(Structure):
         ("traffic_bytes", c_uint64),
         # The file of the rank that owns most, for residency file; else 0.
         ("storage_bytes", c_uint64),
+        # Of total_bytes those in the host's memory: all of them on a CPU; on a GPU class centers and
+        # state for residency host, else 0.
+        ("host_bytes", c_uint64),
     ]
 
 
@@ -1848,9 +1851,9 @@ def declare(library):
     collective.
 
     Precision auto is half. Traffic is that of max_batch rows: a CUDA device always passes as many
-    to the collectives. The head fits if total_bytes is at most gpu_memory. Sizes are those on a
-    GPU of 132 multiprocessors, such as an H100; the kernels and the driver take some hundred MB
-    beside them.
+    to the collectives. The head fits if total_bytes - host_bytes is at most gpu_memory. Sizes are
+    those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take some
+    hundred MB beside them.
 
     @param options the options of the head
     @param ranks number of ranks, each with a GPU of its own

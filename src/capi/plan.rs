@@ -41,6 +41,8 @@ pub struct pfc_plan_report {
     pub traffic_bytes: u64,
     /// The file of the rank that owns most, for residency file; else 0.
     pub storage_bytes: u64,
+    /// Of total_bytes those in the host's memory: all of them on a CPU; on a GPU class centers and state for residency host, else 0.
+    pub host_bytes: u64,
 }
 
 sized!(
@@ -61,6 +63,7 @@ sized!(
         grad_centers_bytes: 0,
         traffic_bytes: 0,
         storage_bytes: 0,
+        host_bytes: 0,
     }
 );
 
@@ -92,7 +95,7 @@ pub unsafe extern "C" fn pfc_plan(
 /// Predicts the memory and the traffic of a head on a CUDA device, which need not be there. Not collective.
 ///
 /// Precision auto is half. Traffic is that of max_batch rows: a CUDA device always passes as many to the collectives. The head fits if
-/// total_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take
+/// total_bytes - host_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take
 /// some hundred MB beside them.
 ///
 /// @param options the options of the head
@@ -133,6 +136,7 @@ impl From<plan::Plan> for pfc_plan_report {
             grad_centers_bytes: plan.traffic.grad_centers,
             traffic_bytes: plan.traffic.total(),
             storage_bytes: plan.storage,
+            host_bytes: plan.host,
         }
     }
 }

@@ -62,7 +62,7 @@ pub const PFC_GATHER_AUTO: i32 = 0;
 
 /// W and optimizer state in the device's memory.
 pub const PFC_RESIDENCY_DEVICE: i32 = 1;
-/// W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this version.
+/// W and optimizer state in host memory: on CUDA page-locked, reached by the kernels. On the CPU the same as device.
 pub const PFC_RESIDENCY_HOST: i32 = 2;
 /// W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this version.
 pub const PFC_RESIDENCY_FILE: i32 = 3;
@@ -155,7 +155,8 @@ pub struct pfc_head_options {
     pub weight_dtype: i32,
     /// The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment at random. (default: f32)
     pub state_dtype: i32,
-    /// PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default: device)
+    /// PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it, but for roundings of float32 rows on CUDA, which
+    /// a matrix product updates in the device's memory. (default: device)
     pub residency: i32,
     /// Must be 0.
     pub reserved: u32,

@@ -122,7 +122,7 @@ CUresult pointer_attribute(void* data, int attribute, CUdeviceptr at) {
     if (!device && !pinned) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
         case kContext: *static_cast<CUcontext*>(data) = owner_of(device, at); break;
-        case kMemoryType: *static_cast<unsigned*>(data) = device ? 2 : 1; break;
+        case kMemoryType: *static_cast<unsigned*>(data) = pinned ? 1 : 2; break;
         case kDevicePointer: *static_cast<CUdeviceptr*>(data) = at; break;
         case kIsManaged: *static_cast<unsigned*>(data) = 0; break;
         case kDeviceOrdinal:
@@ -150,7 +150,7 @@ size_t attribute_size(int attribute) {
 
 void simt::release_all_of(CUcontext context) {
     for (const auto& [at, owner] : owners())
-        if (owner == context) release(at);
+        if (owner == context && !is_pinned(reinterpret_cast<void*>(at))) release(at);
 }
 
 extern "C" {
@@ -164,7 +164,7 @@ CUresult cuMemFree_v2(CUdeviceptr at) {
     PFC_CONTEXT_ENTRY;
     if (at == 0) return CUDA_SUCCESS;
     const Allocation* found = find_allocation(at);
-    if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
+    if (!found || found->base != at || found->on_host) return CUDA_ERROR_INVALID_VALUE;
     check_free(__func__, *found, nullptr);
     release_with_words(*found);
     return CUDA_SUCCESS;
@@ -182,7 +182,7 @@ CUresult cuMemFreeAsync(CUdeviceptr at, CUstream handle) {
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
     if (at == 0) return CUDA_SUCCESS;
     const Allocation* found = find_allocation(at);
-    if (!found || found->base != at) return CUDA_ERROR_INVALID_VALUE;
+    if (!found || found->base != at || found->on_host) return CUDA_ERROR_INVALID_VALUE;
     auto operation = std::make_shared<Operation>();
     const Operation* self = operation.get();
     const Allocation allocation = *found;
@@ -203,10 +203,13 @@ CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuMemHostAlloc(void** at, size_t size, unsigned) {
+enum { kMapped = 2 };  // a flag of cuMemHostAlloc
+
+// A GPU with unified addresses maps all of it; here kernels reach only what is asked for.
+CUresult cuMemHostAlloc(void** at, size_t size, unsigned flags) {
     PFC_CONTEXT_ENTRY;
-    if (!at || size == 0) return CUDA_ERROR_INVALID_VALUE;
-    *at = pin(size);
+    if (!at || size == 0 || flags > 7) return CUDA_ERROR_INVALID_VALUE;
+    *at = flags & kMapped ? pin_mapped(size) : pin(size);
     owners()[uintptr_t(*at)] = current_context();
     return *at ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }

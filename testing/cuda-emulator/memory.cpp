@@ -118,27 +118,33 @@ void for_unwritten(uintptr_t at, size_t size, F f) {
 
 }  // namespace
 
-uintptr_t allocate(size_t size) {
+namespace {
+
+uintptr_t place(size_t size, bool on_host) {
     if (device_range.begin == 0) map_range();
-    if (size > limit || used + size > limit) return 0;
     const uintptr_t base = find_place(round_up(size, kGranule));
     if (base == 0) return 0;
     cursor = base + round_up(size, kGranule) + kGranule;
-    used += size;
+    if (!on_host) used += size;
     Allocation& made = live[base];
-    made.base = base;
-    made.size = size;
+    made = {base, size, on_host};
     for (size_t g = granule(base); g <= granule(base + size - 1); ++g) at_granule[g] = &made;
     // Large ones are left to copy_out's poison: writing them would take real memory.
     if (size <= size_t(4) << 20) memset(reinterpret_cast<void*>(base), 0xff, size);
     return base;
 }
 
+}  // namespace
+
+uintptr_t allocate(size_t size) {
+    return size > limit || used + size > limit ? 0 : place(size, false);
+}
+
 bool release(uintptr_t base) {
     auto found = live.find(base);
     if (found == live.end()) return false;
     const size_t size = found->second.size;
-    used -= size;
+    if (!found->second.on_host) used -= size;
     for (size_t g = granule(base); g <= granule(base + size - 1); ++g) at_granule[g] = nullptr;
     live.erase(found);
     // A granule's shadow is a page: given back, it is zero again.
@@ -170,9 +176,17 @@ void* pin(size_t size) {
     return at;
 }
 
+void* pin_mapped(size_t size) {
+    const uintptr_t at = place(size, true);
+    if (at != 0) pinned[at] = {size, false};
+    return reinterpret_cast<void*>(at);
+}
+
 void unpin(void* at) {
-    pinned.erase(reinterpret_cast<uintptr_t>(at));
-    free(at);
+    const uintptr_t base = reinterpret_cast<uintptr_t>(at);
+    pinned.erase(base);
+    if (is_device(base)) release(base);
+    else free(at);
 }
 
 size_t pinned_size(void* at) {
@@ -208,9 +222,8 @@ std::string describe(uintptr_t at) {
     const unsigned long long address = at;
     if (!is_device(at)) return format("host address 0x%llx", address);
     if (const Allocation* in = find_allocation(at))
-        return format("byte %zu of the %zu of device memory at 0x%llx", size_t(at - in->base),
-            in->size,
-                      (unsigned long long)in->base);
+        return format("byte %zu of the %zu of %s memory at 0x%llx", size_t(at - in->base), in->size,
+                      in->on_host ? "mapped host" : "device", (unsigned long long)in->base);
     auto next = live.upper_bound(at);
     if (next == live.begin()) return format("device address 0x%llx, in no allocation", address);
     const Allocation& below = std::prev(next)->second;

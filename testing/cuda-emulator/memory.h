@@ -13,6 +13,7 @@ namespace simt {
 struct Allocation {
     uintptr_t base;
     size_t size;
+    bool on_host = false;  // pinned memory that kernels reach
 };
 
 // The range of all device addresses, whether allocated or not.
@@ -31,12 +32,14 @@ inline Cell& device_cell(uintptr_t at) {
 // 0 where there is not so much left.
 uintptr_t allocate(size_t size);
 bool release(uintptr_t base);
-// The allocation that holds `at`, or null.
+// The allocation that holds `at`, in the device's memory or mapped, or null.
 const Allocation* find_allocation(uintptr_t at);
 size_t memory_total();
 size_t memory_free();
 
 void* pin(size_t size);
+// The same where kernels reach it too, at the same address.
+void* pin_mapped(size_t size);
 void unpin(void* at);
 // Of the pinned allocation that begins at `at`; 0: there is none.
 size_t pinned_size(void* at);

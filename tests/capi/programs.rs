@@ -341,7 +341,7 @@ fn structs_lie_in_c_and_python_as_in_rust() {
         pfc_remap_options { struct_size, progress, user, class_weights, class_weights_count }
         pfc_plan_report {
             struct_size, shard_rows, sample_capacity, weight_bytes, state_bytes, activation_bytes, probability_bytes, total_bytes,
-            labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes,
+            labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes, host_bytes,
         }
     };
     let listed: BTreeSet<&str> =

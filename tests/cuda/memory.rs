@@ -2,7 +2,7 @@
 
 use partialfc::capi::head as c_head;
 use partialfc::matrix::DType;
-use partialfc::options::{HeadOptions, Placement};
+use partialfc::options::{HeadOptions, Placement, Residency};
 use partialfc::Status;
 use partialfc_testing::capi::{outcome, Comm, Failure, Head, Outcome, Rows};
 use partialfc_testing::emulator::{self, Turn};
@@ -56,9 +56,16 @@ fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
         return;
     }
     let device = gpu();
-    for (function, of_the_gpu, least) in [("cuMemAlloc_v2", true, 50), ("cuMemHostAlloc", false, 5)] {
+    let cases = [
+        ("cuMemAlloc_v2", Residency::Device, 50),
+        ("cuMemHostAlloc", Residency::Device, 5),
+        // Class centers and momentum as well.
+        ("cuMemHostAlloc", Residency::Host, 7),
+    ];
+    for (function, residency, least) in cases {
+        let of_the_gpu = function == "cuMemAlloc_v2";
         for placement in [Placement::Sharded, Placement::Replicated] {
-            let options = HeadOptions { placement, ..small() };
+            let options = HeadOptions { placement, residency: residency.clone(), ..small() };
             let before = held(&turn);
             let create = || Head::with(&device, &Comm::solo(), &options).map(drop);
             starve(&turn, function, least, create, |what, failure| {
@@ -72,6 +79,10 @@ fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
             assert_eq!(held(&turn), before, "{function}: something is left");
         }
     }
+    // More than any machine has of page-locked memory is refused before any is made.
+    let huge = HeadOptions { num_classes: 4_000_000_000, embedding_dim: 1024, sample_rate: 0.0, residency: Residency::Host, ..small() };
+    let refused = Head::with(&device, &Comm::solo(), &huge).map(drop);
+    assert_told("32 TB", refused, Status::OutOfMemory, &["class centers and optimizer state in page-locked memory", "the machine has"]);
     // And where there really is no more: what was wanted and what was there.
     let limit = 100_000;
     turn.memory(limit);

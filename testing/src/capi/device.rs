@@ -52,11 +52,23 @@ impl Drop for Device {
     }
 }
 
-/// Whether heads of the CPU that are not asked for anything else keep their rows in a file: PFC_TEST_RESIDENCY.
-pub fn on_file() -> bool {
-    match std::env::var("PFC_TEST_RESIDENCY").as_deref() {
-        Ok("file") => !on_cuda(),
-        Ok("device") | Err(std::env::VarError::NotPresent) => false,
-        other => panic!("PFC_TEST_RESIDENCY must be device or file, got {other:?}"),
+/// Where heads that are not asked for anything else keep their rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TestedResidency {
+    Device,
+    Host,
+    /// On the CPU alone.
+    File,
+}
+
+impl TestedResidency {
+    /// `PFC_TEST_RESIDENCY`.
+    pub fn get() -> TestedResidency {
+        match std::env::var("PFC_TEST_RESIDENCY").as_deref() {
+            Ok("device") | Err(std::env::VarError::NotPresent) => TestedResidency::Device,
+            Ok("host") => TestedResidency::Host,
+            Ok("file") if !on_cuda() => TestedResidency::File,
+            other => panic!("PFC_TEST_RESIDENCY must be device, host or, on a CPU, file, got {other:?}"),
+        }
     }
 }

@@ -19,7 +19,7 @@ use partialfc::capi::update as c_update;
 use partialfc::capi::update::pfc_update_options;
 use partialfc::options::{HeadOptions, Precision, Residency};
 
-use super::{on_cuda, on_file, outcome, to_c, Comm, Device, Outcome, Rows};
+use super::{on_cuda, outcome, to_c, Comm, Device, Outcome, Rows, TestedResidency};
 use crate::programs::scratch;
 
 /// As workspace_limit of `Head::with`: no room for the softmax's numerators, which are then computed twice.
@@ -69,14 +69,16 @@ impl Head {
     /// A head from the library's own options. A workspace limit counts from the least that the head takes: `LEAST` is it, `LEAST` + n is
     /// n bytes more. Collective.
     pub fn with(device: &Device, comm: &Comm, options: &HeadOptions) -> Outcome<Head> {
-        let mut c = match options.residency {
-            Residency::Device if on_file() && options.precision != Precision::Half => {
-                // A quarter of the rows, where they are in float32 with SGD's state.
+        let residency = match (&options.residency, TestedResidency::get()) {
+            (Residency::Device, TestedResidency::Host) => Residency::Host,
+            (Residency::Device, TestedResidency::File) if options.precision != Precision::Half => {
+                // A quarter of the rows stay in memory, where they are in float32 with SGD's state.
                 let cache = 2 * options.num_classes * u64::from(options.embedding_dim) / comm.size() as u64;
-                to_c(&HeadOptions { residency: Residency::File { directory: fresh_folder(), cache }, ..options.clone() })
+                Residency::File { directory: fresh_folder(), cache }
             }
-            _ => to_c(options),
+            (given, _) => given.clone(),
         };
+        let mut c = to_c(&HeadOptions { residency, ..options.clone() });
         if on_cuda() && options.precision == Precision::Auto {
             // The suites hold every device to float32.
             c.precision = Precision::F32 as i32;

@@ -101,11 +101,10 @@ fn what_is_not_in_this_version_is_unsupported() {
         assert_refused(field, plan, Status::Unsupported, &[field]);
     }
     let [head, plan] = try_head(|o| o.residency = 2);
-    plan.expect("a plan of the CPU device");
+    head.and(plan).expect("rows in the host's memory");
     if on_cuda() {
-        assert_refused("residency", head, Status::Unsupported, &["residency must be device", "CUDA"]);
-    } else {
-        head.expect("a head on the CPU");
+        let [head, _] = try_head(|o| (o.residency, o.storage_path) = (3, c"/never/made".as_ptr()));
+        assert_refused("residency", head, Status::Unsupported, &["residency must be device or host", "CUDA", "got file"]);
     }
     let mut half = head_options(10, 4, 8);
     half.precision = 3;

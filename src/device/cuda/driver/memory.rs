@@ -1,4 +1,4 @@
-//! Memory of the device, and memory of the host that the device copies to and from by itself.
+//! Memory that kernels reach, on the device or on the host, and memory of the host that the device copies to and from by itself.
 
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
@@ -10,10 +10,19 @@ use super::{call, driver_result, log_failure, Context, Stream};
 use crate::memory::Plain;
 use crate::{ensure, error, Error, Result};
 
-/// An array in device memory. Dropping it waits for everything under way in its context, as the driver's own free does.
+/// Where an array is that kernels reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Device,
+    /// Page-locked: kernels read and write it over the link between the two.
+    Host,
+}
+
+/// An array that kernels reach. Dropping it waits for everything under way in its context, as the driver's own free does.
 pub(crate) struct DeviceBuffer<T: Plain> {
     data: *mut T,
     len: usize,
+    place: Place,
     context: Arc<Context>,
 }
 
@@ -26,20 +35,22 @@ impl<T: Plain> DeviceBuffer<T> {
     ///
     /// Errors: OUT_OF_MEMORY, naming the bytes wanted and the bytes free.
     pub fn zeroed(stream: &Stream, len: usize, what: &str) -> Result<DeviceBuffer<T>> {
+        DeviceBuffer::zeroed_in(Place::Device, stream, len, what)
+    }
+
+    /// The same in that memory.
+    pub fn zeroed_in(place: Place, stream: &Stream, len: usize, what: &str) -> Result<DeviceBuffer<T>> {
         let context = stream.context();
         let _current = context.enter()?;
-        let mut buffer = DeviceBuffer { data: std::ptr::null_mut(), len, context: context.clone() };
+        let mut buffer = DeviceBuffer { data: std::ptr::null_mut(), len, place, context: context.clone() };
         if len == 0 {
             return Ok(buffer);
         }
         let bytes = wanted::<T>(len, what)?;
-        let mut data = 0;
-        // SAFETY: an output that outlives the call.
-        match unsafe { sys::cuMemAlloc_v2(&mut data, bytes) } {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(out_of_memory(context, bytes, what)),
-            result => driver_result(result, "cuMemAlloc_v2", context.ordinal())?,
-        }
-        buffer.data = data as *mut T;
+        buffer.data = match place {
+            Place::Device => allocate_on_device(context, bytes, what)?.cast(),
+            Place::Host => allocate_on_host(context, bytes, what, sys::CU_MEMHOSTALLOC_DEVICEMAP)?.cast(),
+        };
         // SAFETY: memory of this size, and nobody else's.
         unsafe { stream.fill(buffer.data.cast(), 0, bytes) }?;
         Ok(buffer)
@@ -54,7 +65,7 @@ impl<T: Plain> DeviceBuffer<T> {
         self.len * std::mem::size_of::<T>()
     }
 
-    /// NULL where it is empty. For the device: the host cannot read there.
+    /// NULL where it is empty. For the device: the host cannot read what is in its memory.
     pub fn as_mut_ptr(&self) -> *mut T {
         self.data
     }
@@ -114,12 +125,17 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
         }
         let free = || {
             // The next call that waits returns a kernel's failure; the memory is freed all the same.
-            log_failure("before freeing device memory", self.context.synchronize());
+            log_failure("before freeing memory that kernels reach", self.context.synchronize());
             let _current = self.context.enter()?;
-            // SAFETY: made by `zeroed`; nothing under way uses it.
-            unsafe { call!(self.context.ordinal(), cuMemFree_v2(self.data as u64)) }
+            // SAFETY: made by `zeroed_in`; nothing under way uses it.
+            unsafe {
+                match self.place {
+                    Place::Device => call!(self.context.ordinal(), cuMemFree_v2(self.data as u64)),
+                    Place::Host => call!(self.context.ordinal(), cuMemFreeHost(self.data.cast())),
+                }
+            }
         };
-        log_failure("freeing device memory", free());
+        log_failure("freeing memory that kernels reach", free());
     }
 }
 
@@ -146,14 +162,7 @@ impl<T: Plain> PinnedBuffer<T> {
         }
         let bytes = wanted::<T>(len, what)?;
         let _current = context.enter()?;
-        let mut data: *mut c_void = std::ptr::null_mut();
-        // SAFETY: an output that outlives the call.
-        match unsafe { sys::cuMemHostAlloc(&mut data, bytes, 0) } {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                return Err(error!(OutOfMemory, "cannot allocate {bytes} bytes of page-locked host memory for {what}"));
-            }
-            result => driver_result(result, "cuMemHostAlloc", context.ordinal())?,
-        }
+        let data = allocate_on_host(context, bytes, what, 0)?;
         // SAFETY: memory of this size, and nobody else's.
         unsafe { std::ptr::write_bytes(data.cast::<u8>(), 0, bytes) };
         (buffer.data, buffer.len) = (data.cast(), len);
@@ -202,6 +211,28 @@ fn wanted<T>(len: usize, what: &str) -> Result<usize> {
     let bytes = len as u128 * std::mem::size_of::<T>() as u128;
     ensure!(bytes <= isize::MAX as u128, OutOfMemory, "cannot allocate {bytes} bytes for {what}");
     Ok(bytes as usize)
+}
+
+/// The context is current.
+fn allocate_on_device(context: &Context, bytes: usize, what: &str) -> Result<*mut c_void> {
+    let mut data = 0;
+    // SAFETY: an output that outlives the call.
+    match unsafe { sys::cuMemAlloc_v2(&mut data, bytes) } {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(out_of_memory(context, bytes, what)),
+        result => driver_result(result, "cuMemAlloc_v2", context.ordinal()).map(|()| data as *mut c_void),
+    }
+}
+
+/// The context is current.
+fn allocate_on_host(context: &Context, bytes: usize, what: &str, flags: u32) -> Result<*mut c_void> {
+    let mut data: *mut c_void = std::ptr::null_mut();
+    // SAFETY: an output that outlives the call.
+    match unsafe { sys::cuMemHostAlloc(&mut data, bytes, flags) } {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Err(error!(OutOfMemory, "cannot allocate {bytes} bytes of page-locked host memory for {what}"))
+        }
+        result => driver_result(result, "cuMemHostAlloc", context.ordinal()).map(|()| data),
+    }
 }
 
 fn out_of_memory(context: &Context, bytes: usize, what: &str) -> Error {

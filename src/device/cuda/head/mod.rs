@@ -135,7 +135,7 @@ impl CudaHead {
         // The other streams read memory that was cleared on this one.
         head.gpu.stream.synchronize()?;
         log::info!(
-            "rank {} of {}: {} class centers of dimension {} from class {}, on {}, {} MiB, chunks of {} of {} columns",
+            "rank {} of {}: {} class centers of dimension {} from class {}, on {}, {} MiB, {} of them on the host, chunks of {} of {} columns",
             head.spec.rank,
             head.spec.ranks,
             head.spec.shard.rows,
@@ -143,6 +143,7 @@ impl CudaHead {
             head.spec.shard.first,
             head.gpu.info.to_string_lossy(),
             head.sizes[0].memory().total() >> 20,
+            head.sizes[0].host_bytes() >> 20,
             head.sizes[0].chunks.columns,
             head.sizes[0].capacities.sample,
         );

@@ -179,9 +179,9 @@ impl CudaHead {
     fn larger_arrays(&mut self, spec: &HeadSpec, least_sample: u64) -> Result<LargerArrays> {
         self.streams.synchronize()?;
         self.retired = Retired::default();
-        let (held, mut gpu) = (self.sizes[self.next()].memory(), self.gpu.capacity()?);
+        let (kept, mut gpu) = (self.sizes[self.next()].kept_on_device(), self.gpu.capacity()?);
         // Sizes are chosen as for a new head.
-        gpu.free_memory = gpu.free_memory.saturating_add(held.weight).saturating_add(held.state);
+        gpu.free_memory = gpu.free_memory.saturating_add(kept);
         let larger = self.memory.larger(Sizes::new(spec, gpu, least_sample)?, &self.gpu.stream)?;
         // The other streams use memory that is cleared on this one.
         self.gpu.stream.synchronize()?;

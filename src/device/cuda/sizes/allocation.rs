@@ -1,6 +1,7 @@
 //! A head's memory: allocated once, and replaced in part where a caller's sample or a batch outgrows it.
 
 use super::Sizes;
+use crate::available_memory::AvailableMemory;
 use crate::device::cuda::driver::{DeviceBuffer, Stream};
 use crate::device::cuda::shared_structs::HeadArrays;
 use crate::Result;
@@ -34,6 +35,7 @@ impl HeadMemory {
     ///
     /// Errors: OUT_OF_MEMORY, naming the array; the arrays made before it are freed.
     pub fn allocate(sizes: &Sizes, stream: &Stream) -> Result<HeadMemory> {
+        AvailableMemory::now().require(sizes.host_bytes(), "class centers and optimizer state in page-locked memory")?;
         let mut arrays = [sizes.head_arrays(); 2];
         let mut buffers = Vec::new();
         for array in sizes.list() {
@@ -41,7 +43,7 @@ impl HeadMemory {
             for (copy, of_step) in arrays.iter_mut().enumerate() {
                 if copy < array.copies {
                     let bytes = usize::try_from(array.bytes).unwrap_or(usize::MAX);
-                    let buffer = DeviceBuffer::<u8>::zeroed(stream, bytes, array.name)?;
+                    let buffer = DeviceBuffer::<u8>::zeroed_in(sizes.place(&array), stream, bytes, array.name)?;
                     data = buffer.as_mut_ptr();
                     buffers.push(buffer);
                 }

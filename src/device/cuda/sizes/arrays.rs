@@ -14,6 +14,8 @@ use crate::row_terms::RowTerm;
 pub(super) enum Purpose {
     Weight,
     State,
+    /// What dense rows have missed: counted as state, and read at every step.
+    Missed,
     Activation,
     Probability,
 }
@@ -34,7 +36,7 @@ pub(super) struct Array {
 
 /// Gives every array there is to `take`; those that the options leave out have no bytes.
 pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, take: &mut dyn FnMut(Array)) {
-    use Purpose::{Activation, Probability, State, Weight};
+    use Purpose::{Activation, Missed, Probability, State, Weight};
 
     let options = &spec.options;
     let (ranks, max_batch, dim) = (u64::from(spec.ranks), options.max_batch, u64::from(options.embedding_dim));
@@ -136,9 +138,9 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
     array!(Weight, 1, centers_bf16: u16, only(narrow, master));
     array!(State, 1, momentum_bf16: u16, only(narrow_state, master));
     array!(State, 1, second_moment_bf16: u16, only(adamw && narrow_state, master));
-    array!(State, 1, last_update: u32, only(dense, shard_rows));
+    array!(Missed, 1, last_update: u32, only(dense, shard_rows));
     array!(Activation, 1, rule: Rule, 1);
-    array!(State, 1, missed_updates: MissedUpdates, capacities.history);
+    array!(Missed, 1, missed_updates: MissedUpdates, capacities.history);
 }
 
 impl Array {
@@ -146,11 +148,21 @@ impl Array {
     pub fn count_into(&self, memory: &mut Memory) {
         let total = match self.purpose {
             Purpose::Weight => &mut memory.weight,
-            Purpose::State => &mut memory.state,
+            Purpose::State | Purpose::Missed => &mut memory.state,
             Purpose::Activation => &mut memory.activation,
             Purpose::Probability => &mut memory.probability,
         };
-        *total = total.saturating_add(times(&[self.bytes, self.copies as u64]));
+        *total = total.saturating_add(self.all_bytes());
+    }
+
+    /// Whether it is class centers or state of them.
+    pub fn has_rows(&self) -> bool {
+        matches!(self.purpose, Purpose::Weight | Purpose::State)
+    }
+
+    /// The bytes of all copies.
+    pub fn all_bytes(&self) -> u64 {
+        times(&[self.bytes, self.copies as u64])
     }
 }
 

@@ -9,11 +9,12 @@ mod tests;
 
 use self::arrays::Array;
 use super::context::GpuCapacity;
+use super::driver::Place;
 use super::products::LARGEST_DIM;
 use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
 use crate::matrix::DType;
-use crate::options::{HeadOptions, RowUpdate};
+use crate::options::{HeadOptions, Residency, RowUpdate};
 use crate::{ensure, Result};
 
 pub(super) use allocation::{HeadMemory, LargerArrays, Replaced};
@@ -39,21 +40,27 @@ pub(super) fn check_options(options: &HeadOptions) -> Result<()> {
         "embedding_dim must be 1 to {LARGEST_DIM} on the CUDA device, got {}",
         options.embedding_dim
     );
-    options.require_rows_on_device("the CUDA device")
+    let residency = !options.residency.is_file();
+    ensure!(residency, Unsupported, "residency must be device or host on the CUDA device in this version, got file");
+    Ok(())
 }
 
-/// What a head takes, on the rank that owns most, of a GPU that has so many bytes for it.
-pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, free_memory: u64) -> Result<Memory> {
+/// What a head takes, on the rank that owns most, with a GPU that has so many bytes for it; and how many of these bytes are in the host's
+/// memory.
+pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, free_memory: u64) -> Result<(Memory, u64)> {
     check_options(options)?;
     let spec = HeadSpec { options: options.clone(), ranks, rank: 0, shard: options.shard(ranks, 0), successor: false };
-    Ok(Sizes::new(&spec, GpuCapacity { multiprocessors: PLANNED_MULTIPROCESSORS, free_memory }, 0)?.memory())
+    let sizes = Sizes::new(&spec, GpuCapacity { multiprocessors: PLANNED_MULTIPROCESSORS, free_memory }, 0)?;
+    Ok((sizes.memory(), sizes.host_bytes()))
 }
 
 /// Whether the center gradient's kernel updates the rows; otherwise it writes their gradient, and another kernel updates them.
 pub(super) fn fuses_update(spec: &HeadSpec) -> bool {
     let options = &spec.options;
     let in_float32 = options.weight_dtype == DType::F32 && options.state_dtype == DType::F32;
-    spec.is_sharded() && options.row_update == RowUpdate::Lazy && in_float32
+    // A row in the host's memory moves at once, whole; the product writes tiles, 32 bytes of a row at a time.
+    let on_device = options.residency == Residency::Device;
+    spec.is_sharded() && options.row_update == RowUpdate::Lazy && in_float32 && on_device
 }
 
 impl Sizes {
@@ -68,9 +75,9 @@ impl Sizes {
         let capacities = Capacities::new(spec, least_sample)?;
         let of = |columns: u64| Chunks::of(columns, capacities.rows, capacities.depth_pitch, gpu);
         let mut sizes = Sizes { spec: spec.clone(), chunks: of(capacities.sample), capacities: capacities.clone() };
-        let (limit, memory) = (spec.options.workspace_limit, sizes.memory());
+        let limit = spec.options.workspace_limit;
         let available = match limit {
-            0 => gpu.free_memory.saturating_sub(memory.weight.saturating_add(memory.state)) / 4 * 3,
+            0 => gpu.free_memory.saturating_sub(sizes.kept_on_device()) / 4 * 3,
             limit => limit,
         };
         for columns in chunks::chunk_sizes(capacities.sample) {
@@ -108,6 +115,31 @@ impl Sizes {
         let mut memory = Memory::default();
         arrays::each(&self.spec, &self.capacities, self.chunks, &mut |array| array.count_into(&mut memory));
         memory
+    }
+
+    /// The memory that an array is in.
+    fn place(&self, array: &Array) -> Place {
+        match self.spec.options.residency == Residency::Host && array.has_rows() {
+            true => Place::Host,
+            false => Place::Device,
+        }
+    }
+
+    /// Bytes in the host's memory.
+    pub fn host_bytes(&self) -> u64 {
+        let mut bytes = 0u64;
+        arrays::each(&self.spec, &self.capacities, self.chunks, &mut |array| {
+            if self.place(&array) == Place::Host {
+                bytes = bytes.saturating_add(array.all_bytes());
+            }
+        });
+        bytes
+    }
+
+    /// Bytes of W and the state in the GPU's memory.
+    pub fn kept_on_device(&self) -> u64 {
+        let memory = self.memory();
+        memory.weight.saturating_add(memory.state).saturating_sub(self.host_bytes())
     }
 
     /// Bytes beside W and the state, which the workspace limit is about.

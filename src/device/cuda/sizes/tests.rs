@@ -4,7 +4,7 @@ use crate::device::cuda::shared_structs::TILE_COLUMNS;
 use crate::device::test_spec::spec;
 use crate::matrix::DType;
 use crate::optimizer::{Adamw, Optimizer};
-use crate::options::{Placement, Precision, RowUpdate};
+use crate::options::{Placement, Precision, Residency, RowUpdate};
 use crate::shard::Shard;
 use crate::Status;
 
@@ -127,10 +127,38 @@ fn arrays_follow_the_options() {
     for sizes in [&sharded, &replicated, &narrow] {
         let HeadSpec { options, ranks, .. } = &sizes.spec;
         let planned = memory_needed(options, *ranks, H200.free_memory).expect("a plan");
-        assert_eq!((planned.weight, planned.total()), (sizes.memory().weight, sizes.memory().total()), "{options:?}");
+        assert_eq!(planned, (sizes.memory(), 0), "{options:?}");
     }
     let more = Sizes::new(&replicated.spec, H200, 300).expect("sizes");
     assert_eq!(more.capacities.sample, 384);
+}
+
+#[test]
+fn rows_in_the_hosts_memory_leave_the_gpus_to_the_workspace() {
+    let dense = |options: &mut HeadOptions| options.row_update = RowUpdate::Dense;
+    let on = |residency: Residency, free_memory: u64| {
+        let spec = spec(1_000_000, 1024, |options| {
+            dense(options);
+            options.residency = residency;
+        });
+        Sizes::new(&spec, GpuCapacity { free_memory, ..H200 }, 0).expect("sizes")
+    };
+    // Class centers and momentum are 4 GB.
+    let (here, there) = (on(Residency::Device, 140 << 30), on(Residency::Host, 140 << 30));
+    assert_eq!(here.memory(), there.memory());
+    assert_eq!((here.host_bytes(), there.host_bytes()), (0, 2 * 4 * 512 * 1_000_000));
+    // What dense rows have missed is read at every step, and stays.
+    assert_eq!(there.kept_on_device(), 4 * 1_000_000 + 4096 * 40);
+    assert_eq!(here.kept_on_device(), there.kept_on_device() + there.host_bytes());
+    // The numerators are kept where three quarters of the rest are enough for them.
+    let enough = there.kept_on_device() + there.workspace() / 3 * 4 + 4;
+    assert!(on(Residency::Host, enough).keeps_probabilities() && !on(Residency::Device, enough).keeps_probabilities());
+    // Rows whose every tile would move 32 bytes at a time are updated whole.
+    let lazy = spec(1000, 10, |options| options.residency = Residency::Host);
+    assert!(!fuses_update(&lazy) && fuses_update(&spec(1000, 10, |_| ())));
+    let refused =
+        memory_needed(&HeadOptions { residency: Residency::File { directory: "x".into(), cache: 0 }, ..lazy.options }, 1, 0);
+    assert_eq!(refused.expect_err("a file").status, Status::Unsupported);
 }
 
 #[test]
@@ -170,6 +198,15 @@ fn arrays_are_made_and_given_back() {
     assert!(one.second_moment.is_null() && two.second_moment.is_null() && !one.last_update.is_null());
     let total: u64 = memory.buffers.iter().map(|buffer| buffer.bytes() as u64).sum();
     assert_eq!(total, sizes.memory().total());
+    let free = context.free_memory().expect("a number");
+    drop(memory);
+    // Rows in the host's memory are none of the GPU's.
+    let mut on_host = sizes.clone();
+    on_host.spec.options.residency = Residency::Host;
+    let memory = HeadMemory::allocate(&on_host, &stream).expect("memory");
+    if turn.is_emulator() {
+        assert_eq!(context.free_memory().expect("a number") - free, on_host.host_bytes());
+    }
     drop(memory);
 
     // Where one array is refused, those before it are given back.
