@@ -25,6 +25,7 @@ _MEMORY = (
     ("probability_bytes", "softmax numerators"),
     ("total_bytes", "memory of a rank"),
 )
+_HOST = (("host_bytes", "of that in host memory"),)
 _STORAGE = (("storage_bytes", "file of a rank"),)
 _TRAFFIC = (
     ("labels_bytes", "labels, all-gather"),
@@ -55,7 +56,7 @@ def room(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
 
 
-def most_classes(planned, ranks: int, memory: int | None, disk: int | None) -> int:
+def most_classes(planned, ranks: int, gpu: int | None, memory: int | None, disk: int | None) -> int:
     """The most classes that the library takes and of which a rank needs no more than that; `planned` plans for as many.
 
     0: there is no room for a class on each rank.
@@ -66,8 +67,8 @@ def most_classes(planned, ranks: int, memory: int | None, disk: int | None) -> i
             needed = planned(classes)
         except PartialFCError:  # Beyond what a head may have, or what workspace_limit leaves room for.
             return False
-        in_memory, on_disk = memory is None or needed.total_bytes <= memory, disk is None or needed.storage_bytes <= disk
-        return in_memory and on_disk
+        places = ((needed.total_bytes - needed.host_bytes, gpu), (needed.host_bytes, memory), (needed.storage_bytes, disk))
+        return all(there is None or wanted <= there for wanted, there in places)
 
     few, many = 0, ranks
     while fits(many):
@@ -84,15 +85,14 @@ def table(arguments) -> str:
     if arguments.rate < 1:
         columns.insert(1, (f"sharded, rate {arguments.rate:g}", "sharded", arguments.rate))
         columns.append((f"replicated, rate {arguments.rate:g}", "replicated", arguments.rate))
+    on_file, on_host = arguments.residency == "file", arguments.gpu is not None and arguments.residency == "host"
     # Nothing is written there: a plan makes no file.
-    storage = {}
-    if arguments.residency == "file":
-        storage = {"residency": "file", "storage_path": ".", "storage_cache": arguments.cache or 0}
+    storage = {"storage_path": ".", "storage_cache": arguments.cache or 0} if on_file else {}
     for option in ("disk", "cache"):
-        if getattr(arguments, option) is not None and not storage:
+        if getattr(arguments, option) is not None and not on_file:
             raise ValueError(f"--{option} is for rows on disk: give --residency file as well")
-    if arguments.gpu is not None and arguments.memory is not None:
-        raise ValueError("--memory is for a head on a CPU: give it or --gpu")
+    if arguments.gpu is not None and arguments.memory is not None and not on_host:
+        raise ValueError("--memory is for a head on a CPU, or for --gpu with --residency host")
 
     def planned(placement: str, rate: float, classes: int) -> Plan:
         return plan(
@@ -109,6 +109,7 @@ def table(arguments) -> str:
             workspace_limit=arguments.workspace_limit,
             weight_dtype=arguments.dtype,
             state_dtype=arguments.dtype,
+            residency=arguments.residency,
             **storage,
         )
 
@@ -116,18 +117,23 @@ def table(arguments) -> str:
     rows = [[""] + [title for title, _, _ in columns]]
     rows.append(["classes on a rank"] + [f"{p.shard_rows:,}" for p in plans])
     rows.append(["classes in a step"] + [f"{p.sample_capacity:,}" for p in plans])
-    for field, what in _MEMORY + (_STORAGE if storage else ()) + _TRAFFIC:
+    for field, what in _MEMORY + (_HOST if on_host else ()) + (_STORAGE if on_file else ()) + _TRAFFIC:
         rows.append([what] + [size(getattr(p, field)) for p in plans])
-    if storage:
-        # Class centers and state of a row, which lie side by side.
-        row = arguments.dim * (2 if arguments.dtype == "bf16" else 4) * (3 if arguments.optimizer == "adamw" else 2)
+    # Bytes of a row of class centers, and with its state.
+    center = arguments.dim * (2 if arguments.dtype == "bf16" else 4)
+    row = center * (3 if arguments.optimizer == "adamw" else 2)
+    if on_host:
+        # The product has class centers once, the update all of a row; again where numerators are computed twice.
+        rows.append(["read over the link in a step"] + [size((center + row) * p.sample_capacity) for p in plans])
+        rows.append(["written over it"] + [size(row * p.sample_capacity) for p in plans])
+    if on_file:
         # Rows of the cache do not move.
         moving = [1 - min(storage["storage_cache"] // row / p.shard_rows, 1) for p in plans]
         rows.append(["read in a step, and written"] + [size(round(row * p.sample_capacity * part)) for p, part in zip(plans, moving)])
-    memory = arguments.memory if arguments.gpu is None else arguments.gpu
-    if memory is not None or arguments.disk is not None:
+    there = (arguments.gpu, arguments.memory, arguments.disk)
+    if there != (None, None, None):
         fitting = (functools.partial(planned, placement, rate) for _, placement, rate in columns)
-        rows.append(["most classes that fit"] + [f"{most_classes(fit, arguments.ranks, memory, arguments.disk):,}" for fit in fitting])
+        rows.append(["most classes that fit"] + [f"{most_classes(fit, arguments.ranks, *there):,}" for fit in fitting])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -172,7 +178,9 @@ def main() -> int:
     planned.add_argument("--row-update", choices=("lazy", "dense"), default="lazy")
     planned.add_argument("--precision", choices=("auto", "f32", "half"), default="auto", help="auto: f32 on a CPU, half on a GPU")
     planned.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of class centers and optimizer state")
-    planned.add_argument("--residency", choices=("device", "file"), default="device", help="file: rows on disk")
+    planned.add_argument(
+        "--residency", choices=("device", "host", "file"), default="device", help="host: a GPU's rows in host memory; file: rows on disk"
+    )
     planned.add_argument("--workspace-limit", type=int, default=0, help="bytes; 0: the library decides")
     planned.add_argument("--memory", type=room, metavar="SIZE", help="of a rank, such as 24GiB: also says how many classes fit")
     planned.add_argument("--gpu", type=room, metavar="SIZE", help="memory of each rank's GPU, such as 80GB: plans for GPUs")

@@ -65,9 +65,10 @@ class Head(Handle):
         gather_dtype: "auto", "f32", "f16" or "bf16": the type in which embeddings are sent.
         weight_dtype, state_dtype: "f32" or "bf16": the types in which class centers and optimizer state are
             stored. Updates of class centers in bf16 are rounded at random, so that small ones count.
-        residency: "device" or, on a CPU, "host", which is the same there, or "file": each rank keeps class centers and
-            state in a file of its own in the directory `storage_path`, and memory holds the rows of a step and the first
-            ones of the rank that fit `storage_cache` bytes.
+        residency: "device"; "host", which is the same on a CPU: a GPU then reads and writes class centers and state in
+            page-locked memory of the host; or, on a CPU, "file": each rank keeps them in a file of its own in the
+            directory `storage_path`, and memory holds the rows of a step and the first ones of the rank that fit
+            `storage_cache` bytes.
         workspace_limit: bytes beside class centers and state; 0: the library decides.
         row_terms: "on" for a `forward` with m2, m3 or weight of each row.
         metrics_every: collects `last_metrics` in every n-th update, on all ranks; 0: never.

@@ -116,6 +116,8 @@ class Plan:
     traffic_bytes: int
     #: The file of that rank, for residency "file"; else 0.
     storage_bytes: int
+    #: Of total_bytes those in the host's memory: all of them on a CPU; on a GPU W and state for residency "host", else 0.
+    host_bytes: int
 
 
 def plan(num_classes: int, embedding_dim: int, *, ranks: int = 1, batch: int, gpu_memory: int | None = None, **options) -> Plan:

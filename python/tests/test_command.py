@@ -96,8 +96,26 @@ def test_plan_of_a_gpu():
         return partialfc.plan(classes, 512, ranks=8, batch=128, sample_rate=0.1, gpu_memory=80 * 10**9)
 
     assert planned(most).total_bytes <= 80e9 < planned(most + 8).total_bytes
-    assert "give it or --gpu" in command(*where, "--gpu", "80GB", "--memory", "24GiB", code=1)
+    assert "with --residency host" in command(*where, "--gpu", "80GB", "--memory", "24GiB", code=1)
     assert "residency must be device" in command(*where, "--gpu", "80GB", "--residency", "file", code=1)
+
+
+def test_plan_of_rows_in_the_hosts_memory():
+    where = ("plan", "--classes", "100_000_000", "--rate", "0.01", "--dtype", "bf16", "--residency", "host", "--gpu", "80GB")
+    lines = {line[:28].strip(): line[28:].split() for line in command(*where, "--memory", "1TB").splitlines()}
+    assert lines["of that in host memory"] == ["204.80", "GB"] * 4
+    assert lines["read over the link in a step"][2:4] == ["3.07", "GB"] and lines["written over it"][2:4] == ["2.05", "GB"]
+
+    def planned(classes: int) -> partialfc.Plan:
+        options = {"weight_dtype": "bf16", "state_dtype": "bf16", "residency": "host", "gpu_memory": 80 * 10**9}
+        return partialfc.plan(classes, 512, batch=128, sample_rate=0.01, **options)
+
+    most = int(lines["most classes that fit"][1].replace(",", ""))
+    assert planned(most).host_bytes <= 1e12 < planned(most + 1).host_bytes
+    assert planned(most).total_bytes - planned(most).host_bytes < 80e9
+    # On a CPU all memory is the host's.
+    on_cpu = partialfc.plan(1000, 512, batch=128, residency="host")
+    assert on_cpu.host_bytes == on_cpu.total_bytes
 
 
 def test_plan_of_rows_in_a_file():
