@@ -80,9 +80,15 @@ fn a_head_for_which_there_is_no_memory_leaves_nothing_behind() {
         }
     }
     // More than any machine has of page-locked memory is refused before any is made.
-    let huge = HeadOptions { num_classes: 4_000_000_000, embedding_dim: 1024, sample_rate: 0.0, residency: Residency::Host, ..small() };
+    let huge =
+        HeadOptions { num_classes: 4_000_000_000, embedding_dim: 1024, sample_rate: 0.0, residency: Residency::Host, ..small() };
     let refused = Head::with(&device, &Comm::solo(), &huge).map(drop);
-    assert_told("32 TB", refused, Status::OutOfMemory, &["class centers and optimizer state in page-locked memory", "the machine has"]);
+    assert_told(
+        "32 TB",
+        refused,
+        Status::OutOfMemory,
+        &["class centers and optimizer state in page-locked memory", "the machine has"],
+    );
     // And where there really is no more: what was wanted and what was there.
     let limit = 100_000;
     turn.memory(limit);
