@@ -2,10 +2,10 @@
 // misbehaves at one call of the system, chosen by its number. tests/hostile/disk.rs goes through all of them and
 // looks at what is left.
 //
-//   disk_faults DIRECTORY load|save|step|classes FAULT NUMBER
+//   disk_faults DIRECTORY load|save|beside|step|classes FAULT NUMBER
 //
 // loads the checkpoint, makes one step, and saves it to the same directory; with NUMBER 0 nothing
-// fails. step: a head with its rows in DIRECTORY/rows makes two steps and saves. classes: the same, and
+// fails. beside: the same, and makes another step while it saves. step: a head with its rows in DIRECTORY/rows makes two steps and saves. classes: the same, and
 // between the two it is given fewer classes. FAULT is what becomes of the NUMBER-th call of the load,
 // of the save, of the second step or of the change of classes: killed (the
 // process, before the call), half (a write writes half of its bytes, then the process is killed),
@@ -167,6 +167,15 @@ static void classes_on_a_file(pfc_head *head, const char *directory) {
   need("save", pfc_head_save(head, directory, NULL));
 }
 
+static pfc_status save_at_once(pfc_head *head, const char *directory) { return pfc_head_save(head, directory, NULL); }
+
+static pfc_status save_beside(pfc_head *head, const char *directory) {
+  pfc_status status = pfc_head_save_start(head, directory, NULL);
+  if (status == PFC_OK) step(head);
+  for (int32_t done = 0; status == PFC_OK && !done; usleep(1000)) status = pfc_head_save_poll(head, &done, NULL);
+  return status;
+}
+
 int main(int argc, char **argv) {
   if (argc != 5) return 2;
   pfc_device *device;
@@ -199,7 +208,7 @@ int main(int argc, char **argv) {
     if (status != PFC_ERROR_IO) need("load", status);
     step(head);
     armed = 1;
-    status = pfc_head_save(head, argv[1], NULL);
+    status = (strcmp(argv[2], "beside") == 0 ? save_beside : save_at_once)(head, argv[1]);
     armed = 0;
   }
   printf("%ld\t%s\t%s\t%s\n", calls, pfc_status_name(status), status == PFC_OK ? "" : pfc_last_error(), hit);

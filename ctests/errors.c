@@ -289,7 +289,15 @@ static void checkpoints(pfc_head *head) {
   FAILS(pfc_head_save(head, "", &save), PFC_ERROR_INVALID_ARGUMENT, "directory must not be empty");
   FAILS(pfc_head_load(head, "/dev/null", &load), PFC_ERROR_IO, "/dev/null/manifest.json");
   FAILS(pfc_head_save(head, "/dev/null", NULL), PFC_ERROR_IO, "/dev/null");
+  int32_t done = -7;
+  FAILS(pfc_head_save_start(head, "", &save), PFC_ERROR_INVALID_ARGUMENT, "directory must not be empty");
+  FAILS(pfc_head_save_start(head, "/dev/null", NULL), PFC_ERROR_IO, "/dev/null");
+  FAILS(pfc_head_save_poll(head, NULL, &save), PFC_ERROR_INVALID_ARGUMENT, "done must not be NULL");
+  FAILS(pfc_head_save_poll(head, &done, NULL), PFC_ERROR_INVALID_ARGUMENT,
+        "no save is under way: pfc_head_save_start begins one");
   save.struct_size = 4;
+  FAILS(pfc_head_save_poll(head, &done, &save), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
+  EXPECT(done == -7);
   FAILS(pfc_head_save(head, "/dev/null", &save), PFC_ERROR_INVALID_ARGUMENT, "struct_size");
   load.struct_size = 0;
   FAILS(pfc_head_load(head, "/dev/null", &load), PFC_ERROR_INVALID_ARGUMENT, "struct_size");

@@ -158,8 +158,8 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 
 // W and optimizer state in the device's memory.
 #define PFC_RESIDENCY_DEVICE 1
-// W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this
-// version.
+// W and optimizer state in host memory: on CUDA page-locked, reached by the kernels. On the CPU
+// the same as device.
 #define PFC_RESIDENCY_HOST 2
 // W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this
 // version.
@@ -244,8 +244,9 @@ typedef struct pfc_head_options {
   // The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
   // at random. (default: f32)
   int32_t state_dtype;
-  // PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default:
-  // device)
+  // PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it, but for
+  // roundings of float32 rows on CUDA, which a matrix product updates in the device's memory.
+  // (default: device)
   int32_t residency;
   // Must be 0.
   uint32_t reserved;
@@ -1248,6 +1249,30 @@ static inline pfc_status pfc_load_options_init(pfc_load_options *options) {
 //   be flushed, the new one; NOT_FINITE for a row that no load would take, which names the class,
 //   with nothing changed
 pfc_status pfc_head_save(pfc_head *head, const char *directory, const pfc_save_options *options);
+
+// Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a
+// thread that writes it. Collective. The checkpoint is that of now, whatever the head does until
+// pfc_head_save_poll says that it is there. The head must not be saved again before; a head that
+// is freed gives the save up, and the directory keeps the checkpoint before.
+//
+// The copy takes as much memory as the rows that this rank writes, until they are written.
+//
+// @param directory as for pfc_head_save
+// @param options NULL for the defaults. progress is told of the copy
+// @return as pfc_head_save before it writes; OUT_OF_MEMORY where there is no memory for the copy,
+//   with nothing changed
+pfc_status pfc_head_save_start(pfc_head *head, const char *directory,
+                               const pfc_save_options *options);
+
+// Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have
+// written makes their files the checkpoint. Collective, also while nothing is over: call it
+// between two steps, every now and then, and with pauses until it is done.
+//
+// @param done written: 1 when the directory holds the new checkpoint; 0 while a rank is writing
+// @param options NULL for the defaults. progress is told, once, how far this rank's file is
+// @return INVALID_ARGUMENT where no save is under way; as pfc_head_save for what went wrong with
+//   the files: then the save is over, and another may begin
+pfc_status pfc_head_save_poll(pfc_head *head, int32_t *done, const pfc_save_options *options);
 
 // Loads a checkpoint into a head, from a save of any number of ranks and of any placement.
 // Collective. The head goes on from there: on as many ranks, with the options of the head that

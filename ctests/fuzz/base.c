@@ -83,7 +83,7 @@ pfc_status did(const char *call, pfc_status status) {
     case PFC_ERROR_DEVICE: finding("%s gave %s", call, pfc_status_name(status)); break;
     // A folder that is none, or a checkpoint that was not saved.
     case PFC_ERROR_IO:
-      if (strcmp(call, "pfc_head_save") != 0 && strcmp(call, "pfc_head_load") != 0)
+      if (strncmp(call, "pfc_head_save", 13) != 0 && strcmp(call, "pfc_head_load") != 0)
         finding("%s gave %s", call, pfc_status_name(status));
       break;
     // What came from another rank may be damaged where the transport lies.

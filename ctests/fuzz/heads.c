@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <sched.h>
 #include <unistd.h>
 
 int mistake(struct rank *r, int part) { return chance(&r->own, r->mistakes / part); }
@@ -272,7 +273,7 @@ static void hopeless(struct rank *r) {
   char text[300];
   memset(&m, 0, sizeof m);
   pfc_status status = PFC_ERROR_INVALID_ARGUMENT;
-  switch (below(&r->own, 29)) {
+  switch (below(&r->own, 30)) {
     case 0: status = DO(pfc_head_forward, NULL, &m, NULL, &loss); break;
     case 1: status = DO(pfc_head_step, NULL, NULL, NULL, 0, NULL, NULL); break;
     case 2: status = DO(pfc_head_backward, NULL, 1, 1, NULL); break;
@@ -301,6 +302,7 @@ static void hopeless(struct rank *r) {
     case 25: status = DO(pfc_head_forward_with, NULL, &m, NULL, NULL, &loss); break;
     case 26: status = DO(pfc_head_backward_with, NULL, NULL, NULL); break;
     case 27: status = DO(pfc_head_resize, NULL, 1, NULL); break;
+    case 28: status = DO(pfc_head_save_poll, NULL, NULL, NULL); break;
     default:
       if (DO(pfc_comm_traffic, r->comm, &traffic) != PFC_OK) finding("no traffic");
       if (DO_OTHER(pfc_device_info, (r->device)) == NULL) finding("no text of a device");
@@ -343,7 +345,19 @@ static void checkpoint(struct rank *r) {
   if (of_others) map[0] = (int64_t)r->options.num_classes;
   const char *where = none ? NULL : elsewhere ? "/dev/null" : folder;
   note("checkpoint: wrong %d %d %d", wrong, none, elsewhere);
-  pfc_status status = DO(pfc_head_save, r->head, where, defaults ? NULL : &save);
+  pfc_status status;
+  int32_t done = 0;
+  if (chance(&r->common, 100)) must_fail("pfc_head_save_poll", DO(pfc_head_save_poll, r->head, &done, NULL));
+  if (chance(&r->common, 400)) {
+    status = DO(pfc_head_save_start, r->head, where, defaults ? NULL : &save);
+    // The rank that is wrong about it may be another.
+    while (status == PFC_OK && !done) {
+      status = DO(pfc_head_save_poll, r->head, &done, NULL);
+      sched_yield();
+    }
+  } else {
+    status = DO(pfc_head_save, r->head, where, defaults ? NULL : &save);
+  }
   if (wrong || none || elsewhere) must_fail("pfc_head_save", status);
   // Accumulated gradients are refused without a mistake, too.
   if (status != PFC_ERROR_INVALID_ARGUMENT) must_succeed(r, "pfc_head_save", status);

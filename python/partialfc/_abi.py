@@ -95,8 +95,8 @@ PFC_PRECISION_HALF = 3
 PFC_GATHER_AUTO = 0
 #: W and optimizer state in the device's memory.
 PFC_RESIDENCY_DEVICE = 1
-#: W and optimizer state in host memory. On the CPU the same as device; not on CUDA in this
-#: version.
+#: W and optimizer state in host memory: on CUDA page-locked, reached by the kernels. On the CPU
+#: the same as device.
 PFC_RESIDENCY_HOST = 2
 #: W and optimizer state in a file of each rank; memory holds the rows of a step. CPU only in this
 #: version.
@@ -212,8 +212,9 @@ class pfc_head_options(Structure):
         # The same of the optimizer state. In bf16 momentum is rounded to nearest, AdamW's second moment
         # at random. (default: f32)
         ("state_dtype", c_int32),
-        # PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it. (default:
-        # device)
+        # PFC_RESIDENCY_*: where W and the optimizer state are. No result depends on it, but for
+        # roundings of float32 rows on CUDA, which a matrix product updates in the device's memory.
+        # (default: device)
         ("residency", c_int32),
         # Must be 0.
         ("reserved", c_uint32),
@@ -1479,6 +1480,39 @@ def declare(library):
       head is usable, and the directory holds the checkpoint before or, if only its names could not
       be flushed, the new one; NOT_FINITE for a row that no load would take, which names the class,
       with nothing changed
+    """
+
+    function = library.pfc_head_save_start
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_char_p, POINTER(pfc_save_options)]
+    function.__doc__ = """pfc_head_save_start(head, directory, options)
+
+    Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a
+    thread that writes it. Collective. The checkpoint is that of now, whatever the head does until
+    pfc_head_save_poll says that it is there. The head must not be saved again before; a head that
+    is freed gives the save up, and the directory keeps the checkpoint before.
+
+    The copy takes as much memory as the rows that this rank writes, until they are written.
+
+    @param directory as for pfc_head_save
+    @param options NULL for the defaults. progress is told of the copy
+    @return as pfc_head_save before it writes; OUT_OF_MEMORY where there is no memory for the copy,
+      with nothing changed
+    """
+
+    function = library.pfc_head_save_poll
+    function.restype = c_int32
+    function.argtypes = [c_void_p, c_void_p, POINTER(pfc_save_options)]
+    function.__doc__ = """pfc_head_save_poll(head, done, options)
+
+    Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have
+    written makes their files the checkpoint. Collective, also while nothing is over: call it
+    between two steps, every now and then, and with pauses until it is done.
+
+    @param done written: 1 when the directory holds the new checkpoint; 0 while a rank is writing
+    @param options NULL for the defaults. progress is told, once, how far this rank's file is
+    @return INVALID_ARGUMENT where no save is under way; as pfc_head_save for what went wrong with
+      the files: then the save is over, and another may begin
     """
 
     function = library.pfc_head_load

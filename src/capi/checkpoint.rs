@@ -8,7 +8,7 @@ use super::head::locked::with_head;
 use super::head::pfc_head;
 use super::status::pfc_status;
 use super::types::{init_sized, read_sized, sized, Sized64};
-use super::{array, boundary, required};
+use super::{array, boundary, output, required};
 use crate::head::{ClassTable, Head, LoadRequest};
 use crate::{ensure, Result};
 
@@ -101,10 +101,58 @@ pub unsafe extern "C" fn pfc_head_save(
     options: *const pfc_save_options,
 ) -> pfc_status {
     with_head(head, |head| {
-        let options = if options.is_null() { Ok(pfc_save_options::defaults()) } else { read_sized(options) };
-        let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
+        let (options, report) = save_options(options);
         let directory = options.and_then(|_| path("directory", directory));
         head.save(directory, &mut |done, total| tell(report, done, total))
+    })
+}
+
+/// Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a thread that writes it. Collective. The
+/// checkpoint is that of now, whatever the head does until pfc_head_save_poll says that it is there. The head must not be saved again
+/// before; a head that is freed gives the save up, and the directory keeps the checkpoint before.
+///
+/// The copy takes as much memory as the rows that this rank writes, until they are written.
+///
+/// @param directory as for pfc_head_save
+/// @param options NULL for the defaults. progress is told of the copy
+/// @return as pfc_head_save before it writes; OUT_OF_MEMORY where there is no memory for the copy, with nothing changed
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_save_start(
+    head: *mut pfc_head,
+    directory: *const c_char,
+    options: *const pfc_save_options,
+) -> pfc_status {
+    with_head(head, |head| {
+        let (options, report) = save_options(options);
+        let directory = options.and_then(|_| path("directory", directory));
+        head.save_start(directory, &mut |done, total| tell(report, done, total))
+    })
+}
+
+/// Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have written makes their files the checkpoint.
+/// Collective, also while nothing is over: call it between two steps, every now and then, and with pauses until it is done.
+///
+/// @param done written: 1 when the directory holds the new checkpoint; 0 while a rank is writing
+/// @param options NULL for the defaults. progress is told, once, how far this rank's file is
+/// @return INVALID_ARGUMENT where no save is under way; as pfc_head_save for what went wrong with the files: then the save is over, and
+///   another may begin
+#[no_mangle]
+pub unsafe extern "C" fn pfc_head_save_poll(head: *mut pfc_head, done: *mut i32, options: *const pfc_save_options) -> pfc_status {
+    with_head(head, |head| {
+        let (options, report) = save_options(options);
+        let asked = options.and_then(|_| {
+            head.require_host("done", done)?;
+            output("done", done)
+        });
+        let (asked, done) = match asked {
+            Ok(done) => (Ok(()), Some(done)),
+            Err(error) => (Err(error), None),
+        };
+        let over = head.save_poll(asked, &mut |done, total| tell(report, done, total))?;
+        if let Some(done) = done {
+            *done = over.into();
+        }
+        Ok(())
     })
 }
 
@@ -138,6 +186,13 @@ pub unsafe extern "C" fn pfc_head_load(
         });
         head.load(request, &mut |done, total| tell(report, done, total))
     })
+}
+
+/// The options of a save, or what is wrong with them; and whom to tell how far it is.
+unsafe fn save_options(options: *const pfc_save_options) -> (Result<pfc_save_options>, (pfc_progress_fn, *mut c_void)) {
+    let options = if options.is_null() { Ok(pfc_save_options::defaults()) } else { read_sized(options) };
+    let report = options.as_ref().map_or((None, std::ptr::null_mut()), |options| (options.progress, options.user));
+    (options, report)
 }
 
 /// A path argument, or the error that names it.

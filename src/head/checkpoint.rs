@@ -6,7 +6,7 @@
 //! A load: each rank reads the manifest and the rows that it owns, from whichever files have them. What is wrong with the manifest or
 //! does not fit the head changes nothing. What is wrong with a block of rows poisons the head on all ranks, since some rows are new then.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::class_map::{ClassMap, ClassTable};
 use super::moving_rows::MovingRows;
@@ -29,39 +29,60 @@ pub struct LoadRequest<'a> {
     pub table: ClassTable<'a>,
 }
 
+/// A save that the ranks have agreed on.
+pub(super) struct Saving {
+    pub directory: PathBuf,
+    pub generation: u64,
+    progress: Progress,
+    /// Of the head when it began.
+    pub num_classes: u64,
+}
+
 impl Head {
     /// Writes the head to a directory; see `pfc_head_save`.
     pub fn save(&mut self, directory: Contribution<&Path>, report: Report<'_>) -> Result<()> {
         self.check_usable()?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
+        let saving = self.agree_on_save(directory)?;
+        let directory = Directory(&saving.directory);
+        let written = self.write_file(&saving, report);
+        let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
+        let failed = words.is_err();
+        let agreed = gather_words(&self.comm, words);
+        // Where only this rank was not told that all is well, rank 0 may be committing: then the next save removes the files.
+        if failed || (agreed.is_err() && self.comm.failure().is_none()) {
+            directory.remove(|found| found == saving.generation);
+        }
+        let checksums: Vec<u64> = self.poison_without_peers(agreed)?.into_iter().map(|[checksum]| checksum).collect();
+        self.publish(&saving, &checksums)
+    }
+
+    /// Before the first byte is written.
+    pub(super) fn agree_on_save(&mut self, directory: Contribution<&Path>) -> Result<Saving> {
         // Also where the directory is wrong: replicas bring dense rows to now on all ranks or on none.
         let progress = self.read_progress();
-        let begun = directory.and_then(|directory| self.begin_save(Directory(directory), progress?));
+        let begun = directory.and_then(|directory| self.begin_save(directory, progress?));
         let words = begun.as_ref().map(|(_, Progress { draws, updates }, newest)| [*newest, *draws, *updates]);
         let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(error)));
         let all = self.poison_without_peers(agreed)?;
         let (directory, progress, _) = begun?;
         self.require_same_progress(&all, |&[_, draws, updates]| [draws, updates])?;
         let generation = all.iter().map(|words| words[0]).max().unwrap_or(0).saturating_add(1);
-        let written = self.write_file(&directory, generation, report);
-        let words = written.map(|checksum| [u64::from(checksum)]).map_err(|error| self.name_rank(&error));
-        let failed = words.is_err();
-        let agreed = gather_words(&self.comm, words);
-        // Where only this rank was not told that all is well, rank 0 may be committing: then the next save removes the files.
-        if failed || (agreed.is_err() && self.comm.failure().is_none()) {
-            directory.remove(|found| found == generation);
-        }
-        let checksums = self.poison_without_peers(agreed)?;
+        Ok(Saving { directory: directory.to_owned(), generation, progress, num_classes: self.options.num_classes })
+    }
+
+    /// Makes files that all ranks have written the checkpoint. `checksums` are those of their checksums.
+    pub(super) fn publish(&mut self, saving: &Saving, checksums: &[u64]) -> Result<()> {
         let committed = match self.rank() {
-            0 => self.commit(&directory, generation, progress, &checksums),
+            0 => self.commit(saving, checksums),
             _ => Ok(()),
         };
         let words = committed.map(|()| []).map_err(|error| self.name_rank(&error));
         let agreed = gather_words(&self.comm, words);
         self.poison_without_peers(agreed)?;
         if self.rank() == 0 {
-            directory.remove(|found| found != generation);
+            Directory(&saving.directory).remove(|found| found != saving.generation);
         }
         Ok(())
     }
@@ -94,7 +115,9 @@ impl Head {
     }
 
     /// What a rank does before the first byte is written.
-    fn begin_save<'a>(&self, directory: Directory<'a>, progress: Progress) -> Result<(Directory<'a>, Progress, u64)> {
+    fn begin_save<'a>(&self, path: &'a Path, progress: Progress) -> Result<(&'a Path, Progress, u64)> {
+        let directory = Directory(path);
+        ensure!(self.background.is_none(), InvalidArgument, "a save is under way: pfc_head_save_poll tells when it is over");
         ensure!(
             self.accumulated == 0,
             InvalidArgument,
@@ -107,12 +130,12 @@ impl Head {
             // What killed saves have left may be what the disk has no room for.
             directory.remove_unnamed();
         }
-        Ok((directory, progress, newest))
+        Ok((path, progress, newest))
     }
 
-    /// The classes whose rows this rank writes.
-    fn written_classes(&self, rank: u32) -> Shard {
-        Shard::of(self.options.num_classes, self.comm.size().into(), rank.into())
+    /// The classes whose rows a rank writes.
+    pub(super) fn written_classes(&self, num_classes: u64, rank: u32) -> Shard {
+        Shard::of(num_classes, self.comm.size().into(), rank.into())
     }
 
     fn layout<'a>(&self, tensors: &'a [Tensor], rows: u64) -> Layout<'a> {
@@ -120,11 +143,13 @@ impl Head {
     }
 
     /// Writes this rank's rows. Returns the checksum of their checksums.
-    fn write_file(&mut self, directory: &Directory<'_>, generation: u64, report: Report<'_>) -> Result<u32> {
-        let (own, dim) = (self.written_classes(self.rank()), self.options.embedding_dim as usize);
+    fn write_file(&mut self, saving: &Saving, report: Report<'_>) -> Result<u32> {
+        let directory = Directory(&saving.directory);
+        let own = self.written_classes(saving.num_classes, self.rank());
+        let dim = self.options.embedding_dim as usize;
         let tensors = self.tensors();
         let layout = self.layout(&tensors, own.rows);
-        let name = Directory::rows_name(generation, self.rank(), self.comm.size());
+        let name = Directory::rows_name(saving.generation, self.rank(), self.comm.size());
         let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&name)), layout)?;
         let at_once = self.staged_rows(&tensors).min(own.rows as usize);
         let mut staged = Staged::new(&tensors, at_once, dim, "rows on their way to a file")?;
@@ -133,7 +158,7 @@ impl Head {
         report(done, total);
         for first in (0..own.rows).step_by(at_once.max(1)) {
             let rows = at_once.min((own.rows - first) as usize);
-            self.read_staged(&mut staged, own.first + first, rows)?;
+            self.read_staged(&mut staged, own.first + first, 0..rows)?;
             staged.require_finite(0..rows, own.first + first)?;
             for (number, &Tensor { dtype, .. }) in tensors.iter().enumerate() {
                 let bytes = staged.bytes(number, rows);
@@ -150,9 +175,11 @@ impl Head {
     }
 
     /// Makes the generation the one that a load finds.
-    fn commit(&self, directory: &Directory<'_>, generation: u64, progress: Progress, checksums: &[[u64; 1]]) -> Result<()> {
-        let files = checksums.iter().zip(0..).map(|(&[checksum], rank)| {
-            let Shard { first, rows } = self.written_classes(rank);
+    fn commit(&self, saving: &Saving, checksums: &[u64]) -> Result<()> {
+        let &Saving { ref directory, generation, progress, num_classes } = saving;
+        let directory = &Directory(directory);
+        let files = checksums.iter().zip(0..).map(|(&checksum, rank)| {
+            let Shard { first, rows } = self.written_classes(num_classes, rank);
             RowsFile {
                 name: Directory::rows_name(generation, rank, self.comm.size()),
                 first,
@@ -166,7 +193,7 @@ impl Head {
             format,
             library: env!("CARGO_PKG_VERSION").to_owned(),
             generation,
-            num_classes: self.options.num_classes,
+            num_classes,
             embedding_dim: self.options.embedding_dim.into(),
             tensors: tensors.iter().map(|tensor| tensor.name.to_owned()).collect(),
             dtypes,

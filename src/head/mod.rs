@@ -7,6 +7,7 @@
 //! | `arguments.rs` | checks of what callers pass in, and copies from and to wherever it lies |
 //! | `failure.rs` | what a failure does to the head, its step and the other ranks |
 //! | `checkpoint.rs` | saving a head to a directory, and loading one |
+//! | `background.rs` | saving one beside training |
 //! | `remap.rs` | other classes for a head that trains |
 //! | `class_map.rs`, `moving_rows.rs`, `staged.rs` | which classes become which, and their rows on their way |
 //! | `rows.rs` | reading and writing the shard's class centers and their state |
@@ -16,6 +17,7 @@
 
 mod accumulation;
 mod arguments;
+mod background;
 mod checkpoint;
 mod class_map;
 mod evaluation;
@@ -204,6 +206,8 @@ pub struct Head {
     /// The last step has no loss, as far as this rank knows.
     failed: bool,
     poisoned: Option<Poison>,
+    /// The save that `save_start` has begun.
+    background: Option<background::BackgroundSave>,
     /// After `backend`, which hands in its last spans when it is dropped.
     _trace: trace::Writer,
     /// Beside the head's lock: what can be asked for while a step waits.
@@ -263,6 +267,7 @@ impl Head {
             skipped_before: 0,
             failed: false,
             poisoned: None,
+            background: None,
             _trace: trace,
             shared: Arc::new(Mutex::new(shared)),
         })

@@ -38,7 +38,7 @@ struct Begun<'a> {
     /// Which of these rows have their start values, by a 1; as many for each rank.
     starts: Vec<u8>,
     gathered_starts: Vec<u8>,
-    /// Room for rows that several classes become, and for a class center on its way into them.
+    /// Memory for rows that several classes become, and for a class center on its way into them.
     merged: Staged,
     center: Vec<f32>,
 }
@@ -158,7 +158,7 @@ impl Head {
             };
             let Range { start: first, end } = turn(own);
             if outcome.is_ok() && first < end {
-                outcome = self.read_staged(staged, first, (end - first) as usize);
+                outcome = self.read_staged(staged, first, 0..(end - first) as usize);
                 // A row that goes is in nobody's way.
                 for (row, class) in (first..end).enumerate().filter(|&(_, class)| classes.is_kept(class)) {
                     outcome = outcome.and_then(|()| staged.require_finite(row..row + 1, class));

@@ -35,7 +35,7 @@ impl Head {
         (STAGED / self.bytes(tensors, 1) as usize).max(1)
     }
 
-    /// Room for rows in f32, whatever the head stores them in.
+    /// Memory for rows in f32, whatever the head stores them in.
     pub(super) fn staged_f32(&self, most: u64, what: &str) -> Result<Staged> {
         let mut tensors = self.tensors();
         tensors.iter_mut().for_each(|tensor| tensor.dtype = DType::F32);
@@ -43,9 +43,9 @@ impl Head {
         Staged::new(&tensors, rows, self.options.embedding_dim as usize, what)
     }
 
-    /// Reads rows of the shard, of which `first` is the first one's class.
-    pub(super) fn read_staged(&self, staged: &mut Staged, first: u64, rows: usize) -> Result<()> {
-        let read = self.backend.read_rows(first - self.shard.first, staged.part(0..rows));
+    /// Reads rows of the shard, of which `first` is the first one's class, to these places.
+    pub(super) fn read_staged(&self, staged: &mut Staged, first: u64, rows: Range<usize>) -> Result<()> {
+        let read = self.backend.read_rows(first - self.shard.first, staged.part(rows));
         self.prefer_comm_failure(read)
     }
 }

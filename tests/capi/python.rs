@@ -123,7 +123,7 @@ fn split_name(declaration: &str) -> (&str, &str) {
 fn ctype(c: &str) -> String {
     let plain = c.replace("const ", "");
     match plain.as_str() {
-        "void *" | "int64_t *" | "float *" | "double *" | "uint64_t *" | "uint8_t *" => "c_void_p".to_owned(),
+        "void *" | "int64_t *" | "float *" | "double *" | "uint64_t *" | "uint8_t *" | "int32_t *" => "c_void_p".to_owned(),
         "char *" if c.starts_with("const ") => "c_char_p".to_owned(),
         "char *" => "c_void_p".to_owned(),
         "pfc_status" => "c_int32".to_owned(),

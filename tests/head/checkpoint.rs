@@ -29,7 +29,7 @@ pub(super) fn folder(name: &str) -> PathBuf {
     folder
 }
 
-fn files(folder: &Path) -> Vec<String> {
+pub(super) fn files(folder: &Path) -> Vec<String> {
     let name = |entry: std::io::Result<std::fs::DirEntry>| entry.expect("an entry").file_name().into_string().expect("a name");
     let mut names: Vec<String> = std::fs::read_dir(folder).expect("the folder").map(name).collect();
     names.sort();

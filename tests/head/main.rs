@@ -1,6 +1,7 @@
 //! The head: that its numbers are right, and what it promises beyond those of one step.
 
 mod accumulation;
+mod background;
 mod bits;
 mod calls;
 mod checkpoint;

@@ -90,21 +90,31 @@ fn names(folder: &Path) -> Vec<String> {
 
 #[test]
 fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
-    let (program, folders) = (program(), scratch("disk"));
+    fail_in_a_save("save", &["killed", "half", "full", "broken", "interrupted", "indirect", "short"]);
+}
+
+/// The thread that writes goes the same ways.
+#[test]
+fn whatever_fails_in_a_save_beside_training_a_whole_checkpoint_is_left() {
+    fail_in_a_save("beside", &["killed", "broken"]);
+}
+
+fn fail_in_a_save(when: &str, faults: &[&str]) {
+    let (program, folders) = (program(), scratch(&format!("disk_{when}")));
     let (base, whole, folder) = (folders.join("base"), folders.join("whole"), folders.join("now"));
     fresh(&base);
     assert_eq!(save(program, &base, "none", 0).status, "PFC_OK");
     copy(&base, &whole);
-    let sound = save(program, &whole, "none", 0);
+    let sound = run(program, &whole, when, "none", 0);
     assert_eq!(sound.status, "PFC_OK");
     assert_eq!(names(&whole), ["manifest.json", "rows-2-0-of-1.safetensors"]);
     let (before, after) = (centers(&base), centers(&whole));
     assert!(before != after && sound.calls > 10, "{} calls", sound.calls);
     let (mut old, mut new) = (0, 0);
-    for fault in ["killed", "half", "full", "broken", "interrupted", "indirect", "short"] {
+    for &fault in faults {
         for number in 1..=sound.calls {
             copy(&base, &folder);
-            let Saved { killed, status, text, function, .. } = save(program, &folder, fault, number);
+            let Saved { killed, status, text, function, .. } = run(program, &folder, when, fault, number);
             let what = format!("{fault} {number} {function}: {status} {text}");
             let found = centers(&folder);
             assert!(found == before || found == after, "{what}: a mixture");
@@ -133,7 +143,7 @@ fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
             assert_eq!(names(&folder).len(), 2, "{what}, and again: {:?}", names(&folder));
         }
     }
-    assert!(old > 20 && new > 5, "{old} times the checkpoint before, {new} times the new one");
+    assert!(old > 20 && new > 2, "{old} times the checkpoint before, {new} times the new one");
 }
 
 #[test]

@@ -101,6 +101,21 @@ impl Head {
         outcome(unsafe { c_checkpoint::pfc_head_save(self.raw, directory.as_ptr(), std::ptr::null()) })
     }
 
+    pub fn save_start(&mut self, directory: &Path) -> Outcome {
+        let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
+        // SAFETY: as above.
+        outcome(unsafe { c_checkpoint::pfc_head_save_start(self.raw, directory.as_ptr(), std::ptr::null()) })
+    }
+
+    /// Whether the save that was begun is over.
+    pub fn save_poll(&mut self) -> Outcome<bool> {
+        let mut done = -1;
+        // SAFETY: a live handle, an output that outlives the call, the defaults.
+        outcome(unsafe { c_checkpoint::pfc_head_save_poll(self.raw, &mut done, std::ptr::null()) })?;
+        assert!(done == 0 || done == 1, "{done}");
+        Ok(done == 1)
+    }
+
     pub fn load(&mut self, directory: &Path) -> Outcome {
         let directory = CString::new(directory.as_os_str().as_bytes()).expect("a path");
         // SAFETY: as above.
