@@ -15,6 +15,18 @@ def save(head, directory, progress) -> None:
     _call(head, lib.pfc_head_save, options, progress, (None,), lambda _hold: (_path(head, directory),))
 
 
+def save_start(head, directory, progress) -> None:
+    options = _options(_abi.pfc_save_options, lib.pfc_save_options_init_sized)
+    _call(head, lib.pfc_head_save_start, options, progress, (None,), lambda _hold: (_path(head, directory),))
+
+
+def save_poll(head, progress) -> bool:
+    options = _options(_abi.pfc_save_options, lib.pfc_save_options_init_sized)
+    done = ctypes.c_int32()
+    _call(head, lib.pfc_head_save_poll, options, progress, (None,), lambda _hold: (ctypes.byref(done),))
+    return bool(done.value)
+
+
 def load(head, directory, progress, class_map, class_weights) -> None:
     options = _options(_abi.pfc_load_options, lib.pfc_load_options_init_sized)
 

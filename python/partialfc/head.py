@@ -449,6 +449,32 @@ class Head(Handle):
         """
         _transfer.save(self, directory, progress)
 
+    def save_start(self, directory, progress=None) -> None:
+        """Begins a save that goes on beside training: copies what `save` would write, and lets a thread write it. Collective.
+
+        The checkpoint is that of now; it is there when `save_poll` says so. The copy takes as much memory as the rows that
+        this rank writes, until they are written. A head that is closed gives the save up.
+
+        Args:
+            directory: as for `save`.
+            progress: as for `save`; told of the copy.
+        """
+        _transfer.save_start(self, directory, progress)
+
+    def save_poll(self, progress=None) -> bool:
+        """Whether the save that `save_start` has begun is over, and the directory has the new checkpoint. Collective.
+
+        Call it between two steps every now and then; after the last one in a loop with a pause.
+
+        Args:
+            progress: as for `save`; told, once, how far this rank's file is.
+
+        Raises:
+            PartialFCError: INVALID_ARGUMENT where no save is under way; IO where the system refuses, and REMOTE on the other
+                ranks: the save is over then, and the directory holds the checkpoint before.
+        """
+        return _transfer.save_poll(self, progress)
+
     def load(self, directory, progress=None, class_map=None, class_weights=None) -> None:
         """Loads a checkpoint of any number of ranks, and goes on from there. Collective.
 

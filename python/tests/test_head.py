@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import time
 
 import numpy as np
 import pytest
@@ -175,6 +176,30 @@ def test_rows_in_a_file(tmp_path):
         partialfc.Head(1000, DIM, 16, residency="file")
     with pytest.raises(TypeError, match="storage_path is 7"):
         partialfc.Head(1000, DIM, 16, residency="file", storage_path=7)
+
+
+def test_a_save_beside_training(tmp_path):
+    embeddings, labels = batch(classes=1000)
+    with partialfc.Head(1000, DIM, 16, device=partialfc.Device.cpu(1)) as head:
+        grad = np.empty_like(embeddings)
+        head.step(embeddings, labels, 0.1, grad)
+        before, told = head.read_centers(), []
+        head.save_start(tmp_path, progress=lambda done, total: told.append((done, total)))
+        head.step(embeddings, labels, 0.1, grad)
+        with pytest.raises(partialfc.PartialFCError, match="a save is under way"):
+            head.save(tmp_path)
+        while not head.save_poll(progress=lambda done, total: told.append((done, total))):
+            time.sleep(0.001)
+        with pytest.raises(partialfc.PartialFCError, match="no save is under way"):
+            head.save_poll()
+        assert told[0] == (0, 1000 * DIM * 8) and told[-1] == (1000 * DIM * 8, 1000 * DIM * 8)
+        assert not np.array_equal(head.read_centers(), before)
+        head.load(tmp_path)
+        np.testing.assert_array_equal(head.read_centers(), before)
+        with pytest.raises(TypeError, match="progress is a int"):
+            head.save_poll(progress=7)
+        with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
+            head.save_start(7)
 
 
 def test_classes_come_and_go(tmp_path):
