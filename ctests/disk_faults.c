@@ -28,6 +28,10 @@
 
 enum { CLASSES = 1500, FEWER = 400, DIM = 512, BATCH = 4, KILLED = 77 };
 
+enum { MOST_FILES = 1024 };
+// Descriptors of files that are not on a disk.
+static char of_the_system[MOST_FILES];
+
 static const char *fault = "";
 static long number, calls;
 static int armed;
@@ -79,6 +83,7 @@ ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
 }
 ssize_t read(int fd, void *bytes, size_t count) {
   REAL(ssize_t, "read", int, void *, size_t);
+  if (fd >= 0 && fd < MOST_FILES && of_the_system[fd]) return real(fd, bytes, count);
   if (!is_it("read", 0)) return real(fd, bytes, count);
   if (fails()) return -1;
   return real(fd, bytes, count > 1 ? count / 2 : count);
@@ -115,8 +120,11 @@ int open64(const char *path, int flags, ...) {
   int mode = va_arg(more, int);
   va_end(more);
   // What the library asks of the system by itself is not a file of the checkpoint.
-  if (strncmp(path, "/proc", 5) == 0 || strncmp(path, "/sys", 4) == 0) return real(path, flags, mode);
-  return is_it("open64", 0) && fails() ? -1 : real(path, flags, mode);
+  const char system = strncmp(path, "/proc", 5) == 0 || strncmp(path, "/sys", 4) == 0;
+  if (!system && is_it("open64", 0) && fails()) return -1;
+  const int fd = real(path, flags, mode);
+  if (fd >= 0 && fd < MOST_FILES) of_the_system[fd] = system;
+  return fd;
 }
 
 static void need(const char *what, pfc_status status) {
@@ -167,7 +175,9 @@ static void classes_on_a_file(pfc_head *head, const char *directory) {
   need("save", pfc_head_save(head, directory, NULL));
 }
 
-static pfc_status save_at_once(pfc_head *head, const char *directory) { return pfc_head_save(head, directory, NULL); }
+static pfc_status save_at_once(pfc_head *head, const char *directory) {
+  return pfc_head_save(head, directory, NULL);
+}
 
 static pfc_status save_beside(pfc_head *head, const char *directory) {
   pfc_status status = pfc_head_save_start(head, directory, NULL);

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "partialfc.h"
@@ -407,6 +408,30 @@ static void forked(pfc_head *head) {
   WORKS(pfc_head_step(head, &e, labels, 0.1, &g, &loss));
 }
 
+/* A child that frees the head leaves the parent's save alone. */
+static void forked_while_saving(pfc_head *head) {
+  const struct timespec pause = {0, 1000000};
+  char folder[] = "/tmp/partialfc-errors-XXXXXX", file[64];
+  int32_t done = 0;
+  int code = -1;
+  pid_t child;
+  EXPECT(mkdtemp(folder) != NULL);
+  WORKS(pfc_head_save_start(head, folder, NULL));
+  child = fork();
+  if (child == 0) {
+    pfc_head_free(head);
+    _exit(0);
+  }
+  waitpid(child, &code, 0);
+  EXPECT(WIFEXITED(code) && WEXITSTATUS(code) == 0);
+  for (; !done && failures == 0; nanosleep(&pause, NULL)) WORKS(pfc_head_save_poll(head, &done, NULL));
+  WORKS(pfc_head_load(head, folder, NULL));
+  snprintf(file, sizeof file, "%s/manifest.json", folder);
+  EXPECT(unlink(file) == 0);
+  snprintf(file, sizeof file, "%s/rows-1-0-of-1.safetensors", folder);
+  EXPECT(unlink(file) == 0 && rmdir(folder) == 0);
+}
+
 static int lines;
 
 static void count_line(void *user, int32_t level, const char *message) {
@@ -477,6 +502,7 @@ int main(void) {
   other_classes(head);
   steps(head);
   forked(head);
+  forked_while_saving(head);
   logging(device, comm);
   dropped_gradients(device, comm);
   pfc_device_free(device); /* the head holds what it needs */

@@ -123,9 +123,10 @@ def table(arguments) -> str:
     center = arguments.dim * (2 if arguments.dtype == "bf16" else 4)
     row = center * (3 if arguments.optimizer == "adamw" else 2)
     if on_host:
-        # The product has class centers once, the update all of a row; again where numerators are computed twice.
-        rows.append(["read over the link in a step"] + [size((center + row) * p.sample_capacity) for p in plans])
-        rows.append(["written over it"] + [size(row * p.sample_capacity) for p in plans])
+        # The product has class centers once, the update all of a row. A dense row that is behind has its state with both, and class
+        # centers are read again where numerators are computed twice.
+        rows.append(["read over the link, at least"] + [size((center + row) * p.sample_capacity) for p in plans])
+        rows.append(["written over it, at least"] + [size(row * p.sample_capacity) for p in plans])
     if on_file:
         # Rows of the cache do not move.
         moving = [1 - min(storage["storage_cache"] // row / p.shard_rows, 1) for p in plans]

@@ -235,8 +235,8 @@ class pfc_head_options(Structure):
         # negative is in it as often as with 1, but always with its run, except for positives and for the
         # last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
         ("sample_block", c_uint32),
-        # For residency file: bytes of memory for rows that stay there, the first of each shard; 0 for
-        # other residencies. A step moves as much less as these rows are of all. (default: 0)
+        # For residency file: bytes of memory for rows that stay there, the first of each shard. If these
+        # are half of them, a step moves half as many. 0 for other residencies. (default: 0)
         ("storage_cache", c_uint64),
     ]
 
@@ -522,12 +522,14 @@ class pfc_metrics(Structure):
 
 
 # Is told how far a rank is with its own part: done of total bytes. Called on the calling thread,
-# first with 0 and last with all of them. Must not call pfc_ functions on handles.
+# first with 0 and last with all of them; by pfc_head_save_poll once. Must not call pfc_
+# functions on handles.
 pfc_progress_fn = CFUNCTYPE(None, c_void_p, c_uint64, c_uint64)
 
 
 class pfc_save_options(Structure):
-    """Options of pfc_head_save. Prepare with pfc_save_options_init.
+    """Options of pfc_head_save, pfc_head_save_start and pfc_head_save_poll. Prepare with
+    pfc_save_options_init.
     """
 
     _fields_ = [
@@ -1026,7 +1028,8 @@ def declare(library):
     function.argtypes = [c_void_p]
     function.__doc__ = """pfc_head_free(head)
 
-    Frees the head. NULL is fine. Not collective.
+    Frees the head. NULL is fine. Not collective. A save that pfc_head_save_start has begun is
+    given up, which may wait for the disk.
     """
 
     function = library.pfc_head_error
@@ -1489,10 +1492,13 @@ def declare(library):
 
     Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a
     thread that writes it. Collective. The checkpoint is that of now, whatever the head does until
-    pfc_head_save_poll says that it is there. The head must not be saved again before; a head that
-    is freed gives the save up, and the directory keeps the checkpoint before.
+    pfc_head_save_poll says that it is there. Until then the head cannot be saved again. A head
+    that is freed gives the save up, and so does one that is poisoned: the directory keeps the
+    checkpoint before.
 
-    The copy takes as much memory as the rows that this rank writes, until they are written.
+    The copy takes as much memory as the rows that this rank writes, until they are written. Each
+    rank is checked alone: those of one machine must fit together. The ranks wait for the slowest
+    copy.
 
     @param directory as for pfc_head_save
     @param options NULL for the defaults. progress is told of the copy
@@ -1506,13 +1512,16 @@ def declare(library):
     function.__doc__ = """pfc_head_save_poll(head, done, options)
 
     Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have
-    written makes their files the checkpoint. Collective, also while nothing is over: call it
-    between two steps, every now and then, and with pauses until it is done.
+    written makes their files the checkpoint. Collective, also while nothing is over. Call it
+    between two steps, every now and then. After the last step call it with pauses until it is
+    done.
 
     @param done written: 1 when the directory holds the new checkpoint; 0 while a rank is writing
     @param options NULL for the defaults. progress is told, once, how far this rank's file is
-    @return INVALID_ARGUMENT where no save is under way; as pfc_head_save for what went wrong with
-      the files: then the save is over, and another may begin
+    @return INVALID_ARGUMENT where no save is under way, or for an argument of this rank's, and
+      REMOTE on the others: a save that is under way goes on. As pfc_head_save for what went wrong
+      with the files: then it is over, and the next poll says that none is under way. MISMATCH
+      where ranks poll different heads
     """
 
     function = library.pfc_head_load

@@ -467,11 +467,11 @@ class Head(Handle):
         Call it between two steps every now and then; after the last one in a loop with a pause.
 
         Args:
-            progress: as for `save`; told, once, how far this rank's file is.
+            progress: as for `save`; told, once, how far this rank's file is. Where it raises, the poll's answer is lost.
 
         Raises:
-            PartialFCError: INVALID_ARGUMENT where no save is under way; IO where the system refuses, and REMOTE on the other
-                ranks: the save is over then, and the directory holds the checkpoint before.
+            PartialFCError: INVALID_ARGUMENT where no save is under way, as after one that has failed; IO where the system
+                refuses, and REMOTE on the other ranks, as by `save`: then the save is over.
         """
         return _transfer.save_poll(self, progress)
 

@@ -13,10 +13,10 @@ use crate::head::{ClassTable, Head, LoadRequest};
 use crate::{ensure, Result};
 
 /// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread, first with 0 and last with all of
-/// them. Must not call pfc_ functions on handles.
+/// them; by pfc_head_save_poll once. Must not call pfc_ functions on handles.
 pub type pfc_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64)>;
 
-/// Options of pfc_head_save. Prepare with pfc_save_options_init.
+/// Options of pfc_head_save, pfc_head_save_start and pfc_head_save_poll. Prepare with pfc_save_options_init.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct pfc_save_options {
@@ -108,10 +108,11 @@ pub unsafe extern "C" fn pfc_head_save(
 }
 
 /// Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a thread that writes it. Collective. The
-/// checkpoint is that of now, whatever the head does until pfc_head_save_poll says that it is there. The head must not be saved again
-/// before; a head that is freed gives the save up, and the directory keeps the checkpoint before.
+/// checkpoint is that of now, whatever the head does until pfc_head_save_poll says that it is there. Until then the head cannot be
+/// saved again. A head that is freed gives the save up, and so does one that is poisoned: the directory keeps the checkpoint before.
 ///
-/// The copy takes as much memory as the rows that this rank writes, until they are written.
+/// The copy takes as much memory as the rows that this rank writes, until they are written. Each rank is checked alone: those of one
+/// machine must fit together. The ranks wait for the slowest copy.
 ///
 /// @param directory as for pfc_head_save
 /// @param options NULL for the defaults. progress is told of the copy
@@ -130,12 +131,14 @@ pub unsafe extern "C" fn pfc_head_save_start(
 }
 
 /// Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have written makes their files the checkpoint.
-/// Collective, also while nothing is over: call it between two steps, every now and then, and with pauses until it is done.
+/// Collective, also while nothing is over. Call it between two steps, every now and then. After the last step call it with pauses until
+/// it is done.
 ///
 /// @param done written: 1 when the directory holds the new checkpoint; 0 while a rank is writing
 /// @param options NULL for the defaults. progress is told, once, how far this rank's file is
-/// @return INVALID_ARGUMENT where no save is under way; as pfc_head_save for what went wrong with the files: then the save is over, and
-///   another may begin
+/// @return INVALID_ARGUMENT where no save is under way, or for an argument of this rank's, and REMOTE on the others: a save that is
+///   under way goes on. As pfc_head_save for what went wrong with the files: then it is over, and the next poll says that none is under
+///   way. MISMATCH where ranks poll different heads
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_save_poll(head: *mut pfc_head, done: *mut i32, options: *const pfc_save_options) -> pfc_status {
     with_head(head, |head| {

@@ -110,7 +110,7 @@ pub unsafe extern "C" fn pfc_head_create(
     })
 }
 
-/// Frees the head. NULL is fine. Not collective.
+/// Frees the head. NULL is fine. Not collective. A save that pfc_head_save_start has begun is given up, which may wait for the disk.
 #[no_mangle]
 pub unsafe extern "C" fn pfc_head_free(head: *mut pfc_head) {
     if !head.is_null() {

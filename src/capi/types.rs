@@ -173,8 +173,8 @@ pub struct pfc_head_options {
     /// power of two, 1 to 1024. Where a sample has many runs a negative is in it as often as with 1, but always with its run, except for
     /// positives and for the last run, of which a part is drawn. Class ids should not be sorted by likeness. (default: 1)
     pub sample_block: u32,
-    /// For residency file: bytes of memory for rows that stay there, the first of each shard; 0 for other residencies. A step moves as much
-    /// less as these rows are of all. (default: 0)
+    /// For residency file: bytes of memory for rows that stay there, the first of each shard. If these are half of them, a step moves half
+    /// as many. 0 for other residencies. (default: 0)
     pub storage_cache: u64,
 }
 

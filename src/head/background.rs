@@ -1,6 +1,6 @@
 //! A save beside training: a copy of the rows, a thread that writes it, and what the ranks do when all have written.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -14,7 +14,7 @@ use crate::comm::gather_words;
 use crate::{ensure, error, Contribution, Error, Result};
 
 /// Bytes that are written before the thread looks whether the save has been given up.
-const WRITTEN: usize = 4 << 20;
+const BYTES_BETWEEN_LOOKS: usize = 4 << 20;
 
 /// A save that has begun. Dropping it gives it up.
 pub(super) struct BackgroundSave {
@@ -26,7 +26,7 @@ pub(super) struct BackgroundSave {
     thread: Option<JoinHandle<Result<u32>>>,
     /// That result: the checksum of the file's checksums.
     written: Option<Result<u32>>,
-    /// The file is not this one's to remove any more.
+    /// The file may be part of a checkpoint, and is not this one's to remove.
     handed_over: bool,
     /// The process that began it: its forked children have no such thread.
     process: u32,
@@ -37,6 +37,13 @@ struct Shared {
     done: AtomicU64,
     total: u64,
     given_up: AtomicBool,
+}
+
+impl Shared {
+    fn go_on(&self) -> Result<()> {
+        ensure!(!self.given_up.load(Ordering::Relaxed), Aborted, "the save was given up");
+        Ok(())
+    }
 }
 
 /// The rows of one rank, on their way to a file.
@@ -56,13 +63,14 @@ impl Copied {
         let layout = Layout { dim: self.dim, rows: self.rows as u64, tensors: &self.tensors };
         let mut file = RowsWriter::create(&directory.path(&Directory::unfinished(&self.name)), layout)?;
         for (number, &Tensor { dtype, .. }) in self.tensors.iter().enumerate() {
-            for bytes in self.staged.bytes(number, self.rows).chunks_mut(WRITTEN) {
-                ensure!(!shared.given_up.load(Ordering::Relaxed), Aborted, "the save was given up");
+            for bytes in self.staged.bytes(number, self.rows).chunks_mut(BYTES_BETWEEN_LOOKS) {
+                shared.go_on()?;
                 swap_if_big_endian(bytes, dtype.size());
                 file.write(number, bytes)?;
                 shared.done.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             }
         }
+        shared.go_on()?;
         let checksum = file.finish()?;
         directory.finish(&self.name)?;
         directory.sync()?;
@@ -93,6 +101,8 @@ impl BackgroundSave {
 impl Drop for BackgroundSave {
     fn drop(&mut self) {
         if self.process != std::process::id() {
+            // Not even detached: the handle may be that of another thread here.
+            std::mem::forget(self.thread.take());
             return;
         }
         self.shared.given_up.store(true, Ordering::Relaxed);
@@ -101,6 +111,7 @@ impl Drop for BackgroundSave {
             let _ = thread.join();
         }
         if !self.handed_over {
+            log::warn!("generation {} of {} was given up", self.saving.generation, self.saving.directory.display());
             let directory = Directory(&self.saving.directory);
             for name in [Directory::unfinished(&self.name), self.name.clone()] {
                 // One of them is not there.
@@ -117,11 +128,15 @@ const FAILED_WITH_STATUS: u64 = 2;
 
 impl Head {
     /// Begins a save that goes on beside training; see `pfc_head_save_start`.
-    pub fn save_start(&mut self, directory: Contribution<&std::path::Path>, report: Report<'_>) -> Result<()> {
+    pub fn save_start(&mut self, directory: Contribution<&Path>, report: Report<'_>) -> Result<()> {
         self.check_usable()?;
         let comm = self.comm.clone();
         let _turn = comm.take_turn()?;
-        let saving = self.agree_on_save(directory)?;
+        // The process may be in another directory when the file is written.
+        let absolute =
+            |path: &Path| std::path::absolute(path).map_err(|cause| error!(Io, "cannot find {}: {cause}", path.display()));
+        let directory = directory.and_then(absolute);
+        let saving = self.agree_on_save(directory.as_deref().map_err(Error::clone))?;
         let begun = self.copy_rows(saving, report);
         let words = begun.as_ref().map(|_| []).map_err(|error| self.name_rank(error));
         let agreed = gather_words(&self.comm, words);
@@ -137,22 +152,29 @@ impl Head {
         let _turn = comm.take_turn()?;
         let under_way =
             self.background.as_mut().ok_or_else(|| error!(InvalidArgument, "no save is under way: pfc_head_save_start begins one"));
-        let state = asked.and(under_way).map(|background| match background.written(report) {
-            None => [WRITING, 0],
-            Some(Ok(checksum)) => [WRITTEN_WITH_CHECKSUM, u64::from(*checksum)],
-            Some(Err(error)) => [FAILED_WITH_STATUS, error.status as u64],
+        let number = self.number;
+        let words = asked.and(under_way).map(|background| {
+            let [state, value] = match background.written(report) {
+                None => [WRITING, 0],
+                Some(Ok(checksum)) => [WRITTEN_WITH_CHECKSUM, u64::from(*checksum)],
+                Some(Err(error)) => [FAILED_WITH_STATUS, error.status as u64],
+            };
+            // Where this rank is not told of the others, rank 0 may make the files the checkpoint.
+            background.handed_over = state == WRITTEN_WITH_CHECKSUM;
+            [number, background.saving.generation, state, value]
         });
-        let agreed = gather_words(&self.comm, state.map_err(|error| self.name_rank(&error)));
+        let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(&error)));
+        let agreed = agreed.and_then(|all| self.require_same_head(&all, "pfc_head_save_poll", |words| words[0]).map(|()| all));
+        let over = agreed.as_ref().is_ok_and(|all| all.iter().all(|&[_, _, state, _]| state == WRITTEN_WITH_CHECKSUM));
+        if let Some(background) = self.background.as_mut().filter(|_| !over && self.comm.failure().is_none()) {
+            background.handed_over = false;
+        }
         let all = self.poison_without_peers(agreed)?;
-        if let Some(failed) = all.iter().position(|&[state, _]| state == FAILED_WITH_STATUS) {
-            return Err(self.give_up_save(failed, all[failed][1]));
+        if let Some(failed) = all.iter().position(|&[_, _, state, _]| state == FAILED_WITH_STATUS) {
+            return Err(self.give_up_save(failed, all[failed][3]));
         }
-        if all.iter().any(|&[state, _]| state == WRITING) {
-            return Ok(false);
-        }
-        let Some(mut background) = self.background.take() else { unreachable!("this rank has written its file") };
-        background.handed_over = true;
-        let checksums: Vec<u64> = all.iter().map(|&[_, checksum]| checksum).collect();
+        let Some(background) = self.background.take_if(|_| over) else { return Ok(false) };
+        let checksums: Vec<u64> = all.iter().map(|&[.., checksum]| checksum).collect();
         self.publish(&background.saving, &checksums)?;
         Ok(true)
     }

@@ -128,9 +128,9 @@ impl Staged {
                 DType::Bf16 => {
                     // SAFETY: floats without padding, of which every bit pattern is two of these.
                     let (_, halves, _) = unsafe { words.align_to::<u16>() };
-                    halves[elements].iter().position(|half| half & 0x7f80 == 0x7f80)
+                    find_first(&halves[elements], |half| half & 0x7f80 == 0x7f80)
                 }
-                _ => words[elements].iter().position(|value| !value.is_finite()),
+                _ => find_first(&words[elements], |value| !value.is_finite()),
             };
             if let Some(at) = found {
                 let class = first + (at / self.dim) as u64;
@@ -139,4 +139,13 @@ impl Staged {
         }
         Ok(())
     }
+}
+
+/// Where the first value is that a test finds.
+fn find_first<T: Copy>(values: &[T], finds: impl Fn(T) -> bool) -> Option<usize> {
+    /// A vector of values is tested at once where none of them ends the loop.
+    const BLOCK: usize = 4096;
+    let found = |block: &[T]| block.iter().fold(false, |found, &value| found | finds(value));
+    let block = values.chunks(BLOCK).position(found)? * BLOCK;
+    Some(block + values[block..].iter().position(|&value| finds(value))?)
 }

@@ -232,7 +232,7 @@ fn whatever_fails_while_classes_change_they_are_the_new_ones_or_those_before() {
             let what = format!("{fault} {number} {function}: {status} {text}");
             assert!(!function.is_empty(), "{what}: no such call");
             if status == "PFC_OK" {
-                // A head can do without knowing how much memory is left or how large sectors are, and without another name for its file.
+                // A head can do without knowing how large sectors are, and without another name for its file.
                 assert!(centers_of(&folder, FEWER) == new, "{what}: other rows");
                 changed += 1;
             } else {
@@ -242,7 +242,7 @@ fn whatever_fails_while_classes_change_they_are_the_new_ones_or_those_before() {
             }
         }
     }
-    assert!(changed > 60 && refused > 20, "{changed} times the new ones, {refused} times those before");
+    assert!(changed > 30 && refused > 20, "{changed} times the new ones, {refused} times those before");
     // What a process that is killed has left is in nobody's way, and does not stay.
     for when in ["classes", "step"] {
         fresh(&folder);

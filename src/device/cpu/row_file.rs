@@ -399,7 +399,7 @@ impl Records {
     }
 
     /// # Safety
-    /// No other thread writes the slots of these positions, or touches their units of the file.
+    /// No other thread writes the slots of these positions, or touches their records or their units of the file.
     unsafe fn write(
         &self,
         cache: &Parts<'_, u8>,

@@ -6,23 +6,15 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::{call, driver_result, log_failure, Context, Stream};
+use super::{call, driver_result, log_failure, Context, MemorySpace, Stream};
 use crate::memory::Plain;
 use crate::{ensure, error, Error, Result};
 
-/// Where an array is that kernels reach.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    Device,
-    /// Page-locked: kernels read and write it over the link between the two.
-    Host,
-}
-
-/// An array that kernels reach. Dropping it waits for everything under way in its context, as the driver's own free does.
+/// An array that kernels reach: those in page-locked host memory over the link between the two. Dropping it waits for everything under way in its context, as the driver's own free does.
 pub(crate) struct DeviceBuffer<T: Plain> {
     data: *mut T,
     len: usize,
-    place: Place,
+    space: MemorySpace,
     context: Arc<Context>,
 }
 
@@ -35,21 +27,21 @@ impl<T: Plain> DeviceBuffer<T> {
     ///
     /// Errors: OUT_OF_MEMORY, naming the bytes wanted and the bytes free.
     pub fn zeroed(stream: &Stream, len: usize, what: &str) -> Result<DeviceBuffer<T>> {
-        DeviceBuffer::zeroed_in(Place::Device, stream, len, what)
+        DeviceBuffer::zeroed_in(MemorySpace::Device, stream, len, what)
     }
 
     /// The same in that memory.
-    pub fn zeroed_in(place: Place, stream: &Stream, len: usize, what: &str) -> Result<DeviceBuffer<T>> {
+    pub fn zeroed_in(space: MemorySpace, stream: &Stream, len: usize, what: &str) -> Result<DeviceBuffer<T>> {
         let context = stream.context();
         let _current = context.enter()?;
-        let mut buffer = DeviceBuffer { data: std::ptr::null_mut(), len, place, context: context.clone() };
+        let mut buffer = DeviceBuffer { data: std::ptr::null_mut(), len, space, context: context.clone() };
         if len == 0 {
             return Ok(buffer);
         }
         let bytes = wanted::<T>(len, what)?;
-        buffer.data = match place {
-            Place::Device => allocate_on_device(context, bytes, what)?.cast(),
-            Place::Host => allocate_on_host(context, bytes, what, sys::CU_MEMHOSTALLOC_DEVICEMAP)?.cast(),
+        buffer.data = match space {
+            MemorySpace::Device => allocate_on_device(context, bytes, what)?.cast(),
+            MemorySpace::Host => allocate_on_host(context, bytes, what, sys::CU_MEMHOSTALLOC_DEVICEMAP)?.cast(),
         };
         // SAFETY: memory of this size, and nobody else's.
         unsafe { stream.fill(buffer.data.cast(), 0, bytes) }?;
@@ -129,9 +121,9 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
             let _current = self.context.enter()?;
             // SAFETY: made by `zeroed_in`; nothing under way uses it.
             unsafe {
-                match self.place {
-                    Place::Device => call!(self.context.ordinal(), cuMemFree_v2(self.data as u64)),
-                    Place::Host => call!(self.context.ordinal(), cuMemFreeHost(self.data.cast())),
+                match self.space {
+                    MemorySpace::Device => call!(self.context.ordinal(), cuMemFree_v2(self.data as u64)),
+                    MemorySpace::Host => call!(self.context.ordinal(), cuMemFreeHost(self.data.cast())),
                 }
             }
         };

@@ -19,7 +19,7 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::{ensure, error, Error, Result};
 
 pub(crate) use context::{Context, CurrentContext, MemorySpace};
-pub(crate) use memory::{DeviceBuffer, PinnedBuffer, Place};
+pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
 pub(crate) use stream::{Event, Priority, Stream};
 

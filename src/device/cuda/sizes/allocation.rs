@@ -43,7 +43,7 @@ impl HeadMemory {
             for (copy, of_step) in arrays.iter_mut().enumerate() {
                 if copy < array.copies {
                     let bytes = usize::try_from(array.bytes).unwrap_or(usize::MAX);
-                    let buffer = DeviceBuffer::<u8>::zeroed_in(sizes.place(&array), stream, bytes, array.name)?;
+                    let buffer = DeviceBuffer::<u8>::zeroed_in(sizes.space(&array), stream, bytes, array.name)?;
                     data = buffer.as_mut_ptr();
                     buffers.push(buffer);
                 }

@@ -9,7 +9,7 @@ mod tests;
 
 use self::arrays::Array;
 use super::context::GpuCapacity;
-use super::driver::Place;
+use super::driver::MemorySpace;
 use super::products::LARGEST_DIM;
 use super::shared_structs::{HeadArrays, MarginSettings, OptimizerSettings};
 use crate::device::{HeadSpec, Memory};
@@ -118,10 +118,10 @@ impl Sizes {
     }
 
     /// The memory that an array is in.
-    fn place(&self, array: &Array) -> Place {
+    fn space(&self, array: &Array) -> MemorySpace {
         match self.spec.options.residency == Residency::Host && array.has_rows() {
-            true => Place::Host,
-            false => Place::Device,
+            true => MemorySpace::Host,
+            false => MemorySpace::Device,
         }
     }
 
@@ -129,7 +129,7 @@ impl Sizes {
     pub fn host_bytes(&self) -> u64 {
         let mut bytes = 0u64;
         arrays::each(&self.spec, &self.capacities, self.chunks, &mut |array| {
-            if self.place(&array) == Place::Host {
+            if self.space(&array) == MemorySpace::Host {
                 bytes = bytes.saturating_add(array.all_bytes());
             }
         });
