@@ -6,8 +6,9 @@ use std::time::Duration;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
 use partialfc_testing::capi::{options, Comm, Device, Head, Outcome};
-use partialfc_testing::ranks::on_ranks;
+use partialfc_testing::ranks::{on_comms, on_ranks};
 use partialfc_testing::training::{assert_same_bits, stored_both_ways, train_step, ways_to_update, Trace};
+use partialfc_testing::transport::{group, Fault};
 
 use super::checkpoint::{assert_failure, files, folder};
 
@@ -145,5 +146,43 @@ fn a_save_outlives_the_classes_that_it_has() {
             loaded.load(&folder).expect("a head of as many classes as there were");
             assert_eq!(loaded.centers(), before);
         });
+    }
+}
+
+/// Rank 1 does not learn what the others have told, or not all of it. Whatever rank 0 has done by then, the directory holds the checkpoint
+/// before or the new one, also when the heads are gone.
+#[test]
+fn a_rank_that_hears_nothing_leaves_a_whole_checkpoint() {
+    const NEVER: i64 = i64::MAX / 2;
+    let cases = [Fault::Code, Fault::Short].into_iter().flat_map(|fault| [0, 1, 2, 3, NEVER].map(|operation| (fault, operation)));
+    for (number, (fault, operation)) in cases.enumerate() {
+        let folder = folder(&format!("unheard-{number}"));
+        let written = |rank: usize| folder.join(format!("rows-2-{rank}-of-2.safetensors")).exists();
+        let (comms, transports) = group(2);
+        let failed = on_comms(comms, |place| {
+            let mut head = Head::new(&Device::under_test(1), &place.comm, &base());
+            head.save(&folder).expect("a save");
+            let (first, count) = head.shard();
+            head.write_centers(first, &vec![0.5; count as usize * head.dim]).expect("other rows");
+            head.save_start(&folder).expect("a save that goes on");
+            // From here on a poll finds it over, or one soon after.
+            while !(written(0) && written(1)) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            place.comm.barrier().expect("a barrier");
+            if place.rank == 1 {
+                transports[1].plant(operation, fault);
+            }
+            finish(&mut head).is_err()
+        });
+        let what = format!("{fault:?} in operation {operation}");
+        let mut head = Head::new(&Device::under_test(1), &Comm::solo(), &base());
+        let before = head.centers();
+        head.load(&folder).unwrap_or_else(|failure| panic!("{what}: {failure:?}"));
+        let is_new = head.centers().iter().all(|&value| value == 0.5);
+        assert!(is_new || head.centers() == before, "{what}: a mixture");
+        // The first poll fails, or none does.
+        assert!(failed[1] || operation > 0, "{what}");
+        assert!(operation != NEVER || (is_new && !failed[0] && !failed[1]), "{what}");
     }
 }
