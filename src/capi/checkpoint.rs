@@ -9,7 +9,7 @@ use super::head::pfc_head;
 use super::status::pfc_status;
 use super::types::{init_sized, read_sized, sized, Sized64};
 use super::{array, boundary, output, required};
-use crate::head::{ClassTable, Head, LoadRequest};
+use crate::head::{ClassTable, Head, LoadRequest, Report};
 use crate::{ensure, Result};
 
 /// Is told how far a rank is with its own part: done of total bytes. Called on the calling thread, first with 0 and last with all of
@@ -47,8 +47,8 @@ pub struct pfc_load_options {
     /// Handed to progress. (default: NULL)
     pub user: *mut c_void,
     /// For each class of the checkpoint the class of the head that it becomes, or -1: none. Classes of the head that none becomes begin
-    /// anew; those that several become have the mean of their directions, with the mean of their lengths, both weighted by class_weights, and no state. All ranks must
-    /// give the same. NULL: the classes are the same. In host memory, borrowed for the call. (default: NULL)
+    /// anew; those that several become have the mean of their directions, with the mean of their lengths, both weighted by class_weights,
+    /// and no state. All ranks must give the same. NULL: the classes are the same. In host memory, borrowed for the call. (default: NULL)
     pub class_map: *const i64,
     /// Entries of class_map: the checkpoint's num_classes; 0 with NULL. (default: 0)
     pub class_map_count: u64,
@@ -84,8 +84,9 @@ pub unsafe extern "C" fn pfc_load_options_init_sized(options: *mut pfc_load_opti
 ///
 /// The directory, which all ranks must see, is made if it is not there. Each rank writes a safetensors file of its own, with tensors
 /// weight, momentum and, for AdamW, second_moment, of [rows, embedding_dim] in the types that the head stores them in, F32 or BF16, and a
-/// checksum of each MiB; rank 0 then renames the manifest, manifest.json, into place. Until then the directory holds the checkpoint that was there before, whatever happens; from then
-/// on it holds the new one, and the files of the old one are removed. What a save that was cut short has left, the next save removes.
+/// checksum of each MiB; rank 0 then renames the manifest, manifest.json, into place. Until then the directory holds the checkpoint that
+/// was there before, whatever happens; from then on it holds the new one, and the files of the old one are removed. What a save that was
+/// cut short has left, the next save removes.
 ///
 /// The ranks wait for the slowest of them: pfc_comm_set_timeout must allow for it.
 ///
@@ -100,11 +101,7 @@ pub unsafe extern "C" fn pfc_head_save(
     directory: *const c_char,
     options: *const pfc_save_options,
 ) -> pfc_status {
-    with_head(head, |head| {
-        let (options, report) = save_options(options);
-        let directory = options.and_then(|_| path("directory", directory));
-        head.save(directory, &mut |done, total| tell(report, done, total))
-    })
+    with_head(head, |head| save_with(head, directory, options, Head::save))
 }
 
 /// Begins a save that goes on beside training: copies what pfc_head_save would write, and starts a thread that writes it. Collective. The
@@ -123,11 +120,7 @@ pub unsafe extern "C" fn pfc_head_save_start(
     directory: *const c_char,
     options: *const pfc_save_options,
 ) -> pfc_status {
-    with_head(head, |head| {
-        let (options, report) = save_options(options);
-        let directory = options.and_then(|_| path("directory", directory));
-        head.save_start(directory, &mut |done, total| tell(report, done, total))
-    })
+    with_head(head, |head| save_with(head, directory, options, Head::save_start))
 }
 
 /// Looks whether the save that pfc_head_save_start has begun is over, and if all ranks have written makes their files the checkpoint.
@@ -189,6 +182,17 @@ pub unsafe extern "C" fn pfc_head_load(
         });
         head.load(request, &mut |done, total| tell(report, done, total))
     })
+}
+
+unsafe fn save_with(
+    head: &mut Head,
+    directory: *const c_char,
+    options: *const pfc_save_options,
+    save: impl FnOnce(&mut Head, Result<&Path>, Report<'_>) -> Result<()>,
+) -> Result<()> {
+    let (options, report) = save_options(options);
+    let directory = options.and_then(|_| path("directory", directory));
+    save(head, directory, &mut |done, total| tell(report, done, total))
 }
 
 /// The options of a save, or what is wrong with them; and whom to tell how far it is.

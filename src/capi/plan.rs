@@ -95,8 +95,8 @@ pub unsafe extern "C" fn pfc_plan(
 /// Predicts the memory and the traffic of a head on a CUDA device, which need not be there. Not collective.
 ///
 /// Precision auto is half. Traffic is that of max_batch rows: a CUDA device always passes as many to the collectives. The head fits if
-/// total_bytes - host_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and the driver take
-/// some hundred MB beside them.
+/// total_bytes - host_bytes is at most gpu_memory. Sizes are those on a GPU of 132 multiprocessors, such as an H100; the kernels and the
+/// driver take some hundred MB beside them.
 ///
 /// @param options the options of the head
 /// @param ranks number of ranks, each with a GPU of its own
