@@ -1373,9 +1373,9 @@ pfc_status pfc_head_resize(pfc_head *head, uint64_t num_classes, const pfc_remap
 pfc_status pfc_head_remap(pfc_head *head, uint64_t num_classes, const int64_t *class_map,
                           uint64_t class_map_count, const pfc_remap_options *options);
 
-// Makes classes one that turned out to be the same identity: each class from[i] becomes class
-// into[i]. Collective; call it between two steps. The classes behind one that has gone move up,
-// so that there are count classes less: class_map tells their new numbers.
+// Makes classes one that turned out to be the same identity: each class of from becomes the class
+// at its place in into. Collective; call it between two steps. The classes behind one that has
+// gone move up, so that there are count classes less: class_map tells their new numbers.
 //
 // @param from classes that go, each named once; the same on all ranks. In host memory
 // @param into for each of them the class that both are from now on, none of them in from. In host

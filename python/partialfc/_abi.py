@@ -1603,9 +1603,9 @@ def declare(library):
     function.argtypes = [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, POINTER(pfc_remap_options)]
     function.__doc__ = """pfc_head_merge(head, from, into, count, class_map, class_map_capacity, options)
 
-    Makes classes one that turned out to be the same identity: each class from[i] becomes class
-    into[i]. Collective; call it between two steps. The classes behind one that has gone move up,
-    so that there are count classes less: class_map tells their new numbers.
+    Makes classes one that turned out to be the same identity: each class of from becomes the class
+    at its place in into. Collective; call it between two steps. The classes behind one that has
+    gone move up, so that there are count classes less: class_map tells their new numbers.
 
     @param from classes that go, each named once; the same on all ranks. In host memory
     @param into for each of them the class that both are from now on, none of them in from. In host

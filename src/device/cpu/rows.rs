@@ -344,7 +344,7 @@ impl HostRows {
         }
     }
 
-    /// See [`HeadDevice::succeed`].
+    /// See [`crate::device::HeadDevice::succeed`].
     pub fn succeed(&mut self) {
         self.successor = false;
         self.file.iter_mut().for_each(RowFile::succeed);
