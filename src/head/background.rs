@@ -161,17 +161,17 @@ impl Head {
             };
             // Where this rank is not told of the others, rank 0 may make the files the checkpoint.
             background.handed_over = state == WRITTEN_WITH_CHECKSUM;
-            [number, background.saving.generation, state, value]
+            [number, state, value]
         });
         let agreed = gather_words(&self.comm, words.map_err(|error| self.name_rank(&error)));
         let agreed = agreed.and_then(|all| self.require_same_head(&all, "pfc_head_save_poll", |words| words[0]).map(|()| all));
-        let over = agreed.as_ref().is_ok_and(|all| all.iter().all(|&[_, _, state, _]| state == WRITTEN_WITH_CHECKSUM));
+        let over = agreed.as_ref().is_ok_and(|all| all.iter().all(|&[_, state, _]| state == WRITTEN_WITH_CHECKSUM));
         if let Some(background) = self.background.as_mut().filter(|_| !over && self.comm.failure().is_none()) {
             background.handed_over = false;
         }
         let all = self.poison_without_peers(agreed)?;
-        if let Some(failed) = all.iter().position(|&[_, _, state, _]| state == FAILED_WITH_STATUS) {
-            return Err(self.give_up_save(failed, all[failed][3]));
+        if let Some(failed) = all.iter().position(|&[_, state, _]| state == FAILED_WITH_STATUS) {
+            return Err(self.give_up_save(failed, all[failed][2]));
         }
         let Some(background) = self.background.take_if(|_| over) else { return Ok(false) };
         let checksums: Vec<u64> = all.iter().map(|&[.., checksum]| checksum).collect();
