@@ -90,16 +90,17 @@ fn names(folder: &Path) -> Vec<String> {
 
 #[test]
 fn whatever_fails_in_a_save_a_whole_checkpoint_is_left() {
-    fail_in_a_save("save", &["killed", "half", "full", "broken", "interrupted", "indirect", "short"]);
+    fail_in_a_save("save", &["killed", "half", "full", "broken", "interrupted", "indirect", "short"], 5);
 }
 
 /// The thread that writes goes the same ways.
 #[test]
 fn whatever_fails_in_a_save_beside_training_a_whole_checkpoint_is_left() {
-    fail_in_a_save("beside", &["killed", "broken"]);
+    fail_in_a_save("beside", &["killed", "broken"], 2);
 }
 
-fn fail_in_a_save(when: &str, faults: &[&str]) {
+/// More than `least_new` of the faults come after the commit.
+fn fail_in_a_save(when: &str, faults: &[&str], least_new: u32) {
     let (program, folders) = (program(), scratch(&format!("disk_{when}")));
     let (base, whole, folder) = (folders.join("base"), folders.join("whole"), folders.join("now"));
     fresh(&base);
@@ -143,7 +144,7 @@ fn fail_in_a_save(when: &str, faults: &[&str]) {
             assert_eq!(names(&folder).len(), 2, "{what}, and again: {:?}", names(&folder));
         }
     }
-    assert!(old > 20 && new > 2, "{old} times the checkpoint before, {new} times the new one");
+    assert!(old > 20 && new > least_new, "{old} times the checkpoint before, {new} times the new one");
 }
 
 #[test]
