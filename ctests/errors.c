@@ -244,7 +244,7 @@ static void options_out_of_range(pfc_device *device, pfc_comm *comm) {
   REFUSED(row_update, 0, PFC_ERROR_INVALID_ARGUMENT, "row_update");
   REFUSED(momentum, 1, PFC_ERROR_INVALID_ARGUMENT, "momentum");
   REFUSED(reserved, 1, PFC_ERROR_INVALID_ARGUMENT, "reserved must be 0, got 1");
-  REFUSED(precision, PFC_PRECISION_HALF, PFC_ERROR_UNSUPPORTED, "precision");
+  REFUSED(precision, 2 * PFC_PRECISION_HALF, PFC_ERROR_INVALID_ARGUMENT, "precision");
   REFUSED(weight_dtype, PFC_F16, PFC_ERROR_UNSUPPORTED, "weight_dtype must be f32 or bf16 in this version, got f16");
   REFUSED(state_dtype, PFC_F64, PFC_ERROR_INVALID_ARGUMENT, "state_dtype");
   REFUSED(residency, 4, PFC_ERROR_INVALID_ARGUMENT, "residency");

@@ -149,9 +149,12 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 // when they are next sampled or read.
 #define PFC_ROW_UPDATE_DENSE 2
 
-#define PFC_PRECISION_AUTO 1  // The device's own: f32 on the CPU, half on CUDA.
-#define PFC_PRECISION_F32 2   // Products as accurate as float32.
-#define PFC_PRECISION_HALF 3  // 16-bit operands, float32 sums. CUDA only.
+// The device's own: f32 on the CPU, half on CUDA.
+#define PFC_PRECISION_AUTO 1
+// Products as accurate as float32.
+#define PFC_PRECISION_F32 2
+// 16-bit operands, float32 sums. On the CPU those of the gradients alone, in bfloat16.
+#define PFC_PRECISION_HALF 3
 
 // For gather_dtype: f16 where the device computes in half precision, else f32.
 #define PFC_GATHER_AUTO 0
@@ -1670,9 +1673,8 @@ static inline pfc_status pfc_plan_report_init(pfc_plan_report *report) {
 // Predicts the memory and the traffic of a head on the CPU device, before it is made. Not
 // collective.
 //
-// Memory is that of precision f32. Traffic is that of the precision; auto is f32. With max_batch
-// 0 both are those of a head that has had such a batch. What pfc_head_accumulate takes is not in
-// it.
+// Precision auto is f32. With max_batch 0 memory and traffic are those of a head that has had
+// such a batch. What pfc_head_accumulate takes is not in it.
 //
 // @param options the options of the head
 // @param ranks number of ranks

@@ -35,8 +35,7 @@ pub struct Plan {
     pub traffic: StepTraffic,
 }
 
-/// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each. There `auto` is precision f32, and
-/// embeddings travel in it. Precision half has the traffic of a CUDA device, where they travel in f16, for full batches.
+/// For a head on the CPU device with one thread a core, `ranks` ranks with `batch` rows each. There `auto` is precision f32.
 pub fn plan(options: &HeadOptions, ranks: u32, batch: u64) -> Result<Plan> {
     let options = &checked(options, ranks, batch)?;
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());

@@ -53,10 +53,39 @@ clones! {
 fn to_nearest_body(from: &[f32], to: &mut [u16]) -> bool {
     let mut left = 0;
     for (to, &from) in to.iter_mut().zip(from) {
-        let bits = from.to_bits();
-        left |= round(bits, 0x7fff + (bits >> 16 & 1), to);
+        left |= round(from.to_bits(), nearest_carry(from), to);
     }
     left == 0
+}
+
+/// What rounds to nearest, halves to even.
+#[inline(always)]
+fn nearest_carry(value: f32) -> u32 {
+    0x7fff + (value.to_bits() >> 16 & 1)
+}
+
+/// The nearest bfloat16, halves to even.
+#[inline(always)]
+pub(crate) fn nearest(value: f32) -> u16 {
+    let mut rounded = 0;
+    round(value.to_bits(), nearest_carry(value), &mut rounded);
+    rounded
+}
+
+/// Makes the nearest that bfloat16 holds of each number.
+pub(crate) fn narrow(row: &mut [f32]) {
+    narrow_on(Simd::best(), row);
+}
+
+clones! {
+    fn narrow_on(row: &mut [f32]) = narrow_body;
+}
+
+#[inline(always)]
+fn narrow_body(row: &mut [f32]) {
+    for value in row {
+        *value = f32::from_bits(u32::from(nearest(*value)) << 16);
+    }
 }
 
 clones! {

@@ -1,12 +1,25 @@
 //! Instruction sets: the hot loops are written once and compiled several times; the machine at hand picks the copy.
 
-/// An instruction set that this machine has. Only [`Simd::best`] and [`Simd::available`] make one, so that to hold it is to know
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64 as x86;
+use std::sync::OnceLock;
+
+use crate::environment;
+use crate::{ensure, error, Result};
+
+/// An instruction set that this machine has. Only its own functions make one, so that to hold it is to know
 /// that code compiled for it may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Simd(Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
+    /// AMX for bfloat16, and what [`Level::Avx512`] has.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// AVX-512 BF16, and what [`Level::Avx512`] has.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// AVX-512 F, VL, BW, DQ and what is below.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -17,52 +30,111 @@ pub(crate) enum Level {
     Portable,
 }
 
+/// The environment's variable that names an instruction set.
+const VARIABLE: &str = "PFC_CPU";
+
 impl Simd {
-    /// The widest instruction set of this machine.
+    /// The instruction set of all work: what PFC_CPU says if this machine has that, else what is fastest here.
     #[inline]
     pub fn best() -> Simd {
-        // The standard library asks the processor once and remembers.
-        #[cfg(target_arch = "x86_64")]
-        {
-            if has_avx512() {
-                return Simd(Level::Avx512);
-            }
-            if has_avx2() {
-                return Simd(Level::Avx2);
-            }
-        }
-        Simd(Level::Portable)
+        static BEST: OnceLock<Simd> = OnceLock::new();
+        *BEST.get_or_init(|| Simd::asked_for().ok().flatten().unwrap_or_else(Simd::fastest))
     }
 
-    /// All that this machine has, the widest first. For tests and benches.
-    pub fn available() -> Vec<Simd> {
-        let mut all = Vec::new();
+    /// What PFC_CPU says, or that this machine does not have it.
+    pub fn asked_for() -> Result<Option<Simd>> {
+        environment::setting(VARIABLE).map(|name| Simd::named(&name.to_string_lossy())).transpose()
+    }
+
+    fn named(name: &str) -> Result<Simd> {
+        let known = Level::ALL.iter().any(|level| level.name() == name);
+        let names = |levels: &[Level]| levels.iter().map(|level| level.name()).collect::<Vec<_>>().join(", ");
+        ensure!(known, InvalidArgument, "{VARIABLE} must be one of {}, got {name:?}", names(Level::ALL));
+        let all = Simd::available();
+        let levels: Vec<Level> = all.iter().map(|simd| simd.0).collect();
+        let found = all.into_iter().find(|simd| simd.name() == name);
         #[cfg(target_arch = "x86_64")]
-        {
-            if has_avx512() {
-                all.push(Simd(Level::Avx512));
-            }
-            if has_avx2() {
-                all.push(Simd(Level::Avx2));
-            }
+        if found.is_some_and(|simd| simd.0 == Level::Amx) {
+            ensure!(may_use_tiles(), Unsupported, "{VARIABLE} is {name}, and the system does not let this process use its tiles");
         }
-        all.push(Simd(Level::Portable));
-        all
+        found.ok_or_else(|| error!(Unsupported, "{VARIABLE} is {name}, and this processor has {}", names(&levels)))
+    }
+
+    fn fastest() -> Simd {
+        let of = |simd: &Simd| match simd.0 {
+            // Elsewhere than on AMD's its products are half as fast as float32's.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => is_amd(),
+            _ => true,
+        };
+        Simd::available().into_iter().find(of).unwrap_or(Simd(Level::Portable))
+    }
+
+    /// All that this machine has, the widest first.
+    pub fn available() -> Vec<Simd> {
+        Level::ALL.iter().copied().filter(|level| level.is_here()).map(Simd).collect()
     }
 
     /// For people.
     pub fn name(self) -> &'static str {
-        match self.0 {
-            Level::Avx512 => "avx512",
-            Level::Avx2 => "avx2",
-            Level::Portable => "portable",
-        }
+        self.0.name()
     }
 
     #[inline]
     pub(crate) fn level(self) -> Level {
         self.0
     }
+}
+
+impl Level {
+    /// The widest first.
+    const ALL: &[Level] = &[
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2,
+        Level::Portable,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => "avx512_bf16",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            Level::Portable => "portable",
+        }
+    }
+
+    /// Whether this machine has it.
+    fn is_here(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => has_avx512() && (is_emulated() || has_tiles()),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => has_avx512() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => has_avx512(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => has_avx2(),
+            Level::Portable => true,
+        }
+    }
+}
+
+/// Whether the processor says that AMD made it.
+#[cfg(target_arch = "x86_64")]
+fn is_amd() -> bool {
+    let maker = x86::__cpuid(0);
+    [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -79,6 +151,54 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
+}
+
+/// Whether this process may use the tiles of AMX, which the system keeps across context switches for those that ask. It is asked once, by
+/// the first head in precision half; a fork keeps what it said.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn may_use_tiles() -> bool {
+    static MAY: OnceLock<bool> = OnceLock::new();
+    *MAY.get_or_init(|| is_emulated() || is_permitted())
+}
+
+/// AMX-TILE and AMX-BF16, and both parts of the tiles' state in what the system saves.
+#[cfg(target_arch = "x86_64")]
+fn has_tiles() -> bool {
+    const FEATURES: u32 = 1 << 22 | 1 << 24;
+    const STATE: u64 = 1 << 17 | 1 << 18;
+    const OSXSAVE: u32 = 1 << 27;
+    let features = x86::__cpuid(0).eax >= 7 && x86::__cpuid_count(7, 0).edx & FEATURES == FEATURES;
+    // SAFETY: the system has said that XGETBV may be used.
+    features && x86::__cpuid(1).ecx & OSXSAVE != 0 && unsafe { saved_state() } & STATE == STATE
+}
+
+/// # Safety
+/// The processor has XGETBV and the system has turned it on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "xsave")]
+unsafe fn saved_state() -> u64 {
+    unsafe { x86::_xgetbv(0) }
+}
+
+/// Asks Linux for the tiles. It refuses where a thread's stack for signals is too small for their state.
+#[cfg(target_arch = "x86_64")]
+fn is_permitted() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        // SAFETY: a question without arguments in memory.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+/// Whether testing/amx-emulator is loaded, which does what the instructions would.
+#[cfg(target_arch = "x86_64")]
+fn is_emulated() -> bool {
+    // SAFETY: a name that ends.
+    unsafe { !libc::dlsym(libc::RTLD_DEFAULT, c"pfc_amx_emulator".as_ptr()).is_null() }
 }
 
 /// Whether `f32::mul_add` is one instruction in the portable copy; where it is not it is a slow call.
@@ -115,7 +235,7 @@ macro_rules! clones {
             match simd.level() {
                 // SAFETY: a Simd of that level exists only where the processor has its features.
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::simd::Level::Amx | $crate::simd::Level::Avx512Bf16 | $crate::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
@@ -129,12 +249,33 @@ pub(crate) use clones;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Status;
 
     #[test]
-    fn the_best_is_the_first_available_and_the_portable_copy_is_always_there() {
+    fn the_portable_copy_is_always_there_and_every_one_can_be_asked_for_by_name() {
         let all = Simd::available();
-        assert_eq!(all[0], Simd::best());
+        assert!(all.contains(&Simd::best()) && all.contains(&Simd::fastest()));
         assert_eq!(all[all.len() - 1].level(), Level::Portable);
+        for simd in all {
+            assert_eq!(Simd::named(simd.name()), Ok(simd));
+        }
+        for name in ["avx", "AVX2", " avx2", "0"] {
+            let refused = Simd::named(name).expect_err("no such set");
+            assert_eq!(refused.status, Status::InvalidArgument);
+            assert!(
+                refused.message.starts_with("PFC_CPU must be one of ")
+                    && refused.message.ends_with(&format!("portable, got {name:?}"))
+            );
+        }
+    }
+
+    #[test]
+    fn what_this_processor_lacks_is_refused_by_name() {
+        for level in Level::ALL.iter().filter(|level| !level.is_here()) {
+            let refused = Simd::named(level.name()).expect_err("not here");
+            assert_eq!(refused.status, Status::Unsupported);
+            assert!(refused.message.contains(level.name()) && refused.message.ends_with("portable"), "{refused:?}");
+        }
     }
 
     #[inline(always)]

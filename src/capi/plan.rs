@@ -75,7 +75,7 @@ pub unsafe extern "C" fn pfc_plan_report_init_sized(report: *mut pfc_plan_report
 
 /// Predicts the memory and the traffic of a head on the CPU device, before it is made. Not collective.
 ///
-/// Memory is that of precision f32. Traffic is that of the precision; auto is f32. With max_batch 0 both are those of a head that has
+/// Precision auto is f32. With max_batch 0 memory and traffic are those of a head that has
 /// had such a batch. What pfc_head_accumulate takes is not in it.
 ///
 /// @param options the options of the head

@@ -33,8 +33,10 @@ const FAR: f64 = -60.0;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operands {
     Exact,
-    /// As precision half has them: E^ and W^ in f16 for the cosines; exp(z - c), E^ * scale / L and W^ in bf16 for the gradients.
+    /// As precision half has them on a GPU: E^ and W^ in f16 for the cosines; exp(z - c), E^ * scale / L and W^ in bf16 for the gradients.
     Half,
+    /// As it has them on a CPU: exact cosines, and the same for the gradients.
+    HalfGradients,
 }
 
 /// A head over all ranks: W and its optimizer state, C x d, and how often they were updated.
@@ -42,6 +44,8 @@ pub enum Operands {
 pub struct Head {
     pub options: HeadOptions,
     pub operands: Operands,
+    /// What cosines of the head under test may be off by: a numerator that lies so near to the middle of two bfloat16s may become either.
+    pub cosine_error: f64,
     pub ranks: usize,
     pub centers: Vec<f64>,
     /// SGD's m or AdamW's first moment.
@@ -181,7 +185,7 @@ impl Unit {
     /// As an operand of the cosines.
     fn narrow(&self, operands: Operands) -> Vec<f64> {
         match operands {
-            Operands::Exact => self.direction.clone(),
+            Operands::Exact | Operands::HalfGradients => self.direction.clone(),
             Operands::Half => self.single.iter().map(|&x| f16::from_f32(x).to_f64()).collect(),
         }
     }
@@ -190,7 +194,7 @@ impl Unit {
     fn wide(&self, operands: Operands) -> Vec<f64> {
         match operands {
             Operands::Exact => self.direction.clone(),
-            Operands::Half => self.single.iter().map(|&x| bf16::from_f32(x).to_f64()).collect(),
+            Operands::Half | Operands::HalfGradients => self.single.iter().map(|&x| bf16::from_f32(x).to_f64()).collect(),
         }
     }
 
@@ -230,7 +234,16 @@ impl Head {
     pub fn new(options: HeadOptions, ranks: usize, centers: Vec<f64>) -> Head {
         assert_eq!(centers.len(), options.num_classes as usize * options.embedding_dim as usize, "W is C x d");
         let zeros = vec![0.0; centers.len()];
-        Head { options, operands: Operands::Exact, ranks, momentum: zeros.clone(), second_moment: zeros, centers, updates: 0 }
+        Head {
+            options,
+            operands: Operands::Exact,
+            cosine_error: 2e-7,
+            ranks,
+            momentum: zeros.clone(),
+            second_moment: zeros,
+            centers,
+            updates: 0,
+        }
     }
 
     /// The classes a rank owns: contiguous, the first C mod N ranks own one more.
@@ -361,14 +374,14 @@ impl Head {
         let mut row = Row { gradient: vec![0.0; unit.direction.len()], gross: 0.0, tied: 0.0, target_cosine, grad_margins };
         // A rank's numerators have an offset of their own where all of them are far.
         let mut rounded = Vec::new();
-        if self.operands == Operands::Half {
+        if self.operands != Operands::Exact {
             for rank in 0..if self.options.placement == Placement::Sharded { self.ranks } else { 1 } {
                 let shard = self.shard(rank);
                 let of_rank = columns.iter().zip(&logits).filter(|(column, _)| shard.contains(&(column.class as usize)));
                 let largest = of_rank.filter_map(|(_, logit)| *logit).map(|logit| logit.0).fold(f64::NEG_INFINITY, f64::max);
                 let far = scale > 75.0 && largest.is_finite() && largest - common_offset(margin) < FAR;
                 let offset = if far { largest } else { common_offset(margin) };
-                rounded.push((shard, RoundedRow::new(unit, margin, log_n, scale * psi, offset)));
+                rounded.push((shard, RoundedRow::new(unit, margin, self.cosine_error, log_n, scale * psi, offset)));
             }
         }
         for (column, logit) in columns.iter_mut().zip(&logits) {
@@ -530,8 +543,8 @@ struct RoundedRow {
 }
 
 impl RoundedRow {
-    fn new(unit: &Unit, margin: &Margin, log_n: f64, target_logit: f64, offset: f64) -> RoundedRow {
-        let unsure = 2e-6 + 2e-7 * margin.scale;
+    fn new(unit: &Unit, margin: &Margin, cosine_error: f64, log_n: f64, target_logit: f64, offset: f64) -> RoundedRow {
+        let unsure = 2e-6 + cosine_error * margin.scale;
         let factor = f64::from((margin.scale / ((log_n - offset).exp() + (target_logit - offset).exp())) as f32);
         let (mut scaled, mut squares) = (Vec::new(), 0.0);
         for &x in &unit.single {

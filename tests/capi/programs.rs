@@ -135,7 +135,7 @@ fn a_program_with_more_rights_than_its_user_ignores_the_environment() {
     fs::copy(program, &copy).expect("a copy");
     let settings = |command: &mut Command| {
         let library = folder.join("no_library_here.so");
-        output(command.env("PFC_CHECK", "perhaps").env("PFC_TRACE", &trace).env("PFC_NCCL_LIB", library))
+        output(command.env("PFC_CHECK", "perhaps").env("PFC_CPU", "perhaps").env("PFC_TRACE", &trace).env("PFC_NCCL_LIB", library))
     };
     let plain = settings(&mut Command::new(&copy));
     assert!(plain.starts_with("privileged 0\nPFC_CHECK PFC_CHECK must be") && plain.contains("PFC_NCCL_LIB is loaded"), "{plain}");

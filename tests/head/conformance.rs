@@ -119,13 +119,15 @@ vectors! {
     sphereface_one_rank
 }
 
-/// The CPU has no half precision: on a GPU, emulated or not, whatever the others run on.
+/// On the CPU, and on a GPU, emulated or not, whatever the others run on.
 #[test]
 fn half_precision_stays_near() {
     let _turn = emulator::turn(1);
     let vectors = Vectors::load("arcface_one_rank_d512_tenth");
     for workspace_limit in [0, LEAST] {
-        replay_on(&vectors, 1, HeadOptions { workspace_limit, precision: Precision::Half, ..vectors.options() }, gpu);
+        let options = HeadOptions { workspace_limit, precision: Precision::Half, ..vectors.options() };
+        replay_on(&vectors, 2, options.clone(), || Device::cpu(2));
+        replay_on(&vectors, 1, options, gpu);
     }
 }
 

@@ -12,6 +12,7 @@ mod evaluation;
 mod factor;
 mod faults;
 mod growing;
+mod half;
 mod reference;
 mod remap;
 mod residency;

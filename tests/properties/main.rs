@@ -3,9 +3,10 @@
 //! `PROPTEST_RNG_SEED=n PROPTEST_CASES=m cargo test --test properties` draws others than the ordinary run.
 
 mod budget;
+mod half;
 
+use ::half::{bf16, f16};
 use budget::{floor, Budget};
-use half::{bf16, f16};
 use partialfc::margin::Margin;
 use partialfc::matrix::DType;
 use partialfc::options::{HeadOptions, Placement};

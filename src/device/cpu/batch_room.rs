@@ -86,7 +86,7 @@ impl CpuHead {
     /// Sizes the step's vectors to its rows and classes, and forgets the figures of the step before.
     pub(super) fn size_step(&mut self) -> Result<()> {
         let draft = &self.step.draft;
-        let shape = Shape { rows: draft.labels.len(), dim: self.sizes.capacity.dim, classes: draft.sample.len() };
+        let shape = Shape { rows: draft.labels.len(), classes: draft.sample.len(), ..self.sizes.capacity };
         let step = &mut self.step;
         step.shape = shape;
         for vector in [

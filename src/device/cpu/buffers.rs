@@ -29,7 +29,7 @@ pub(super) struct Messages {
 
 impl Messages {
     pub fn new(spec: &HeadSpec, sizes: &Sizes, gather_dtype: DType) -> Result<Messages> {
-        let Shape { rows, dim, classes } = sizes.capacity;
+        let Shape { rows, dim, classes, .. } = sizes.capacity;
         let (ranks, max_batch, sharded) = (spec.ranks as usize, spec.options.max_batch as usize, spec.is_sharded());
         let label_block = protocol::label_block(spec.options.max_batch);
         let if_sharded = |elements: usize| if sharded { elements } else { 0 };
@@ -54,7 +54,7 @@ impl Messages {
 pub(super) struct Activations {
     /// E^: [rows, row_pitch].
     pub units: Buffer<f32>,
-    /// E^ transposed: [d, batch_pitch].
+    /// E^ transposed, as the operands of the products lay it out: [d, batch_pitch], d rounded up to an even number.
     pub units_transposed: Buffer<f32>,
     /// E': [rows, row_pitch].
     pub scaled: Buffer<f32>,
@@ -77,7 +77,7 @@ impl Activations {
         let Shape { rows, dim, .. } = sizes.capacity;
         Ok(Activations {
             units: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "normalized embeddings")?,
-            units_transposed: Buffer::zeroed(dim * sizes.capacity.batch_pitch(), "transposed embeddings")?,
+            units_transposed: Buffer::zeroed(dim.next_multiple_of(2) * sizes.capacity.batch_pitch(), "transposed embeddings")?,
             scaled: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "scaled embeddings")?,
             tangents: Buffer::zeroed(rows * sizes.capacity.row_pitch(), "targets' tangents")?,
             weighted_centers: Buffer::zeroed(sizes.weighted_centers, "weighted centers")?,

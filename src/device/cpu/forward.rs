@@ -3,7 +3,8 @@
 use super::arrivals::Arrivals;
 use super::buffers::Activations;
 use super::head::{CpuHead, StepState, ELSEWHERE, IGNORED, ROWS_A_TASK};
-use super::passes::{pass, transpose, SampleRows};
+use super::operands::Operands;
+use super::passes::{pass, SampleRows};
 use super::pool::Pool;
 use super::products::{self, ForwardOutput};
 use super::sample::Draft;
@@ -135,7 +136,8 @@ impl Forward<'_> {
             }
         });
         step.bad_row = bad_rows.iter().copied().find(|&row| row != usize::MAX);
-        transpose(pool, &self.activations.units, pitch, &mut self.activations.units_transposed, rows, dim);
+        let Activations { units, units_transposed, .. } = &mut *self.activations;
+        Operands::of(&step.shape).transpose_units(pool, &step.shape, units, units_transposed);
     }
 
     /// Phase 4: numerators, row sums and P @ W^. All is done again if a row turns out to need an offset of its own: that happens to few

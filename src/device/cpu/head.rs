@@ -6,6 +6,7 @@ use super::accumulation::Accumulation;
 use super::arrivals::Arrivals;
 use super::batch_room::{affordable_sizes, BatchRoom};
 use super::buffers::{copied, Activations, Messages};
+use super::operands::Operands;
 use super::pool::Pool;
 use super::products::Shape;
 use super::row_terms::TermFigures;
@@ -23,7 +24,7 @@ use crate::protocol::{self, Announcement, LossPlace};
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::{Contribution, Error, Result};
 
-/// Rows of a batch that one task normalizes or finishes.
+/// Rows of a batch that one task normalizes or finishes: whole pairs of them.
 pub(super) const ROWS_A_TASK: usize = 16;
 /// A row's target cosine where another rank owns its class.
 pub(super) const ELSEWHERE: f32 = -2.0;
@@ -354,9 +355,10 @@ impl HeadDevice for CpuHead {
             }
         }
         let target = if sharded { gradient_send.parts() } else { gradient_recv.parts() };
-        let (tangents, scaled) = (tangents.parts(), scaled.parts());
+        let (tangents, scaled, operands) = (tangents.parts(), scaled.parts(), Operands::of(shape));
         pool.run(rows.div_ceil(ROWS_A_TASK), &|task, _| {
-            for row in task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows) {
+            let own = task * ROWS_A_TASK..((task + 1) * ROWS_A_TASK).min(rows);
+            for row in own.clone() {
                 let position = if sharded {
                     let (origin, number) = draft.origin(row);
                     origin * padded + number
@@ -383,6 +385,8 @@ impl HeadDevice for CpuHead {
                     vector::turn_tangent(tangent, unit, target_cosines[row]);
                 }
             }
+            // SAFETY: as above.
+            operands.round_scaled(unsafe { scaled.range(own.start * pitch..own.end * pitch) }, pitch, dim);
         });
         Exchange::host(self.messages.gradient_send.as_ptr(), self.messages.gradient_recv.as_mut_ptr(), padded * dim, DType::F32)
     }

@@ -8,6 +8,7 @@ mod forward;
 mod head;
 mod loss;
 mod nearest;
+mod operands;
 mod passes;
 mod pool;
 mod products;
@@ -45,6 +46,7 @@ impl Cpu {
     pub fn new(threads: u32) -> Result<Cpu> {
         ensure!(threads <= MOST_THREADS, InvalidArgument, "threads must be 0 to {MOST_THREADS}, got {threads}");
         let pool = Arc::new(Pool::new(threads as usize));
+        Simd::asked_for()?;
         let text = format!("cpu: {} threads, {}", pool.threads(), Simd::best().name());
         let info = CString::new(text).map_err(|_| error!(Device, "the device's name contains a zero byte"))?;
         Ok(Cpu { pool, info })

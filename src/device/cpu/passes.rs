@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::arrivals::Arrivals;
 use super::buffers::Activations;
 use super::head::{CpuHead, StepState};
+use super::operands::Operands;
 use super::pool::Pool;
 use super::products::{self, Pass, RowSource, UpdateInput};
 use super::row_tensors::Slots;
@@ -71,9 +72,10 @@ pub(super) fn pass<'a>(
     scratch: &'a mut Buffer<f32>,
 ) -> Pass<'a> {
     // A caller's sample may be larger than any draw: what does not fit is computed twice.
-    let kept_chunks = numerators.len().checked_div(step.shape.chunk_elements()).unwrap_or(0).min(step.shape.chunks());
+    let kept_chunks = numerators.len().checked_div(step.shape.kept_chunk_elements()).unwrap_or(0).min(step.shape.chunks());
     Pass {
         shape: step.shape,
+        operands: Operands::of(&step.shape),
         softmax,
         offsets: &step.offsets,
         units_transposed,

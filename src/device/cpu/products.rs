@@ -13,9 +13,10 @@
 
 use std::ops::Range;
 
+use super::operands::Operands;
 use super::pool::Pool;
 use super::vector::{self, Softmax};
-use crate::device::gemm::{gemm, GemmShape, Operand, Store};
+use crate::device::gemm::Store;
 use crate::device::host_math::center_inverse_norm;
 use crate::memory::{reserve, Parts};
 use crate::Result;
@@ -39,6 +40,8 @@ pub(super) struct Shape {
     pub rows: usize,
     pub dim: usize,
     pub classes: usize,
+    /// In precision half: the numerators that are kept are bfloat16.
+    pub half: bool,
 }
 
 impl Shape {
@@ -61,6 +64,16 @@ impl Shape {
     /// Elements of a whole chunk of P^T.
     pub fn chunk_elements(&self) -> usize {
         CHUNK * self.batch_pitch()
+    }
+
+    /// Floats from a kept row of P^T to the next; in precision half each holds two numerators.
+    pub fn kept_pitch(&self) -> usize {
+        pitch(if self.half { self.rows.div_ceil(2) } else { self.rows })
+    }
+
+    /// Floats of a whole chunk of P^T that is kept.
+    pub fn kept_chunk_elements(&self) -> usize {
+        CHUNK * self.kept_pitch()
     }
 
     pub fn splits(&self) -> usize {
@@ -130,10 +143,11 @@ const PREFETCH: usize = 4;
 #[derive(Clone, Copy)]
 pub(super) struct Pass<'a> {
     pub shape: Shape,
+    pub operands: Operands,
     pub softmax: Softmax,
     /// c of each row, or the row's own offset.
     pub offsets: &'a [f32],
-    /// E^ transposed: [d, batch_pitch].
+    /// E^ transposed, as the operands lay it out: [d, batch_pitch].
     pub units_transposed: &'a [f32],
     pub targets: &'a Targets,
     pub rows: &'a dyn RowSource,
@@ -168,6 +182,15 @@ impl<'a> Pass<'a> {
         Scratch { centers, numerators, sums, best, scratch_rows }
     }
 
+    /// Where a chunk of P^T is kept.
+    ///
+    /// # Safety
+    /// It is one of the `kept_chunks`, and nothing else refers to it while the result is in use.
+    unsafe fn kept_chunk(&self, chunk: usize) -> &'a mut [f32] {
+        let elements = self.shape.kept_chunk_elements();
+        self.numerators.range(chunk * elements..(chunk + 1) * elements)
+    }
+
     /// W^ of a chunk, and the inverse norms of its rows.
     fn gather(&self, columns: &Range<usize>, centers: &mut [f32], scratch_rows: &mut [f32], mut norms: impl FnMut(usize, f32)) {
         let (dim, pitch) = (self.shape.dim, self.shape.row_pitch());
@@ -188,17 +211,8 @@ impl<'a> Pass<'a> {
 
     /// P^T of a chunk from W^: cosines, targets masked, exp.
     fn numerators(&self, columns: &Range<usize>, centers: &[f32], numerators: &mut [f32], sums: &mut [f32], best: &mut [f32]) {
-        let Shape { rows, dim, .. } = self.shape;
-        let (row_pitch, batch_pitch) = (self.shape.row_pitch(), self.shape.batch_pitch());
-        // [columns, rows] = W^ [columns, d] @ E^.T [d, rows]
-        gemm(
-            GemmShape { m: columns.len(), n: rows, k: dim },
-            numerators,
-            batch_pitch,
-            Operand::rows(centers, row_pitch),
-            Operand::rows(self.units_transposed, batch_pitch),
-            Store::Replace,
-        );
+        let (rows, batch_pitch) = (self.shape.rows, self.shape.batch_pitch());
+        self.operands.cosines(&self.shape, columns.len(), centers, self.units_transposed, numerators);
         for &(column, row) in self.targets.of_columns(columns) {
             numerators[(column as usize - columns.start) * batch_pitch + row as usize] = f32::NEG_INFINITY;
         }
@@ -225,8 +239,7 @@ pub(super) struct ForwardOutput<'a> {
 /// Phases 3 and 4 over the whole sample.
 pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) {
     let shape = pass.shape;
-    let (rows, dim) = (shape.rows, shape.dim);
-    let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
+    let (rows, row_pitch) = (shape.rows, shape.row_pitch());
     pool.run(shape.splits(), &|split, worker| {
         // SAFETY: a worker number belongs to one thread, a split to one task, a chunk and a column to one split.
         let scratch = unsafe { pass.worker_scratch(worker) };
@@ -242,28 +255,29 @@ pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) 
             }
             let norms = unsafe { output.inverse_norms.range(columns.clone()) };
             pass.gather(&columns, scratch.centers, scratch.scratch_rows, |column, inverse| norms[column - columns.start] = inverse);
-            let numerators = if chunk < pass.kept_chunks {
-                let elements = shape.chunk_elements();
-                unsafe { pass.numerators.range(chunk * elements..(chunk + 1) * elements) }
-            } else {
-                &mut *scratch.numerators
-            };
             scratch.sums[..rows].fill(0.0);
             scratch.best[..rows].fill(-2.0);
-            pass.numerators(&columns, scratch.centers, numerators, scratch.sums, scratch.best);
+            // SAFETY: as above.
+            let kept = (chunk < pass.kept_chunks).then(|| unsafe { pass.kept_chunk(chunk) });
+            let numerators = match kept {
+                Some(kept) if pass.operands == Operands::F32 => {
+                    pass.numerators(&columns, scratch.centers, kept, scratch.sums, scratch.best);
+                    kept
+                }
+                kept => {
+                    pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
+                    if let Some(kept) = kept {
+                        pass.operands.keep(&shape, columns.len(), scratch.numerators, kept);
+                    }
+                    &mut *scratch.numerators
+                }
+            };
             for row in 0..rows {
                 split_sums[row] += f64::from(scratch.sums[row]);
                 split_best[row] = split_best[row].max(scratch.best[row]);
             }
-            // [rows, d] += P [rows, columns] @ W^ [columns, d]
-            gemm(
-                GemmShape { m: rows, n: dim, k: columns.len() },
-                weighted_centers,
-                row_pitch,
-                Operand::transposed(numerators, batch_pitch),
-                Operand::rows(scratch.centers, row_pitch),
-                if turn == 0 { Store::Replace } else { Store::Add },
-            );
+            let store = if turn == 0 { Store::Replace } else { Store::Add };
+            pass.operands.weighted_centers(&shape, columns.len(), numerators, scratch.centers, weighted_centers, store);
         }
     });
 }
@@ -273,7 +287,7 @@ pub(super) type GradientSink<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) -> f64 
 
 /// What the update pass reads beside the pass itself.
 pub(super) struct UpdateInput<'a> {
-    /// E' = scale * E^ / L: [rows, row_pitch].
+    /// E' = scale * E^ / L: [rows, row_pitch], rounded by the pass's operands.
     pub scaled: &'a [f32],
     /// E^ - cos W^ of the rows whose target is here: [rows, row_pitch].
     pub tangents: &'a [f32],
@@ -292,30 +306,20 @@ pub(super) fn update<R>(
     beside: impl FnOnce() -> R,
 ) -> R {
     let shape = pass.shape;
-    let (rows, dim) = (shape.rows, shape.dim);
-    let (row_pitch, batch_pitch) = (shape.row_pitch(), shape.batch_pitch());
+    let (dim, row_pitch) = (shape.dim, shape.row_pitch());
     let body = |chunk: usize, worker: usize| {
         let columns = shape.chunk(chunk);
         // SAFETY: a worker number belongs to one thread, a chunk to one task.
         let scratch = unsafe { pass.worker_scratch(worker) };
         let numerators = if chunk < pass.kept_chunks {
-            let elements = shape.chunk_elements();
-            unsafe { pass.numerators.range(chunk * elements..(chunk + 1) * elements) }
+            pass.operands.kept(&shape, columns.len(), unsafe { pass.kept_chunk(chunk) }, scratch.numerators)
         } else {
             pass.gather(&columns, scratch.centers, scratch.scratch_rows, |_, _| ());
             pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
-            &mut *scratch.numerators
+            pass.operands.fresh(&shape, columns.len(), scratch.numerators, scratch.sums)
         };
-        // [columns, d] = P^T [columns, rows] @ E' [rows, d]
         let gradients = &mut *scratch.centers;
-        gemm(
-            GemmShape { m: columns.len(), n: dim, k: rows },
-            gradients,
-            row_pitch,
-            Operand::rows(numerators, batch_pitch),
-            Operand::rows(input.scaled, row_pitch),
-            Store::Replace,
-        );
+        pass.operands.center_gradients(&shape, columns.len(), numerators, input.scaled, gradients);
         let mut targets = pass.targets.of_columns(&columns).iter().peekable();
         let mut total = 0.0;
         for ahead in columns.clone().take(PREFETCH) {

@@ -38,14 +38,19 @@ impl Sizes {
             Placement::Replicated => options.max_batch as usize,
         };
         let dim = options.embedding_dim as usize;
-        let capacity = Shape { rows, dim, classes: sample_capacity(options, ranks, shard) as usize };
+        let capacity = Shape {
+            rows,
+            dim,
+            classes: sample_capacity(options, ranks, shard) as usize,
+            half: options.precision == Precision::Half,
+        };
         let split_rows = Shape { classes: shard.rows as usize, ..capacity }.split_row_capacity();
         let mut sizes = Sizes {
             capacity,
             weighted_centers: split_rows * pitch(dim),
             split_rows,
             scratch: threads * capacity.scratch_elements(),
-            kept_chunks: capacity.chunks().min(isize::MAX as usize / 4 / capacity.chunk_elements().max(1)),
+            kept_chunks: capacity.chunks().min(isize::MAX as usize / 4 / capacity.kept_chunk_elements().max(1)),
         };
         let limit = options.workspace_limit;
         if limit > 0 {
@@ -56,17 +61,17 @@ impl Sizes {
                 "workspace_limit must be 0 or at least {fixed} bytes for batches of {} rows on {ranks} ranks of dimension {dim}, got {limit}",
                 options.max_batch
             );
-            let chunk = 4 * capacity.chunk_elements() as u64;
+            let chunk = 4 * capacity.kept_chunk_elements() as u64;
             sizes.kept_chunks = sizes.kept_chunks.min(((limit - fixed) / chunk.max(1)) as usize);
         }
         Ok(sizes)
     }
 
     fn activation(&self, options: &HeadOptions, ranks: usize) -> u64 {
-        let Shape { rows, dim, classes } = self.capacity;
+        let Shape { rows, dim, classes, .. } = self.capacity;
         let sharded = options.placement == Placement::Sharded;
         let max_batch = options.max_batch as usize;
-        let embeddings = 3 * rows * pitch(dim) + dim * pitch(rows);
+        let embeddings = 3 * rows * pitch(dim) + dim.next_multiple_of(2) * pitch(rows);
         let block = (max_batch + ranks * max_batch) * dim;
         // Blocks of the gradient and of the embeddings, or the replicated gradient.
         let exchanges = if sharded { block } else { max_batch * dim + classes * dim };
@@ -81,9 +86,9 @@ impl Sizes {
         (4 * (elements + scales) + embedded + moved) as u64 + 8 * (self.split_rows + ids + labels) as u64
     }
 
-    /// Elements of the numerators that are kept.
+    /// Floats of the numerators that are kept.
     pub fn kept_elements(&self) -> usize {
-        self.kept_chunks * self.capacity.chunk_elements()
+        self.kept_chunks * self.capacity.kept_chunk_elements()
     }
 
     pub fn memory(&self, options: &HeadOptions, ranks: u32, shard: Shard) -> Memory {

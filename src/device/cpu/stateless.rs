@@ -1,6 +1,7 @@
 //! The kernels by themselves, over the caller's memory.
 
 use super::head::{CpuHead, ELSEWHERE};
+use super::operands::Operands;
 use super::products::{self, pitch, ForwardOutput, Pass, Shape, Targets, UpdateInput, CHUNK};
 use super::vector::{self, Softmax};
 use super::Cpu;
@@ -13,9 +14,8 @@ use crate::margin::{self, Margin};
 use crate::matrix::Matrix;
 use crate::memory::{zeros, Parts};
 use crate::optimizer::{Optimizer, UpdateRule};
-use crate::options::Precision;
 use crate::sample::{self, Draw};
-use crate::{ensure, Result};
+use crate::Result;
 
 /// Rows that one task of a row-wise kernel takes.
 const ROWS: usize = 64;
@@ -92,6 +92,7 @@ impl Cpu {
     ) -> Pass<'a> {
         Pass {
             shape: *shape,
+            operands: Operands::F32,
             softmax: Softmax::new(margin),
             offsets,
             units_transposed,
@@ -108,7 +109,7 @@ impl Cpu {
 /// Sizes that 32-bit row and column numbers hold.
 fn shape(batch: u64, dim: u64, classes: u64) -> Result<Shape> {
     checked_shape(batch, dim, classes)?;
-    Ok(Shape { rows: batch as usize, dim: dim as usize, classes: classes as usize })
+    Ok(Shape { rows: batch as usize, dim: dim as usize, classes: classes as usize, half: false })
 }
 
 /// Divides a row by its norm; returns what it was multiplied by.
@@ -176,12 +177,6 @@ impl Device for Cpu {
     }
 
     fn open(&self, spec: HeadSpec) -> Result<Box<dyn HeadDevice>> {
-        ensure!(
-            spec.options.precision != Precision::Half,
-            Unsupported,
-            "precision must be auto or f32 on the CPU, got half (rank {})",
-            spec.rank
-        );
         Ok(Box::new(CpuHead::new(spec, self.pool.clone())?))
     }
 

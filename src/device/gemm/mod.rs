@@ -9,11 +9,15 @@
 //! summed in order by itself. So its bits depend on its own row and column alone, not on the shape around it, nor on the instruction
 //! set where that has a fused multiply-add. Only which NaN it is may differ.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod pairs;
 mod tile;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+pub(super) use pairs::{as_bf16, as_bf16_mut, as_pairs, pair_rows, split_columns, PairUnit};
 use tile::{strip, Portable, Strip, Vector};
 
 use crate::simd::{Level, Simd};
@@ -27,31 +31,31 @@ const BLOCK: usize = 256;
 
 /// An operand of [`gemm`]: element (i, j) is `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
-pub(super) struct Operand<'a> {
-    data: &'a [f32],
+pub(super) struct Operand<'a, T = f32> {
+    data: &'a [T],
     row_stride: usize,
     column_stride: usize,
 }
 
-impl<'a> Operand<'a> {
+impl<'a, T> Operand<'a, T> {
     /// Rows of elements side by side, `pitch` apart.
-    pub fn rows(data: &'a [f32], pitch: usize) -> Operand<'a> {
+    pub fn rows(data: &'a [T], pitch: usize) -> Operand<'a, T> {
         Operand { data, row_stride: pitch, column_stride: 1 }
     }
 
     /// The transpose of such rows.
-    pub fn transposed(data: &'a [f32], pitch: usize) -> Operand<'a> {
+    pub fn transposed(data: &'a [T], pitch: usize) -> Operand<'a, T> {
         Operand { data, row_stride: 1, column_stride: pitch }
     }
 
     /// # Safety
     /// It has this element.
     #[inline(always)]
-    unsafe fn at(&self, row: usize, column: usize) -> *const f32 {
+    unsafe fn at(&self, row: usize, column: usize) -> *const T {
         unsafe { self.data.as_ptr().add(row * self.row_stride + column * self.column_stride) }
     }
 
-    fn transpose(self) -> Operand<'a> {
+    fn transpose(self) -> Operand<'a, T> {
         Operand { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
 
@@ -77,14 +81,19 @@ pub(super) struct GemmShape {
     pub k: usize,
 }
 
+impl GemmShape {
+    /// Panics if the destination has not these rows, `pitch` apart.
+    fn check(&self, destination: &[f32], pitch: usize) {
+        let GemmShape { m, n, .. } = *self;
+        let needed = m.saturating_sub(1).checked_mul(pitch).and_then(|rows| rows.checked_add(n));
+        let covered = needed.is_some_and(|needed| needed <= destination.len());
+        assert!(covered || m == 0 || n == 0, "destination of {m} x {n}, {pitch} apart");
+    }
+}
+
 /// destination [m, n] (+)= left [m, k] @ right [k, n] on the calling thread. Rows of the destination are `pitch` apart.
 pub(super) fn gemm(shape: GemmShape, destination: &mut [f32], pitch: usize, left: Operand<'_>, right: Operand<'_>, store: Store) {
-    let GemmShape { m, n, .. } = shape;
-    if m == 0 || n == 0 {
-        return;
-    }
-    let needed = (m - 1).checked_mul(pitch).and_then(|rows| rows.checked_add(n));
-    assert!(needed.is_some_and(|needed| needed <= destination.len()), "destination of {m} x {n}, {pitch} apart");
+    shape.check(destination, pitch);
     // SAFETY: as just checked; the destination is borrowed alone.
     unsafe { gemm_into(shape, destination.as_mut_ptr(), pitch, left, right, store) }
 }
@@ -119,34 +128,14 @@ unsafe fn gemm_on(
     right: Operand<'_>,
     store: Store,
 ) {
-    let GemmShape { m, n, k } = shape;
-    if m == 0 || n == 0 {
-        return;
-    }
-    if k == 0 {
-        // An empty sum.
-        if store == Store::Replace {
-            // SAFETY: the caller answers for the destination.
-            (0..m).for_each(|row| unsafe { std::slice::from_raw_parts_mut(destination.add(row * pitch), n) }.fill(0.0));
-        }
-        return;
-    }
-    assert!(left.covers(m, k), "left of {m} x {k}");
-    assert!(right.covers(k, n), "right of {k} x {n}");
-    let product = match right.column_stride > 1 && 4 * m <= n {
-        false => Product { shape, destination, row_stride: pitch, column_stride: 1, left, right, store },
-        // A few rows times many columns that lie along k: of the transposed product the right operand is the small one.
-        true => {
-            let (shape, left, right) = (GemmShape { m: n, n: m, k }, right.transpose(), left.transpose());
-            Product { shape, destination, row_stride: 1, column_stride: pitch, left, right, store }
-        }
-    };
-    // SAFETY: the strides keep every access inside the slices, as checked above; a Simd of a level exists only where the processor has
-    // its features.
+    // SAFETY: the caller answers for the destination.
+    let Some(product) = (unsafe { Product::new(shape, destination, pitch, left, right, store) }) else { return };
+    // SAFETY: the strides keep every access inside the slices, as `Product::new` has checked; a Simd of a level exists only where the
+    // processor has its features.
     unsafe {
         match simd.level() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => avx512(&product),
+            Level::Amx | Level::Avx512Bf16 | Level::Avx512 => avx512(&product),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => avx2(&product),
             Level::Portable => product.run::<Portable, PORTABLE_ROWS, 1>(),
@@ -175,13 +164,13 @@ unsafe fn avx2(product: &Product<'_>) {
 /// On aarch64 a vector of the portable copy takes two of 32 registers; elsewhere there are fewer.
 const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
 
-struct Product<'a> {
+struct Product<'a, T = f32> {
     shape: GemmShape,
     destination: *mut f32,
     row_stride: usize,
     column_stride: usize,
-    left: Operand<'a>,
-    right: Operand<'a>,
+    left: Operand<'a, T>,
+    right: Operand<'a, T>,
     store: Store,
 }
 
@@ -189,17 +178,53 @@ struct Product<'a> {
 #[repr(align(64))]
 struct Packed(#[allow(dead_code)] [f32; DEPTH * WIDTH]);
 
-impl Product<'_> {
+impl<'a, T: Copy + Default> Product<'a, T> {
+    /// `None`: nothing is left to sum.
+    ///
+    /// # Safety
+    /// As [`gemm_into`], for the destination.
+    unsafe fn new(
+        shape: GemmShape,
+        destination: *mut f32,
+        pitch: usize,
+        left: Operand<'a, T>,
+        right: Operand<'a, T>,
+        store: Store,
+    ) -> Option<Product<'a, T>> {
+        let GemmShape { m, n, k } = shape;
+        if m == 0 || n == 0 {
+            return None;
+        }
+        if k == 0 {
+            // An empty sum.
+            if store == Store::Replace {
+                // SAFETY: the caller answers for the destination.
+                (0..m).for_each(|row| unsafe { std::slice::from_raw_parts_mut(destination.add(row * pitch), n) }.fill(0.0));
+            }
+            return None;
+        }
+        assert!(left.covers(m, k), "left of {m} x {k}");
+        assert!(right.covers(k, n), "right of {k} x {n}");
+        Some(match right.column_stride > 1 && 4 * m <= n {
+            false => Product { shape, destination, row_stride: pitch, column_stride: 1, left, right, store },
+            // A few rows times many columns that lie along k: of the transposed product the right operand is the small one.
+            true => {
+                let (shape, left, right) = (GemmShape { m: n, n: m, k }, right.transpose(), left.transpose());
+                Product { shape, destination, row_stride: 1, column_stride: pitch, left, right, store }
+            }
+        })
+    }
+
     /// By tiles of ROWS rows and at most MOST vectors.
     ///
     /// # Safety
     /// As [`gemm_into`], the operands cover the shape, and the processor has what `V` needs.
     #[inline(always)]
-    unsafe fn run<V: Vector, const ROWS: usize, const MOST: usize>(&self) {
+    unsafe fn run<V: Vector<Element = T>, const ROWS: usize, const MOST: usize>(&self) {
         const { assert!(MOST >= 1 && MOST <= 3 && MOST * V::LANES <= WIDTH) }
         let GemmShape { m, n, k } = self.shape;
         let mut packed = MaybeUninit::<Packed>::uninit();
-        let packed = packed.as_mut_ptr().cast::<f32>();
+        let packed = packed.as_mut_ptr().cast::<T>();
         // Strips as even as can be: a narrow one has fewer sums to hide the multiply-adds' latency behind.
         let all_vectors = n.div_ceil(V::LANES);
         let strips = all_vectors.div_ceil(MOST);
@@ -256,7 +281,7 @@ impl Product<'_> {
     /// # Safety
     /// The operand has them, and `packed` has room for rows x `width` elements.
     #[inline(always)]
-    unsafe fn pack<V: Vector>(&self, packed: *mut f32, rows: Range<usize>, columns: Range<usize>, width: usize) {
+    unsafe fn pack<V: Vector<Element = T>>(&self, packed: *mut T, rows: Range<usize>, columns: Range<usize>, width: usize) {
         let (row_stride, column_stride) = (self.right.row_stride, self.right.column_stride);
         let (depth, filled) = (rows.len(), columns.len());
         // SAFETY: the caller answers for all of these elements.
@@ -283,8 +308,8 @@ impl Product<'_> {
             for column in (0..whole).step_by(4) {
                 let from = from.add(column * column_stride);
                 for row in 0..depth {
-                    let four: [f32; 4] = std::array::from_fn(|c| *from.add(row * row_stride + c * column_stride));
-                    packed.add(row * width + column).cast::<[f32; 4]>().write(four);
+                    let four: [T; 4] = std::array::from_fn(|c| *from.add(row * row_stride + c * column_stride));
+                    packed.add(row * width + column).cast::<[T; 4]>().write(four);
                 }
             }
             for column in whole..filled {
@@ -297,162 +322,4 @@ impl Product<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn numbers(count: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / 8_388_608.0 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
-    }
-
-    /// Rows or columns side by side, further apart than they must be, in memory that ends with the last element.
-    struct Exact {
-        data: Box<[f32]>,
-        pitch: usize,
-        transposed: bool,
-    }
-
-    impl Exact {
-        fn new(rows: usize, columns: usize, transposed: bool, seed: u32) -> Exact {
-            let (lines, length) = if transposed { (columns, rows) } else { (rows, columns) };
-            let pitch = length + 3;
-            let count = if lines * length == 0 { 0 } else { (lines - 1) * pitch + length };
-            Exact { data: numbers(count, seed).into(), pitch, transposed }
-        }
-
-        fn operand(&self) -> Operand<'_> {
-            match self.transposed {
-                true => Operand::transposed(&self.data, self.pitch),
-                false => Operand::rows(&self.data, self.pitch),
-            }
-        }
-    }
-
-    /// Edges of tiles, strips, blocks of rows and DEPTH.
-    const SIZES: [(usize, usize, usize); 15] = [
-        (1, 1, 1),
-        (1, 300, 70),
-        (300, 1, 70),
-        (2, 9, 300),
-        (7, 48, 511),
-        (8, 47, 512),
-        (9, 49, 513),
-        (16, 96, 8),
-        (17, 31, 0),
-        (25, 130, 1025),
-        (257, 33, 37),
-        (260, 16, 520),
-        (1030, 20, 1100),
-        (20, 1100, 520),
-        (300, 60, 1025),
-    ];
-
-    fn for_all_layouts(mut check: impl FnMut((usize, usize, usize), Operand<'_>, Operand<'_>)) {
-        for (m, n, k) in SIZES {
-            for (left_transposed, right_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
-                let (left, right) = (Exact::new(m, k, left_transposed, 1), Exact::new(k, n, right_transposed, 2));
-                check((m, n, k), left.operand(), right.operand());
-            }
-        }
-    }
-
-    /// What stands before and after a destination, and between its rows, as before.
-    const MARGIN: usize = 64;
-
-    fn destination(m: usize, n: usize) -> Vec<f32> {
-        numbers(m * (n + 5) + 2 * MARGIN, 3)
-    }
-
-    fn product(simd: Simd, (m, n, k): (usize, usize, usize), left: Operand<'_>, right: Operand<'_>, store: Store) -> Vec<f32> {
-        let mut all = destination(m, n);
-        // SAFETY: m rows of n + 5 elements from MARGIN on.
-        unsafe { gemm_on(simd, GemmShape { m, n, k }, all.as_mut_ptr().add(MARGIN), n + 5, left, right, store) };
-        all
-    }
-
-    fn at(row: usize, column: usize, n: usize) -> usize {
-        MARGIN + row * (n + 5) + column
-    }
-
-    #[test]
-    fn products_are_those_of_float64_and_nothing_else_is_written() {
-        for_all_layouts(|(m, n, k), left, right| {
-            // [n, k], so that the sums below run along memory.
-            let right_rows: Vec<f64> = (0..n)
-                .flat_map(|column| (0..k).map(move |k| f64::from(right.data[k * right.row_stride + column * right.column_stride])))
-                .collect();
-            let before = destination(m, n);
-            for (simd, store) in Simd::available().into_iter().flat_map(|simd| [(simd, Store::Replace), (simd, Store::Add)]) {
-                let mut all = product(simd, (m, n, k), left, right, store);
-                for row in 0..m {
-                    let left_row: Vec<f64> =
-                        (0..k).map(|k| f64::from(left.data[row * left.row_stride + k * left.column_stride])).collect();
-                    for column in 0..n {
-                        let (got, was) = (all[at(row, column, n)], before[at(row, column, n)]);
-                        all[at(row, column, n)] = was;
-                        let (mut exact, mut size) =
-                            if store == Store::Add { (f64::from(was), f64::from(was).abs()) } else { (0.0, 0.0) };
-                        for (left, right) in left_row.iter().zip(&right_rows[column * k..]) {
-                            exact += left * right;
-                            size += (left * right).abs();
-                        }
-                        let bound = f64::from(f32::EPSILON) * (size + 1e-30) * 8.0;
-                        assert!(
-                            (f64::from(got) - exact).abs() <= bound,
-                            "{simd:?} {m} x {n} x {k} {store:?} [{row}, {column}]: {got}, not {exact}"
-                        );
-                    }
-                }
-                assert_eq!(all, before, "{simd:?} {m} x {n} x {k} {store:?} wrote beyond the product");
-            }
-        });
-    }
-
-    #[test]
-    fn an_element_has_the_bits_of_its_row_and_column_alone() {
-        for_all_layouts(|(m, n, k), left, right| {
-            for (simd, store) in Simd::available().into_iter().flat_map(|simd| [(simd, Store::Replace), (simd, Store::Add)]) {
-                let all = product(simd, (m, n, k), left, right, store);
-                for (row, column) in [(0, 0), (m - 1, n - 1), (m / 2, n / 3)] {
-                    let left = Operand { data: &left.data[(row * left.row_stride).min(left.data.len())..], ..left };
-                    let right = Operand { data: &right.data[(column * right.column_stride).min(right.data.len())..], ..right };
-                    let mut alone = destination(m, n)[at(row, column, n)];
-                    // SAFETY: one element.
-                    unsafe { gemm_on(simd, GemmShape { m: 1, n: 1, k }, &mut alone, 1, left, right, store) };
-                    let found = all[at(row, column, n)];
-                    assert_eq!(found.to_bits(), alone.to_bits(), "{simd:?} {m} x {n} x {k} {store:?} [{row}, {column}]");
-                }
-            }
-        });
-    }
-
-    #[test]
-    fn instruction_sets_with_a_fused_multiply_add_have_the_same_bits() {
-        let fused = |simd: &Simd| simd.level() != Level::Portable || crate::simd::PORTABLE_FMA;
-        for_all_layouts(|sizes, left, right| {
-            let bits = |simd| product(simd, sizes, left, right, Store::Add).into_iter().map(f32::to_bits).collect::<Vec<_>>();
-            let mut all = Simd::available().into_iter().filter(fused).map(bits);
-            let Some(first) = all.next() else { return };
-            all.for_each(|other| assert_eq!(first, other, "{sizes:?}"));
-        });
-    }
-
-    #[test]
-    fn operands_that_do_not_cover_the_shape_are_refused() {
-        let data = [0.0; 100];
-        for (operand, rows, columns) in [
-            (Operand::rows(&data, 10), 11, 1),
-            (Operand::rows(&data, 10), 10, 11),
-            (Operand::transposed(&data, 10), 10, 11),
-            (Operand::rows(&data, usize::MAX), 3, 1),
-            (Operand::rows(&data, usize::MAX / 2 + 1), 3, 5),
-        ] {
-            assert!(!operand.covers(rows, columns), "{rows} x {columns}");
-        }
-        assert!(Operand::rows(&data, 10).covers(10, 10) && Operand::transposed(&data, 10).covers(10, 10));
-    }
-}
+mod tests;

@@ -3,22 +3,26 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use super::pairs::Pair;
 use crate::simd::PORTABLE_FMA;
 
-/// Floats side by side, as an instruction set has them. Its functions run only where the processor has that.
+/// A register as an instruction set has it: elements of the operands side by side, or as many sums. Its functions run only where the
+/// processor has that.
 ///
 /// # Safety
-/// In memory it is LANES floats, the first lane first, without padding; `load` and `store` touch these and nothing else.
+/// In memory it is LANES elements or floats, the first lane first, without padding; `load` and `store` touch these and nothing else.
 pub(super) unsafe trait Vector: Copy {
+    /// Of the operands: as large as a float.
+    type Element: Copy + Default;
     const LANES: usize;
 
-    unsafe fn splat(value: f32) -> Self;
-    unsafe fn load(from: *const f32) -> Self;
-    unsafe fn store(self, to: *mut f32);
+    unsafe fn splat(value: Self::Element) -> Self;
+    unsafe fn load(from: *const Self::Element) -> Self;
+    unsafe fn store(self, to: *mut Self::Element);
     unsafe fn plus(self, other: Self) -> Self;
     /// Hints that this line of memory will be used.
     unsafe fn prefetch(_line: *const f32) {}
-    /// self + a * b.
+    /// The sums self, and the products of the elements a and b.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
 }
 
@@ -27,6 +31,7 @@ pub(super) unsafe trait Vector: Copy {
 macro_rules! register {
     ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $plus:ident, $fused:ident) => {
         unsafe impl Vector for $type {
+            type Element = f32;
             const LANES: usize = $lanes;
 
             #[inline(always)]
@@ -66,12 +71,62 @@ register!(__m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_
 #[cfg(target_arch = "x86_64")]
 register!(__m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps);
 
+/// A register of pairs, or of sums of their products.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Pairs(__m512);
+
+#[cfg(target_arch = "x86_64")]
+unsafe impl Vector for Pairs {
+    type Element = Pair;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(value: Pair) -> Self {
+        Pairs(unsafe { _mm512_castsi512_ps(_mm512_set1_epi32(value.bits() as i32)) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const Pair) -> Self {
+        Pairs(unsafe { _mm512_loadu_ps(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut Pair) {
+        unsafe { _mm512_storeu_ps(to.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        Pairs(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        // SAFETY: a register of 16 floats is one of 32 bfloat16s.
+        unsafe {
+            Pairs(_mm512_dpbf16_ps(
+                self.0,
+                std::mem::transmute::<__m512, __m512bh>(a.0),
+                std::mem::transmute::<__m512, __m512bh>(b.0),
+            ))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(line: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+}
+
 /// What the compiler makes vectors of.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct Portable([f32; 8]);
 
 unsafe impl Vector for Portable {
+    type Element = f32;
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -104,11 +159,11 @@ unsafe impl Vector for Portable {
 }
 
 /// A product of `depth` columns of the left operand with a strip of the right one. A pair of strides is a row's and a column's.
-pub(super) struct Strip {
-    pub left: *const f32,
+pub(super) struct Strip<T> {
+    pub left: *const T,
     pub left_strides: (usize, usize),
     /// Rows of whole vectors, side by side.
-    pub right: *const f32,
+    pub right: *const T,
     pub right_stride: usize,
     pub destination: *mut f32,
     pub destination_strides: (usize, usize),
@@ -124,8 +179,8 @@ pub(super) struct Strip {
 /// The left operand has rows x depth elements, the right one depth rows of VECTORS vectors, the destination rows x columns elements, which
 /// nobody else uses. Columns are at most those vectors' elements. The processor has what `V` needs.
 #[inline(always)]
-pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s: &Strip) {
-    const { assert!(size_of::<V>() == V::LANES * size_of::<f32>()) }
+pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s: &Strip<V::Element>) {
+    const { assert!(size_of::<V>() == V::LANES * size_of::<f32>() && size_of::<V::Element>() == size_of::<f32>()) }
     let (row_stride, column_stride) = s.destination_strides;
     for top in (0..s.rows).step_by(ROWS) {
         let rows = (s.rows - top).min(ROWS);
@@ -152,7 +207,7 @@ pub(super) unsafe fn strip<V: Vector, const ROWS: usize, const VECTORS: usize>(s
             if rows == ROWS && s.columns == width && column_stride == 1 {
                 for (row, sums) in sums.into_iter().enumerate() {
                     for (vector, sum) in sums.into_iter().enumerate() {
-                        let to = to.add(row * row_stride + vector * V::LANES);
+                        let to = to.add(row * row_stride + vector * V::LANES).cast();
                         let sum = if s.add { V::load(to).plus(sum) } else { sum };
                         sum.store(to);
                     }
@@ -178,7 +233,7 @@ const STEPS: usize = 4;
 /// # Safety
 /// There are as many rows, at least one.
 #[inline(always)]
-unsafe fn rows_of<const ROWS: usize>(first: *const f32, stride: usize, rows: usize) -> [*const f32; ROWS] {
+unsafe fn rows_of<T, const ROWS: usize>(first: *const T, stride: usize, rows: usize) -> [*const T; ROWS] {
     let mut all = [first; ROWS];
     for (row, start) in all.iter_mut().enumerate() {
         // SAFETY: as above.
@@ -194,14 +249,14 @@ unsafe fn rows_of<const ROWS: usize>(first: *const f32, stride: usize, rows: usi
 #[inline(always)]
 unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(
     depth: usize,
-    left: [*const f32; ROWS],
+    left: [*const V::Element; ROWS],
     stride: usize,
-    right: *const f32,
+    right: *const V::Element,
     right_stride: usize,
 ) -> [[V; VECTORS]; ROWS] {
     // SAFETY: as above.
     unsafe {
-        let zero = V::splat(0.0);
+        let zero = V::splat(V::Element::default());
         let mut sums = [[zero; VECTORS]; ROWS];
         let whole = depth / STEPS * STEPS;
         for k in (0..whole).step_by(STEPS) {
@@ -222,15 +277,15 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(
 unsafe fn add_steps<V: Vector, const ROWS: usize, const VECTORS: usize, const COUNT: usize>(
     sums: &mut [[V; VECTORS]; ROWS],
     first: usize,
-    left: [*const f32; ROWS],
+    left: [*const V::Element; ROWS],
     stride: usize,
-    right: *const f32,
+    right: *const V::Element,
     right_stride: usize,
 ) {
     for k in first..first + COUNT {
         // SAFETY: as above.
         unsafe {
-            let mut row = [V::splat(0.0); VECTORS];
+            let mut row = [V::splat(V::Element::default()); VECTORS];
             for (vector, row) in row.iter_mut().enumerate() {
                 *row = V::load(right.add(k * right_stride + vector * V::LANES));
             }

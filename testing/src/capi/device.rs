@@ -1,6 +1,7 @@
 //! Devices, and which of them a suite runs on.
 
 use partialfc::capi::device::{pfc_device, pfc_device_cpu, pfc_device_cuda, pfc_device_free};
+use partialfc::options::Precision;
 
 use super::outcome;
 use crate::emulator;
@@ -49,6 +50,15 @@ impl Drop for Device {
         }
         // SAFETY: made by pfc_device_cpu, freed once.
         unsafe { pfc_device_free(self.0) };
+    }
+}
+
+/// The precision of heads that are not asked for one: float32, to which the suites hold every device, unless `PFC_TEST_PRECISION` is half.
+pub fn tested_precision() -> Precision {
+    match std::env::var("PFC_TEST_PRECISION").as_deref() {
+        Ok("f32") | Err(std::env::VarError::NotPresent) => Precision::F32,
+        Ok("half") => Precision::Half,
+        other => panic!("PFC_TEST_PRECISION must be f32 or half, got {other:?}"),
     }
 }
 

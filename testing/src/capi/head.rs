@@ -19,7 +19,7 @@ use partialfc::capi::update as c_update;
 use partialfc::capi::update::pfc_update_options;
 use partialfc::options::{HeadOptions, Precision, Residency};
 
-use super::{on_cuda, outcome, to_c, Comm, Device, Outcome, Rows, TestedResidency};
+use super::{outcome, tested_precision, to_c, Comm, Device, Outcome, Rows, TestedResidency};
 use crate::programs::scratch;
 
 /// As workspace_limit of `Head::with`: no room for the softmax's numerators, which are then computed twice.
@@ -79,9 +79,8 @@ impl Head {
             (given, _) => given.clone(),
         };
         let mut c = to_c(&HeadOptions { residency, ..options.clone() });
-        if on_cuda() && options.precision == Precision::Auto {
-            // The suites hold every device to float32.
-            c.precision = Precision::F32 as i32;
+        if options.precision == Precision::Auto {
+            c.precision = tested_precision() as i32;
         }
         if options.workspace_limit > 0 {
             c.workspace_limit = 1;

@@ -13,7 +13,7 @@ use std::fmt;
 use partialfc::capi::status::{pfc_last_error, pfc_status_name, PFC_OK};
 
 pub use self::comm::{traffic_between, Comm, Number};
-pub use self::device::{on_cuda, Device, TestedResidency};
+pub use self::device::{on_cuda, tested_precision, Device, TestedResidency};
 pub use self::head::{plan, plan_cuda, Head, LEAST};
 pub use self::matrix::Rows;
 pub use self::options::{head_options, options, to_c};

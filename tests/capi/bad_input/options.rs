@@ -106,10 +106,6 @@ fn what_is_not_in_this_version_is_unsupported() {
         let [head, _] = try_head(|o| (o.residency, o.storage_path) = (3, c"/never/made".as_ptr()));
         assert_refused("residency", head, Status::Unsupported, &["residency must be device or host", "CUDA", "got file"]);
     }
-    let mut half = head_options(10, 4, 8);
-    half.precision = 3;
-    let head = Head::create(&Device::cpu(1), &Comm::solo(), &half).map(|_| ());
-    assert_refused("precision half on the CPU", head, Status::Unsupported, &["precision", "half"]);
 
     // SAFETY: outputs that outlive their calls, live handles.
     unsafe {
