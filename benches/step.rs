@@ -4,7 +4,8 @@
 //! after the steps of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed
 //! twice. Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows
 //! of 512 would not fit most machines, its draw does. With the rows in a file, a line more has the disk's part: the time of reading and
-//! writing the rows of the last sample alone.
+//! writing the rows of the last sample alone. Where there is PyTorch, a line more has what a plain PartialFC head in it takes for the same
+//! step, right after ours: `torch_step.py`.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -31,6 +32,8 @@ Time of a whole step by phase, as a share of the machine's GEMM rate, and peak m
     cargo bench --bench step -- B C RATE D        one shape: rows, classes, sample rate, embedding_dim
       --threads N     threads of each rank        (default: cores / ranks)
       --ranks N       in-process ranks, B rows over all of them   (default: 1)
+      --half          precision half; PyTorch by autocast in bfloat16
+      --torch PYTHON  the interpreter that has PyTorch    (default: python3, if it has)
       --bf16          store class centers and momentum in bfloat16
       --block N       draw negatives in runs of N classes         (default: 1)
       --file DIR      keep the rows in a file; also times the disk alone
@@ -47,6 +50,7 @@ struct Shape {
     dim: usize,
     threads: usize,
     ranks: usize,
+    half: bool,
     bf16: bool,
     block: usize,
     file: Option<PathBuf>,
@@ -54,6 +58,8 @@ struct Shape {
     cache: usize,
     recompute: bool,
     steps: usize,
+    /// The interpreter that has PyTorch, if one was named.
+    torch: Option<String>,
 }
 
 impl Shape {
@@ -65,12 +71,14 @@ impl Shape {
             dim: 512,
             threads: cores(),
             ranks: 1,
+            half: false,
             bf16: false,
             block: 1,
             file: None,
             cache: 0,
             recompute: false,
             steps: 7,
+            torch: None,
         }
     }
 
@@ -78,7 +86,7 @@ impl Shape {
         let numbers = [self.batch.to_string(), self.classes.to_string(), self.rate.to_string(), self.dim.to_string()];
         let flags = [("--threads", self.threads), ("--ranks", self.ranks), ("--steps", self.steps), ("--block", self.block)];
         let flags = flags.into_iter().flat_map(|(name, value)| [name.to_owned(), value.to_string()]);
-        let switches = [(self.bf16, "--bf16"), (self.recompute, "--recompute")];
+        let switches = [(self.half, "--half"), (self.bf16, "--bf16"), (self.recompute, "--recompute")];
         let switches = switches.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned());
         let file = self.file.iter().flat_map(|folder| ["--file".to_owned(), folder.display().to_string()]);
         let cache = (self.cache > 0).then(|| ["--cache".to_owned(), self.cache.to_string()]).into_iter().flatten();
@@ -108,13 +116,21 @@ fn main() -> ExitCode {
         shapes.iter().for_each(run);
         return ExitCode::SUCCESS;
     }
+    let torch = match with_torch(shapes.iter().find_map(|shape| shape.torch.clone())) {
+        Ok(torch) => torch,
+        Err(fault) => {
+            eprintln!("step: {fault}");
+            return ExitCode::FAILURE;
+        }
+    };
     println!(
-        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8} {:>6} {:>6} {:>6} | {:>7} {:>7} {:>8} {:>7} {:>8} {:>8} | {:>8}",
+        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8} {:>6} {:>6} {:>6} | {:>7} {:>7} {:>8} {:>7} {:>8} {:>8} | {:>8}",
         "B",
         "C",
         "rate",
         "d",
         "W",
+        "prec",
         "ranks",
         "threads",
         "P",
@@ -142,6 +158,9 @@ fn main() -> ExitCode {
         let figures = String::from_utf8_lossy(&output.stdout);
         let figures: Vec<f64> = figures.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         report(shape, &figures, before.max(gemm_rate(threads)));
+        if let Some(python) = &torch {
+            report_torch(shape, python, figures[0]);
+        }
     }
     sampler(if arguments.iter().any(|argument| argument == "--quick") { 1_000_000 } else { 10_000_000 });
     ExitCode::SUCCESS
@@ -155,12 +174,13 @@ fn report(shape: &Shape, figures: &[f64], rate: f64) {
     let products = if shape.recompute { 8.0 } else { 6.0 };
     let flops = products * shape.batch as f64 * sample * shape.dim as f64 / seconds / 1e9;
     println!(
-        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8.1} {:>6.0} {:>6.0} {:>6.2} | {:>7.2} {:>7.2} {:>8.1} {:>7.2} {:>8.2} {:>8.1} | {:>8.0}",
+        "{:>5} {:>9} {:>5} {:>4} {:>4} {:>4} {:>5} {:>7} {:>5} | {:>8.1} {:>6.0} {:>6.0} {:>6.2} | {:>7.2} {:>7.2} {:>8.1} {:>7.2} {:>8.2} {:>8.1} | {:>8.0}",
         shape.batch,
         shape.classes,
         shape.rate,
         shape.dim,
         if shape.bf16 { "bf16" } else { "f32" },
+        if shape.half { "half" } else { "f32" },
         shape.ranks,
         shape.threads,
         if shape.recompute { "twice" } else { "kept" },
@@ -184,6 +204,45 @@ fn report(shape: &Shape, figures: &[f64], rate: f64) {
             1e3 * disk,
             seconds / disk
         );
+    }
+}
+
+/// The interpreter that has PyTorch: the one that was asked for, or python3 if it has.
+fn with_torch(asked_for: Option<String>) -> Result<Option<String>, String> {
+    let python = asked_for.clone().unwrap_or("python3".to_owned());
+    let import = Command::new(&python).args(["-c", "import torch"]).stderr(Stdio::null()).status();
+    match import.is_ok_and(|status| status.success()) {
+        true => Ok(Some(python)),
+        false if asked_for.is_some() => Err(format!("{python} has no PyTorch")),
+        false => Ok(None),
+    }
+}
+
+/// The line of a plain head in PyTorch, where it does the same: `ours` is the seconds of our step.
+fn report_torch(shape: &Shape, python: &str, ours: f64) {
+    if shape.ranks > 1 || shape.bf16 || shape.recompute || shape.file.is_some() {
+        return;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/torch_step.py");
+    let flags = [("--threads", shape.threads), ("--steps", shape.steps)];
+    let output = Command::new(python)
+        .arg(script)
+        .args([shape.batch.to_string(), shape.classes.to_string(), shape.rate.to_string(), shape.dim.to_string()])
+        .args(flags.into_iter().flat_map(|(name, value)| [name.to_owned(), value.to_string()]))
+        .args(shape.half.then_some("--half"))
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("the interpreter runs again");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let figures: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    match figures[..] {
+        [seconds, peak] => println!(
+            "      PyTorch{}: {:.1} ms, {:.1} times ours; peak {peak:.0} MB",
+            if shape.half { " in bfloat16" } else { "" },
+            1e3 * seconds,
+            seconds / ours
+        ),
+        _ => println!("      PyTorch: {script} has failed"),
     }
 }
 
@@ -225,11 +284,13 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
         let mut count = || rest.next().and_then(|n| n.parse().ok()).filter(|&n| n > 0).ok_or(format!("{argument} takes a number"));
         match argument.as_str() {
             "--quick" => quick = true,
+            "--half" => shape.half = true,
             "--bf16" => shape.bf16 = true,
             "--recompute" => shape.recompute = true,
             "--threads" => threads = Some(count()?),
             "--ranks" => shape.ranks = count()?,
             "--steps" => shape.steps = count()?,
+            "--torch" => shape.torch = Some(rest.next().ok_or("--torch takes an interpreter")?.clone()),
             "--block" => shape.block = count()?,
             "--cache" => shape.cache = count()?,
             "--file" => shape.file = Some(rest.next().ok_or("--file takes a folder")?.into()),
@@ -249,11 +310,15 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
         }
         [] if quick => {
             let small = |shape: Shape| Shape { dim: 128, steps: 3, ..shape };
-            Ok(vec![small(Shape::new(64, 20_000, 0.1)), small(Shape { recompute: true, ..Shape::new(64, 5_000, 1.0) })])
+            let shape = Shape::new(64, 20_000, 0.1);
+            let recomputed = Shape { recompute: true, ..Shape::new(64, 5_000, 1.0) };
+            Ok([shape.clone(), Shape { half: true, ..shape }, recomputed].map(small).to_vec())
         }
         [] => Ok(vec![
             Shape::new(256, 1_000_000, 0.1),
+            Shape { half: true, ..Shape::new(256, 1_000_000, 0.1) },
             Shape::new(1024, 100_000, 1.0),
+            Shape { half: true, ..Shape::new(1024, 100_000, 1.0) },
             Shape { recompute: true, ..Shape::new(1024, 100_000, 1.0) },
             Shape { ranks: 2, threads: 1, ..Shape::new(256, 1_000_000, 0.1) },
             Shape { ranks: 2, threads: 1, ..Shape::new(1024, 100_000, 1.0) },
@@ -339,7 +404,7 @@ fn options(shape: &Shape) -> HeadOptions {
         gradient_scale: 1.0,
         init_std: 0.01,
         ignore_label: None,
-        precision: Precision::Auto,
+        precision: if shape.half { Precision::Half } else { Precision::F32 },
         gather_dtype: None,
         row_terms: false,
         sample_block: shape.block as u32,

@@ -104,12 +104,11 @@ def product(torch, timer, device, left, right, dtype, transposed=()):
 
 
 class Head:
-    """A plain PartialFC head on one rank."""
+    """A plain PartialFC head on one rank. `dtype` is what autocast multiplies in; None: float32."""
 
-    def __init__(self, torch, device, sample, dim):
-        self.torch, self.device, self.sample = torch, device, sample
-        self.classes = round(sample / RATE)
-        self.weight = torch.empty(self.classes, dim, device=device).normal_(std=0.01)
+    def __init__(self, torch, device, classes, sample, dim, dtype):
+        self.torch, self.device, self.dtype, self.classes, self.sample = torch, device, dtype, classes, sample
+        self.weight = torch.empty(classes, dim, device=device).normal_(std=0.01)
         self.momentum = torch.zeros_like(self.weight)
 
     def draw(self, labels):
@@ -125,9 +124,7 @@ class Head:
         functional = torch.nn.functional
         embeddings = embeddings.detach().requires_grad_(True)
         rows = self.weight[index].requires_grad_(True)
-        kind = torch.device(self.device).type
-        dtype = torch.float16 if kind == "cuda" else torch.bfloat16
-        with torch.autocast(kind, dtype=dtype):
+        with torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype is not None):
             cosines = functional.linear(functional.normalize(embeddings), functional.normalize(rows))
         cosines = cosines.float().clamp(-1 + 1e-6, 1 - 1e-6)
         target = cosines.gather(1, places[:, None])
@@ -159,7 +156,7 @@ def shape_figures(torch, timer, device, batch, sample, dim):
     figures["weighted_centers_us"] = product(torch, timer, device, (batch, sample), (sample, dim), wide)
     figures["center_gradient_us"] = product(torch, timer, device, (sample, batch), (batch, dim), wide, transposed=(0,))
 
-    head = Head(torch, device, sample, dim)
+    head = Head(torch, device, round(sample / RATE), sample, dim, wide if device == "cpu" else half)
     embeddings = [torch.randn(batch, dim, device=device) for _ in range(4)]
     labels = [torch.randint(head.classes, (batch,), device=device) for _ in range(4)]
     state = {"turn": 0, "drawn": None, "loss": None}
