@@ -25,7 +25,7 @@ use clap::{Parser, ValueEnum};
 use crate::dataset::Dataset;
 use crate::plots::Curve;
 use crate::report::Run;
-use crate::train::{RowType, Settings};
+use crate::train::{Precision, RowType, Settings};
 
 /// Trains a network to recognize Han characters in fonts it has never seen, with partialfc as its classification head.
 ///
@@ -49,6 +49,9 @@ struct Options {
     /// The type class centers and their optimizer state are stored in
     #[arg(long, value_enum, default_value_t = RowType::F32)]
     row_type: RowType,
+    /// What the head multiplies: float32, or for its gradients bfloat16, which is faster on some processors
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Train once for each of these sample rates, from the same start, and compare them; for example 1.0,0.1,0.02
     #[arg(long, value_delimiter = ',', conflicts_with = "sample_rate", value_name = "SHARES")]
     compare: Vec<f64>,
@@ -108,6 +111,7 @@ impl Options {
             sample_rate,
             sample_block: self.sample_block,
             row_type: self.row_type,
+            precision: self.precision,
             margin: self.margin,
             scale: self.scale,
             steps: self.steps,

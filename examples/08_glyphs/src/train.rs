@@ -8,7 +8,7 @@ use anyhow::{anyhow, bail, ensure, Context, Error, Result};
 use clap::ValueEnum;
 use partialfc::matrix::DType;
 use partialfc::optimizer::{self, Optimizer};
-use partialfc::options::Placement;
+use partialfc::options::{self, Placement};
 use partialfc::Status;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -37,6 +37,14 @@ impl RowType {
     }
 }
 
+/// What the head multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    F32,
+    Half,
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
     pub ranks: usize,
@@ -44,6 +52,7 @@ pub struct Settings {
     pub sample_rate: f64,
     pub sample_block: u32,
     pub row_type: RowType,
+    pub precision: Precision,
     pub margin: f64,
     pub scale: f64,
     pub steps: usize,
@@ -219,6 +228,10 @@ fn steps(
     (options.sample_rate, options.sample_block, options.seed) = (settings.sample_rate, settings.sample_block, settings.seed);
     let dtype = settings.row_type.dtype();
     (options.weight_dtype, options.state_dtype) = (dtype, dtype);
+    options.precision = match settings.precision {
+        Precision::F32 => options::Precision::F32,
+        Precision::Half => options::Precision::Half,
+    };
     (options.margin.scale, options.margin.m2) = (settings.scale, settings.margin);
     options.optimizer = Optimizer::Sgd(optimizer::Sgd { momentum: MOMENTUM, weight_decay: settings.weight_decay });
     // The backbone's gradients are averaged over ranks below.
