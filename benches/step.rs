@@ -3,7 +3,8 @@
 //! R is the rate of the crate gemm-f32: one-thread products of 1024 x 1024 x 512 side by side, one on each thread, measured before and
 //! after the steps of each shape; the larger counts. A step's flop are 6BSd where the numerators P are kept, 8BSd where they are computed
 //! twice. Each shape runs in a process of its own, so that its peak memory is its own. A last line times the sampler by itself: 10M rows
-//! of 512 would not fit most machines, its draw does. With the rows in a file, a line more has the disk's part: the time of reading and
+//! of 512 would not fit most machines, its draw does. The line before it is no measurement: how well the tasks of a large step would fill
+//! more threads than this machine has. With the rows in a file, a line more has the disk's part: the time of reading and
 //! writing the rows of the last sample alone. Where there is PyTorch, a line more has what a plain PartialFC head in it takes for the same
 //! step, right after ours: `torch_step.py`.
 
@@ -58,8 +59,6 @@ struct Shape {
     cache: usize,
     recompute: bool,
     steps: usize,
-    /// The interpreter that has PyTorch, if one was named.
-    torch: Option<String>,
 }
 
 impl Shape {
@@ -78,7 +77,6 @@ impl Shape {
             cache: 0,
             recompute: false,
             steps: 7,
-            torch: None,
         }
     }
 
@@ -105,8 +103,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let child = arguments.iter().position(|argument| argument == "--child").map(|at| arguments.remove(at)).is_some();
-    let shapes = match shapes(&arguments) {
-        Ok(shapes) => shapes,
+    let (shapes, torch) = match shapes(&arguments) {
+        Ok(asked_for) => asked_for,
         Err(fault) => {
             eprintln!("step: {fault}; --help tells what there is");
             return ExitCode::FAILURE;
@@ -116,7 +114,7 @@ fn main() -> ExitCode {
         shapes.iter().for_each(run);
         return ExitCode::SUCCESS;
     }
-    let torch = match with_torch(shapes.iter().find_map(|shape| shape.torch.clone())) {
+    let torch = match with_torch(torch) {
         Ok(torch) => torch,
         Err(fault) => {
             eprintln!("step: {fault}");
@@ -162,8 +160,21 @@ fn main() -> ExitCode {
             report_torch(shape, python, figures[0]);
         }
     }
+    many_threads();
     sampler(if arguments.iter().any(|argument| argument == "--quick") { 1_000_000 } else { 10_000_000 });
     ExitCode::SUCCESS
+}
+
+/// How well a step's tasks would fill more threads than this machine has.
+fn many_threads() {
+    const BATCH: usize = 1024;
+    const CLASSES: usize = 125_000;
+    print!("a model of more threads, {BATCH} rows and {CLASSES} classes in the sample; share of their time in forward, update:");
+    for threads in [8, 16, 32, 64, 96, 128, 192] {
+        let [forward, update] = device::step_efficiency(BATCH, 512, CLASSES, threads);
+        print!("  {threads}: {forward:.2}, {update:.2}");
+    }
+    println!();
 }
 
 /// The line of a shape from its process's figures: {seconds, sample, seconds of six phases, peak MB, seconds of the disk alone}.
@@ -276,9 +287,10 @@ fn sampler(classes: u64) {
     );
 }
 
-fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
+/// The shapes that are asked for, and the interpreter that has PyTorch, if one is named.
+fn shapes(arguments: &[String]) -> Result<(Vec<Shape>, Option<String>), String> {
     let mut shape = Shape::new(0, 0, 0.0);
-    let (mut numbers, mut quick, mut threads) = (Vec::new(), false, None);
+    let (mut numbers, mut quick, mut threads, mut torch) = (Vec::new(), false, None, None);
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
         let mut count = || rest.next().and_then(|n| n.parse().ok()).filter(|&n| n > 0).ok_or(format!("{argument} takes a number"));
@@ -290,7 +302,7 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
             "--threads" => threads = Some(count()?),
             "--ranks" => shape.ranks = count()?,
             "--steps" => shape.steps = count()?,
-            "--torch" => shape.torch = Some(rest.next().ok_or("--torch takes an interpreter")?.clone()),
+            "--torch" => torch = Some(rest.next().ok_or("--torch takes an interpreter")?.clone()),
             "--block" => shape.block = count()?,
             "--cache" => shape.cache = count()?,
             "--file" => shape.file = Some(rest.next().ok_or("--file takes a folder")?.into()),
@@ -301,7 +313,7 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
     if shape.cache > 0 && shape.file.is_none() {
         return Err("--cache is for rows in a file: give --file as well".to_owned());
     }
-    match numbers[..] {
+    let shapes = match numbers[..] {
         [_, classes, ..] if shape.cache * shape.ranks >= classes as usize => {
             Err("--cache takes fewer rows than a rank has".to_owned())
         }
@@ -324,7 +336,8 @@ fn shapes(arguments: &[String]) -> Result<Vec<Shape>, String> {
             Shape { ranks: 2, threads: 1, ..Shape::new(1024, 100_000, 1.0) },
         ]),
         _ => Err("a shape is four numbers: B C RATE D".to_owned()),
-    }
+    };
+    Ok((shapes?, torch))
 }
 
 /// GF/s of one-thread products side by side, one on each of `threads` threads.

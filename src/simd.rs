@@ -194,7 +194,7 @@ fn is_permitted() -> bool {
     false
 }
 
-/// Whether testing/amx-emulator is loaded, which does what the instructions would.
+/// Whether an emulator is loaded that does what the instructions would: one for tests.
 #[cfg(target_arch = "x86_64")]
 fn is_emulated() -> bool {
     // SAFETY: a name that ends.

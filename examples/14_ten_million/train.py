@@ -87,6 +87,7 @@ def train(run):
             sample_block=run.block,
             weight_dtype="bf16",
             state_dtype="bf16",
+            precision=run.precision,
             **storage,
         )
     checkpoint = pathlib.Path(run.folder, "checkpoint")
@@ -277,6 +278,7 @@ def arguments():
     parser.add_argument("--rate", type=float, nargs="+", default=[0.01], help="sample_rate; a run for each")
     parser.add_argument("--residency", choices=("memory", "file"), nargs="+", default=["file"], help="where rows are; a run for each")
     parser.add_argument("--cache", type=int, default=0, help="storage_cache of runs from a file, in bytes")
+    parser.add_argument("--precision", choices=("f32", "half"), default="f32", help="what the head multiplies")
     parser.add_argument("--block", type=int, default=16, help="sample_block")
     parser.add_argument("--seen", type=int, default=2_000, help="classes that have photos")
     parser.add_argument("--storage", type=pathlib.Path, default=pathlib.Path("out"), help="where a run has its folder for rows and checkpoint")

@@ -32,6 +32,7 @@ use crate::shard::Shard;
 use crate::stream::StreamDevice;
 use crate::{Contribution, Result};
 
+pub use cpu::step_efficiency;
 pub(crate) use cpu::{memory_needed, storage_needed};
 pub(crate) use cuda::memory_needed as gpu_memory_needed;
 pub(crate) use nearest::keep_best;

@@ -19,6 +19,7 @@ mod row_tensors;
 mod row_terms;
 mod rows;
 mod sample;
+mod schedule;
 mod sizes;
 mod stateless;
 mod step_rows;
@@ -32,6 +33,7 @@ use self::pool::Pool;
 use crate::simd::Simd;
 use crate::{ensure, error, Result};
 
+pub use schedule::step_efficiency;
 pub(crate) use sizes::{memory_needed, storage_needed};
 
 /// More threads than any machine has are a mistake of the caller's.

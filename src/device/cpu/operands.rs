@@ -52,15 +52,15 @@ impl Operands {
         }
     }
 
-    /// out [columns, rows] = W^ [columns, d] @ E^.T [d, rows]
-    pub fn cosines(self, shape: &Shape, columns: usize, centers: &[f32], units_transposed: &[f32], out: &mut [f32]) {
+    /// out [columns, rows] = W^ [columns, d] @ E^.T [d, rows]. Of E^ there are its lines and what they are apart.
+    pub fn cosines(self, shape: &Shape, columns: usize, centers: &[f32], units: (&[f32], usize), out: &mut [f32]) {
         let (product, pitch) = (GemmShape { m: columns, n: shape.rows, k: shape.dim }, shape.batch_pitch());
         let left = Operand::rows(centers, shape.row_pitch());
         match self {
             Operands::Pairs(unit) if takes_terms(unit, shape) => {
-                unit.gemm_terms(product, out, pitch, left, Operand::rows(as_pairs(units_transposed), pitch));
+                unit.gemm_terms(product, out, pitch, left, Operand::rows(as_pairs(units.0), units.1));
             }
-            _ => gemm(product, out, pitch, left, Operand::rows(units_transposed, pitch), Store::Replace),
+            _ => gemm(product, out, pitch, left, Operand::rows(units.0, units.1), Store::Replace),
         }
     }
 
@@ -73,14 +73,11 @@ impl Operands {
         }
     }
 
-    /// Keeps the numerators of a chunk for the update: P^T [columns, rows] goes to `kept`, as [`Shape::kept_pitch`] says.
-    pub fn keep(self, shape: &Shape, columns: usize, numerators: &[f32], kept: &mut [f32]) {
-        let (from, to) = (shape.batch_pitch(), shape.kept_pitch());
-        for (from, to) in numerators.chunks(from).zip(kept.chunks_mut(to)).take(columns) {
-            match self {
-                Operands::F32 => to[..shape.rows].copy_from_slice(&from[..shape.rows]),
-                Operands::Pairs(_) | Operands::Rounded => store_row(&from[..shape.rows], to),
-            }
+    /// Keeps numerators of a class for the update: a row of P^T, or a part of one.
+    pub fn keep(self, numerators: &[f32], kept: &mut [f32]) {
+        match self {
+            Operands::F32 => kept.copy_from_slice(numerators),
+            Operands::Pairs(_) | Operands::Rounded => store_row(numerators, kept),
         }
     }
 

@@ -27,6 +27,10 @@ pub(super) const CHUNK: usize = 256;
 /// Accumulators of P @ W^ take at most this unless the splits would be too few to share out: 16 of them at B = 1024, d = 512.
 const ACCUMULATOR_BYTES: usize = 36 << 20;
 const FEWEST_SPLITS: usize = 8;
+/// Of the batch's rows a block has at least so many: gathering a row of W once more takes as long as a fifth of their products.
+const FEWEST_ROWS: usize = 64;
+/// Blocks begin at a multiple of it: whole pairs, tiles and cache lines.
+const ROW_UNIT: usize = 16;
 const MOST_SPLITS: usize = 64;
 
 /// Elements from one row to the next: whole cache lines, an odd number of them, so that a column does not fall into one cache set.
@@ -93,6 +97,31 @@ impl Shape {
     pub fn split(&self, split: usize) -> Range<usize> {
         let (chunks, splits) = (self.chunks(), self.splits());
         split * chunks / splits..(split + 1) * chunks / splits
+    }
+
+    /// Blocks of rows that splits are cut into: more than one where there are more threads than splits. It changes no result, since an
+    /// element of a product has the bits of its own row and column; but each block gathers the rows of W again.
+    pub fn row_blocks(&self, threads: usize) -> usize {
+        threads.div_ceil(self.splits().max(1)).min(self.rows / FEWEST_ROWS).max(1)
+    }
+
+    /// Of so many blocks the rows of one.
+    pub fn row_block(&self, block: usize, blocks: usize) -> Range<usize> {
+        let from = |block: usize| (block * self.rows.div_ceil(ROW_UNIT) / blocks * ROW_UNIT).min(self.rows);
+        from(block)..from(block + 1)
+    }
+
+    /// A step of these rows alone.
+    pub fn of_block(&self, block: &Range<usize>) -> Shape {
+        Shape { rows: block.len(), ..*self }
+    }
+
+    /// Where the rows of a block are in a kept row of P^T, in floats.
+    pub fn kept_places(&self, block: &Range<usize>) -> Range<usize> {
+        match self.half {
+            true => block.start / 2..block.end.div_ceil(2),
+            false => block.clone(),
+        }
     }
 
     /// Elements of a thread's scratch: a chunk of W^ or dW^, a chunk of P^T, row sums and maxima, and rows to catch up in.
@@ -209,17 +238,43 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// P^T of a chunk from W^: cosines, targets masked, exp.
-    fn numerators(&self, columns: &Range<usize>, centers: &[f32], numerators: &mut [f32], sums: &mut [f32], best: &mut [f32]) {
-        let (rows, batch_pitch) = (self.shape.rows, self.shape.batch_pitch());
-        self.operands.cosines(&self.shape, columns.len(), centers, self.units_transposed, numerators);
-        for &(column, row) in self.targets.of_columns(columns) {
-            numerators[(column as usize - columns.start) * batch_pitch + row as usize] = f32::NEG_INFINITY;
+    /// P^T of a chunk from W^, for a block of the batch's rows: cosines, targets masked, exp.
+    fn numerators(
+        &self,
+        columns: &Range<usize>,
+        block: &Range<usize>,
+        centers: &[f32],
+        numerators: &mut [f32],
+        sums: &mut [f32],
+        best: &mut [f32],
+    ) {
+        let shape = self.shape.of_block(block);
+        let (rows, pitch) = (shape.rows, shape.batch_pitch());
+        let (units, units_pitch) = (&self.units_transposed[block.start..], self.shape.batch_pitch());
+        self.operands.cosines(&shape, columns.len(), centers, (units, units_pitch), numerators);
+        let of_block = |&&(_, row): &&(u32, u32)| block.contains(&(row as usize));
+        for &(column, row) in self.targets.of_columns(columns).iter().filter(of_block) {
+            numerators[(column as usize - columns.start) * pitch + row as usize - block.start] = f32::NEG_INFINITY;
         }
-        let (sums, best) = (&mut sums[..rows], &mut best[..rows]);
+        let (sums, best, offsets) = (&mut sums[..rows], &mut best[..rows], &self.offsets[block.clone()]);
         for slot in 0..columns.len() {
-            let column = &mut numerators[slot * batch_pitch..slot * batch_pitch + rows];
-            vector::softmax_column(column, &self.softmax, self.offsets, sums, best);
+            let column = &mut numerators[slot * pitch..slot * pitch + rows];
+            vector::softmax_column(column, &self.softmax, offsets, sums, best);
+        }
+    }
+
+    /// Keeps the numerators of a chunk's block of rows for the update.
+    ///
+    /// # Safety
+    /// As [`Pass::kept_chunk`], for the block.
+    unsafe fn keep(&self, chunk: usize, columns: usize, block: &Range<usize>, numerators: &[f32]) {
+        let (pitch, kept_pitch) = (self.shape.of_block(block).batch_pitch(), self.shape.kept_pitch());
+        let places = self.shape.kept_places(block);
+        for (slot, column) in numerators.chunks(pitch).take(columns).enumerate() {
+            let row = chunk * self.shape.kept_chunk_elements() + slot * kept_pitch;
+            // SAFETY: as above.
+            let kept = unsafe { self.numerators.range(row + places.start..row + places.end) };
+            self.operands.keep(&column[..block.len()], kept);
         }
     }
 }
@@ -236,50 +291,71 @@ pub(super) struct ForwardOutput<'a> {
     pub weighted_centers: Parts<'a, f32>,
 }
 
-/// Phases 3 and 4 over the whole sample.
+/// Phases 3 and 4 over the whole sample. A task is a split, or with more threads than splits one block of its rows.
 pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) {
-    let shape = pass.shape;
-    let (rows, row_pitch) = (shape.rows, shape.row_pitch());
-    pool.run(shape.splits(), &|split, worker| {
-        // SAFETY: a worker number belongs to one thread, a split to one task, a chunk and a column to one split.
-        let scratch = unsafe { pass.worker_scratch(worker) };
-        let split_sums = unsafe { output.sums.range(split * rows..(split + 1) * rows) };
-        let split_best = unsafe { output.best.range(split * rows..(split + 1) * rows) };
-        let weighted_centers = unsafe { output.weighted_centers.range(split * rows * row_pitch..(split + 1) * rows * row_pitch) };
-        split_sums.fill(0.0);
-        split_best.fill(-2.0);
-        for (turn, chunk) in shape.split(split).enumerate() {
-            let columns = shape.chunk(chunk);
-            if !pass.rows.wait(&columns) {
-                return;
-            }
-            let norms = unsafe { output.inverse_norms.range(columns.clone()) };
-            pass.gather(&columns, scratch.centers, scratch.scratch_rows, |column, inverse| norms[column - columns.start] = inverse);
-            scratch.sums[..rows].fill(0.0);
-            scratch.best[..rows].fill(-2.0);
-            // SAFETY: as above.
-            let kept = (chunk < pass.kept_chunks).then(|| unsafe { pass.kept_chunk(chunk) });
-            let numerators = match kept {
-                Some(kept) if pass.operands == Operands::F32 => {
-                    pass.numerators(&columns, scratch.centers, kept, scratch.sums, scratch.best);
-                    kept
-                }
-                kept => {
-                    pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
-                    if let Some(kept) = kept {
-                        pass.operands.keep(&shape, columns.len(), scratch.numerators, kept);
-                    }
-                    &mut *scratch.numerators
-                }
-            };
-            for row in 0..rows {
-                split_sums[row] += f64::from(scratch.sums[row]);
-                split_best[row] = split_best[row].max(scratch.best[row]);
-            }
-            let store = if turn == 0 { Store::Replace } else { Store::Add };
-            pass.operands.weighted_centers(&shape, columns.len(), numerators, scratch.centers, weighted_centers, store);
-        }
+    let blocks = pass.shape.row_blocks(pool.threads());
+    pool.run(pass.shape.splits() * blocks, &|task, worker| {
+        let block = pass.shape.row_block(task % blocks, blocks);
+        // SAFETY: a worker number belongs to one thread, a block of a split to one task.
+        unsafe { forward_block(pass, output, task / blocks, &block, worker) };
     });
+}
+
+/// A split's part of a forward, for a block of the batch's rows.
+///
+/// # Safety
+/// No other task has this block of the split, and no other thread the worker's number.
+unsafe fn forward_block(pass: &Pass<'_>, output: &ForwardOutput<'_>, split: usize, block: &Range<usize>, worker: usize) {
+    let (shape, pitch) = (pass.shape, pass.shape.row_pitch());
+    let own = split * shape.rows + block.start..split * shape.rows + block.end;
+    let is_whole = block.len() == shape.rows;
+    // SAFETY: as the caller says; a chunk is in one split.
+    let (scratch, split_sums, split_best, weighted_centers) = unsafe {
+        (
+            pass.worker_scratch(worker),
+            output.sums.range(own.clone()),
+            output.best.range(own.clone()),
+            output.weighted_centers.range(own.start * pitch..own.end * pitch),
+        )
+    };
+    split_sums.fill(0.0);
+    split_best.fill(-2.0);
+    let (sums, best) = (&mut scratch.sums[..block.len()], &mut scratch.best[..block.len()]);
+    for (turn, chunk) in shape.split(split).enumerate() {
+        let columns = shape.chunk(chunk);
+        if !pass.rows.wait(&columns) {
+            return;
+        }
+        // All blocks find the same norms; the first one stores them.
+        // SAFETY: a column is in one split, and block 0 of that in one task.
+        let norms = if block.start == 0 { unsafe { output.inverse_norms.range(columns.clone()) } } else { &mut [] };
+        pass.gather(&columns, scratch.centers, scratch.scratch_rows, |column, inverse| {
+            if let Some(norm) = norms.get_mut(column - columns.start) {
+                *norm = inverse;
+            }
+        });
+        sums.fill(0.0);
+        best.fill(-2.0);
+        let is_kept = chunk < pass.kept_chunks;
+        let numerators = match is_kept && is_whole && pass.operands == Operands::F32 {
+            // They are kept where they are computed.
+            // SAFETY: a chunk is in one split, which this task has whole.
+            true => unsafe { pass.kept_chunk(chunk) },
+            false => &mut *scratch.numerators,
+        };
+        pass.numerators(&columns, block, scratch.centers, numerators, sums, best);
+        if is_kept && !(is_whole && pass.operands == Operands::F32) {
+            // SAFETY: a block of a chunk is in one task.
+            unsafe { pass.keep(chunk, columns.len(), block, numerators) };
+        }
+        for row in 0..block.len() {
+            split_sums[row] += f64::from(sums[row]);
+            split_best[row] = split_best[row].max(best[row]);
+        }
+        let store = if turn == 0 { Store::Replace } else { Store::Add };
+        let shape = shape.of_block(block);
+        pass.operands.weighted_centers(&shape, columns.len(), numerators, scratch.centers, weighted_centers, store);
+    }
 }
 
 /// Takes (column, dW^ of it, three rows of scratch); returns what to add to its chunk's total.
@@ -315,7 +391,7 @@ pub(super) fn update<R>(
             pass.operands.kept(&shape, columns.len(), unsafe { pass.kept_chunk(chunk) }, scratch.numerators)
         } else {
             pass.gather(&columns, scratch.centers, scratch.scratch_rows, |_, _| ());
-            pass.numerators(&columns, scratch.centers, scratch.numerators, scratch.sums, scratch.best);
+            pass.numerators(&columns, &(0..shape.rows), scratch.centers, scratch.numerators, scratch.sums, scratch.best);
             pass.operands.fresh(&shape, columns.len(), scratch.numerators, scratch.sums)
         };
         let gradients = &mut *scratch.centers;

@@ -9,7 +9,7 @@
 //! column alone.
 //!
 //! The instructions are assembled here since they are no part of Rust's stable ones. No other code of a process uses the tiles, so that they
-//! need not survive from one block of assembly to the next; a product configures them first and releases them last, so that a thread that
+//! need not be kept from one block of assembly to the next; a product configures them first and releases them last, so that a thread that
 //! has ended one carries no state of them from one context switch to the next.
 
 use std::arch::asm;
