@@ -47,32 +47,32 @@ impl Simd {
     }
 
     fn named(name: &str) -> Result<Simd> {
-        let known = Level::ALL.iter().any(|level| level.name() == name);
-        let names = |levels: &[Level]| levels.iter().map(|level| level.name()).collect::<Vec<_>>().join(", ");
-        ensure!(known, InvalidArgument, "{VARIABLE} must be one of {}, got {name:?}", names(Level::ALL));
-        let all = Simd::available();
-        let levels: Vec<Level> = all.iter().map(|simd| simd.0).collect();
-        let found = all.into_iter().find(|simd| simd.name() == name);
+        let names = |levels: &mut dyn Iterator<Item = Level>| levels.map(Level::name).collect::<Vec<_>>().join(", ");
+        let Some(level) = Level::ALL.iter().copied().find(|level| level.name() == name) else {
+            let known = names(&mut Level::ALL.iter().copied());
+            return Err(error!(InvalidArgument, "{VARIABLE} must be one of {known}, got {name:?}"));
+        };
+        ensure!(level.is_here(), Unsupported, "{VARIABLE} is {name}, and this processor has {}", names(&mut Level::here()));
         #[cfg(target_arch = "x86_64")]
-        if found.is_some_and(|simd| simd.0 == Level::Amx) {
+        if level == Level::Amx {
             ensure!(may_use_tiles(), Unsupported, "{VARIABLE} is {name}, and the system does not let this process use its tiles");
         }
-        found.ok_or_else(|| error!(Unsupported, "{VARIABLE} is {name}, and this processor has {}", names(&levels)))
+        Ok(Simd(level))
     }
 
     fn fastest() -> Simd {
-        let of = |simd: &Simd| match simd.0 {
+        let of = |level: &Level| match level {
             // Elsewhere than on AMD's its products are half as fast as float32's.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => is_amd(),
             _ => true,
         };
-        Simd::available().into_iter().find(of).unwrap_or(Simd(Level::Portable))
+        Simd(Level::here().find(of).unwrap_or(Level::Portable))
     }
 
     /// All that this machine has, the widest first.
     pub fn available() -> Vec<Simd> {
-        Level::ALL.iter().copied().filter(|level| level.is_here()).map(Simd).collect()
+        Level::here().map(Simd).collect()
     }
 
     /// For people.
@@ -99,6 +99,11 @@ impl Level {
         Level::Avx2,
         Level::Portable,
     ];
+
+    /// Those of this machine, the widest first.
+    fn here() -> impl Iterator<Item = Level> {
+        Level::ALL.iter().copied().filter(|level| level.is_here())
+    }
 
     fn name(self) -> &'static str {
         match self {
@@ -134,7 +139,7 @@ impl Level {
 #[cfg(target_arch = "x86_64")]
 fn is_amd() -> bool {
     let maker = x86::__cpuid(0);
-    [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
+    [maker.ebx, maker.edx, maker.ecx] == [b"Auth", b"enti", b"cAMD"].map(|part| u32::from_le_bytes(*part))
 }
 
 #[cfg(target_arch = "x86_64")]
