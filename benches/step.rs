@@ -231,7 +231,7 @@ fn with_torch(asked_for: Option<String>) -> Result<Option<String>, String> {
 
 /// The line of a plain head in PyTorch, where it does the same: `ours` is the seconds of our step.
 fn report_torch(shape: &Shape, python: &str, ours: f64) {
-    if shape.ranks > 1 || shape.bf16 || shape.recompute || shape.file.is_some() {
+    if shape.ranks > 1 || shape.block > 1 || shape.bf16 || shape.recompute || shape.file.is_some() {
         return;
     }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/torch_step.py");

@@ -153,7 +153,8 @@ uint64_t pfc_last_error_copy(char *buffer, uint64_t size);
 #define PFC_PRECISION_AUTO 1
 // Products as accurate as float32.
 #define PFC_PRECISION_F32 2
-// 16-bit operands, float32 sums. On the CPU those of the gradients alone, in bfloat16.
+// 16-bit operands, float32 sums. On the CPU those of the gradients alone, in bfloat16, and on AMX
+// the cosines' in two of them each.
 #define PFC_PRECISION_HALF 3
 
 // For gather_dtype: f16 where the device computes in half precision, else f32.

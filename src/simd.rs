@@ -158,12 +158,18 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512dq")
 }
 
-/// Whether this process may use the tiles of AMX, which the system keeps across context switches for those that ask. It is asked once, by
-/// the first head in precision half; a fork keeps what it said.
+/// Whether this process may use the tiles of AMX, which the system keeps across context switches for those that ask. It is asked once: by
+/// the first head in precision half, or where PFC_CPU names them. A fork keeps what it said.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn may_use_tiles() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
-    *MAY.get_or_init(|| is_emulated() || is_permitted())
+    *MAY.get_or_init(|| {
+        let may = is_emulated() || is_permitted();
+        if !may {
+            log::warn!("the system does not let this process use the tiles of AMX: precision half multiplies in float32");
+        }
+        may
+    })
 }
 
 /// AMX-TILE and AMX-BF16, and both parts of the tiles' state in what the system saves.

@@ -112,8 +112,10 @@ class Head:
         self.momentum = torch.zeros_like(self.weight)
 
     def draw(self, labels):
-        """Sampled classes, ascending, positives among them; each label's place there."""
+        """Sampled classes, ascending, positives among them, or a slice of all; each label's place there."""
         torch = self.torch
+        if self.sample == self.classes:
+            return slice(None), labels
         keys = torch.rand(self.classes, device=self.device)
         keys[labels] = 2.0
         index = torch.topk(keys, self.sample).indices.sort().values
@@ -123,7 +125,7 @@ class Head:
         torch = self.torch
         functional = torch.nn.functional
         embeddings = embeddings.detach().requires_grad_(True)
-        rows = self.weight[index].requires_grad_(True)
+        rows = self.weight[index].detach().requires_grad_(True)
         with torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype is not None):
             cosines = functional.linear(functional.normalize(embeddings), functional.normalize(rows))
         cosines = cosines.float().clamp(-1 + 1e-6, 1 - 1e-6)
@@ -132,6 +134,10 @@ class Head:
         loss = functional.cross_entropy(cosines.scatter(1, places[:, None], with_margin) * SCALE, places)
         loss.backward()
         with torch.no_grad():
+            if isinstance(index, slice):
+                self.momentum.mul_(MOMENTUM).add_(rows.grad).add_(rows, alpha=WEIGHT_DECAY)
+                self.weight.sub_(self.momentum, alpha=LEARNING_RATE)
+                return loss.detach(), embeddings.grad
             momentum = self.momentum[index].mul_(MOMENTUM).add_(rows.grad).add_(rows, alpha=WEIGHT_DECAY)
             self.weight[index] = rows - LEARNING_RATE * momentum
             self.momentum[index] = momentum

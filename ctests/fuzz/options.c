@@ -31,7 +31,7 @@ pfc_head_options options_of(struct draws *d, int n) {
   o.gradient_scale = ONE_OF(d, double, 1, 4, 1e-3);
   o.init_std = ONE_OF(d, double, 0.01, 0, 1, 1e-20);
   o.ignore_label = chance(d, 300) ? ONE_OF(d, int64_t, -1, -100, INT64_MAX) : INT64_MIN;
-  // Not drawn, so that the episodes of earlier seeds stay what they were.
+  // Not drawn, so that the episodes of earlier seeds keep their draws.
   o.precision = o.seed % 4 == 0 ? PFC_PRECISION_HALF : PFC_PRECISION_AUTO;
   o.gather_dtype = (int32_t)below(d, 4);
   o.weight_dtype = chance(d, 300) ? PFC_BF16 : PFC_F32;

@@ -110,7 +110,7 @@ int main(int argc, char **argv) {
   heading("What a rank hands to collectives in a step.");
   heading("All-gather: labels and where the rank is; embeddings. The table's 384 KB are three\n"
           "times a rank's embeddings, 4 b d; it does not say why three. Ours are 2 b d where they\n"
-          "travel in 16 bits, as in half precision on a GPU.");
+          "travel in 16 bits, as in half precision.");
   labels = 8 * (batch + 12);
   embeddings = 4 * batch * dim;
   row(0, "-", plans[0].labels_bytes + plans[0].embeddings_bytes, EXACTLY, labels, "8 (b + 12)");

@@ -54,7 +54,7 @@ pub const PFC_ROW_UPDATE_DENSE: i32 = 2;
 pub const PFC_PRECISION_AUTO: i32 = 1;
 /// Products as accurate as float32.
 pub const PFC_PRECISION_F32: i32 = 2;
-/// 16-bit operands, float32 sums. On the CPU those of the gradients alone, in bfloat16.
+/// 16-bit operands, float32 sums. On the CPU those of the gradients alone, in bfloat16, and on AMX the cosines' in two of them each.
 pub const PFC_PRECISION_HALF: i32 = 3;
 
 /// For gather_dtype: f16 where the device computes in half precision, else f32.

@@ -51,19 +51,19 @@ fn bits_do_not_depend_on_the_number_of_threads_when_numerators_are_recomputed() 
     }
 }
 
-/// More threads than a split's rows fill take blocks of the batch's rows.
+/// Threads that the splits do not fill take blocks of the batch's rows.
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads_beyond_the_splits() {
     if on_cuda() {
         return;
     }
     for workspace_limit in [0, LEAST] {
-        for rows in [301, 511] {
-            let options = HeadOptions { workspace_limit, ..options(600, 37, rows) };
+        for (rows, dim) in [(301, 37), (511, 16), (301, 67)] {
+            let options = HeadOptions { workspace_limit, ..options(600, dim, rows) };
             let one = on_ranks(1, |place| train(place, &options, 1, 2));
             for threads in [4, 9, 16] {
                 let found = on_ranks(1, |place| train(place, &options, threads, 2));
-                assert_same_bits(&format!("{rows} rows, limit {workspace_limit}, {threads} threads"), &found, &one);
+                assert_same_bits(&format!("{rows} rows of {dim}, limit {workspace_limit}, {threads} threads"), &found, &one);
             }
         }
     }

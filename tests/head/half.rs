@@ -4,12 +4,14 @@
 use std::ffi::CStr;
 
 use partialfc::capi::device::{pfc_device_cpu, pfc_device_info};
+use partialfc::matrix::DType;
 use partialfc::optimizer::{Optimizer, Sgd};
 use partialfc::options::{HeadOptions, Precision};
 use partialfc::Status;
 use partialfc_testing::capi::{options, outcome, plan, to_c, Comm, Device, Head, Rows};
 use partialfc_testing::numbers::{distance, norm, widen, Random};
 use partialfc_testing::processes::run_alone;
+use partialfc_testing::training::Batch;
 
 use super::checkpoint::assert_failure;
 
@@ -49,6 +51,18 @@ fn a_row_that_has_converged_keeps_its_gradients_signs_and_two_digits() {
             assert!((half / exact - 1.0).abs() < 0.01, "{what}: {half:e}, in f32 {exact:e}");
         }
     }
+}
+
+/// Where embeddings travel as they are it is that of f32, but for cosines that are products in two terms.
+#[test]
+fn the_loss_is_that_of_f32() {
+    let losses = [Precision::F32, Precision::Half].map(|precision| {
+        let options = HeadOptions { precision, gather_dtype: Some(DType::F32), ..options(700, 512, 33) };
+        let batch = Batch::draw(&options, 0, 0, 33);
+        let mut head = Head::new(&Device::cpu(2), &Comm::solo(), &options);
+        head.forward(&mut batch.rows(512), Some(&batch.labels)).expect("a forward")
+    });
+    assert!((losses[1] / losses[0] - 1.0).abs() <= 1e-5, "{losses:?}");
 }
 
 #[test]

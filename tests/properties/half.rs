@@ -1,4 +1,4 @@
-//! Precision half: the operands of the three products are rounded, and nothing else is.
+//! Precision half: operands of the products are rounded, on a GPU of all three, on a CPU of those of the gradients; and nothing else is.
 //!
 //! Held to a float64 head that rounds the same operands, whatever is drawn: there a fault shows that rounding would hide. And to the
 //! exact one, which says what the precision is worth.

@@ -28,11 +28,10 @@ pub(super) enum Operands {
 impl Operands {
     /// Those of a step.
     pub fn of(shape: &Shape) -> Operands {
-        match PairUnit::of(Simd::best()) {
-            _ if !shape.half => Operands::F32,
-            Some(unit) => Operands::Pairs(unit),
-            None => Operands::Rounded,
+        if !shape.half {
+            return Operands::F32;
         }
+        PairUnit::of(Simd::best()).map_or(Operands::Rounded, Operands::Pairs)
     }
 
     /// Lays out E^ [rows, row_pitch] for [`Operands::cosines`]: transposed, [d, batch_pitch], or in two terms of pairs, [d / 2, batch_pitch]
@@ -42,10 +41,12 @@ impl Operands {
             Operands::Pairs(unit) if takes_terms(unit, shape) => {
                 let (row_pitch, pitch, pairs) = (shape.row_pitch(), shape.batch_pitch(), shape.dim.div_ceil(2));
                 let (units, out) = (&units[..shape.rows * row_pitch], out.parts());
-                pool.run(pairs, &|pair, _| {
-                    // SAFETY: a pair of columns is in one task.
-                    let terms = [pair, pairs + pair].map(|line| unsafe { out.range(line * pitch..line * pitch + shape.rows) });
-                    split_columns(units, row_pitch, pair, shape.dim, terms);
+                pool.run(pairs.div_ceil(PAIRS_A_TASK), &|task, _| {
+                    for pair in task * PAIRS_A_TASK..((task + 1) * PAIRS_A_TASK).min(pairs) {
+                        // SAFETY: a pair of columns is in one task.
+                        let terms = [pair, pairs + pair].map(|line| unsafe { out.range(line * pitch..line * pitch + shape.rows) });
+                        split_columns(units, row_pitch, pair, shape.dim, terms);
+                    }
                 });
             }
             _ => transpose(pool, units, shape.row_pitch(), out, shape.rows, shape.dim),
@@ -159,6 +160,8 @@ impl Operands {
 
 /// From this dimension on cosines are multiplied in terms: the errors of many products make up for each other.
 const TERMS_FROM: usize = 64;
+/// Pairs of columns of E^ that one task lays out: a cache line of each row.
+const PAIRS_A_TASK: usize = 8;
 
 fn takes_terms(unit: PairUnit, shape: &Shape) -> bool {
     unit.multiplies_terms() && shape.dim >= TERMS_FROM

@@ -30,7 +30,12 @@ const FEWEST_SPLITS: usize = 8;
 /// Of the batch's rows a block has at least so many: gathering a row of W once more takes as long as a fifth of their products.
 const FEWEST_ROWS: usize = 64;
 /// Blocks begin at a multiple of it: whole pairs, tiles and cache lines.
-const ROW_UNIT: usize = 16;
+const ROW_UNIT: usize = 32;
+/// What gathering and normalizing a number of W costs once more while another core works on the same rows, in flop of the products:
+/// measured, benches/results/2026-11-30-half.md.
+pub(super) const GATHER: f64 = 50.0;
+/// More blocks must save at least this share of a forward's time.
+const WORTH_IT: f64 = 0.03;
 const MOST_SPLITS: usize = 64;
 
 /// Elements from one row to the next: whole cache lines, an odd number of them, so that a column does not fall into one cache set.
@@ -99,10 +104,15 @@ impl Shape {
         split * chunks / splits..(split + 1) * chunks / splits
     }
 
-    /// Blocks of rows that splits are cut into: more than one where there are more threads than splits. It changes no result, since an
-    /// element of a product has the bits of its own row and column; but each block gathers the rows of W again.
+    /// Blocks of rows that splits are cut into, so that their number fills the threads. It changes no result, since an element of a product
+    /// has the bits of its own row and column; but each block gathers the rows of W again.
     pub fn row_blocks(&self, threads: usize) -> usize {
-        threads.div_ceil(self.splits().max(1)).min(self.rows / FEWEST_ROWS).max(1)
+        let time = |blocks: usize| {
+            let rounds = (self.splits() * blocks).div_ceil(threads.max(1));
+            rounds as f64 * (GATHER + 4.0 * self.rows.div_ceil(ROW_UNIT).div_ceil(blocks) as f64 * ROW_UNIT as f64)
+        };
+        let better = |best: usize, blocks: usize| if time(blocks) < (1.0 - WORTH_IT) * time(best) { blocks } else { best };
+        (2..=self.rows / FEWEST_ROWS).fold(1, better)
     }
 
     /// Of so many blocks the rows of one.
@@ -291,7 +301,7 @@ pub(super) struct ForwardOutput<'a> {
     pub weighted_centers: Parts<'a, f32>,
 }
 
-/// Phases 3 and 4 over the whole sample. A task is a split, or with more threads than splits one block of its rows.
+/// Phases 3 and 4 over the whole sample. A task is a split, or where these would not fill the threads one block of its rows.
 pub(super) fn forward(pool: &Pool, pass: &Pass<'_>, output: &ForwardOutput<'_>) {
     let blocks = pass.shape.row_blocks(pool.threads());
     pool.run(pass.shape.splits() * blocks, &|task, worker| {

@@ -1,10 +1,6 @@
 //! How well the tasks of a step fill many threads, without the machine: the pool's own order, and a model of what a task costs.
 
-use super::products::Shape;
-
-/// What gathering and normalizing a number of W costs once more while another core works on the same rows, in flop of the products:
-/// measured, benches/results/2026-11-30-half.md.
-const GATHER: f64 = 50.0;
+use super::products::{Shape, GATHER};
 
 /// The share of so many threads' time that the forward and the update of a step spend on what one thread would have to do too. Memory is
 /// taken to be fast enough for all of them, and the threads to be equally fast.
@@ -48,10 +44,11 @@ mod tests {
     fn blocks_have_all_rows_once_and_begin_at_a_pair() {
         for rows in [1, 63, 128, 301, 1024] {
             let shape = Shape { rows, dim: 37, classes: 600, half: true };
-            assert_eq!(shape.row_blocks(shape.splits()), 1);
+            assert_eq!(shape.row_blocks(1), 1);
             for threads in [4, 16, 100] {
                 let blocks = shape.row_blocks(threads);
-                assert!(blocks <= (rows / 64).max(1) && (rows < 128 || blocks > 1), "{rows} rows, {threads} threads: {blocks}");
+                assert!(blocks <= (rows / 64).max(1), "{rows} rows, {threads} threads: {blocks}");
+                assert!(blocks > 1 || rows < 128 || threads < 100, "{rows} rows, {threads} threads");
                 let all: Vec<_> = (0..blocks).map(|block| shape.row_block(block, blocks)).collect();
                 assert!(all.iter().all(|block| block.start % 2 == 0 && !block.is_empty()), "{all:?}");
                 assert!(all.into_iter().flatten().eq(0..rows), "{rows} rows, {blocks} blocks");
@@ -61,9 +58,10 @@ mod tests {
 
     #[test]
     fn sixty_four_threads_have_work_in_a_large_step() {
-        for threads in [1, 2, 8, 16, 32, 64] {
+        for threads in 1..=64 {
             let [forward, update] = step_efficiency(1024, 512, 125_000, threads);
-            assert!(forward >= 0.9 && update >= 0.9, "{threads} threads: {forward:.3}, {update:.3}");
+            let least = if threads.is_power_of_two() { 0.9 } else { 0.79 };
+            assert!(forward >= least && update >= 0.9, "{threads} threads: {forward:.3}, {update:.3}");
         }
         // A shape of one chunk has work for as many threads as it has blocks of rows.
         assert!(step_efficiency(1024, 512, super::super::products::CHUNK, 8)[0] > 0.7);

@@ -8,9 +8,9 @@
 //! An element is what the destination held, or 0, plus the products of its pairs, 16 pairs at a time: its bits depend on its own row and
 //! column alone.
 //!
-//! The instructions are assembled here since they are no part of Rust's stable ones. No other code of a process uses the tiles, so that they
-//! need not be kept from one block of assembly to the next; a product configures them first and releases them last, so that a thread that
-//! has ended one carries no state of them from one context switch to the next.
+//! The instructions are assembled here since they are no part of Rust's stable ones. A call keeps no tiles, and a product calls nothing that
+//! has tiles of its own between its configuration and its release. After that its thread carries no state of them from one context switch
+//! to the next.
 
 use std::arch::asm;
 use std::arch::x86_64::*;

@@ -61,6 +61,53 @@ fn products_of_terms_are_those_of_float32_but_for_its_last_bits() {
     }
 }
 
+/// Blocks of a batch's rows rest on it.
+#[test]
+fn an_element_has_the_bits_of_its_row_and_column_alone() {
+    for unit in units() {
+        for (m, n, k) in [(1, 1, 1), (33, 130, 301), (256, 47, 1100), (40, 64, 16)] {
+            let (_, left) = paired(k, m, 5);
+            let (_, right) = paired(k, n, 6);
+            let (left_pitch, right_pitch, pairs) = (m + 3, n + 3, k.div_ceil(2));
+            let product = |from: (usize, usize), m: usize, n: usize| {
+                let mut all = vec![0.0f32; m * n];
+                let left = Operand::transposed(&as_pairs(&left)[from.0..], 2 * left_pitch);
+                let right = Operand::rows(&as_pairs(&right)[from.1..], 2 * right_pitch);
+                unit.gemm(GemmShape { m, n, k: pairs }, &mut all, n, left, right, Store::Replace);
+                all
+            };
+            let floats: Vec<f32> = (0..m * k).map(|i| number(i + 1)).collect();
+            let (mut terms, pitch) = (vec![0.0; 2 * pairs * n], n);
+            let columns: Vec<f32> = (0..n * k).map(|i| number(i + 2)).collect();
+            let (first, second) = terms.split_at_mut(pairs * pitch);
+            for (i, (first, second)) in first.chunks_mut(pitch).zip(second.chunks_mut(pitch)).enumerate() {
+                split_columns(&columns, k, i, k, [first, second]);
+            }
+            let in_terms = |from: (usize, usize), m: usize, n: usize| {
+                let mut all = vec![0.0f32; m * n];
+                let right = Operand::rows(&as_pairs(&terms)[from.1..], pitch);
+                unit.gemm_terms(GemmShape { m, n, k }, &mut all, n, Operand::rows(&floats[from.0 * k..], k), right);
+                all
+            };
+            let (whole, whole_in_terms) = (product((0, 0), m, n), unit.multiplies_terms().then(|| in_terms((0, 0), m, n)));
+            for (row, column) in [(0, 0), (m - 1, n - 1), (m / 2, n / 3)] {
+                assert_eq!(
+                    product((row, column), 1, 1),
+                    whole[row * n + column..][..1],
+                    "{unit:?} {m} x {n} x {k} [{row}, {column}]"
+                );
+                if let Some(whole) = &whole_in_terms {
+                    assert_eq!(
+                        in_terms((row, column), 1, 1),
+                        whole[row * n + column..][..1],
+                        "terms, {m} x {n} x {k} [{row}, {column}]"
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// Both layouts of a left operand: along its rows, and as rows of pairs of the other's columns.
 #[test]
 fn products_of_pairs_are_those_of_the_rounded_numbers() {
