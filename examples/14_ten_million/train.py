@@ -299,7 +299,7 @@ def main():
     for residency in wanted.residency:
         for rate in wanted.rate:
             with tempfile.TemporaryDirectory(prefix="ten_million-", dir=wanted.storage) as folder:
-                names = ("classes", "dim", "batch", "steps", "after", "block", "cache", "seen")
+                names = ("classes", "dim", "batch", "steps", "after", "block", "precision", "cache", "seen")
                 run = argparse.Namespace(**{name: getattr(wanted, name) for name in names}, rate=rate, residency=residency, folder=folder)
                 told = demonstrate(run)
             print("\n".join(report(run, told)), flush=True)
