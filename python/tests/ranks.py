@@ -250,6 +250,8 @@ def main():
         else:
             refuse(train(mode))
             print(mode, "as it should be", flush=True)
+    # Ends gloo's threads: one that frees a tensor while Python ends would abort the process.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

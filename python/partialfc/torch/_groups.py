@@ -1,7 +1,7 @@
 """The ranks of a process group as a communicator of the library's."""
 
+import datetime
 import os
-import threading
 
 import torch
 import torch.distributed as dist
@@ -57,23 +57,33 @@ def _backend(group, device: torch.device) -> str:
 
 
 class _Waiting:
-    """Waits for a group's operations, of which gloo's cannot be ended: what ends is the wait."""
+    """Waits for a group's operations, of which gloo's cannot be ended: what ends is the wait.
+
+    Python aborts a process that ends while one of gloo's threads waits for the interpreter. So no callback tells of
+    an operation's end, and the last operation is kept: otherwise the thread that ran it may be the last to hold its
+    tensors, which are objects of Python.
+    """
+
+    SLICE = datetime.timedelta(seconds=0.1)
 
     def __init__(self):
-        self.over = threading.Event()
         self.aborted = False
+        self.last = None
 
     def abort(self) -> None:
         self.aborted = True
-        self.over.set()
 
     def end(self, work) -> None:
-        work.get_future().add_done_callback(lambda _: self.over.set())
-        self.over.wait()
-        if self.aborted:
-            raise RuntimeError("the communicator was aborted while it waited for other ranks")
-        self.over.clear()
-        work.wait()  # Raises what went wrong.
+        self.last = work
+        while not self.aborted:
+            try:
+                work.wait(self.SLICE)
+            except RuntimeError:
+                if not work.is_completed():
+                    continue
+                work.wait()  # Raises what went wrong.
+            return
+        raise RuntimeError("the communicator was aborted while it waited for other ranks")
 
 
 def over_gloo(group) -> Comm:
