@@ -281,6 +281,10 @@ pub trait Device: Send + Sync {
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
         None
     }
+    /// Refuses a call while the caller's stream is captured: a graph would hold what the call enqueues, and the call would not run.
+    fn check_not_capturing(&self) -> Result<()> {
+        Ok(())
+    }
     /// As [`HeadDevice::is_device_memory`].
     fn is_device_memory(&self, _name: &str, _pointer: *const u8) -> Result<bool> {
         Ok(false)

@@ -13,7 +13,7 @@ use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::Status;
 use partialfc_testing::capi::{options, outcome, plan, to_c, traffic_between, Comm, Device, Failure, Head, Outcome, Rows};
 use partialfc_testing::emulator;
-use partialfc_testing::gpu::{gpu_apart, gpu_number, Remote};
+use partialfc_testing::gpu::{gpu_apart, gpu_number, new_stream, Capture, Remote};
 use partialfc_testing::nccl::{self, Fault};
 use partialfc_testing::ranks::{on_comms, with_ample_time, Rank};
 use partialfc_testing::training::{assert_same_bits, learning_rate, Batch, Trace, ADAMW};
@@ -82,6 +82,23 @@ fn every_placement_has_the_bits_that_threads_give() {
             assert_same_bits(&format!("{options:?}"), &carried, &expected);
         }
     }
+}
+
+/// The watchdog looks at what is on the streams from a thread of its own, all the time that one of the operations takes.
+#[test]
+fn the_watchdog_leaves_a_capture_in_the_process_valid() {
+    let turn = emulator::turn(9);
+    let Some(standin) = nccl::emulated(&turn) else { return };
+    let options = &placements()[3];
+    let comms = nccl::group(RANKS);
+    (0..RANKS).for_each(|rank| standin.plan(rank as i32, 3, Fault::Delay(200)));
+    let capture = Capture::begin(new_stream());
+    on_comms(comms, |place| {
+        let mut head = Head::new(&gpu_apart(), &place.comm, options);
+        let batch = Batch::draw(options, place.rank, 0, ROWS);
+        head.step(&mut batch.rows(head.dim), &batch.labels, 0.1, &mut Rows::output(ROWS, head.dim)).expect("step");
+    });
+    assert_eq!(capture.end(), 0, "the capture is invalid");
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl CudaHead {
             drafts: [Draft::new(&gpu.context)?, Draft::new(&gpu.context)?],
             streams: HeadStreams::new(&gpu.context, &gpu.stream, spec.ranks)?,
             verdict: PinnedBuffer::zeroed(&gpu.context, 1, "the verdict")?,
-            staging: RefCell::new(Staging::new()),
+            staging: RefCell::new(Staging::new(&gpu.context)?),
             labels: LabelMemory::new(&gpu.context, &gpu.stream, max_batch)?,
             current: 0,
             next_has_labels: false,
@@ -591,7 +591,7 @@ impl Drop for CudaHead {
         if self.gpu.process != std::process::id() {
             return;
         }
-        if let Err(error) = self.streams.synchronize() {
+        if let Err(error) = self.gpu.context.synchronize() {
             log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }
