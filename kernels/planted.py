@@ -58,6 +58,27 @@ PFC_KERNEL(planted, (float* x, uint64_t a, uint64_t b)) {
     x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
 """
+# A main loop: 1024 bytes of ldmatrix for two products of 4096 operations.
+LOOP = """
+#include "ptx/ldmatrix.h"
+#include "ptx/mma.h"
+PFC_KERNEL(planted, (float* x, int steps)) {
+    PFC_DYNAMIC_SHARED(shared);
+    const unsigned char* stage = shared + 16 * threadIdx.x;
+    float d[2][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, stage += 1024) {
+        uint32_t a[4], b[4];
+        ptx::ldmatrix_x4(a, stage);
+        ptx::ldmatrix_x4(b, stage + 512);
+        ptx::mma_half(d[0], a, b[0], b[1]);
+        ptx::mma_half(d[1], a, b[2], b[3]);
+    }
+    x[threadIdx.x] = d[0][0] + d[0][1] + d[0][2] + d[0][3] + d[1][0] + d[1][1] + d[1][2] + d[1][3];
+}
+"""
+TWICE = LOOP.replace("ptx::mma_half(d[1], a,", "ptx::ldmatrix_x4(a, stage);\n        ptx::mma_half(d[1], a,")
+SMALL = LOOP.replace("ptx::mma_half(d[1], a, b[2], b[3]);", "")
 BYTES = "// gate: planted registers <= 255 shared kBytes <= {}\nconstexpr int kBytes = 4096;\n"
 PLANTED = [
     ("nothing wrong", "// gate: planted registers <= 255 HMMA 2\n", MULTIPLY, "80", None),
@@ -77,6 +98,11 @@ PLANTED = [
     ("an entry without a gate", "", PLAIN, "80", "no gate"),
     ("a gate without an entry", "// gate: planted registers <= 255\n// gate: gone registers <= 255\n", PLAIN, "80", "no entry"),
     ("wgmma serialized", "// gate: planted registers <= 255 HGMMA 2\n", SERIAL, "90a", "serialized"),
+    ("a main loop within its traffic", "// gate: planted registers <= 255 HMMA 2 traffic <= 125\n", LOOP, "90a", None),
+    ("an operand read twice", "// gate: planted registers <= 255 HMMA 2 traffic <= 125\n", TWICE, "80", "187.5 bytes of shared memory"),
+    ("a smaller tile of a warp", "// gate: planted registers <= 255 HMMA 1 traffic <= 125\n", SMALL, "90a", "250.0 bytes of shared memory"),
+    ("a main loop that no gate names", "// gate: planted registers <= 255 HMMA 2\n", LOOP, "80", "its gate allows 0"),
+    ("traffic without a main loop", "// gate: planted registers <= 255 HMMA 2 traffic <= 125\n", MULTIPLY, "80", "no main loop"),
     ("what does not compile", "// gate: planted registers <= 255\n", PLAIN.replace("3.0f", "nothing"), "80", "nothing"),
 ]
 
@@ -87,3 +113,31 @@ BUILT = [
     ("a build's image with a fault", MULTIPLY.replace("    multiply(d, a);\n", "", 1), True, "1 HMMA"),
     ("a build's image without the report of ptxas", MULTIPLY, False, "no planted.80.log"),
 ]
+
+# Machine code, and what the model tells of it. The loop around the main loop and a loop without products do not count; of the main
+# loop's loads one never runs, and a copy may run.
+CODE = """
+\t\tFunction : planted
+\t.headerflags\t@"EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
+                                                                            /* 0x000fe40000000f00 */
+        /*0010*/                   LDS.128 R4, [R1] ;                       /* 0x0 */
+        /*0020*/              @!P1 BRA 0x10 ;                               /* 0x0 */
+        /*0030*/                   DEPBAR.LE SB0, 0x1 ;                     /* 0x0 */
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0 */
+        /*0050*/              @!PT LDS RZ, [RZ] ;                           /* 0x0 */
+        /*0060*/                   LDSM.16.M88.4 R28, [R8] ;                /* 0x0 */
+        /*0070*/                   LDSM.16.MT88.2 R20, [R8+0x400] ;         /* 0x0 */
+        /*0080*/                   LDS.U16 R3, [R9] ;                       /* 0x0 */
+        /*0090*/                   LDS.64 R2, [R9] ;                        /* 0x0 */
+        /*00a0*/               @P2 LDGSTS.E.BYPASS.128 [R41], [R8.64] ;     /* 0x0 */
+        /*00b0*/                   HMMA.16816.F32 R88, R28.reuse, R20, R88 ; /* 0x0 */
+        /*00c0*/                   HMMA.1688.F32.BF16 R84, R28, R21, R84 ;  /* 0x0 */
+        /*00d0*/                   LDGDEPBAR ;                              /* 0x0 */
+        /*00e0*/              @!P0 BRA 0x30 ;                               /* 0x0 */
+        /*00f0*/                   STG.E [R2.64], R88 ;                     /* 0x0 */
+        /*0100*/                   BRA 0x0 ;                                /* 0x0 */
+        /*0110*/                   BRA 0x110 ;                              /* 0x0 */
+"""
+# Bytes read: 512 and 256 by ldmatrix, 64 and 256 by loads. Operations: 4096 and 2048.
+COUNTED = "planted 80 2 1088 512 10 2 260.4 3.0 12.5 10.8 3.0 shared 492 24 %"
