@@ -166,3 +166,26 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // gate: gemm_center_gradient_f32_1024 on 80,90a,100 shared kGradShared1024Deep <= 166912
 //
 // gate: gemm_cosines registers <= 128 shared kCosinesShared <= 49152 HMMA 32
+//
+// Bytes through shared memory for 1000 floating-point operations of the main loop. ldmatrix and
+// cp.async move 1000 (1 / warp_m + 1 / warp_n + 1 / m + 1 / n). With more than 62.5 of them shared
+// memory takes longer than mma.sync even on sm_80. The widest center gradient copies a quarter of
+// a vector for each thread, which counts as a whole one.
+//
+// gate: gemm_numerators_half traffic <= 63
+// gate: gemm_numerators_half_far traffic <= 63
+// gate: gemm_weighted_centers_half traffic <= 63
+// gate: gemm_center_gradient_half_128 traffic <= 102
+// gate: gemm_center_gradient_half_256 traffic <= 51
+// gate: gemm_center_gradient_half_512 traffic <= 49
+// gate: gemm_center_gradient_half_1024 traffic <= 75
+//
+// gate: gemm_numerators_f32 traffic <= 63
+// gate: gemm_numerators_f32_far traffic <= 63
+// gate: gemm_weighted_centers_f32 traffic <= 63
+// gate: gemm_center_gradient_f32_128 traffic <= 102
+// gate: gemm_center_gradient_f32_256 traffic <= 51
+// gate: gemm_center_gradient_f32_512 traffic <= 49
+// gate: gemm_center_gradient_f32_1024 traffic <= 75
+//
+// gate: gemm_cosines traffic <= 63
