@@ -29,6 +29,23 @@ fn the_main_shapes_take_what_was_promised() {
     assert!(sizes.workspace() < 192_000_000, "{}", sizes.workspace());
 }
 
+/// From the least that may exist to an RTX PRO 6000's 188 multiprocessors, with batches whose tiles fit them and batches whose do not.
+#[test]
+fn splits_fill_every_gpu() {
+    for multiprocessors in [2, 17, 68, 72, 80, 82, 84, 108, 114, 128, 132, 142, 144, 148, 160, 170, 188] {
+        for rows in [128, 256, 512, 1024, 2048, 3072, 4096, 5120, 6144, 8192] {
+            let splits = weighted_splits(rows, 512, 125_056, multiprocessors);
+            let (blocks, slots) = (rows / 128 * 4 * splits, 2 * u64::from(multiprocessors));
+            let filled = blocks as f64 / (slots * blocks.div_ceil(slots)) as f64;
+            assert!(filled >= 0.9, "{rows} rows on {multiprocessors} multiprocessors: {splits} splits fill {filled:.2}");
+        }
+    }
+    // On an A100 one split would leave two fifths of it empty; on an H100 two are enough, and more would cost their sums.
+    assert_eq!([108, 132].map(|multiprocessors| weighted_splits(4096, 512, 125_056, multiprocessors)), [5, 2]);
+    // A short chunk has no more splits than tiles of columns.
+    assert_eq!([128, 256].map(|chunk| weighted_splits(128, 512, chunk, 132)), [1, 2]);
+}
+
 #[test]
 fn chunks_shrink_with_the_limit_until_it_is_refused() {
     let mut last = u64::MAX;
