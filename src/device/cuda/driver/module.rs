@@ -144,7 +144,6 @@ impl<A: Arguments> Kernel<A> {
         Ok(blocks as u32)
     }
 
-    #[cfg(test)]
     /// Threads that a block may have: fewer than the GPU's most where the kernel takes many registers.
     pub fn largest_block(&self) -> Result<u32> {
         let context = &self.module.context;
