@@ -101,6 +101,31 @@ fn the_watchdog_leaves_a_capture_in_the_process_valid() {
     assert_eq!(capture.end(), 0, "the capture is invalid");
 }
 
+/// It gets its part of the GPU so; behind P @ W^, which fills the GPU, it would come after it. Where the all-reduce is refused, neither that
+/// product nor the verdict on the sums is launched.
+#[test]
+fn the_sums_are_handed_over_before_the_product_beside_them() {
+    let turn = emulator::turn(10);
+    let Some(standin) = nccl::emulated(&turn) else { return };
+    // The head's options, labels and embeddings come before it.
+    const SUMS: i32 = 3;
+    let launches = |refused: bool| {
+        standin.reset();
+        if refused {
+            standin.plan(0, SUMS, Fault::Enqueue(SYSTEM_ERROR));
+        }
+        let launched = || turn.calls("cuLaunchKernel").expect("the emulator's count");
+        on_comms(nccl::group(1), |place| {
+            let mut head = Head::new(&gpu_apart(), &place.comm, &placements()[3]);
+            let (batch, before) = (Batch::draw(&placements()[3], 0, 0, ROWS), launched());
+            let told = head.forward(&mut batch.rows(head.dim), Some(&batch.labels));
+            assert_eq!(told.is_err(), refused, "{told:?}");
+            launched() - before
+        })
+    };
+    assert_eq!(launches(false)[0] - launches(true)[0], 2);
+}
+
 #[test]
 fn a_step_hands_over_the_bytes_that_the_plan_names() {
     let turn = emulator::turn(3);

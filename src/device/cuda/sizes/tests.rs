@@ -85,7 +85,7 @@ fn without_a_limit_it_is_what_the_gpu_has() {
 fn arrays_follow_the_options() {
     let sharded = Sizes::new(&spec(1000, 10, |_| ()), H200, 0).expect("sizes");
     assert_eq!((sharded.capacities.gather_dtype, sharded.capacities.rows, sharded.capacities.sample), (DType::F16, 128, 1024));
-    assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 2);
+    assert_eq!(bytes(&sharded, "embeddings_send"), 10 * 512 * 2);
     assert_eq!(bytes(&sharded, "send_scales"), 10 * 4);
     assert_eq!(bytes(&sharded, "sums"), 4 * (20 + 4));
     for name in ["replicated_sums", "center_gradient", "second_moment", "last_update", "missed_updates"] {
@@ -180,19 +180,23 @@ fn rows_in_the_hosts_memory_leave_the_gpus_to_the_workspace() {
 
 #[test]
 fn every_pointer_has_an_array() {
-    let sizes = Sizes::new(&spec(1000, 10, |options| options.precision = Precision::F32), H200, 0).expect("sizes");
-    let mut arrays = sizes.head_arrays();
-    let list = sizes.list();
-    for (number, array) in list.iter().enumerate() {
-        (array.assign)(&mut arrays, (number + 1) as *mut u8);
+    for (ranks, shared) in [(2, 1), (1, 4)] {
+        let spec = HeadSpec { ranks, ..spec(1000, 10, |options| options.precision = Precision::F32) };
+        let sizes = Sizes::new(&spec, H200, 0).expect("sizes");
+        let mut arrays = sizes.head_arrays();
+        let list = sizes.list();
+        for (number, array) in list.iter().enumerate() {
+            (array.assign)(&mut arrays, (number + 1) as *mut u8);
+        }
+        let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
+        // SAFETY: the structure begins with as many pointers.
+        let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&arrays).cast::<u64>(), pointers) };
+        assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
+        // The three planes of W^ serve both products, and a lone rank's messages are where they arrive; all else is an array of its own.
+        assert_eq!(arrays.center_wide, arrays.center_operand);
+        assert_eq!(arrays.labels_send == arrays.labels_recv, ranks == 1);
+        assert_eq!(pointers.len(), list.len() + shared);
     }
-    let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
-    // SAFETY: the structure begins with as many pointers.
-    let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&arrays).cast::<u64>(), pointers) };
-    assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
-    // The three planes of W^ serve both products; all else is an array of its own.
-    assert_eq!(arrays.center_wide, arrays.center_operand);
-    assert_eq!(pointers.len(), list.len() + 1);
 }
 
 #[test]
