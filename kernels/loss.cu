@@ -12,8 +12,8 @@
 //
 // Agrees with src/device/cpu/loss.rs and src/protocol.rs, in double where the CPU has doubles.
 // reduce_rows reads the tiles' sums, 8 bytes for 128 columns of a row: 32 MB at 4096 rows and
-// 125000 columns; scale_embeddings B * pitch floats and as many operands; the others are one CTA
-// each and wait for latency.
+// 125000 columns; scale_embeddings B * pitch floats and as many operands; finish_rows a few numbers
+// a row; the others are one CTA each and wait for latency.
 #include "far.h"
 #include "ptx/atomic.h"
 #include "reduce.h"
@@ -23,7 +23,13 @@
 namespace {
 
 constexpr float kOneError = 65536.0f;  // protocol.rs ONE_ERROR
-constexpr uint32_t kLanesOfRow = 4;    // reduce_rows: lanes that share a row, 8 rows a warp
+constexpr uint32_t kRowsOfCta = 8;     // reduce_rows: rows side by side, a sector of floats
+
+// What a warp has of a row.
+struct RowPart {
+    double sum;
+    float best;
+};
 
 // Shared memory of the kernels of one CTA: kReduceBytes, then bad_row and bad_term.
 struct Shared {
@@ -86,12 +92,9 @@ PFC_DEVICE float sent_target(const HeadArrays& head, uint32_t row) {
     return head.angles != nullptr ? float(head.angles[row]) : head.target_logits[row];
 }
 
-// Calls finish_row for all rows; returns the sum of their losses, in every thread. Of the sums
-// message (`all_ranks`) or of this rank's own sums.
-PFC_DEVICE double finish_rows(const HeadArrays& head, bool all_ranks, bool only_target,
-                              const Shared& shared) {
-    const double far_unit = exp(-far::kTravelExponent);
-    const float* const sums = all_ranks ? head.sums : head.row_sums;
+// Adds up row_losses, in every thread, and finds the first bad row and term. Of the sums message
+// (`all_ranks`) or of this rank's own sums.
+PFC_DEVICE double add_losses(const HeadArrays& head, bool all_ranks, const Shared& shared) {
     const row_terms::Terms terms = row_terms::terms(head, all_ranks);
     if (threadIdx.x == 0) {
         *shared.bad_row = kNone;
@@ -100,21 +103,13 @@ PFC_DEVICE double finish_rows(const HeadArrays& head, bool all_ranks, bool only_
     __syncthreads();
     double loss = 0.0;
     for (uint32_t row = threadIdx.x; row < head.block->rows; row += blockDim.x) {
-        double sum = double(sums[row]);
-        if (!all_ranks) {
-            sum *= far::from_own_offset(head, row);
-        } else if (head.shifts != nullptr) {
-            sum += double(far::far_sums(head)[row]) * far_unit;
-        }
-        const float sent =
-            all_ranks ? head.sums[head.label_capacity + row] : sent_target(head, row);
         if (terms.values != nullptr && head.target_cosines[row] != kIgnored) {
             const uint32_t term = row_terms::bad_term(terms, row);
             if (term < row_terms::kCount) {
                 ptx::atomic_min(shared.bad_term, row_terms::kCount * row + term);
             }
         }
-        const double row_loss = finish_row(head, row, sum, sent, only_target, terms);
+        const double row_loss = head.row_losses[row];
         if (row_loss != row_loss) {
             ptx::atomic_min(shared.bad_row, row);
         }
@@ -179,7 +174,7 @@ PFC_DEVICE void pack_replicated(const HeadArrays& head, int32_t own_status, int3
         status = double(block.status);
         row = block.fault == kFaultEmbedding ? double(block.row) : 0.0;
     } else {
-        loss = finish_rows(head, false, block.classes <= 1, shared);
+        loss = add_losses(head, false, shared);
         cosines = sum_cosines(head, shared);
         if (*shared.bad_term != kNone) {
             const row_terms::Terms terms = row_terms::terms(head, false);
@@ -228,7 +223,7 @@ PFC_DEVICE double judge_sharded(const HeadArrays& head, const Shared& shared) {
     double loss = 0.0;
     const bool failed = !(errors < kOneError);
     if (!failed) {
-        loss = finish_rows(head, true, classes <= 1.0f, shared);
+        loss = add_losses(head, true, shared);
     }
     if (threadIdx.x == 0) {
         if (failed) {
@@ -314,39 +309,54 @@ PFC_DEVICE void turn_tangent(const HeadArrays& head, uint32_t row) {
 
 }  // namespace
 
-// Adds up row_sums and best_negatives over the tiles of columns. Four lanes share a row, each
-// taking every fourth tile, and a warp has 8 rows side by side: it reads whole sectors, and the
-// order does not depend on the grid.
-// launch: reduce_rows blocks 4 per SM threads 256 shared 0
+// Adds up row_sums and best_negatives over the tiles of columns. A CTA has 8 rows side by side, so
+// that it reads whole sectors; its threads of a row, 32 of them, take every 32nd tile. Few tiles a
+// thread: each is a wait for memory, and a step waits for all of them. The order depends on the
+// number of threads alone.
+// launch: reduce_rows blocks 4 per SM threads 256 shared 1024
 // gate: reduce_rows registers <= 64
 PFC_KERNEL(reduce_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
+    PFC_DYNAMIC_SHARED(dynamic);
     if (head.block->status != kOk) {
         return;
     }
-    const uint32_t count = head.block->rows, lane_of_row = threadIdx.x % 32 / 8;
+    RowPart* const parts = reinterpret_cast<RowPart*>(dynamic);  // [warps][kRowsOfCta]
+    const uint32_t count = head.block->rows, own = threadIdx.x % kRowsOfCta;
     const uint32_t tiles = ceil_div(head.block->classes, kTileColumns);
-    for (uint32_t group = rows::first_row(); group * 8 < count; group += rows::row_stride()) {
-        const uint32_t row = group * 8 + threadIdx.x % 8;
+    for (uint32_t first = blockIdx.x * kRowsOfCta; first < count;
+         first += gridDim.x * kRowsOfCta) {
+        const uint32_t row = first + own;
         double sum = 0.0;
         float best = kElsewhere;
         if (row < count) {
 #pragma unroll 4
-            for (uint32_t tile = lane_of_row; tile < tiles; tile += kLanesOfRow) {
+            for (uint32_t tile = threadIdx.x / kRowsOfCta; tile < tiles;
+                 tile += blockDim.x / kRowsOfCta) {
                 const uint64_t at = uint64_t(tile) * head.row_capacity + row;
                 sum += double(head.partial_sums[at]);
                 const float found = head.partial_best[at];
                 best = found > best ? found : best;
             }
         }
-        for (int mask = 8; mask < 32; mask *= 2) {
+        for (int mask = kRowsOfCta; mask < 32; mask *= 2) {
             sum += ptx::shuffle_xor(sum, mask);
             const float other = ptx::shuffle_xor(best, mask);
             best = other > best ? other : best;
         }
-        if (lane_of_row == 0 && row < count) {
+        if (ptx::lane() < kRowsOfCta) {
+            parts[ptx::warp() * kRowsOfCta + own] = {sum, best};
+        }
+        __syncthreads();
+        if (threadIdx.x < kRowsOfCta && row < count) {
+            for (uint32_t warp = 1; warp < blockDim.x / 32; ++warp) {
+                const RowPart& other = parts[warp * kRowsOfCta + own];
+                sum += other.sum;
+                best = other.best > best ? other.best : best;
+            }
             head.row_sums[row] = float(sum);
             head.best_negatives[row] = best;
         }
+        __syncthreads();  // the next rows' parts overwrite these
     }
 }
 
@@ -373,6 +383,42 @@ PFC_KERNEL(find_far_rows, (const PFC_GRID_CONSTANT HeadArrays head)) {
         if (threadIdx.x == 0) {
             head.far_tiles[tile] = count != 0 ? 1 : 0;
         }
+    }
+}
+
+// Calls finish_row for all rows, before the kernel of one CTA that adds their losses up: exp and log
+// in double take a hundred instructions a row. Sharded: of the reduced sums. Replicated: of this
+// rank's own, unless it has failed.
+// launch: finish_rows blocks 2 per SM threads 128 shared 0
+// gate: finish_rows registers <= 128
+PFC_KERNEL(finish_rows, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_status)) {
+    const StepBlock& block = *head.block;
+    if (own_status != kOk || block.status != kOk) {
+        return;
+    }
+    const bool all_ranks = head.sharded != 0;
+    bool only_target = block.classes <= 1;
+    if (all_ranks) {
+        const float* const totals = head.sums + 2 * uint64_t(head.label_capacity);
+        if (!(totals[2] < kOneError)) {
+            return;
+        }
+        only_target = totals[3] <= 1.0f;
+    }
+    const double far_unit = exp(-far::kTravelExponent);
+    const float* const sums = all_ranks ? head.sums : head.row_sums;
+    const row_terms::Terms terms = row_terms::terms(head, all_ranks);
+    for (uint32_t row = blockIdx.x * blockDim.x + threadIdx.x; row < block.rows;
+         row += gridDim.x * blockDim.x) {
+        double sum = double(sums[row]);
+        if (!all_ranks) {
+            sum *= far::from_own_offset(head, row);
+        } else if (head.shifts != nullptr) {
+            sum += double(far::far_sums(head)[row]) * far_unit;
+        }
+        const float sent =
+            all_ranks ? head.sums[head.label_capacity + row] : sent_target(head, row);
+        head.row_losses[row] = finish_row(head, row, sum, sent, only_target, terms);
     }
 }
 

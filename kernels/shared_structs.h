@@ -243,6 +243,7 @@ struct HeadArrays {
                                  // gradient but the target's
     float* row_sums;             // [row_capacity] N_i of this rank, relative to the row's offset
     float* best_negatives;       // [row_capacity]
+    double* row_losses;          // [row_capacity] NaN where a row's sum leaves float32
     float* shifts;               // [row_capacity] -log2(e) times the row's offset (far.h); null
                                  // where all rows have offset c
     uint32_t* far_tiles;         // [row_capacity / kTileRows] 1 where a row of a tile has an offset

@@ -130,6 +130,7 @@ entries! {
     "loss" {
         reduce_rows();
         find_far_rows();
+        finish_rows(i32);
         pack_sums(i32, i32, u64);
         judge_sums(Address);
         scale_embeddings();

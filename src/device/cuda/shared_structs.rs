@@ -215,6 +215,7 @@ structures! {
         factors: *mut f32,
         row_sums: *mut f32,
         best_negatives: *mut f32,
+        row_losses: *mut f64,
         shifts: *mut f32,
         far_tiles: *mut u32,
         terms: *mut f32,
@@ -300,7 +301,7 @@ const _: () = {
     assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);
-    assert!(std::mem::size_of::<HeadArrays>() == 736);
+    assert!(std::mem::size_of::<HeadArrays>() == 744);
 };
 
 // SAFETY: numbers without padding, which the sizes above show.

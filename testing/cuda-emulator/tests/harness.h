@@ -282,6 +282,7 @@ public:
         make(v.factors, rows);
         make(v.row_sums, rows);
         make(v.best_negatives, rows);
+        make(v.row_losses, rows);
         make(v.partial_sums, v.column_tiles * rows);
         make(v.partial_best, v.column_tiles * rows);
         make(v.center_operand, planes * v.plane_centers);

@@ -102,7 +102,18 @@ double* loss_cell(RowHead& head) {
 }
 
 void judge(RowHead& head, const Launch& launch, double* loss) {
+    if (head.arrays.sharded) {
+        head.launch(launch, "finish_rows", int32_t(kOk));
+    }
     head.launch({1, launch.block}, "judge_sums", loss);
+}
+
+// By one CTA of `block` threads, after the rows of a replicated head are finished.
+void pack(RowHead& head, unsigned block, int32_t status = kOk, int32_t loss_place = -1) {
+    if (!head.arrays.sharded) {
+        head.launch({2, block}, "finish_rows", status);
+    }
+    head.launch({1, block}, "pack_sums", status, loss_place, kSampleLimit);
 }
 
 // A head at scale 128, whose rows may have offsets of their own.
@@ -179,7 +190,7 @@ void test_far_sums(bool sharded) {
     if (sharded) {
         const size_t count = 3 * capacity + kTotals;
         head.arrays.sums = head.memory.make<float>(count);
-        head.launch({1, 256}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+        pack(head, 256);
         std::vector<float> sums = head.memory.get(head.arrays.sums, count);
         for (uint32_t row = 0; row < capacity; ++row) {
             const bool own = row < rows && offsets[row] != 64;
@@ -197,7 +208,7 @@ void test_far_sums(bool sharded) {
         }
         head.memory.put(head.arrays.sums, sums);
     } else {
-        head.launch({1, 256}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+        pack(head, 256);
     }
     double loss = 0;
     Finished truth;
@@ -267,7 +278,7 @@ void test_row_terms(bool sharded, bool offsets, const Launch& launch) {
     }
     head.memory.put(head.arrays.terms, terms);
     head.memory.put(head.arrays.angles, angles);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    pack(head, launch.block);
     double* const cell = loss_cell(head);
     const size_t start = (offsets ? 3 : 2) * size_t(capacity) + kTotals;
     std::vector<float> sums;
@@ -359,7 +370,7 @@ void test_row_terms(bool sharded, bool offsets, const Launch& launch) {
             head.memory.put(head.arrays.sums, all);
         } else {
             head.memory.put(head.arrays.terms, spoiled);
-            head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+            pack(head, launch.block);
         }
         judge(head, launch, cell);
         const uint32_t place = sharded ? head.origins[row] : shape.rank * shape.max_batch + row;
@@ -380,7 +391,7 @@ void test_sharded(const Launch& launch, bool only_target) {
     head.arrays.margin.offset = 2.5;
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    pack(head, launch.block);
     const uint32_t capacity = head.arrays.label_capacity, rows = head.block.rows;
     std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     double cosines = 0;
@@ -432,7 +443,7 @@ void test_a_torn_row() {
     forward.put(head);
     head.ledger.torn_row = 7;
     head.put_ledger();
-    head.launch({1, 128}, "pack_sums", int32_t(kOk), int32_t(0), kSampleLimit);
+    pack(head, 128, kOk, 0);
     const uint32_t capacity = head.arrays.label_capacity;
     const std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     EXPECT(sums[0] == 0.0f && sums[2 * capacity + 2] == 65536.0f + 2, "a torn row");
@@ -445,7 +456,7 @@ void test_sharded_failures() {
     double* const loss = loss_cell(head);
     const uint32_t capacity = head.arrays.label_capacity;
     // This rank fails: nothing but the error travels.
-    head.launch({1, 128}, "pack_sums", int32_t(5), int32_t(0), kSampleLimit);
+    pack(head, 128, 5, 0);
     std::vector<float> sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     for (uint32_t i = 0; i < sums.size(); ++i) {
         EXPECT(sums[i] == (i == 2 * capacity + 2 ? 65536.0f + 2 : 0.0f), "own error");
@@ -473,7 +484,7 @@ void test_sharded_failures() {
         wrong.put(head);
         head.put_block();
         head.put_ledger();
-        head.launch({1, 96}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+        pack(head, 96);
         judge(head, {1, 96}, loss);
         const uint32_t place = head.origins[row];
         expect_failure(head, loss, kNotFinite, kFaultSum, int32_t(place / head.arrays.max_batch),
@@ -485,7 +496,7 @@ void test_sharded_failures() {
     head.block.row = 4;
     head.block.rows = 0;
     head.put_block();
-    head.launch({1, 32}, "pack_sums", int32_t(kOk), int32_t(1), kSampleLimit);
+    pack(head, 32, kOk, 1);
     sums = head.memory.get(head.arrays.sums, 2 * capacity + kTotals);
     EXPECT(sums[2 * capacity + 1] == 1, "the loss's place, all the same");
     sums[2 * capacity + 1] = 0;
@@ -493,7 +504,7 @@ void test_sharded_failures() {
     judge(head, {1, 32}, loss);
     expect_failure(head, loss, kLabel, kFaultLabel, 0, 4, 0, 2, "label");
     // Without a cell for the loss.
-    head.launch({1, 32}, "judge_sums", static_cast<double*>(nullptr));
+    judge(head, {1, 32}, nullptr);
     EXPECT(head.get_ledger().failed == 3, "no cell");
 }
 
@@ -505,7 +516,7 @@ void test_replicated(const Launch& launch) {
     head.put_block();
     const Forward forward(head);
     forward.put(head);
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    pack(head, launch.block);
     const size_t count = kTotals + kSlot * head.arrays.ranks;
     std::vector<double> sums = head.memory.get(head.arrays.replicated_sums, count);
     const Finished truth = forward.finish(head);
@@ -562,7 +573,7 @@ void test_replicated(const Launch& launch) {
     own.rank = 1;
     own.row = 6;
     head.memory.put(head.arrays.block, std::vector<StepBlock>{own});
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    pack(head, launch.block);
     std::vector<double> mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13 && mine[kTotals + kSlot + 1] == 6,
            "own row");
@@ -583,7 +594,7 @@ void test_replicated(const Launch& launch) {
     wrong.sums[row] = 0;
     wrong.put(head);
     head.put_block();
-    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(-1), kSampleLimit);
+    pack(head, launch.block);
     mine = head.memory.get(head.arrays.replicated_sums, count);
     EXPECT(mine[0] == 0 && mine[kTotals + kSlot] == 13, "own sum");
     EXPECT(mine[kTotals + kSlot + 1] == -1.0 - row, "own sum");

@@ -67,7 +67,7 @@ struct Launch {
     unsigned grid, block;
 };
 const Launch kLaunches[] = {{3, 256}, {1, 32}, {12, 96}, {4, 224}};
-constexpr unsigned kSharedBytes = 512;  // of the kernels of one CTA
+constexpr unsigned kSharedBytes = 1024;  // enough for every kernel of these
 
 struct Shape {
     uint32_t dim = 65;
@@ -304,6 +304,7 @@ class RowHead {
               &arrays.coefficients, &arrays.factors, &arrays.row_sums, &arrays.best_negatives}) {
             *array = memory.make<float>(rows);
         }
+        arrays.row_losses = memory.make<double>(rows);
         arrays.partial_sums = memory.make<float>(arrays.column_tiles * rows);
         arrays.partial_best = memory.make<float>(arrays.column_tiles * rows);
         arrays.center_operand = memory.make<uint16_t>(3 * arrays.plane_centers);

@@ -352,6 +352,9 @@ impl HeadDevice for CudaHead {
         }
         let arrays = self.arrays();
         let sample_limit = self.drafts[self.current].sample_limit;
+        if !self.sharded() {
+            run!(self, Main, finish_rows, (arrays, status));
+        }
         run!(self, Main, pack_sums, (arrays, status, loss_place as i32, sample_limit));
         match self.sharded() {
             true => {
@@ -390,6 +393,9 @@ impl HeadDevice for CudaHead {
     fn judge_sums(&mut self, loss: Option<*mut f64>) -> Result<f64> {
         self.received(StreamRole::Main);
         let (arrays, destination) = (self.arrays(), loss.unwrap_or(std::ptr::null_mut()));
+        if self.sharded() {
+            run!(self, Main, finish_rows, (arrays, 0i32));
+        }
         run!(self, Main, judge_sums, (arrays, destination.cast()));
         self.pending_error()?;
         (self.failed_in_labels, self.is_fatal) = (false, false);

@@ -112,6 +112,7 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
     array!(Activation, 1, factors: f32, rows);
     array!(Activation, 1, row_sums: f32, rows);
     array!(Activation, 1, best_negatives: f32, rows);
+    array!(Activation, 1, row_losses: f64, rows);
     array!(Activation, 1, shifts: f32, only(options.margin.has_row_offsets(), rows));
     array!(Activation, 1, far_tiles: u32, only(options.margin.has_row_offsets(), rows / TILE_ROWS));
     array!(Activation, 1, terms: f32, only(options.row_terms, times(&[RowTerm::ALL.len() as u64, rows])));
