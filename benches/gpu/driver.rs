@@ -67,7 +67,7 @@ impl Stream {
             enqueue();
             check(sys::cuEventRecord(end.0, self.0));
             check(sys::cuEventSynchronize(end.0));
-            check(sys::cuEventElapsedTime_v2(&mut milliseconds, start.0, end.0));
+            check(sys::cuEventElapsedTime(&mut milliseconds, start.0, end.0));
         }
         1e3 * f64::from(milliseconds)
     }
