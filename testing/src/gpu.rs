@@ -61,16 +61,20 @@ pub fn gpu_apart() -> Device {
 }
 
 /// GPU 0 with this stream.
-pub fn gpu_on(stream: *mut c_void) -> Device {
+pub fn gpu_on(stream: Stream) -> Device {
     enter();
     let mut raw = std::ptr::null_mut();
-    // SAFETY: an output that outlives the call; a stream of `new_stream`'s.
-    outcome(unsafe { pfc_device_cuda(0, stream, &mut raw) }).expect("GPU 0");
+    // SAFETY: an output that outlives the call; a living stream.
+    outcome(unsafe { pfc_device_cuda(0, stream.0 as *mut c_void, &mut raw) }).expect("GPU 0");
     Device(raw)
 }
 
-/// A stream of GPU 0 that waits for no default stream; it goes with the process.
-pub fn new_stream() -> *mut c_void {
+/// A stream of GPU 0, which goes with the process.
+#[derive(Clone, Copy)]
+pub struct Stream(usize);
+
+/// One that waits for no default stream.
+pub fn new_stream() -> Stream {
     enter();
     let mut stream = std::ptr::null_mut();
     const NON_BLOCKING: u32 = 1;
@@ -79,20 +83,20 @@ pub fn new_stream() -> *mut c_void {
         let create = driver!(c"cuStreamCreate", unsafe extern "C" fn(*mut *mut c_void, u32) -> i32);
         assert_eq!(create(&mut stream, NON_BLOCKING), 0);
     }
-    stream
+    Stream(stream as usize)
 }
 
 /// A capture of a stream into a CUDA graph, begun by this thread as PyTorch begins one: it forbids much to all threads.
-pub struct Capture(*mut c_void);
+pub struct Capture(Stream);
 
 impl Capture {
-    pub fn begin(stream: *mut c_void) -> Capture {
+    pub fn begin(stream: Stream) -> Capture {
         enter();
         const GLOBAL: i32 = 0;
         // SAFETY: the driver's function, of this type; a living stream.
         unsafe {
             let begin = driver!(c"cuStreamBeginCapture_v2", unsafe extern "C" fn(*mut c_void, i32) -> i32);
-            assert_eq!(begin(stream, GLOBAL), 0);
+            assert_eq!(begin(stream.0 as *mut c_void, GLOBAL), 0);
         }
         Capture(stream)
     }
@@ -104,7 +108,7 @@ impl Capture {
         unsafe {
             let end = driver!(c"cuStreamEndCapture", unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> i32);
             let destroy = driver!(c"cuGraphDestroy", unsafe extern "C" fn(*mut c_void) -> i32);
-            let told = end(self.0, &mut graph);
+            let told = end(self.0 .0 as *mut c_void, &mut graph);
             assert!(graph.is_null() || destroy(graph) == 0);
             told
         }

@@ -128,9 +128,8 @@ fn a_head_is_not_made_but_freed_while_its_stream_is_captured() {
     let made = Head::with(&device, &Comm::solo(), &small()).map(drop);
     assert_told("create", made, Status::InvalidArgument, &["captured into a CUDA graph", "rank 0"]);
     // The other rank hears of it.
-    let address = stream as usize;
     let told = on_ranks(2, |place| {
-        let device = if place.rank == 1 { gpu_on(address as *mut _) } else { gpu_apart() };
+        let device = if place.rank == 1 { gpu_on(stream) } else { gpu_apart() };
         Head::with(&device, &place.comm, &small()).map(drop)
     });
     assert_told("rank 0", told[0].clone(), Status::Remote, &["rank 1"]);

@@ -102,7 +102,7 @@ fn the_watchdog_leaves_a_capture_in_the_process_valid() {
 }
 
 /// It gets its part of the GPU so; behind P @ W^, which fills the GPU, it would come after it. Where the all-reduce is refused, neither that
-/// product nor the verdict on the sums is launched.
+/// product nor the two kernels that finish the rows and judge the sums are launched.
 #[test]
 fn the_sums_are_handed_over_before_the_product_beside_them() {
     let turn = emulator::turn(10);
@@ -123,7 +123,7 @@ fn the_sums_are_handed_over_before_the_product_beside_them() {
             launched() - before
         })
     };
-    assert_eq!(launches(false)[0] - launches(true)[0], 2);
+    assert_eq!(launches(false)[0] - launches(true)[0], 3);
 }
 
 #[test]
