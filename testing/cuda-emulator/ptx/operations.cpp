@@ -71,6 +71,20 @@ PFC_PARAMETER(32)
 PFC_PARAMETER(64)
 #undef PFC_PARAMETER
 
+Bits128 load_used(uint64_t at, unsigned size, uint32_t mask) {
+    const void* caller = __builtin_return_address(0);
+    const bool inside = is_shared(at) ? at >= shared_memory.begin &&
+                                            at + size <= shared_memory.begin + shared_memory.size
+                                      : is_device(at) && is_allocated(at, size);
+    // The check of the whole says what is wrong, where that is something else than a missing value.
+    if (!inside || at % size != 0) check_memory(at, size, Access::kRead, true, caller);
+    for (unsigned i = 0; i < size; ++i)
+        if (mask >> i & 1) check_memory(at + i, 1, Access::kRead, true, caller);
+    Bits128 v = {};
+    memcpy(&v, reinterpret_cast<const void*>(at), size);
+    return v;
+}
+
 uint64_t shared_begin() {
     if (shared_memory.range_span != kSharedRange) fault("kSharedRange is not the range's size");
     return shared_memory.range_begin;

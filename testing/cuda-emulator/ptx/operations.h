@@ -51,14 +51,15 @@ PFC_PTX double f64(uint64_t b) {
 // As wide as ld.v4.b32 and ld.v2.b64, and aligned as they must be.
 typedef uint64_t Bits128 __attribute__((vector_size(16)));
 
+// Volatile, so that g++ leaves none out: the hooks are to see all that the PTX says.
 template <class T>
 PFC_PTX T load(uint64_t at) {
-    return *reinterpret_cast<const T*>(at);
+    return *reinterpret_cast<const volatile T*>(at);
 }
 
 template <class T>
 PFC_PTX void store(uint64_t at, T v) {
-    *reinterpret_cast<T*>(at) = v;
+    *reinterpret_cast<volatile T*>(at) = v;
 }
 
 // Element `i` of a vector of T in the bits that ld.v loads.
@@ -72,6 +73,10 @@ PFC_PTX T element(Bits128 word, unsigned i) {
     constexpr unsigned kEach = 8 / sizeof(T);
     return T(word[i / kEach] >> (8 * sizeof(T) * (i % kEach) % 64));
 }
+
+// A load of `size` bytes of which those of the mask alone are used: the others may be without a value,
+// but not out of bounds.
+Bits128 load_used(uint64_t at, unsigned size, uint32_t mask);
 
 // Bits of a parameter, `at` bytes after the .param address `address`, of which an instruction reads
 // `whole` bytes; past the `end` of all parameters, or misaligned, is a finding. No hook may see them:

@@ -138,12 +138,13 @@ class Instructions:
         size = elements * kind.bits // 8
         if space == "param":
             return self.load_parameter(names, kind, size)
-        if self.statement.used_bytes is not None:
-            o.refuse("used_bytes_mask before a load of what the hooks see")
         address = o.address(self.texts[1], space)
         if elements == 1:
             return o.target(names[0], kind, wider=True)(f"ptx::load<{kind.cpp}>({address})")
-        statements = [f"const {word(size)} whole = ptx::load<{word(size)}>({address});"]
+        loaded = f"ptx::load<{word(size)}>({address})"
+        if self.statement.used_bytes is not None:
+            loaded = f"ptx::load_used({address}, {size}, {self.statement.used_bytes}u)"
+        statements = [f"const auto whole = {loaded};"]
         for i, name in enumerate(names):
             statements.append(o.target(name, kind)(from_bits(kind, f"ptx::element<{kind.unsigned}>(whole, {i})")))
         return f"{{ {' '.join(statements)} }}"
@@ -423,6 +424,8 @@ class Instructions:
     def op_bra(self):
         self.exactly((), ("uni",))
         self.expect(1)
+        if self.texts[0] not in self.operands.labels:
+            self.operands.refuse(f"a branch to {self.texts[0]}, which is no label here,")
         return f"goto {label(self.texts[0])};"
 
     def op_ret(self):

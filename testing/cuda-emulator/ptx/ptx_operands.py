@@ -2,7 +2,7 @@
 
 import re
 
-from ptx_parse import BITS, Refused, Registers
+from ptx_parse import BITS, Label, Refused, Registers
 
 # The C++ type of a register, of an instruction's type, and of the bits of a width.
 REGISTER_TYPES = {"pred": "bool", "b16": "uint16_t", "b32": "uint32_t", "b64": "uint64_t", "f32": "float", "f64": "double"}
@@ -41,6 +41,7 @@ class Operands:
         self.scopes = [{}]
         self.parameters = {p.name: p for p in entry.parameters}
         self.parameter_bytes = entry.lay_out()
+        self.labels = {item.name for item in entry.body if isinstance(item, Label)}
         self.line = entry.line
 
     def refuse(self, what):
@@ -51,6 +52,10 @@ class Operands:
             if register in self.scopes[-1]:
                 self.refuse(f"{register}, declared twice,")
             self.scopes[-1][register] = registers.kind
+
+    def enter(self, opens):
+        """A brace."""
+        self.scopes.append({}) if opens else self.scopes.pop()
 
     def kind(self, register):
         """The class of a register, or None where it is none."""

@@ -160,7 +160,7 @@ def parse_statement(line, text, refuse):
         return Registers(line, kind, declared)
     if text.startswith("."):
         refuse(line, f"directive {text.split()[0]!r} inside an entry")
-    match = re.match(r"(@!?%\w+\s+)?([a-z][\w.]*)\s*(.*);$", text, re.S)
+    match = re.match(r"(@!?%\w+\s+)?([a-z][\w.:]*)\s*(.*);$", text, re.S)
     if not match:
         refuse(line, repr(text))
     predicate, opcode, operands = match.groups()
