@@ -465,8 +465,10 @@ class Instructions:
         return f"{{ {' '.join(statements)} }}"
 
     def op_vote(self):
-        self.exactly(("sync", "ballot", "b32"))
+        self.exactly(("sync", "ballot", "b32"), ("sync", "any", "pred"))
         self.expect(3)
+        if self.modifiers[1] == "any":
+            return self.write(TYPES["pred"], f"ptx::vote_ballot({self.read(1, TYPES['pred'])}, {self.read(2, TYPES['b32'])}) != 0")
         return self.write(TYPES["b32"], f"ptx::vote_ballot({self.read(1, TYPES['pred'])}, {self.read(2, TYPES['b32'])})")
 
     def op_ldmatrix(self):

@@ -452,7 +452,9 @@ void check_parameters() {
 void check_warp() {
     Random random(4);
     Words in;
-    for (uint64_t t = 0; t < 64; ++t) in.insert(in.end(), {number(random), random.below(32), 0, 0});
+    // One lane of the second warp has what no lane of the first has.
+    for (uint64_t t = 0; t < 64; ++t)
+        in.insert(in.end(), {number(random), t == 40 ? 33 : random.below(32), 0, 0});
     const auto out = run("warp", in);
     for (uint64_t t = 0; t < 64; ++t) {
         const uint64_t first = t & ~31ull, lane = t & 31;
@@ -462,8 +464,9 @@ void check_warp() {
         SAME(got[1], 1);
         SAME(got[2], value(lane < 3 ? lane : lane - 3));
         SAME(got[3], uint64_t(lane >= 3));
-        SAME(got[4], value(in[4 * t + 1]));
+        SAME(got[4], value(in[4 * t + 1] % 32));
         SAME(got[5], build(32, [&](int n) { return in[4 * (first + uint64_t(n)) + 1] == 3; }));
+        SAME(got[6], t / 32);
     }
 }
 
