@@ -427,14 +427,14 @@ void check_parameters() {
     const Block24 block = {{1, 0x2222222211111111u, 0x4444444433333333u}};
     const Block12 small = {{5, 6, 0x80000007u}};
     auto start = [&](uint32_t at) {
-        return try_launch("parameters", 1, 32, 0, nullptr, uint16_t(0xfff1), out.device(), at, block, uint16_t(9), 2.5, small);
+        return try_launch("parameters", 1, 32, 0, nullptr, uint16_t(0xfff1), out.device(), at, block, uint16_t(9), small, 2.5);
     };
     MUST(start(0));
     MUST(cuCtxSynchronize());
     const Words expected = {0xfff1, 0, 0x1111111122222222u, 9, bits(2.5), 0x33333333u, 0x80000007u};
     CHECK(out.host() == expected);
     // As the ABI says: each at its own alignment, one after another.
-    const size_t offsets[] = {0, 8, 16, 24, 48, 56, 64};
+    const size_t offsets[] = {0, 8, 16, 24, 48, 52, 64};
     for (size_t i = 0; i < 7; ++i) {
         size_t offset = 0;
         MUST(cuFuncGetParamInfo(function("parameters"), i, &offset, nullptr));
@@ -497,9 +497,12 @@ void check_findings() {
                                      {"no_barrier", "race"},
                                      {"unused_bytes", "never written"},
                                      {"all_bytes", "never written"},
+                                     {"unused_load", "never written"},
+                                     {"unused_but_outside", "out of bounds: 16-byte read"},
                                      {"division_by_zero", "division by zero"}};
     for (const auto& fault : faults) {
-        Buffer<uint64_t> memory(8, 1);
+        // The last 16 bytes are not all there.
+        Buffer<uint64_t> memory(strcmp(fault[0], "unused_but_outside") == 0 ? 7 : 8, 1);
         const uint32_t threads = strcmp(fault[0], "no_barrier") == 0 ? 64 : 32;
         simt_quiet(1);
         MUST(try_launch(fault[0], 1, threads, threads == 64 ? 256 : 64, nullptr, memory.device()));
