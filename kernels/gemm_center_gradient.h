@@ -36,21 +36,23 @@ struct Shape {
     static constexpr GemmTile kTile = gemm_tile(Gemm::kCenterGradient, kWidth);
 };
 
-// Asks the second-level cache for the rows that the epilogue will read, while the mainloop runs.
+// Asks the second-level cache for the rows that the epilogue will read, while the mainloop runs: in
+// its last quarter, since P streams through the cache as well. A sector at a time: PTX promises no
+// more of a line.
 template <int kClasses>
 PFC_DEVICE void prefetch_rows(const HeadArrays& head, const epilogue::Classes<kClasses>& classes,
                               uint32_t columns) {
-    constexpr uint32_t kLine = 32;  // floats
-    const uint32_t lines = ceil_div(head.dim, kLine);
+    constexpr uint32_t kSector = 8;  // floats
+    const uint32_t sectors = ceil_div(head.dim, kSector);
     const uint32_t count = smaller(columns, kClasses);
 #pragma unroll 1
     for (uint32_t index = ptx::warp(); index < count; index += 8) {
         const uint64_t from = uint64_t(classes.rows[index]) * head.master_pitch;
-        for (uint32_t line = ptx::lane(); line < lines; line += 32) {
-            ptx::prefetch_l2(head.centers + from + line * kLine);
-            ptx::prefetch_l2(head.momentum + from + line * kLine);
+        for (uint32_t sector = ptx::lane(); sector < sectors; sector += 32) {
+            ptx::prefetch_l2(head.centers + from + sector * kSector);
+            ptx::prefetch_l2(head.momentum + from + sector * kSector);
             if (head.optimizer.adamw) {
-                ptx::prefetch_l2(head.second_moment + from + line * kLine);
+                ptx::prefetch_l2(head.second_moment + from + sector * kSector);
             }
         }
     }
@@ -88,16 +90,17 @@ PFC_DEVICE void center_gradient(const HeadArrays& head, uint32_t first, double l
             classes.positives[threadIdx.x] = exists ? head.positive_of[at] : kNone;
         }
         __syncthreads();
-        if (fuse != 0) {
-            prefetch_rows(head, classes, columns - local);
-        }
 
         const tile::Operand numerators = {head.numerators + local, head.plane_numerators,
                                           head.chunk_capacity, kClasses / tile::kVector};
         const tile::Operand scaled = {head.scaled_operand, head.plane_rows, head.depth_pitch,
                                       head.depth_pitch / tile::kVector};
         Mainloop mainloop;
-        mainloop.run(pipeline, numerators, scaled, depth, stages);
+        mainloop.run(pipeline, numerators, scaled, depth, stages, [&] {
+            if (fuse != 0) {
+                prefetch_rows(head, classes, columns - local);
+            }
+        });
 
         epilogue::add_targets(head, mainloop, classes);
         const epilogue::Tile tile = {column, columns - local, head.sharded ? local : column,

@@ -5,7 +5,7 @@
 // Floor: 12 B S d flop; bytes: both operands once, 4 B S of cosines. Agrees with `normalize_gemm`
 // of src/device/cpu/stateless.rs.
 //
-// Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs. The tile scheduler gives
+// Launch: tune.h gemm_tile(kNumerators): its threads, any number of CTAs. The tile scheduler gives
 // a CTA every gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share
 // W^.
 #include "integers.h"

@@ -16,7 +16,7 @@
 // The entries _far take each row's own offset in place of c (far.h). `far_only` 1: they leave tiles
 // as they are whose rows all have offset c; the rest of a tile comes out as it was.
 //
-// Launch: tune.h gemm_tile(kNumerators): 256 threads, any number of CTAs. The tile scheduler gives
+// Launch: tune.h gemm_tile(kNumerators): its threads, any number of CTAs. The tile scheduler gives
 // a CTA every gridDim.x-th tile of 128 x 128. Row blocks run fastest: CTAs that run together share
 // the rows of W^, and E^ stays in the second-level cache.
 #include "epilogue/numerators.h"

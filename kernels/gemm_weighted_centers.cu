@@ -10,7 +10,7 @@
 // Floor: 2 B S d flop (f32: 6 times that); bytes: P and W^ once, splits B d floats.
 // Agrees with src/device/cpu/products.rs `weighted_centers`.
 //
-// Launch: tune.h gemm_tile(kWeightedCenters): 256 threads, any number of CTAs. The tile scheduler
+// Launch: tune.h gemm_tile(kWeightedCenters): its threads, any number of CTAs. The tile scheduler
 // gives a CTA every gridDim.x-th tile of 128 x 128 of a split. Tiles of a split run together and
 // share its P and W^.
 #include "integers.h"

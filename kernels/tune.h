@@ -5,8 +5,8 @@
 // it with the static_asserts below.
 //
 // Budgets: an SM has 65536 registers, and for a CTA 163 KiB (sm_80), 227 KiB (sm_90) or 99 KiB
-// (sm_86, sm_89, sm_120) of shared memory. Registers decide how many CTAs of 256 threads fit an SM:
-// two with 128 registers a thread, one with 255.
+// (sm_86, sm_89, sm_120) of shared memory. Registers decide how many CTAs fit an SM: two of 256
+// threads with 128 registers each or of 128 threads with 255, one of 256 threads with 255.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@ enum class Gemm {
 struct GemmTile {
     int m, n, k;           // rows and columns of the product that a CTA owns; depth of a stage
     int stages;            // of the cp.async pipeline, 2 to 4
-    int warps_m, warps_n;  // how the CTA's 8 warps divide m x n
+    int warps_m, warps_n;  // how the CTA's warps divide m x n
     int ctas_per_sm;       // that the registers must allow
 
     constexpr int threads() const { return 32 * warps_m * warps_n; }
@@ -30,12 +30,13 @@ struct GemmTile {
     constexpr int pipeline_bytes() const { return stages * stage_bytes(); }
 };
 
-// A warp has 64 x 32: 64 accumulators a thread, so that two CTAs share an SM and the exponentials
-// of one run during the products of the other. 3 stages of 16 KiB: two CTAs fit the 99 KiB of the
-// small devices, and the epilogue stages its 32 KiB in the pipeline's 48 KiB.
+// A warp has 64 x 64: it reads 4 KiB of shared memory for 64 products of 16 x 8 x 16, where 64 x 32
+// would read 3 KiB for 32 and have the memory decide. Four such warps, so that two CTAs share an SM
+// and the exponentials of one run during the products of the other. 3 stages of 16 KiB: two CTAs
+// fit the 99 KiB of the small devices, and the epilogue stages its 32 KiB in the pipeline's 48 KiB.
 constexpr GemmTile kSquareTile = {
     /*m=*/128, /*n=*/128, /*k=*/32, /*stages=*/3,
-    /*warps_m=*/2, /*warps_n=*/4, /*ctas_per_sm=*/2,
+    /*warps_m=*/2, /*warps_n=*/2, /*ctas_per_sm=*/2,
 };
 
 // The center gradient: a warp owns all classes of the CTA and an eighth of the row. So a class's
@@ -125,7 +126,6 @@ constexpr int kGradShared1024 = gemm_shared_bytes(Gemm::kCenterGradient, 1024);
 constexpr int kGradShared1024Deep = gemm_shared_bytes(Gemm::kCenterGradient, 1024, true);
 
 // The host's launch table has these numbers.
-static_assert(kSquareTile.threads() == 256, "");
 static_assert(kNumeratorsShared == 49680, "");
 static_assert(kWeightedShared == 49152, "");
 static_assert(kCosinesShared == 49152, "");
@@ -145,9 +145,9 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // Limits of the entries, see kernels/gates. Where two CTAs share an SM each may have half of its
 // registers and of the 100 KiB that the small devices have, less 1 KiB, which the system takes.
 //
-// gate: gemm_numerators_half registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
-// gate: gemm_numerators_half_far registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
-// gate: gemm_weighted_centers_half registers <= 128 shared kWeightedShared <= 50176 HMMA 32
+// gate: gemm_numerators_half registers <= 255 shared kNumeratorsShared <= 50176 HMMA 64
+// gate: gemm_numerators_half_far registers <= 255 shared kNumeratorsShared <= 50176 HMMA 64
+// gate: gemm_weighted_centers_half registers <= 255 shared kWeightedShared <= 50176 HMMA 64
 // gate: gemm_center_gradient_half_128 registers <= 128 shared kGradShared128 <= 50176 HMMA 16
 // gate: gemm_center_gradient_half_256 registers <= 255 shared kGradShared256 <= 101376 HMMA 64
 // gate: gemm_center_gradient_half_512 registers <= 255 shared kGradShared512 <= 101376 HMMA 64
@@ -155,9 +155,9 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // gate: gemm_center_gradient_half_1024 registers <= 255 shared kGradShared1024 <= 101376 HMMA 32
 // gate: gemm_center_gradient_half_1024 on 80,90a,100 shared kGradShared1024Deep <= 166912
 //
-// gate: gemm_numerators_f32 registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
-// gate: gemm_numerators_f32_far registers <= 128 shared kNumeratorsShared <= 50176 HMMA 32
-// gate: gemm_weighted_centers_f32 registers <= 128 shared kWeightedShared <= 50176 HMMA 32
+// gate: gemm_numerators_f32 registers <= 255 shared kNumeratorsShared <= 50176 HMMA 64
+// gate: gemm_numerators_f32_far registers <= 255 shared kNumeratorsShared <= 50176 HMMA 64
+// gate: gemm_weighted_centers_f32 registers <= 255 shared kWeightedShared <= 50176 HMMA 64
 // gate: gemm_center_gradient_f32_128 registers <= 128 shared kGradShared128 <= 50176 HMMA 16
 // gate: gemm_center_gradient_f32_256 registers <= 255 shared kGradShared256 <= 101376 HMMA 64
 // gate: gemm_center_gradient_f32_512 registers <= 255 shared kGradShared512 <= 101376 HMMA 64
@@ -165,4 +165,27 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // gate: gemm_center_gradient_f32_1024 registers <= 255 shared kGradShared1024 <= 101376 HMMA 32
 // gate: gemm_center_gradient_f32_1024 on 80,90a,100 shared kGradShared1024Deep <= 166912
 //
-// gate: gemm_cosines registers <= 128 shared kCosinesShared <= 49152 HMMA 32
+// gate: gemm_cosines registers <= 255 shared kCosinesShared <= 49152 HMMA 64
+//
+// Bytes through shared memory for 1000 floating-point operations of the main loop. ldmatrix and
+// cp.async move 1000 (1 / warp_m + 1 / warp_n + 1 / m + 1 / n). With more than 62.5 of them shared
+// memory takes longer than mma.sync even on sm_80. The widest center gradient copies a quarter of
+// a vector for each thread, which counts as a whole one.
+//
+// gate: gemm_numerators_half traffic <= 47
+// gate: gemm_numerators_half_far traffic <= 47
+// gate: gemm_weighted_centers_half traffic <= 47
+// gate: gemm_center_gradient_half_128 traffic <= 102
+// gate: gemm_center_gradient_half_256 traffic <= 51
+// gate: gemm_center_gradient_half_512 traffic <= 49
+// gate: gemm_center_gradient_half_1024 traffic <= 75
+//
+// gate: gemm_numerators_f32 traffic <= 47
+// gate: gemm_numerators_f32_far traffic <= 47
+// gate: gemm_weighted_centers_f32 traffic <= 47
+// gate: gemm_center_gradient_f32_128 traffic <= 102
+// gate: gemm_center_gradient_f32_256 traffic <= 51
+// gate: gemm_center_gradient_f32_512 traffic <= 49
+// gate: gemm_center_gradient_f32_1024 traffic <= 75
+//
+// gate: gemm_cosines traffic <= 47

@@ -154,9 +154,10 @@ struct Mainloop {
 
     // The whole sum; `depth` is a multiple of kK (operands are zero up to it), or 0. `stages`, 2 to
     // 4, are what `pipeline` has room for. Ends with all copies landed and all threads done with
-    // `pipeline`, which the epilogue may use.
+    // `pipeline`, which the epilogue may use. `late` runs once, when a quarter of the sum is left.
+    template <class Late>
     PFC_DEVICE void run(unsigned char* pipeline, const Operand& left, const Operand& right,
-                        uint32_t depth, uint32_t stages = kTile.stages) {
+                        uint32_t depth, uint32_t stages, const Late& late) {
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -193,20 +194,34 @@ struct Mainloop {
             load_next();
         }
         const unsigned char* stage = pipeline;
+        uint32_t step = 0, until = steps / 4 * 3;
 #pragma unroll 1
-        for (uint32_t step = 0; step < steps; ++step) {
-            // One barrier a step: after it all threads see this stage, and none reads the stage
-            // before it any more, which the next load overwrites.
-            wait(stages);
-            __syncthreads();
-            multiply_stage(stage, load_next);
-            stage += kStageBytes;
-            if (stage == end) {
-                stage = pipeline;
+        while (true) {
+#pragma unroll 1
+            for (; step < until; ++step) {
+                // One barrier a step: after it all threads see this stage, and none reads the stage
+                // before it any more, which the next load overwrites.
+                wait(stages);
+                __syncthreads();
+                multiply_stage(stage, load_next);
+                stage += kStageBytes;
+                if (stage == end) {
+                    stage = pipeline;
+                }
             }
+            if (until == steps) {
+                break;
+            }
+            late();
+            until = steps;
         }
         ptx::copy_async_wait<0>();
         __syncthreads();
+    }
+
+    PFC_DEVICE void run(unsigned char* pipeline, const Operand& left, const Operand& right,
+                        uint32_t depth) {
+        run(pipeline, left, right, depth, kTile.stages, [] {});
     }
 };
 

@@ -556,6 +556,7 @@ unsafe fn device_of<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
     let device = &*required("device", device)?.device;
     let (made_in, this) = (device.process(), std::process::id());
     ensure!(made_in == this, Forked, "the device was made in process {made_in} and cannot be used in process {this}");
+    device.check_not_capturing()?;
     Ok(device)
 }
 

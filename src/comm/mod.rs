@@ -171,6 +171,11 @@ impl Communicator {
         outcome.inspect_err(|cause| self.abort(cause))
     }
 
+    /// Whether an operation on a device's memory returns when it is on the stream, without waiting for other ranks.
+    pub fn is_asynchronous(&self) -> bool {
+        self.transport.is_asynchronous()
+    }
+
     /// Refuses a device whose heads cannot exchange anything here; `None`: the device has no streams.
     pub fn check_device(&self, device: Option<Arc<dyn StreamDevice>>) -> Result<()> {
         self.transport.check_device(device.as_deref())

@@ -181,6 +181,8 @@ pub trait HeadDevice: Send {
     fn forward(&mut self, embeddings: &Matrix, terms: &RowTermArrays) -> Result<()>;
     /// Phase 4: this rank's part of *sums*, or its failure. `loss_place` is where this rank has its loss.
     fn pack_sums(&mut self, outcome: &Result<()>, loss_place: LossPlace) -> Exchange;
+    /// Enqueues what `forward` has left to run beside the all-reduce of *sums*.
+    fn run_beside_sums(&mut self) {}
     /// Phase 4, after *sums*: where the ranks with a usable loss pointer have their losses. Waits. Only a device with memory of its
     /// own has more than one answer.
     fn others_loss_place(&mut self) -> Result<LossPlace> {
@@ -280,6 +282,10 @@ pub trait Device: Send + Sync {
     /// What a transport that works on the device by itself needs of it; `None`: the device has no streams.
     fn streams(&self) -> Option<Arc<dyn StreamDevice>> {
         None
+    }
+    /// Refuses a call while the caller's stream is captured: a graph would hold what the call enqueues, and the call would not run.
+    fn check_not_capturing(&self) -> Result<()> {
+        Ok(())
     }
     /// As [`HeadDevice::is_device_memory`].
     fn is_device_memory(&self, _name: &str, _pointer: *const u8) -> Result<bool> {

@@ -91,6 +91,11 @@ impl Head {
         Ok(input)
     }
 
+    /// Whether the device writes to the matrix itself, while the host goes on.
+    pub(super) fn is_on_device(&self, matrix: &Matrix) -> bool {
+        self.device.streams().is_some() && self.backend.is_device_memory("a matrix", matrix.data).unwrap_or(false)
+    }
+
     /// A matrix for the gradient of `rows` embeddings.
     pub(super) fn check_gradient(&self, gradient: Matrix, rows: usize) -> Result<Matrix> {
         ensure!(

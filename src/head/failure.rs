@@ -62,6 +62,7 @@ impl Head {
         self.check_poison(|poison| poison.whole_rows)
     }
 
+    /// What every call asks first. A call that is refused here has not been made: other ranks wait for the one that comes instead.
     fn check_poison(&self, survives: impl Fn(&Poison) -> bool) -> Result<()> {
         let made_in = self.device.process();
         ensure!(
@@ -78,7 +79,7 @@ impl Head {
                     if *whole_rows { "read its rows, which are whole, and free it" } else { "free it and load a checkpoint" };
                 Err(error!(Poisoned, "the head of rank {} is unusable since an earlier failure ({cause}): {rescue}", self.rank()))
             }
-            _ => Ok(()),
+            _ => self.device.check_not_capturing().map_err(|error| self.name_rank(&error)),
         }
     }
 

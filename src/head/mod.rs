@@ -225,6 +225,7 @@ impl Head {
         let number = comm.count_head();
         let opened = request.and_then(|(device, options)| {
             options.check(comm.size())?;
+            device.check_not_capturing()?;
             comm.check_device(device.streams())?;
             let backend = open(&*device, &comm, &options, options.batch_room(0, comm.size()), false)?;
             Ok((device, options, backend))

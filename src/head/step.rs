@@ -282,7 +282,15 @@ impl Head {
     fn reduce_sums(&mut self, computed: &Result<()>, target: LossTarget) -> Result<()> {
         let (start, scope) = (Instant::now(), self.scope());
         let sums = self.backend.pack_sums(computed, target.place());
+        // An all-reduce that is on a stream first gets its part of the device; one that the host waits in would hold up what runs beside.
+        let first = self.comm.is_asynchronous();
+        if !first {
+            self.backend.run_beside_sums();
+        }
         scope.host("all_reduce sums", || sums.all_reduce(&self.comm, ReduceOp::Sum))?;
+        if first {
+            self.backend.run_beside_sums();
+        }
         self.loss_place = match target.place() {
             // As the other ranks have it; if no rank has a usable pointer, as in the step before.
             LossPlace::Unknown => self.backend.others_loss_place()?.known().unwrap_or(self.loss_place),
@@ -357,6 +365,13 @@ impl Head {
         let (start, scope, sharded) = (Instant::now(), self.scope(), self.options.placement == Placement::Sharded);
         let partial = self.embedding_gradient();
         self.seconds.backward = start.elapsed().as_secs_f64();
+        if self.comm.size() == 1 && gradient.is_none_or(|gradient| self.is_on_device(gradient)) {
+            // Nothing travels, and nobody waits for it: the trainer's backward may begin beside the update.
+            self.scatter_gradient(&partial)?;
+            let finished = self.finish_gradient(1.0, gradient);
+            self.update_centers(UpdateCall::of(learning_rate), &mut || Ok(()))?;
+            return finished;
+        }
         let comm = self.comm.clone();
         self.update_centers(UpdateCall::of(learning_rate), &mut || match sharded {
             true => scope.host("reduce_scatter gradient", || partial.reduce_scatter(&comm)),

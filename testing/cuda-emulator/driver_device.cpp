@@ -314,6 +314,10 @@ CUresult cuCtxCreate_v4(CUcontext* context, void*, unsigned, CUdevice device) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuCtxCreate_v2(CUcontext* context, unsigned flags, CUdevice device) {
+    return cuCtxCreate_v4(context, nullptr, flags, device);
+}
+
 CUresult cuCtxDestroy_v2(CUcontext context) {
     PFC_ENTRY;
     if (made.erase(context) == 0) return CUDA_ERROR_INVALID_CONTEXT;
@@ -362,6 +366,11 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
         PFC_NAME(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)
         PFC_NAME(CUDA_ERROR_LAUNCH_FAILED)
         PFC_NAME(CUDA_ERROR_NOT_SUPPORTED)
+        PFC_NAME(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        PFC_NAME(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
+        PFC_NAME(CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
+        PFC_NAME(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)
+        PFC_NAME(CUDA_ERROR_CAPTURED_EVENT)
 #undef PFC_NAME
     }
     *text = nullptr;

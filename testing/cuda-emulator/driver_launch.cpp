@@ -6,6 +6,7 @@
 #include <string>
 
 #include "access.h"
+#include "capture.h"
 #include "driver.h"
 #include "findings.h"
 #include "memory.h"
@@ -103,6 +104,7 @@ extern "C" {
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     PFC_CONTEXT_ENTRY;
+    PFC_UNSAFE;
     if (!image) return CUDA_ERROR_INVALID_IMAGE;
     *module = new Module{current_context(), {}};
     return CUDA_SUCCESS;

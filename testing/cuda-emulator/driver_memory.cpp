@@ -1,12 +1,16 @@
 // The driver API's memory: allocation, copies, fills, and what a pointer is.
 //
-// A copy from pageable host memory takes its source at the call, as the driver stages it; one from
-// pinned memory reads it when the stream comes to it. A copy to pageable memory is done when the
-// call returns.
+// A copy from host memory reads it when the stream comes to it. From pageable memory a driver may have
+// read it before the call returned, or not: so it must be the same at both times. A copy to pageable
+// memory is done when the call returns.
+#include <errno.h>
 #include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <map>
 
+#include "capture.h"
 #include "driver.h"
 #include "findings.h"
 #include "memory.h"
@@ -26,6 +30,16 @@ OperationPointer operation_on(std::function<void()> run, uintptr_t begin, size_t
     return operation;
 }
 
+// Whether memory of this process still holds these bytes; it may be gone.
+bool still_is(const void* at, const std::vector<char>& expected) {
+    std::vector<char> now(expected.size());
+    iovec local{now.data(), now.size()}, remote{const_cast<void*>(at), now.size()};
+    const ssize_t read = process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+    // A sandbox may forbid the call.
+    if (read < 0 && (errno == EPERM || errno == ENOSYS)) return true;
+    return read == ssize_t(now.size()) && now == expected;
+}
+
 CUresult copy_to_device(CUdeviceptr to, const void* from, size_t size, Stream* stream, bool wait) {
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
     if (size == 0) return status();
@@ -37,7 +51,12 @@ CUresult copy_to_device(CUdeviceptr to, const void* from, size_t size, Stream* s
     } else {
         const char* bytes = static_cast<const char*>(from);
         auto staged = std::make_shared<std::vector<char>>(bytes, bytes + size);
-        operation = operation_on([=] { copy_in(to, staged->data(), size); }, to, size);
+        operation = operation_on([=] {
+            if (!still_is(from, *staged))
+                finding(format("a copy of %zu bytes from pageable memory: it was changed or freed"
+                               " before the copy ran", size));
+            copy_in(to, staged->data(), size);
+        }, to, size);
     }
     enqueue(stream, operation);
     if (wait) complete(operation);
@@ -157,11 +176,13 @@ extern "C" {
 
 CUresult cuMemAlloc_v2(CUdeviceptr* at, size_t size) {
     PFC_CONTEXT_ENTRY;
+    PFC_UNSAFE;
     return allocate_device(at, size);
 }
 
 CUresult cuMemFree_v2(CUdeviceptr at) {
     PFC_CONTEXT_ENTRY;
+    PFC_UNSAFE;
     if (at == 0) return CUDA_SUCCESS;
     const Allocation* found = find_allocation(at);
     if (!found || found->base != at || found->on_host) return CUDA_ERROR_INVALID_VALUE;
@@ -208,6 +229,7 @@ enum { kMapped = 2 };  // a flag of cuMemHostAlloc
 // A GPU with unified addresses maps all of it; here kernels reach only what is asked for.
 CUresult cuMemHostAlloc(void** at, size_t size, unsigned flags) {
     PFC_CONTEXT_ENTRY;
+    PFC_UNSAFE;
     if (!at || size == 0 || flags > 7) return CUDA_ERROR_INVALID_VALUE;
     *at = flags & kMapped ? pin_mapped(size) : pin(size);
     owners()[uintptr_t(*at)] = current_context();
@@ -218,6 +240,7 @@ CUresult cuMemAllocHost_v2(void** at, size_t size) { return cuMemHostAlloc(at, s
 
 CUresult cuMemFreeHost(void* at) {
     PFC_CONTEXT_ENTRY;
+    PFC_UNSAFE;
     const size_t size = pinned_size(at);
     if (size == 0) return CUDA_ERROR_INVALID_VALUE;
     check_free(__func__, {uintptr_t(at), size}, nullptr);

@@ -212,6 +212,11 @@ fn library() -> PathBuf {
     std::env::var_os("PFC_SIMT_LIBRARY").map_or_else(|| build("cuda-emulator", "libcuda.so"), PathBuf::from)
 }
 
+/// Lets this process load an emulator that has only what drivers of CUDA 12.0 have. To be called before anything asks for a driver.
+pub fn choose_old_driver() {
+    std::env::set_var("PFC_SIMT_LIBRARY", build("cuda-emulator", "old/libcuda.so"));
+}
+
 /// In this process the library under test takes the images that were made with the emulator, unless others are named.
 fn offer_images(library: &Path) {
     if std::env::var_os(IMAGES).is_none() {

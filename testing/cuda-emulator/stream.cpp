@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "access.h"
+#include "capture.h"
 #include "driver.h"
 #include "findings.h"
 #include "shadow.h"
@@ -185,7 +186,17 @@ Stream* find_stream(CUstream handle) {
     return nullptr;
 }
 
+void for_each_stream(const std::function<void(Stream*)>& body) {
+    for (Stream* stream : streams)
+        if (stream && !stream->destroyed) body(stream);
+}
+
 OperationPointer enqueue(Stream* stream, OperationPointer operation) {
+    if (is_captured(stream)) {
+        operation->clock = host_clock;
+        operation->done = true;
+        return operation;
+    }
     operation->id = next_id++;
     operation->stream = stream;
     operation->clock = host_clock;
@@ -284,6 +295,8 @@ extern "C" {
 
 CUresult cuCtxSynchronize() {
     PFC_CONTEXT_ENTRY;
+    if (const CUresult refused = refuse_wait(nullptr)) return refused;
+    PFC_UNSAFE;
     complete_all();
     return status();
 }
@@ -317,6 +330,8 @@ CUresult cuStreamSynchronize(CUstream handle) {
     PFC_CONTEXT_ENTRY;
     Stream* stream = find_stream(handle);
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (const CUresult refused = refuse_wait(stream)) return refused;
+    PFC_UNSAFE;
     const OperationPointer last = stream->last;
     if (last) complete(last);
     return status();
@@ -326,6 +341,8 @@ CUresult cuStreamQuery(CUstream handle) {
     PFC_CONTEXT_ENTRY;
     Stream* stream = find_stream(handle);
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (const CUresult refused = refuse_wait(stream)) return refused;
+    PFC_UNSAFE;
     if (!stream->queue.empty()) progress(stream->queue.back());
     if (!stream->queue.empty()) return CUDA_ERROR_NOT_READY;
     if (stream->last) meet(*stream->last);
@@ -336,6 +353,7 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
     PFC_CONTEXT_ENTRY;
     Stream* stream = find_stream(handle);
     if (!stream || !event) return CUDA_ERROR_INVALID_HANDLE;
+    if (const CUresult refused = capture_wait(stream, event)) return refused;
     if (!event->recorded) return CUDA_SUCCESS;
     auto operation = std::make_shared<Operation>();
     operation->after.push_back(event->recorded);
@@ -385,6 +403,7 @@ CUresult cuEventRecord(CUevent event, CUstream handle) {
     PFC_CONTEXT_ENTRY;
     Stream* stream = find_stream(handle);
     if (!stream || !event) return CUDA_ERROR_INVALID_HANDLE;
+    event->captured = is_captured(stream);
     event->recorded = enqueue(stream, std::make_shared<Operation>());
     return CUDA_SUCCESS;
 }
@@ -392,6 +411,8 @@ CUresult cuEventRecord(CUevent event, CUstream handle) {
 CUresult cuEventQuery(CUevent event) {
     PFC_CONTEXT_ENTRY;
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    if (const CUresult refused = refuse_captured(event)) return refused;
+    PFC_UNSAFE;
     if (event->recorded && !event->recorded->done) progress(event->recorded);
     if (event->recorded && !event->recorded->done) return CUDA_ERROR_NOT_READY;
     if (event->recorded) meet(*event->recorded);
@@ -401,6 +422,8 @@ CUresult cuEventQuery(CUevent event) {
 CUresult cuEventSynchronize(CUevent event) {
     PFC_CONTEXT_ENTRY;
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    if (const CUresult refused = refuse_captured(event)) return refused;
+    PFC_UNSAFE;
     const OperationPointer recorded = event->recorded;
     if (recorded) complete(recorded);
     return status();

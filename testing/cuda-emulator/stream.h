@@ -57,15 +57,21 @@ struct Stream {
     OperationPointer ran;
     // When the last that ran ended.
     uint64_t end = 0;
+    // See capture.h.
+    int capture = CU_STREAM_CAPTURE_STATUS_NONE;
+    int capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    const void* capturing_thread = nullptr;
 };
 
 struct Event {
     OperationPointer recorded;
     unsigned flags = 0;
+    bool captured = false;  // recorded on a captured stream
 };
 
 // The stream that a handle names (0 and 1: the legacy stream, 2: the thread's own), or null.
 Stream* find_stream(CUstream handle);
+void for_each_stream(const std::function<void(Stream*)>& body);
 
 OperationPointer enqueue(Stream* stream, OperationPointer operation);
 // Runs what `operation` needs (and, by the seed, more) and it; the host then comes after it.

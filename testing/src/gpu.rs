@@ -57,16 +57,58 @@ pub fn gpu_number(ordinal: i32) -> Device {
 
 /// GPU 0 with a stream of this device's own, which goes with the process.
 pub fn gpu_apart() -> Device {
+    gpu_on(new_stream())
+}
+
+/// GPU 0 with this stream.
+pub fn gpu_on(stream: *mut c_void) -> Device {
     enter();
-    let (mut stream, mut raw) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the driver's function, of this type; outputs that outlive the calls.
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: an output that outlives the call; a stream of `new_stream`'s.
+    outcome(unsafe { pfc_device_cuda(0, stream, &mut raw) }).expect("GPU 0");
+    Device(raw)
+}
+
+/// A stream of GPU 0 that waits for no default stream; it goes with the process.
+pub fn new_stream() -> *mut c_void {
+    enter();
+    let mut stream = std::ptr::null_mut();
+    const NON_BLOCKING: u32 = 1;
+    // SAFETY: the driver's function, of this type; an output that outlives the call.
     unsafe {
         let create = driver!(c"cuStreamCreate", unsafe extern "C" fn(*mut *mut c_void, u32) -> i32);
-        const NON_BLOCKING: u32 = 1;
         assert_eq!(create(&mut stream, NON_BLOCKING), 0);
-        outcome(pfc_device_cuda(0, stream, &mut raw)).expect("GPU 0");
     }
-    Device(raw)
+    stream
+}
+
+/// A capture of a stream into a CUDA graph, begun by this thread as PyTorch begins one: it forbids much to all threads.
+pub struct Capture(*mut c_void);
+
+impl Capture {
+    pub fn begin(stream: *mut c_void) -> Capture {
+        enter();
+        const GLOBAL: i32 = 0;
+        // SAFETY: the driver's function, of this type; a living stream.
+        unsafe {
+            let begin = driver!(c"cuStreamBeginCapture_v2", unsafe extern "C" fn(*mut c_void, i32) -> i32);
+            assert_eq!(begin(stream, GLOBAL), 0);
+        }
+        Capture(stream)
+    }
+
+    /// Ends it. What the driver says is not 0 where somebody did meanwhile what a capture forbids.
+    pub fn end(self) -> i32 {
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: the driver's functions, of these types; an output that outlives the call; a graph is destroyed once.
+        unsafe {
+            let end = driver!(c"cuStreamEndCapture", unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> i32);
+            let destroy = driver!(c"cuGraphDestroy", unsafe extern "C" fn(*mut c_void) -> i32);
+            let told = end(self.0, &mut graph);
+            assert!(graph.is_null() || destroy(graph) == 0);
+            told
+        }
+    }
 }
 
 /// Memory on GPU 0, whose primary context is current: freed with it. Whoever drops it waits for its uses first.

@@ -124,6 +124,39 @@ fn waits_for_nothing(classes: u64, scale: f64) {
     assert_eq!(late.centers(), now.centers());
 }
 
+/// A trainer's backward may begin beside the update: the gradient does not wait for a product that, here, never comes.
+#[test]
+fn a_lone_rank_has_its_gradient_before_the_update() {
+    let turn = emulator::turn(4);
+    if !turn.is_emulator() {
+        return;
+    }
+    let (device, comm) = (gpu(), Comm::solo());
+    let step = Step::draw(0, 0, false);
+    let whole = |head: &Head| {
+        let (embeddings, gradient) = (step.embeddings.matrix(DIM), step.gradient.matrix(DIM));
+        let (labels, loss) = (step.labels.pointer::<i64>().cast_const(), step.loss.pointer::<f64>());
+        // SAFETY: as in `begin`.
+        outcome(unsafe { c_head::pfc_head_step(head.raw, &embeddings, labels, 0.1, &gradient, loss) })
+    };
+    let sound = head(&device, &comm);
+    whole(&sound).expect("a step");
+    let expected = step.gradient.read::<f32>();
+    assert!(expected.iter().all(|&value| value != -123.0));
+    let failing = head(&device, &comm);
+    let untouched = Step { gradient: Remote::of(&[-123f32; ROWS * DIM]), ..Step::draw(0, 0, false) };
+    const OUT_OF_RESOURCES: i32 = 701;
+    turn.fail("gemm_center_gradient_half_128", 1, OUT_OF_RESOURCES);
+    let (embeddings, gradient) = (untouched.embeddings.matrix(DIM), untouched.gradient.matrix(DIM));
+    // SAFETY: as in `begin`.
+    let told = outcome(unsafe {
+        let (labels, loss) = (untouched.labels.pointer::<i64>().cast_const(), untouched.loss.pointer::<f64>());
+        c_head::pfc_head_step(failing.raw, &embeddings, labels, 0.1, &gradient, loss)
+    });
+    assert_eq!(told.expect_err("an update").status, Status::Device as i32);
+    assert_eq!(untouched.gradient.read::<f32>(), expected);
+}
+
 #[test]
 fn a_step_that_fails_with_its_loss_on_the_host_hides_none_before_it() {
     let _turn = emulator::turn(3);

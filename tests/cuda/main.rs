@@ -1,6 +1,7 @@
 //! What a GPU has that a CPU has not: its faults, its memory, its precision. On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 
 mod accumulation;
+mod capture;
 mod device;
 mod factor;
 mod faults;

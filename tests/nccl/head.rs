@@ -13,7 +13,7 @@ use partialfc::options::{HeadOptions, Placement, Precision, RowUpdate};
 use partialfc::Status;
 use partialfc_testing::capi::{options, outcome, plan, to_c, traffic_between, Comm, Device, Failure, Head, Outcome, Rows};
 use partialfc_testing::emulator;
-use partialfc_testing::gpu::{gpu_apart, gpu_number, Remote};
+use partialfc_testing::gpu::{gpu_apart, gpu_number, new_stream, Capture, Remote};
 use partialfc_testing::nccl::{self, Fault};
 use partialfc_testing::ranks::{on_comms, with_ample_time, Rank};
 use partialfc_testing::training::{assert_same_bits, learning_rate, Batch, Trace, ADAMW};
@@ -82,6 +82,48 @@ fn every_placement_has_the_bits_that_threads_give() {
             assert_same_bits(&format!("{options:?}"), &carried, &expected);
         }
     }
+}
+
+/// The watchdog looks at what is on the streams from a thread of its own, all the time that one of the operations takes.
+#[test]
+fn the_watchdog_leaves_a_capture_in_the_process_valid() {
+    let turn = emulator::turn(9);
+    let Some(standin) = nccl::emulated(&turn) else { return };
+    let options = &placements()[3];
+    let comms = nccl::group(RANKS);
+    (0..RANKS).for_each(|rank| standin.plan(rank as i32, 3, Fault::Delay(200)));
+    let capture = Capture::begin(new_stream());
+    on_comms(comms, |place| {
+        let mut head = Head::new(&gpu_apart(), &place.comm, options);
+        let batch = Batch::draw(options, place.rank, 0, ROWS);
+        head.step(&mut batch.rows(head.dim), &batch.labels, 0.1, &mut Rows::output(ROWS, head.dim)).expect("step");
+    });
+    assert_eq!(capture.end(), 0, "the capture is invalid");
+}
+
+/// It gets its part of the GPU so; behind P @ W^, which fills the GPU, it would come after it. Where the all-reduce is refused, neither that
+/// product nor the verdict on the sums is launched.
+#[test]
+fn the_sums_are_handed_over_before_the_product_beside_them() {
+    let turn = emulator::turn(10);
+    let Some(standin) = nccl::emulated(&turn) else { return };
+    // The head's options, labels and embeddings come before it.
+    const SUMS: i32 = 3;
+    let launches = |refused: bool| {
+        standin.reset();
+        if refused {
+            standin.plan(0, SUMS, Fault::Enqueue(SYSTEM_ERROR));
+        }
+        let launched = || turn.calls("cuLaunchKernel").expect("the emulator's count");
+        on_comms(nccl::group(1), |place| {
+            let mut head = Head::new(&gpu_apart(), &place.comm, &placements()[3]);
+            let (batch, before) = (Batch::draw(&placements()[3], 0, 0, ROWS), launched());
+            let told = head.forward(&mut batch.rows(head.dim), Some(&batch.labels));
+            assert_eq!(told.is_err(), refused, "{told:?}");
+            launched() - before
+        })
+    };
+    assert_eq!(launches(false)[0] - launches(true)[0], 2);
 }
 
 #[test]

@@ -306,6 +306,10 @@ impl Transport for Custom {
         "custom"
     }
 
+    fn is_asynchronous(&self) -> bool {
+        self.callbacks.ops.flags & STREAM_ORDERED != 0
+    }
+
     fn rank(&self) -> u32 {
         self.callbacks.ops.rank
     }

@@ -185,6 +185,10 @@ pub trait Transport: Send + Sync {
     fn check_device(&self, _device: Option<&dyn StreamDevice>) -> Result<()> {
         Ok(())
     }
+    /// Whether an operation on a device's memory returns when it is on the stream, without waiting for other ranks.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
     /// Makes room for an operation on the host's memory, of as many bytes in and out: one that lacked it would end the communicator.
     fn reserve_for_host(&self, _bytes: usize) -> Result<()> {
         Ok(())

@@ -18,6 +18,10 @@ impl Transport for Single {
         1
     }
 
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
     unsafe fn all_gather(&self, send: *const u8, recv: *mut u8, bytes: usize, call: &Call<'_>) -> Result<()> {
         call.space.copy(recv, send, bytes)
     }

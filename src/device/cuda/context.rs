@@ -2,13 +2,14 @@
 
 use std::ffi::{c_void, CString};
 use std::mem::{size_of, size_of_val};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::driver::{self, Arguments, Context, Stream};
 use super::entries::{Entries, Entry};
 use super::images::{self, Images};
 use super::products::Products;
 use super::shared_structs::{HeadArrays, MatrixView};
+use super::upload_slots::{UploadSlots, MOST_BYTES};
 use crate::memory::Plain;
 use crate::{error, Result};
 
@@ -23,6 +24,8 @@ pub(super) struct Gpu {
     pub info: CString,
     /// The process that made it.
     pub process: u32,
+    /// Numbers that stateless calls compute on the host.
+    uploads: Mutex<UploadSlots<u8>>,
 }
 
 /// The properties of a GPU that decide the sizes of a head.
@@ -53,6 +56,7 @@ impl Gpu {
             multiprocessors,
             info: CString::new(text).map_err(|_| error!(Device, "the GPU's name contains a zero byte"))?,
             process: std::process::id(),
+            uploads: Mutex::new(UploadSlots::new(&context, MOST_BYTES, "numbers under way")?),
             context,
         })
     }
@@ -77,10 +81,18 @@ impl Gpu {
         self.run(&self.entries.write_unit_operands, (*arrays, centers, u64::from(first), count, 1i32))
     }
 
-    /// Copies values of the host's to an array of a workspace.
+    /// Copies values of the host's to an array of a workspace. They may change when it returns, which is not before many have arrived.
     pub fn upload<T: Plain>(&self, destination: *mut T, source: &[T]) -> Result<()> {
-        // SAFETY: an array of as many; the driver has copied pageable memory away when it returns.
-        unsafe { self.stream.upload(destination.cast(), source.as_ptr().cast(), size_of_val(source)) }
+        if size_of_val(source) > MOST_BYTES {
+            // SAFETY: an array of as many.
+            return unsafe { self.stream.upload_now(destination.cast(), source.as_ptr().cast(), size_of_val(source)) };
+        }
+        let mut uploads = self.uploads.lock().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: plain values are bytes; an array of as many.
+        unsafe {
+            let bytes = std::slice::from_raw_parts(source.as_ptr().cast(), size_of_val(source));
+            uploads.upload(&self.stream, destination.cast(), bytes)
+        }
     }
 
     /// Zeroes an array of a workspace.

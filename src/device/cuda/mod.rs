@@ -4,7 +4,7 @@
 //! everything else in the library works.
 //!
 //! Each file imports only from files above it in this list. `driver`: owners of what the CUDA driver hands out. `images`: the
-//! compiled kernels of this build. `shared_structs`: the structures that kernels and host share. `entries` and `products`: the
+//! compiled kernels of this build. `upload_slots`: values on their way to the GPU. `shared_structs`: the structures that kernels and host share. `entries` and `products`: the
 //! kernels and how they are launched. `context`: a GPU as all share it. `stream_memory`: the same for communicators. `staging`:
 //! copies of callers' memory. `sizes`: how large a head's arrays are. `streams`: a head's streams. `nearest`: searches. `head`: a
 //! head's step. `stateless`: the device, which makes heads and offers the kernels without one.
@@ -22,6 +22,7 @@ mod staging;
 mod stateless;
 mod stream_memory;
 mod streams;
+mod upload_slots;
 
 pub(crate) use sizes::memory_needed;
 pub(super) use stateless::CudaDevice;

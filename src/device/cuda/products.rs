@@ -8,8 +8,6 @@ use super::images::Images;
 use super::shared_structs::{HeadArrays, MatrixView};
 use crate::Result;
 
-/// Threads of a block of each of them.
-const THREADS: u32 = 256;
 /// Dynamic shared memory.
 const NUMERATORS_SHARED: u32 = 49_680;
 const WEIGHTED_SHARED: u32 = 49_152;
@@ -84,8 +82,10 @@ impl<A: Arguments> Product<A> {
     fn load(module: &Arc<Module>, entry: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
         let kernel = module.kernel::<A>(entry)?;
         kernel.allow_shared(shared)?;
-        let blocks = kernel.blocks_per_multiprocessor(THREADS, shared)?.max(1);
-        Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads: THREADS, shared } })
+        // The kernel's launch bounds: a block has them all.
+        let threads = kernel.largest_block()?;
+        let blocks = kernel.blocks_per_multiprocessor(threads, shared)?.max(1);
+        Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads, shared } })
     }
 
     /// On all multiprocessors but `reserved`, which are left to other work; a small GPU reserves an eighth of its own at most.
@@ -225,7 +225,6 @@ mod tests {
         let header = include_str!("../../../kernels/tune.h");
         let says = |line: String| assert!(header.contains(&line), "tune.h does not say {line}");
         let shared = |name: &str, bytes: u32| says(format!("static_assert({name} == {bytes}, "));
-        says(format!("static_assert(kSquareTile.threads() == {THREADS}, "));
         shared("kNumeratorsShared", NUMERATORS_SHARED);
         shared("kWeightedShared", WEIGHTED_SHARED);
         shared("kCosinesShared", COSINES_SHARED);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::driver::{Context, DeviceBuffer, MemorySpace, Stream};
 use super::shared_structs::MatrixView;
+use super::upload_slots::{UploadSlots, MOST_BYTES};
 use crate::matrix::Matrix;
 use crate::memory::{reserve, zeros, Buffer, Plain};
 use crate::{error, Result};
@@ -17,11 +18,14 @@ pub(super) struct Staging {
     matrix: Option<DeviceBuffer<u8>>,
     classes: Option<DeviceBuffer<u32>>,
     row_arrays: Option<DeviceBuffer<f32>>,
+    /// For what is small.
+    slots: UploadSlots<u8>,
 }
 
 impl Staging {
-    pub fn new() -> Staging {
-        Staging { matrix: None, classes: None, row_arrays: None }
+    pub fn new(context: &Arc<Context>) -> Result<Staging> {
+        let slots = UploadSlots::new(context, MOST_BYTES, "numbers under way")?;
+        Ok(Staging { matrix: None, classes: None, row_arrays: None, slots })
     }
 
     /// A matrix that the kernels which `stream` runs next read.
@@ -36,8 +40,8 @@ impl Staging {
             // SAFETY: the caller's matrix is host memory of this many rows; the bytes have room for as many.
             unsafe { std::ptr::copy_nonoverlapping(row_of(matrix, number), bytes.as_mut_ptr().add(number * row), row) };
         }
-        // SAFETY: the driver has copied pageable memory away when it returns; the staging memory lives as long as the head.
-        unsafe { stream.upload(view.data.cast(), bytes.as_ptr().cast(), bytes.len()) }?;
+        // SAFETY: the staging memory has room for them.
+        unsafe { self.copy(stream, view.data, &bytes) }?;
         Ok(view)
     }
 
@@ -68,10 +72,21 @@ impl Staging {
 
     /// Copies a list of classes to the GPU, for the kernels that `stream` runs next.
     pub fn upload_classes(&mut self, stream: &Stream, classes: &[u32]) -> Result<*mut u32> {
-        let buffer = grown(&mut self.classes, stream, classes.len(), "the caller's sample")?;
-        // SAFETY: as in `upload`.
-        unsafe { stream.upload(buffer.as_mut_ptr().cast(), classes.as_ptr().cast(), size_of_val(classes)) }?;
-        Ok(buffer.as_mut_ptr())
+        let room = grown(&mut self.classes, stream, classes.len(), "the caller's sample")?.as_mut_ptr();
+        // SAFETY: as in `upload`; numbers are bytes.
+        unsafe { self.copy(stream, room.cast(), std::slice::from_raw_parts(classes.as_ptr().cast(), size_of_val(classes))) }?;
+        Ok(room)
+    }
+
+    /// Copies bytes that may change when it returns. It waits for many, since the driver may read them late.
+    ///
+    /// # Safety
+    /// There is room for them at `destination` on the device until the stream has done it.
+    pub unsafe fn copy(&mut self, stream: &Stream, destination: *mut u8, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > MOST_BYTES {
+            return stream.upload_now(destination.cast(), bytes.as_ptr().cast(), bytes.len());
+        }
+        self.slots.upload(stream, destination, bytes)
     }
 
     /// Three arrays with a number for each row of a batch.
@@ -149,8 +164,7 @@ pub(super) unsafe fn write_values(stream: &Stream, name: &str, destination: *mut
     match stream.context().memory_space(name, destination.cast_const().cast())? {
         MemorySpace::Host => std::ptr::copy_nonoverlapping(source.as_ptr(), destination, source.len()),
         MemorySpace::Device => {
-            stream.upload(destination.cast(), source.as_ptr().cast(), source.len())?;
-            stream.synchronize()?;
+            stream.upload_now(destination.cast(), source.as_ptr().cast(), source.len())?;
         }
     }
     Ok(())

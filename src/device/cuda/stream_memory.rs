@@ -72,9 +72,7 @@ impl StreamMemory for Gpu {
 
     unsafe fn to_device(&self, destination: *mut u8, source: *const u8, bytes: usize, stream: *mut c_void) -> Result<()> {
         let stream = self.borrowed(stream);
-        stream.upload(destination.cast(), source.cast(), bytes)?;
-        // The driver may still be reading page-locked memory when it returns.
-        stream.synchronize()
+        stream.upload_now(destination.cast(), source.cast(), bytes)
     }
 
     fn synchronize(&self, stream: *mut c_void) -> Result<()> {

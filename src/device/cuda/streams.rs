@@ -33,7 +33,7 @@ impl HeadStreams {
     pub fn new(context: &Arc<Context>, main: &Stream, ranks: u32) -> Result<HeadStreams> {
         // SAFETY: the caller's stream outlives the device, and so its heads.
         let main = unsafe { Stream::borrowed(context, main.raw()) };
-        // Collectives are short, and other ranks wait for them; the work that a trainer waits for is on the caller's stream.
+        // Collectives are short, and other ranks wait for them. The least priority is also that of an ordinary stream, such as the caller's.
         let (draw, centers) = (Stream::new(context, Priority::Least)?, Stream::new(context, Priority::Least)?);
         let exchange = Stream::new(context, Priority::Greatest)?;
         let tracer = match trace::is_on() {

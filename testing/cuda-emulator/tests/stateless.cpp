@@ -84,7 +84,7 @@ void test_cosines(uint32_t rows, uint32_t classes, uint32_t dim, uint32_t chunk,
         const uint32_t count = std::min(chunk, classes - first);
         memory.launch("write_unit_operands", how.grid, how.block, 0, arrays, w.view(),
                       uint64_t(first), count, 1);
-        memory.launch("gemm_cosines", how.grid, 256, 49152, arrays, rows, count, uint64_t(first),
+        memory.launch("gemm_cosines", how.grid, gemm_tile(Gemm::kNumerators).threads(), 49152, arrays, rows, count, uint64_t(first),
                       cosines);
     }
     const auto found = memory.get(out, size_t(rows) * stride);

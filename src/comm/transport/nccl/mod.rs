@@ -327,6 +327,10 @@ impl Transport for Nccl {
         "nccl"
     }
 
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
     fn rank(&self) -> u32 {
         self.group.rank
     }

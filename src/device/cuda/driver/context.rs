@@ -2,10 +2,13 @@
 
 use std::ffi::{c_char, c_void, CStr};
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult, CUstream, CUstreamCaptureMode,
+};
 
+use super::stream::is_capturing;
 use super::{call, describe, driver, driver_result, failure, log_failure};
 use crate::{ensure, Result};
 
@@ -16,6 +19,10 @@ pub(crate) struct Context {
     ordinal: i32,
     /// The ordinal's primary context, held until the drop.
     retained: bool,
+    /// The caller's stream, which was named when this was made.
+    caller: CUstream,
+    /// Those that [`super::Stream::new`] made and that live.
+    own: Mutex<Vec<CUstream>>,
 }
 
 // SAFETY: contexts may be made current on any thread, on several at once.
@@ -68,11 +75,12 @@ impl Context {
         call!(ordinal, cuDeviceGet(&mut device, ordinal))?;
         let mut raw: CUcontext = std::ptr::null_mut();
         call!(ordinal, cuCtxGetCurrent(&mut raw))?;
+        let new = |raw, retained| Context { raw, device, ordinal, retained, caller: stream.cast(), own: Mutex::default() };
         let mut context = if raw.is_null() {
             call!(ordinal, cuDevicePrimaryCtxRetain(&mut raw, device))?;
-            Context { raw, device, ordinal, retained: true }
+            new(raw, true)
         } else {
-            Context { raw, device, ordinal, retained: false }
+            new(raw, false)
         };
         let is_default = matches!(stream as usize, 0 | LEGACY_STREAM);
         if !is_default {
@@ -88,7 +96,7 @@ impl Context {
             driver_result(known, "cuStreamGetCtx", ordinal)?;
             drop(current);
             if raw != context.raw {
-                context = Context { raw, device, ordinal, retained: false };
+                context = new(raw, false);
             }
         }
         let context = Arc::new(context);
@@ -104,6 +112,9 @@ impl Context {
     }
 
     /// Makes this the thread's current context until the guard goes.
+    ///
+    /// A capture of a stream that is not ours forbids most of the driver's functions, to all threads or to its own. What is called
+    /// here touches no captured stream, so meanwhile the thread says that it knows what it does.
     pub fn enter(&self) -> Result<CurrentContext<'_>> {
         let mut current: CUcontext = std::ptr::null_mut();
         // SAFETY: an output that outlives the call.
@@ -113,7 +124,12 @@ impl Context {
             // SAFETY: the caller's context lives as long as what is made in it.
             unsafe { call!(self.ordinal, cuCtxPushCurrent_v2(self.raw)) }?;
         }
-        Ok(CurrentContext { context: self, pushed, thread: PhantomData })
+        let mut guard = CurrentContext { context: self, pushed, capture_mode: None, thread: PhantomData };
+        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: an input and output that outlives the call.
+        unsafe { call!(self.ordinal, cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+        guard.capture_mode = Some(mode);
+        Ok(guard)
     }
 
     pub fn ordinal(&self) -> i32 {
@@ -160,11 +176,22 @@ impl Context {
         Ok(free as u64)
     }
 
-    /// Waits for everything under way in the context.
+    /// Waits for everything that was enqueued here: on the caller's stream, unless that is captured now, and on our own.
+    ///
+    /// Not for the whole context, where others may have work that waits for this thread, or a capture that the wait would end.
     pub fn synchronize(&self) -> Result<()> {
         let _current = self.enter()?;
-        // SAFETY: the context is current.
-        unsafe { call!(self.ordinal, cuCtxSynchronize()) }
+        let captured = is_capturing(self.caller, self.ordinal)?;
+        let own = self.own_streams().clone();
+        for stream in own.into_iter().chain((!captured).then_some(self.caller)) {
+            // SAFETY: a living stream: the caller's outlives the device, and ours leave the list before they go.
+            unsafe { call!(self.ordinal, cuStreamSynchronize(stream)) }?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn own_streams(&self) -> MutexGuard<'_, Vec<CUstream>> {
+        self.own.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Where the memory at `pointer` lies. Memory that the driver does not know is the host's, managed memory is the device's.
@@ -240,12 +267,19 @@ impl Drop for Context {
 pub(crate) struct CurrentContext<'a> {
     context: &'a Context,
     pushed: bool,
+    /// The thread's before.
+    capture_mode: Option<CUstreamCaptureMode>,
     /// The stack of contexts is the thread's.
     thread: PhantomData<*const ()>,
 }
 
 impl Drop for CurrentContext<'_> {
     fn drop(&mut self) {
+        if let Some(mut mode) = self.capture_mode {
+            // SAFETY: an input and output that outlives the call.
+            let outcome = unsafe { call!(self.context.ordinal, cuThreadExchangeStreamCaptureMode(&mut mode)) };
+            log_failure("leaving a context", outcome);
+        }
         if self.pushed {
             let mut popped: CUcontext = std::ptr::null_mut();
             // SAFETY: pushed by `enter`; guards are dropped in the reverse order of their making.

@@ -10,7 +10,8 @@ use super::{call, driver_result, log_failure, Context, MemorySpace, Stream};
 use crate::memory::Plain;
 use crate::{ensure, error, Error, Result};
 
-/// An array that kernels reach: those in page-locked host memory over the link between the two. Dropping it waits for everything under way in its context, as the driver's own free does.
+/// An array that kernels reach: those in page-locked host memory over the link between the two. Dropping it waits for everything
+/// enqueued in its context.
 pub(crate) struct DeviceBuffer<T: Plain> {
     data: *mut T,
     len: usize,
@@ -132,7 +133,7 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
 }
 
 /// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything
-/// under way in its context.
+/// enqueued in its context.
 pub(crate) struct PinnedBuffer<T: Plain> {
     data: *mut T,
     len: usize,

@@ -23,19 +23,19 @@ pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
 pub(crate) use stream::{Event, Priority, Stream};
 
-/// The least driver for images from nvcc 13, as cuDriverGetVersion counts: 1000 * major + 10 * minor.
-const LEAST_VERSION: i32 = 13000;
+/// The least driver for images from the oldest nvcc that makes them, as cuDriverGetVersion counts: 1000 * major + 10 * minor. Images
+/// from a later nvcc ask for more themselves.
+const LEAST_VERSION: i32 = 12000;
 /// The first driver that has it.
-const LEAST_DRIVER: &str = "580";
+const LEAST_DRIVER: &str = "525";
 
-/// Every function of the driver that is called here; a test compares the list with the sources.
+/// Every function of the driver that is called here and that all of these drivers have; a test compares the lists with the sources.
 const FUNCTIONS: &[&str] = &[
     "cuCtxGetCurrent",
     "cuCtxGetDevice",
     "cuCtxGetStreamPriorityRange",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
-    "cuCtxSynchronize",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
@@ -45,12 +45,11 @@ const FUNCTIONS: &[&str] = &[
     "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
-    "cuEventElapsedTime_v2",
+    "cuEventElapsedTime",
     "cuEventQuery",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncGetAttribute",
-    "cuFuncGetParamInfo",
     "cuFuncSetAttribute",
     "cuGetErrorName",
     "cuGetErrorString",
@@ -73,9 +72,14 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamGetCtx",
+    "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
+    "cuThreadExchangeStreamCaptureMode",
 ];
+
+/// What is called where the driver has it: since CUDA 12.4.
+const OPTIONAL_FUNCTIONS: &[&str] = &["cuFuncGetParamInfo"];
 
 /// `call!(ordinal, cuName(arguments))`: a driver function's result as ours. Needs `unsafe`.
 macro_rules! call {
@@ -113,6 +117,13 @@ fn load() -> Result<i32> {
     Ok(version)
 }
 
+/// Whether the driver has one of the optional functions.
+fn has_optional(name: &'static str) -> bool {
+    debug_assert!(OPTIONAL_FUNCTIONS.contains(&name));
+    // SAFETY: `driver` has found the library; the function is looked up, not called.
+    driver().is_ok() && unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() }
+}
+
 fn require_library(present: bool, names: &[String]) -> Result<()> {
     ensure!(present, Unsupported, "there is no CUDA driver: none of {} can be loaded", names.join(", "));
     Ok(())
@@ -129,7 +140,7 @@ fn require_version(version: i32) -> Result<()> {
     ensure!(
         version >= LEAST_VERSION,
         Unsupported,
-        "the CUDA driver is for CUDA {}; the kernels need CUDA {}, which is driver {LEAST_DRIVER} or later",
+        "the CUDA driver is for CUDA {}; the library needs CUDA {}, which is driver {LEAST_DRIVER} or later",
         text(version),
         text(LEAST_VERSION)
     );

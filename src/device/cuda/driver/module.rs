@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
-use super::{call, driver_result, log_failure, Context, Stream};
+use super::{call, driver_result, has_optional, log_failure, Context, Stream};
 use crate::{ensure, error, Result};
 
 /// A loaded image.
@@ -54,10 +54,11 @@ impl Module {
         let kernel = Kernel { raw, name: name.into(), module: self.clone(), arguments: PhantomData };
         let (found, expected) = (kernel.parameters()?, A::sizes());
         ensure!(
-            found == expected,
+            found.as_ref().is_none_or(|found| *found == expected),
             Device,
-            "the kernel {name} of the image {} takes parameters of {found:?} bytes; this library gives it {expected:?}",
-            self.name
+            "the kernel {name} of the image {} takes parameters of {:?} bytes; this library gives it {expected:?}",
+            self.name,
+            found.unwrap_or_default()
         );
         Ok(kernel)
     }
@@ -143,7 +144,6 @@ impl<A: Arguments> Kernel<A> {
         Ok(blocks as u32)
     }
 
-    #[cfg(test)]
     /// Threads that a block may have: fewer than the GPU's most where the kernel takes many registers.
     pub fn largest_block(&self) -> Result<u32> {
         let context = &self.module.context;
@@ -179,15 +179,18 @@ impl<A: Arguments> Kernel<A> {
             .map_err(|error| error.during(format_args!("{} of {blocks} blocks of {threads} threads, {shared} bytes", self.name)))
     }
 
-    /// Bytes of each parameter, as the image has them.
-    fn parameters(&self) -> Result<Vec<usize>> {
+    /// Bytes of each parameter, as the image has them; `None` where the driver cannot tell.
+    fn parameters(&self) -> Result<Option<Vec<usize>>> {
+        if !has_optional("cuFuncGetParamInfo") {
+            return Ok(None);
+        }
         let mut sizes = Vec::new();
         loop {
             let (mut offset, mut size) = (0, 0);
             // SAFETY: outputs that outlive the call.
             match unsafe { sys::cuFuncGetParamInfo(self.raw, sizes.len(), &mut offset, &mut size) } {
                 // One past the last.
-                CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
+                CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(Some(sizes)),
                 result => driver_result(result, "cuFuncGetParamInfo", self.module.context.ordinal())?,
             }
             sizes.push(size);

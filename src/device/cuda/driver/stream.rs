@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
+use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstreamCaptureStatus, CUstream_flags};
 
 use super::{call, driver_result, log_failure, Context};
 use crate::Result;
@@ -47,6 +47,7 @@ impl Stream {
             let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             call!(context.ordinal(), cuStreamCreateWithPriority(&mut raw, flags, number))?;
         }
+        context.own_streams().push(raw);
         Ok(Stream { raw, context: context.clone(), owned: true })
     }
 
@@ -61,6 +62,12 @@ impl Stream {
 
     pub(super) fn handle(&self) -> CUstream {
         self.raw
+    }
+
+    /// Whether what is enqueued here is recorded into a graph, which others run later or never.
+    pub fn is_capturing(&self) -> Result<bool> {
+        let _current = self.context.enter()?;
+        is_capturing(self.raw, self.context.ordinal())
     }
 
     /// Waits, on the host, for everything enqueued so far. It returns the failures of kernels.
@@ -87,6 +94,19 @@ impl Stream {
         }
         let _current = self.context.enter()?;
         call!(self.context.ordinal(), cuMemcpyHtoDAsync_v2(destination as u64, source, bytes, self.raw))
+    }
+
+    /// The same, and waits for it. The host may use the source again: the driver need not have read memory that is not page-locked
+    /// when it has enqueued the copy.
+    ///
+    /// # Safety
+    /// As `upload`, until it returns.
+    pub unsafe fn upload_now(&self, destination: *mut c_void, source: *const c_void, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.upload(destination, source, bytes)?;
+        self.synchronize()
     }
 
     /// Copies to the host, in stream order.
@@ -126,12 +146,27 @@ impl Stream {
     }
 }
 
+/// The stream is of the current context.
+pub(super) fn is_capturing(stream: CUstream, ordinal: i32) -> Result<bool> {
+    let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: an output that outlives the call, a living stream.
+    match unsafe { sys::cuStreamIsCapturing(stream, &mut status) } {
+        // The legacy default stream cannot be used while a stream that waits for it is captured.
+        CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT => Ok(true),
+        result => driver_result(result, "cuStreamIsCapturing", ordinal)
+            .map(|()| status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.owned {
+            // From here on nobody else can wait for its work before memory goes.
+            log_failure("before destroying a stream", self.synchronize());
+            self.context.own_streams().retain(|&stream| stream != self.raw);
             let destroy = || {
                 let _current = self.context.enter()?;
-                // SAFETY: made by `new`. The driver ends it once its work is done.
+                // SAFETY: made by `new`; its work is done.
                 unsafe { call!(self.context.ordinal(), cuStreamDestroy_v2(self.raw)) }
             };
             log_failure("destroying a stream", destroy());
@@ -172,7 +207,7 @@ impl Event {
         let _current = self.context.enter()?;
         let mut milliseconds = 0.0f32;
         // SAFETY: an output that outlives the call, living events.
-        unsafe { call!(self.context.ordinal(), cuEventElapsedTime_v2(&mut milliseconds, earlier.raw, self.raw)) }?;
+        unsafe { call!(self.context.ordinal(), cuEventElapsedTime(&mut milliseconds, earlier.raw, self.raw)) }?;
         Ok(f64::from(milliseconds) * 1e3)
     }
 

@@ -105,7 +105,7 @@ impl CudaHead {
             drafts: [Draft::new(&gpu.context)?, Draft::new(&gpu.context)?],
             streams: HeadStreams::new(&gpu.context, &gpu.stream, spec.ranks)?,
             verdict: PinnedBuffer::zeroed(&gpu.context, 1, "the verdict")?,
-            staging: RefCell::new(Staging::new()),
+            staging: RefCell::new(Staging::new(&gpu.context)?),
             labels: LabelMemory::new(&gpu.context, &gpu.stream, max_batch)?,
             current: 0,
             next_has_labels: false,
@@ -353,7 +353,7 @@ impl HeadDevice for CudaHead {
         let arrays = self.arrays();
         let sample_limit = self.drafts[self.current].sample_limit;
         run!(self, Main, pack_sums, (arrays, status, loss_place as i32, sample_limit));
-        let exchange = match self.sharded() {
+        match self.sharded() {
             true => {
                 let count = sum_elements(self.sizes().capacities.labels as usize, &self.spec.options);
                 let buffers = ExchangeBuffers { send: arrays.sums, recv: arrays.sums, count };
@@ -364,12 +364,13 @@ impl HeadDevice for CudaHead {
                 let buffers = ExchangeBuffers { send: arrays.replicated_sums, recv: arrays.replicated_sums, count };
                 self.exchange("all_reduce sums", StreamRole::Main, buffers, DType::F64)
             }
-        };
-        // Enqueued before the all-reduce, which a communicator may make the host wait for; they run side by side.
+        }
+    }
+
+    fn run_beside_sums(&mut self) {
         if let Some(last) = self.deferred_chunk.take() {
             self.weighted_centers(last);
         }
-        exchange
     }
 
     fn others_loss_place(&mut self) -> Result<LossPlace> {
@@ -591,7 +592,7 @@ impl Drop for CudaHead {
         if self.gpu.process != std::process::id() {
             return;
         }
-        if let Err(error) = self.streams.synchronize() {
+        if let Err(error) = self.gpu.context.synchronize() {
             log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }

@@ -31,8 +31,11 @@ impl CudaHead {
             return Ok(array);
         }
         let copy = self.row_arrays()?[term as usize];
-        // SAFETY: the caller gave as many numbers as the batch has rows; the driver has copied pageable memory away when it returns.
-        unsafe { self.gpu.stream.upload(copy.cast(), array.cast(), self.batch() * size_of::<f32>()) }?;
+        // SAFETY: the caller gave as many numbers as the batch has rows.
+        unsafe {
+            let bytes = std::slice::from_raw_parts(array.cast(), self.batch() * size_of::<f32>());
+            self.staging.borrow_mut().copy(&self.gpu.stream, copy.cast(), bytes)
+        }?;
         Ok(copy)
     }
 

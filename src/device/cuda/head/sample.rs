@@ -2,20 +2,18 @@
 
 use std::sync::Arc;
 
-use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, PinnedBuffer, Stream};
+use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, Stream};
 use super::super::shared_structs::LabelHeader;
 use super::super::sizes::{LargerArrays, Replaced, Sizes};
 use super::super::staging;
 use super::super::streams::StreamRole;
+use super::super::upload_slots::UploadSlots;
 use super::{run, CudaHead, ExchangeBuffers, Outgrown, Retired};
 use crate::device::{sample_capacity, HeadSpec, Labels};
 use crate::exchange::Exchange;
 use crate::matrix::DType;
 use crate::protocol::{self, Announcement, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{Contribution, Error, Result};
-
-/// Copies of labels under way before the host waits for the oldest.
-const LABEL_SLOTS: usize = 4;
 
 /// A step's labels and draw, as far as the host knows them.
 pub(super) struct Draft {
@@ -52,52 +50,16 @@ impl Draft {
     }
 }
 
-/// Labels under way from the host.
-struct LabelSlot {
-    labels: PinnedBuffer<i64>,
-    /// The copy from it is done.
-    copied: Event,
-}
-
 /// This rank's labels on the device, of the current step and of the next one, and what they come through.
 pub(super) struct LabelMemory {
     of_drafts: [DeviceBuffer<i64>; 2],
-    slots: LabelSlots,
+    slots: UploadSlots<i64>,
 }
 
 impl LabelMemory {
     pub fn new(context: &Arc<Context>, stream: &Stream, max_batch: usize) -> Result<LabelMemory> {
         let labels = || DeviceBuffer::zeroed(stream, max_batch, "labels");
-        Ok(LabelMemory { of_drafts: [labels()?, labels()?], slots: LabelSlots::new(context, max_batch)? })
-    }
-}
-
-/// Slots that are used in turn.
-struct LabelSlots {
-    slots: Vec<LabelSlot>,
-    next: usize,
-}
-
-impl LabelSlots {
-    fn new(context: &Arc<Context>, max_batch: usize) -> Result<LabelSlots> {
-        let slot = || {
-            Ok(LabelSlot { labels: PinnedBuffer::zeroed(context, max_batch, "labels under way")?, copied: Event::new(context)? })
-        };
-        Ok(LabelSlots { slots: (0..LABEL_SLOTS).map(|_| slot()).collect::<Result<_>>()?, next: 0 })
-    }
-
-    /// # Safety
-    /// There is room for as many labels at `destination` on the device until the stream has done it.
-    unsafe fn upload(&mut self, stream: &Stream, destination: *mut i64, labels: &[i64]) -> Result<()> {
-        let slot = &mut self.slots[self.next];
-        if !slot.copied.is_over()? {
-            slot.copied.synchronize()?;
-        }
-        slot.labels[..labels.len()].copy_from_slice(labels);
-        // The slot is not written again before the event.
-        stream.upload(destination.cast(), slot.labels.as_raw().cast(), size_of_val(labels))?;
-        self.next = (self.next + 1) % LABEL_SLOTS;
-        slot.copied.record(stream)
+        Ok(LabelMemory { of_drafts: [labels()?, labels()?], slots: UploadSlots::new(context, max_batch, "labels under way")? })
     }
 }
 

@@ -86,8 +86,8 @@ impl CudaHead {
         }
         let (failed, left) = (std::mem::offset_of!(Ledger, failed), ledger.failed - 1);
         let destination = self.arrays().ledger.cast::<u8>().wrapping_add(failed);
-        // SAFETY: the head's own ledger; the driver has copied pageable memory away when it returns.
-        unsafe { self.gpu.stream.upload(destination.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }?;
+        // SAFETY: the head's own ledger.
+        unsafe { self.gpu.stream.upload_now(destination.cast(), std::ptr::from_ref(&left).cast(), size_of::<u64>()) }?;
         Ok(ledger)
     }
 }

@@ -48,6 +48,8 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
     let gathered = capacities.gather_dtype.size() as u64;
     let only = |condition: bool, count: u64| if condition { count } else { 0 };
     let sharded = spec.is_sharded();
+    // Its messages are where they arrive, so that nothing is copied.
+    let alone = ranks == 1 && sharded;
     let adamw = matches!(options.optimizer, Optimizer::Adamw(_));
     let dense = options.row_update == RowUpdate::Dense;
     let center_gradient = match () {
@@ -72,8 +74,12 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
     }
     array!(Activation, 2, block: StepBlock, 1);
     array!(Activation, 1, ledger: Ledger, 1);
-    array!(Activation, 2, labels_send: i64, block);
-    array!(Activation, 2, labels_recv: i64, times(&[ranks, block]));
+    if alone {
+        array!(Activation, 2, labels_send, labels_recv: i64, block);
+    } else {
+        array!(Activation, 2, labels_send: i64, block);
+        array!(Activation, 2, labels_recv: i64, times(&[ranks, block]));
+    }
     array!(Activation, 2, labels: i64, labels);
     array!(Activation, 2, origins: u32, labels);
     array!(Activation, 2, sort_keys[0]: u32, labels);
@@ -87,8 +93,12 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
     array!(Activation, 2, positive_of: u32, sample);
     array!(Activation, 1, counts: u32, capacities.counts);
     array!(Activation, 1, selected: u32, shard_rows.div_ceil(32));
-    array!(Activation, 1, embeddings_send: u8, only(sharded, times(&[max_batch, dim, gathered])));
-    array!(Activation, 1, embeddings_recv: u8, only(sharded, times(&[ranks, max_batch, dim, gathered])));
+    if alone {
+        array!(Activation, 1, embeddings_send, embeddings_recv: u8, times(&[max_batch, dim, gathered]));
+    } else {
+        array!(Activation, 1, embeddings_send: u8, only(sharded, times(&[max_batch, dim, gathered])));
+        array!(Activation, 1, embeddings_recv: u8, only(sharded, times(&[ranks, max_batch, dim, gathered])));
+    }
     array!(Activation, 1, send_scales: f32, only(sharded && capacities.gather_dtype == DType::F16, max_batch));
     array!(Activation, 1, units: f32, times(&[rows, pitch]));
     array!(Activation, 1, tangents: f32, times(&[rows, pitch]));
@@ -126,8 +136,12 @@ pub(super) fn each(spec: &HeadSpec, capacities: &Capacities, chunks: Chunks, tak
         replicated_sums: f64,
         only(!sharded, REPLICATED_TOTALS as u64 + REPLICATED_SLOT as u64 * ranks)
     );
-    array!(Activation, 1, gradient_send: f32, only(sharded, times(&[ranks, max_batch, dim])));
-    array!(Activation, 1, gradient_recv: f32, times(&[max_batch, dim]));
+    if alone {
+        array!(Activation, 1, gradient_send, gradient_recv: f32, times(&[max_batch, dim]));
+    } else {
+        array!(Activation, 1, gradient_send: f32, only(sharded, times(&[ranks, max_batch, dim])));
+        array!(Activation, 1, gradient_recv: f32, times(&[max_batch, dim]));
+    }
     array!(Activation, 1, center_gradient: f32, center_gradient);
     array!(Activation, 1, squares: f32, rows);
     array!(Activation, 1, center_squares: f32, sample);

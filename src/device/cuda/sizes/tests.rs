@@ -29,6 +29,23 @@ fn the_main_shapes_take_what_was_promised() {
     assert!(sizes.workspace() < 192_000_000, "{}", sizes.workspace());
 }
 
+/// From the least that may exist to an RTX PRO 6000's 188 multiprocessors, with batches whose tiles fit them and batches whose do not.
+#[test]
+fn splits_fill_every_gpu() {
+    for multiprocessors in [2, 17, 68, 72, 80, 82, 84, 108, 114, 128, 132, 142, 144, 148, 160, 170, 188] {
+        for rows in [128, 256, 512, 1024, 2048, 3072, 4096, 5120, 6144, 8192] {
+            let splits = weighted_splits(rows, 512, 125_056, multiprocessors);
+            let (blocks, slots) = (rows / 128 * 4 * splits, 2 * u64::from(multiprocessors));
+            let filled = blocks as f64 / (slots * blocks.div_ceil(slots)) as f64;
+            assert!(filled >= 0.9, "{rows} rows on {multiprocessors} multiprocessors: {splits} splits fill {filled:.2}");
+        }
+    }
+    // On an A100 one split would leave two fifths of it empty; on an H100 two are enough, and more would cost their sums.
+    assert_eq!([108, 132].map(|multiprocessors| weighted_splits(4096, 512, 125_056, multiprocessors)), [5, 2]);
+    // A short chunk has no more splits than tiles of columns.
+    assert_eq!([128, 256].map(|chunk| weighted_splits(128, 512, chunk, 132)), [1, 2]);
+}
+
 #[test]
 fn chunks_shrink_with_the_limit_until_it_is_refused() {
     let mut last = u64::MAX;
@@ -68,7 +85,7 @@ fn without_a_limit_it_is_what_the_gpu_has() {
 fn arrays_follow_the_options() {
     let sharded = Sizes::new(&spec(1000, 10, |_| ()), H200, 0).expect("sizes");
     assert_eq!((sharded.capacities.gather_dtype, sharded.capacities.rows, sharded.capacities.sample), (DType::F16, 128, 1024));
-    assert_eq!(bytes(&sharded, "embeddings_recv"), 10 * 512 * 2);
+    assert_eq!(bytes(&sharded, "embeddings_send"), 10 * 512 * 2);
     assert_eq!(bytes(&sharded, "send_scales"), 10 * 4);
     assert_eq!(bytes(&sharded, "sums"), 4 * (20 + 4));
     for name in ["replicated_sums", "center_gradient", "second_moment", "last_update", "missed_updates"] {
@@ -163,19 +180,23 @@ fn rows_in_the_hosts_memory_leave_the_gpus_to_the_workspace() {
 
 #[test]
 fn every_pointer_has_an_array() {
-    let sizes = Sizes::new(&spec(1000, 10, |options| options.precision = Precision::F32), H200, 0).expect("sizes");
-    let mut arrays = sizes.head_arrays();
-    let list = sizes.list();
-    for (number, array) in list.iter().enumerate() {
-        (array.assign)(&mut arrays, (number + 1) as *mut u8);
+    for (ranks, shared) in [(2, 1), (1, 4)] {
+        let spec = HeadSpec { ranks, ..spec(1000, 10, |options| options.precision = Precision::F32) };
+        let sizes = Sizes::new(&spec, H200, 0).expect("sizes");
+        let mut arrays = sizes.head_arrays();
+        let list = sizes.list();
+        for (number, array) in list.iter().enumerate() {
+            (array.assign)(&mut arrays, (number + 1) as *mut u8);
+        }
+        let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
+        // SAFETY: the structure begins with as many pointers.
+        let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&arrays).cast::<u64>(), pointers) };
+        assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
+        // The three planes of W^ serve both products, and a lone rank's messages are where they arrive; all else is an array of its own.
+        assert_eq!(arrays.center_wide, arrays.center_operand);
+        assert_eq!(arrays.labels_send == arrays.labels_recv, ranks == 1);
+        assert_eq!(pointers.len(), list.len() + shared);
     }
-    let pointers = std::mem::offset_of!(HeadArrays, first_class) / 8;
-    // SAFETY: the structure begins with as many pointers.
-    let pointers = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&arrays).cast::<u64>(), pointers) };
-    assert!(pointers.iter().all(|&pointer| pointer != 0), "{pointers:?}");
-    // The three planes of W^ serve both products; all else is an array of its own.
-    assert_eq!(arrays.center_wide, arrays.center_operand);
-    assert_eq!(pointers.len(), list.len() + 1);
 }
 
 #[test]

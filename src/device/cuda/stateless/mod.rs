@@ -162,6 +162,15 @@ impl Device for CudaDevice {
         Some(self.gpu.clone())
     }
 
+    fn check_not_capturing(&self) -> Result<()> {
+        ensure!(
+            !self.gpu.stream.is_capturing()?,
+            InvalidArgument,
+            "the device's stream is being captured into a CUDA graph: call the library before the capture begins or after it ends"
+        );
+        Ok(())
+    }
+
     fn is_device_memory(&self, name: &str, pointer: *const u8) -> Result<bool> {
         Ok(self.gpu.context.memory_space(name, pointer.cast())? == MemorySpace::Device)
     }
