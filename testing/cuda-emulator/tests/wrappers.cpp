@@ -145,12 +145,14 @@ void check_convert() {
     Buffer<uint32_t> out(4 * v.size());
     launch("run_convert", 1, 64, 0, (const float*)in.device(), out.device(), uint32_t(v.size()));
     const auto got = out.host();
+    auto as_half = [](float f) { return uint32_t(nearest_half(f)); };
+    auto as_bfloat = [](float f) { return std::isnan(f) ? 0x7fffu : uint32_t(to_bfloat(f)); };
     for (size_t i = 0; i < v.size(); ++i) {
-        const uint32_t half = nearest_half(v[i]);
-        const uint32_t bfloat = std::isnan(v[i]) ? 0x7fffu : to_bfloat(v[i]);
+        const uint32_t half = as_half(v[i]), bfloat = as_bfloat(v[i]);
+        const float next = v[(i + 1) % v.size()];
         CHECK(got[4 * i] == (half | bfloat << 16));
-        CHECK(got[4 * i + 1] == (half | half << 16));
-        CHECK(got[4 * i + 2] == (bfloat | bfloat << 16));
+        CHECK(got[4 * i + 1] == (half | as_half(next) << 16));
+        CHECK(got[4 * i + 2] == (bfloat | as_bfloat(next) << 16));
         CHECK(got[4 * i + 3] == bfloat + uint32_t(__builtin_popcount(half)) +
                                     uint32_t(__builtin_ffs(int(bfloat))));
     }

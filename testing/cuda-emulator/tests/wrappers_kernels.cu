@@ -52,8 +52,9 @@ PFC_KERNEL(run_convert, (const float* in, uint32_t* out, uint32_t count)) {
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
         const uint16_t half = ptx::to_half(in[i]), bfloat = ptx::to_bfloat(in[i]);
         out[4 * i] = uint32_t(half) | uint32_t(bfloat) << 16;
-        out[4 * i + 1] = ptx::pack_half(ptx::from_half(half), in[i]);
-        out[4 * i + 2] = ptx::pack_bfloat(ptx::from_bfloat(bfloat), in[i]);
+        const float next = in[(i + 1) % count];
+        out[4 * i + 1] = ptx::pack_half(ptx::from_half(half), next);
+        out[4 * i + 2] = ptx::pack_bfloat(ptx::from_bfloat(bfloat), next);
         out[4 * i + 3] = ptx::multiply_high(out[4 * i], 0x10000u) + ptx::population_count(half) +
                          ptx::find_first(bfloat);
     }
