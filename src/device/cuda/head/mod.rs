@@ -402,16 +402,7 @@ impl HeadDevice for CudaHead {
         if loss.is_some() {
             return Ok(f64::NAN);
         }
-        self.read_block()?;
-        if self.block.status != 0 {
-            self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::RANKS_DIFFER | fault::LABEL | fault::BLOCK);
-            self.is_fatal = self.block.fault == fault::RANKS_DIFFER;
-            // This call returns the failure; `wait` must not return it again.
-            let ledger = self.discount_last_failure()?;
-            self.check_rows(&ledger)?;
-            self.fault(&self.block)?;
-        }
-        Ok(self.block.loss)
+        self.read_loss()
     }
 
     fn failed_in_labels(&self) -> bool {

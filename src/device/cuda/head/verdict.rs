@@ -24,6 +24,20 @@ impl CudaHead {
         Ok(())
     }
 
+    /// Waits for the step's loss, or for why it has none.
+    pub(super) fn read_loss(&mut self) -> Result<f64> {
+        self.read_block()?;
+        if self.block.status != 0 {
+            self.failed_in_labels = matches!(self.block.fault, fault::REMOTE | fault::RANKS_DIFFER | fault::LABEL | fault::BLOCK);
+            self.is_fatal = self.block.fault == fault::RANKS_DIFFER;
+            // This call returns the failure; `wait` must not return it again.
+            let ledger = self.discount_last_failure()?;
+            self.check_rows(&ledger)?;
+            self.fault(&self.block)?;
+        }
+        Ok(self.block.loss)
+    }
+
     /// The error of a block.
     pub(super) fn fault(&self, block: &StepBlock) -> Result<()> {
         let (rank, row) = (block.rank.max(0) as usize, block.row as usize);
