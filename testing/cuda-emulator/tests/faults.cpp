@@ -1,6 +1,10 @@
 // The emulator itself is tested by faults put in on purpose: one for each rule, which it must name,
 // and the same program without the fault, in which it must find nothing. Under many seeds: what is
 // a fault is one whatever the schedule.
+#include <sys/mman.h>
+
+#include <thread>
+
 #include "harness.h"
 
 namespace {
@@ -247,7 +251,23 @@ void check_streams() {
         MUST(try_launch("set_words", 1, 64, 0, a, (uint32_t*)at, 1u));
         MUST(cuMemFreeAsync(at, a));
     });
-    // Pinned memory is read when the copy runs, pageable memory at the call.
+    // Pageable memory may be read at the call or when the copy runs.
+    expect("pageable memory that changes", "was changed or freed before the copy ran", [&] {
+        std::vector<uint32_t> pageable(64, 1);
+        MUST(cuMemcpyHtoDAsync_v2((CUdeviceptr)words.device(), pageable.data(), 256, a));
+        pageable[63] = 2;
+        cuStreamSynchronize(a);
+    });
+    expect("pageable memory that goes", "was changed or freed before the copy ran", [&] {
+        const size_t size = size_t(1) << 20;  // so much goes back to the system
+        Buffer<uint32_t> many(size / 4);
+        void* const pageable = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        MUST(cuMemcpyHtoDAsync_v2((CUdeviceptr)many.device(), pageable, size, a));
+        munmap(pageable, size);
+        cuStreamSynchronize(a);
+    });
+    // Pinned memory is read when the copy runs.
     expect("pinned", nullptr, [&] {
         uint32_t* pinned;
         MUST(cuMemAllocHost_v2((void**)&pinned, 256));
@@ -258,7 +278,6 @@ void check_streams() {
         MUST(cuStreamSynchronize(a));
         CHECK(words.host()[0] == 2);
         MUST(cuMemcpyHtoDAsync_v2((CUdeviceptr)words.device(), pageable.data(), 256, a));
-        pageable[0] = 2;
         MUST(cuStreamSynchronize(a));
         CHECK(words.host()[0] == 1);
         unsigned type = 0;
@@ -282,6 +301,68 @@ void check_streams() {
     MUST(cuStreamDestroy_v2(b));
 }
 
+// What a capture forbids, to whom, and what becomes of it then.
+void check_captures() {
+    Buffer<uint32_t> words(64);
+    CUstream captured, other;
+    CUevent event;
+    MUST(cuStreamCreate(&captured, CU_STREAM_NON_BLOCKING));
+    MUST(cuStreamCreate(&other, CU_STREAM_NON_BLOCKING));
+    MUST(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING));
+    MUST(cuEventRecord(event, other));
+    const auto ends = [&](int mode, const std::function<CUresult()>& meanwhile, CUresult told) {
+        CUgraph graph = nullptr;
+        MUST(cuStreamBeginCapture_v2(captured, mode));
+        const bool allowed = told == CUDA_SUCCESS;
+        CHECK(meanwhile() == told);
+        CHECK(cuStreamEndCapture(captured, &graph)
+              == (allowed ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED));
+        CHECK((graph != nullptr) == allowed);
+        if (graph) MUST(cuGraphDestroy(graph));
+    };
+    const int global = CU_STREAM_CAPTURE_MODE_GLOBAL, own = CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    const int relaxed = CU_STREAM_CAPTURE_MODE_RELAXED;
+    const CUresult unsupported = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    const auto query = [&] { return cuEventQuery(event); };
+    const auto on_a_thread = [](const std::function<CUresult()>& call) {
+        CUresult told = CUDA_SUCCESS;
+        CUcontext context;
+        MUST(cuCtxGetCurrent(&context));
+        std::thread([&] {
+            MUST(cuCtxSetCurrent(context));
+            told = call();
+        }).join();
+        return told;
+    };
+    ends(global, query, unsupported);
+    ends(relaxed, query, CUDA_SUCCESS);
+    ends(global, [&] { return on_a_thread(query); }, unsupported);
+    ends(own, [&] { return on_a_thread(query); }, CUDA_SUCCESS);
+    ends(global, [&] {
+        int mode = relaxed;
+        MUST(cuThreadExchangeStreamCaptureMode(&mode));
+        CHECK(mode == global);
+        const CUresult told = query();
+        MUST(cuThreadExchangeStreamCaptureMode(&mode));
+        CHECK(mode == relaxed);
+        return told;
+    }, CUDA_SUCCESS);
+    // Whatever the mode: a wait for what never runs, or for everything, and an order across its border.
+    ends(relaxed, [&] { return cuStreamSynchronize(captured); }, unsupported);
+    ends(relaxed, [&] { return cuCtxSynchronize(); }, unsupported);
+    ends(relaxed, [&] { return cuStreamWaitEvent(captured, event, 0); },
+         CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+    // What is enqueued there does not run.
+    ends(relaxed, [&] {
+        return try_launch("set_words", 1, 64, 0, captured, words.device(), 7u);
+    }, CUDA_SUCCESS);
+    MUST(cuStreamSynchronize(captured));
+    CHECK(words.host()[0] != 7);
+    MUST(cuEventDestroy_v2(event));
+    MUST(cuStreamDestroy_v2(captured));
+    MUST(cuStreamDestroy_v2(other));
+}
+
 }  // namespace
 
 int main() {
@@ -294,5 +375,6 @@ int main() {
     check_waits();
     check_launches();
     check_streams();
+    check_captures();
     return finish();
 }
