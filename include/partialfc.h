@@ -387,7 +387,8 @@ pfc_status pfc_device_cpu(uint32_t threads, pfc_device **out);
 // @param stream a cudaStream_t or CUstream that outlives the device; NULL: the legacy default
 //   stream. CU_STREAM_PER_THREAD is refused, because it is a different stream in each thread.
 //   While the stream is captured into a CUDA graph, calls that would work on the device are
-//   INVALID_ARGUMENT and count as not made; a capture of another stream does not matter.
+//   INVALID_ARGUMENT and count as not made; pfc_head_create fails on all ranks. A capture of
+//   another stream does not matter, but to the legacy default stream, if that waits for it.
 // @param out the device; free with pfc_device_free
 // @return UNSUPPORTED without a driver, with a driver older than 525 or than the nvcc that built
 //   the kernels (nvcc 13: 580), or in a build without kernels for this GPU
@@ -708,14 +709,14 @@ void pfc_comm_free(pfc_comm *comm);
 // rank still has to call pfc_head_forward, as the other ranks do.
 //
 // A LOSS IN DEVICE MEMORY. In one step all ranks keep the loss in host memory, or all in device
-// memory. With a loss in device memory no call waits for the GPU. A step that fails then becomes
-// a no-op on every rank: its loss is NaN, its gradients are zeros, it updates nothing, and the
-// steps after it go on. pfc_head_wait reports it once on every rank, with the step's number. A
-// rank whose own arguments were wrong also gets the error from pfc_head_forward. The other ranks
-// go on with the step, so this rank must go on too: its pfc_head_backward and pfc_head_update
-// take part in the exchanges, write nothing and return that error again. If the loss pointer
-// itself is invalid, this rank uses the location that the other ranks chose; its pfc_head_forward
-// waits for theirs.
+// memory. With a loss in device memory no call waits for the GPU, but for a host argument of more
+// than 64 KiB. A step that fails then becomes a no-op on every rank: its loss is NaN, its
+// gradients are zeros, it updates nothing, and the steps after it go on. pfc_head_wait reports it
+// once on every rank, with the step's number. A rank whose own arguments were wrong also gets the
+// error from pfc_head_forward. The other ranks go on with the step, so this rank must go on too:
+// its pfc_head_backward and pfc_head_update take part in the exchanges, write nothing and return
+// that error again. If the loss pointer itself is invalid, this rank uses the location that the
+// other ranks chose; its pfc_head_forward waits for theirs.
 
 #define PFC_STATE_MOMENTUM 1       // SGD: m. AdamW: the first moment.
 #define PFC_STATE_SECOND_MOMENT 2  // AdamW: the second moment.

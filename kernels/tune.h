@@ -30,8 +30,8 @@ struct GemmTile {
     constexpr int pipeline_bytes() const { return stages * stage_bytes(); }
 };
 
-// A warp has 64 x 64: it reads 4 KiB of shared memory for 64 products of 16 x 8 x 16, where 64 x 32
-// would read 3 KiB for 32 and have the memory decide. Four such warps, so that two CTAs share an SM
+// A warp has 64 x 64: it reads 4 KiB of shared memory for 32 products of 16 x 8 x 16, where 64 x 32
+// would read 3 KiB for 16 and have the memory decide. Four such warps, so that two CTAs share an SM
 // and the exponentials of one run during the products of the other. 3 stages of 16 KiB: two CTAs
 // fit the 99 KiB of the small devices, and the epilogue stages its 32 KiB in the pipeline's 48 KiB.
 constexpr GemmTile kSquareTile = {

@@ -752,7 +752,8 @@ def declare(library):
     @param stream a cudaStream_t or CUstream that outlives the device; NULL: the legacy default
       stream. CU_STREAM_PER_THREAD is refused, because it is a different stream in each thread.
       While the stream is captured into a CUDA graph, calls that would work on the device are
-      INVALID_ARGUMENT and count as not made; a capture of another stream does not matter.
+      INVALID_ARGUMENT and count as not made; pfc_head_create fails on all ranks. A capture of
+      another stream does not matter, but to the legacy default stream, if that waits for it.
     @param out the device; free with pfc_device_free
     @return UNSUPPORTED without a driver, with a driver older than 525 or than the nvcc that built
       the kernels (nvcc 13: 580), or in a build without kernels for this GPU

@@ -44,7 +44,7 @@ class Device(Handle):
                 outlive the device. 0: the legacy default stream.
 
         Raises:
-            PartialFCError: UNSUPPORTED without a driver, with one older than 580, or in a build without
+            PartialFCError: UNSUPPORTED without a driver, with one older than 525 or than the nvcc that built the kernels, or in a build without
                 kernels for this GPU.
         """
         out = ctypes.c_void_p()

@@ -418,7 +418,6 @@ pub unsafe extern "C" fn pfc_all_reduce_rows(
     collective(comm, |comm| {
         let mine = (|| {
             let device = &required("device", device)?.device;
-            device.check_not_capturing().map_err(|error| on_rank(error, comm))?;
             let cols = required("rows", rows)?.cols;
             let (rows, rows_out) = (matrix("rows", rows, cols)?, matrix("rows_out", rows_out, cols)?);
             output("count_out", count_out)?;

@@ -28,7 +28,7 @@
 //! at once, and the rank still has to call pfc_head_forward, as the other ranks do.
 //!
 //! A LOSS IN DEVICE MEMORY. In one step all ranks keep the loss in host memory, or all in device memory. With a loss in device
-//! memory no call waits for the GPU. A step that fails then becomes a no-op on every rank: its loss is NaN, its gradients are
+//! memory no call waits for the GPU, but for a host argument of more than 64 KiB. A step that fails then becomes a no-op on every rank: its loss is NaN, its gradients are
 //! zeros, it updates nothing, and the steps after it go on. pfc_head_wait reports it once on every rank, with the step's number. A
 //! rank whose own arguments were wrong also gets the error from pfc_head_forward. The other ranks go on with the step, so this rank
 //! must go on too: its pfc_head_backward and pfc_head_update take part in the exchanges, write nothing and return that error again.

@@ -41,7 +41,7 @@ pub unsafe extern "C" fn pfc_normalize_rows(
     inverse_norms: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let from = matrix("rows", rows, required("rows", rows)?.cols)?;
         let to = matrix("normalized", normalized, from.cols as u64)?;
         same_rows("normalized", to.rows, from.rows)?;
@@ -73,7 +73,7 @@ pub unsafe extern "C" fn pfc_normalize_gemm(
     workspace_bytes: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
         let w = matrix("centers", centers, e.cols as u64)?;
         let out = matrix("cosines", cosines, w.rows as u64)?;
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn pfc_margin_forward(
     logits: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let margin = checked_margin(margin)?;
         if count == 0 {
             return Ok(());
@@ -140,7 +140,7 @@ pub unsafe extern "C" fn pfc_margin_backward(
     grad_cosines: *mut f32,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let margin = checked_margin(margin)?;
         if count == 0 {
             return Ok(());
@@ -381,7 +381,7 @@ pub unsafe extern "C" fn pfc_sample_classes(
     count: *mut u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let count = output("count", count)?;
         let positive_count = array("positives", positives, positive_count)?;
         array("ids", ids, sample_size.max(positive_count as u64))?;
@@ -416,7 +416,7 @@ pub unsafe extern "C" fn pfc_update_rows(
     update: u64,
 ) -> pfc_status {
     boundary(|| {
-        let device = device_of(device)?;
+        let device = working_device(device)?;
         let optimizer = read_sized(optimizer)?.to_optimizer()?;
         optimizer.check()?;
         let w = matrix("centers", centers, required("centers", centers)?.cols)?;
@@ -448,7 +448,7 @@ unsafe fn softmax(
     row_sums: *mut f32,
     row_offsets: *mut f32,
 ) -> Result<()> {
-    let device = device_of(device)?;
+    let device = working_device(device)?;
     let margin = checked_margin(margin)?;
     let logits = matrix("cosines", cosines, required("cosines", cosines)?.cols)?;
     if logits.rows == 0 {
@@ -477,7 +477,7 @@ unsafe fn forward(
     workspace: *mut c_void,
     workspace_bytes: u64,
 ) -> Result<()> {
-    let device = device_of(device)?;
+    let device = working_device(device)?;
     let margin = checked_margin(margin)?;
     let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
     let w = matrix("centers", centers, e.cols as u64)?;
@@ -521,7 +521,7 @@ unsafe fn backward(
     workspace: *mut c_void,
     workspace_bytes: u64,
 ) -> Result<()> {
-    let device = device_of(device)?;
+    let device = working_device(device)?;
     let margin = checked_margin(margin)?;
     let BackwardInputs { row_sums, offsets, target_logits, weighted, loss_weight } = inputs;
     let e = matrix("embeddings", embeddings, required("embeddings", embeddings)?.cols)?;
@@ -556,6 +556,12 @@ unsafe fn device_of<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
     let device = &*required("device", device)?.device;
     let (made_in, this) = (device.process(), std::process::id());
     ensure!(made_in == this, Forked, "the device was made in process {made_in} and cannot be used in process {this}");
+    Ok(device)
+}
+
+/// The same, for a call that works on it.
+unsafe fn working_device<'a>(device: *const pfc_device) -> Result<&'a dyn Device> {
+    let device = device_of(device)?;
     device.check_not_capturing()?;
     Ok(device)
 }

@@ -75,13 +75,22 @@ pub struct Stream(usize);
 
 /// One that waits for no default stream.
 pub fn new_stream() -> Stream {
+    const NON_BLOCKING: u32 = 1;
+    stream_with(NON_BLOCKING)
+}
+
+/// One that the legacy default stream waits for.
+pub fn new_blocking_stream() -> Stream {
+    stream_with(0)
+}
+
+fn stream_with(flags: u32) -> Stream {
     enter();
     let mut stream = std::ptr::null_mut();
-    const NON_BLOCKING: u32 = 1;
     // SAFETY: the driver's function, of this type; an output that outlives the call.
     unsafe {
         let create = driver!(c"cuStreamCreate", unsafe extern "C" fn(*mut *mut c_void, u32) -> i32);
-        assert_eq!(create(&mut stream, NON_BLOCKING), 0);
+        assert_eq!(create(&mut stream, flags), 0);
     }
     Stream(stream as usize)
 }

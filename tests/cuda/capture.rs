@@ -4,11 +4,12 @@
 
 use std::path::Path;
 
+use partialfc::capi::head as c_head;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
-use partialfc_testing::capi::{Comm, Head, Outcome, Rows};
+use partialfc_testing::capi::{outcome, Comm, Head, Outcome, Rows};
 use partialfc_testing::emulator;
-use partialfc_testing::gpu::{gpu_apart, gpu_on, new_stream, Capture};
+use partialfc_testing::gpu::{gpu, gpu_apart, gpu_on, new_blocking_stream, new_stream, Capture, Remote};
 use partialfc_testing::ranks::{on_ranks, Rank};
 use partialfc_testing::training::{train_step, Trace};
 
@@ -122,8 +123,13 @@ fn a_head_is_not_made_but_freed_while_its_stream_is_captured() {
     let _turn = emulator::turn(33);
     let stream = new_stream();
     let device = gpu_on(stream);
-    let mut head = Head::new(&device, &Comm::solo(), &small());
-    head.forward(&mut embeddings(), Some(&LABELS)).expect("forward");
+    let head = Head::new(&device, &Comm::solo(), &small());
+    let (there, labels, loss) = (Remote::of(&embeddings().values_f32()), Remote::of(&LABELS), Remote::of(&[0f64]));
+    // Its work is still on the stream when the capture begins.
+    // SAFETY: a live head; arrays on the GPU of the sizes that it takes.
+    let left =
+        outcome(unsafe { c_head::pfc_head_forward(head.raw, &there.matrix(DIM), labels.pointer::<i64>(), loss.pointer::<f64>()) });
+    left.expect("forward");
     let capture = Capture::begin(stream);
     let made = Head::with(&device, &Comm::solo(), &small()).map(drop);
     assert_told("create", made, Status::InvalidArgument, &["captured into a CUDA graph", "rank 0"]);
@@ -136,4 +142,19 @@ fn a_head_is_not_made_but_freed_while_its_stream_is_captured() {
     assert_told("rank 1", told[1].clone(), Status::InvalidArgument, &["captured into a CUDA graph", "rank 1"]);
     drop(head);
     assert_eq!(capture.end(), 0, "the capture is invalid");
+}
+
+/// The legacy default stream waits for every stream that did not say otherwise, and cannot be used while one of them is captured.
+#[test]
+fn the_null_stream_is_refused_while_a_stream_that_it_waits_for_is_captured() {
+    let _turn = emulator::turn(34);
+    let [mut head, mut undisturbed] = [(); 2].map(|()| Head::new(&gpu(), &Comm::solo(), &small()));
+    let first = head.forward(&mut embeddings(), Some(&LABELS)).expect("forward");
+    let capture = Capture::begin(new_blocking_stream());
+    let refused = head.forward(&mut embeddings(), Some(&LABELS)).map(|_| ());
+    assert_told("forward", refused, Status::InvalidArgument, &["stream", "captured into a CUDA graph", "rank 0"]);
+    assert_eq!(capture.end(), 0, "the capture is invalid");
+    let second = head.forward(&mut embeddings(), Some(&LABELS)).expect("forward");
+    let expected = [(); 2].map(|()| undisturbed.forward(&mut embeddings(), Some(&LABELS)).expect("forward"));
+    assert_eq!([first, second], expected);
 }

@@ -13,6 +13,9 @@ use super::upload_slots::{UploadSlots, MOST_BYTES};
 use crate::memory::Plain;
 use crate::{error, Result};
 
+/// Those of two stateless calls.
+const UPLOADS: usize = 4;
+
 pub(super) struct Gpu {
     pub context: Arc<Context>,
     /// The caller's.
@@ -56,7 +59,7 @@ impl Gpu {
             multiprocessors,
             info: CString::new(text).map_err(|_| error!(Device, "the GPU's name contains a zero byte"))?,
             process: std::process::id(),
-            uploads: Mutex::new(UploadSlots::new(&context, MOST_BYTES, "numbers under way")?),
+            uploads: Mutex::new(UploadSlots::new(&context, UPLOADS, MOST_BYTES, "numbers under way")?),
             context,
         })
     }

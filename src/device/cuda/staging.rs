@@ -13,19 +13,26 @@ use crate::{error, Result};
 /// The most bytes of a large matrix that are copied at a time.
 pub(super) const COPIED_BYTES: usize = 16 << 20;
 
+/// Small copies under way: of two steps embeddings, three terms and a list of classes each.
+const SLOTS: usize = 10;
+
 /// Memory on the GPU for one host matrix at a time and one list of classes; it grows to the largest so far.
 pub(super) struct Staging {
     matrix: Option<DeviceBuffer<u8>>,
     classes: Option<DeviceBuffer<u32>>,
     row_arrays: Option<DeviceBuffer<f32>>,
     /// For what is small.
-    slots: UploadSlots<u8>,
+    slots: Option<UploadSlots<u8>>,
 }
 
 impl Staging {
-    pub fn new(context: &Arc<Context>) -> Result<Staging> {
-        let slots = UploadSlots::new(context, MOST_BYTES, "numbers under way")?;
-        Ok(Staging { matrix: None, classes: None, row_arrays: None, slots })
+    pub fn new() -> Staging {
+        Staging { matrix: None, classes: None, row_arrays: None, slots: None }
+    }
+
+    /// One that has all of its host memory from the beginning.
+    pub fn with_slots(context: &Arc<Context>) -> Result<Staging> {
+        Ok(Staging { slots: Some(new_slots(context)?), ..Staging::new() })
     }
 
     /// A matrix that the kernels which `stream` runs next read.
@@ -86,7 +93,11 @@ impl Staging {
         if bytes.len() > MOST_BYTES {
             return stream.upload_now(destination.cast(), bytes.as_ptr().cast(), bytes.len());
         }
-        self.slots.upload(stream, destination, bytes)
+        let slots = match self.slots.take() {
+            Some(slots) => slots,
+            None => new_slots(stream.context())?,
+        };
+        self.slots.insert(slots).upload(stream, destination, bytes)
     }
 
     /// Three arrays with a number for each row of a batch.
@@ -100,6 +111,10 @@ impl Staging {
         let buffer = grown(&mut self.matrix, stream, bytes, "a matrix of the host's")?;
         Ok(MatrixView { data: buffer.as_mut_ptr(), stride: matrix.cols as u64, ..MatrixView::from(matrix) })
     }
+}
+
+fn new_slots(context: &Arc<Context>) -> Result<UploadSlots<u8>> {
+    UploadSlots::new(context, SLOTS, MOST_BYTES, "numbers under way")
 }
 
 fn on_device(context: &Arc<Context>, name: &str, matrix: &Matrix) -> Result<bool> {

@@ -98,8 +98,8 @@ impl StreamDevice for Gpu {
 
 struct GpuScratch {
     stream: Stream,
-    /// The last is the largest. Freeing one waits for all that is under way in the context, and that may be another rank's wait for
-    /// this one: those outgrown stay, together no larger than the last.
+    /// The last is the largest. Freeing one waits for all of the device's streams, and one of them may wait for this rank: those outgrown
+    /// stay, together no larger than the last.
     buffers: Vec<DeviceBuffer<u8>>,
 }
 

@@ -25,6 +25,8 @@ pub(super) struct HeadStreams {
     /// In the order of `ROLES`.
     streams: [Stream; 4],
     reached: [Event; 4],
+    /// The head's last work on the caller's stream.
+    left: Event,
     single_rank: bool,
     tracer: Option<RefCell<Tracer>>,
 }
@@ -44,6 +46,7 @@ impl HeadStreams {
         Ok(HeadStreams {
             streams: [main, draw, centers, exchange],
             reached: [event()?, event()?, event()?, event()?],
+            left: event()?,
             single_rank: ranks == 1,
             tracer,
         })
@@ -70,6 +73,16 @@ impl HeadStreams {
         let reached = &self.reached[earlier as usize];
         reached.record(self.of(earlier))?;
         self.of(later).wait(reached)
+    }
+
+    /// To be called when a call has enqueued its last on the caller's stream.
+    pub fn leave_main(&self) -> Result<()> {
+        self.left.record(self.of(StreamRole::Main))
+    }
+
+    /// Waits, on the host, for what the head has left on the caller's stream; that may be captured now, and then it cannot be waited for.
+    pub fn wait_for_main(&self) -> Result<()> {
+        self.left.synchronize()
     }
 
     /// Waits, on the host, for everything enqueued.

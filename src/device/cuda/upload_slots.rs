@@ -13,9 +13,6 @@ use crate::Result;
 /// Bytes of what goes this way. More is waited for: page-locked memory is dear.
 pub(super) const MOST_BYTES: usize = 64 << 10;
 
-/// Copies that may be under way at once: those of two steps that overlap, and a step that failed between them.
-const SLOTS: usize = 4;
-
 pub(super) struct UploadSlots<T: Plain> {
     slots: Vec<Slot<T>>,
     next: usize,
@@ -28,10 +25,11 @@ struct Slot<T: Plain> {
 }
 
 impl<T: Plain> UploadSlots<T> {
-    /// Slots for so many values each. `what` names them in the error.
-    pub fn new(context: &Arc<Context>, len: usize, what: &str) -> Result<UploadSlots<T>> {
+    /// So many slots, the copies that may be under way before the host waits for the oldest, for `len` values each. `what` names them in
+    /// the error.
+    pub fn new(context: &Arc<Context>, slots: usize, len: usize, what: &str) -> Result<UploadSlots<T>> {
         let slot = || Ok(Slot { values: PinnedBuffer::zeroed(context, len, what)?, copied: Event::new(context)? });
-        Ok(UploadSlots { slots: (0..SLOTS).map(|_| slot()).collect::<Result<_>>()?, next: 0 })
+        Ok(UploadSlots { slots: (0..slots).map(|_| slot()).collect::<Result<_>>()?, next: 0 })
     }
 
     /// Enqueues a copy of `values`, no more than a slot has, which may change when it returns.
@@ -46,7 +44,8 @@ impl<T: Plain> UploadSlots<T> {
         slot.values[..values.len()].copy_from_slice(values);
         // The slot is not written again before the event.
         stream.upload(destination.cast(), slot.values.as_raw().cast(), size_of_val(values))?;
-        self.next = (self.next + 1) % SLOTS;
-        slot.copied.record(stream)
+        slot.copied.record(stream)?;
+        self.next = (self.next + 1) % self.slots.len();
+        Ok(())
     }
 }

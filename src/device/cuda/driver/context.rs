@@ -8,7 +8,7 @@ use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute, CUpointer_attribute, CUresult, CUstream, CUstreamCaptureMode,
 };
 
-use super::stream::is_capturing;
+use super::stream::{is_capturing, OwnStream};
 use super::{call, describe, driver, driver_result, failure, log_failure};
 use crate::{ensure, Result};
 
@@ -22,7 +22,7 @@ pub(crate) struct Context {
     /// The caller's stream, which was named when this was made.
     caller: CUstream,
     /// Those that [`super::Stream::new`] made and that live.
-    own: Mutex<Vec<CUstream>>,
+    own: Mutex<Vec<Arc<OwnStream>>>,
 }
 
 // SAFETY: contexts may be made current on any thread, on several at once.
@@ -181,16 +181,19 @@ impl Context {
     /// Not for the whole context, where others may have work that waits for this thread, or a capture that the wait would end.
     pub fn synchronize(&self) -> Result<()> {
         let _current = self.enter()?;
-        let captured = is_capturing(self.caller, self.ordinal)?;
+        let captured = is_capturing(self.caller, self.ordinal);
+        let caller = matches!(captured, Ok(false)).then_some(self.caller);
+        // Not under the lock: another thread may end a head meanwhile.
         let own = self.own_streams().clone();
-        for stream in own.into_iter().chain((!captured).then_some(self.caller)) {
-            // SAFETY: a living stream: the caller's outlives the device, and ours leave the list before they go.
-            unsafe { call!(self.ordinal, cuStreamSynchronize(stream)) }?;
-        }
-        Ok(())
+        // For all of them, whatever has become of one.
+        let waits = own.iter().map(|own| own.raw).chain(caller).map(|stream| {
+            // SAFETY: a living stream: the caller's outlives the device, and of ours there is a reference.
+            unsafe { call!(self.ordinal, cuStreamSynchronize(stream)) }
+        });
+        waits.fold(captured.map(|_| ()), |first, outcome| first.and(outcome))
     }
 
-    pub(super) fn own_streams(&self) -> MutexGuard<'_, Vec<CUstream>> {
+    pub(super) fn own_streams(&self) -> MutexGuard<'_, Vec<Arc<OwnStream>>> {
         self.own.lock().unwrap_or_else(|e| e.into_inner())
     }
 

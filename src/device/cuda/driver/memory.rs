@@ -11,7 +11,7 @@ use crate::memory::Plain;
 use crate::{ensure, error, Error, Result};
 
 /// An array that kernels reach: those in page-locked host memory over the link between the two. Dropping it waits for everything
-/// enqueued in its context.
+/// that was enqueued through its `Context`.
 pub(crate) struct DeviceBuffer<T: Plain> {
     data: *mut T,
     len: usize,
@@ -133,7 +133,7 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
 }
 
 /// An array in page-locked host memory: copies between it and the device run beside the host. Dropping it waits for everything
-/// enqueued in its context.
+/// that was enqueued through its `Context`.
 pub(crate) struct PinnedBuffer<T: Plain> {
     data: *mut T,
     len: usize,

@@ -15,11 +15,29 @@ pub(crate) enum Priority {
     Greatest,
 }
 
+/// A stream of our own. Whoever drops the last reference is in its context.
+pub(super) struct OwnStream {
+    pub raw: CUstream,
+    ordinal: i32,
+}
+
+// SAFETY: any thread may wait for a stream, and destroy it.
+unsafe impl Send for OwnStream {}
+unsafe impl Sync for OwnStream {}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        // SAFETY: made by `Stream::new`. The driver ends it once its work is done.
+        log_failure("destroying a stream", unsafe { call!(self.ordinal, cuStreamDestroy_v2(self.raw)) });
+    }
+}
+
 /// An order of work: the caller's, or one of our own.
 pub(crate) struct Stream {
     raw: CUstream,
     context: Arc<Context>,
-    owned: bool,
+    /// Of our own.
+    own: Option<Arc<OwnStream>>,
 }
 
 // SAFETY: any thread may enqueue on a stream.
@@ -32,7 +50,7 @@ impl Stream {
     /// # Safety
     /// `raw` is a stream of the context's, or a default stream, and outlives this.
     pub unsafe fn borrowed(context: &Arc<Context>, raw: *mut c_void) -> Stream {
-        Stream { raw: raw.cast(), context: context.clone(), owned: false }
+        Stream { raw: raw.cast(), context: context.clone(), own: None }
     }
 
     /// A stream of our own, which does not wait for the legacy default stream.
@@ -47,8 +65,9 @@ impl Stream {
             let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             call!(context.ordinal(), cuStreamCreateWithPriority(&mut raw, flags, number))?;
         }
-        context.own_streams().push(raw);
-        Ok(Stream { raw, context: context.clone(), owned: true })
+        let own = Arc::new(OwnStream { raw, ordinal: context.ordinal() });
+        context.own_streams().push(own.clone());
+        Ok(Stream { raw, context: context.clone(), own: Some(own) })
     }
 
     pub fn context(&self) -> &Arc<Context> {
@@ -160,17 +179,13 @@ pub(super) fn is_capturing(stream: CUstream, ordinal: i32) -> Result<bool> {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.owned {
-            // From here on nobody else can wait for its work before memory goes.
-            log_failure("before destroying a stream", self.synchronize());
-            self.context.own_streams().retain(|&stream| stream != self.raw);
-            let destroy = || {
-                let _current = self.context.enter()?;
-                // SAFETY: made by `new`; its work is done.
-                unsafe { call!(self.context.ordinal(), cuStreamDestroy_v2(self.raw)) }
-            };
-            log_failure("destroying a stream", destroy());
-        }
+        let Some(own) = self.own.take() else { return };
+        // From here on nobody else can wait for its work before memory goes.
+        log_failure("before destroying a stream", self.synchronize());
+        let current = self.context.enter();
+        self.context.own_streams().retain(|other| !Arc::ptr_eq(other, &own));
+        drop(own);
+        log_failure("destroying a stream", current.map(drop));
     }
 }
 

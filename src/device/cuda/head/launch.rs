@@ -88,6 +88,11 @@ impl CudaHead {
         self.remember_error(joined);
     }
 
+    pub(super) fn leave_main(&mut self) {
+        let left = self.streams.leave_main();
+        self.remember_error(left);
+    }
+
     /// Hands out an exchange of what `from` has computed; `received` says which stream uses the result.
     pub(super) fn exchange<T>(
         &mut self,

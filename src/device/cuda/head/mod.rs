@@ -47,8 +47,8 @@ struct Outgrown {
     buffers: Vec<DeviceBuffer<u8>>,
 }
 
-/// Memory that nothing uses any more. It is freed by the next growth, `wait` or the head's end: that waits for everything under way in the context,
-/// also for collectives of other ranks that share it, which may wait for this rank.
+/// Memory that nothing uses any more. It is freed by the next growth, `wait` or the head's end: that waits for everything on the device's streams,
+/// also for collectives of other heads on it, which may wait for this rank.
 #[derive(Default)]
 struct Retired {
     arrays: Vec<DeviceBuffer<u8>>,
@@ -105,7 +105,7 @@ impl CudaHead {
             drafts: [Draft::new(&gpu.context)?, Draft::new(&gpu.context)?],
             streams: HeadStreams::new(&gpu.context, &gpu.stream, spec.ranks)?,
             verdict: PinnedBuffer::zeroed(&gpu.context, 1, "the verdict")?,
-            staging: RefCell::new(Staging::new(&gpu.context)?),
+            staging: RefCell::new(Staging::with_slots(&gpu.context)?),
             labels: LabelMemory::new(&gpu.context, &gpu.stream, max_batch)?,
             current: 0,
             next_has_labels: false,
@@ -296,7 +296,7 @@ impl HeadDevice for CudaHead {
                 self.retired.arrays.extend(buffers);
             }
         }
-        self.step_in_progress = true;
+        (self.step_in_progress, self.deferred_chunk) = (true, None);
         self.streams.add_finished_spans();
         let drawn = self.gpu.stream.wait(&self.drafts[self.current].drawn);
         self.remember_error(drawn);
@@ -397,6 +397,7 @@ impl HeadDevice for CudaHead {
             run!(self, Main, finish_rows, (arrays, 0i32));
         }
         run!(self, Main, judge_sums, (arrays, destination.cast()));
+        self.leave_main();
         self.pending_error()?;
         (self.failed_in_labels, self.is_fatal) = (false, false);
         if loss.is_some() {
@@ -460,6 +461,7 @@ impl HeadDevice for CudaHead {
             // A replicated head does not run it.
             self.open_exchange = None;
         }
+        self.leave_main();
         exchange
     }
 
@@ -474,6 +476,7 @@ impl HeadDevice for CudaHead {
         let written = output.as_ref().map_or(MatrixView::zeroed(), |&view| view);
         run!(self, Main, finish_gradient, (arrays, factor, written));
         run!(self, Main, sum_squares, (arrays, 0i32));
+        self.leave_main();
         self.pending_error()?;
         match (gradient, output?) {
             (Some(matrix), output) => self.staging.borrow().download(&self.gpu.stream, matrix, &output),
@@ -589,7 +592,7 @@ impl Drop for CudaHead {
         if self.gpu.process != std::process::id() {
             return;
         }
-        if let Err(error) = self.gpu.context.synchronize() {
+        if let Err(error) = self.streams.wait_for_main().and(self.gpu.context.synchronize()) {
             log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }

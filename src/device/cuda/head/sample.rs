@@ -15,6 +15,9 @@ use crate::matrix::DType;
 use crate::protocol::{self, Announcement, HEADER, REPLICATED_SLOT, REPLICATED_TOTALS};
 use crate::{Contribution, Error, Result};
 
+/// Of two steps that overlap, and of steps that failed between them.
+const LABEL_SLOTS: usize = 4;
+
 /// A step's labels and draw, as far as the host knows them.
 pub(super) struct Draft {
     /// Its sample is drawn.
@@ -59,7 +62,10 @@ pub(super) struct LabelMemory {
 impl LabelMemory {
     pub fn new(context: &Arc<Context>, stream: &Stream, max_batch: usize) -> Result<LabelMemory> {
         let labels = || DeviceBuffer::zeroed(stream, max_batch, "labels");
-        Ok(LabelMemory { of_drafts: [labels()?, labels()?], slots: UploadSlots::new(context, max_batch, "labels under way")? })
+        Ok(LabelMemory {
+            of_drafts: [labels()?, labels()?],
+            slots: UploadSlots::new(context, LABEL_SLOTS, max_batch, "labels under way")?,
+        })
     }
 }
 

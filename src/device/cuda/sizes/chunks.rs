@@ -41,11 +41,11 @@ pub(in crate::device::cuda) fn weighted_splits(rows: u64, depth_pitch: u64, chun
     let tiles = (rows / TILE_ROWS) * depth_pitch.div_ceil(WEIGHTED_TILE);
     let slots = WEIGHTED_BLOCKS * u64::from(multiprocessors);
     let most = slots.div_ceil(tiles).max(MOST_SPLITS_OF_A_FULL_GPU).min(chunk / TILE_COLUMNS);
-    // In columns of all tiles' products by a full GPU.
+    // In columns of all tiles' products by a full GPU. A split has whole tiles of columns, the last one what is left.
     let cost = |splits: u64| {
-        let blocks = tiles * splits;
-        let filled = blocks as f64 / (slots * blocks.div_ceil(slots)) as f64;
-        chunk as f64 / filled + (SPLIT_COLUMNS * splits) as f64
+        let share = (chunk / TILE_COLUMNS).div_ceil(splits) * TILE_COLUMNS;
+        let waves = (tiles * splits).div_ceil(slots);
+        (share * waves * slots) as f64 / tiles as f64 + (SPLIT_COLUMNS * splits) as f64
     };
     (2..=most).fold(1, |best, splits| if cost(splits) < cost(best) { splits } else { best })
 }

@@ -38,6 +38,12 @@ fn splits_fill_every_gpu() {
             let (blocks, slots) = (rows / 128 * 4 * splits, 2 * u64::from(multiprocessors));
             let filled = blocks as f64 / (slots * blocks.div_ceil(slots)) as f64;
             assert!(filled >= 0.9, "{rows} rows on {multiprocessors} multiprocessors: {splits} splits fill {filled:.2}");
+            // Splits have whole tiles of columns: of a short chunk none is left without.
+            for chunk in [125_056, LARGEST_CHUNK] {
+                let splits = weighted_splits(rows, 512, chunk, multiprocessors);
+                let share = (chunk / TILE_COLUMNS).div_ceil(splits) * TILE_COLUMNS;
+                assert!((splits - 1) * share < chunk, "{rows} rows on {multiprocessors}: {splits} splits of {chunk} columns");
+            }
         }
     }
     // On an A100 one split would leave two fifths of it empty; on an H100 two are enough, and more would cost their sums.

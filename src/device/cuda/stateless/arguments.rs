@@ -65,23 +65,23 @@ impl<'a> CallArguments<'a> {
         (CallArguments { stream, staging: &mut pool.staging, used: 0, outputs: Vec::new() }, &mut pool.draw)
     }
 
-    fn slot(&mut self) -> Result<usize> {
+    fn slot(&mut self) -> usize {
         if self.used == self.staging.len() {
-            self.staging.push(Staging::new(self.stream.context())?);
+            self.staging.push(Staging::new());
         }
         self.used += 1;
-        Ok(self.used - 1)
+        self.used - 1
     }
 
     /// A matrix that the call reads.
     pub fn read(&mut self, name: &str, matrix: &Matrix) -> Result<MatrixView> {
-        let slot = self.slot()?;
+        let slot = self.slot();
         self.staging[slot].upload(self.stream, name, matrix)
     }
 
     /// A matrix that the call overwrites.
     pub fn write(&mut self, name: &str, matrix: &Matrix) -> Result<MatrixView> {
-        let slot = self.slot()?;
+        let slot = self.slot();
         let written = self.staging[slot].output(self.stream, name, matrix)?;
         self.outputs.push(CallOutput { slot, written, destination: *matrix });
         Ok(written)
@@ -108,7 +108,7 @@ impl<'a> CallArguments<'a> {
 
     /// A list of numbers that the host has computed, for the call to read.
     pub fn list(&mut self, numbers: &[u32]) -> Result<*mut u32> {
-        let slot = self.slot()?;
+        let slot = self.slot();
         self.staging[slot].upload_classes(self.stream, numbers)
     }
 

@@ -166,7 +166,7 @@ impl Device for CudaDevice {
         ensure!(
             !self.gpu.stream.is_capturing()?,
             InvalidArgument,
-            "the device's stream is being captured into a CUDA graph: call the library before the capture begins or after it ends"
+            "the device's stream, or one that it waits for, is being captured into a CUDA graph: call the library before or after"
         );
         Ok(())
     }
