@@ -221,15 +221,6 @@ impl CudaHead {
             products.center_gradient(stream, arrays, first, loss_weight, fuse, reserved)
         });
     }
-
-    /// A single rank has no collectives beside its products.
-    fn reserved(&self, multiprocessors: u32) -> u32 {
-        if self.spec.ranks == 1 {
-            0
-        } else {
-            multiprocessors
-        }
-    }
 }
 
 impl HeadDevice for CudaHead {
@@ -592,7 +583,9 @@ impl Drop for CudaHead {
         if self.gpu.process != std::process::id() {
             return;
         }
-        if let Err(error) = self.streams.wait_for_main().and(self.gpu.context.synchronize()) {
+        let waited = self.streams.wait_for_main().and(self.gpu.context.synchronize());
+        self.streams.add_finished_spans();
+        if let Err(error) = waited {
             log::warn!("rank {}: a head was freed whose last work on the GPU had failed: {error}", self.spec.rank);
         }
     }

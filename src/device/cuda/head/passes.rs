@@ -63,6 +63,15 @@ impl CudaHead {
         }
     }
 
+    /// A single rank has no collectives beside its products.
+    pub(super) fn reserved(&self, multiprocessors: u32) -> u32 {
+        if self.spec.ranks == 1 {
+            0
+        } else {
+            multiprocessors
+        }
+    }
+
     /// P @ W^ of a chunk.
     pub(super) fn weighted_centers(&mut self, first: u32) {
         let (arrays, reserved) = (self.arrays(), self.reserved(RESERVED_BESIDE_WEIGHTED));
