@@ -263,6 +263,8 @@ void check_streams() {
         Buffer<uint32_t> many(size / 4);
         void* const pageable = mmap(nullptr, size, PROT_READ | PROT_WRITE,
                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        // Not zeros: those another mapping at its place may have.
+        memset(pageable, 7, size);
         MUST(cuMemcpyHtoDAsync_v2((CUdeviceptr)many.device(), pageable, size, a));
         munmap(pageable, size);
         cuStreamSynchronize(a);
