@@ -16,6 +16,7 @@
 #include "findings.h"
 #include "memory.h"
 #include "simt.h"
+#include "stream.h"
 
 namespace simt {
 
@@ -43,6 +44,7 @@ std::string failing;
 uint64_t until_failure;
 CUresult failure;
 int capability_major = 8, capability_minor = 0;
+int told_multiprocessors;  // 0: the seed decides
 
 // A function's static: kernels register and tests count before this file's own variables are made.
 std::map<std::string, uint64_t>& calls() {
@@ -55,16 +57,18 @@ void set_devices(int count) {
     for (int i = 0; i < kMostDevices; ++i) primary[i].device = i;
 }
 
-// What cannot be read ends the program: a test would believe that it has those devices.
-void set_devices(const char* text) {
+// A variable of the environment, or `none`. What cannot be read ends the program: a test would
+// believe that it is told.
+long told_number(const char* name, long least, long most, long none) {
+    const char* const text = getenv(name);
+    if (text == nullptr) return none;
     char* end;
-    const long count = strtol(text, &end, 10);
-    if (end == text || *end != 0 || count < 1 || count > kMostDevices) {
-        fprintf(stderr, "simt: PFC_SIMT_DEVICES is \"%s\", not a number from 1 to %d\n", text,
-                kMostDevices);
+    const long number = strtol(text, &end, 10);
+    if (end == text || *end != 0 || number < least || number > most) {
+        fprintf(stderr, "simt: %s is \"%s\", not a number from %ld to %ld\n", name, text, least, most);
         abort();
     }
-    set_devices(int(count));
+    return number;
 }
 
 }  // namespace
@@ -135,7 +139,10 @@ int shared_limit() {
     return 227 << 10;
 }
 
-int multiprocessors() { return current_seed() / 2 % 2 ? 7 : 3; }
+int multiprocessors() {
+    if (told_multiprocessors > 0) return told_multiprocessors;
+    return current_seed() / 2 % 2 ? 7 : 3;
+}
 
 }  // namespace simt
 
@@ -166,6 +173,11 @@ void simt_profile(int major, int minor) {
     capability_minor = minor;
 }
 
+void simt_multiprocessors(int count) {
+    Lock lock;
+    told_multiprocessors = count;
+}
+
 uint64_t simt_count(const char* name) {
     Lock lock;
     auto found = calls().find(name);
@@ -174,8 +186,12 @@ uint64_t simt_count(const char* name) {
 
 CUresult cuInit(unsigned flags) {
     Lock lock;
-    const char* told = initialized ? nullptr : getenv("PFC_SIMT_DEVICES");
-    if (told) set_devices(told);
+    if (!initialized) {
+        const long count = told_number("PFC_SIMT_DEVICES", 1, kMostDevices, 0);
+        if (count > 0) set_devices(int(count));
+        const long seed = told_number("PFC_SIMT_SEED", 0, 1000000, -1);
+        if (seed >= 0) simt_seed(uint64_t(seed));
+    }
     initialized = true;
     count_call(__func__);
     return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
@@ -320,7 +336,9 @@ CUresult cuCtxCreate_v2(CUcontext* context, unsigned flags, CUdevice device) {
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
     PFC_ENTRY;
-    if (made.erase(context) == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    if (made.count(context) == 0) return CUDA_ERROR_INVALID_CONTEXT;
+    complete_all();
+    made.erase(context);
     release_all_of(context);
     if (current_context() == context) stack.pop_back();
     delete context;

@@ -52,6 +52,7 @@ functions! {
         count: "simt_count" = fn(*const c_char) -> u64,
         memory: "simt_memory" = fn(u64),
         profile: "simt_profile" = fn(i32, i32),
+        multiprocessors: "simt_multiprocessors" = fn(i32),
         devices: "simt_devices" = fn(i32),
         driver_version: "simt_driver_version" = fn(i32),
         fail: "simt_fail" = fn(*const c_char, u64, i32),
@@ -125,6 +126,14 @@ impl Turn {
         }
     }
 
+    /// The device's multiprocessors from now on; 0: the seed decides.
+    pub fn multiprocessors(&self, count: i32) {
+        if let Some(simt) = self.simt {
+            // SAFETY: as simt.h declares it.
+            unsafe { (simt.multiprocessors)(count) };
+        }
+    }
+
     /// How many devices there are from now on, 8 at most.
     pub fn devices(&self, count: i32) {
         if let Some(simt) = self.simt {
@@ -167,6 +176,8 @@ impl Drop for Turn {
         let findings = self.findings();
         self.forget_findings();
         self.fail("", 0, 0);
+        self.profile(8, 0);
+        self.multiprocessors(0);
         // A second panic would hide the first.
         if !std::thread::panicking() {
             assert!(findings.is_empty(), "the emulator's findings:\n{findings}");

@@ -10,7 +10,7 @@ extern "C" {
 
 // Starts the pseudo-random choices anew: order of streams, of blocks, of threads, and when
 // asynchronous copies land. Odd seeds: shared memory off 1024-byte alignment. Seeds 4n + 2 and
-// 4n + 3: 7 SMs, others 3.
+// 4n + 3: 7 SMs, others 3. Before the first cuInit PFC_SIMT_SEED in the environment gives one.
 void simt_seed(uint64_t seed);
 // Writes the findings so far as text, at most `size` bytes with the final 0, and returns their
 // length without it: 0 where there are none.
@@ -26,6 +26,9 @@ void simt_memory(uint64_t bytes);
 // The device's compute capability: 8.0 unless told; decides how much shared memory a block may
 // have.
 void simt_profile(int major, int minor);
+// How many SMs the device has, for contexts and kernels from now on; 0, unless told: the seed
+// decides.
+void simt_multiprocessors(int count);
 // How many such devices there are, 8 at most; 1 unless told, here or, before the first cuInit, by
 // PFC_SIMT_DEVICES in the environment. They share their memory's limit.
 void simt_devices(int count);

@@ -48,7 +48,7 @@ pub(super) fn assert_told<T: std::fmt::Debug>(what: &str, result: Outcome<T>, st
     failure
 }
 
-fn device_on(ordinal: i32, stream: *mut c_void) -> Outcome<Device> {
+pub(super) fn device_on(ordinal: i32, stream: *mut c_void) -> Outcome<Device> {
     let mut raw = null_mut();
     // SAFETY: an output that outlives the call; a stream of the driver's, or what a test passes for one.
     let made = outcome(unsafe { pfc_device_cuda(ordinal, stream, &mut raw) });
@@ -271,6 +271,30 @@ fn a_stream_that_is_destroyed_is_an_error_and_no_crash() {
     assert_told("a wait", head.wait(), Status::Device, &["GPU 0", "INVALID_HANDLE"]);
     assert_told("rows", unused.read_centers(0, 1), Status::Device, &["INVALID_HANDLE"]);
     assert_told("a head", Head::with(&device, &Comm::solo(), &small()).map(|_| ()), Status::Device, &["INVALID_HANDLE"]);
+}
+
+/// A trainer that ends CUDA before it frees its head.
+#[test]
+fn a_context_that_is_destroyed_under_a_head_is_an_error_and_no_crash() {
+    let turn = emulator::turn(17);
+    if !turn.is_emulator() {
+        return;
+    }
+    drop(gpu());
+    let other = Foreign::new(0);
+    let device = device_on(0, other.stream).expect("a device");
+    let mut head = Head::new(&device, &Comm::solo(), &small());
+    step(&mut head).expect("a step");
+    drop(other);
+    let invalid = ["GPU 0", "INVALID_CONTEXT", "rank 0"];
+    assert_told("a step", step(&mut head), Status::Device, &invalid);
+    assert_told("a wait", head.wait(), Status::Device, &invalid);
+    assert_told("rows", head.read_centers(0, 1).map(drop), Status::Device, &["GPU 0", "INVALID_CONTEXT"]);
+    assert_told("a head", Head::with(&device, &Comm::solo(), &small()).map(drop), Status::Device, &["GPU 0", "INVALID_CONTEXT"]);
+    drop(head);
+    drop(device);
+    // Another context is none the worse.
+    step(&mut Head::new(&gpu(), &Comm::solo(), &small())).expect("a step in the primary context");
 }
 
 /// Rows on the GPU are judged many at a time: whoever asks for the verdict on each waits for each.

@@ -5,6 +5,7 @@ mod capture;
 mod device;
 mod factor;
 mod faults;
+mod gpus;
 mod half;
 mod kernels;
 mod loss;

@@ -2,6 +2,7 @@
 //!
 //! On the emulator, or with `PFC_TEST_DRIVER=real` on a GPU.
 
+use std::ffi::c_void;
 use std::ptr::null_mut;
 
 use partialfc::capi::comm as c_comm;
@@ -11,6 +12,7 @@ use partialfc::capi::types::pfc_matrix;
 use partialfc::options::{HeadOptions, Placement};
 use partialfc::Status;
 use partialfc_testing::capi::{options, outcome, pfc_metrics, status_name, Comm, Failure, Head, Outcome, Rows};
+use partialfc_testing::driver;
 use partialfc_testing::emulator;
 use partialfc_testing::gpu::{gpu, Remote};
 use partialfc_testing::numbers::Random;
@@ -167,4 +169,29 @@ fn rows_to_add_up_on_the_gpu_are_refused_by_name_on_all_ranks() {
         assert_eq!((&ids_out[..2], count), (&ids[..], 2));
         assert_eq!(rows_out.values_f32()[..2 * DIM], [2.0; 2 * DIM]);
     });
+}
+
+/// The labels of a step that is prepared ahead are the library's own from then on: a trainer's stream may overwrite them, and the trainer
+/// frees them.
+#[test]
+fn labels_are_overwritten_and_freed_once_prepare_has_returned() {
+    let _turn = emulator::turn(7);
+    let loss_of = |prepare: &dyn Fn(&mut Head)| {
+        let mut head = Head::new(&gpu(), &Comm::solo(), &small());
+        prepare(&mut head);
+        let loss = head.forward(&mut Rows::f32(&embeddings(0), DIM), None).expect("forward");
+        (loss, head.sample_ids().expect("ids"))
+    };
+    let expected = loss_of(&|head| head.prepare(&LABELS).expect("labels on the host"));
+    let found = loss_of(&|head| {
+        let there = Remote::of(&LABELS);
+        // SAFETY: a live head; as many labels on the GPU as it says. The device's stream is the default one, as that of the memset.
+        unsafe {
+            outcome(c_head::pfc_head_prepare(head.raw, there.pointer(), ROWS as u64)).expect("labels on the GPU");
+            let fill = driver!(c"cuMemsetD8Async", unsafe extern "C" fn(u64, u8, usize, *mut c_void) -> i32);
+            let wait = driver!(c"cuStreamSynchronize", unsafe extern "C" fn(*mut c_void) -> i32);
+            assert_eq!((fill(there.address, 0xff, there.bytes, null_mut()), wait(null_mut())), (0, 0));
+        }
+    });
+    assert_eq!(found, expected);
 }
