@@ -10,8 +10,8 @@
 // for the backward of normalize (finish_gradient).
 //
 // Fused: packing, the row's largest magnitude with its scaling and rounding; normalizing, the norm,
-// E^ in float32 and as operands of the products, and the clearing of all per-row results of the
-// step. Floor: B * d elements read twice (the second time from the cache), B * pitch written in
+// E^ in float32 and as operands of the products, the clearing of all per-row results of the step,
+// and the target. Floor: B * d elements read twice (the second time from the cache), B * pitch written in
 // float32 and as operands; 17 MB at 4096 rows of 512 in half precision. Agrees with
 // `pack_embeddings` and `embed` of src/device/cpu/head.rs, send_scale
 // (src/device/cpu/vector.rs) and src/margin.rs angle.
@@ -79,6 +79,38 @@ PFC_DEVICE float send_scale(const MatrixView& source, uint64_t start, uint32_t d
     return ptx::bits_float((2 * kOneExponent - exponent) << 23);
 }
 
+// The angle of a row to its class center, the margin on it, and the tangent, where the center is in
+// this rank's sample. Reads the row as it came, not E^, which is rounded.
+PFC_DEVICE void find_target(const HeadArrays& head, const RawRow& raw, uint32_t row) {
+    const uint32_t target = head.columns[head.block->first_computed + row];
+    if (target == kNone) {
+        return;
+    }
+    const uint32_t center = head.sample[target];
+    const replay::Missed missed = replay::missed(head, center);
+    const double angle = angle::between(
+        head.dim,
+        [&](uint32_t column) {
+            return rows::read_typed(raw.data, raw.start, raw.dtype, column, head.dim);
+        },
+        [&](uint32_t column) { return replay::center(head, missed, center, column); },
+        [&](uint32_t column, const ptx::Float4& tangent) {
+            rows::write_group(head.tangents + uint64_t(row) * head.depth_pitch, column,
+                              head.depth_pitch, tangent);
+        });
+    if (threadIdx.x % 32 != 0) {
+        return;
+    }
+    head.target_cosines[row] = float(margin::cosine(angle));
+    if (head.angles != nullptr) {
+        head.angles[row] = angle;  // the row's rank alone knows its margin
+        return;
+    }
+    const margin::Target found = margin::target(head.margin, angle);
+    head.target_logits[row] = float(found.logit);
+    head.derivatives[row] = float(found.derivative);
+}
+
 }  // namespace
 
 // Writes embeddings_send, `batch` rows of the source in gather_dtype, then zeros; and send_scales.
@@ -109,8 +141,11 @@ PFC_KERNEL(pack_embeddings,
     }
 }
 
+// E^, cleared results, and targets. A row that is no number is noted, and its E^ is zero: the
+// verdict, which is the same on all ranks of a sharded head, as each has all rows, comes with the
+// sums (loss.cu).
 // launch: normalize_embeddings blocks 4 per SM threads 256 shared 0
-// gate: normalize_embeddings registers <= 48
+// gate: normalize_embeddings registers <= 96
 PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadArrays head, MatrixView source)) {
     if (head.block->status != kOk) {
         return;
@@ -160,27 +195,14 @@ PFC_KERNEL(normalize_embeddings, (const PFC_GRID_CONSTANT HeadArrays head, Matri
                 rows::write_half(head.unit_operand + at, unit);
             }
         }
+        if (counts && finite) {
+            find_target(head, raw, row);
+        }
     }
-}
-
-// The verdict on the rows. It is the same on all ranks of a sharded head, as each has all rows.
-// launch: judge_embeddings blocks 1 threads 32 shared 0
-// gate: judge_embeddings registers <= 16
-PFC_KERNEL(judge_embeddings, (const PFC_GRID_CONSTANT HeadArrays head)) {
-    StepBlock& block = *head.block;
-    if (blockIdx.x != 0 || threadIdx.x != 0 || block.status != kOk || block.bad_row == kNone) {
-        return;
-    }
-    const uint32_t origin =
-        head.sharded ? head.origins[block.first_computed + block.bad_row] : block.bad_row;
-    block.status = kNotFinite;
-    block.fault = kFaultEmbedding;
-    block.rank = head.sharded ? int32_t(origin / head.max_batch) : int32_t(head.rank);
-    block.row = head.sharded ? origin % head.max_batch : origin;
 }
 
 // Takes the terms of this rank's rows from the caller's arrays, of which each may be null, and
-// forgets the angles of the step before.
+// forgets the angles of the step before: it comes before normalize_embeddings.
 // launch: take_terms blocks 1 per SM threads 256 shared 0
 // gate: take_terms registers <= 40
 PFC_KERNEL(take_terms, (const PFC_GRID_CONSTANT HeadArrays head, const float* m2, const float* m3,
@@ -204,48 +226,6 @@ PFC_KERNEL(take_terms, (const PFC_GRID_CONSTANT HeadArrays head, const float* m2
                                          : given[number];
             }
             head.terms[uint64_t(term) * head.row_capacity + row] = value;
-        }
-    }
-}
-
-// The angle of each row whose class center is in this rank's sample, the margin on it, and the
-// tangent. Reads the rows as they came, not E^, which is rounded.
-// launch: find_targets blocks 4 per SM threads 256 shared 0
-// gate: find_targets registers <= 88
-PFC_KERNEL(find_targets, (const PFC_GRID_CONSTANT HeadArrays head, MatrixView source)) {
-    if (head.block->status != kOk) {
-        return;
-    }
-    const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t row = rows::first_row(); row < head.block->rows; row += rows::row_stride()) {
-        const uint32_t global = head.block->first_computed + row;
-        const uint32_t target = head.columns[global];
-        if (target == kNone || ignored(head, global)) {
-            continue;
-        }
-        const RawRow raw = raw_row(head, source, row);
-        const uint32_t center = head.sample[target];
-        const replay::Missed missed = replay::missed(head, center);
-        const double angle = angle::between(
-            head.dim,
-            [&](uint32_t column) {
-                return rows::read_typed(raw.data, raw.start, raw.dtype, column, head.dim);
-            },
-            [&](uint32_t column) { return replay::center(head, missed, center, column); },
-            [&](uint32_t column, const ptx::Float4& tangent) {
-                rows::write_group(head.tangents + uint64_t(row) * head.depth_pitch, column,
-                                  head.depth_pitch, tangent);
-            });
-        if (lane == 0) {
-            head.target_cosines[row] = float(margin::cosine(angle));
-            if (head.angles != nullptr) {
-                // The row's rank alone knows its margin.
-                head.angles[row] = angle;
-                continue;
-            }
-            const margin::Target found = margin::target(head.margin, angle);
-            head.target_logits[row] = float(found.logit);
-            head.derivatives[row] = float(found.derivative);
         }
     }
 }

@@ -151,16 +151,18 @@ PFC_KERNEL(margin_gradients,
     }
 }
 
-// Computes block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns).
-// One CTA of up to 1024 threads: a sample has many squares, and fewer threads would have too few
-// loads under way.
+// Computes block->grad_embeddings (which 0: own rows) or grad_centers (1: the sample's columns), when
+// somebody asks for the step's figures. A skipped update has no gradient of the centers. One CTA
+// of up to 1024 threads: a sample has many squares, and fewer threads would have too few loads
+// under way.
 // launch: sum_squares blocks 1 threads 1024 shared 256
 // gate: sum_squares registers <= 32
 PFC_KERNEL_OF(sum_squares, 1024, 1,
               (const PFC_GRID_CONSTANT HeadArrays head, int32_t which)) {
     PFC_DYNAMIC_SHARED(dynamic);
     StepBlock& block = *head.block;
-    if (blockIdx.x != 0 || block.status != kOk) {
+    const bool skipped = which == 0 && block.status == kSkipped;
+    if (blockIdx.x != 0 || (block.status != kOk && !skipped)) {
         return;
     }
     const uint32_t count = which == 0 ? block.own_rows : block.classes;

@@ -128,6 +128,20 @@ PFC_DEVICE double sum_cosines(const HeadArrays& head, const Shared& shared) {
     return block_sum(sum, shared.reduce);
 }
 
+// The verdict on the rows of this rank's forward. Called by thread 0.
+PFC_DEVICE void judge_embeddings(const HeadArrays& head) {
+    StepBlock& block = *head.block;
+    if (block.status != kOk || block.bad_row == kNone) {
+        return;
+    }
+    const uint32_t origin =
+        head.sharded ? head.origins[block.first_computed + block.bad_row] : block.bad_row;
+    block.status = kNotFinite;
+    block.fault = kFaultEmbedding;
+    block.rank = head.sharded ? int32_t(origin / head.max_batch) : int32_t(head.rank);
+    block.row = head.sharded ? origin % head.max_batch : origin;
+}
+
 PFC_DEVICE void pack_sharded(const HeadArrays& head, int32_t own_status, int32_t loss_place,
                              const Shared& shared) {
     const StepBlock& block = *head.block;
@@ -423,7 +437,8 @@ PFC_KERNEL(finish_rows, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_st
 }
 
 // Writes this rank's terms of the sums message, also for a failed step: the other ranks wait for
-// them. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
+// them. Before that the verdict on the embeddings: what has run since they were normalized took the
+// bad ones for zeros. `loss_place`: 1 for a loss in device memory, -1 for one in host memory, 0 if the rank has
 // no usable loss pointer. `sample_limit`: classes that a replicated head's dW has rows for. The
 // other ranks' hosts read both. A rank whose update took a row out of its type fails here,
 // at the latest.
@@ -438,6 +453,10 @@ PFC_KERNEL(pack_sums, (const PFC_GRID_CONSTANT HeadArrays head, int32_t own_stat
     if (own_status == kOk && head.ledger->torn_row != kNone) {
         own_status = kNotFinite;
     }
+    if (threadIdx.x == 0) {
+        judge_embeddings(head);
+    }
+    __syncthreads();
     if (head.sharded) {
         pack_sharded(head, own_status, loss_place, shared_of(dynamic));
     } else {

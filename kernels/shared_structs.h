@@ -229,7 +229,8 @@ struct HeadArrays {
     // of 16 bits.
     float* units;                // [row_capacity][depth_pitch]
     float* tangents;             // [row_capacity][depth_pitch] of rows whose target is here: W^ -
-                                 // cos E^ (find_targets), then E^ - cos W^ (scale_embeddings)
+                                 // cos E^ (normalize_embeddings), then E^ - cos W^
+                                 // (scale_embeddings)
     uint16_t* unit_operand;      // left side of the numerators; half: 1 plane of fp16; f32: 3 of
                                  // bf16
     uint16_t* scaled_operand;    // E' = scale E^ / L, right side of the center gradient; half: 1

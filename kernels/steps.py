@@ -35,7 +35,7 @@ PRODUCTS = ("gemm_numerators_half", "gemm_weighted_centers_half", "gemm_center_g
 LOOP_REACHED = 0.8
 MEMORY_REACHED = 0.9
 # The kernels of a step beside the products wait for each other: their number, and the seconds from one's start to the next one's.
-SMALL_KERNELS, SMALL_TIME = 14, 6e-6
+SMALL_KERNELS, SMALL_TIME = 10, 6e-6
 
 TILES = """
 #include "tune.h"

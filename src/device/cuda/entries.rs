@@ -113,9 +113,7 @@ entries! {
     "embeddings" {
         pack_embeddings(MatrixView, u64);
         normalize_embeddings(MatrixView);
-        judge_embeddings();
         take_terms(Address, Address, Address);
-        find_targets(MatrixView);
     }
     "start" {
         start_values(f64);

@@ -198,8 +198,11 @@ void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtyp
         source = head.matrix(e, dim + 1, held);
     }
     head.launch(launch, "normalize_embeddings", source);
-    head.launch(launch, "judge_embeddings");
-    head.launch(launch, "find_targets", source);
+    // The first kernel of the sums message gives the verdict.
+    if (!shape.sharded) {
+        head.launch(launch, "finish_rows", int32_t(kOk));
+    }
+    head.launch({1, launch.block}, "pack_sums", int32_t(kOk), int32_t(1), uint64_t(shape.shard_rows));
 
     const StepBlock block = head.get_block();
     if (bad) {
@@ -234,7 +237,7 @@ void test_a_batch(const Shape& shape, const MarginSettings& margin, int32_t dtyp
         }
         EXPECT(right, what + " row " + std::to_string(row));
         const uint32_t column = row < rows ? head.columns[head.global(row)] : kNone;
-        if (!counts || column == kNone || bad) {
+        if (!counts || column == kNone || !finite) {
             EXPECT(logits[row] == 0 && derivatives[row] == 0, what);
             EXPECT(cosines[row] == (counts ? kElsewhere : kIgnored), what);
             continue;
@@ -310,7 +313,6 @@ void test_terms(bool sharded, unsigned given, const Launch& launch) {
         source = head.matrix(e, shape.dim, kF32);
     }
     head.launch(launch, "normalize_embeddings", source);
-    head.launch(launch, "find_targets", source);
     const std::vector<double> angles = head.memory.get(head.arrays.angles, pitch);
     const std::vector<float> cosines = head.memory.get(head.arrays.target_cosines, rows);
     const std::vector<float> logits = head.memory.get(head.arrays.target_logits, rows);
@@ -328,8 +330,6 @@ void test_a_failed_step_is_left_alone() {
     head.fill(head.arrays.units, 64, 3.0f);
     head.fill(head.arrays.target_cosines, head.arrays.row_capacity, 3.0f);
     head.launch(kLaunches[0], "normalize_embeddings", MatrixView{});
-    head.launch(kLaunches[0], "judge_embeddings");
-    head.launch(kLaunches[0], "find_targets", MatrixView{});
     EXPECT(head.memory.get(head.arrays.units, 64) == std::vector<float>(64, 3.0f), "units");
     EXPECT(head.memory.get(head.arrays.target_cosines, 4) == std::vector<float>(4, 3.0f),
            "cosines");

@@ -72,6 +72,8 @@ pub(super) struct CudaHead {
     next_has_labels: bool,
     /// A step has begun and has not been updated: the centers that it gathered are needed.
     step_in_progress: bool,
+    /// The step's gradients of the embeddings and of the class centers have squares for `figures` to add up.
+    has_squares: [bool; 2],
     /// The chunk whose weighted centers run later, beside the all-reduce.
     deferred_chunk: Option<u32>,
     open_exchange: Option<OpenExchange>,
@@ -110,6 +112,7 @@ impl CudaHead {
             current: 0,
             next_has_labels: false,
             step_in_progress: false,
+            has_squares: [false; 2],
             deferred_chunk: None,
             open_exchange: None,
             reported: None,
@@ -287,7 +290,7 @@ impl HeadDevice for CudaHead {
                 self.retired.arrays.extend(buffers);
             }
         }
-        (self.step_in_progress, self.deferred_chunk) = (true, None);
+        (self.step_in_progress, self.has_squares, self.deferred_chunk) = (true, [false; 2], None);
         self.streams.add_finished_spans();
         let drawn = self.gpu.stream.wait(&self.drafts[self.current].drawn);
         self.remember_error(drawn);
@@ -326,10 +329,8 @@ impl HeadDevice for CudaHead {
         };
         self.received(StreamRole::Main);
         let arrays = self.arrays();
-        run!(self, Main, normalize_embeddings, (arrays, source));
-        run!(self, Main, judge_embeddings, (arrays,));
         self.take_terms(terms)?;
-        run!(self, Main, find_targets, (arrays, source));
+        run!(self, Main, normalize_embeddings, (arrays, source));
         self.multiply();
         run!(self, Main, reduce_rows, (arrays,));
         self.pending_error()
@@ -466,7 +467,7 @@ impl HeadDevice for CudaHead {
         // Without staging memory the gradient cannot be copied to the host; its norm is computed all the same.
         let written = output.as_ref().map_or(MatrixView::zeroed(), |&view| view);
         run!(self, Main, finish_gradient, (arrays, factor, written));
-        run!(self, Main, sum_squares, (arrays, 0i32));
+        self.has_squares[0] = true;
         self.leave_main();
         self.pending_error()?;
         match (gradient, output?) {

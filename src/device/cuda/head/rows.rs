@@ -26,8 +26,15 @@ impl CudaHead {
     pub(super) fn step_figures(&mut self) -> Result<StepFigures> {
         self.pending_error()?;
         self.join(StreamRole::Main, StreamRole::Centers);
+        let arrays = self.arrays();
+        for (which, has_squares) in [0i32, 1].into_iter().zip(std::mem::take(&mut self.has_squares)) {
+            if has_squares {
+                run!(self, Main, sum_squares, (arrays, which));
+            }
+        }
+        self.pending_error()?;
         self.read_block()?;
-        let (arrays, block) = (self.arrays(), self.block);
+        let block = self.block;
         let rows = block.rows as usize;
         let stream = &self.gpu.stream;
         let ledger = self.ledger()?;
