@@ -62,7 +62,7 @@ template <int kWidth, int kPlanes>
 PFC_DEVICE void center_gradient(const HeadArrays& head, uint32_t first, double loss_weight,
                                 int32_t fuse, uint32_t stages, unsigned char* shared) {
     using Mainloop = tile::Mainloop<Shape<kWidth>, tile::Type::kBfloat, tile::Depth::kAcross,
-                                    tile::Depth::kAcross, kPlanes>;
+                                    tile::Depth::kAcross, kPlanes, tile::Place::kTiles>;
     constexpr uint32_t kClasses = Mainloop::kM, kDepth = Mainloop::kK;
     static_assert(Mainloop::kN == kWidth && kTileColumns % kClasses == 0, "");
     using Classes = epilogue::Classes<kClasses>;
@@ -91,8 +91,9 @@ PFC_DEVICE void center_gradient(const HeadArrays& head, uint32_t first, double l
         }
         __syncthreads();
 
-        const tile::Operand numerators = {head.numerators + local, head.plane_numerators,
-                                          head.chunk_capacity, kClasses / tile::kVector};
+        const tile::Operand numerators = {
+            head.numerators + tile::Numerators::at(0, local, head.chunk_capacity),
+            head.plane_numerators, head.chunk_capacity, kClasses / tile::kVector};
         const tile::Operand scaled = {head.scaled_operand, head.plane_rows, head.depth_pitch,
                                       head.depth_pitch / tile::kVector};
         Mainloop mainloop;

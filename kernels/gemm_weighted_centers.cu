@@ -62,7 +62,7 @@ PFC_DEVICE void store(const Mainloop& mainloop, float* out, uint32_t column, uin
 template <int kPlanes>
 PFC_DEVICE void weighted_centers(const HeadArrays& head, uint32_t first, unsigned char* shared) {
     using Mainloop = tile::Mainloop<Shape, tile::Type::kBfloat, tile::Depth::kAlong,
-                                    tile::Depth::kAcross, kPlanes>;
+                                    tile::Depth::kAcross, kPlanes, tile::Place::kTiles>;
     constexpr uint32_t kRows = Mainloop::kM, kColumns = Mainloop::kN;
     const StepBlock& block = *head.block;
     if (block.status != kOk || (first != 0 && block.classes <= first)) {
@@ -99,8 +99,9 @@ PFC_DEVICE void weighted_centers(const HeadArrays& head, uint32_t first, unsigne
         do {
             const uint32_t now = smaller(depth - done, kAccumulated<kPlanes>);
             const tile::Operand numerators = {
-                head.numerators + uint64_t(tile_row) * head.chunk_capacity + begin + done,
-                head.plane_numerators, head.chunk_capacity, 0};
+                head.numerators +
+                    tile::Numerators::at(tile_row, uint32_t(begin) + done, head.chunk_capacity),
+                head.plane_numerators, head.chunk_capacity, Mainloop::kK / tile::kVector};
             const tile::Operand centers = {head.center_wide + (begin + done) * pitch + tile_column,
                                            head.plane_centers, pitch,
                                            (pitch - tile_column) / tile::kVector};

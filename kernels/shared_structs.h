@@ -261,7 +261,8 @@ struct HeadArrays {
     uint16_t* center_wide;       // right side of the weighted centers; half: bf16; f32: the same
                                  // array as center_operand
     float* center_inverse_norms;  // [sample_capacity] 1 / |W_j|
-    uint16_t* numerators;        // P of a chunk: planes of [row_capacity][chunk_capacity] bf16
+    uint16_t* numerators;        // P of a chunk: planes of [row_capacity][chunk_capacity] bf16, in
+                                 // the tiles of tile/numerators.h
     float* weighted_centers;     // [splits][row_capacity][depth_pitch] P W^, to be added over the
                                  // splits
     // The sums message.

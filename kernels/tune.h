@@ -97,10 +97,10 @@ constexpr GemmTile gemm_tile(Gemm gemm, int width = 0, bool deep = false) {
 // Columns that the weighted centers add up in the tensor cores' accumulators before they add those
 // to the sums in memory. The accumulators cut each sum toward zero instead of rounding it (Fasi et
 // al. 2021, doi:10.7717/peerj-cs.330), so that a long sum of positive numbers drifts: by 1e-5 of
-// itself over 8000 columns, by 1e-4 over 60000. Adding to memory costs 8 bytes for each row and d:
-// beside the products of as many columns a sixth at 4096 in half, and a fortieth in f32, which
-// makes six products.
-constexpr uint32_t accumulated_columns(int planes) { return planes == 1 ? 16384 : 4096; }
+// itself over 8000 columns, by 1e-4 over 60000. In half P is rounded by up to 2e-3. Adding to
+// memory costs 8 bytes for each row and d: beside the products of as many columns a fiftieth at
+// 32768 in half, and a fortieth at 4096 in f32, which makes six products.
+constexpr uint32_t accumulated_columns(int planes) { return planes == 1 ? 32768 : 4096; }
 
 // Words beside the pipeline. Numerators: one for each row's mask and four of the softmax. Center
 // gradient: for each class its row, 1 / norm and positive.

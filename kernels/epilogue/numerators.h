@@ -13,7 +13,7 @@
 #include "far.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
-#include "tile/layout.h"
+#include "tile/numerators.h"
 #include "shared_structs.h"
 
 namespace epilogue {
@@ -176,13 +176,16 @@ PFC_DEVICE void write_numerators(const HeadArrays& head, Mainloop& mainloop, uns
         constexpr uint32_t kStep = Mainloop::kThreads / Stage::kVectors;
         static_assert(Mainloop::kThreads % Stage::kVectors == 0 && kRows % kStep == 0, "");
         const uint32_t from = threadIdx.x / Stage::kVectors, vector = threadIdx.x % Stage::kVectors;
+        using tile::Numerators;
+        static_assert(kRows == Numerators::kRows, "tiles of P side by side");
         uint16_t* out = head.numerators + plane * head.plane_numerators +
-                        uint64_t(row + from) * head.chunk_capacity + local + vector * tile::kVector;
+                        Numerators::at(row + from, local + vector * tile::kVector,
+                                       head.chunk_capacity);
 #pragma unroll 2
         for (uint32_t at = from; at < kRows; at += kStep) {
             *reinterpret_cast<ptx::Word4*>(out) =
                 *reinterpret_cast<const ptx::Word4*>(scratch + Stage::at(at, vector));
-            out += kStep * head.chunk_capacity;
+            out += kStep * Numerators::kColumns;
         }
         if (plane == 0 && threadIdx.x < kRows) {
             float row_sum = 0.0f, row_best = kElsewhere;

@@ -26,18 +26,20 @@ struct Layout {
         return (row * kVectors + (vector ^ turn)) * 16;
     }
 
-    // Begins the copy of a tile: `source` is its first value and rows lie `pitch` values apart.
-    // Vectors from `vectors` on become zeros without being read.
-    template <int kThreads>
+    // Begins the copy of a tile: `source` is its first value and rows lie `pitch` values apart. Of a
+    // row kRun vectors lie together, and the next ones `run` values further. Vectors from `vectors`
+    // on become zeros without being read.
+    template <int kThreads, uint32_t kRun = kVectors>
     static PFC_DEVICE void load(unsigned char* tile, const uint16_t* source, uint32_t pitch,
-                                uint32_t vectors) {
+                                uint32_t vectors, uint32_t run = 0) {
         static_assert(kThreads % kVectors == 0, "a thread keeps its column");
         constexpr uint32_t kStep = kThreads / kVectors;
         constexpr uint32_t kCopies = (kRows + kStep - 1) / kStep;
         const uint32_t vector = threadIdx.x % kVectors;
         const uint32_t first = threadIdx.x / kVectors;
         const bool valid = vector < vectors;
-        const uint16_t* from = source + (valid ? uint64_t(first) * pitch + vector * kVector : 0);
+        const uint32_t place = vector / kRun * run + vector % kRun * kVector;
+        const uint16_t* from = source + (valid ? uint64_t(first) * pitch + place : 0);
         const uint64_t step = valid ? uint64_t(kStep) * pitch : 0;
 #pragma unroll
         for (uint32_t copy = 0; copy < kCopies; ++copy) {

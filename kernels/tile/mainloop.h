@@ -13,12 +13,14 @@
 #include "ptx/mma.h"
 #include "ptx/warp.h"
 #include "tile/layout.h"
+#include "tile/numerators.h"
 #include "tune.h"
 
 namespace tile {
 
 enum class Depth { kAlong, kAcross };
 enum class Type { kHalf, kBfloat };
+enum class Place { kRows, kTiles };  // whole rows, or the tiles of numerators.h
 
 // Planes of a half operand: 1; of a float32 one: 3.
 template <int kPlanes>
@@ -37,12 +39,13 @@ struct Pairs {
 struct Operand {
     const uint16_t* data;  // the tile's first value at k = 0, in the first plane
     uint64_t plane;        // values from plane to plane
-    uint32_t pitch;        // values from row to row
+    uint32_t pitch;        // values from row to row; in tiles, columns of a plane
     uint32_t vectors;      // kAcross: vectors of a row that exist; the rest are read as zeros
 };
 
 // `Shape` has a static constexpr GemmTile kTile.
-template <class Shape, Type kType, Depth kLeft, Depth kRight, int kPlanes>
+template <class Shape, Type kType, Depth kLeft, Depth kRight, int kPlanes,
+          Place kLeftPlace = Place::kRows>
 struct Mainloop {
     static constexpr GemmTile kTile = Shape::kTile;
     static constexpr int kM = kTile.m, kN = kTile.n, kK = kTile.k;
@@ -74,7 +77,18 @@ struct Mainloop {
                                 uint32_t pair, uint32_t k) {
         const uint16_t* a = left.data + Pair::left(pair) * left.plane;
         const uint16_t* b = right.data + Pair::right(pair) * right.plane;
-        if constexpr (kLeft == Depth::kAlong) {
+        if constexpr (kLeftPlace == Place::kTiles) {
+            // A stage is of one tile's rows and, but for the widest stages, of its columns.
+            static_assert(kLeft == Depth::kAlong
+                              ? kM == Numerators::kRows && Numerators::kColumns % kK == 0
+                              : Numerators::kRows % kK == 0 && kTileColumns % kM == 0,
+                          "");
+            const uint32_t row = kLeft == Depth::kAlong ? 0 : k;
+            const uint32_t column = kLeft == Depth::kAlong ? k : 0;
+            LeftLayout::template load<kThreads, Numerators::kVectors>(
+                stage, a + Numerators::at(row, column, left.pitch), Numerators::kColumns,
+                left.vectors, Numerators::kTile);
+        } else if constexpr (kLeft == Depth::kAlong) {
             LeftLayout::template load<kThreads>(stage, a + k, left.pitch, kK / kVector);
         } else {
             LeftLayout::template load<kThreads>(stage, a + uint64_t(k) * left.pitch, left.pitch,

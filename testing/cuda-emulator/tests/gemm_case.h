@@ -58,6 +58,12 @@ inline uint16_t to_half(float value) {
 
 enum class Kind { kHalf, kBfloat, kPlanes };  // fp16; bf16; three planes of bf16
 
+// Where a chunk of `pitch` columns has an element of P: in tiles of 128 x 64.
+inline uint64_t numerator_at(uint32_t row, uint32_t column, uint32_t pitch) {
+    const uint64_t tile = row / 128 * (pitch / 64) + column / 64;
+    return 128 * 64 * tile + row % 128 * 64 + column % 64;
+}
+
 // A matrix of 16-bit operands with `values`, what it holds, for the reference.
 struct Operand {
     uint32_t rows, columns, pitch;
@@ -93,6 +99,21 @@ struct Operand {
                 }
             }
         }
+    }
+
+    // As the numerators lie in memory.
+    std::vector<uint16_t> tiled() const {
+        std::vector<uint16_t> moved(bits);
+        const uint64_t capacity = plane / pitch;
+        for (size_t p = 0; p < bits.size() / plane; ++p) {
+            for (uint32_t row = 0; row < capacity; ++row) {
+                for (uint32_t column = 0; column < pitch; ++column) {
+                    moved[p * plane + numerator_at(row, column, pitch)] =
+                        bits[p * plane + uint64_t(row) * pitch + column];
+                }
+            }
+        }
+        return moved;
     }
 
     double at(uint32_t row, uint32_t column) const {

@@ -159,7 +159,7 @@ void run(const Case& c, uint64_t seed) {
         }
         const Operand left(kind, powers, c.rows, count, arrays.row_capacity, c.chunk, row_end,
                            column_end);
-        arrays.numerators = device.upload(left.bits);
+        arrays.numerators = device.upload(left.tiled());
         arrays.plane_numerators = left.plane;
         if (first == 0 || c.mode != Mode::kReplicated) {
             arrays.center_gradient =

@@ -91,7 +91,7 @@ void run(const Case& c, uint64_t seed) {
             const auto sums = device.download(arrays.partial_sums, partials);
             for (uint32_t row = 0; row < row_end; ++row) {
                 const bool taken = far_tiles[row / kTileRows] != 0;
-                require((left[uint64_t(row) * c.chunk] != kNaN16) == taken, "tiles without such rows");
+                require((left[numerator_at(row, 0, c.chunk)] != kNaN16) == taken, "tiles without such rows");
                 require(isnan(sums[uint64_t(first / kTileColumns) * arrays.row_capacity + row]) != taken,
                         "sums of tiles without such rows");
             }
@@ -111,7 +111,7 @@ void run(const Case& c, uint64_t seed) {
                 double value = 0;
                 for (uint32_t plane = 0; plane < planes; ++plane) {
                     const uint16_t bits = found[plane * arrays.plane_numerators +
-                                                uint64_t(row) * arrays.chunk_capacity + column];
+                                                numerator_at(row, column, arrays.chunk_capacity)];
                     value += from_bfloat(bits);
                 }
                 if (row >= row_end || column >= column_end) {
