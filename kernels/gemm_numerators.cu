@@ -53,8 +53,8 @@ PFC_DEVICE TileIndex tile_index_of(const HeadArrays& head, uint32_t first, uint3
 template <tile::Type kType, int kPlanes, bool kOwnOffsets>
 PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, int32_t far_only,
                            unsigned char* shared) {
-    using Mainloop =
-        tile::Mainloop<Shape, kType, tile::Depth::kAlong, tile::Depth::kAlong, kPlanes>;
+    using Mainloop = tile::Mainloop<Shape, kType, tile::Depth::kAlong, tile::Depth::kAlong, kPlanes,
+                                    tile::Place::kRows, tile::Order::kMixed>;
     using Beside = epilogue::BesidePipeline<Mainloop::kM>;
     static_assert(sizeof(Beside) == 4 * kNumeratorWords, "");
     Beside& beside = *reinterpret_cast<Beside*>(shared + Mainloop::kPipelineBytes);
@@ -92,12 +92,14 @@ PFC_DEVICE void numerators(const HeadArrays& head, uint32_t first, int32_t far_o
         if constexpr (kOwnOffsets) {
             shifts = head.shifts + tile_index_of(head, first, tile).row;
         }
-        epilogue::exponentiate<kOwnOffsets>(mainloop, shared, beside, shifts);
-        __syncthreads();
         // The index is computed again rather than kept: the mainloop needs the registers.
         index = tile_index_of(head, first, tile);
-        epilogue::write_numerators<Mainloop, kPlanes>(head, mainloop, shared, index.row,
-                                                      first + index.column, index.column);
+        auto* const sums = reinterpret_cast<epilogue::RowSums<Mainloop>*>(shared);
+        epilogue::write_numerators<kOwnOffsets, kPlanes>(head, mainloop, *sums, beside, shifts,
+                                                         index.row, index.column);
+        __syncthreads();
+        epilogue::write_row_sums(head, *sums, index.row, first + index.column);
+        __syncthreads();  // the next tile's operands overwrite the sums
     }
 }
 

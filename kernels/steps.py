@@ -124,10 +124,8 @@ def step(loops, device, batch, tiles, accumulated, splits):
     products = [
         Product(loop, device, tile, count, depth) for loop, tile, count, depth in zip(loops, tiles, blocks, (DIM, share, batch))
     ]
-    # P goes through shared memory on its way out, written and read. Two CTAs share an SM: the rest hides behind the other one's loop.
-    numerators = max(
-        products[0].time + 4 * probabilities / (sass.SHARED_BYTES * sms), (2 * probabilities + 2 * centers + 2 * rows) / memory
-    )
+    # P is written from registers. Two CTAs share an SM: the epilogue hides behind the other one's loop.
+    numerators = max(products[0].time, (2 * probabilities + 2 * centers + 2 * rows) / memory)
     # A split's sums are written, and each later part of its columns is added to what is there.
     stored = rows * splits * (8 * blocks_up(share, accumulated) - 4)
     weighted = max(products[1].time + stored / memory, (2 * probabilities + 2 * centers + stored) / memory)

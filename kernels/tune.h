@@ -33,7 +33,7 @@ struct GemmTile {
 // A warp has 64 x 64: it reads 4 KiB of shared memory for 32 products of 16 x 8 x 16, where 64 x 32
 // would read 3 KiB for 16 and have the memory decide. Four such warps, so that two CTAs share an SM
 // and the exponentials of one run during the products of the other. 3 stages of 16 KiB: two CTAs
-// fit the 99 KiB of the small devices, and the epilogue stages its 32 KiB in the pipeline's 48 KiB.
+// fit the 99 KiB of the small devices.
 constexpr GemmTile kSquareTile = {
     /*m=*/128, /*n=*/128, /*k=*/32, /*stages=*/3,
     /*warps_m=*/2, /*warps_n=*/2, /*ctas_per_sm=*/2,

@@ -61,77 +61,78 @@ PFC_DEVICE Softmax softmax_of(const MarginSettings& margin) {
     return softmax;
 }
 
-// How the epilogue divides the pipeline's memory, which it owns from the end of the mainloop to its
-// own last barrier.
+// What the warps have of the rows, in the pipeline's memory, which the epilogue owns from the end of
+// the mainloop to its own last barrier.
 template <class Mainloop>
-struct NumeratorScratch {
-    static constexpr uint32_t kRows = Mainloop::kM, kColumns = Mainloop::kN;
-    static constexpr uint32_t kWarps = Mainloop::kWarpsN;
-    using Stage = tile::Layout<kRows, kColumns>;
-    static_assert(Stage::kBytes + 4 * kRows * 2 * kWarps <= Mainloop::kPipelineBytes, "");
-
-    // Takes one plane from two of a thread's accumulators; see Mainloop::sum.
-    static PFC_DEVICE void stage(Mainloop& mainloop, unsigned char* scratch, int i, int h, int j) {
-        const uint32_t lane = ptx::lane();
-        const uint32_t at = Stage::at(Mainloop::warp_row() + lane / 4,
-                                      (Mainloop::warp_column() + 8 * j) / tile::kVector) +
-                            (16 * i + 8 * h) * Stage::kRowBytes;
-        float* const cells = &mainloop.sum[i][j][2 * h];
-        *reinterpret_cast<uint32_t*>(scratch + at + 4 * (lane % 4)) =
-            take_plane(cells[0], cells[1]);
-    }
-
-    static PFC_DEVICE float* sums(unsigned char* scratch) {  // [kWarps][kRows]
-        return reinterpret_cast<float*>(scratch + Stage::kBytes);
-    }
-    static PFC_DEVICE float* best(unsigned char* scratch) {  // [kWarps][kRows]
-        return sums(scratch) + kWarps * kRows;
-    }
+struct RowSums {
+    static constexpr uint32_t kRows = Mainloop::kM, kWarps = Mainloop::kWarpsN;
+    float sums[kWarps][kRows];
+    float best[kWarps][kRows];
 };
 
-// Turns the cosines in the accumulators into p. The first plane of p goes to shared memory, and so
-// do each warp's sum and maximum of a row. `shifts`: with kOwnOffsets those of the tile's rows.
-template <bool kOwnOffsets, class Mainloop>
-PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
-                             const BesidePipeline<Mainloop::kM>& beside, const float* shifts) {
-    using Scratch = NumeratorScratch<Mainloop>;
-    float* const sums = Scratch::sums(scratch);
-    float* const best = Scratch::best(scratch);
+// Turns the cosines in the accumulators into p, and writes P: the tile at `row` and at column `local`
+// of the chunk. A thread's accumulators of four column tiles are neighbors (tile::mixed_row), so that
+// P leaves from registers in vectors of 16 bytes, and a quad writes two whole sectors. Each warp's
+// sum and maximum of a row go to `found`. `shifts`: with kOwnOffsets those of the tile's rows.
+template <bool kOwnOffsets, int kPlanes, class Mainloop>
+PFC_DEVICE void write_numerators(const HeadArrays& head, Mainloop& mainloop,
+                                 RowSums<Mainloop>& found,
+                                 const BesidePipeline<Mainloop::kM>& beside, const float* shifts,
+                                 uint32_t row, uint32_t local) {
+    constexpr int kTilesOfVector = tile::kMixedRows / 8;
+    static_assert(Mainloop::kM == tile::Numerators::kRows, "tiles of P side by side");
+    static_assert(Mainloop::kWarpN % tile::kMixedRows == 0, "");
     const Softmax softmax = beside.softmax;
     const uint32_t lane = ptx::lane();
     const uint32_t warp_row = Mainloop::warp_row() + lane / 4;
-    const uint32_t warp_column = Mainloop::warp_column() + 2 * (lane % 4);
-    const uint32_t own = Mainloop::warp_column() / Mainloop::kWarpN * Scratch::kRows;
+    const uint32_t warp_column = Mainloop::warp_column() + tile::kVector * (lane % 4);
+    uint16_t* const out =
+        head.numerators +
+        tile::Numerators::at(row + warp_row, local + warp_column, head.chunk_capacity);
 #pragma unroll
     for (int i = 0; i < Mainloop::kRowTiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const uint32_t at = warp_row + 16 * i + 8 * h;
-            // Relative to the thread's first column, so that its columns are constants. Read from
-            // shared memory row by row: the compiler would keep values of all rows in registers.
+            // Row by row: the compiler would keep values of all rows in registers.
+            ptx::sync_warp();
+            // Relative to the thread's first column, so that its columns are constants.
             const RowMask mask = beside.masks[at];
             const uint32_t target = mask.target - warp_column;
             const int32_t limit = int32_t(mask.limit) - int32_t(warp_column);
             const float shift = kOwnOffsets ? shifts[at] : softmax.shift;
             float row_sum = 0.0f, row_best = kElsewhere;
 #pragma unroll
-            for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
+            for (int first = 0; first < Mainloop::kColumnTiles; first += kTilesOfVector) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& cell = mainloop.sum[i][j][2 * h + e];
-                    const int column = 8 * j + e;
-                    const bool keep = column < limit && uint32_t(column) != target;
-                    const float cosine = cell;
-                    const float power = ptx::exp2_approximate(fmaf(cosine, softmax.slope, shift));
-                    const bool filtered = cosine > softmax.filter;
-                    cell = keep && !filtered ? power : 0.0f;
-                    row_sum += keep ? (filtered ? softmax.floor : power) : 0.0f;
-                    row_best = keep && cosine > row_best ? cosine : row_best;
+                for (int j = first; j < first + kTilesOfVector; ++j) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float& cell = mainloop.sum[i][j][2 * h + e];
+                        const int column = 8 * first + 2 * (j - first) + e;
+                        const bool keep = column < limit && uint32_t(column) != target;
+                        const float cosine = cell;
+                        const float power =
+                            ptx::exp2_approximate(fmaf(cosine, softmax.slope, shift));
+                        const bool filtered = cosine > softmax.filter;
+                        cell = keep && !filtered ? power : 0.0f;
+                        row_sum += keep ? (filtered ? softmax.floor : power) : 0.0f;
+                        row_best = keep && cosine > row_best ? cosine : row_best;
+                    }
                 }
-            }
+                const uint64_t place =
+                    uint64_t(16 * i + 8 * h) * tile::Numerators::kColumns + 8 * first;
 #pragma unroll
-            for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
-                Scratch::stage(mainloop, scratch, i, h, j);
+                for (int plane = 0; plane < kPlanes; ++plane) {
+                    uint32_t words[kTilesOfVector];
+#pragma unroll
+                    for (int j = 0; j < kTilesOfVector; ++j) {
+                        float* const cells = &mainloop.sum[i][first + j][2 * h];
+                        words[j] = take_plane(cells[0], cells[1]);
+                    }
+                    *reinterpret_cast<ptx::Word4*>(out + plane * head.plane_numerators + place) = {
+                        words[0], words[1], words[2], words[3]};
+                }
             }
 #pragma unroll
             for (int across = 1; across <= 2; across *= 2) {
@@ -140,67 +141,29 @@ PFC_DEVICE void exponentiate(Mainloop& mainloop, unsigned char* scratch,
                 row_best = other > row_best ? other : row_best;
             }
             if (lane % 4 == 0) {
-                sums[own + at] = row_sum;
-                best[own + at] = row_best;
+                const uint32_t warp = Mainloop::warp_column() / Mainloop::kWarpN;
+                found.sums[warp][at] = row_sum;
+                found.best[warp][at] = row_best;
             }
         }
     }
 }
 
-// Writes P and the rows' sums to memory: the tile at `row` and at column `local` of the chunk,
-// `column` of the sample. P goes through shared memory, so that it leaves in vectors of 16 bytes.
-template <class Mainloop, int kPlanes>
-PFC_DEVICE void write_numerators(const HeadArrays& head, Mainloop& mainloop, unsigned char* scratch,
-                                 uint32_t row, uint32_t column, uint32_t local) {
-    using Scratch = NumeratorScratch<Mainloop>;
-    using Stage = typename Scratch::Stage;
-    constexpr uint32_t kRows = Scratch::kRows;
-    const float* const sums = Scratch::sums(scratch);
-    const float* const best = Scratch::best(scratch);
+// Adds up what the warps have of each row, for the tile at `row` and at column `column` of the sample.
+template <class Mainloop>
+PFC_DEVICE void write_row_sums(const HeadArrays& head, const RowSums<Mainloop>& found, uint32_t row,
+                               uint32_t column) {
+    for (uint32_t at = threadIdx.x; at < RowSums<Mainloop>::kRows; at += Mainloop::kThreads) {
+        float row_sum = 0.0f, row_best = kElsewhere;
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-        // The first plane is there already.
-        if (plane > 0) {
-#pragma unroll
-            for (int i = 0; i < Mainloop::kRowTiles; ++i) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                    for (int j = 0; j < Mainloop::kColumnTiles; ++j) {
-                        Scratch::stage(mainloop, scratch, i, h, j);
-                    }
-                }
-            }
-            __syncthreads();
+        for (uint32_t warp = 0; warp < RowSums<Mainloop>::kWarps; ++warp) {
+            row_sum += found.sums[warp][at];
+            const float other = found.best[warp][at];
+            row_best = other > row_best ? other : row_best;
         }
-        constexpr uint32_t kStep = Mainloop::kThreads / Stage::kVectors;
-        static_assert(Mainloop::kThreads % Stage::kVectors == 0 && kRows % kStep == 0, "");
-        const uint32_t from = threadIdx.x / Stage::kVectors, vector = threadIdx.x % Stage::kVectors;
-        using tile::Numerators;
-        static_assert(kRows == Numerators::kRows, "tiles of P side by side");
-        uint16_t* out = head.numerators + plane * head.plane_numerators +
-                        Numerators::at(row + from, local + vector * tile::kVector,
-                                       head.chunk_capacity);
-#pragma unroll 2
-        for (uint32_t at = from; at < kRows; at += kStep) {
-            *reinterpret_cast<ptx::Word4*>(out) =
-                *reinterpret_cast<const ptx::Word4*>(scratch + Stage::at(at, vector));
-            out += kStep * Numerators::kColumns;
-        }
-        if (plane == 0 && threadIdx.x < kRows) {
-            float row_sum = 0.0f, row_best = kElsewhere;
-#pragma unroll
-            for (uint32_t warp = 0; warp < Scratch::kWarps; ++warp) {
-                row_sum += sums[warp * kRows + threadIdx.x];
-                const float other = best[warp * kRows + threadIdx.x];
-                row_best = other > row_best ? other : row_best;
-            }
-            const uint64_t to =
-                uint64_t(column / Scratch::kColumns) * head.row_capacity + row + threadIdx.x;
-            head.partial_sums[to] = row_sum;
-            head.partial_best[to] = row_best;
-        }
-        __syncthreads();
+        const uint64_t to = uint64_t(column / kTileColumns) * head.row_capacity + row + at;
+        head.partial_sums[to] = row_sum;
+        head.partial_best[to] = row_best;
     }
 }
 

@@ -13,6 +13,16 @@ namespace tile {
 
 constexpr int kVector = 8;  // 16-bit values of a vector of 16 bytes
 
+// Rows of a right operand in another order, 32 by 32. mma.sync gives a thread columns 8j + 2t and
+// 8j + 2t + 1 of each column tile j, t its place in a quad. With row 8t + 2j + e where row 8j + 2t +
+// e would be, those of four tiles are the eight neighbors from 8t on: a vector of the result.
+constexpr uint32_t kMixedRows = 32;
+
+PFC_DEVICE uint32_t mixed_row(uint32_t row) {
+    const uint32_t at = row % kMixedRows;
+    return row - at + at % 8 / 2 * 8 + at / 8 * 2 + at % 2;
+}
+
 template <int kRows, int kColumns>
 struct Layout {
     static constexpr uint32_t kVectors = kColumns / kVector;
@@ -28,8 +38,8 @@ struct Layout {
 
     // Begins the copy of a tile: `source` is its first value and rows lie `pitch` values apart. Of a
     // row kRun vectors lie together, and the next ones `run` values further. Vectors from `vectors`
-    // on become zeros without being read.
-    template <int kThreads, uint32_t kRun = kVectors>
+    // on become zeros without being read. kMix: the tile's rows are mixed_row's of the source.
+    template <int kThreads, uint32_t kRun = kVectors, bool kMix = false>
     static PFC_DEVICE void load(unsigned char* tile, const uint16_t* source, uint32_t pitch,
                                 uint32_t vectors, uint32_t run = 0) {
         static_assert(kThreads % kVectors == 0, "a thread keeps its column");
@@ -39,7 +49,9 @@ struct Layout {
         const uint32_t first = threadIdx.x / kVectors;
         const bool valid = vector < vectors;
         const uint32_t place = vector / kRun * run + vector % kRun * kVector;
-        const uint16_t* from = source + (valid ? uint64_t(first) * pitch + place : 0);
+        static_assert(!kMix || kStep % kMixedRows == 0, "a thread keeps its row of those");
+        const uint32_t row_there = kMix ? mixed_row(first) : first;
+        const uint16_t* from = source + (valid ? uint64_t(row_there) * pitch + place : 0);
         const uint64_t step = valid ? uint64_t(kStep) * pitch : 0;
 #pragma unroll
         for (uint32_t copy = 0; copy < kCopies; ++copy) {

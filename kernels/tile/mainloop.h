@@ -21,6 +21,7 @@ namespace tile {
 enum class Depth { kAlong, kAcross };
 enum class Type { kHalf, kBfloat };
 enum class Place { kRows, kTiles };  // whole rows, or the tiles of numerators.h
+enum class Order { kSame, kMixed };  // of the right operand's rows: mixed_row's
 
 // Planes of a half operand: 1; of a float32 one: 3.
 template <int kPlanes>
@@ -45,7 +46,7 @@ struct Operand {
 
 // `Shape` has a static constexpr GemmTile kTile.
 template <class Shape, Type kType, Depth kLeft, Depth kRight, int kPlanes,
-          Place kLeftPlace = Place::kRows>
+          Place kLeftPlace = Place::kRows, Order kRightOrder = Order::kSame>
 struct Mainloop {
     static constexpr GemmTile kTile = Shape::kTile;
     static constexpr int kM = kTile.m, kN = kTile.n, kK = kTile.k;
@@ -65,7 +66,8 @@ struct Mainloop {
     using Pair = Pairs<kPlanes>;
     static_assert(LeftLayout::kBytes + RightLayout::kBytes == kStageBytes, "");
 
-    // sum[i][j][2 h + e]: row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) + e of the warp's.
+    // sum[i][j][2 h + e]: row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) + e of the warp's; or,
+    // with kMixed, column mixed_row of that.
     float sum[kRowTiles][kColumnTiles][4];
 
     static PFC_DEVICE uint32_t warp_row() { return ptx::warp() / kWarpsN * kWarpM; }
@@ -96,8 +98,11 @@ struct Mainloop {
         }
         stage += LeftLayout::kBytes;
         if constexpr (kRight == Depth::kAlong) {
-            RightLayout::template load<kThreads>(stage, b + k, right.pitch, kK / kVector);
+            constexpr bool kMix = kRightOrder == Order::kMixed;
+            RightLayout::template load<kThreads, RightLayout::kVectors, kMix>(
+                stage, b + k, right.pitch, kK / kVector);
         } else {
+            static_assert(kRightOrder == Order::kSame, "its rows are the depth");
             RightLayout::template load<kThreads>(stage, b + uint64_t(k) * right.pitch, right.pitch,
                                                  right.vectors);
         }
