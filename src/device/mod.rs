@@ -62,6 +62,8 @@ pub struct HeadSpec {
     pub ranks: u32,
     pub rank: u32,
     pub shard: Shard,
+    /// Collectives run on the device beside the head's products, and need a part of it. Those that the host waits in do not.
+    pub collectives_beside: bool,
     /// It takes the rows over from one with other classes, which is there until this one is told to [`HeadDevice::succeed`] it.
     pub successor: bool,
 }

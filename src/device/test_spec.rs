@@ -34,5 +34,5 @@ pub(in crate::device) fn spec(classes: u64, batch: u64, change: impl FnOnce(&mut
     };
     change(&mut options);
     let shard = options.shard(1, 0);
-    HeadSpec { options, ranks: 1, rank: 0, shard, successor: false }
+    HeadSpec { options, ranks: 1, rank: 0, shard, collectives_beside: false, successor: false }
 }

@@ -335,5 +335,6 @@ fn open(
 ) -> Result<Box<dyn HeadDevice>> {
     let (ranks, rank) = (comm.size(), comm.rank());
     let room = HeadOptions { max_batch: batch_room, ..options.clone() };
-    device.open(HeadSpec { options: room, ranks, rank, shard: options.shard(ranks, rank), successor })
+    let collectives_beside = ranks > 1 && comm.is_asynchronous();
+    device.open(HeadSpec { options: room, ranks, rank, shard: options.shard(ranks, rank), collectives_beside, successor })
 }

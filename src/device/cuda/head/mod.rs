@@ -37,7 +37,9 @@ use crate::protocol::{sum_elements, Announcement, LossPlace, REPLICATED_SLOT, RE
 use crate::row_terms::{MarginGradientArrays, RowTermArrays};
 use crate::{Contribution, Error, Result};
 
-/// Multiprocessors that the center gradient leaves to the collectives beside it.
+/// Multiprocessors that the center gradient leaves to the collectives beside it: a reduce-scatter of the gradient that found none would
+/// end after it, and the trainer's backward with it. They cost a sixteenth of the product on 132 multiprocessors, 80 us of 1.3 ms; the
+/// message takes 40 us within a machine and 170 us between machines (8 MB at 450 and 50 GB/s).
 const RESERVED_BESIDE_GRADIENT: u32 = 8;
 
 /// Arrays that the next step has outgrown: the step in progress still uses them.

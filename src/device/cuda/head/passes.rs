@@ -63,12 +63,11 @@ impl CudaHead {
         }
     }
 
-    /// A single rank has no collectives beside its products.
+    /// What is left to collectives, where any run beside the products.
     pub(super) fn reserved(&self, multiprocessors: u32) -> u32 {
-        if self.spec.ranks == 1 {
-            0
-        } else {
-            multiprocessors
+        match self.spec.collectives_beside {
+            true => multiprocessors,
+            false => 0,
         }
     }
 

@@ -49,7 +49,8 @@ pub(super) fn check_options(options: &HeadOptions) -> Result<()> {
 /// memory.
 pub(crate) fn memory_needed(options: &HeadOptions, ranks: u32, free_memory: u64) -> Result<(Memory, u64)> {
     check_options(options)?;
-    let spec = HeadSpec { options: options.clone(), ranks, rank: 0, shard: options.shard(ranks, 0), successor: false };
+    let (options, shard) = (options.clone(), options.shard(ranks, 0));
+    let spec = HeadSpec { options, ranks, rank: 0, shard, collectives_beside: false, successor: false };
     let sizes = Sizes::new(&spec, GpuCapacity { multiprocessors: PLANNED_MULTIPROCESSORS, free_memory }, 0)?;
     Ok((sizes.memory(), sizes.host_bytes()))
 }
