@@ -416,6 +416,8 @@ void test_checkpoints_and_classes(const pfc::device &cpu, const std::string &fol
   EXPECT(ec == status::invalid_argument && t.equal());
   EXPECT(holds((t.cpp.merge(from, one, {}, pfc::remap_options(), ec), pfc::last_error()),
                "into must have 2 elements, got 1"));
+  t.cpp.merge({}, one, {}, pfc::remap_options(), ec);
+  EXPECT(ec == status::invalid_argument && holds(pfc::last_error(), "into must have 0 elements"));
 #ifdef __cpp_exceptions
   t.cpp.save(folder.c_str());
   t.cpp.save_start(folder.c_str());

@@ -1,11 +1,12 @@
 //! The C++ header: it leaves out no function, compiles in every standard by both compilers, and does what its program expects.
 
 use std::fs;
+use std::process::Command;
 use std::thread;
 
 use partialfc_testing::programs::{compile, fresh, link_shared, output, root, run, scratch, tool};
 
-use super::programs::declared_functions;
+use super::programs::{build, declared_functions};
 
 /// Functions that the C++ header does without, and why.
 const NOT_WRAPPED: [(&str, &str); 1] = [("pfc_last_error_copy", "for managed languages, which cannot hold what pfc_last_error returns")];
@@ -74,4 +75,12 @@ fn nothing_leaks_in_cpp() {
     link_shared(&mut command);
     output(command.args(["-pthread", "-o"]).arg(&program));
     run(&program, &[&program.with_extension("checkpoint")]);
+}
+
+#[test]
+fn the_bench_of_a_step_in_cpp() {
+    for program in build("cpp_step", &["benches/cpp_step.cpp"]) {
+        let printed = output(Command::new(&program).arg("20"));
+        assert!(printed.starts_with("step") && printed.contains("times that"), "{printed}");
+    }
 }

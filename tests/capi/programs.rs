@@ -501,7 +501,7 @@ pub fn declared_functions() -> Vec<(String, bool)> {
 }
 
 /// Compiles a program twice: against the shared library and against the static one.
-fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
+pub fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
     let directory = scratch(name);
     let cpp = sources[0].ends_with(".cpp");
     ["shared", "static"].map(|linkage| {
