@@ -43,7 +43,7 @@ install: build install-files
 # Without building first.
 install-files:
 	install -d $(include) $(lib)/pkgconfig $(lib)/cmake/partialfc
-	install -m 644 include/*.h $(include)
+	install -m 644 include/*.h include/*.hpp $(include)
 	install -m 644 $(BUILD)/libpartialfc.a $(lib)
 	install -m 755 $(BUILD)/libpartialfc.so $(lib)/libpartialfc.so.$(VERSION)
 	ln -sf libpartialfc.so.$(VERSION) $(lib)/$(SONAME)

@@ -35,7 +35,7 @@ class Hook(BuildHookInterface):
         into = {library: f"lib/{SONAME}"}
         # A wheel holds no links: this text, which linkers read, is what `-lpartialfc` finds.
         into[self.write("libpartialfc.so", f"INPUT({SONAME})\n")] = "lib/libpartialfc.so"
-        for header in (root / "include").glob("*.h"):
+        for header in (root / "include").glob("*.h*"):
             into[header] = f"include/{header.name}"
         for template, folder in (
             ("partialfc.pc", "pkgconfig"),

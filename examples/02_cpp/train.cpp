@@ -6,39 +6,19 @@
 // Between machines only the line that makes the communicators changes.
 #include <cmath>
 #include <cstdio>
-#include <memory>
+#include <exception>
 #include <random>
-#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
-#include "partialfc.h"
+#include "partialfc.hpp"
 
 namespace {
 
 constexpr int kPeople = 300, kInput = 32, kDim = 24, kBatch = 32, kSteps = 400;
 constexpr std::uint32_t kRanks = 2;
-
-// A status that is not PFC_OK becomes an exception. The text is this thread's.
-void check(pfc_status status) {
-  if (status == PFC_OK) return;
-  throw std::runtime_error(std::string(pfc_status_name(status)) + ": " + pfc_last_error());
-}
-
-// Handles that free themselves.
-struct Free {
-  void operator()(pfc_device *device) const { pfc_device_free(device); }
-  void operator()(pfc_comm *comm) const { pfc_comm_free(comm); }
-  void operator()(pfc_head *head) const { pfc_head_free(head); }
-};
-using Device = std::unique_ptr<pfc_device, Free>;
-using Comm = std::unique_ptr<pfc_comm, Free>;
-using Head = std::unique_ptr<pfc_head, Free>;
-
-pfc_matrix matrix(std::vector<float> &values, std::uint64_t columns) {
-  return {values.data(), PFC_F32, 0, values.size() / columns, columns, columns};
-}
 
 // out = a @ b, with a of rows x inner and b of inner x columns.
 void multiply(const std::vector<float> &a, const std::vector<float> &b, int inner, int columns,
@@ -56,16 +36,10 @@ struct Outcome {
   std::string error;
 };
 
-Outcome train(pfc_comm *comm) {
+Outcome train(partialfc::comm &comm) {
   Outcome outcome;
-  const std::uint32_t rank = pfc_comm_rank(comm);
 
-  pfc_device *raw_device = nullptr;
-  check(pfc_device_cpu(1, &raw_device));  // the ranks share the cores
-  const Device device(raw_device);
-
-  pfc_head_options options;
-  check(pfc_head_options_init(&options));
+  partialfc::head_options options;
   options.num_classes = kPeople;
   options.embedding_dim = kDim;
   options.max_batch = kBatch;
@@ -74,12 +48,11 @@ Outcome train(pfc_comm *comm) {
   options.m1 = 1.0;  // CosFace
   options.m2 = 0.0;
   options.m3 = 0.2;
-  pfc_head *raw_head = nullptr;
-  check(pfc_head_create(device.get(), comm, &options, &raw_head));
-  const Head head(raw_head);
+  // One thread: the ranks share the cores. The head keeps the device.
+  partialfc::head head(partialfc::device::cpu(1), comm, options);
 
   // The same on both ranks: people and the backbone's start. Each rank's own: its photos.
-  std::mt19937 common(7), own(100 + rank);
+  std::mt19937 common(7), own(100 + comm.rank());
   std::normal_distribution<float> normal;
   std::vector<float> people(kPeople * kInput), backbone(kInput * kDim);
   for (float &x : people) x = normal(common);
@@ -96,11 +69,9 @@ Outcome train(pfc_comm *comm) {
     }
     multiply(photos, backbone, kInput, kDim, embeddings);
 
-    const pfc_matrix e = matrix(embeddings, kDim), g = matrix(gradient, kDim);
-    double loss = 0;
-    check(pfc_head_forward(head.get(), &e, labels.data(), &loss));
-    check(pfc_head_backward(head.get(), 1.0, 1.0, &g));
-    check(pfc_head_update(head.get(), 0.5));
+    const double loss = head.forward({embeddings, kDim}, labels);
+    head.backward(1.0, 1.0, {gradient, kDim});
+    head.update(0.5);
 
     // The loss is the mean over both ranks' rows, so the backbone's gradient is the sum over ranks.
     step_v.assign(step_v.size(), 0.0f);
@@ -109,38 +80,32 @@ Outcome train(pfc_comm *comm) {
         for (int j = 0; j < kDim; j++)
           step_v[k * kDim + j] += photos[i * kInput + k] * gradient[i * kDim + j];
     float *v = step_v.data();
-    check(pfc_comm_all_reduce(comm, v, v, step_v.size(), PFC_F32, PFC_SUM));
+    comm.all_reduce(v, v, step_v.size(), partialfc::reduction::sum);
     for (std::size_t k = 0; k < backbone.size(); k++) backbone[k] -= 0.1f * step_v[k];
 
     if (step < 20) outcome.first += loss / 20;
     if (step >= kSteps - 20) outcome.last += loss / 20;
-    if (rank == 0 && step % 50 == 0) std::printf("step %3d  loss %.3f\n", step, loss);
+    if (comm.rank() == 0 && step % 50 == 0) std::printf("step %3d  loss %.3f\n", step, loss);
   }
-  pfc_metrics metrics;
-  check(pfc_metrics_init(&metrics));
-  check(pfc_head_metrics(head.get(), &metrics));
-  outcome.top1 = metrics.top1;
+  outcome.top1 = head.metrics().top1;
   return outcome;
 }
 
 }  // namespace
 
 int main() {
-  pfc_comm *raw[kRanks] = {};
-  if (pfc_comm_threads(kRanks, raw) != PFC_OK) {
-    std::fprintf(stderr, "pfc_comm_threads: %s\n", pfc_last_error());
-    return 1;
-  }
-  std::vector<Comm> comms(raw, raw + kRanks);
+  std::vector<partialfc::comm> comms(kRanks);
+  partialfc::comm::threads(comms);
   std::vector<Outcome> outcomes(kRanks);
   std::vector<std::thread> ranks;
   for (std::uint32_t rank = 0; rank < kRanks; rank++) {
     ranks.emplace_back([&, rank] {
       try {
-        outcomes[rank] = train(comms[rank].get());
+        outcomes[rank] = train(comms[rank]);
       } catch (const std::exception &error) {
-        pfc_comm_abort(comms[rank].get());  // so that the other rank does not wait for this one
         outcomes[rank].error = error.what();
+        std::error_code ignored;
+        comms[rank].abort(ignored);  // so that the other rank does not wait for this one
       }
     });
   }

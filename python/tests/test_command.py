@@ -189,4 +189,5 @@ def test_pkg_config_after_a_move(tmp_path):
 def test_the_headers_are_those_of_the_library():
     text = (PREFIX / "include/partialfc.h").read_text()
     assert "#define PFC_VERSION_MINOR 1\n" in text
-    assert {path.name for path in (PREFIX / "include").iterdir()} == {"partialfc.h", "partialfc_mpi.h", "partialfc_nccl.h"}
+    headers = {"partialfc.h", "partialfc.hpp", "partialfc_mpi.h", "partialfc_nccl.h"}
+    assert {path.name for path in (PREFIX / "include").iterdir()} == headers

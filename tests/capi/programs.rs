@@ -391,6 +391,7 @@ fn programs_that_use_the_installed_library() {
     make(&["PREFIX=/usr".to_owned(), format!("DESTDIR={}", staged.display()), "LIBDIR=/usr/lib/here".to_owned()]);
     for file in [
         "include/partialfc.h",
+        "include/partialfc.hpp",
         "include/partialfc_mpi.h",
         "include/partialfc_nccl.h",
         "lib/here/libpartialfc.so.0",
@@ -485,7 +486,7 @@ fn header() -> String {
 }
 
 /// Names of the functions that the header declares, and whether they are inline.
-fn declared_functions() -> Vec<(String, bool)> {
+pub fn declared_functions() -> Vec<(String, bool)> {
     let functions: Vec<(String, bool)> = header()
         .lines()
         .filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()) && !line.starts_with("typedef"))
@@ -500,7 +501,7 @@ fn declared_functions() -> Vec<(String, bool)> {
 }
 
 /// Compiles a program twice: against the shared library and against the static one.
-fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
+pub fn build(name: &str, sources: &[&str]) -> [PathBuf; 2] {
     let directory = scratch(name);
     let cpp = sources[0].ends_with(".cpp");
     ["shared", "static"].map(|linkage| {
