@@ -94,8 +94,18 @@ int main() {
   const std::vector<Comm> comms(made, made + kRanks);
   std::array<Head, kRanks> heads;
   std::vector<std::thread> ranks;
-  for (int r = 0; r < kRanks; r++) ranks.emplace_back([&, r] { heads[r] = train(comms[r].get()); });
+  for (int r = 0; r < kRanks; r++) {
+    ranks.emplace_back([&, r] {
+      try {
+        heads[r] = train(comms[r].get());
+      } catch (const std::runtime_error &error) {
+        std::fprintf(stderr, "rank %d: %s\n", r, error.what());
+        pfc_comm_abort(comms[r].get());  // so that the other rank does not wait for this one
+      }
+    });
+  }
   for (std::thread &rank : ranks) rank.join();
+  if (!heads[0] || !heads[1]) return 1;
   char text[1024];
   pfc_head_error(heads[0].get(), text, sizeof text);
   std::printf("the head's: %s\n", text);
