@@ -59,8 +59,8 @@ function transport(rank, shared) {
   const slots = (Type, count) => Array.from({ length: RANKS }, (_, r) => new Type(shared, 64 + r * SLOT, count));
   const memory = (pointer, Type, count) => new Type(koffi.view(pointer, count * Type.BYTES_PER_ELEMENT));
 
-  // No abort: the library calls it from a thread of its own, and koffi has JavaScript run when the worker does nothing else, which is
-  // blocked here. So the wait itself ends after as long as the library would wait.
+  // There is no abort: the library calls it from a thread of its own, and koffi runs such a call when the worker's event loop is free,
+  // while the worker is blocked here. So the wait itself ends, after as long as the library would wait.
   function meet() {
     const turn = Atomics.load(meeting, 1);
     if (Atomics.add(meeting, 0, 1) === RANKS - 1) {
