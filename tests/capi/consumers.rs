@@ -36,7 +36,7 @@ fn programs_that_use_a_moved_installation() {
 
 /// As packagers do it: below DESTDIR, in a folder of libraries that has the machine's name.
 #[test]
-fn programs_that_use_a_package_unpacked_elsewhere() {
+fn programs_that_use_a_package_extracted_elsewhere() {
     if !tool("make") {
         return;
     }
@@ -55,9 +55,9 @@ fn programs_that_use_a_package_unpacked_elsewhere() {
     installed.sort();
     headers.sort();
     assert_eq!(installed, headers, "the headers that are installed (left) and that are there (right) differ");
-    let unpacked = directory.join("unpacked");
-    fs::rename(&staged, &unpacked).expect("the tree can be moved");
-    build_consumers(&directory, &unpacked.join("usr"), &lib);
+    let extracted = directory.join("extracted");
+    fs::rename(&staged, &extracted).expect("the tree can be moved");
+    build_consumers(&directory, &extracted.join("usr"), &lib);
 }
 
 fn name(entry: &fs::DirEntry) -> String {
