@@ -1,6 +1,7 @@
-//! The C interface: its header, the programs that use it, what it refuses, and the kernels by themselves.
+//! The C interface: its header, the programs that use it, the projects that find it, what it refuses, and the kernels by themselves.
 
 mod bad_input;
+mod consumers;
 mod cpp;
 mod header;
 mod kernels;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::{symlink, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -363,121 +363,6 @@ fn structs_lie_in_c_and_python_as_in_rust() {
         let mut command = Command::new("python3");
         command.args(["ctests/offsets.py", "python/partialfc/_abi.py"].map(|file| root().join(file))).arg(fields);
         assert_eq!(output(&mut command).lines().collect::<Vec<_>>(), expected, "Python (left) and Rust (right) differ");
-    }
-}
-
-/// Installs into a directory, moves it, and builds two programs that know nothing but where it is now.
-#[test]
-fn programs_that_use_the_installed_library() {
-    let directory = scratch("install");
-    fresh(&directory);
-    let prefix = directory.join("prefix");
-    let build = directory.join("build");
-    fresh(&build);
-    symlink(&libraries().shared, build.join("libpartialfc.so")).expect("a link");
-    symlink(&libraries().archive, build.join("libpartialfc.a")).expect("a link");
-    if !tool("make") {
-        return;
-    }
-    let make = |arguments: &[String]| {
-        output(
-            Command::new("make").current_dir(root()).arg("install-files").arg(format!("BUILD={}", build.display())).args(arguments),
-        )
-    };
-    make(&[format!("PREFIX={}", prefix.display())]);
-
-    // Staged, as packagers do it: the same files, and none but below DESTDIR.
-    let staged = directory.join("staged");
-    make(&["PREFIX=/usr".to_owned(), format!("DESTDIR={}", staged.display()), "LIBDIR=/usr/lib/here".to_owned()]);
-    for file in [
-        "include/partialfc.h",
-        "include/partialfc.hpp",
-        "include/partialfc_mpi.h",
-        "include/partialfc_nccl.h",
-        "lib/here/libpartialfc.so.0",
-        "lib/here/libpartialfc.a",
-        "lib/here/pkgconfig/partialfc.pc",
-    ] {
-        assert!(staged.join("usr").join(file).exists(), "{file} was not installed");
-    }
-    let config = fs::read_to_string(staged.join("usr/lib/here/cmake/partialfc/partialfcConfig.cmake")).expect("the CMake package");
-    assert!(config.contains("${_partialfc_lib}/../../include"), "{config}");
-
-    let moved = directory.join("moved/elsewhere");
-    fs::create_dir(directory.join("moved")).expect("a folder");
-    fs::rename(&prefix, &moved).expect("the tree can be moved");
-    let consumers = root().join("ctests/consumers");
-    if tool("pkg-config") {
-        let out = directory.join("pkg-config");
-        fresh(&out);
-        output(
-            Command::new("make")
-                .arg("-C")
-                .arg(consumers.join("pkg-config"))
-                .arg(format!("OUT={}", out.display()))
-                .env("PKG_CONFIG_PATH", moved.join("lib/pkgconfig")),
-        );
-        run(&out.join("shared"), &[]);
-        run(&out.join("static"), &[]);
-    }
-    if tool("cmake") {
-        let out = directory.join("cmake");
-        fresh(&out);
-        output(
-            Command::new("cmake")
-                .arg("-S")
-                .arg(consumers.join("cmake"))
-                .arg("-B")
-                .arg(&out)
-                .arg(format!("-DCMAKE_PREFIX_PATH={}", moved.display())),
-        );
-        output(Command::new("cmake").arg("--build").arg(&out));
-        run(&out.join("shared"), &[]);
-        run(&out.join("static"), &[]);
-    }
-}
-
-/// CMake takes a later version with the same SONAME, that is of the same major version.
-#[test]
-fn versions_that_cmake_accepts() {
-    if !tool("make") || !tool("cmake") {
-        return;
-    }
-    let directory = scratch("versions");
-    fresh(&directory);
-    let build = directory.join("build");
-    fresh(&build);
-    symlink(&libraries().shared, build.join("libpartialfc.so")).expect("a link");
-    symlink(&libraries().archive, build.join("libpartialfc.a")).expect("a link");
-    let project = "cmake_minimum_required(VERSION 3.13)\nproject(versions NONE)\nfind_package(partialfc ${WANTED} REQUIRED)\n";
-    fs::write(directory.join("CMakeLists.txt"), project).expect("a project");
-    let cases: [(&str, &[&str], &[&str]); 3] = [
-        ("0.1.0", &["", "0", "0.1", "0.1.0"], &["0.1.1", "0.2", "1", "1.0"]),
-        ("0.2.3", &["", "0", "0.1", "0.1.9", "0.2", "0.2.3"], &["0.2.4", "0.3", "1.0"]),
-        ("1.0.0", &["", "1", "1.0"], &["0.1", "0.2", "1.1", "2"]),
-    ];
-    for (version, accepted, refused) in cases {
-        let prefix = directory.join(version);
-        output(Command::new("make").current_dir(root()).arg("install-files").args([
-            format!("BUILD={}", build.display()),
-            format!("PREFIX={}", prefix.display()),
-            format!("VERSION={version}"),
-        ]));
-        for (wanted, works) in accepted.iter().map(|wanted| (wanted, true)).chain(refused.iter().map(|wanted| (wanted, false))) {
-            let out = directory.join("out");
-            fresh(&out);
-            let result = Command::new("cmake")
-                .arg("-S")
-                .arg(&directory)
-                .arg("-B")
-                .arg(&out)
-                .args([format!("-DCMAKE_PREFIX_PATH={}", prefix.display()), format!("-DWANTED={wanted}")])
-                .output()
-                .expect("cmake runs");
-            let stderr = String::from_utf8_lossy(&result.stderr);
-            assert_eq!(result.status.success(), works, "{version} for find_package(partialfc {wanted}): {stderr}");
-            assert!(works || stderr.contains("compatible with requested version"), "{stderr}");
-        }
     }
 }
 
