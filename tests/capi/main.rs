@@ -1,5 +1,6 @@
 //! The C interface: its header, the programs that use it, what it refuses, and the kernels by themselves.
 
+mod abi;
 mod bad_input;
 mod header;
 mod kernels;
