@@ -41,7 +41,7 @@
 
 // The version of this header; pfc_version() returns that of the library.
 #define PFC_VERSION_MAJOR 0
-#define PFC_VERSION_MINOR 1
+#define PFC_VERSION_MINOR 2
 #define PFC_VERSION_PATCH 0
 #define PFC_VERSION ((PFC_VERSION_MAJOR << 16) | (PFC_VERSION_MINOR << 8) | PFC_VERSION_PATCH)
 

@@ -74,6 +74,6 @@ def build_info() -> str:
 
 
 def version() -> str:
-    """Such as "0.1.0"."""
+    """Such as "0.2.0"."""
     number = lib.pfc_version()
     return f"{number >> 16}.{number >> 8 & 255}.{number & 255}"

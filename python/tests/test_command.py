@@ -1,5 +1,6 @@
 """`python -m partialfc`: the plan, the flags, and programs that are built with them."""
 
+import importlib.metadata
 import pathlib
 import shutil
 import subprocess
@@ -188,6 +189,8 @@ def test_pkg_config_after_a_move(tmp_path):
 @installed
 def test_the_headers_are_those_of_the_library():
     text = (PREFIX / "include/partialfc.h").read_text()
-    assert "#define PFC_VERSION_MINOR 1\n" in text
+    assert importlib.metadata.version("partialfc") == partialfc.version()
+    for part, number in zip(("MAJOR", "MINOR", "PATCH"), partialfc.version().split(".")):
+        assert f"#define PFC_VERSION_{part} {number}\n" in text
     headers = {"partialfc.h", "partialfc.hpp", "partialfc_mpi.h", "partialfc_nccl.h"}
     assert {path.name for path in (PREFIX / "include").iterdir()} == headers

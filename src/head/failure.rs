@@ -118,6 +118,7 @@ impl Head {
                 Status::Label
                     | Status::NotFinite
                     | Status::InvalidArgument
+                    | Status::Unsupported
                     | Status::OutOfMemory
                     | Status::Io
                     | Status::Remote

@@ -10,13 +10,17 @@ use std::process::Command;
 
 use partialfc_testing::programs::{fresh, libraries, output, root, run, scratch, tool};
 
-/// `make install-files` of the libraries that cargo built, by way of links in the directory.
-fn install(directory: &Path, arguments: &[String]) {
+/// `make` of the libraries that cargo built, by way of links in the directory.
+pub(super) fn make(directory: &Path, target: &str, arguments: &[String]) {
     let build = directory.join("build");
     fresh(&build);
     symlink(&libraries().shared, build.join("libpartialfc.so")).expect("a link");
     symlink(&libraries().archive, build.join("libpartialfc.a")).expect("a link");
-    output(Command::new("make").current_dir(root()).arg("install-files").arg(format!("BUILD={}", build.display())).args(arguments));
+    output(Command::new("make").current_dir(root()).arg(target).arg(format!("BUILD={}", build.display())).args(arguments));
+}
+
+fn install(directory: &Path, arguments: &[String]) {
+    make(directory, "install-files", arguments);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The C interface: its header, the programs that use it, the projects that find it, what it refuses, and the kernels by themselves.
 
+mod abi;
 mod bad_input;
 mod consumers;
 mod cpp;
@@ -7,3 +8,4 @@ mod header;
 mod kernels;
 mod programs;
 mod python;
+mod release;

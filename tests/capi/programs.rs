@@ -10,14 +10,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use partialfc::capi::checkpoint::{pfc_load_options, pfc_save_options};
-use partialfc::capi::classes::pfc_remap_options;
-use partialfc::capi::comm::{pfc_comm_ops, pfc_traffic};
-use partialfc::capi::forward::{pfc_backward_options, pfc_forward_options};
-use partialfc::capi::metrics::pfc_metrics;
-use partialfc::capi::plan::pfc_plan_report;
-use partialfc::capi::types::{pfc_head_options, pfc_margin, pfc_matrix, pfc_optimizer};
-use partialfc::capi::update::pfc_update_options;
 use partialfc_testing::programs::{compile, fresh, libraries, link_shared, output, root, run, scratch, tool, C};
 
 /// What the static library needs, as packaging/partialfc.pc.in tells users.
@@ -228,8 +220,7 @@ fn every_declared_function_links() {
 
 #[test]
 fn only_the_headers_functions_are_exported() {
-    let listing = output(Command::new("nm").args(["-D", "--defined-only"]).arg(&libraries().shared));
-    let exported: BTreeSet<String> = listing.lines().filter_map(|line| line.split(' ').nth(2)).map(str::to_owned).collect();
+    let exported = exported();
     let declared: BTreeSet<String> = declared_functions().into_iter().filter(|(_, inline)| !inline).map(|(name, _)| name).collect();
     assert_eq!(exported, declared, "exported (left) and declared (right) differ");
 }
@@ -276,93 +267,6 @@ fn the_header_in_all_languages() {
         link_shared(&mut command);
         output(command.arg("-o").arg(&program));
         run(&program, &[]);
-    }
-}
-
-macro_rules! layouts {
-    ($($type:ident { $($field:ident),* $(,)? })*) => {{
-        let mut lines: Vec<(String, String)> = Vec::new();
-        $(
-            // Names every field, so that a new one does not compile until it stands in the list.
-            let _ = |value: $type| { let $type { $($field: _),* } = value; };
-            lines.push((
-                format!("STRUCT({})", stringify!($type)),
-                format!("{} {}", stringify!($type), std::mem::size_of::<$type>()),
-            ));
-            $(lines.push((
-                format!("FIELD({}, {})", stringify!($type), stringify!($field)),
-                format!(
-                    "{}.{} {} {}",
-                    stringify!($type),
-                    stringify!($field),
-                    std::mem::offset_of!($type, $field),
-                    size_of_field(|value: &$type| &value.$field),
-                ),
-            ));)*
-        )*
-        lines
-    }};
-}
-
-fn size_of_field<T, F>(_: fn(&T) -> &F) -> usize {
-    std::mem::size_of::<F>()
-}
-
-#[test]
-fn structs_lie_in_c_and_python_as_in_rust() {
-    let lines = layouts! {
-        pfc_matrix { data, dtype, reserved, rows, cols, row_stride }
-        pfc_head_options {
-            struct_size, num_classes, embedding_dim, placement, sample_rate, seed, max_batch, scale, m1, m2, m3, interclass_filter,
-            margin_gradient, margin_guard, optimizer, row_update, momentum, weight_decay, beta1, beta2, epsilon, gradient_scale,
-            init_std, ignore_label, precision, gather_dtype, weight_dtype, state_dtype, residency, reserved, workspace_limit,
-            storage_path, row_terms, sample_block, storage_cache,
-        }
-        pfc_margin { struct_size, scale, m1, m2, m3, interclass_filter, margin_gradient, margin_guard }
-        pfc_optimizer { struct_size, kind, reserved, momentum, weight_decay, beta1, beta2, epsilon }
-        pfc_comm_ops {
-            struct_size, ctx, rank, size, flags, reserved, all_gather, all_reduce, reduce_scatter, broadcast, barrier, abort,
-            async_error, error_string, free,
-        }
-        pfc_traffic {
-            all_gather_calls, all_gather_bytes, all_reduce_calls, all_reduce_bytes, reduce_scatter_calls, reduce_scatter_bytes,
-            broadcast_calls, broadcast_bytes, barrier_calls,
-        }
-        pfc_metrics {
-            struct_size, updates, draws, rows, valid_rows, sample_size, loss, top1, mean_target_cosine, grad_embeddings_norm,
-            grad_centers_norm, seconds_gather, seconds_sample, seconds_forward, seconds_reduce, seconds_backward, seconds_update,
-            skipped_updates,
-        }
-        pfc_update_options { struct_size, learning_rate, factor, device_factor, reserved }
-        pfc_forward_options { struct_size, m2, m3, weight, reserved }
-        pfc_backward_options { struct_size, loss_weight, loss_scale, grad_m2, grad_m3, reserved }
-        pfc_save_options { struct_size, progress, user }
-        pfc_load_options { struct_size, progress, user, class_map, class_map_count, class_weights, class_weights_count }
-        pfc_remap_options { struct_size, progress, user, class_weights, class_weights_count }
-        pfc_plan_report {
-            struct_size, shard_rows, sample_capacity, weight_bytes, state_bytes, activation_bytes, probability_bytes, total_bytes,
-            labels_bytes, embeddings_bytes, sums_bytes, grad_embeddings_bytes, grad_centers_bytes, traffic_bytes, storage_bytes, host_bytes,
-        }
-    };
-    let listed: BTreeSet<&str> =
-        lines.iter().filter(|(c, _)| c.starts_with("STRUCT")).filter_map(|(_, r)| r.split(' ').next()).collect();
-    let header = header();
-    let declared: BTreeSet<&str> =
-        header.lines().filter_map(|line| line.strip_prefix("typedef struct ")?.strip_suffix(" {")).collect();
-    assert_eq!(listed, declared, "structs of this list (left) and of the header (right) differ");
-
-    let requests: String = lines.iter().map(|(request, _)| format!("{request}\n")).collect();
-    let fields = scratch("offsets").join("fields.inc");
-    fs::write(&fields, requests).expect("fields.inc can be written");
-    let expected: Vec<&str> = lines.iter().map(|(_, layout)| layout.as_str()).collect();
-    for program in build("offsets", &["ctests/offsets.c"]) {
-        let printed = run(&program, &[]);
-        assert_eq!(printed.lines().collect::<Vec<_>>(), expected, "C (left) and Rust (right) differ");
-    }
-    if tool("python3") {
-        let mut command = Command::new("python3");
-        command.args(["ctests/offsets.py", "python/partialfc/_abi.py"].map(|file| root().join(file))).arg(fields);
-        assert_eq!(output(&mut command).lines().collect::<Vec<_>>(), expected, "Python (left) and Rust (right) differ");
     }
 }
 
