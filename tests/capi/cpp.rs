@@ -9,7 +9,8 @@ use partialfc_testing::programs::{compile, fresh, link_shared, output, root, run
 use super::programs::{build, declared_functions};
 
 /// Functions that the C++ header does without, and why.
-const NOT_WRAPPED: [(&str, &str); 1] = [("pfc_last_error_copy", "for managed languages, which cannot hold what pfc_last_error returns")];
+const NOT_WRAPPED: [(&str, &str); 1] =
+    [("pfc_last_error_copy", "for managed languages, which cannot hold what pfc_last_error returns")];
 const STANDARDS: [&str; 3] = ["c++17", "c++20", "c++2b"];
 const WITHOUT: [&str; 3] = ["", "-fno-exceptions", "-fno-rtti"];
 

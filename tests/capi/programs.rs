@@ -270,6 +270,12 @@ fn the_header_in_all_languages() {
     }
 }
 
+/// The symbols of the shared library.
+pub fn exported() -> BTreeSet<String> {
+    let listing = output(Command::new("nm").args(["-D", "--defined-only"]).arg(&libraries().shared));
+    listing.lines().filter_map(|line| line.split(' ').nth(2)).map(str::to_owned).collect()
+}
+
 fn header() -> String {
     fs::read_to_string(root().join("include/partialfc.h")).expect("include/partialfc.h")
 }
