@@ -697,7 +697,6 @@ class custom_comm : public comm {
   // The object of a handle that is not empty. The library may be in it.
   T &object() noexcept { return transport_->object; }
 
-#ifdef __cpp_exceptions
   // Throws the first exception that has left the object since the last time; else does nothing.
   void rethrow() {
     if (transport_ == nullptr) return;
@@ -706,7 +705,6 @@ class custom_comm : public comm {
     lock.unlock();
     if (thrown) std::rethrow_exception(thrown);
   }
-#endif
 
  private:
   using shared = detail::transport<T>;
