@@ -29,9 +29,9 @@ fn structs_and_constants_are_in_c_and_python_as_in_rust() {
     if let Some(table) = table(&header()) {
         // Without the fields' types.
         let in_c: BTreeSet<String> = of_kind(&table, &["struct", "field"]).map(|line| words(line, 4)).collect();
-        assert_eq!(in_c, structs.iter().cloned().collect(), "structs in C (left) and in Rust (right) differ");
+        assert_same(&in_c, &structs);
         let in_c: BTreeSet<String> = of_kind(&table, &["const"]).cloned().collect();
-        assert_eq!(in_c, constants.iter().cloned().collect(), "constants in C (left) and in Rust (right) differ");
+        assert_same(&in_c, &constants);
     }
     if tool("python3") {
         let names = scratch("layouts").join("names.txt");
@@ -52,6 +52,12 @@ fn symbols_and_layouts_are_only_added_to() {
     if let Some(layout) = table(&header()) {
         only_added("layout.txt", &layout);
     }
+}
+
+fn assert_same(in_c: &BTreeSet<String>, in_rust: &[String]) {
+    let in_rust: BTreeSet<String> = in_rust.iter().cloned().collect();
+    let (c, rust): (Vec<_>, Vec<_>) = (in_c.difference(&in_rust).collect(), in_rust.difference(in_c).collect());
+    assert!(c.is_empty() && rust.is_empty(), "C has {c:#?}\nRust has {rust:#?}");
 }
 
 /// Programs that were compiled with a baseline's header find all that it has.
