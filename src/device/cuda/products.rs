@@ -82,6 +82,9 @@ impl<A: Arguments> Product<A> {
     fn load(module: &Arc<Module>, entry: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
         let kernel = module.kernel::<A>(entry)?;
         kernel.allow_shared(shared)?;
+        // The grid counts on as many blocks a multiprocessor as fit into all of its shared memory. cp.async.cg passes the first-level
+        // cache by, so that the products lose nothing; and they leave the memory divided as it is from one to the next.
+        kernel.prefer_shared()?;
         // The kernel's launch bounds: a block has them all.
         let threads = kernel.largest_block()?;
         let blocks = kernel.blocks_per_multiprocessor(threads, shared)?.max(1);

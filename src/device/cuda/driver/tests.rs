@@ -291,6 +291,7 @@ fn kernels_are_checked_when_they_are_loaded() {
     assert!(kernel.blocks_per_multiprocessor(128, 0).expect("a number") >= 1);
     assert!((32..=1024).contains(&kernel.largest_block().expect("a number")));
     kernel.allow_shared(64 << 10).expect("shared memory");
+    kernel.prefer_shared().expect("a preference");
     let largest = context.largest_shared().expect("a number");
     let message = error_of(kernel.allow_shared(largest + 1), Status::Unsupported);
     assert_names(&message, &["trivial_scale", &largest.to_string(), &(largest + 1).to_string()]);
