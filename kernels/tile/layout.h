@@ -28,7 +28,7 @@ struct Layout {
 
     // Begins the copy of a tile: `source` is its first value and rows lie `pitch` values apart.
     // Vectors from `vectors` on become zeros without being read.
-    template <int kThreads>
+    template <int kThreads, ptx::Eviction kEviction = ptx::Eviction::kNormal>
     static PFC_DEVICE void load(unsigned char* tile, const uint16_t* source, uint32_t pitch,
                                 uint32_t vectors) {
         static_assert(kThreads % kVectors == 0, "a thread keeps its column");
@@ -43,7 +43,7 @@ struct Layout {
         for (uint32_t copy = 0; copy < kCopies; ++copy) {
             const uint32_t row = first + copy * kStep;
             if (kRows % kStep == 0 || row < kRows) {
-                ptx::copy_async_16(tile + at(row, vector), from, valid);
+                ptx::copy_async_16<kEviction>(tile + at(row, vector), from, valid);
             }
             from += step;
         }
