@@ -36,23 +36,22 @@ struct Shape {
     static constexpr GemmTile kTile = gemm_tile(Gemm::kCenterGradient, kWidth);
 };
 
-// Asks the second-level cache for the rows that the epilogue will read, while the mainloop runs: in
-// its last quarter, since P streams through the cache as well. A sector at a time: PTX promises no
-// more of a line.
+// Asks the second-level cache for the rows that the epilogue will read, while the mainloop runs; when
+// and how, tune.h says.
 template <int kClasses>
 PFC_DEVICE void prefetch_rows(const HeadArrays& head, const epilogue::Classes<kClasses>& classes,
                               uint32_t columns) {
-    constexpr uint32_t kSector = 8;  // floats
-    const uint32_t sectors = ceil_div(head.dim, kSector);
+    const uint32_t addresses = ceil_div(head.dim, kPrefetchFloats);
     const uint32_t count = smaller(columns, kClasses);
 #pragma unroll 1
-    for (uint32_t index = ptx::warp(); index < count; index += 8) {
-        const uint64_t from = uint64_t(classes.rows[index]) * head.master_pitch;
-        for (uint32_t sector = ptx::lane(); sector < sectors; sector += 32) {
-            ptx::prefetch_l2(head.centers + from + sector * kSector);
-            ptx::prefetch_l2(head.momentum + from + sector * kSector);
+    for (uint32_t of_tile = ptx::warp(); of_tile < count; of_tile += 8) {
+        const uint64_t from = uint64_t(classes.rows[of_tile]) * head.master_pitch;
+        for (uint32_t index = ptx::lane(); index < addresses; index += 32) {
+            const uint64_t at = from + index * kPrefetchFloats;
+            ptx::prefetch_l2(head.centers + at);
+            ptx::prefetch_l2(head.momentum + at);
             if (head.optimizer.adamw) {
-                ptx::prefetch_l2(head.second_moment + from + sector * kSector);
+                ptx::prefetch_l2(head.second_moment + at);
             }
         }
     }
@@ -96,12 +95,15 @@ PFC_DEVICE void center_gradient(const HeadArrays& head, uint32_t first, double l
             head.plane_numerators, head.chunk_capacity, kClasses / tile::kVector};
         const tile::Operand scaled = {head.scaled_operand, head.plane_rows, head.depth_pitch,
                                       head.depth_pitch / tile::kVector};
-        Mainloop mainloop;
-        mainloop.run(pipeline, numerators, scaled, depth, stages, [&] {
-            if (fuse != 0) {
+        auto prefetch = [&](Prefetch now) {
+            if (now == kPrefetch && fuse != 0) {
                 prefetch_rows(head, classes, columns - local);
             }
-        });
+        };
+        Mainloop mainloop;
+        prefetch(Prefetch::kEarly);
+        mainloop.template run<kPrefetch == Prefetch::kLate>(
+            pipeline, numerators, scaled, depth, stages, [&] { prefetch(Prefetch::kLate); });
 
         epilogue::add_targets(head, mainloop, classes);
         const epilogue::Tile tile = {column, columns - local, head.sharded ? local : column,

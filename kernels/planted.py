@@ -80,6 +80,15 @@ PFC_KERNEL(planted, (float* x, int steps)) {
 TWICE = LOOP.replace("ptx::mma_half(d[1], a,", "ptx::ldmatrix_x4(a, stage);\n        ptx::mma_half(d[1], a,")
 SMALL = LOOP.replace("ptx::mma_half(d[1], a, b[2], b[3]);", "")
 BYTES = "// gate: planted registers <= 255 shared kBytes <= {}\nconstexpr int kBytes = 4096;\n"
+# Two multiplications in the variant `other`, one in what ships.
+OTHER = MULTIPLY.replace("    multiply(d, a);\n", "    if (PFC_VARIANT == other) multiply(d, a);\n", 1)
+OF_VARIANT = """// gate: planted registers <= 255 HMMA 1
+// gate: planted of other HMMA {}
+#ifndef PFC_VARIANT
+#define PFC_VARIANT shipped
+#endif
+enum {{ shipped, other }};
+"""
 PLANTED = [
     ("nothing wrong", "// gate: planted registers <= 255 HMMA 2\n", MULTIPLY, "80", None),
     ("dynamic shared memory within", BYTES.format(4096), PLAIN, "80", None),
@@ -103,6 +112,9 @@ PLANTED = [
     ("a smaller tile of a warp", "// gate: planted registers <= 255 HMMA 1 traffic <= 125\n", SMALL, "90a", "250.0 bytes of shared memory"),
     ("a main loop that no gate names", "// gate: planted registers <= 255 HMMA 2\n", LOOP, "80", "its gate allows 0"),
     ("traffic without a main loop", "// gate: planted registers <= 255 HMMA 2 traffic <= 125\n", MULTIPLY, "80", "no main loop"),
+    ("a variant with its own gate", OF_VARIANT.format(2), OTHER, "80", None, "other"),
+    ("a variant's fault", OF_VARIANT.format(4), OTHER, "80", "2 HMMA", "other"),
+    ("a variant's gate for what ships", OF_VARIANT.format(2), OTHER, "80", None),
     ("what does not compile", "// gate: planted registers <= 255\n", PLAIN.replace("3.0f", "nothing"), "80", "nothing"),
 ]
 

@@ -29,6 +29,7 @@ DEVICES = (
 )
 SAMPLE, DIM = 125000, 512
 BATCHES = (4096, 1024)
+SOURCES = ("gemm_numerators", "gemm_weighted_centers", "gemm_center_gradient_half")
 PRODUCTS = ("gemm_numerators_half", "gemm_weighted_centers_half", "gemm_center_gradient_half_512")
 
 # Estimates. The share of its limit that a main loop reaches, which has latencies and a barrier a turn; and that a memory reaches.
@@ -74,7 +75,7 @@ def built(command, name, text, folder):
     return done.stdout.split()
 
 
-def code():
+def code(define):
     """The products' tiles, the columns between two additions of weighted centers to memory, and the splits of each batch and device."""
     cases = [(batch, device.multiprocessors) for batch in BATCHES for device in DEVICES]
     constants = "".join(
@@ -86,7 +87,7 @@ def code():
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         splits = [int(word) for word in built([os.environ.get("RUSTC") or "rustc"], "splits.rs", text, folder)]
-        command = [*compiler, "-std=c++17", f"-I{KERNELS}"]
+        command = [*compiler, "-std=c++17", *define, f"-I{KERNELS}"]
         *numbers, accumulated = (int(word) for word in built(command, "tiles.cpp", TILES.replace("DIM", str(DIM)), folder))
     tiles = [Tile(*numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
     return tiles, accumulated, dict(zip(cases, splits))
@@ -140,12 +141,12 @@ def step(loops, device, batch, tiles, accumulated, splits):
 ROW = "{:<16} {:>6} {:>12} {:>12} {:>9} {:>9} {:>12} {:>9} {:>8} {:>8}"
 
 
-def report(loops):
-    """Lines for each device and batch; `loops`: {(entry, architecture): sass.Loop}."""
+def report(loops, define=()):
+    """Lines for each device and batch; `loops`: {(entry, architecture): sass.Loop}; `define`: what the kernels were compiled with."""
     missing = [f"{name} on {arch}" for name in PRODUCTS for arch in {device.arch for device in DEVICES} if (name, arch) not in loops]
     if missing:
         sys.exit(f"gates: --steps needs {', '.join(sorted(missing))}")
-    tiles, accumulated, splits = code()
+    tiles, accumulated, splits = code(define)
     lines = [f"\na model of steps, (S, d) = ({SAMPLE}, {DIM}), in ms; not measured"]
     lines.append(ROW.format("GPU", "B", "numerators", "weighted", "splits", "filled", "gradient", "(filled)", "small", "step"))
     for device in DEVICES:

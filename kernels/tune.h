@@ -11,6 +11,36 @@
 
 #include <stdint.h>
 
+// What is compared with what ships, on a GPU (the check's stage `variants`), by `kernels/gates
+// --variant` and on the emulator: a source compiled with -DPFC_VARIANT=name. Whatever a variant
+// chooses, it chooses in this file. `of`: the sources that it changes, of a step in half precision.
+enum class Variant {
+    shipped,
+    // of gemm_numerators gemm_weighted_centers gemm_cosines: the tile of a warp that was before 64 x
+    // 64. Half the accumulators, so that registers are left, and a half more reads of shared memory.
+    warps_64x32,
+    // of gemm_numerators gemm_weighted_centers gemm_cosines: half the barriers, and lines of 128
+    // bytes of what lies along the depth, where 3 stages of 32 read 64 of a row at a time. 64 KiB a
+    // CTA: two share an SM of sm_80, sm_90 and sm_100 alone.
+    two_stages_of_64,
+    // of gemm_center_gradient_half: whether the prefetch of the rows gains anything at all.
+    no_prefetch,
+    // of gemm_center_gradient_half: when the tile begins. P then streams through the cache behind
+    // the rows and may throw them out.
+    early_prefetch,
+    // of gemm_center_gradient_half: an address for each line of 128 bytes, not for each sector of
+    // 32. A quarter of the instructions, if the cache fetches whole lines.
+    line_prefetch,
+    // of gemm_weighted_centers gemm_center_gradient_half: P leaves the second-level cache first, it
+    // is read once a product; W^ and E', which every tile reads, leave it last.
+    cache_hints,
+};
+
+#ifndef PFC_VARIANT
+#define PFC_VARIANT shipped
+#endif
+constexpr Variant kVariant = Variant::PFC_VARIANT;
+
 enum class Gemm {
     kNumerators,       // P = exp(scale E^ W^.T - c); the cosines have the same tiles
     kWeightedCenters,  // P W^
@@ -22,6 +52,8 @@ struct GemmTile {
     int stages;            // of the cp.async pipeline, 2 to 4
     int warps_m, warps_n;  // how the CTA's warps divide m x n
     int ctas_per_sm;       // that the registers must allow
+    // Hints for the second-level cache: the left operand passes through, the right one stays.
+    bool hints = false;
 
     constexpr int threads() const { return 32 * warps_m * warps_n; }
     constexpr int warp_m() const { return m / warps_m; }
@@ -34,9 +66,10 @@ struct GemmTile {
 // would read 3 KiB for 16 and have the memory decide. Four such warps, so that two CTAs share an SM
 // and the exponentials of one run during the products of the other. 3 stages of 16 KiB: two CTAs
 // fit the 99 KiB of the small devices.
+constexpr bool kDeepStages = kVariant == Variant::two_stages_of_64;
 constexpr GemmTile kSquareTile = {
-    /*m=*/128, /*n=*/128, /*k=*/32, /*stages=*/3,
-    /*warps_m=*/2, /*warps_n=*/2, /*ctas_per_sm=*/2,
+    /*m=*/128, /*n=*/128, /*k=*/kDeepStages ? 64 : 32, /*stages=*/kDeepStages ? 2 : 3,
+    /*warps_m=*/2, /*warps_n=*/kVariant == Variant::warps_64x32 ? 4 : 2, /*ctas_per_sm=*/2,
 };
 
 // The center gradient: a warp owns all classes of the CTA and an eighth of the row. So a class's
@@ -81,18 +114,28 @@ constexpr int row_width(int dim) {
 // `width` and `deep` are for the center gradient. `deep` is for devices that give a CTA 163 KiB of
 // shared memory; it changes the stages alone, which the host passes to the kernel.
 constexpr GemmTile gemm_tile(Gemm gemm, int width = 0, bool deep = false) {
-    if (gemm != Gemm::kCenterGradient) {
-        return kSquareTile;
-    }
-    GemmTile tile = width == 128   ? kRowTile128
-                    : width == 256 ? kRowTile256
-                    : width == 512 ? kRowTile512
-                                   : kRowTile1024;
+    GemmTile tile = gemm != Gemm::kCenterGradient ? kSquareTile
+                    : width == 128                ? kRowTile128
+                    : width == 256                ? kRowTile256
+                    : width == 512                ? kRowTile512
+                                                  : kRowTile1024;
+    // Rows of 256 leave no registers for them on sm_90.
+    tile.hints = kVariant == Variant::cache_hints && gemm != Gemm::kNumerators && width != 256;
     if (deep && width >= 512) {
         tile.stages = 4;
     }
     return tile;
 }
+
+// When the center gradient asks the second-level cache for the rows that its epilogue reads: at a
+// tile's beginning, or when a quarter of the main loop is left, since P streams through the cache
+// as well. And how many floats apart its addresses are: a sector, since PTX promises no more of a
+// line.
+enum class Prefetch { kNever, kEarly, kLate };
+constexpr Prefetch kPrefetch = kVariant == Variant::no_prefetch      ? Prefetch::kNever
+                               : kVariant == Variant::early_prefetch ? Prefetch::kEarly
+                                                                     : Prefetch::kLate;
+constexpr uint32_t kPrefetchFloats = kVariant == Variant::line_prefetch ? 32 : 8;
 
 // Columns that the weighted centers add up in the tensor cores' accumulators before they add those
 // to the sums in memory. The accumulators cut each sum toward zero instead of rounding it (Fasi et
@@ -125,10 +168,10 @@ constexpr int kGradShared512Deep = gemm_shared_bytes(Gemm::kCenterGradient, 512,
 constexpr int kGradShared1024 = gemm_shared_bytes(Gemm::kCenterGradient, 1024);
 constexpr int kGradShared1024Deep = gemm_shared_bytes(Gemm::kCenterGradient, 1024, true);
 
-// The host's launch table has these numbers.
-static_assert(kNumeratorsShared == 49680, "");
-static_assert(kWeightedShared == 49152, "");
-static_assert(kCosinesShared == 49152, "");
+// The host's launch table has these numbers; a variant tells its own (launches.cpp).
+static_assert(kDeepStages || kNumeratorsShared == 49680, "");
+static_assert(kDeepStages || kWeightedShared == 49152, "");
+static_assert(kDeepStages || kCosinesShared == 49152, "");
 static_assert(kGradShared128 == 49920, "");
 static_assert(kGradShared256 == 99840, "");
 static_assert(kGradShared512 == 74496, "");
@@ -166,6 +209,24 @@ static_assert(gemm_tile(Gemm::kCenterGradient, 1024, true).stages == 4, "");
 // gate: gemm_center_gradient_f32_1024 on 80,90a,100 shared kGradShared1024Deep <= 166912
 //
 // gate: gemm_cosines registers <= 255 shared kCosinesShared <= 49152 HMMA 64
+//
+// Those of variants. Where two CTAs of 64 KiB share an SM, each may have half of 164 KiB less 2.
+//
+// gate: gemm_numerators_half of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_numerators_half_far of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_weighted_centers_half of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_numerators_f32 of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_numerators_f32_far of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_weighted_centers_f32 of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+// gate: gemm_cosines of warps_64x32 registers <= 128 HMMA 32 traffic <= 63
+//
+// gate: gemm_numerators_half of two_stages_of_64 shared kNumeratorsShared <= 82944 HMMA 128
+// gate: gemm_numerators_half_far of two_stages_of_64 shared kNumeratorsShared <= 82944 HMMA 128
+// gate: gemm_weighted_centers_half of two_stages_of_64 shared kWeightedShared <= 82944 HMMA 128
+// gate: gemm_numerators_f32 of two_stages_of_64 shared kNumeratorsShared <= 82944 HMMA 128
+// gate: gemm_numerators_f32_far of two_stages_of_64 shared kNumeratorsShared <= 82944 HMMA 128
+// gate: gemm_weighted_centers_f32 of two_stages_of_64 shared kWeightedShared <= 82944 HMMA 128
+// gate: gemm_cosines of two_stages_of_64 shared kCosinesShared <= 82944 HMMA 128
 //
 // Bytes through shared memory for 1000 floating-point operations of the main loop. ldmatrix and
 // cp.async move 1000 (1 / warp_m + 1 / warp_n + 1 / m + 1 / n). With more than 62.5 of them shared

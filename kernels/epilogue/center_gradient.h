@@ -173,12 +173,11 @@ PFC_DEVICE void update_centers(const HeadArrays& head, const Mainloop& mainloop,
     // Begins the copies of the unit's columns of a tensor's rows.
     auto load = [&](int unit, unsigned char* window, const float* tensor) {
         const uint32_t begin = Mainloop::warp_column() + 8 * tile_of(unit);
-        Window::load(window, begin < dim ? dim - begin : 0, [&](uint32_t row) -> const float* {
-            const uint32_t index = first_of(unit) + row;
-            return index < tile.columns
-                       ? tensor + uint64_t(classes.rows[index]) * head.master_pitch + begin
-                       : nullptr;
-        });
+        const uint32_t first = first_of(unit);
+        Window::load(window, tensor, tile.columns > first ? tile.columns - first : 0,
+                     begin < dim ? dim - begin : 0, [&](uint32_t row) {
+                         return uint64_t(classes.rows[first + row]) * head.master_pitch + begin;
+                     });
     };
     auto load_centers = [&](int unit, int slot) { load(unit, own + slot * kWindow, head.centers); };
     auto load_rows = [&](int unit, int slot) {

@@ -25,20 +25,22 @@ struct RowWindow {
         return row * kRowBytes + (tile ^ (row / (128 / kRowBytes)) % kTiles) * kTileBytes;
     }
 
-    // Begins the copy: row r from `row_of(r)`, the address of its first column here, null where
-    // there is no row. `columns` exist, to the next multiple of kFloats; the others become zeros.
-    template <class RowOf>
-    static PFC_DEVICE void load(unsigned char* window, uint32_t columns, const RowOf& row_of) {
+    // Begins the copy: row r of `tensor` from its value `offset_of(r)` on, that of its first column
+    // here. `rows` and `columns` exist, the latter to the next multiple of kFloats; the others become
+    // zeros, and no address of theirs is formed.
+    template <class OffsetOf>
+    static PFC_DEVICE void load(unsigned char* window, const float* tensor, uint32_t rows,
+                                uint32_t columns, const OffsetOf& offset_of) {
 #pragma unroll
         for (uint32_t round = 0; round < (kVectors + 31) / 32; ++round) {
             const uint32_t vector = ptx::lane() + 32 * round;
             if (kVectors % 32 == 0 || vector < kVectors) {
                 const uint32_t row = vector / kRowVectors, of_row = vector % kRowVectors;
                 const uint32_t column = of_row * kFloats;
-                const float* const from = row_of(row);
+                const bool exists = row < rows && column < columns;
                 ptx::copy_async_16(window + at(row, of_row / kTileVectors) +
                                        of_row % kTileVectors * 16,
-                                   from + column, from != nullptr && column < columns);
+                                   tensor + (exists ? offset_of(row) + column : 0), exists);
             }
         }
     }

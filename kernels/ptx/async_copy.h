@@ -9,6 +9,9 @@
 
 namespace ptx {
 
+// What the second-level cache is told of the line that a copy reads. A hint: no result depends on it.
+enum class Eviction { kNormal, kFirst, kLast };
+
 #ifdef __CUDACC__
 
 // Not valid: the 16 bytes become 0 and nothing is read.
@@ -18,6 +21,25 @@ PFC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
                  : "r"(uint32_t(__cvta_generic_to_shared(shared))),
                    "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                  : "memory");
+}
+
+template <Eviction kEviction>
+PFC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+    if constexpr (kEviction == Eviction::kNormal) {
+        copy_async_16(shared, global, valid);
+    } else {
+        uint64_t policy;
+        if constexpr (kEviction == Eviction::kFirst) {
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        } else {
+            asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+        }
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+                     :
+                     : "r"(uint32_t(__cvta_generic_to_shared(shared))),
+                       "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0), "l"(policy)
+                     : "memory");
+    }
 }
 
 PFC_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
@@ -32,6 +54,11 @@ PFC_DEVICE void copy_async_wait() {
 // Not valid: the 16 bytes become 0 and nothing is read.
 PFC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
     simt::copy_async_16(shared, global, valid);
+}
+
+template <Eviction>
+PFC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+    copy_async_16(shared, global, valid);
 }
 
 PFC_DEVICE void copy_async_commit() { simt::copy_async_commit(); }

@@ -39,7 +39,8 @@ struct Layout {
     // Begins the copy of a tile: `source` is its first value and rows lie `pitch` values apart. Of a
     // row kRun vectors lie together, and the next ones `run` values further. Vectors from `vectors`
     // on become zeros without being read. kMix: the tile's rows are mixed_row's of the source.
-    template <int kThreads, uint32_t kRun = kVectors, bool kMix = false>
+    template <int kThreads, ptx::Eviction kEviction = ptx::Eviction::kNormal,
+              uint32_t kRun = kVectors, bool kMix = false>
     static PFC_DEVICE void load(unsigned char* tile, const uint16_t* source, uint32_t pitch,
                                 uint32_t vectors, uint32_t run = 0) {
         static_assert(kThreads % kVectors == 0, "a thread keeps its column");
@@ -49,17 +50,18 @@ struct Layout {
         const uint32_t first = threadIdx.x / kVectors;
         const bool valid = vector < vectors;
         const uint32_t place = vector / kRun * run + vector % kRun * kVector;
-        static_assert(!kMix || kStep % kMixedRows == 0, "a thread keeps its row of those");
+        static_assert(!kMix || kStep % 8 == 0, "the row in its eight stays");
         const uint32_t row_there = kMix ? mixed_row(first) : first;
         const uint16_t* from = source + (valid ? uint64_t(row_there) * pitch + place : 0);
-        const uint64_t step = valid ? uint64_t(kStep) * pitch : 0;
 #pragma unroll
         for (uint32_t copy = 0; copy < kCopies; ++copy) {
             const uint32_t row = first + copy * kStep;
             if (kRows % kStep == 0 || row < kRows) {
-                ptx::copy_async_16(tile + at(row, vector), from, valid);
+                ptx::copy_async_16<kEviction>(tile + at(row, vector), from, valid);
             }
-            from += step;
+            const uint32_t done = copy * kStep, next = done + kStep;
+            const uint32_t step = kMix ? mixed_row(next) - mixed_row(done) : kStep;
+            from += valid ? uint64_t(step) * pitch : 0;
         }
     }
 };

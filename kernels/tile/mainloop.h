@@ -57,6 +57,10 @@ struct Mainloop {
     static constexpr int kColumnTiles = kWarpN / 8;  // of 8 columns, a warp
     static constexpr int kStageBytes = kTile.stage_bytes();
     static constexpr int kPipelineBytes = kTile.pipeline_bytes();
+    static constexpr ptx::Eviction kLeftEviction =
+        kTile.hints ? ptx::Eviction::kFirst : ptx::Eviction::kNormal;
+    static constexpr ptx::Eviction kRightEviction =
+        kTile.hints ? ptx::Eviction::kLast : ptx::Eviction::kNormal;
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kK % 16 == 0, "whole products");
 
     using LeftLayout = Layout<kLeft == Depth::kAlong ? kM : kK,
@@ -87,24 +91,25 @@ struct Mainloop {
                           "");
             const uint32_t row = kLeft == Depth::kAlong ? 0 : k;
             const uint32_t column = kLeft == Depth::kAlong ? k : 0;
-            LeftLayout::template load<kThreads, Numerators::kVectors>(
+            LeftLayout::template load<kThreads, kLeftEviction, Numerators::kVectors>(
                 stage, a + Numerators::at(row, column, left.pitch), Numerators::kColumns,
                 left.vectors, Numerators::kTile);
         } else if constexpr (kLeft == Depth::kAlong) {
-            LeftLayout::template load<kThreads>(stage, a + k, left.pitch, kK / kVector);
+            LeftLayout::template load<kThreads, kLeftEviction>(stage, a + k, left.pitch,
+                                                               kK / kVector);
         } else {
-            LeftLayout::template load<kThreads>(stage, a + uint64_t(k) * left.pitch, left.pitch,
-                                                left.vectors);
+            LeftLayout::template load<kThreads, kLeftEviction>(
+                stage, a + uint64_t(k) * left.pitch, left.pitch, left.vectors);
         }
         stage += LeftLayout::kBytes;
         if constexpr (kRight == Depth::kAlong) {
             constexpr bool kMix = kRightOrder == Order::kMixed;
-            RightLayout::template load<kThreads, RightLayout::kVectors, kMix>(
+            RightLayout::template load<kThreads, kRightEviction, RightLayout::kVectors, kMix>(
                 stage, b + k, right.pitch, kK / kVector);
         } else {
             static_assert(kRightOrder == Order::kSame, "its rows are the depth");
-            RightLayout::template load<kThreads>(stage, b + uint64_t(k) * right.pitch, right.pitch,
-                                                 right.vectors);
+            RightLayout::template load<kThreads, kRightEviction>(
+                stage, b + uint64_t(k) * right.pitch, right.pitch, right.vectors);
         }
     }
 
@@ -173,8 +178,9 @@ struct Mainloop {
 
     // The whole sum; `depth` is a multiple of kK (operands are zero up to it), or 0. `stages`, 2 to
     // 4, are what `pipeline` has room for. Ends with all copies landed and all threads done with
-    // `pipeline`, which the epilogue may use. `late` runs once, when a quarter of the sum is left.
-    template <class Late>
+    // `pipeline`, which the epilogue may use. With kLate `late` runs once, when a quarter of the sum is
+    // left.
+    template <bool kLate, class Late>
     PFC_DEVICE void run(unsigned char* pipeline, const Operand& left, const Operand& right,
                         uint32_t depth, uint32_t stages, const Late& late) {
 #pragma unroll
@@ -213,7 +219,7 @@ struct Mainloop {
             load_next();
         }
         const unsigned char* stage = pipeline;
-        uint32_t step = 0, until = steps / 4 * 3;
+        uint32_t step = 0, until = kLate ? steps / 4 * 3 : steps;
 #pragma unroll 1
         while (true) {
 #pragma unroll 1
@@ -240,7 +246,7 @@ struct Mainloop {
 
     PFC_DEVICE void run(unsigned char* pipeline, const Operand& left, const Operand& right,
                         uint32_t depth) {
-        run(pipeline, left, right, depth, kTile.stages, [] {});
+        run<false>(pipeline, left, right, depth, kTile.stages, [] {});
     }
 };
 

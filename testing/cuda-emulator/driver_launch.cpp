@@ -18,6 +18,7 @@ struct Function {
     const Kernel* kernel;
     CUcontext context;
     int max_shared;
+    int carveout = -1;  // percent of shared memory that it prefers; -1: the driver's choice
 };
 
 struct Module {
@@ -55,7 +56,7 @@ using namespace simt;
 namespace {
 
 enum { kMaxThreads = 0, kSharedSize = 1, kConstSize = 2, kLocalSize = 3, kRegisters = 4,
-       kPtxVersion = 5, kBinaryVersion = 6, kMaxDynamicShared = 8 };
+       kPtxVersion = 5, kBinaryVersion = 6, kMaxDynamicShared = 8, kCarveout = 9 };
 
 CUresult launch(CUfunction function, unsigned grid, unsigned block, unsigned shared,
     CUstream handle,
@@ -140,6 +141,7 @@ CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction function) {
         case kRegisters: *value = 64; break;
         case kPtxVersion: case kBinaryVersion: *value = 80; break;
         case kMaxDynamicShared: *value = function->max_shared; break;
+        case kCarveout: *value = function->carveout; break;
         default: *value = 0;
     }
     return CUDA_SUCCESS;
@@ -148,8 +150,13 @@ CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction function) {
 CUresult cuFuncSetAttribute(CUfunction function, int attribute, int value) {
     PFC_CONTEXT_ENTRY;
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
-    if (attribute != kMaxDynamicShared) return CUDA_SUCCESS;
-    if (value < 0 || value > shared_limit()) return CUDA_ERROR_INVALID_VALUE;
+    // Others can be read alone, or are not modelled.
+    if (attribute == kCarveout) {
+        if (value < -1 || value > 100) return CUDA_ERROR_INVALID_VALUE;
+        function->carveout = value;
+        return CUDA_SUCCESS;
+    }
+    if (attribute != kMaxDynamicShared || value < 0 || value > shared_limit()) return CUDA_ERROR_INVALID_VALUE;
     function->max_shared = value;
     return CUDA_SUCCESS;
 }

@@ -4,7 +4,7 @@ use std::ffi::{c_void, CString};
 use std::mem::{size_of, size_of_val};
 use std::sync::{Arc, Mutex};
 
-use super::driver::{self, Arguments, Context, Stream};
+use super::driver::{self, Arguments, Context, EventPool, Stream};
 use super::entries::{Entries, Entry};
 use super::images::{self, Images};
 use super::products::Products;
@@ -22,6 +22,8 @@ pub(super) struct Gpu {
     pub stream: Stream,
     pub entries: Entries,
     pub products: Products,
+    /// Of communicators.
+    pub events: Arc<EventPool>,
     pub multiprocessors: u32,
     /// One line for people.
     pub info: CString,
@@ -55,6 +57,7 @@ impl Gpu {
         Ok(Gpu {
             entries: Entries::load(&context, &images, multiprocessors)?,
             products: Products::load(&context, &images, multiprocessors)?,
+            events: EventPool::new(&context),
             stream: Stream::borrowed(&context, stream),
             multiprocessors,
             info: CString::new(text).map_err(|_| error!(Device, "the GPU's name contains a zero byte"))?,

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use crate::{environment, error, Result};
+use crate::{ensure, environment, error, Result};
 
 /// A kernel source.
 struct Stem {
@@ -59,11 +59,31 @@ pub struct Image {
     pub bytes: Cow<'static, [u8]>,
 }
 
+/// The pipeline of a product's main loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pipeline {
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+    pub stages: u32,
+}
+
+/// How an entry is launched by images from a folder: with the last of the pipelines that the GPU has the shared memory for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Launch {
+    pub entry: String,
+    pub pipelines: Vec<Pipeline>,
+}
+
 /// The images that one device loads.
 #[derive(Debug)]
 pub struct Images {
     pub list: Vec<Image>,
+    /// What holds over the launches that the library knows.
+    pub launches: Vec<Launch>,
 }
+
+/// Beside images in a folder: how they are launched, where that is not as the library's own are.
+const LAUNCHES: &str = "launches.txt";
 
 impl Images {
     /// The images for a device of this compute capability; from the folder that PFC_KERNEL_IMAGES names, if it names one.
@@ -99,10 +119,10 @@ impl Images {
                 None => {}
             }
         }
-        Ok(Images { list })
+        Ok(Images { list, launches: Vec::new() })
     }
 
-    /// `<stem>.cubin` of every source; those of sources that are not for all devices may be missing.
+    /// `<stem>.cubin` of every source; those of sources that are not for all devices may be missing, and so may `launches.txt`.
     fn read(stems: &[Stem], folder: &Path) -> Result<Images> {
         let mut list = Vec::new();
         for stem in stems {
@@ -113,7 +133,32 @@ impl Images {
                 Err(e) => return Err(error!(Io, "PFC_KERNEL_IMAGES: {}: {e}", path.display())),
             }
         }
-        Ok(Images { list })
+        let path = folder.join(LAUNCHES);
+        let launches = match std::fs::read_to_string(&path) {
+            Ok(text) => text.lines().map(|line| Launch::parse(line, &path)).collect::<Result<_>>()?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(error!(Io, "PFC_KERNEL_IMAGES: {}: {e}", path.display())),
+        };
+        Ok(Images { list, launches })
+    }
+}
+
+impl Launch {
+    /// `gemm_x 74496 2 148224 4`: the entry, and bytes and stages of each pipeline.
+    fn parse(line: &str, path: &Path) -> Result<Launch> {
+        let mut words = line.split_whitespace();
+        let entry = words.next().unwrap_or_default().to_owned();
+        let numbers: Vec<u32> = words.map_while(|word| word.parse().ok()).collect();
+        let pipelines: Vec<Pipeline> = numbers.chunks_exact(2).map(|of| Pipeline { shared: of[0], stages: of[1] }).collect();
+        // As many as were read, in pairs; the main loop waits for no other number of stages.
+        let whole = line.split_whitespace().count() == 1 + 2 * pipelines.len() && !pipelines.is_empty();
+        ensure!(
+            whole && pipelines.iter().all(|pipeline| (2..=4).contains(&pipeline.stages)),
+            InvalidArgument,
+            "PFC_KERNEL_IMAGES: {}: a line must be a kernel, its bytes of shared memory and 2 to 4 stages, got {line:?}",
+            path.display()
+        );
+        Ok(Launch { entry, pipelines })
     }
 }
 

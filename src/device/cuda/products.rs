@@ -1,24 +1,17 @@
 //! The products of a step, by the GEMM kernels: which entry a head takes, and how it is launched. The numbers are those of
 //! kernels/tune.h; a test compares them.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use super::driver::{Arguments, Context, Grid, Kernel, Module, Stream};
-use super::images::Images;
+use super::images::{Images, Launch, Pipeline};
 use super::shared_structs::{HeadArrays, MatrixView};
-use crate::Result;
+use crate::{ensure, error, Result};
 
-/// Dynamic shared memory.
-const NUMERATORS_SHARED: u32 = 49_680;
-const WEIGHTED_SHARED: u32 = 49_152;
-const COSINES_SHARED: u32 = 49_152;
-
-/// The stages of the center gradient's pipeline and the dynamic shared memory that they take.
-#[derive(Clone, Copy)]
-struct Pipeline {
-    stages: u32,
-    shared: u32,
-}
+/// The entries of the numerators have one pipeline, those of the weighted centers another; the cosines have the latter.
+const NUMERATORS: Pipeline = Pipeline { shared: 49_680, stages: 3 };
+const WEIGHTED: Pipeline = Pipeline { shared: 49_152, stages: 3 };
 
 /// An entry of the center gradient.
 struct CenterGradientEntry {
@@ -26,9 +19,8 @@ struct CenterGradientEntry {
     max_dim: u32,
     half: &'static str,
     f32: &'static str,
-    pipeline: Pipeline,
-    /// For GPUs whose blocks may have as much shared memory.
-    deep: Option<Pipeline>,
+    /// The last is for GPUs whose blocks may have as much shared memory.
+    pipelines: &'static [Pipeline],
 }
 
 const CENTER_GRADIENT: [CenterGradientEntry; 4] = [
@@ -36,38 +28,64 @@ const CENTER_GRADIENT: [CenterGradientEntry; 4] = [
         max_dim: 128,
         half: "gemm_center_gradient_half_128",
         f32: "gemm_center_gradient_f32_128",
-        pipeline: Pipeline { stages: 4, shared: 49_920 },
-        deep: None,
+        pipelines: &[Pipeline { shared: 49_920, stages: 4 }],
     },
     CenterGradientEntry {
         max_dim: 256,
         half: "gemm_center_gradient_half_256",
         f32: "gemm_center_gradient_f32_256",
-        pipeline: Pipeline { stages: 4, shared: 99_840 },
-        deep: None,
+        pipelines: &[Pipeline { shared: 99_840, stages: 4 }],
     },
     CenterGradientEntry {
         max_dim: 512,
         half: "gemm_center_gradient_half_512",
         f32: "gemm_center_gradient_f32_512",
-        pipeline: Pipeline { stages: 2, shared: 74_496 },
-        deep: Some(Pipeline { stages: 4, shared: 148_224 }),
+        pipelines: &[Pipeline { shared: 74_496, stages: 2 }, Pipeline { shared: 148_224, stages: 4 }],
     },
     CenterGradientEntry {
         max_dim: 1024,
         half: "gemm_center_gradient_half_1024",
         f32: "gemm_center_gradient_f32_1024",
-        pipeline: Pipeline { stages: 2, shared: 67_968 },
-        deep: Some(Pipeline { stages: 4, shared: 135_552 }),
+        pipelines: &[Pipeline { shared: 67_968, stages: 2 }, Pipeline { shared: 135_552, stages: 4 }],
     },
 ];
 
 /// The largest embedding_dim that the accumulators of a block hold.
 pub(super) const LARGEST_DIM: u32 = 1024;
 
-impl CenterGradientEntry {
-    fn pipeline(&self, largest_shared: u32) -> Pipeline {
-        self.deep.filter(|deep| deep.shared <= largest_shared).unwrap_or(self.pipeline)
+/// Loads the products' entries.
+struct Loader<'a> {
+    context: &'a Arc<Context>,
+    images: &'a Images,
+    multiprocessors: u32,
+    largest_shared: u32,
+    /// Entries that were loaded.
+    loaded: RefCell<Vec<&'static str>>,
+}
+
+impl Loader<'_> {
+    fn module(&self, source: &str) -> Result<Arc<Module>> {
+        Module::load(self.context, source, self.images.of(source)?)
+    }
+
+    /// An entry, launched as the images say, or else with the last of the pipelines that the GPU has the shared memory for.
+    fn product<A: Arguments>(&self, module: &Arc<Module>, entry: &'static str, pipelines: &[Pipeline]) -> Result<Product<A>> {
+        self.loaded.borrow_mut().push(entry);
+        let told = self.images.launches.iter().find(|launch| launch.entry == entry);
+        let pipelines = told.map_or(pipelines, |launch| &launch.pipelines);
+        let fitting = pipelines.iter().rfind(|pipeline| pipeline.shared <= self.largest_shared);
+        Product::load(module, entry, *fitting.unwrap_or(&pipelines[0]), self.multiprocessors)
+    }
+
+    /// Refuses launches of kernels that there are not: they would be without effect.
+    fn check_launches(&self) -> Result<()> {
+        let loaded = self.loaded.borrow();
+        match self.images.launches.iter().find(|launch| !loaded.contains(&launch.entry.as_str())) {
+            Some(Launch { entry, .. }) => {
+                Err(error!(InvalidArgument, "PFC_KERNEL_IMAGES: a launch of {entry:?}, which is no product"))
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -76,16 +94,26 @@ struct Product<A> {
     kernel: Kernel<A>,
     multiprocessors: u32,
     grid: Grid,
+    stages: u32,
 }
 
 impl<A: Arguments> Product<A> {
-    fn load(module: &Arc<Module>, entry: &str, shared: u32, multiprocessors: u32) -> Result<Product<A>> {
+    fn load(module: &Arc<Module>, entry: &str, pipeline: Pipeline, multiprocessors: u32) -> Result<Product<A>> {
         let kernel = module.kernel::<A>(entry)?;
-        kernel.allow_shared(shared)?;
+        kernel.allow_shared(pipeline.shared)?;
+        // The grid counts on as many blocks a multiprocessor as fit into all of its shared memory. cp.async.cg passes the first-level
+        // cache by, so that the products lose nothing; and they leave the memory divided as it is from one to the next.
+        kernel.prefer_shared()?;
         // The kernel's launch bounds: a block has them all.
         let threads = kernel.largest_block()?;
-        let blocks = kernel.blocks_per_multiprocessor(threads, shared)?.max(1);
-        Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads, shared } })
+        let blocks = kernel.blocks_per_multiprocessor(threads, pipeline.shared)?;
+        ensure!(
+            blocks > 0,
+            Unsupported,
+            "no block of the kernel {entry} fits a multiprocessor of this GPU: {threads} threads, {} bytes of shared memory",
+            pipeline.shared
+        );
+        Ok(Product { kernel, multiprocessors, grid: Grid { blocks, threads, shared: pipeline.shared }, stages: pipeline.stages })
     }
 
     /// On all multiprocessors but `reserved`, which are left to other work; a small GPU reserves an eighth of its own at most.
@@ -115,19 +143,13 @@ pub(super) enum Offsets {
     Own { far_only: bool },
 }
 
-/// An entry of the center gradient for this GPU.
-struct CenterGradient {
-    product: Product<CenterGradientArguments>,
-    stages: u32,
-}
-
 /// The products of one precision.
 struct Precision {
     numerators: Product<ChunkArguments>,
     far_numerators: Product<FarArguments>,
     weighted_centers: Product<ChunkArguments>,
     /// In the order of `CENTER_GRADIENT`.
-    center_gradient: Vec<CenterGradient>,
+    center_gradient: Vec<Product<CenterGradientArguments>>,
 }
 
 pub(super) struct Products {
@@ -138,30 +160,27 @@ pub(super) struct Products {
 
 impl Products {
     pub fn load(context: &Arc<Context>, images: &Images, multiprocessors: u32) -> Result<Products> {
-        let module = |source: &str| Module::load(context, source, images.of(source)?);
         let largest_shared = context.largest_shared()?;
-        let center_gradient = |module: &Arc<Module>, name: fn(&CenterGradientEntry) -> &'static str| {
-            let load = |entry: &CenterGradientEntry| {
-                let Pipeline { stages, shared } = entry.pipeline(largest_shared);
-                let product = Product::load(module, name(entry), shared, multiprocessors)?;
-                Ok(CenterGradient { product, stages })
-            };
-            CENTER_GRADIENT.iter().map(load).collect::<Result<Vec<_>>>()
+        let loader = Loader { context, images, multiprocessors, largest_shared, loaded: RefCell::default() };
+        let center_gradient = |source: &str, name: fn(&CenterGradientEntry) -> &'static str| {
+            let module = loader.module(source)?;
+            CENTER_GRADIENT.iter().map(|entry| loader.product(&module, name(entry), entry.pipelines)).collect::<Result<Vec<_>>>()
         };
-        let (numerators, weighted) = (module("gemm_numerators")?, module("gemm_weighted_centers")?);
+        let (numerators, weighted) = (loader.module("gemm_numerators")?, loader.module("gemm_weighted_centers")?);
         let half = Precision {
-            numerators: Product::load(&numerators, "gemm_numerators_half", NUMERATORS_SHARED, multiprocessors)?,
-            far_numerators: Product::load(&numerators, "gemm_numerators_half_far", NUMERATORS_SHARED, multiprocessors)?,
-            weighted_centers: Product::load(&weighted, "gemm_weighted_centers_half", WEIGHTED_SHARED, multiprocessors)?,
-            center_gradient: center_gradient(&module("gemm_center_gradient_half")?, |entry| entry.half)?,
+            numerators: loader.product(&numerators, "gemm_numerators_half", &[NUMERATORS])?,
+            far_numerators: loader.product(&numerators, "gemm_numerators_half_far", &[NUMERATORS])?,
+            weighted_centers: loader.product(&weighted, "gemm_weighted_centers_half", &[WEIGHTED])?,
+            center_gradient: center_gradient("gemm_center_gradient_half", |entry| entry.half)?,
         };
         let f32 = Precision {
-            numerators: Product::load(&numerators, "gemm_numerators_f32", NUMERATORS_SHARED, multiprocessors)?,
-            far_numerators: Product::load(&numerators, "gemm_numerators_f32_far", NUMERATORS_SHARED, multiprocessors)?,
-            weighted_centers: Product::load(&weighted, "gemm_weighted_centers_f32", WEIGHTED_SHARED, multiprocessors)?,
-            center_gradient: center_gradient(&module("gemm_center_gradient_f32")?, |entry| entry.f32)?,
+            numerators: loader.product(&numerators, "gemm_numerators_f32", &[NUMERATORS])?,
+            far_numerators: loader.product(&numerators, "gemm_numerators_f32_far", &[NUMERATORS])?,
+            weighted_centers: loader.product(&weighted, "gemm_weighted_centers_f32", &[WEIGHTED])?,
+            center_gradient: center_gradient("gemm_center_gradient_f32", |entry| entry.f32)?,
         };
-        let cosines = Product::load(&module("gemm_cosines")?, "gemm_cosines", COSINES_SHARED, multiprocessors)?;
+        let cosines = loader.product(&loader.module("gemm_cosines")?, "gemm_cosines", &[WEIGHTED])?;
+        loader.check_launches()?;
         Ok(Products { half, f32, cosines })
     }
 
@@ -198,8 +217,8 @@ impl Products {
         reserved: u32,
     ) -> Result<()> {
         let narrowest = CENTER_GRADIENT.iter().position(|entry| arrays.dim <= entry.max_dim).unwrap_or(CENTER_GRADIENT.len() - 1);
-        let CenterGradient { product, stages } = &self.of(&arrays).center_gradient[narrowest];
-        product.launch(stream, (arrays, first, loss_weight, fuse, *stages), reserved)
+        let product = &self.of(&arrays).center_gradient[narrowest];
+        product.launch(stream, (arrays, first, loss_weight, fuse, product.stages), reserved)
     }
 
     /// Cosines of the first `count` rows of E^ with the `columns` of the chunk, to the matrix from column `first` on.

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::context::Gpu;
-use super::driver::{CurrentContext, DeviceBuffer, Event, Priority, Stream};
+use super::driver::{CurrentContext, DeviceBuffer, Event, PooledEvent, Priority, Stream};
 use super::shared_structs::RankPointers;
 use crate::matrix::{DType, ReduceOp};
 use crate::stream::{self, CurrentDeviceGuard, Scratch, StreamDevice, StreamEvent, StreamMemory};
@@ -19,7 +19,7 @@ impl Gpu {
     }
 }
 
-impl StreamEvent for Event {
+impl StreamEvent for PooledEvent {
     fn is_over(&self) -> Result<bool> {
         Event::is_over(self)
     }
@@ -32,14 +32,13 @@ impl StreamMemory for Gpu {
     }
 
     fn record(&self, stream: *mut c_void) -> Result<stream::Event> {
-        let event = Event::new(&self.context)?;
-        event.record(&unsafe { self.borrowed(stream) })?;
-        Ok(Arc::new(event))
+        Ok(Arc::new(self.events.record(&unsafe { self.borrowed(stream) })?))
     }
 
     fn wait(&self, stream: *mut c_void, event: &stream::Event) -> Result<()> {
-        let event =
-            (&**event as &dyn Any).downcast_ref::<Event>().ok_or_else(|| error!(Device, "an event of another kind of memory"))?;
+        let event = (&**event as &dyn Any)
+            .downcast_ref::<PooledEvent>()
+            .ok_or_else(|| error!(Device, "an event of another kind of memory"))?;
         unsafe { self.borrowed(stream) }.wait(event)
     }
 

@@ -216,8 +216,8 @@ Case ldmatrix_case(uint64_t seed, const char* name) {
     return c;
 }
 
-Case copy_case(uint64_t seed) {
-    Case c = words_case(seed, "copy_async", 2, 64, 3 * 64 * 16, 2 * 3 * 64 * 5, 2 * 64 * 20);
+Case copy_case(uint64_t seed, const char* name) {
+    Case c = words_case(seed, name, 2, 64, 3 * 64 * 16, 2 * 3 * 64 * 5, 2 * 64 * 20);
     for (size_t block = 0; block < 2; ++block)
         for (size_t i = 0; i < 3 * 64; ++i) c.inputs[block * 3 * 64 * 5 + i] &= 1;
     return c;
@@ -417,7 +417,8 @@ std::vector<Case> make_cases(uint64_t seed) {
     }
     all.push_back(ldmatrix_case(seed, "ldmatrix_x4"));
     all.push_back(ldmatrix_case(seed, "ldmatrix_x4_transposed"));
-    all.push_back(copy_case(seed));
+    for (const char* name : {"copy_async", "copy_async_evict_first", "copy_async_evict_last"})
+        all.push_back(copy_case(seed, name));
     for (const char* name : {"shuffle_xor", "shuffle", "shuffle_up"})
         all.push_back(shuffle_case(seed, name));
     all.push_back(votes_case(seed));

@@ -65,27 +65,31 @@ GOLDEN_LDMATRIX(ldmatrix_x4_transposed)
 // Three groups of a copy a thread, blocks of 64. A block: whether each copy is valid, then the
 // sources; out: what a thread has of its two older groups after waiting for them alone, then all of
 // shared memory, which was not zero before.
-GOLDEN(copy_async) {
-    PFC_DYNAMIC_SHARED(memory);
-    uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
-    const uint32_t t = threadIdx.x;
-    const uint32_t* valid = in + blockIdx.x * (3 * 64 * 5);
-    const uint32_t* source = valid + 3 * 64;
-    uint32_t* mine = out + blockIdx.x * (64 * 8 + 3 * 64 * 4);
-    for (uint32_t i = t; i < 3 * 64 * 4; i += 64) shared[i] = 0xa5a5a5a5u;
-    __syncthreads();
-    for (uint32_t group = 0; group < 3; ++group) {
-        const uint32_t at = group * 64 + t;
-        ptx::copy_async_16(shared + 4 * at, source + 4 * at, valid[at] != 0);
-        ptx::copy_async_commit();
+#define GOLDEN_COPY(name, copy)                                                       \
+    GOLDEN(name) {                                                                    \
+        PFC_DYNAMIC_SHARED(memory);                                                   \
+        uint32_t* shared = reinterpret_cast<uint32_t*>(memory);                       \
+        const uint32_t t = threadIdx.x;                                               \
+        const uint32_t* valid = in + blockIdx.x * (3 * 64 * 5);                       \
+        const uint32_t* source = valid + 3 * 64;                                      \
+        uint32_t* mine = out + blockIdx.x * (64 * 8 + 3 * 64 * 4);                    \
+        for (uint32_t i = t; i < 3 * 64 * 4; i += 64) shared[i] = 0xa5a5a5a5u;        \
+        __syncthreads();                                                              \
+        for (uint32_t group = 0; group < 3; ++group) {                                \
+            const uint32_t at = group * 64 + t;                                       \
+            copy(shared + 4 * at, source + 4 * at, valid[at] != 0);                   \
+            ptx::copy_async_commit();                                                 \
+        }                                                                             \
+        ptx::copy_async_wait<1>();                                                    \
+        for (uint32_t i = 0; i < 8; ++i)                                              \
+            mine[8 * t + i] = shared[4 * (i / 4 * 64 + t) + i % 4];                   \
+        ptx::copy_async_wait<0>();                                                    \
+        __syncthreads();                                                              \
+        for (uint32_t i = t; i < 3 * 64 * 4; i += 64) mine[64 * 8 + i] = shared[i];   \
     }
-    ptx::copy_async_wait<1>();
-    for (uint32_t i = 0; i < 8; ++i)
-        mine[8 * t + i] = shared[4 * (i / 4 * 64 + t) + i % 4];
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-    for (uint32_t i = t; i < 3 * 64 * 4; i += 64) mine[64 * 8 + i] = shared[i];
-}
+GOLDEN_COPY(copy_async, ptx::copy_async_16)
+GOLDEN_COPY(copy_async_evict_first, ptx::copy_async_16<ptx::Eviction::kFirst>)
+GOLDEN_COPY(copy_async_evict_last, ptx::copy_async_16<ptx::Eviction::kLast>)
 
 // A thread: a value of 64 bits and the amounts of its three shuffles. Out: 7 words a shuffle.
 #define GOLDEN_SHUFFLE(name, amount)                                                    \

@@ -175,6 +175,12 @@ void copy_async(uint64_t shared, uint64_t global, uint32_t bytes) {
                   bytes == 16);
 }
 
+void check_policy(uint64_t policy) {
+    if (policy != kPolicyFirst && policy != kPolicyLast)
+        fault(format("cp.async with a hint that no createpolicy made: %llx",
+                     static_cast<unsigned long long>(policy)));
+}
+
 void prefetch_global(uint64_t at) {
     if (is_shared(at)) fault("prefetch.global of an address of shared memory");
     prefetch(reinterpret_cast<const void*>(at));

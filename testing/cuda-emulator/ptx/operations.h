@@ -279,6 +279,10 @@ FourFloats mma_bfloat(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32
 void copy_async(uint64_t shared, uint64_t global, uint32_t bytes);
 void prefetch_global(uint64_t at);
 
+// What createpolicy makes. A GPU's are other numbers.
+constexpr uint64_t kPolicyFirst = 0x706f6c6963790001, kPolicyLast = 0x706f6c6963790002;
+void check_policy(uint64_t policy);
+
 template <class T>
 PFC_PTX T* pointer(uint64_t at) { return reinterpret_cast<T*>(at); }
 

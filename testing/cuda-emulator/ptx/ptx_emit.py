@@ -198,6 +198,14 @@ class Instructions:
         self.expect(1)
         return f"ptx::prefetch_global({self.operands.address(self.texts[0], 'global')});"
 
+    # Hints for the second-level cache, of which the models know nothing: a value that only cp.async takes.
+    def op_createpolicy(self):
+        self.exactly(("fractional", "L2::evict_first", "b64"), ("fractional", "L2::evict_last", "b64"))
+        self.expect(2)
+        if self.texts[1] != "1.0":
+            self.operands.refuse(f"createpolicy.fractional of {self.texts[1]}")
+        return self.write(TYPES["b64"], f"ptx::kPolicy{'First' if 'L2::evict_first' in self.modifiers else 'Last'}")
+
     # cp.async and its groups.
     def op_cp(self):
         o = self.operands
@@ -210,12 +218,14 @@ class Instructions:
             if not self.texts[0].isdigit():
                 o.refuse(f"cp.async.wait_group {self.texts[0]}")
             return f"simt::copy_async_wait({self.texts[0]});"
-        self.exactly(("async", "cg", "shared", "global"))
-        self.expect(4)
+        copies = ("async", "cg", "shared", "global")
+        self.exactly(copies, (*copies, "L2::cache_hint"))
+        self.expect(len(modifiers))
         if self.texts[2] != "16":
             o.refuse(f"cp.async.cg of {self.texts[2]} bytes")
         to, source = o.address(self.texts[0], "shared"), o.address(self.texts[1], "global")
-        return f"ptx::copy_async({to}, {source}, {self.read(3, TYPES['u32'])});"
+        copy = f"ptx::copy_async({to}, {source}, {self.read(3, TYPES['u32'])});"
+        return f"ptx::check_policy({self.read(4, TYPES['b64'])}); {copy}" if len(modifiers) == 5 else copy
 
     # Integers.
 

@@ -149,6 +149,15 @@ void check_launches() {
         CHECK(run((48 << 10) + 4) == CUDA_ERROR_INVALID_VALUE);
         CHECK(cuFuncSetAttribute(f, 8, (163 << 10) + 4) == CUDA_ERROR_INVALID_VALUE);
         CHECK(cuFuncSetAttribute(f, 8, 163 << 10) == CUDA_SUCCESS);
+        // The share of a multiprocessor's memory that it prefers is a percentage, or the driver's choice; registers cannot be set.
+        int carveout = 0;
+        CHECK(cuFuncSetAttribute(f, 9, -1) == CUDA_SUCCESS);
+        CHECK(cuFuncSetAttribute(f, 9, 101) == CUDA_ERROR_INVALID_VALUE);
+        CHECK(cuFuncSetAttribute(f, 9, -2) == CUDA_ERROR_INVALID_VALUE);
+        CHECK(cuFuncGetAttribute(&carveout, 9, f) == CUDA_SUCCESS && carveout == -1);
+        CHECK(cuFuncSetAttribute(f, 9, 100) == CUDA_SUCCESS);
+        CHECK(cuFuncGetAttribute(&carveout, 9, f) == CUDA_SUCCESS && carveout == 100);
+        CHECK(cuFuncSetAttribute(f, 4, 32) == CUDA_ERROR_INVALID_VALUE);
         CHECK(run((48 << 10) + 4) == CUDA_SUCCESS);
         CHECK(run(163 << 10) == CUDA_SUCCESS);
         CHECK(run((163 << 10) + 4) == CUDA_ERROR_INVALID_VALUE);

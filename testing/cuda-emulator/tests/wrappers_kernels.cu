@@ -60,13 +60,17 @@ PFC_KERNEL(run_convert, (const float* in, uint32_t* out, uint32_t count)) {
     }
 }
 
-// Three groups of copies, the last not valid; every other group is read when it must be there.
+// Three groups of copies with the hints that there are, the last not valid; every other group is read when it must be there.
 PFC_KERNEL(run_copies, (const float* in, float* out)) {
     PFC_DYNAMIC_SHARED(memory);
     float* shared = reinterpret_cast<float*>(memory);
     const uint32_t t = threadIdx.x, n = blockDim.x;
     for (uint32_t group = 0; group < 3; ++group) {
-        ptx::copy_async_16(shared + 4 * (group * n + t), in + 4 * (group * n + t), group < 2);
+        float* const to = shared + 4 * (group * n + t);
+        const float* const from = in + 4 * (group * n + t);
+        if (group == 0) ptx::copy_async_16<ptx::Eviction::kFirst>(to, from, true);
+        else if (group == 1) ptx::copy_async_16<ptx::Eviction::kLast>(to, from, true);
+        else ptx::copy_async_16<ptx::Eviction::kNormal>(to, from, false);
         ptx::copy_async_commit();
     }
     ptx::copy_async_wait<1>();

@@ -21,7 +21,7 @@ use crate::{ensure, error, Error, Result};
 pub(crate) use context::{Context, CurrentContext, MemorySpace};
 pub(crate) use memory::{DeviceBuffer, PinnedBuffer};
 pub(crate) use module::{Arguments, Grid, Kernel, Module};
-pub(crate) use stream::{Event, Priority, Stream};
+pub(crate) use stream::{Event, EventPool, PooledEvent, Priority, Stream};
 
 /// The least driver for images from the oldest nvcc that makes them, as cuDriverGetVersion counts: 1000 * major + 10 * minor. Images
 /// from a later nvcc ask for more themselves.

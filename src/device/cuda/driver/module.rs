@@ -125,10 +125,19 @@ impl<A: Arguments> Kernel<A> {
         if bytes <= FREE_SHARED {
             return Ok(());
         }
+        self.set_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32)
+    }
+
+    /// Asks for as much of a multiprocessor's memory as there is to be shared memory, and the rest to be first-level cache.
+    pub fn prefer_shared(&self) -> Result<()> {
+        self.set_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+    }
+
+    fn set_attribute(&self, attribute: CUfunction_attribute, value: i32) -> Result<()> {
+        let context = &self.module.context;
         let _current = context.enter()?;
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a living function.
-        unsafe { call!(context.ordinal(), cuFuncSetAttribute(self.raw, attribute, bytes as i32)) }
+        unsafe { call!(context.ordinal(), cuFuncSetAttribute(self.raw, attribute, value)) }
             .map_err(|error| error.during(&self.name))
     }
 

@@ -1,7 +1,7 @@
 //! Streams and events.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstreamCaptureStatus, CUstream_flags};
 
@@ -259,5 +259,46 @@ impl Drop for Event {
             unsafe { call!(self.context.ordinal(), cuEventDestroy_v2(self.raw)) }
         };
         log_failure("destroying an event", destroy());
+    }
+}
+
+/// Events of one context that nobody holds, for the next who need one: the driver is not asked to make and to destroy one each time.
+pub(crate) struct EventPool {
+    context: Arc<Context>,
+    unused: Mutex<Vec<Event>>,
+}
+
+/// An event that goes back to its pool. What already waits for its last record goes on doing so.
+pub(crate) struct PooledEvent {
+    /// None while it goes back.
+    event: Option<Event>,
+    pool: Arc<EventPool>,
+}
+
+impl EventPool {
+    pub fn new(context: &Arc<Context>) -> Arc<EventPool> {
+        Arc::new(EventPool { context: context.clone(), unused: Mutex::default() })
+    }
+
+    /// The point after everything enqueued on `stream` so far.
+    pub fn record(self: &Arc<EventPool>, stream: &Stream) -> Result<PooledEvent> {
+        let unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let event = unused.map_or_else(|| Event::new(&self.context), Ok)?;
+        event.record(stream)?;
+        Ok(PooledEvent { event: Some(event), pool: self.clone() })
+    }
+}
+
+impl std::ops::Deref for PooledEvent {
+    type Target = Event;
+
+    fn deref(&self) -> &Event {
+        self.event.as_ref().expect("it has not gone back")
+    }
+}
+
+impl Drop for PooledEvent {
+    fn drop(&mut self) {
+        self.pool.unused.lock().unwrap_or_else(PoisonError::into_inner).extend(self.event.take());
     }
 }

@@ -247,6 +247,42 @@ fn events_order_streams() {
 }
 
 #[test]
+fn events_of_a_pool_are_used_again() {
+    let turn = turn(3);
+    let context = context();
+    let kernel = trivial(&context);
+    let pool = EventPool::new(&context);
+    let (first, second) =
+        (Stream::new(&context, Priority::Least).expect("one"), Stream::new(&context, Priority::Greatest).expect("two"));
+    let a = DeviceBuffer::<f32>::zeroed(&first, 1000, "a").expect("memory");
+    let b = DeviceBuffer::<f32>::zeroed(&first, 1000, "b").expect("memory");
+    let count = |function: &str| turn.calls(function).unwrap_or(0);
+    let [made, gone] = ["cuEventCreate", "cuEventDestroy_v2"].map(count);
+    let add = TrivialRule { factor: 1.0, add: 1, reserved: 0 };
+    for _ in 0..4 {
+        // SAFETY: within the arrays, which outlive the streams' work.
+        let launch = |stream: &Stream, from: &DeviceBuffer<f32>, to: &DeviceBuffer<f32>| unsafe {
+            let arguments = (from.as_mut_ptr().cast_const(), to.as_mut_ptr(), add, 1000);
+            kernel.launch(stream, Grid::of(3, 64), arguments).expect("a launch");
+        };
+        launch(&first, &a, &b);
+        // The next record may come before the second stream has waited for this one.
+        second.wait(&pool.record(&first).expect("a record")).expect("a wait");
+        launch(&second, &b, &a);
+        first.wait(&pool.record(&second).expect("a record")).expect("a wait");
+    }
+    let both = [pool.record(&first).expect("a record"), pool.record(&second).expect("a record")];
+    both.iter().for_each(|event| event.synchronize().expect("the work"));
+    let mut values = vec![0.0; 1000];
+    a.read(&first, 0, &mut values).expect("to read");
+    assert_eq!(values, vec![8.0; 1000]);
+    drop((both, pool));
+    if turn.is_emulator() {
+        assert_eq!((count("cuEventCreate") - made, count("cuEventDestroy_v2") - gone), (2, 2));
+    }
+}
+
+#[test]
 fn kernels_are_checked_when_they_are_loaded() {
     let _turn = turn(2);
     let context = context();
@@ -255,6 +291,7 @@ fn kernels_are_checked_when_they_are_loaded() {
     assert!(kernel.blocks_per_multiprocessor(128, 0).expect("a number") >= 1);
     assert!((32..=1024).contains(&kernel.largest_block().expect("a number")));
     kernel.allow_shared(64 << 10).expect("shared memory");
+    kernel.prefer_shared().expect("a preference");
     let largest = context.largest_shared().expect("a number");
     let message = error_of(kernel.allow_shared(largest + 1), Status::Unsupported);
     assert_names(&message, &["trivial_scale", &largest.to_string(), &(largest + 1).to_string()]);

@@ -97,12 +97,32 @@ fn images_are_read_from_a_folder() {
     let missing = Images::read(&stems, &folder).unwrap_err();
     std::fs::write(folder.join("rows.cubin"), b"image").unwrap();
     let images = Images::read(&stems, &folder);
+    std::fs::write(folder.join("launches.txt"), "gemm_a 65536 2\ngemm_b 74496 2 148224 4\n").unwrap();
+    let told = Images::read(&stems, &folder);
     std::fs::remove_dir_all(&folder).unwrap();
     assert_eq!(missing.status, Status::Io);
     assert!(missing.message.contains("rows.cubin"), "{missing}");
     let images = images.unwrap();
     assert_eq!(images.list.len(), 1);
     assert_eq!(*images.list[0].bytes, *b"image");
+    assert_eq!(images.launches, []);
+    let pipeline = |shared, stages| Pipeline { shared, stages };
+    let expected = [("gemm_a", vec![pipeline(65536, 2)]), ("gemm_b", vec![pipeline(74496, 2), pipeline(148_224, 4)])];
+    assert_eq!(told.unwrap().launches, expected.map(|(entry, pipelines)| Launch { entry: entry.to_owned(), pipelines }));
+}
+
+#[test]
+fn a_line_that_is_no_launch_is_shown() {
+    for line in
+        ["", "gemm_a", "gemm_a 65536", "gemm_a 65536 2 7", "gemm_a 65536 two", "gemm_a 65536 1", "gemm_a 65536 5", "gemm_a -1 2"]
+    {
+        let refused = Launch::parse(line, Path::new("variant/launches.txt")).unwrap_err();
+        assert_eq!(refused.status, Status::InvalidArgument, "{line}");
+        assert!(
+            refused.message.contains("variant/launches.txt") && refused.message.ends_with(&format!("got {line:?}")),
+            "{refused}"
+        );
+    }
 }
 
 #[test]

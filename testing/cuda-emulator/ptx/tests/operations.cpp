@@ -494,6 +494,7 @@ void check_findings() {
                                      {"half_a_warps_width", "the clamp 0x101f"},
                                      {"some_bytes_of_a_copy", "cp.async of 8 of 16 bytes"},
                                      {"copy_read_too_early", "copy_async_16 is under way"},
+                                     {"hint_without_policy", "a hint that no createpolicy made"},
                                      {"no_barrier", "race"},
                                      {"unused_bytes", "never written"},
                                      {"all_bytes", "never written"},
