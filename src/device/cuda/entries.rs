@@ -34,6 +34,9 @@ mod launches {
     include!(concat!(env!("OUT_DIR"), "/launches.rs"));
 }
 
+/// kernels/labels.cu: labels that one CTA sorts, eight a thread.
+pub(super) const SMALL_SORT_ROWS: u64 = 8 * launches::sort_labels.threads as u64;
+
 /// A kernel with its launch shape on this GPU.
 pub(super) struct Entry<A> {
     kernel: Kernel<A>,
@@ -88,27 +91,22 @@ entries! {
     "labels" {
         pack_labels(LabelHeader, Address, i32);
         judge_labels();
+        sort_labels(u32);
         spread_labels();
         sort_labels_count(u32, u32);
         sort_labels_scan();
         sort_labels_scatter(u32, u32);
         find_positives_count();
         find_positives_scan();
-        find_positives_scatter();
+        find_positives_scatter(u32);
     }
     "sample" {
-        mark_positives();
         mark_chosen(Address, u32);
-        key_histogram(u32);
-        pick_threshold(u32);
         mark_below();
-        mark_ties_scan();
-        mark_ties();
-        list_sample_count();
-        list_sample_scan();
-        list_sample_scatter();
+        pick_threshold();
+        count_sample();
+        list_sample();
         list_whole();
-        find_target_columns();
     }
     "embeddings" {
         pack_embeddings(MatrixView, u64);
