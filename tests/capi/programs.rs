@@ -1,7 +1,7 @@
 //! C and C++ programs that use the library as its users do, compiled by the system's compilers, linked with the shared library and
 //! with the static one, and run. The programs are in `ctests/` and `examples/`; what they print is shown when they fail.
 //!
-//! `PFC_REQUIRE_TOOLS=1` makes a missing pkg-config, cmake or make a failure; without it what needs them is left out.
+//! `PFC_REQUIRE_TOOLS=1` makes a missing pkg-config, cmake, make or clang++ a failure; without it what needs them is left out.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
