@@ -16,6 +16,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -33,6 +34,8 @@ use partialfc::trace;
 mod driver;
 #[path = "gpu/floor.rs"]
 mod floor;
+#[path = "gpu/variants.rs"]
+mod variants;
 use partialfc_testing::emulator;
 
 use driver::{Memory, Stream};
@@ -46,6 +49,7 @@ Time of a head's step on GPU 0, whole and by kernel, as a share of what the GPU 
       --tiny          one tiny shape, two steps: for the emulator (PFC_TEST_DRIVER=simt)
       --rate R        sample rate; there are S / R classes        (default: 0.1)
       --steps N       steps timed                                 (default: 20; medians are printed)
+      --variants A,B  the products alone, by the images of folder B, and of more, side by side with those of A
       --torch FILE    the figures of gpu/torch_step.py, to compare with
       --copies        the copy rate alone
       --floors T G    no GPU: the floors' times at T TFLOP/s and G GB/s
@@ -68,6 +72,8 @@ struct Run {
     copied: usize,
     torch: Option<serde_json::Value>,
     only_copies: bool,
+    /// Folders of images.
+    variants: Vec<PathBuf>,
     floors: Option<Rates>,
 }
 
@@ -109,6 +115,7 @@ fn parse(arguments: &[String]) -> Result<Run, String> {
         copied: 1 << 30,
         torch: None,
         only_copies: false,
+        variants: Vec::new(),
         floors: None,
     };
     let (mut numbers, mut steps) = (Vec::new(), None);
@@ -123,6 +130,10 @@ fn parse(arguments: &[String]) -> Result<Run, String> {
             "--rate" => run.rate = number()?,
             "--steps" => steps = Some(number()?.ceil() as usize),
             "--copies" => run.only_copies = true,
+            "--variants" => {
+                let folders = rest.next().ok_or("--variants takes folders, with commas between")?;
+                run.variants = folders.split(',').map(PathBuf::from).collect();
+            }
             "--floors" => run.floors = Some(Rates { flops: 1e12 * number()?, bytes: 1e9 * number()? }),
             "--torch" => {
                 let path = rest.next().ok_or("--torch takes a file")?;
@@ -133,6 +144,9 @@ fn parse(arguments: &[String]) -> Result<Run, String> {
         }
     }
     run.steps = steps.unwrap_or(run.steps);
+    if !run.variants.is_empty() && run.shapes.len() > 1 {
+        run.shapes.retain(|shape| (shape.sample, shape.dim) == (125_000, 512));
+    }
     match numbers[..] {
         [] => Ok(run),
         [batch, sample, dim] if batch * sample * dim > 0 => Ok(Run { shapes: vec![shape([batch, sample, dim])], ..run }),
@@ -170,6 +184,9 @@ fn on_gpu(run: &Run) -> Result<(), String> {
     println!("{}", device.info().to_string_lossy());
     if device.info().to_string_lossy().contains("emulator") {
         println!("an emulator: its times tell nothing");
+    }
+    if !run.variants.is_empty() {
+        return variants::compare(run, &stream, &run.variants);
     }
     let copies = copy_rate(&stream, run);
     println!("copies of {} MiB: {:.1} GB/s, read and written", run.copied >> 20, copies / 1e9);
@@ -318,7 +335,7 @@ impl Steps {
 
 impl Bench<'_> {
     fn head(&self, options: &HeadOptions) -> Head {
-        Head::create(Communicator::single().expect("a communicator"), Ok((self.device.clone(), options.clone()))).expect("a head")
+        head_on(&self.device, options)
     }
 
     fn steps(&self, shape: Shape, workspace_limit: usize) -> Steps {
@@ -440,6 +457,10 @@ impl Bench<'_> {
         };
         shapes.iter().find(is)?[figure].as_f64()
     }
+}
+
+fn head_on(device: &Arc<dyn Device>, options: &HeadOptions) -> Head {
+    Head::create(Communicator::single().expect("a communicator"), Ok((device.clone(), options.clone()))).expect("a head")
 }
 
 /// All launches of a kernel in one step.

@@ -102,7 +102,8 @@ PFC_DEVICE void center_gradient(const HeadArrays& head, uint32_t first, double l
         };
         Mainloop mainloop;
         prefetch(Prefetch::kEarly);
-        mainloop.template run<kPrefetch == Prefetch::kLate>(
+        // In two parts whenever the prefetch is: its variants have the same loops.
+        mainloop.template run<true>(
             pipeline, numerators, scaled, depth, stages, [&] { prefetch(Prefetch::kLate); });
 
         epilogue::add_targets(head, mainloop, classes);
