@@ -9,7 +9,7 @@ use partialfc::trace;
 
 use super::driver::{self, Stream};
 use super::floor::Shape;
-use super::{median, options, Batch, Kernel, Run, SETS, WARM};
+use super::{options, Batch, Kernel, Run, SETS, WARM};
 
 /// The products of a step, in its order.
 const PRODUCTS: [&str; 3] = ["gemm_numerators", "gemm_weighted_centers", "gemm_center_gradient"];
