@@ -5,7 +5,8 @@
 //   rows       label, origin and class of each global row (src/device/cpu/sample.rs)
 //   sort       (class, global row) by class, then row: a stable radix sort, 8 bits a pass
 //   positives  the distinct classes of this shard, ascending, and where in the sorted rows each
-//              one's begin
+//              one's begin; for a sample that is drawn or chosen, their bits in `selected`, and how
+//              many negatives a draw has to add
 //
 // All is integer work on G rows; nothing depends on the grid. Floor: about 32 G bytes of labels and
 // 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch.
@@ -19,14 +20,13 @@
 //     sort_labels_count, sort_labels_scan, sort_labels_scatter
 //   find_positives_count, find_positives_scan, find_positives_scatter
 //
-// All four passes always run: kNone has to end up last, and the result in [0]. A grid has work for
-// ceil(label_capacity / 1024) CTAs. No other kernel may set the block's status while one of these
-// runs. With a fault, the kernels after judge_labels do nothing.
+// All four passes always run: kNone has to end up last, and the result in [0]. A grid
+// has work for ceil(label_capacity / 1024) CTAs. No other kernel may set the block's status while
+// one of these runs. With a fault, the kernels after judge_labels do nothing. `mark`: 0 where the
+// sample is the whole shard, whose bits nobody reads.
 //
-// Counters: after the kHistogramBins of sample.cu, 256 for each tile of 1024 global rows. With what
-// sample.cu needs (its head has the same formula):
-//
-//   count_capacity = 2048 + max(256 * ceil(label_capacity / 1024), ceil(shard_rows / 512))
+// Counters: after the kDrawCounters of sample.cu, whose head has the formula of count_capacity, 256
+// for each tile of 1024 global rows.
 #include "integers.h"
 #include "ptx/arithmetic.h"
 #include "ptx/atomic.h"
@@ -36,7 +36,6 @@
 
 constexpr uint32_t kSortTile = 1024;       // global rows of one counter
 constexpr uint32_t kDigits = 256;          // 8 bits a pass
-constexpr uint32_t kHistogramBins = 2048;  // at the head of counts: sample.cu's, zero between draws
 constexpr int64_t kNoLabelIgnored = INT64_MIN;
 
 // Rank r's block of the labels message: {status, rank, batch, announcement, labels}.
@@ -51,6 +50,44 @@ PFC_DEVICE bool is_ignored(const HeadArrays& head, int64_t label) {
 PFC_DEVICE uint32_t sort_tiles(const StepBlock& block) {
     return ceil_div(block.global_rows, kSortTile);
 }
+
+// Label, origin and class of a global row, which is row `row` of a rank's batch; gives the class.
+PFC_DEVICE uint32_t spread_row(const HeadArrays& head, uint32_t global, uint32_t rank,
+                               uint32_t row) {
+    const int64_t label = block_of(head, rank)[kLabelHeader + row];
+    const uint64_t offset = (uint64_t)label - head.first_class;
+    const bool here = !is_ignored(head, label) && (uint64_t)label >= head.first_class &&
+                      offset < head.shard_rows;
+    head.labels[global] = label;
+    head.origins[global] = rank * head.max_batch + row;
+    head.columns[global] = kNone;
+    return here ? (uint32_t)offset : kNone;
+}
+
+// Called by one thread. A sample has all positives, and negatives up to its size.
+PFC_DEVICE void want_negatives(const HeadArrays& head, uint32_t positives) {
+    const uint32_t size = smaller(head.sample_size, head.shard_rows);
+    head.block->wanted = size > positives ? size - positives : 0u;
+}
+
+// Sets the bit of a class, whose word other threads may be setting, too.
+PFC_DEVICE void select_class(const HeadArrays& head, uint32_t class_here) {
+    ptx::atomic_or(&head.selected[class_here / 32], 1u << class_here % 32);
+}
+
+// The lanes of a warp whose digit is this lane's, of those that are valid.
+PFC_DEVICE uint32_t peers_of(bool valid, uint32_t digit) {
+    uint32_t peers = ptx::ballot(valid);
+#pragma unroll
+    for (uint32_t bit = 0; bit < 8; bit++) {
+        const bool set = (digit >> bit & 1) != 0;
+        const uint32_t votes = ptx::ballot(set);
+        peers &= set ? votes : ~votes;
+    }
+    return peers;
+}
+
+PFC_DEVICE uint32_t lanes_below() { return (1u << ptx::lane()) - 1; }
 
 // labels_send = {header, labels .., 0 ..}; the batch of a rank that fails is 0. `factor` 0 or 1: the
 // word of the last update's factor is ledger->factors[factor], which the host does not know.
@@ -217,20 +254,12 @@ PFC_KERNEL(spread_labels, (const PFC_GRID_CONSTANT HeadArrays head)) {
         for (uint32_t other = ptx::lane(); other < rank; other += 32)
             before += (uint32_t)block_of(head, other)[kBatchWord];
         before = warp_sum(before);
-        const int64_t* const block = block_of(head, rank);
-        const uint32_t batch = (uint32_t)block[kBatchWord];
+        const uint32_t batch = (uint32_t)block_of(head, rank)[kBatchWord];
         const uint32_t end = smaller(begin + kEach, batch);
         for (uint32_t row = begin + ptx::lane(); row < end; row += 32) {
-            const int64_t label = block[kLabelHeader + row];
-            const uint64_t offset = (uint64_t)label - head.first_class;
-            const bool here = !is_ignored(head, label) && (uint64_t)label >= head.first_class &&
-                              offset < head.shard_rows;
             const uint32_t global = before + row;
-            head.labels[global] = label;
-            head.origins[global] = rank * head.max_batch + row;
-            head.sort_keys[0][global] = here ? (uint32_t)offset : kNone;
+            head.sort_keys[0][global] = spread_row(head, global, rank, row);
             head.sort_rows[0][global] = global;
-            head.columns[global] = kNone;
         }
     }
 }
@@ -246,7 +275,7 @@ PFC_KERNEL(sort_labels_count,
     if (head.block->status != 0) return;
     const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
     const uint32_t* const keys = from == 0 ? head.sort_keys[0] : head.sort_keys[1];
-    uint32_t* const counts = head.counts + kHistogramBins;
+    uint32_t* const counts = head.counts + kDrawCounters;
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         for (uint32_t digit = threadIdx.x; digit < kDigits; digit += blockDim.x) bins[digit] = 0;
         __syncthreads();
@@ -267,7 +296,7 @@ PFC_KERNEL(sort_labels_count,
 PFC_KERNEL_OF(sort_labels_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head)) {
     PFC_DYNAMIC_SHARED(shared);
     if (head.block->status != 0) return;
-    scan_in_place(head.counts + kHistogramBins, kDigits * sort_tiles(*head.block), shared);
+    scan_in_place(head.counts + kDrawCounters, kDigits * sort_tiles(*head.block), shared);
 }
 
 // Moves a tile's keys to their sorted indices. A warp has consecutive keys of the tile, in rounds
@@ -287,7 +316,7 @@ PFC_KERNEL(sort_labels_scatter,
     const uint32_t* const ids = forth ? head.sort_rows[0] : head.sort_rows[1];
     uint32_t* const out_keys = forth ? head.sort_keys[1] : head.sort_keys[0];
     uint32_t* const out_ids = forth ? head.sort_rows[1] : head.sort_rows[0];
-    const uint32_t* const counts = head.counts + kHistogramBins;
+    const uint32_t* const counts = head.counts + kDrawCounters;
     const uint32_t warps = blockDim.x / 32, lane = ptx::lane(), warp = ptx::warp();
     const uint32_t each = ceil_div(kSortTile / 32, warps) * 32;
     uint32_t* const own = bins + warp * kDigits;
@@ -315,14 +344,8 @@ PFC_KERNEL(sort_labels_scatter,
             const uint32_t i = round + lane;
             const bool valid = i < end;
             const uint32_t key = valid ? keys[i] : 0u, digit = key >> shift & (kDigits - 1);
-            uint32_t peers = ptx::ballot(valid);
-#pragma unroll
-            for (uint32_t bit = 0; bit < 8; bit++) {
-                const bool set = (digit >> bit & 1) != 0;
-                const uint32_t votes = ptx::ballot(set);
-                peers &= set ? votes : ~votes;
-            }
-            const uint32_t before = ptx::population_count(peers & ((1u << lane) - 1));
+            const uint32_t peers = peers_of(valid, digit);
+            const uint32_t before = ptx::population_count(peers & lanes_below());
             const uint32_t to = valid ? own[digit] + before : 0u;
             ptx::sync_warp();
             if (valid && before == 0) own[digit] += ptx::population_count(peers);
@@ -354,7 +377,7 @@ PFC_KERNEL(find_positives_count, (const PFC_GRID_CONSTANT HeadArrays head)) {
         for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x)
             found += begins_run(head.sort_keys[0], i) ? 1u : 0u;
         found = block_sum(found, shared);
-        if (threadIdx.x == 0) head.counts[kHistogramBins + tile] = found;
+        if (threadIdx.x == 0) head.counts[kDrawCounters + tile] = found;
     }
 }
 
@@ -365,7 +388,7 @@ PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays 
     if (head.block->status != 0) return;
     const uint32_t rows = head.block->global_rows;
     const uint32_t positives =
-        scan_in_place(head.counts + kHistogramBins, sort_tiles(*head.block), shared);
+        scan_in_place(head.counts + kDrawCounters, sort_tiles(*head.block), shared);
     if (threadIdx.x != 0) return;
     // The rows of other shards are at the end: bisection finds the first of them.
     uint32_t low = 0, high = rows;
@@ -383,15 +406,17 @@ PFC_KERNEL_OF(find_positives_scan, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays 
 }
 
 // launch: find_positives_scatter blocks 4 per SM threads 256 shared 256
-// gate: find_positives_scatter registers <= 32
-PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadArrays head)) {
+// gate: find_positives_scatter registers <= 40
+PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t mark)) {
     PFC_DYNAMIC_SHARED(shared);
     if (head.block->status != 0) return;
+    if (mark != 0 && blockIdx.x == 0 && threadIdx.x == 0)
+        want_negatives(head, head.block->positives);
     const uint32_t rows = head.block->global_rows, tiles = sort_tiles(*head.block);
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const uint32_t begin = tile * kSortTile,
                        end = rows - begin < kSortTile ? rows : begin + kSortTile;
-        uint32_t positive = head.counts[kHistogramBins + tile];
+        uint32_t positive = head.counts[kDrawCounters + tile];
         for (uint32_t round = begin; round < end; round += blockDim.x) {
             const uint32_t i = round + threadIdx.x;
             const bool begins = i < end && begins_run(head.sort_keys[0], i);
@@ -400,6 +425,7 @@ PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadArrays head)) {
             if (begins) {
                 head.positive_classes[positive + before] = head.sort_keys[0][i];
                 head.positive_starts[positive + before] = i;
+                if (mark != 0) select_class(head, head.sort_keys[0][i]);
             }
             positive += total;
         }

@@ -19,6 +19,7 @@
 constexpr uint32_t kNone = 0xffffffffu;  // no column, no class, no positive
 constexpr uint32_t kTileRows = 128;      // rows of operands are zero up to a multiple of it
 constexpr uint32_t kTileColumns = 128;   // columns likewise
+constexpr uint32_t kDrawCounters = 8;    // at the head of counts: those of a draw
 // {status, rank, batch, announcement} before the labels of a rank's block in the labels message; the
 // announcement (protocol.rs `Announcement`) must be the same on all ranks
 constexpr uint32_t kStatusWord = 0;
@@ -119,15 +120,10 @@ struct StepBlock {
     uint32_t global_rows;     // G
     uint32_t positives;       // distinct classes of the shard among all labels (find_positives)
     uint32_t positive_rows;   // global rows whose class is in the shard
-    uint32_t classes;         // S (list_sample)
-    uint32_t wanted;          // negatives to draw; during the draw, those still to be taken from
-                              // the current bin
-    uint32_t threshold;       // every negative with a key below it is drawn; during the draw, its
-                              // top bits
+    uint32_t classes;         // S (count_sample, list_whole)
+    uint32_t wanted;          // negatives to draw (find_positives)
+    uint32_t threshold;       // every negative with a key below it is drawn (pick_threshold)
     uint32_t ties;            // how many negatives whose key equals the threshold are drawn
-    uint32_t equal_keys;      // how many there are with that key (mark_ties_scan)
-    uint32_t first_tie;       // tie number r, in ascending order, is drawn if
-                              // (first_tie + r) % equal_keys < ties
     uint32_t bad_row;         // first row of B with a NaN or an infinity, or kNone
                               // (normalize_embeddings)
     uint64_t valid_rows;      // of all ranks (judge_sums)
@@ -216,8 +212,8 @@ struct HeadArrays {
                                  // sample, or kNone
     uint32_t* positive_of;       // [sample_capacity] the positive that a column is, or kNone
     // Scratch of the draw.
-    uint32_t* counts;            // [count_capacity] 2048 bins, zero between draws; then the
-                                 // counters of a sort or a sample
+    uint32_t* counts;            // [count_capacity] kDrawCounters, zero between draws; then the
+                                 // counters of a sort, of a draw's window or of a sample
     uint32_t* selected;          // [ceil(shard_rows / 32)] bits of selected classes; zero between
                                  // draws
     // The embeddings message.

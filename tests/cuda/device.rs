@@ -342,7 +342,7 @@ const KERNELS: [&str; 12] = [
     "pack_labels",
     "judge_labels",
     "sort_labels_scan",
-    "find_target_columns",
+    "list_sample",
     "pack_embeddings",
     "normalize_embeddings",
     "gemm_numerators_f32",

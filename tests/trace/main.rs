@@ -117,7 +117,7 @@ fn assert_ordered(spans: &[Span], rank: u32, step: u64) {
             ("draw stream", "pack_labels"),
             ("exchange stream", "all_gather labels"),
             ("draw stream", "judge_labels"),
-            ("draw stream", "find_target_columns"),
+            ("draw stream", "list_sample"),
             ("centers stream", "gather_centers"),
             ("main stream", "gemm_numerators"),
         ],

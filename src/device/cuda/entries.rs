@@ -94,21 +94,15 @@ entries! {
         sort_labels_scatter(u32, u32);
         find_positives_count();
         find_positives_scan();
-        find_positives_scatter();
+        find_positives_scatter(u32);
     }
     "sample" {
-        mark_positives();
         mark_chosen(Address, u32);
-        key_histogram(u32);
-        pick_threshold(u32);
         mark_below();
-        mark_ties_scan();
-        mark_ties();
-        list_sample_count();
-        list_sample_scan();
-        list_sample_scatter();
+        pick_threshold();
+        count_sample();
+        list_sample();
         list_whole();
-        find_target_columns();
     }
     "embeddings" {
         pack_embeddings(MatrixView, u64);

@@ -118,8 +118,6 @@ structures! {
         wanted: u32,
         threshold: u32,
         ties: u32,
-        equal_keys: u32,
-        first_tie: u32,
         bad_row: u32,
         valid_rows: u64,
         own_valid_rows: u64,
@@ -296,8 +294,8 @@ impl RankPointers {
 const _: () = {
     assert!(std::mem::size_of::<MatrixView>() == 40);
     assert!(std::mem::size_of::<MarginSettings>() == 56);
-    assert!(std::mem::size_of::<StepBlock>() == 296);
-    assert!(std::mem::size_of::<Ledger>() == 344);
+    assert!(std::mem::size_of::<StepBlock>() == 288);
+    assert!(std::mem::size_of::<Ledger>() == 336);
     assert!(std::mem::size_of::<Rule>() == 56);
     assert!(std::mem::size_of::<MissedUpdates>() == 40);
     assert!(std::mem::size_of::<OptimizerSettings>() == 56);

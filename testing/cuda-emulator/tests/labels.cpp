@@ -42,7 +42,12 @@ struct Options {
     uint32_t shard_rows;
     int64_t ignore_label = INT64_MIN;
     int32_t sharded = 1;
+    uint32_t sample_size = 0;
 };
+
+// How the rows are sorted: by a chain of kernels.
+enum class Sort { kLarge };
+constexpr Sort kSorts[] = {Sort::kLarge};
 
 // The arrays of a head that these kernels use. Counters are not zeroed between runs: nothing here
 // counts on it but the head of them, which must stay as it was.
@@ -59,8 +64,8 @@ class Rig {
         arrays_.shard_rows = options.shard_rows;
         arrays_.ignore_label = options.ignore_label;
         arrays_.sharded = options.sharded;
-        arrays_.count_capacity =
-            2048 + std::max(256 * ((labels + 1023) / 1024), (options.shard_rows + 511) / 512);
+        arrays_.sample_size = options.sample_size;
+        arrays_.count_capacity = kDrawCounters + 256 * ((labels + 1023) / 1024);
         arrays_.block = memory_.make<StepBlock>(1);
         arrays_.ledger = memory_.make<Ledger>(1);
         arrays_.labels_send = memory_.make<int64_t>(kLabelHeader + gathered.max_batch);
@@ -75,8 +80,10 @@ class Rig {
         arrays_.positive_starts = memory_.make<uint32_t>(labels + 1);
         arrays_.columns = memory_.make<uint32_t>(labels);
         arrays_.counts = memory_.make<uint32_t>(arrays_.count_capacity);
+        words_ = (options.shard_rows + 31) / 32;
+        arrays_.selected = memory_.make<uint32_t>(words_);
         gather(gathered);
-        memory_.put(arrays_.counts, std::vector<uint32_t>(2048, 0));
+        memory_.put(arrays_.counts, std::vector<uint32_t>(kDrawCounters, 0));
     }
 
     // What this rank sent, and what came back.
@@ -87,8 +94,9 @@ class Rig {
         memory_.put(arrays_.labels_recv, gathered.blocks);
     }
 
-    void run(const Launch& launch) {
+    void run(const Launch& launch, Sort, uint32_t mark = 0) {
         const unsigned scan = 256, warps = launch.block / 32;
+        memory_.put(arrays_.selected, std::vector<uint32_t>(words_, 0));
         memory_.launch("judge_labels", 1, launch.one, scan, arrays_);
         memory_.launch("spread_labels", launch.grid, launch.block, 0, arrays_);
         for (uint32_t pass = 0; pass < 4; ++pass) {
@@ -101,15 +109,23 @@ class Rig {
         }
         memory_.launch("find_positives_count", launch.grid, launch.block, scan, arrays_);
         memory_.launch("find_positives_scan", 1, launch.one, scan, arrays_);
-        memory_.launch("find_positives_scatter", launch.grid, launch.block, scan, arrays_);
+        memory_.launch("find_positives_scatter", launch.grid, launch.block, scan, arrays_, mark);
     }
 
     const HeadArrays& arrays() const { return arrays_; }
     Memory& memory() { return memory_; }
     StepBlock block() { return memory_.get(arrays_.block, 1)[0]; }
+    // The classes whose bits are set.
+    std::vector<uint32_t> selected() {
+        std::vector<uint32_t> classes;
+        const std::vector<uint32_t> bits = memory_.get(arrays_.selected, words_);
+        for (size_t i = 0; i < 32 * words_; ++i)
+            if (bits[i / 32] >> i % 32 & 1) classes.push_back(uint32_t(i));
+        return classes;
+    }
 
   private:
-    size_t capacity_;
+    size_t capacity_, words_;
     Memory memory_;
     HeadArrays arrays_{};
 };
@@ -126,9 +142,9 @@ void expect_fault(const char* what, const StepBlock& block, int32_t status, int3
 
 // Everything that follows from labels without a fault.
 void compare(const std::string& what, const Gathered& gathered, const Options& options,
-             const Launch& launch) {
+             const Launch& launch, Sort sort, uint32_t mark) {
     Rig rig(gathered, options);
-    rig.run(launch);
+    rig.run(launch, sort, mark);
     const HeadArrays& arrays = rig.arrays();
     const StepBlock block = rig.block();
 
@@ -185,7 +201,20 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
     EXPECT(memory.get(arrays.sort_rows[0], rows) == order, what);
     EXPECT(memory.get(arrays.positive_classes, positives.size()) == positives, what);
     EXPECT(memory.get(arrays.positive_starts, starts.size()) == starts, what);
-    EXPECT(memory.get(arrays.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
+    const std::vector<uint32_t> zeros(kDrawCounters, 0);
+    EXPECT(memory.get(arrays.counts, kDrawCounters) == zeros, what);
+    EXPECT(rig.selected() == (mark ? positives : std::vector<uint32_t>()), what);
+    const uint32_t size = std::min(options.sample_size, options.shard_rows);
+    const uint32_t found = uint32_t(positives.size());
+    EXPECT(block.wanted == (mark && size > found ? size - found : 0), what);
+}
+
+void compare(const std::string& what, const Gathered& gathered, const Options& options,
+             const Launch& launch) {
+    for (const Sort sort : kSorts)
+        for (const uint32_t mark : {0u, 1u}) {
+            compare(what, gathered, options, launch, sort, mark);
+        }
 }
 
 void test_good_blocks() {
@@ -209,6 +238,7 @@ void test_good_blocks() {
             const uint32_t rank = uint32_t(random() % shape.ranks);
             Gathered gathered(shape.ranks, shape.max_batch, rank, (1ll << 40) + 3, 9);
             Options options{shape.first, shape.classes, uint32_t(shape.rows)};
+            options.sample_size = uint32_t(shape.rows / (1 + 9 * (variant % 2)));
             if (variant % 2 == 1) options.ignore_label = variant == 1 ? -1 : -100;
             options.sharded = variant < 2;
             for (uint32_t r = 0; r < shape.ranks; ++r) {
@@ -260,14 +290,15 @@ void test_plain_extremes() {
     }
 }
 
-void test_faults() {
+void test_faults(Sort sort) {
     for (const Launch& launch : kLaunches) {
         const Options options{0, 100, 100, -1};
         Gathered good(4, 50, 2, 5, 6);
         for (uint32_t r = 0; r < 4; ++r) good.set(r, std::vector<int64_t>(10 + r, r));
         const auto judged = [&](const Gathered& gathered) {
             Rig rig(gathered, options);
-            rig.run(launch);
+            rig.run(launch, sort, 1);
+            EXPECT(rig.selected().empty() && rig.block().wanted == 0, "bits of a failed step");
             return rig.block();
         };
         // Each fault beside those that it goes before; of equal ones the lowest rank and row.
@@ -307,7 +338,7 @@ void test_faults() {
         const auto lied = [&](const Gathered& sent, const Gathered& came) {
             Rig rig(sent, options);
             rig.memory().put(rig.arrays().labels_recv, came.blocks);
-            rig.run(launch);
+            rig.run(launch, sort);
             return rig.block();
         };
         Gathered batch = failed;
@@ -331,22 +362,22 @@ void test_faults() {
         Options none = options;
         none.ignore_label = INT64_MIN;
         Rig rig(holder, none);
-        rig.run(launch);
+        rig.run(launch, sort);
         expect_fault("place-holder", rig.block(), kLabel, kFaultLabel, 0, 0, INT64_MIN, 12);
     }
 }
 
-void test_a_good_step_after_a_fault() {
+void test_a_good_step_after_a_fault(Sort sort) {
     const Options options{0, 100, 100, -1};
     Gathered gathered(2, 40, 0, 5, 6);
     gathered.set(0, std::vector<int64_t>(40, 3));
     gathered.of(1)[0] = 3;
     Rig rig(gathered, options);
-    rig.run(kLaunches[0]);
+    rig.run(kLaunches[0], sort);
     EXPECT(rig.block().status == kRemote, "fault");
     gathered.of(1)[0] = 0;
     rig.gather(gathered);
-    rig.run(kLaunches[0]);
+    rig.run(kLaunches[0], sort);
     const StepBlock block = rig.block();
     EXPECT(block.status == kOk && block.fault == kNoFault && block.rank == 0, "good again");
     EXPECT(block.rows == 40 && block.positives == 1 && block.positive_rows == 40, "good again");
@@ -386,8 +417,10 @@ int main() {
         test_packing();
         test_good_blocks();
         test_plain_extremes();
-        test_faults();
-        test_a_good_step_after_a_fault();
+        for (const Sort sort : kSorts) {
+            test_faults(sort);
+            test_a_good_step_after_a_fault(sort);
+        }
     }
     return finish();
 }

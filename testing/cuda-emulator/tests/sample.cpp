@@ -79,9 +79,10 @@ class Rig {
         arrays_.sample_size = draw.size;
         arrays_.block_shift = draw.block_shift;
         arrays_.sample_capacity = round_up(uint32_t(sample), kTileColumns);
-        arrays_.count_capacity =
-            2048 +
-            std::max(256 * ((arrays_.label_capacity + 1023) / 1024), (draw.rows + 511) / 512);
+        const uint32_t tiles = (draw.rows + 8191) / 8192;
+        const double blocks = double(draw.size) / double(1u << draw.block_shift);
+        const uint32_t listed = uint32_t(128 + 16 * std::sqrt(blocks));
+        arrays_.count_capacity = kDrawCounters + std::max(tiles, 2 * listed);
         arrays_.block = memory_.make<StepBlock>(1);
         arrays_.sort_keys[0] = memory_.make<uint32_t>(arrays_.label_capacity);
         arrays_.sort_rows[0] = memory_.make<uint32_t>(arrays_.label_capacity);
@@ -97,7 +98,7 @@ class Rig {
         std::vector<uint32_t> bits(words_ + 1, 0);
         bits[words_] = 0xabcd1234;
         memory_.put(arrays_.selected, bits);
-        memory_.put(arrays_.counts, std::vector<uint32_t>(2048, 0));
+        memory_.put(arrays_.counts, std::vector<uint32_t>(kDrawCounters, 0));
 
         for (uint32_t i = 0; i < rows_; ++i) order_.push_back(i);
         std::shuffle(order_.begin(), order_.end(), random_);
@@ -116,8 +117,8 @@ class Rig {
         begin(kOk);
     }
 
-    // A step as labels.cu leaves it.
-    void begin(int32_t status) {
+    // A step as labels.cu leaves it, for a whole shard or, with bits, for another sample.
+    void begin(int32_t status, bool marked = true) {
         StepBlock block{};
         block.draws = draw_.step;
         block.status = status;
@@ -126,27 +127,31 @@ class Rig {
             block.global_rows = block.rows = rows_;
             block.positives = uint32_t(draw_.positives.size());
             block.positive_rows = positive_rows_;
+            const uint32_t size = std::min(draw_.size, draw_.rows);
+            block.wanted = size > block.positives ? size - block.positives : 0;
+            std::vector<uint32_t> bits(words_, 0);
+            if (marked)
+                for (const uint32_t id : draw_.positives) bits[id / 32] |= 1u << id % 32;
+            memory_.put(arrays_.selected, bits);
         }
         memory_.put(arrays_.block, std::vector<StepBlock>{block});
         memory_.put(arrays_.columns, std::vector<uint32_t>(rows_, kNone));
     }
 
-    void draw(const Launch& launch) {
-        go("mark_positives", launch, 0);
-        for (uint32_t level = 0; level < 3; ++level) {
-            memory_.launch("key_histogram", launch.grid, launch.block, 8192, arrays_, level);
-            memory_.launch("pick_threshold", 1, launch.one, 256, arrays_, level);
-        }
-        go("mark_below", launch, 0);
-        memory_.launch("mark_ties_scan", 1, launch.one, 256, arrays_);
-        go("mark_ties", launch, 0);
+    // With `room` for so many blocks within the window.
+    void draw(const Launch& launch, uint32_t room = kNone) {
+        const uint32_t capacity = arrays_.count_capacity;
+        if (room != kNone) arrays_.count_capacity = kDrawCounters + 2 * room;
+        go("mark_below", launch, 8464);
+        counts_ = memory_.get(arrays_.counts, kDrawCounters);
+        memory_.launch("pick_threshold", 1, std::min(launch.one, 512u), 16656, arrays_);
+        arrays_.count_capacity = capacity;
         list(launch);
     }
 
     void choose(const std::vector<uint32_t>& classes, const Launch& launch) {
         uint32_t* const chosen = memory_.make<uint32_t>(classes.size() + 1);
         memory_.put(chosen, classes);
-        go("mark_positives", launch, 0);
         memory_.launch("mark_chosen", launch.grid, launch.block, 0, arrays_,
                        static_cast<const uint32_t*>(chosen), uint32_t(classes.size()));
         list(launch);
@@ -154,7 +159,6 @@ class Rig {
 
     void whole(const Launch& launch) {
         go("list_whole", launch, 0);
-        go("find_target_columns", launch, 0);
     }
 
     // Compares all that a sample leaves; returns the digest.
@@ -188,8 +192,15 @@ class Rig {
         std::vector<uint32_t> bits(words_ + 1, 0);
         bits[words_] = 0xabcd1234;
         EXPECT(memory_.get(arrays_.selected, words_ + 1) == bits, what);
-        EXPECT(memory_.get(arrays_.counts, 2048) == std::vector<uint32_t>(2048, 0), what);
+        const std::vector<uint32_t> zeros(kDrawCounters, 0);
+        EXPECT(memory_.get(arrays_.counts, kDrawCounters) == zeros, what);
     }
+
+    // Of the last draw: negatives below its window, blocks within it, whether a CTA of mark_below
+    // had too many of them.
+    uint32_t below() const { return counts_[0]; }
+    uint32_t listed() const { return counts_[1]; }
+    bool overflowed() const { return counts_[2] != 0; }
 
     StepBlock block() { return memory_.get(arrays_.block, 1)[0]; }
     HeadArrays& arrays() { return arrays_; }
@@ -200,10 +211,8 @@ class Rig {
         memory_.launch(kernel, launch.grid, launch.block, shared, arrays_);
     }
     void list(const Launch& launch) {
-        go("list_sample_count", launch, 256);
-        memory_.launch("list_sample_scan", 1, launch.one, 256, arrays_);
-        go("list_sample_scatter", launch, 256);
-        go("find_target_columns", launch, 0);
+        go("count_sample", launch, 256);
+        go("list_sample", launch, 35072);
     }
 
     Draw draw_;
@@ -211,7 +220,7 @@ class Rig {
     Memory memory_;
     HeadArrays arrays_{};
     uint32_t rows_, positive_rows_, words_;
-    std::vector<uint32_t> order_, keys_;
+    std::vector<uint32_t> order_, keys_, counts_;
 };
 
 // `count` classes spread over the shard.
@@ -244,10 +253,20 @@ void test_draws() {
                 const auto sample = expected_sample(draw);
                 Rig rig(draw, 1 + turn % 3, turn % 4, sample.size());
                 rig.draw(kLaunches[(turn + turn / 4) % 4]);
-                rig.compare(sample, "first " + std::to_string(shard.first) + ", rows " +
-                                        std::to_string(shard.rows) + ", positives " +
-                                        std::to_string(draw.positives.size()) + ", size " +
-                                        std::to_string(draw.size));
+                const std::string what = "first " + std::to_string(shard.first) + ", rows " +
+                                         std::to_string(shard.rows) + ", positives " +
+                                         std::to_string(draw.positives.size()) + ", size " +
+                                         std::to_string(draw.size);
+                const double digest = rig.compare(sample, what);
+                // The window has the threshold.
+                const uint32_t wanted = rig.block().wanted;
+                EXPECT(wanted == 0 || rig.below() < wanted, what);
+                EXPECT(rig.below() + rig.listed() >= wanted && !rig.overflowed(), what);
+                EXPECT(rig.listed() <= 128 + 16 * std::sqrt(double(draw.size)), what);
+                // The same without a window.
+                rig.begin(kOk);
+                rig.draw(kLaunches[(turn + 1) % 4], 0);
+                EXPECT(rig.compare(sample, what + ", again") == digest, what);
                 ++turn;
             }
         }
@@ -266,11 +285,19 @@ void test_blocks() {
                     Draw draw{5, turn, first, rows, size, spread(rows, count), shift};
                     const auto sample = expected_sample(draw);
                     Rig rig(draw, 1, 2, sample.size());
+                    const std::string what = "blocks of 2^" + std::to_string(shift) + ", first " +
+                                             std::to_string(first) + ", rows " +
+                                             std::to_string(rows) + ", size " +
+                                             std::to_string(size);
                     rig.draw(kLaunches[turn++ % 4]);
-                    rig.compare(sample, "blocks of 2^" + std::to_string(shift) + ", first " +
-                                            std::to_string(first) + ", rows " +
-                                            std::to_string(rows) + ", size " +
-                                            std::to_string(size));
+                    const double digest = rig.compare(sample, what);
+                    const uint32_t wanted = rig.block().wanted;
+                    EXPECT(wanted == 0 || rig.below() < wanted, what);
+                    EXPECT(rig.listed() <= 128 + 16 * std::sqrt(size / double(1u << shift)), what);
+                    EXPECT(!rig.overflowed(), what);
+                    rig.begin(kOk);
+                    rig.draw(kLaunches[turn % 4], 0);
+                    EXPECT(rig.compare(sample, what + ", again") == digest, what);
                 }
             }
         }
@@ -283,7 +310,7 @@ void test_an_empty_shard() {
     Rig rig(draw, 1, 5, 0);
     rig.draw(kLaunches[0]);
     rig.compare({}, "no classes");
-    rig.begin(kOk);
+    rig.begin(kOk, false);
     rig.whole(kLaunches[0]);
     rig.compare({}, "no classes, whole");
 }
@@ -314,9 +341,15 @@ void test_equal_keys() {
                 const auto sample = expected_sample(draw);
                 Rig rig(draw, 1, 0, sample.size());
                 rig.draw(kLaunches[turn++ % 4]);
-                rig.compare(sample, "equal keys, " + std::to_string(taken) + " taken");
-                if (taken == 1 || taken == 2) {
-                    EXPECT(rig.block().threshold == key && rig.block().ties == taken, "equal keys");
+                for (const uint32_t room : {kNone, 0u}) {
+                    rig.compare(sample, "equal keys, " + std::to_string(taken) + " taken");
+                    if (taken == 1 || taken == 2) {
+                        EXPECT(rig.block().threshold == key && rig.block().ties == taken,
+                               "equal keys");
+                    }
+                    if (room == 0) break;
+                    rig.begin(kOk);
+                    rig.draw(kLaunches[turn++ % 4], 0);
                 }
             }
             // One of the two is a positive: it is no tie.
@@ -340,6 +373,55 @@ void test_a_large_shard() {
     rig.begin(kOk);
     rig.draw(kLaunches[2]);
     EXPECT(rig.compare(sample, "a large shard again") == digest, "the digest depends on the grid");
+    EXPECT(rig.below() < rig.block().wanted && !rig.overflowed(), "a window");
+    EXPECT(rig.listed() > 1024, "more than a CTA keeps");
+    // One CTA has no room for all of the window's classes, then the list has none.
+    rig.begin(kOk);
+    rig.draw(kLaunches[1]);
+    rig.compare(sample, "a large shard and a CTA");
+    EXPECT(rig.overflowed(), "a CTA had room for all");
+    rig.begin(kOk);
+    rig.draw(kLaunches[0], rig.listed() - 1);
+    rig.compare(sample, "a large shard and a short list");
+    EXPECT(!rig.overflowed(), "the list alone is short");
+    rig.begin(kOk);
+    rig.draw(kLaunches[0], rig.listed());
+    rig.compare(sample, "a large shard and a list that is just long enough");
+}
+
+// Labels that follow the keys: what is left to draw lies elsewhere than expected.
+void test_misses() {
+    size_t turn = 0;
+    for (const uint32_t shift : {0u, 3u}) {
+        // The last case wants all that there are, and finds as many below the window.
+        for (const int kind : {0, 1, 2}) {
+            const bool low = kind > 0;
+            Draw draw{9, 41, (1ull << 33) + 3, 20000, 0, {}, shift};
+            auto classes = by_key(draw);
+            // The 2000 classes with the smallest keys are positives, or are all but these.
+            for (size_t i = 0; i < classes.size(); ++i)
+                if ((i < 2000) != low) draw.positives.push_back(classes[i].second);
+            std::sort(draw.positives.begin(), draw.positives.end());
+            draw.size = uint32_t(draw.positives.size()) + (shift == 0 ? 500 : 1000);
+            if (kind == 2) draw.size = draw.rows;
+            const auto sample = expected_sample(draw);
+            Rig rig(draw, 1, 0, sample.size());
+            for (int again = 0; again < 2; ++again) {
+                rig.begin(kOk);
+                rig.draw(kLaunches[turn++ % 4]);
+                rig.compare(sample, low ? "keys below the window" : "keys above the window");
+                const double wanted = rig.block().wanted, block = double(1u << shift);
+                const double spread = 6 * std::sqrt(block * wanted) + 20 * block;
+                const double each = std::ldexp(1.0, 32) / double(20000 - draw.positives.size());
+                const double threshold = rig.block().threshold;
+                if (low) {
+                    EXPECT(threshold < (wanted - spread) * each, "within the window");
+                } else {
+                    EXPECT(threshold > (wanted + spread) * each, "within the window");
+                }
+            }
+        }
+    }
 }
 
 void test_chosen_classes() {
@@ -360,6 +442,7 @@ void test_chosen_classes() {
         EXPECT(digests.size() == 4,
                "digests of different samples are equal, or of equal ones differ");
         Rig rig(draw, 2, 3, 9000);
+        rig.begin(kOk, false);
         rig.whole(launch);
         std::vector<uint32_t> all(9000);
         for (uint32_t i = 0; i < 9000; ++i) all[i] = i;
@@ -381,14 +464,13 @@ void test_failed_steps() {
         rig.clean("failed choice");
         rig.whole(launch);
         EXPECT(rig.block().classes == 0, "failed whole");
-        // A failure that comes when bits are set and keys are counted leaves nothing of them.
+        // A failure that comes when bits are set and blocks are listed leaves nothing of them.
         rig.begin(kOk);
-        rig.memory().launch("mark_positives", launch.grid, launch.block, 0, rig.arrays());
-        rig.memory().launch("key_histogram", launch.grid, launch.block, 8192, rig.arrays(), 0u);
+        rig.memory().launch("mark_below", launch.grid, launch.block, 8464, rig.arrays());
         rig.begin(kNotFinite);
         rig.draw(launch);
-        EXPECT(rig.block().classes == 0, "failure after the histogram");
-        rig.clean("failure after the histogram");
+        EXPECT(rig.block().classes == 0, "failure within the draw");
+        rig.clean("failure within the draw");
         rig.begin(kOk);
         rig.draw(launch);
         rig.compare(sample, "after failures");
@@ -406,6 +488,7 @@ int main() {
         test_an_empty_shard();
         test_equal_keys();
         test_a_large_shard();
+        test_misses();
         test_chosen_classes();
         test_failed_steps();
     }

@@ -197,6 +197,21 @@ impl CudaHead {
         self.retired.labels.push(std::mem::replace(&mut self.labels, labels));
     }
 
+    /// The sorted labels and the positives, whose bits are set if `mark` is 1.
+    fn sort_labels(&mut self, draft: usize, mark: u32) {
+        let arrays = self.memory.arrays[draft];
+        run!(self, Draw, spread_labels, (arrays,));
+        for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
+            let from = pass as u32 % 2;
+            run!(self, Draw, sort_labels_count, (arrays, shift, from));
+            run!(self, Draw, sort_labels_scan, (arrays,));
+            run!(self, Draw, sort_labels_scatter, (arrays, shift, from));
+        }
+        run!(self, Draw, find_positives_count, (arrays,));
+        run!(self, Draw, find_positives_scan, (arrays,));
+        run!(self, Draw, find_positives_scatter, (arrays, mark));
+    }
+
     /// The draw: sorts labels, finds positives, draws negatives, finds the targets' columns.
     pub(super) fn draw(&mut self, chosen: Option<&[i64]>) -> Result<()> {
         let draft = self.next();
@@ -214,36 +229,20 @@ impl CudaHead {
             None => None,
         };
         let arrays = self.memory.arrays[draft];
-        run!(self, Draw, spread_labels, (arrays,));
-        for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
-            let from = pass as u32 % 2;
-            run!(self, Draw, sort_labels_count, (arrays, shift, from));
-            run!(self, Draw, sort_labels_scan, (arrays,));
-            run!(self, Draw, sort_labels_scatter, (arrays, shift, from));
-        }
-        run!(self, Draw, find_positives_count, (arrays,));
-        run!(self, Draw, find_positives_scan, (arrays,));
-        run!(self, Draw, find_positives_scatter, (arrays,));
-        if chosen.is_none() && arrays.whole_shard != 0 {
+        let whole = chosen.is_none() && arrays.whole_shard != 0;
+        self.sort_labels(draft, (!whole).into());
+        if whole {
             run!(self, Draw, list_whole, (arrays,));
-        } else {
-            run!(self, Draw, mark_positives, (arrays,));
-            if let Some((classes, count)) = list {
-                run!(self, Draw, mark_chosen, (arrays, classes, count));
-            } else {
-                for level in 0..3u32 {
-                    run!(self, Draw, key_histogram, (arrays, level));
-                    run!(self, Draw, pick_threshold, (arrays, level));
-                }
-                run!(self, Draw, mark_below, (arrays,));
-                run!(self, Draw, mark_ties_scan, (arrays,));
-                run!(self, Draw, mark_ties, (arrays,));
-            }
-            run!(self, Draw, list_sample_count, (arrays,));
-            run!(self, Draw, list_sample_scan, (arrays,));
-            run!(self, Draw, list_sample_scatter, (arrays,));
+            return Ok(());
         }
-        run!(self, Draw, find_target_columns, (arrays,));
+        if let Some((classes, count)) = list {
+            run!(self, Draw, mark_chosen, (arrays, classes, count));
+        } else {
+            run!(self, Draw, mark_below, (arrays,));
+            run!(self, Draw, pick_threshold, (arrays,));
+        }
+        run!(self, Draw, count_sample, (arrays,));
+        run!(self, Draw, list_sample, (arrays,));
         Ok(())
     }
 

@@ -13,13 +13,21 @@ pub(in crate::device::cuda) const DEPTH_MULTIPLE: u64 = 64;
 const MASTER_MULTIPLE: u64 = 4;
 /// Updates that a dense row may be behind before all rows are brought up to date: 40 bytes each.
 const HISTORY: u64 = 4096;
-/// kernels/sample.cu: bins of the draw's histogram, at the head of the counters.
-pub(in crate::device::cuda) const HISTOGRAM_BINS: u64 = 2048;
+/// kernels/shared_structs.h: a draw's own counters, at the head of all.
+const DRAW_COUNTERS: u64 = 8;
 /// kernels/labels.cu: rows of a tile of the sort, and counters it has.
 const SORT_ROWS: u64 = 1024;
 const SORT_COUNTERS: u64 = 256;
-/// kernels/sample.cu: classes for which the draw and the listing may have one counter.
-pub(in crate::device::cuda) const COUNTED_CLASSES: u64 = 512;
+/// kernels/sample.cu: classes of a tile of the list, which has one counter.
+const LIST_CLASSES: u64 = 8192;
+
+/// kernels/sample.cu: the counters of a draw of `size` of so many classes, with so many labels of all ranks.
+pub(in crate::device::cuda) fn draw_counters(labels: u64, classes: u64, size: u64, block: u64) -> u64 {
+    // The blocks whose keys are near the threshold: their key and their first class.
+    let listed = 128 + (16.0 * (size as f64 / block as f64).sqrt()) as u64;
+    let sort = SORT_COUNTERS * labels.div_ceil(SORT_ROWS);
+    DRAW_COUNTERS + sort.max(classes.div_ceil(LIST_CLASSES)).max(2 * listed)
+}
 
 #[derive(Clone, Debug)]
 pub(in crate::device::cuda) struct Capacities {
@@ -49,7 +57,7 @@ impl Capacities {
         let rows = if spec.is_sharded() { labels } else { options.max_batch };
         let dim = u64::from(options.embedding_dim);
         let sample_limit = sample_capacity(options, spec.ranks, spec.shard).max(least_sample).min(spec.shard.rows);
-        let sort_tiles = labels.div_ceil(SORT_ROWS);
+        let size = sample_size(options.sample_rate, spec.shard.rows);
         let capacities = Capacities {
             gather_dtype: options.gathered_dtype(Precision::Half),
             split_operands: options.precision == Precision::F32,
@@ -57,10 +65,10 @@ impl Capacities {
             rows: rows.next_multiple_of(TILE_ROWS),
             depth_pitch: dim.next_multiple_of(DEPTH_MULTIPLE),
             master_pitch: dim.next_multiple_of(MASTER_MULTIPLE),
-            sample_size: sample_size(options.sample_rate, spec.shard.rows),
+            sample_size: size,
             sample_limit,
             sample: sample_limit.max(1).next_multiple_of(TILE_COLUMNS),
-            counts: HISTOGRAM_BINS + (SORT_COUNTERS * sort_tiles).max(spec.shard.rows.div_ceil(COUNTED_CLASSES)),
+            counts: draw_counters(labels, spec.shard.rows, size, options.sample_block.into()),
             history: if options.row_update == RowUpdate::Dense { HISTORY } else { 0 },
         };
         for (what, count) in [("rows", capacities.rows), ("classes of a sample", capacities.sample)] {

@@ -18,7 +18,7 @@ use crate::options::{HeadOptions, Residency, RowUpdate};
 use crate::{ensure, Result};
 
 pub(super) use allocation::{HeadMemory, LargerArrays, Replaced};
-pub(super) use capacities::{Capacities, COUNTED_CLASSES, DEPTH_MULTIPLE, HISTOGRAM_BINS};
+pub(super) use capacities::{draw_counters, Capacities, DEPTH_MULTIPLE};
 pub(super) use chunks::{weighted_splits, Chunks, LARGEST_CHUNK};
 
 /// The sizes of a head's arrays.

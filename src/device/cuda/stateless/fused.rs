@@ -231,7 +231,6 @@ impl CudaDevice {
         gpu.run(&entries.finish_given_rows, (arrays, product, loss_weight, grad_e))?;
         gpu.run(&entries.scale_embeddings, (arrays,))?;
         gpu.run(&entries.list_whole, (arrays,))?;
-        gpu.run(&entries.find_target_columns, (arrays,))?;
         for (first, count) in shape.chunks() {
             gpu.write_unit_centers(&arrays, w, first, count)?;
             self.chunk_numerators(&arrays, first, numerators)?;

@@ -16,7 +16,7 @@ use super::head::CudaHead;
 use super::shared_structs::{
     HeadArrays, MarginSettings, MatrixView, OptimizerSettings, Rule, StepBlock, NONE, TILE_COLUMNS, TILE_ROWS,
 };
-use super::sizes::{COUNTED_CLASSES, DEPTH_MULTIPLE, HISTOGRAM_BINS, LARGEST_CHUNK};
+use super::sizes::{draw_counters, DEPTH_MULTIPLE, LARGEST_CHUNK};
 use super::staging::{fetch, grown};
 use crate::device::stateless::{checked_shape, checked_targets, must_be_f32};
 use crate::device::workspace::WorkspaceCutter;
@@ -30,8 +30,6 @@ use crate::{ensure, Result};
 
 /// Bytes that a chunk of columns may take before it is cut down.
 const CHUNK_BYTES: u64 = 256 << 20;
-/// kernels/sample.cu: counters of the shortest list.
-const LIST_COUNTERS: u64 = 3;
 /// Columns of a row, and rows of a shard that is drawn from: the kernels' 32-bit numbers, with room for a block's stride.
 const MAX_COLUMNS: u64 = u32::MAX as u64 - 8191;
 
@@ -289,11 +287,11 @@ impl Device for CudaDevice {
         }
         let positives: Vec<u32> = positives.iter().map(|&id| (id as u64 - draw.first) as u32).collect();
         let capacity = count.next_multiple_of(TILE_COLUMNS as usize);
-        let counters = (HISTOGRAM_BINS + draw.rows.div_ceil(COUNTED_CLASSES).max(LIST_COUNTERS)) as usize;
+        let counters = draw_counters(0, draw.rows, draw.sample_size, 1);
         let (gpu, stream) = (&*self.gpu, &self.gpu.stream);
         let arrays = HeadArrays {
             block: grown(&mut kept.block, stream, 1, "a draw's block")?.as_mut_ptr(),
-            counts: grown(&mut kept.counts, stream, counters, "a draw's counters")?.as_mut_ptr(),
+            counts: grown(&mut kept.counts, stream, counters as usize, "a draw's counters")?.as_mut_ptr(),
             selected: grown(&mut kept.selected, stream, draw.rows.div_ceil(32) as usize, "a draw's bits")?.as_mut_ptr(),
             sample: grown(&mut kept.sample, stream, capacity, "a draw's classes")?.as_mut_ptr(),
             positive_of: grown(&mut kept.positive_of, stream, capacity, "a draw's columns")?.as_mut_ptr(),
@@ -303,22 +301,18 @@ impl Device for CudaDevice {
             shard_rows: draw.rows as u32,
             sample_size: draw.sample_size as u32,
             sample_capacity: capacity as u32,
+            count_capacity: counters as u32,
             ..HeadArrays::zeroed()
         };
         let out = call.write_array("ids", ids, count)?;
-        gpu.upload(arrays.block, &[StepBlock { draws: draw.step, positives: positives.len() as u32, ..StepBlock::zeroed() }])?;
-        self.gpu.run(&self.gpu.entries.mark_positives, (arrays,))?;
-        for level in 0..3u32 {
-            gpu.run(&gpu.entries.key_histogram, (arrays, level))?;
-            gpu.run(&gpu.entries.pick_threshold, (arrays, level))?;
-        }
-        self.gpu.run(&self.gpu.entries.mark_below, (arrays,))?;
-        gpu.run(&gpu.entries.mark_ties_scan, (arrays,))?;
-        self.gpu.run(&self.gpu.entries.mark_ties, (arrays,))?;
-        gpu.run(&gpu.entries.list_sample_count, (arrays,))?;
-        gpu.run(&gpu.entries.list_sample_scan, (arrays,))?;
-        gpu.run(&gpu.entries.list_sample_scatter, (arrays,))?;
-        self.gpu.run(&self.gpu.entries.write_ids, (arrays, out.cast()))?;
+        let (positives, wanted) = (positives.len() as u32, draw.sample_size.saturating_sub(positives.len() as u64) as u32);
+        gpu.upload(arrays.block, &[StepBlock { draws: draw.step, positives, wanted, ..StepBlock::zeroed() }])?;
+        gpu.run(&gpu.entries.mark_chosen, (arrays, arrays.positive_classes.cast(), positives))?;
+        gpu.run(&gpu.entries.mark_below, (arrays,))?;
+        gpu.run(&gpu.entries.pick_threshold, (arrays,))?;
+        gpu.run(&gpu.entries.count_sample, (arrays,))?;
+        gpu.run(&gpu.entries.list_sample, (arrays,))?;
+        gpu.run(&gpu.entries.write_ids, (arrays, out.cast()))?;
         let block: StepBlock = fetch(stream, arrays.block, 1)?[0];
         call.finish()?;
         Ok(block.classes.into())
