@@ -9,18 +9,22 @@
 //              many negatives a draw has to add
 //
 // All is integer work on G rows; nothing depends on the grid. Floor: about 32 G bytes of labels and
-// 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch.
+// 24 G bytes a pass of the sort, a few megabytes at G = 32768: every kernel costs its launch. So
+// one CTA alone does all of it for a batch that fits its registers.
 //
 // Launch, on one stream, in this order (`launch:` lines: ptx/shim.h):
 //
 //   pack_labels, then the all-gather into labels_recv
 //   judge_labels
-//   spread_labels
-//   for (shift, from) in (0, 0) (8, 1) (16, 0) (24, 1):
-//     sort_labels_count, sort_labels_scan, sort_labels_scatter
-//   find_positives_count, find_positives_scan, find_positives_scatter
+//   label_capacity up to 8192:
+//     sort_labels
+//   more:
+//     spread_labels
+//     for (shift, from) in (0, 0) (8, 1) (16, 0) (24, 1):
+//       sort_labels_count, sort_labels_scan, sort_labels_scatter
+//     find_positives_count, find_positives_scan, find_positives_scatter
 //
-// All four passes always run: kNone has to end up last, and the result in [0]. A grid
+// All four passes of the latter always run: kNone has to end up last, and the result in [0]. A grid
 // has work for ceil(label_capacity / 1024) CTAs. No other kernel may set the block's status while
 // one of these runs. With a fault, the kernels after judge_labels do nothing. `mark`: 0 where the
 // sample is the whole shard, whose bits nobody reads.
@@ -36,6 +40,7 @@
 
 constexpr uint32_t kSortTile = 1024;       // global rows of one counter
 constexpr uint32_t kDigits = 256;          // 8 bits a pass
+constexpr uint32_t kRounds = 8;            // rows of a thread of sort_labels
 constexpr int64_t kNoLabelIgnored = INT64_MIN;
 
 // Rank r's block of the labels message: {status, rank, batch, announcement, labels}.
@@ -430,4 +435,153 @@ PFC_KERNEL(find_positives_scatter, (const PFC_GRID_CONSTANT HeadArrays head, uin
             positive += total;
         }
     }
+}
+
+// For the threads of a CTA whose warps have counted the digits of their keys, [warps][kDigits + 1]
+// (a pitch that keeps the banks apart): the place among all keys at which those of a warp with a
+// digit begin is counts[warp][digit] + digits[digit] after the next barrier.
+PFC_DEVICE void scan_digits(uint32_t* counts, uint32_t* digits, void* shared) {
+    const uint32_t warps = blockDim.x / 32, lane = ptx::lane();
+    for (uint32_t digit = ptx::warp(); digit < kDigits; digit += warps) {
+        const uint32_t count = lane < warps ? counts[lane * (kDigits + 1) + digit] : 0u;
+        const uint32_t inclusive = warp_scan(count);
+        if (lane < warps) counts[lane * (kDigits + 1) + digit] = inclusive - count;
+        if (lane == 31) digits[digit] = inclusive;
+    }
+    __syncthreads();
+    scan_in_place(digits, kDigits, shared);
+}
+
+// Moves each thread's values to their places, and gives the values at the thread's own rows.
+PFC_DEVICE void exchange(uint32_t (&values)[kRounds], const uint32_t (&places)[kRounds],
+                         uint32_t* between, uint32_t first, uint32_t rounds, uint32_t rows) {
+    __syncthreads();
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++)
+        if (round < rounds && first + 32 * round < rows) between[places[round]] = values[round];
+    __syncthreads();
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++)
+        if (round < rounds && first + 32 * round < rows)
+            values[round] = between[first + 32 * round];
+}
+
+// What spread_labels to find_positives_scatter do, for at most kRounds rows a thread: with 1024
+// threads 8192 global rows, whose keys 33 KB of shared memory hold. A warp has consecutive rows, in
+// rounds of 32, in registers; a pass ranks them as sort_labels_scatter does and moves them through
+// shared memory. Passes end with the digits that a class of this shard can have: in fewer bits,
+// kNone is still above all classes. Floor: about 120 instructions a row and pass on one SM, 13 us
+// at G = 4096 and three passes, where the chain has 16 launches.
+// launch: sort_labels blocks 1 threads 1024 shared 34176
+// gate: sort_labels registers <= 64
+PFC_KERNEL_OF(sort_labels, 1024, 1, (const PFC_GRID_CONSTANT HeadArrays head, uint32_t mark)) {
+    PFC_DYNAMIC_SHARED(shared);
+    if (head.block->status != 0) return;
+    uint32_t* const digits = (uint32_t*)(shared + kReduceBytes);  // [kDigits]
+    // [warps][kDigits + 1]: the warps' counts; or less, [kRounds * threads] of the rows or ranks
+    uint32_t* const words = digits + kDigits;
+    const uint32_t lane = ptx::lane(), warp = ptx::warp();
+    uint32_t* const own = words + warp * (kDigits + 1);
+    const uint32_t rows = head.block->global_rows;
+    // Rounds that the rows need; this thread has rows first, first + 32, ..
+    const uint32_t rounds = ceil_div(rows, blockDim.x), first = warp * rounds * 32 + lane;
+
+    // Where each rank's rows begin.
+    uint32_t carry = 0;
+    for (uint32_t base = 0; base < head.ranks; base += blockDim.x) {
+        const uint32_t rank = base + threadIdx.x;
+        const uint32_t batch = rank < head.ranks ? (uint32_t)block_of(head, rank)[kBatchWord] : 0u;
+        uint32_t total;
+        const uint32_t before = carry + block_scan(batch, total, shared);
+        if (rank < head.ranks) words[rank] = before;
+        carry += total;
+    }
+    __syncthreads();
+    uint32_t keys[kRounds], ids[kRounds];
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++) {
+        const uint32_t row = first + 32 * round;
+        keys[round] = kNone;
+        ids[round] = row;
+        if (round >= rounds || row >= rows) continue;
+        uint32_t rank = 0, high = head.ranks;
+        while (high - rank > 1) {
+            const uint32_t middle = rank + (high - rank) / 2;
+            if (words[middle] <= row) {
+                rank = middle;
+            } else {
+                high = middle;
+            }
+        }
+        keys[round] = spread_row(head, row, rank, row - words[rank]);
+    }
+
+    for (uint32_t shift = 0; shift < 32 && head.shard_rows >> shift != 0; shift += 8) {
+        __syncthreads();
+        for (uint32_t digit = lane; digit < kDigits; digit += 32) own[digit] = 0;
+        ptx::sync_warp();
+        uint32_t places[kRounds];
+#pragma unroll
+        for (uint32_t round = 0; round < kRounds; round++) {
+            if (round >= rounds) continue;
+            const bool valid = first + 32 * round < rows;
+            const uint32_t digit = keys[round] >> shift & (kDigits - 1);
+            const uint32_t peers = peers_of(valid, digit);
+            const uint32_t before = ptx::population_count(peers & lanes_below());
+            const uint32_t running = own[digit];
+            ptx::sync_warp();
+            if (valid && before == 0) own[digit] = running + ptx::population_count(peers);
+            ptx::sync_warp();
+            places[round] = running + before;
+        }
+        __syncthreads();
+        scan_digits(words, digits, shared);
+        __syncthreads();
+#pragma unroll
+        for (uint32_t round = 0; round < kRounds; round++) {
+            const uint32_t digit = keys[round] >> shift & (kDigits - 1);
+            if (round < rounds) places[round] += own[digit] + digits[digit];
+        }
+        exchange(ids, places, words, first, rounds, rows);
+        exchange(keys, places, words, first, rounds, rows);
+    }
+
+    // A row begins a positive where the one before it has another class.
+    __syncthreads();
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++) {
+        const uint32_t row = first + 32 * round;
+        if (round >= rounds || row >= rows) continue;
+        words[row] = keys[round];
+        head.sort_keys[0][row] = keys[round];
+        head.sort_rows[0][row] = ids[round];
+    }
+    __syncthreads();
+    uint32_t found = 0, here = 0;
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++) {
+        const uint32_t row = first + 32 * round;
+        const bool valid = round < rounds && row < rows && keys[round] != kNone;
+        const uint32_t votes = ptx::ballot(valid && begins_run(words, row));
+        found += ptx::population_count(votes);
+        here += valid ? 1u : 0u;
+        ids[round] = votes;
+    }
+    uint32_t positives;
+    uint32_t next = ptx::shuffle(block_scan(lane == 0 ? found : 0u, positives, shared), 0);
+    here = block_sum(here, shared);
+#pragma unroll
+    for (uint32_t round = 0; round < kRounds; round++) {
+        const uint32_t positive = next + ptx::population_count(ids[round] & lanes_below());
+        next += ptx::population_count(ids[round]);
+        if ((ids[round] >> lane & 1) == 0) continue;
+        head.positive_classes[positive] = keys[round];
+        head.positive_starts[positive] = first + 32 * round;
+        if (mark != 0) select_class(head, keys[round]);
+    }
+    if (threadIdx.x != 0) return;
+    head.block->positives = positives;
+    head.block->positive_rows = here;
+    head.positive_starts[positives] = here;
+    if (mark != 0) want_negatives(head, positives);
 }

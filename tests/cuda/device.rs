@@ -341,7 +341,7 @@ fn rows_are_written_whole_or_the_head_says_that_they_are_not() {
 const KERNELS: [&str; 12] = [
     "pack_labels",
     "judge_labels",
-    "sort_labels_scan",
+    "sort_labels",
     "list_sample",
     "pack_embeddings",
     "normalize_embeddings",

@@ -207,6 +207,29 @@ fn a_head_draws_in_blocks() {
     }
 }
 
+/// A GPU sorts labels by other kernels where there may be more than 8192 of them, however many there are.
+#[test]
+fn room_for_many_labels_changes_no_draw() {
+    for (placement, sample_rate) in [(Placement::Sharded, 0.2), (Placement::Sharded, 1.0), (Placement::Replicated, 0.2)] {
+        let small = HeadOptions { sample_rate, seed: 18, placement, ..options(301, 2, 6) };
+        let run = |max_batch: u64| {
+            on_ranks(2, |place| {
+                let mut head = Head::new(&Device::under_test(1), &place.comm, &HeadOptions { max_batch, ..small.clone() });
+                let step = |step| {
+                    let batch = Batch::draw(&small, place.rank, step, 5);
+                    let loss = head.forward(&mut batch.rows(head.dim), Some(&batch.labels)).expect("forward");
+                    (loss, head.sample_ids().expect("the sample"))
+                };
+                (0..3).map(step).collect::<Vec<_>>()
+            })
+        };
+        for (few, many) in run(6).iter().flatten().zip(run(4100).iter().flatten()) {
+            assert_eq!(few.1, many.1, "{placement:?} {sample_rate}: the sample");
+            assert!((few.0 - many.0).abs() <= 1e-4 * few.0.abs(), "{placement:?} {sample_rate}: losses {} and {}", few.0, many.0);
+        }
+    }
+}
+
 #[test]
 fn a_given_sample_is_taken_and_its_missing_positives_are_added() {
     for placement in [Placement::Sharded, Placement::Replicated] {

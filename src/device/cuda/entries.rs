@@ -34,6 +34,9 @@ mod launches {
     include!(concat!(env!("OUT_DIR"), "/launches.rs"));
 }
 
+/// kernels/labels.cu: labels that one CTA sorts, eight a thread.
+pub(super) const SMALL_SORT_ROWS: u64 = 8 * launches::sort_labels.threads as u64;
+
 /// A kernel with its launch shape on this GPU.
 pub(super) struct Entry<A> {
     kernel: Kernel<A>,
@@ -88,6 +91,7 @@ entries! {
     "labels" {
         pack_labels(LabelHeader, Address, i32);
         judge_labels();
+        sort_labels(u32);
         spread_labels();
         sort_labels_count(u32, u32);
         sort_labels_scan();

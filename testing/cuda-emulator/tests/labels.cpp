@@ -45,9 +45,9 @@ struct Options {
     uint32_t sample_size = 0;
 };
 
-// How the rows are sorted: by a chain of kernels.
-enum class Sort { kLarge };
-constexpr Sort kSorts[] = {Sort::kLarge};
+// How the rows are sorted: by one CTA, or by a chain of kernels.
+enum class Sort { kSmall, kLarge };
+constexpr Sort kSorts[] = {Sort::kSmall, Sort::kLarge};
 
 // The arrays of a head that these kernels use. Counters are not zeroed between runs: nothing here
 // counts on it but the head of them, which must stay as it was.
@@ -94,10 +94,18 @@ class Rig {
         memory_.put(arrays_.labels_recv, gathered.blocks);
     }
 
-    void run(const Launch& launch, Sort, uint32_t mark = 0) {
+    void run(const Launch& launch, Sort sort, uint32_t mark = 0) {
         const unsigned scan = 256, warps = launch.block / 32;
         memory_.put(arrays_.selected, std::vector<uint32_t>(words_, 0));
         memory_.launch("judge_labels", 1, launch.one, scan, arrays_);
+        if (sort == Sort::kSmall) {
+            // 8 rows a thread at most.
+            const unsigned needed = (arrays_.label_capacity + 255) / 256 * 32;
+            const unsigned threads = std::max(launch.one, needed);
+            memory_.launch("sort_labels", 1, threads, 256 + 1024 + threads / 32 * 1028, arrays_,
+                           mark);
+            return;
+        }
         memory_.launch("spread_labels", launch.grid, launch.block, 0, arrays_);
         for (uint32_t pass = 0; pass < 4; ++pass) {
             const uint32_t shift = 8 * pass, from = pass % 2;
@@ -213,7 +221,8 @@ void compare(const std::string& what, const Gathered& gathered, const Options& o
              const Launch& launch) {
     for (const Sort sort : kSorts)
         for (const uint32_t mark : {0u, 1u}) {
-            compare(what, gathered, options, launch, sort, mark);
+            const char* const how = sort == Sort::kSmall ? ", one CTA" : ", a chain";
+            compare(what + how, gathered, options, launch, sort, mark);
         }
 }
 
@@ -288,6 +297,24 @@ void test_plain_extremes() {
         descending.set(0, labels);
         compare("descending", descending, options, launch);
     }
+}
+
+// As many rows as one CTA takes, of shards whose classes have 0 to 4 digits of 8 bits; and ranks of
+// which each has a row at most.
+void test_a_full_block() {
+    std::mt19937_64 random(11);
+    for (const uint32_t rows : {0u, 1u, 255u, 256u, 65535u, 65536u, 16777216u}) {
+        Gathered gathered(1, 8192, 0, 1, 1);
+        std::vector<int64_t> labels(rows % 2 == 0 ? 8192 : 8191);
+        for (int64_t& label : labels) label = int64_t(random() % (uint64_t(rows) + rows / 4 + 2));
+        gathered.set(0, labels);
+        const Options options{1, uint64_t(1) << 40, rows};
+        compare("a full block", gathered, options, kLaunches[0], Sort::kSmall, 1);
+    }
+    Gathered many(1000, 1, 999, 1, 1);
+    for (uint32_t r = 0; r < 1000; ++r)
+        many.set(r, std::vector<int64_t>(random() % 3 != 0, int64_t(random() % 100)));
+    compare("many ranks", many, Options{20, 100, 50}, kLaunches[1], Sort::kSmall, 1);
 }
 
 void test_faults(Sort sort) {
@@ -417,6 +444,7 @@ int main() {
         test_packing();
         test_good_blocks();
         test_plain_extremes();
+        test_a_full_block();
         for (const Sort sort : kSorts) {
             test_faults(sort);
             test_a_good_step_after_a_fault(sort);

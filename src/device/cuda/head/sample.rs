@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::super::driver::{Context, DeviceBuffer, Event, MemorySpace, Stream};
+use super::super::entries::SMALL_SORT_ROWS;
 use super::super::shared_structs::LabelHeader;
 use super::super::sizes::{LargerArrays, Replaced, Sizes};
 use super::super::staging;
@@ -200,6 +201,10 @@ impl CudaHead {
     /// The sorted labels and the positives, whose bits are set if `mark` is 1.
     fn sort_labels(&mut self, draft: usize, mark: u32) {
         let arrays = self.memory.arrays[draft];
+        if self.sizes[draft].capacities.labels <= SMALL_SORT_ROWS {
+            run!(self, Draw, sort_labels, (arrays, mark));
+            return;
+        }
         run!(self, Draw, spread_labels, (arrays,));
         for (pass, shift) in [0u32, 8, 16, 24].into_iter().enumerate() {
             let from = pass as u32 % 2;
