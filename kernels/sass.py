@@ -132,6 +132,18 @@ def main_loop(instructions):
     return max(inner, key=lambda loop: loop.tensor, default=None)
 
 
+def key_loop(instructions):
+    """Instructions of the shortest loop that makes random keys: in each of Philox's ten rounds a lane multiplies twice to 64 bits."""
+    lengths = []
+    for branch in instructions:
+        target = TARGET.search(branch.operands) if branch.opcode.split(".")[0] == "BRA" else None
+        if target and int(target[1], 16) <= branch.address:
+            body = [instruction for instruction in instructions if int(target[1], 16) <= instruction.address <= branch.address]
+            if sum(instruction.opcode.startswith("IMAD.WIDE") for instruction in body) >= 20:
+                lengths.append(len(body))
+    return min(lengths, default=None)
+
+
 ROW = "{:<32} {:>6} {:>6} {:>8} {:>8} {:>6} {:>6} {:>8}  {:>7} {:>7} {:>7} {:>7}  {:<7} {:>10} {:>8}"
 
 

@@ -1,7 +1,7 @@
 """A model of the times of a step on GPUs, from the limits of the products' main loops (sass.py) and the bytes that do not hide behind
-them: precision half, SGD with momentum, one rank, P kept, prepared before. `kernels/gates --steps` prints it, and benches/gpu.md has its
-formula. A model knows what is written here and nothing else: its times are no measurement. They are for comparing one shape of a tile
-with another, before and after.
+them: precision half, SGD with momentum, one rank, P kept, prepared before; and of the draw that prepares it, from its launches and its
+instructions. `kernels/gates --steps` prints both, and benches/gpu.md has their formulas. A model knows what is written here and nothing
+else: its times are no measurement. They are for comparing one shape of a tile with another, before and after.
 
 Tiles come from tune.h by the host's compiler, the rule of splits from src/device/cuda/sizes/chunks.rs by rustc.
 """
@@ -36,6 +36,19 @@ LOOP_REACHED = 0.8
 MEMORY_REACHED = 0.9
 # The kernels of a step beside the products wait for each other: their number, and the seconds from one's start to the next one's.
 SMALL_KERNELS, SMALL_TIME = 14, 6e-6
+
+# Draws: (classes, rows) of one rank, a tenth of the classes in a sample.
+DRAWS = ((1_250_000, 4096), (10_000_000, 4096))
+DRAW_RATE = 0.1
+# pack_labels, judge_labels, sort_labels, mark_below, pick_threshold, count_sample, list_sample.
+DRAW_KERNELS = 7
+KEYS_KERNEL = "mark_below"
+# Integer instructions of an SM and clock, by lane (CUDA C++ programming guide, compute capabilities 8.0 and 9.0); the classes of a lane in
+# a turn of the loop over keys.
+INTEGERS, LANE_CLASSES = 64, 4
+# Instructions of the kernels with one CTA, counted in the code for sm_90a: of sort_labels a row and pass of 8 bits, of pick_threshold a
+# listed class and histogram of 12 bits. For lists, twelve times the root of the wanted classes.
+SORT_INSTRUCTIONS, PICK_INSTRUCTIONS, LISTED = 120, 60, 12
 
 TILES = """
 #include "tune.h"
@@ -137,6 +150,38 @@ def step(loops, device, batch, tiles, accumulated, splits):
     # pack, normalize, scale, embedding gradient and finish move rows of B; reduce_rows the sums of a tile's columns.
     small = SMALL_KERNELS * SMALL_TIME + (48 * rows + 8 * probabilities / tiles[0].n) / memory
     return (numerators, weighted, gradient, small), products
+
+
+def draw(key_loop, device, classes, rows):
+    """Seconds of the launches, the pass over keys, the kernels of one CTA, and the bytes of bits and lists."""
+    clocks = device.clock * INTEGERS
+    sample = int(DRAW_RATE * classes)
+    passes = blocks_up(classes.bit_length(), 8)
+    # The window has the root's digits: the share of it in 32 bits decides the histograms.
+    listed = LISTED * (sample - rows) ** 0.5
+    histograms = blocks_up(int(listed / classes * 2**32).bit_length(), 12)
+    keys = classes / LANE_CLASSES * key_loop / (clocks * device.multiprocessors)
+    one = (rows * passes * SORT_INSTRUCTIONS + listed * histograms * PICK_INSTRUCTIONS) / clocks
+    # Bits: read and written with the keys, read, read and cleared. The sample's classes and what is positive of them are written.
+    moved = (5 / 8 * classes + 8 * sample) / (MEMORY_REACHED * device.memory)
+    return DRAW_KERNELS * SMALL_TIME, keys, one, moved
+
+
+DRAW_ROW = "{:<16} {:>9} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9}"
+
+
+def report_draws(key_loops):
+    """Lines for each device and draw; `key_loops`: {(entry, architecture): instructions}."""
+    missing = sorted(device.arch for device in DEVICES if (KEYS_KERNEL, device.arch) not in key_loops)
+    if missing:
+        sys.exit(f"gates: --steps needs {KEYS_KERNEL} on {', '.join(missing)}")
+    lines = ["\na model of `prepare`, labels and draw of a tenth of C classes without their gather, in ms; not measured"]
+    lines.append(DRAW_ROW.format("GPU", "C", "B", "launches", "keys", "one CTA", "bytes", "prepare"))
+    for device in DEVICES:
+        for classes, rows in DRAWS:
+            times = draw(key_loops[KEYS_KERNEL, device.arch], device, classes, rows)
+            lines.append(DRAW_ROW.format(device.name, classes, rows, *(f"{1e3 * time:.3f}" for time in (*times, sum(times)))))
+    return lines
 
 
 ROW = "{:<16} {:>6} {:>12} {:>12} {:>9} {:>9} {:>12} {:>9} {:>8} {:>8}"
