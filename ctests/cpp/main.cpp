@@ -212,8 +212,8 @@ void test_memory() {
   using columns = std::mdspan<float, std::dextents<int, 2>, std::layout_left>;
   constexpr pfc::const_matrix turned(columns(row_major, 2, 3));
   static_assert(turned.row_stride == 0, "rows whose elements are not neighbors");
-  using constant = std::mdspan<const float, std::dextents<int, 2>>;
-  static_assert(!std::is_constructible_v<pfc::matrix, constant>);
+  using read_only = std::mdspan<const float, std::dextents<int, 2>>;
+  static_assert(!std::is_constructible_v<pfc::matrix, read_only>);
 #endif
 }
 
